@@ -1,0 +1,19 @@
+"""Outrider: lossless speculative decoding on one machine."""
+
+from __future__ import annotations
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # Imported on use: `outrider --help` and the command line's own errors should not wait for torch.
+    if name == "LLM":
+        from outrider.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from outrider.config import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'outrider' has no attribute {name!r}")

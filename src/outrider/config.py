@@ -1,0 +1,167 @@
+"""Frozen configurations: what a request asks for, and what a decoder stack is made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
+
+from outrider.errors import InvalidRequest, nearest
+
+__all__ = ["LayerConfig", "RopeConfig", "Rule", "SamplingParams", "StackConfig", "build"]
+
+Rule = Literal["rejection", "block", "coupled"]
+RULES: tuple[Rule, ...] = ("rejection", "block", "coupled")
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], options: Mapping[str, Any], what: str) -> T:
+    """Make a config dataclass from options; an unknown key is refused with the nearest known one."""
+    known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
+    for key in options:
+        if key not in known:
+            raise InvalidRequest(f"{what}: unknown option {key!r}; {nearest(key, known)}")
+    return kind(**options)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """One request's sampling options. Raises InvalidRequest for values out of range."""
+
+    max_tokens: int = 128
+    """Most new tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens whose mass reaches p."""
+    min_p: float = 0.0
+    """Drop tokens less likely than min_p times the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divide positive logits of seen tokens (prompt and output) by this, multiply negative ones (CTRL, section 4.1)."""
+    presence_penalty: float = 0.0
+    """Subtract from the logit of every token already in the output."""
+    frequency_penalty: float = 0.0
+    """Subtract this times a token's count in the output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, added to its logit)."""
+    seed: int | None = None
+    """Makes the text reproducible; implies the coupled rule unless ``rule`` says otherwise."""
+    rule: Rule | None = None
+    """Verification rule; None: coupled with a seed, block without."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
+    ignore_eos: bool = False
+    """Go on after the end-of-text token."""
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, expected: str) -> None:
+            raise InvalidRequest(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+        def number(name: str, low: float, high: float, expected: str, above: bool = False) -> None:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                refuse(name, f"a finite number, {expected}")
+            if value < low or value > high or (above and value == low):
+                refuse(name, expected)
+
+        def whole(name: str, low: int) -> None:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                refuse(name, f"a whole number of at least {low}")
+
+        whole("max_tokens", 1)
+        whole("top_k", 0)
+        number("temperature", 0, 100, "between 0 (greedy) and 100")
+        number("top_p", 0, 1, "above 0 and at most 1", above=True)
+        number("min_p", 0, 1, "between 0 and 1")
+        number("repetition_penalty", 0, 100, "above 0 and at most 100", above=True)
+        number("presence_penalty", -2, 2, "between -2 and 2")
+        number("frequency_penalty", -2, 2, "between -2 and 2")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            refuse("seed", "a whole number or None")
+        if self.rule is not None and self.rule not in RULES:
+            raise InvalidRequest(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}; {nearest(str(self.rule), RULES)}")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        if any(not isinstance(s, str) or not s for s in self.stop):
+            refuse("stop", "non-empty strings")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", tuple((int(k), float(v)) for k, v in self.logit_bias.items()))
+
+    @property
+    def effective_rule(self) -> Rule:
+        return self.rule or ("coupled" if self.seed is not None else "block")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the law depends on the tokens so far."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+# ------------------------------------------------------------------------------------------------ stacks
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary positions, already reduced to numbers: every variant is a list of frequencies and a scale."""
+
+    inverse_frequencies: tuple[float, ...]
+    """Dh / 2 values, float64; zeros where a dimension is not rotated (partial rotary)."""
+    scale: float = 1.0
+    """Multiplies sin and cos (YaRN's attention factor)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """One decoder layer. Layers of a stack may differ (Gemma alternates two kinds)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope: RopeConfig
+    window: int | None = None
+    """Sliding window: a token attends to itself and the window - 1 before it. None = all."""
+    attention_scale: float = 0.0
+    """Multiplies q.k; 0 means head_dim ** -0.5."""
+    qk_norm: bool = False
+    """RMS norm of every query and key head before rope (weights q_norm, k_norm)."""
+    v_norm: bool = False
+    """Unscaled RMS norm of every value head (Gemma 4)."""
+    value_is_key: bool = False
+    """The value is the raw key projection (Gemma 4's global layers); no v_proj."""
+    layer_scalar: float = 1.0
+    """Multiplies the layer's output (Gemma 4)."""
+
+    @property
+    def scale(self) -> float:
+        return self.attention_scale or self.head_dim**-0.5
+
+
+@dataclass(frozen=True, slots=True)
+class StackConfig:
+    """A decoder stack: embedding, pre-norm layers with gated MLPs, final norm, head."""
+
+    vocab_size: int
+    """Rows of the head (0: no head)."""
+    hidden_size: int
+    layers: tuple[LayerConfig, ...]
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    """Gain is (offset + w): 1.0 for Gemma 3, 0.0 elsewhere."""
+    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    sandwich_norms: bool = False
+    """Norms after attention and MLP too, before the residual is added (Gemma)."""
+    embedding_scale: float = 1.0
+    logit_softcap: float = 0.0
+    """cap * tanh(logits / cap); 0 = none."""
+    input_width: int = 0
+    """Width of layer 0's attention input, 0 = hidden_size. EAGLE-3: 2 x hidden_size."""
+    max_positions: int = 2048
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    """Room for what one drafter alone needs to remember about its stack."""
