@@ -183,6 +183,7 @@ class Event:
     request: int  # index of the prompt
     pieces: tuple[Piece, ...]
     finish_reason: str | None = None  # "stop" | "length" | "cancelled"; set on the last event
+    output: Output | None = None  # the whole answer with its counts; set on the last event
 
     @property
     def text(self) -> str:
