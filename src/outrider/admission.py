@@ -113,6 +113,13 @@ class Rows:
         batch = RaggedBatch.pack(tokens, starts, [r.slot for r in self.requests])
         return batch, torch.tensor(wanted, dtype=torch.int64)
 
+    def places(self, keep: list[int]) -> tuple[Tensor, Tensor]:
+        """For each row of logits, the row it belongs to and how many drafts it follows. int64 [R], int64 [R]."""
+        rows = [b for b, n in enumerate(keep) for _ in range(n + 1)]
+        depth = [j for n in keep for j in range(n + 1)]
+        both = torch.tensor([rows, depth], dtype=torch.int64)
+        return both[0], both[1]
+
 
 class Admission:
     """First come, first served, up to ``max_rows`` rows and ``chunk`` prompt tokens in a step."""

@@ -77,16 +77,16 @@ class Engine:
     def step(self) -> list[Commit]:
         """One round of every row that takes part. Empty when nothing is left to do."""
         began = perf_counter()
-        rows = self.admission.next(self._open)                                                    # who
+        rows = self.admission.next(self._open)  # who
         if not len(rows):
             return []
         draft_began = perf_counter()
-        proposal = rows.pad(self._draft(rows))                                                    # draft
+        proposal = rows.pad(self._draft(rows))  # draft
         drafted = perf_counter()
-        keep = self.policy.choose(proposal.confidence, proposal.lengths)                          # schedule
+        keep = self.policy.choose(proposal.confidence, proposal.lengths)  # schedule
         batch, wanted = rows.candidates(proposal, keep.tolist())
         verify_began = perf_counter()
-        output = self.target.forward(batch, self.memory, self.drafter.taps, wanted)               # verify
+        output = self.target.forward(batch, self.memory, self.drafter.taps, wanted)  # verify
         verified = perf_counter()
         commits: list[Commit] = []
         accepted = keep.new_zeros(0)
@@ -95,7 +95,7 @@ class Engine:
             verdict = verify(laws, proposal, keep, rows.context, rows.noise)
             accepted = verdict.accepted
             commits = self._commit(rows, keep.tolist(), verdict.accepted.tolist(), verdict.tokens.tolist())
-        self._observe(rows, batch, commits, output.features)                                      # commit
+        self._observe(rows, batch, commits, output.features)  # commit
         forward_seconds = (drafted - draft_began) + (verified - verify_began)
         self.policy.observe(
             StepCost(
@@ -129,9 +129,7 @@ class Engine:
             return Proposal.empty(rows.ready)
         return self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.noise)
 
-    def _commit(
-        self, rows: Rows, keep: list[int], accepted: list[int], tokens: list[list[int]]
-    ) -> list[Commit]:
+    def _commit(self, rows: Rows, keep: list[int], accepted: list[int], tokens: list[list[int]]) -> list[Commit]:
         """Append each row's new tokens, up to a stop id or its budget; nothing after them is kept or counted."""
         commits = []
         for b, request in enumerate(rows.requests[: rows.complete]):

@@ -1,11 +1,11 @@
 """Every error a user can meet. Each message says what was got, what was expected, and what to do.
 
-    OutriderError
-    ├── InvalidRequest       sampling values, prompts, options           (also a ValueError; HTTP 400)
-    ├── CheckpointError      files, configs, tensors, tokenizers         (also a ValueError)
-    │   └── IncompatibleDrafter  a drafter that does not fit its target
-    ├── CacheFull            no free slot, or a sequence past its capacity
-    └── UnknownKind          a name that no catalogue holds
+OutriderError
+├── InvalidRequest       sampling values, prompts, options           (also a ValueError; HTTP 400)
+├── CheckpointError      files, configs, tensors, tokenizers         (also a ValueError)
+│   └── IncompatibleDrafter  a drafter that does not fit its target
+├── CacheFull            no free slot, or a sequence past its capacity
+└── UnknownKind          a name that no catalogue holds
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["CacheFull", "CheckpointError", "IncompatibleDrafter", "InvalidRequest", "OutriderError", "UnknownKind", "nearest"]
+__all__ = [
+    "CacheFull",
+    "CheckpointError",
+    "IncompatibleDrafter",
+    "InvalidRequest",
+    "OutriderError",
+    "UnknownKind",
+    "nearest",
+]
 
 
 class OutriderError(Exception):

@@ -1,7 +1,7 @@
 """The catalogues: a name, and where its class is, imported on use.
 
 Outside packages add kinds through entry points named ``outrider.targets``, ``outrider.drafters``,
-``outrider.policies`` and ``outrider.backends``; a built-in name cannot be replaced.
+``outrider.policies``, ``outrider.backends`` and ``outrider.memories``; a built-in name cannot be replaced.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from typing import Any
 
 from outrider.errors import UnknownKind, nearest
 
-__all__ = ["BACKENDS", "DRAFTERS", "POLICIES", "TARGETS", "find", "names"]
+__all__ = ["BACKENDS", "DRAFTERS", "MEMORIES", "POLICIES", "TARGETS", "find", "names"]
 
 TARGETS = {  # Hugging Face's model_type -> class
     "llama": "outrider.targets.llama:LlamaTarget",
     "mistral": "outrider.targets.llama:LlamaTarget",
     "qwen2": "outrider.targets.llama:LlamaTarget",
     "qwen3": "outrider.targets.llama:LlamaTarget",
+    "gemma3": "outrider.targets.gemma3:Gemma3Target",
     "gemma3_text": "outrider.targets.gemma3:Gemma3Target",
+    "gemma4": "outrider.targets.gemma4:Gemma4Target",
+    "gemma4_text": "outrider.targets.gemma4:Gemma4Target",
     "huggingface": "outrider.targets.huggingface:HuggingFaceTarget",
     "toy": "outrider.targets.toy:ToyTarget",
 }
@@ -29,6 +32,10 @@ DRAFTERS = {
     "ngram": "outrider.drafters.ngram:NgramDrafter",
     "suffix": "outrider.drafters.suffix:SuffixDrafter",
     "draft_model": "outrider.drafters.draft_model:DraftModelDrafter",
+    "eagle3": "outrider.drafters.eagle3:Eagle3Drafter",
+    "mtp": "outrider.drafters.mtp:MTPDrafter",
+    "dspark": "outrider.drafters.dspark:DSparkDrafter",
+    "dflash": "outrider.drafters.dspark:DFlashDrafter",
 }
 POLICIES = {
     "fixed": "outrider.policies.fixed:FixedPolicy",
@@ -38,8 +45,17 @@ BACKENDS = {
     "reference": "outrider.backends.reference:ReferenceBackend",
     "native": "outrider.backends.native:NativeBackend",
 }
-_CATALOGUES = {"target": TARGETS, "drafter": DRAFTERS, "policy": POLICIES, "backend": BACKENDS}
-_GROUPS = {"target": "targets", "drafter": "drafters", "policy": "policies", "backend": "backends"}
+MEMORIES = {
+    "contiguous": "outrider.memory.contiguous:ContiguousMemory",
+}
+_CATALOGUES = {"target": TARGETS, "drafter": DRAFTERS, "policy": POLICIES, "backend": BACKENDS, "memory": MEMORIES}
+_GROUPS = {
+    "target": "targets",
+    "drafter": "drafters",
+    "policy": "policies",
+    "backend": "backends",
+    "memory": "memories",
+}
 
 
 @cache
@@ -48,7 +64,7 @@ def _outside(catalogue: str) -> dict[str, str]:
 
 
 def names(catalogue: str) -> list[str]:
-    """Known names of one catalogue: ``target``, ``drafter``, ``policy`` or ``backend``."""
+    """Known names of one catalogue: ``target``, ``drafter``, ``policy``, ``backend`` or ``memory``."""
     return sorted({**_outside(catalogue), **_CATALOGUES[catalogue]})
 
 

@@ -7,7 +7,7 @@ F feature width (= taps x D)   H heads   Hkv key/value heads   Dh head width   N
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -120,6 +120,18 @@ class Proposal:
         """No drafts at all: the step is plain decoding."""
         return Proposal(torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
 
+    @staticmethod
+    def pack(tokens: Sequence[Sequence[int]], confidence: Sequence[Sequence[float]]) -> Proposal:
+        """Pad ragged deterministic drafts, and how sure of each token the drafter is, to the longest row."""
+        lengths = [len(row) for row in tokens]
+        shape = len(lengths), max(lengths, default=0)
+        return Proposal(
+            torch.tensor([[*row, *[0] * (shape[1] - len(row))] for row in tokens], dtype=torch.int64).view(shape),
+            torch.tensor(lengths, dtype=torch.int64),
+            None,
+            torch.tensor([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence]).view(shape),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -183,7 +195,6 @@ class Event:
     request: int  # index of the prompt
     pieces: tuple[Piece, ...]
     finish_reason: str | None = None  # "stop" | "length" | "cancelled"; set on the last event
-    output: Output | None = None  # the whole answer with its counts; set on the last event
 
     @property
     def text(self) -> str:
@@ -306,7 +317,7 @@ class Backend(Protocol):
 
     name: str
 
-    def load(self, config: StackConfig, weights: dict[str, Tensor], dtype: torch.dtype | str) -> Stack:
+    def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> Stack:
         """``weights`` by the canonical names of ``outrider.layers``; may keep or repack them."""
         ...
 

@@ -1,0 +1,76 @@
+"""The command line. One file a command; a command's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from io import TextIOWrapper
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from outrider import __version__
+
+__all__ = ["COMMANDS", "app", "main"]
+
+COMMANDS = {  # in the order of the help
+    "demo": "outrider.cli.demo:demo",
+    "generate": "outrider.cli.generate:generate",
+    "chat": "outrider.cli.chat:chat",
+    "bench": "outrider.cli.bench:bench",
+    "profile": "outrider.cli.profile:profile",
+    "models": "outrider.cli.models:models",
+}
+
+
+class _Catalogue(TyperGroup):
+    """Looks commands up in ``COMMANDS``, so that one of them never waits for the imports of another."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, function = COMMANDS[cmd_name].partition(":")
+        single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+        single.command(cmd_name, no_args_is_help=False)(getattr(import_module(module), function))
+        return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=_Catalogue,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"outrider {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def outrider(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Lossless speculative decoding: the text the target model alone would have written, sooner.
+
+    Begin with [bold]outrider demo[/bold]; it needs no model and no network. Every command explains itself with
+    [bold]--help[/bold].
+    """
+
+
+def main() -> None:
+    """The ``outrider`` command."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its number, not a crash
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()

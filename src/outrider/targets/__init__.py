@@ -1,0 +1,50 @@
+"""Targets: one file for each kind of model, and the function that picks the right one."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from outrider.errors import CheckpointError, InvalidRequest
+from outrider.registry import TARGETS, find
+from outrider.types import Backend, TargetModel
+from outrider.weights import load_dtype, read_config, resolve_model
+
+__all__ = ["load_backend", "load_target"]
+
+WITHOUT_FILES = ("huggingface", "toy")  # kinds that are no ``model_type``
+
+
+def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto") -> TargetModel:
+    """Load a model: a local directory, ``embedded``, ``embedded-draft`` or a hub id.
+
+    ``dtype``: float32 (``auto``), bfloat16, float64, int8 or int4. ``backend``: a name of the catalogue, or ``auto``:
+    the native core where it is built and runs this dtype, else plain PyTorch.
+    Raises CheckpointError, InvalidRequest, UnknownKind.
+    """
+    dtype = "float32" if dtype == "auto" else dtype
+    load_dtype(dtype)
+    engine = load_backend(backend, dtype)
+    path = resolve_model(model)
+    config = read_config(path)
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{path / 'config.json'} names no model_type")
+    known = kind in TARGETS and kind not in WITHOUT_FILES
+    target: TargetModel = find("target", kind if known else "huggingface").load(
+        path, config, dtype=dtype, backend=engine
+    )
+    return target
+
+
+def load_backend(name: str, dtype: str = "float32") -> Backend:
+    """A backend by name; ``auto`` is the native core where it is built and runs ``dtype``, else plain PyTorch."""
+    if name == "auto":
+        native = find_spec("outrider._native") is not None and dtype != "float64"
+        name = "native" if native else "reference"
+        if not native and dtype in ("int8", "int4"):
+            raise InvalidRequest(
+                f"dtype {dtype!r} needs the native core, which is not built here; use float32 or bfloat16"
+            )
+    backend: Backend = find("backend", name)()
+    return backend

@@ -1,0 +1,184 @@
+// Attention of one row's queries over one key/value head, block after block of absolute positions.
+//
+// Each query keeps a running maximum m, normaliser l and sums o (online softmax, Milakov and Gimelshein 2018,
+// arXiv 1805.02867). Blocks and splits start at absolute multiples of kBlock and kSplit and a block in which a query
+// sees nothing changes nothing, so a query's result depends on its own visible positions only.
+#pragma once
+
+#include "gemm.hpp"
+#include "rows.hpp"
+
+namespace outrider::OUTRIDER_ISA {
+
+constexpr int kPanelsPerBlock = kBlock / kPanel;
+constexpr float kNever = -1e30f;  // maximum before the first visible position; finite, so differences stay numbers
+
+static_assert(kBlock % kPanel == 0 && kSplit % kBlock == 0);
+
+static inline size_t state_stride(int head_pad) { return head_pad + kStateTail; }
+
+static void attention_begin(float* state, int count, int head_pad) {
+  for (int i = 0; i < count; i++, state += state_stride(head_pad)) {
+    std::memset(state, 0, head_pad * sizeof(float));
+    state[head_pad] = kNever;
+    state[head_pad + 1] = 0.0f;
+  }
+}
+
+static void attention_merge(float* into, const float* from, int count, int head_pad) {
+  const size_t stride = state_stride(head_pad);
+  for (int i = 0; i < count; i++, into += stride, from += stride) {
+    const float a = into[head_pad], b = from[head_pad], m = a > b ? a : b;
+    alignas(64) float factor[kLanes] = {a - m, b - m};
+    store(factor, exp(load(factor)));
+    const F keep = set(factor[0]), add = set(factor[1]);
+    for (int d = 0; d < head_pad; d += kLanes) store(into + d, fma(load(from + d), add, load(into + d) * keep));
+    into[head_pad] = m;
+    into[head_pad + 1] = into[head_pad + 1] * factor[0] + from[head_pad + 1] * factor[1];
+  }
+}
+
+static void attention_finish(const float* state, int head_dim, int head_pad, float* out) {
+  const float inverse = 1.0f / state[head_pad + 1];
+  for (int d = 0; d < head_dim; d++) out[d] = state[d] * inverse;
+}
+
+// out[m][column] (+)= queries times one panel, for M rows; summed from zero, then added to what is there.
+template <class Op, int M>
+static inline void panel_product(const char* panel, const char* x, size_t x_stride, int steps, bool add, float* out,
+                                 size_t out_stride) {
+  F acc[M][kVectors];
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < kVectors; v++) acc[m][v] = F{};
+  tile<Op, M>(panel, x, x_stride, steps, acc);
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < kVectors; v++) {
+      float* to = out + m * out_stride + v * kLanes;
+      store(to, add ? load(to) + acc[m][v] : acc[m][v]);
+    }
+}
+
+template <class Op>
+struct BlockTile {
+  const AttentionTask& task;
+  float score[kTileRows][kBlock];
+  alignas(64) char weight[kTileRows][kBlock * 4];  // the probabilities as operands
+
+  // Softmax of one query's scores in this block; visible are [low, high) of its kBlock positions.
+  inline void soften(int row, int64_t low, int64_t high, float* state) {
+    float* s = score[row];
+    const int head_pad = task.head_pad;
+    for (int i = 0; i < kBlock; i++)
+      if (i < low || i >= high) s[i] = -INFINITY;
+    F most = load(s);
+    for (int i = kLanes; i < kBlock; i += kLanes) most = max(most, load(s + i));
+    const float before = state[head_pad], here = reduce_max(most), m = here > before ? here : before;
+    F sum = set(0.0f);
+    for (int i = 0; i < kBlock; i += kLanes) {
+      const F p = exp(load(s + i) - set(m));
+      store(s + i, p);
+      sum = sum + p;
+    }
+    if (m != before) {
+      alignas(64) float factor[kLanes] = {before - m};
+      store(factor, exp(load(factor)));
+      const F keep = set(factor[0]);
+      for (int d = 0; d < head_pad; d += kLanes) store(state + d, load(state + d) * keep);
+      state[head_pad + 1] *= factor[0];
+      state[head_pad] = m;
+    }
+    state[head_pad + 1] += reduce_add(sum);
+  }
+
+  template <int M>
+  inline void block(int first, int64_t start) {
+    const int head_pad = task.head_pad;
+    const size_t stride = state_stride(head_pad);
+    const char* x = task.queries + first * task.query_stride;
+    constexpr int per_step = Op::kInner;
+    const size_t element_block = static_cast<size_t>(task.head_dim) / per_step * Op::kBytes;
+    const char* keys = task.keys + start / kPanel * element_block;
+    for (int p = 0; p < kPanelsPerBlock; p++)
+      panel_product<Op, M>(keys + p * element_block, x, task.query_stride, task.head_dim / per_step, false,
+                           &score[0][p * kPanel], kBlock);
+    for (int m = 0; m < M; m++) {
+      const int64_t position = task.first_position + (first + m) / task.group;
+      int64_t low = task.window && position + 1 > task.window ? position + 1 - task.window : 0;
+      const int64_t high = task.causal ? position + 1 : task.row_end;
+      soften(m, low - start, high - start, task.state + (first + m) * stride);
+      if constexpr (Op::kInner == 1)
+        std::memcpy(weight[m], score[m], sizeof score[m]);
+      else
+        convert_bf16(score[m], kBlock, weight[m]);
+    }
+    const int64_t known = task.row_end - start < kBlock ? task.row_end - start : kBlock;
+    const int steps = static_cast<int>((known + per_step - 1) / per_step);
+    const size_t panel = static_cast<size_t>(task.capacity) / per_step * Op::kBytes;
+    for (int p = 0; p * kPanel < head_pad; p++)
+      panel_product<Op, M>(task.values + p * panel + start / per_step * Op::kBytes, weight[0], sizeof weight[0], steps,
+                           true, task.state + first * stride + p * kPanel, stride);
+  }
+
+  template <int M = kTileRows>
+  inline void any(int rows, int first, int64_t start) {
+    if (rows == M) return block<M>(first, start);
+    if constexpr (M > 1) any<M - 1>(rows, first, start);
+  }
+};
+
+template <class Op>
+static void attend_as(const AttentionTask& task) {
+  BlockTile<Op> tile{task, {}, {}};
+  const int tiles = (task.count + kTileRows - 1) / kTileRows, height = (task.count + tiles - 1) / tiles;
+  for (int64_t start = task.begin; start < task.end; start += kBlock)
+    for (int first = 0; first < task.count; first += height) {
+      const int rows = task.count - first < height ? task.count - first : height;
+      const int64_t earliest = task.first_position + first / task.group;
+      const int64_t latest = task.first_position + (first + rows - 1) / task.group;
+      if (task.causal && start > latest) continue;
+      if (task.window && start + kBlock <= earliest + 1 - task.window) continue;
+      tile.any(rows, first, start);
+    }
+}
+
+static void attend(DType dtype, const AttentionTask& task) {
+  if (task.count == 0) return;
+  if (dtype == DType::f32)
+    attend_as<OpF32>(task);
+  else
+    attend_as<OpBF16>(task);
+}
+
+// Element (k, column) of a panel whose steps hold `per_step` k side by side.
+template <class T>
+static inline void put(char* base, int64_t k, int column, int per_step, T value) {
+  const int64_t place = (k / per_step * kPanel + column) * per_step + k % per_step;
+  std::memcpy(base + place * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
+}
+
+static void store_key(DType dtype, const float* key, int head_dim, int64_t position, char* keys) {
+  const int column = static_cast<int>(position % kPanel);
+  const int64_t panel = position / kPanel * head_dim * kPanel;
+  for (int d = 0; d < head_dim; d++) {
+    if (dtype == DType::f32)
+      put<float>(keys + panel * 4, d, column, 1, key[d]);
+    else
+      put<uint16_t>(keys + panel * 2, d, column, 2, to_bf16(key[d]));
+  }
+}
+
+static void store_value(DType dtype, const float* value, int head_pad, int64_t capacity, int64_t position,
+                        char* values) {
+  for (int d = 0; d < head_pad; d++) {
+    const int64_t panel = d / kPanel * capacity * kPanel;
+    if (dtype == DType::f32) {
+      put<float>(values + panel * 4, position, d % kPanel, 1, value[d]);
+    } else {
+      put<uint16_t>(values + panel * 2, position, d % kPanel, 2, to_bf16(value[d]));
+      // The pair's other half is multiplied by a zero probability: whatever was there before must be finite.
+      if (position % 2 == 0) put<uint16_t>(values + panel * 2, position + 1, d % kPanel, 2, 0);
+    }
+  }
+}
+
+}  // namespace outrider::OUTRIDER_ISA

@@ -1,0 +1,210 @@
+// The part of a pass that works head by head: projections to queries, keys and values, and attention.
+#include <algorithm>
+#include <cstring>
+
+#include "pass.hpp"
+
+namespace outrider {
+
+namespace {
+
+Operand query_rows(char* queries, size_t stride) {
+  Operand to;
+  to.data = queries;
+  to.stride = stride;
+  return to;
+}
+
+}  // namespace
+
+// One head of all rows: project, norm, rotate; queries wait for attention, keys and values go to the cache.
+// `part` counts within the key/value head's group: its queries, the key, the value.
+void Pass::head(int thread, size_t index, const Operand& x, int kv_head, int part) {
+  const Layer& layer = stack_.layers_[index];
+  const LayerSpec& spec = layer.spec;
+  const int panels = layer.head_pad / kernels_.panel, first = (kv_head * layer.parts + part) * panels;
+  float* tile = space_.local[thread].tile;
+  kernels_.gemm(layer.qkv.weights(), x, rows_, first, first + panels, tile, layer.head_pad);
+  if (part >= layer.group) return key_value(thread, index, kv_head, part, tile);
+
+  const RopeTable& rope = stack_.ropes_[spec.rope];
+  const size_t half = spec.head_dim / 2, stride = layer.head_pad * sizeof(float);
+  const Operand to = query_rows(space_.queries, stride);
+  float* rotated = space_.local[thread].row;
+  const DType kind = cache_->dtype();
+  for (const Segment& segment : chunk_->segments)
+    for (int i = 0; i < segment.count; i++) {
+      const int m = segment.first + i;
+      const size_t at = (segment.start + i) * half;
+      kernels_.rotate(tile + static_cast<size_t>(m) * layer.head_pad, spec.qk_norm ? layer.q_norm.data() : nullptr,
+                      stack_.spec_.eps, rope.cosine.data() + at, rope.sine.data() + at, spec.attention_scale,
+                      spec.head_dim, rotated);
+      kernels_.prepare(kind, rotated, nullptr, 0.0f, spec.head_dim, spec.head_dim, nullptr, to,
+                       (kv_head * rows_ + m) * layer.group + part);
+    }
+}
+
+void Pass::key_value(int thread, size_t index, int kv_head, int part, const float* tile) {
+  const Layer& layer = stack_.layers_[index];
+  const LayerSpec& spec = layer.spec;
+  const RopeTable& rope = stack_.ropes_[spec.rope];
+  const size_t half = spec.head_dim / 2;
+  const DType kind = cache_->dtype();
+  const bool is_key = part == layer.group, is_value = !is_key || spec.value_is_key;
+  float* row = space_.local[thread].row;
+  for (const Segment& segment : chunk_->segments)
+    for (int i = 0; i < segment.count; i++) {
+      const float* x = tile + static_cast<size_t>(segment.first + i) * layer.head_pad;
+      const int64_t position = segment.start + i;
+      const size_t at = position * half;
+      if (is_key) {
+        kernels_.rotate(x, spec.qk_norm ? layer.k_norm.data() : nullptr, stack_.spec_.eps, rope.cosine.data() + at,
+                        rope.sine.data() + at, 1.0f, spec.head_dim, row);
+        kernels_.store_key(kind, row, spec.head_dim, position,
+                           cache_->keys(static_cast<int>(index), segment.slot, kv_head));
+      }
+      if (!is_value) continue;
+      if (spec.v_norm) {
+        kernels_.rms_norm(x, layer.v_norm.data(), stack_.spec_.eps, spec.head_dim, row);
+        std::fill(row + spec.head_dim, row + layer.head_pad, 0.0f);
+        x = row;
+      }
+      kernels_.store_value(kind, x, layer.head_pad, cache_->padded_capacity(), position,
+                           cache_->values(static_cast<int>(index), segment.slot, kv_head));
+    }
+}
+
+// One unit's queries over its positions, split after split. With `finish` the outputs are written too.
+void Pass::run_unit(int thread, size_t index, const AttentionUnit& unit, float* state, bool finish) {
+  const Layer& layer = stack_.layers_[index];
+  const Segment& segment = chunk_->segments[unit.segment];
+  const int count = unit.tokens * layer.group, head_pad = layer.head_pad;
+  AttentionTask task;
+  task.query_stride = head_pad * sizeof(float);
+  task.queries = space_.queries +
+                 static_cast<size_t>(unit.kv_head * rows_ + segment.first + unit.token) * layer.group * task.query_stride;
+  task.count = count;
+  task.group = layer.group;
+  task.first_position = segment.start + unit.token;
+  task.row_end = segment.start + segment.count;
+  task.causal = input_.causal;
+  task.window = layer.spec.window;
+  task.keys = cache_->keys(static_cast<int>(index), segment.slot, unit.kv_head);
+  task.values = cache_->values(static_cast<int>(index), segment.slot, unit.kv_head);
+  task.capacity = cache_->padded_capacity();
+  task.head_dim = layer.spec.head_dim;
+  task.head_pad = head_pad;
+  float* const part = space_.local[thread].state + static_cast<size_t>(count) * (head_pad + kStateTail);
+  for (int64_t at = unit.begin; at < unit.end; at = task.end) {
+    task.begin = at;
+    task.end = std::min(unit.end, (at / kSplit + 1) * kSplit);
+    task.state = at == unit.begin ? state : part;
+    kernels_.attention_begin(task.state, count, head_pad);
+    kernels_.attend(cache_->dtype(), task);
+    if (task.state == part) kernels_.attention_merge(state, part, count, head_pad);
+  }
+  if (finish) write_attention(layer, unit, state);
+}
+
+void Pass::merge_units(int thread, size_t index) {
+  const Layer& layer = stack_.layers_[index];
+  const AttentionPlan& plan = plans_[plan_of_layer_[index]];
+  int64_t first, last;
+  pool_.share(static_cast<int64_t>(plan.targets.size()) - 1, thread, first, last);
+  for (int64_t t = first; t < last; t++) {
+    const AttentionUnit& unit = plan.units[plan.targets[t]];
+    float* state = space_.partial + unit.state;
+    for (int u = plan.targets[t] + 1; u < plan.targets[t + 1]; u++)
+      kernels_.attention_merge(state, space_.partial + plan.units[u].state, unit.tokens * layer.group, layer.head_pad);
+    write_attention(layer, unit, state);
+  }
+}
+
+void Pass::write_attention(const Layer& layer, const AttentionUnit& unit, const float* state) {
+  const int first = chunk_->segments[unit.segment].first + unit.token;
+  for (int m = 0; m < unit.tokens; m++)
+    for (int g = 0; g < layer.group; g++, state += layer.head_pad + kStateTail) {
+      const size_t column = static_cast<size_t>(unit.kv_head * layer.group + g) * layer.spec.head_dim;
+      kernels_.attention_finish(state, layer.spec.head_dim, layer.head_pad,
+                                space_.attention + (first + m) * space_.attention_stride + column);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ batches to chunks
+
+namespace {
+
+// A causal batch goes through the stack kChunkRows tokens at a time; a row that attends to itself as a block, whole.
+std::vector<Chunk> chunks_of(const Batch& batch, bool causal) {
+  std::vector<Chunk> chunks;
+  for (int64_t b = 0; b < batch.rows; b++) {
+    for (int64_t t = batch.offsets[b]; t < batch.offsets[b + 1];) {
+      const int64_t left = batch.offsets[b + 1] - t;
+      const bool full = !chunks.empty() && (causal ? chunks.back().count >= kChunkRows
+                                                   : chunks.back().count + left > kChunkRows);
+      if (chunks.empty() || full) {
+        chunks.emplace_back();
+        chunks.back().first = t;
+      }
+      Chunk& chunk = chunks.back();
+      const int64_t count = causal ? std::min<int64_t>(left, kChunkRows - chunk.count) : left;
+      chunk.segments.push_back({static_cast<int>(batch.slots[b]), batch.positions[t], chunk.count,
+                                static_cast<int>(count)});
+      chunk.count += static_cast<int>(count);
+      t += count;
+    }
+  }
+  return chunks;
+}
+
+void commit(const Batch& batch, Cache& cache) {
+  for (int64_t b = 0; b < batch.rows; b++)
+    if (batch.offsets[b + 1] > batch.offsets[b])
+      cache.lengths()[batch.slots[b]] = batch.positions[batch.offsets[b + 1] - 1] + 1;
+}
+
+}  // namespace
+
+void Stack::forward(const Batch& batch, Cache& cache, const PassInput& input, const PassOutput& output) {
+  const std::lock_guard<std::mutex> lock(one_pass_);
+  check(batch, cache, !input.hidden);
+  std::vector<Chunk> chunks = chunks_of(batch, input.causal);
+  for (int64_t r = 0; r < output.logits_rows; r++) {
+    const int64_t token = output.logits_at ? output.logits_at[r] : r;
+    if (token < 0 || token >= batch.count)
+      throw std::invalid_argument("logits_at holds " + std::to_string(token) + ", but the batch has " +
+                                  std::to_string(batch.count) + " tokens");
+    const auto after = std::upper_bound(chunks.begin(), chunks.end(), token,
+                                        [](int64_t t, const Chunk& chunk) { return t < chunk.first; });
+    Chunk& chunk = *(after - 1);
+    chunk.logits_token.push_back(static_cast<int>(token - chunk.first));
+    chunk.logits_row.push_back(r);
+  }
+  const auto pool = shared_pool();
+  Pass pass(*this, &cache, *pool, input, output);
+  for (const Chunk& chunk : chunks) pass.forward(batch, chunk);
+  commit(batch, cache);
+}
+
+void Stack::project(const Batch& batch, Cache& cache, const float* hidden) {
+  const std::lock_guard<std::mutex> lock(one_pass_);
+  check(batch, cache, false);
+  const auto pool = shared_pool();
+  const PassInput input;
+  const PassOutput output;
+  Pass pass(*this, &cache, *pool, input, output);
+  for (const Chunk& chunk : chunks_of(batch, true)) pass.project(chunk, hidden);
+  commit(batch, cache);
+}
+
+void Stack::unembed(const float* hidden, int64_t rows, float* logits) {
+  const std::lock_guard<std::mutex> lock(one_pass_);
+  const auto pool = shared_pool();
+  const PassInput input;
+  PassOutput output;
+  output.logits = logits;
+  Pass pass(*this, nullptr, *pool, input, output);
+  pass.unembed(hidden, rows);
+}
+
+}  // namespace outrider

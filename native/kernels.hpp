@@ -1,0 +1,101 @@
+// What an instruction set must provide: one table of functions, filled once per build of kernels.cpp.
+//
+// Legend: M rows of activations, K inner width, N outputs, P columns of a weight panel (Kernels::panel).
+// Every function treats rows independently and sums each of them in one fixed order, so a row's result never
+// depends on how many rows came with it, nor on which thread ran it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace outrider {
+
+enum class DType : int { f32 = 0, bf16 = 1, i8 = 2, i4 = 3 };
+
+// Inner elements that share one 4-byte lane of a panel: the K step of the kernels.
+constexpr int k_per_step(DType dtype) { return dtype == DType::f32 ? 1 : dtype == DType::bf16 ? 2 : 4; }
+
+constexpr int kGroup = 32;       // inner elements that share an int4 scale
+constexpr int kBlock = 64;       // positions of one softmax step; blocks start at absolute multiples of it
+constexpr int kSplit = 512;      // positions whose partial softmax is merged in order; a multiple of kBlock
+constexpr int kRowBlock = 256;   // rows one panel is multiplied with before the next row block
+constexpr int kInt8Zero = 128;   // weights are stored unsigned: q + zero
+constexpr int kInt4Zero = 8;
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// A [N, K] matrix as panels of P output columns, read front to back exactly once per pass.
+struct Weights {
+  DType dtype = DType::f32;
+  int inner = 0;                // K, padded to whole steps (whole groups for int4)
+  int panels = 0;               // ceil(N / P)
+  size_t panel_bytes = 0;
+  const char* data = nullptr;
+  const float* scale = nullptr; // int8: one per column
+  const float* bias = nullptr;  // one per column, or null
+};
+
+// Rows of activations in the form that `gemm` multiplies: converted, or quantised per row.
+struct Operand {
+  char* data = nullptr;
+  size_t stride = 0;            // bytes between rows
+  float* scale = nullptr;       // int8, int4: one per row
+  int32_t* sums = nullptr;      // -zero * sum of the quantised row (int8) or of each of its groups (int4)
+  int sums_stride = 0;
+};
+
+// The queries of one row of the batch that share a key/value head, against cached positions [begin, end).
+struct AttentionTask {
+  const char* queries;          // operand rows; query i is head i % group of token i / group
+  size_t query_stride;
+  int count;
+  int group;
+  int64_t first_position;       // of query 0's token
+  int64_t row_end;              // one past the row's last new token
+  bool causal;                  // false: every query sees everything before row_end
+  int64_t window;               // 0: unlimited
+  const char* keys;             // [capacity / kBlock][kBlock / P][head_dim][P]
+  const char* values;           // [head_pad / P][capacity][P]
+  int64_t capacity;
+  int head_dim, head_pad;
+  int64_t begin, end;           // begin is a multiple of kBlock
+  float* state;                 // per query: head_pad sums, then the maximum and the normaliser
+};
+
+constexpr int kStateTail = 16;  // floats after the sums of an attention state; keeps rows aligned
+
+enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2 };
+
+struct Kernels {
+  const char* name;
+  int panel;                                // P
+  int (*operand_bytes)(DType dtype);        // per inner element
+  // y[m][(p - first) * P + c] for rows m of x and panels first <= p < last.
+  void (*gemm)(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride);
+  // One row: optional RMS norm (gain may be null), then zeros up to `inner` and conversion into row `row` of `out`.
+  void (*prepare)(DType dtype, const float* x, const float* gain, float eps, int width, int inner, float* scratch,
+                  const Operand& out, int row);
+  void (*rms_norm)(const float* x, const float* gain, float eps, int width, float* out);
+  // x = (x + y) * scalar, with y normalised first where gain is given.
+  void (*accumulate)(float* x, const float* y, const float* gain, float eps, float scalar, int width, float* scratch);
+  void (*activate)(Activation kind, const float* gate, const float* up, int count, float* out);
+  // One query or key head: optional norm, rotation by (cos, sin) of half the width, then * factor.
+  void (*rotate)(const float* x, const float* gain, float eps, const float* cosine, const float* sine, float factor,
+                 int head_dim, float* out);
+  void (*store_key)(DType dtype, const float* key, int head_dim, int64_t position, char* keys);
+  void (*store_value)(DType dtype, const float* value, int head_pad, int64_t capacity, int64_t position, char* values);
+  // Reset the states of `count` queries; run one task over its positions; merge a later state into an earlier one.
+  void (*attention_begin)(float* state, int count, int head_pad);
+  void (*attend)(DType dtype, const AttentionTask& task);
+  void (*attention_merge)(float* into, const float* from, int count, int head_pad);
+  void (*attention_finish)(const float* state, int head_dim, int head_pad, float* out);
+  void (*softcap)(float* x, int64_t count, float cap);
+  double (*read_sum)(const char* data, size_t bytes);
+};
+
+// The best table this processor can run, or the one OUTRIDER_ISA names. Throws std::runtime_error.
+const Kernels& kernels();
+// The table of that name, or null where this build or this processor lacks it.
+const Kernels* find_kernels(const char* name);
+
+}  // namespace outrider

@@ -1,0 +1,228 @@
+// The Python side of the core: tensors cross by DLPack, shapes and types are checked here, the lock is released
+// while kernels run.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <optional>
+
+#include "arena.hpp"
+#include "stack.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace outrider {
+
+namespace {
+
+using Ints = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using RowsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void expect_shape(const char* name, int64_t rows, int64_t width, int64_t want_rows, int64_t want_width) {
+  if (rows == want_rows && width == want_width) return;
+  throw std::invalid_argument(std::string(name) + " has shape [" + std::to_string(rows) + ", " + std::to_string(width) +
+                              "], expected [" + std::to_string(want_rows) + ", " + std::to_string(want_width) + "]");
+}
+
+void expect_rows(const char* name, const Rows& array, int64_t rows, int64_t width) {
+  expect_shape(name, array.shape(0), array.shape(1), rows, width);
+}
+
+Batch batch_of(const Ints& tokens, const Ints& positions, const Ints& slots, const Ints& offsets) {
+  if (positions.size() != tokens.size() || offsets.size() != slots.size() + 1)
+    throw std::invalid_argument("a batch needs as many positions as tokens, and one more offset than slots");
+  return {tokens.data(), positions.data(), slots.data(), offsets.data(), static_cast<int64_t>(slots.size()),
+          static_cast<int64_t>(tokens.size())};
+}
+
+void forward(Stack& stack, Cache& cache, const Ints& tokens, const Ints& positions, const Ints& slots,
+             const Ints& offsets, bool causal, const std::vector<int>& taps, const std::optional<Rows>& hidden,
+             const std::optional<Rows>& residual, const std::optional<Ints>& logits_at, const RowsOut& hidden_out,
+             const std::optional<RowsOut>& logits, const std::optional<RowsOut>& features) {
+  const StackSpec& spec = stack.spec();
+  const Batch batch = batch_of(tokens, positions, slots, offsets);
+  PassInput input;
+  input.causal = causal;
+  if (hidden) {
+    expect_rows("hidden", *hidden, batch.count, spec.input_width ? spec.input_width : spec.hidden);
+    input.hidden = hidden->data();
+  }
+  if (residual) {
+    expect_rows("residual", *residual, batch.count, spec.hidden);
+    input.residual = residual->data();
+  }
+  if (spec.input_width && !(hidden && residual))
+    throw std::invalid_argument("a stack with an input width needs both hidden and residual");
+  if (!spec.input_width && residual) throw std::invalid_argument("residual is for stacks with an input width only");
+  PassOutput output;
+  output.taps = taps;
+  for (int layer : taps)
+    if (layer < -1 || layer >= static_cast<int>(spec.layers.size()))
+      throw std::invalid_argument("tap " + std::to_string(layer) + " is outside -1 .. " +
+                                  std::to_string(spec.layers.size() - 1));
+  if (!taps.empty() && !features) throw std::invalid_argument("taps need a features array");
+  output.logits_rows = logits_at ? logits_at->size() : batch.count;
+  output.logits_at = logits_at ? logits_at->data() : nullptr;
+  expect_shape("hidden_out", hidden_out.shape(0), hidden_out.shape(1), output.logits_rows, spec.hidden);
+  output.hidden = hidden_out.data();
+  if (logits) {
+    expect_shape("logits", logits->shape(0), logits->shape(1), output.logits_rows, spec.vocabulary);
+    output.logits = logits->data();
+  }
+  if (features) {
+    expect_shape("features", features->shape(0), features->shape(1), batch.count, taps.size() * spec.hidden);
+    output.features = features->data();
+  }
+  nb::gil_scoped_release released;
+  stack.forward(batch, cache, input, output);
+}
+
+double read_bandwidth(size_t bytes, int repeats) {
+  Region region(bytes);
+  std::memset(region.data(), 1, bytes);
+  const auto pool = shared_pool();
+  const Kernels& table = kernels();
+  double best = 0.0;
+  volatile double sink = 0.0;
+  nb::gil_scoped_release released;
+  for (int i = 0; i < repeats; i++) {
+    const auto start = std::chrono::steady_clock::now();
+    pool->run([&](int thread) {
+      int64_t first, last;
+      pool->share(static_cast<int64_t>(bytes / 4096), thread, first, last);
+      const double sum = table.read_sum(region.data() + first * 4096, static_cast<size_t>(last - first) * 4096);
+      if (thread == 0) sink = sum;
+    });
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    best = std::max(best, static_cast<double>(bytes) / seconds);
+  }
+  return best;
+}
+
+nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>> lengths(const std::shared_ptr<Cache>& cache) {
+  return nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>>(cache->lengths().data(), {cache->lengths().size()},
+                                                        nb::cast(cache));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);
+  nb::enum_<DType>(m, "DType").value("f32", DType::f32).value("bf16", DType::bf16).value("i8", DType::i8).value("i4", DType::i4);
+  nb::enum_<Activation>(m, "Activation")
+      .value("silu", Activation::silu)
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("gelu", Activation::gelu);
+  nb::class_<RopeSpec>(m, "RopeSpec")
+      .def(nb::init<>())
+      .def_rw("inverse_frequencies", &RopeSpec::inverse_frequencies)
+      .def_rw("scale", &RopeSpec::scale);
+  nb::class_<LayerSpec>(m, "LayerSpec")
+      .def(nb::init<>())
+      .def_rw("heads", &LayerSpec::heads)
+      .def_rw("kv_heads", &LayerSpec::kv_heads)
+      .def_rw("head_dim", &LayerSpec::head_dim)
+      .def_rw("intermediate", &LayerSpec::intermediate)
+      .def_rw("rope", &LayerSpec::rope)
+      .def_rw("window", &LayerSpec::window)
+      .def_rw("attention_scale", &LayerSpec::attention_scale)
+      .def_rw("qk_norm", &LayerSpec::qk_norm)
+      .def_rw("v_norm", &LayerSpec::v_norm)
+      .def_rw("value_is_key", &LayerSpec::value_is_key)
+      .def_rw("scalar", &LayerSpec::scalar);
+  nb::class_<StackSpec>(m, "StackSpec")
+      .def(nb::init<>())
+      .def_rw("dtype", &StackSpec::dtype)
+      .def_rw("hidden", &StackSpec::hidden)
+      .def_rw("input_width", &StackSpec::input_width)
+      .def_rw("embeddings", &StackSpec::embeddings)
+      .def_rw("vocabulary", &StackSpec::vocabulary)
+      .def_rw("eps", &StackSpec::eps)
+      .def_rw("embedding_scale", &StackSpec::embedding_scale)
+      .def_rw("softcap", &StackSpec::softcap)
+      .def_rw("activation", &StackSpec::activation)
+      .def_rw("sandwich", &StackSpec::sandwich)
+      .def_rw("bias", &StackSpec::bias)
+      .def_rw("ropes", &StackSpec::ropes)
+      .def_rw("layers", &StackSpec::layers);
+  nb::class_<Cache>(m, "Cache")
+      .def_prop_ro("slots", &Cache::slots)
+      .def_prop_ro("capacity", &Cache::capacity)
+      .def_prop_ro("dtype", &Cache::dtype)
+      .def("set_open", [](Cache& cache, int slot, bool open) {
+        cache.opened().at(slot) = open;
+        cache.lengths().at(slot) = 0;
+      });
+  m.def("lengths", &lengths, "A tensor that shares memory with the cache's lengths.");
+  nb::class_<Stack>(m, "Stack")
+      .def(nb::init<StackSpec>())
+      .def_prop_ro("isa", [](const Stack& stack) { return std::string(stack.kernels().name); })
+      .def_prop_ro("weight_bytes", &Stack::weight_bytes)
+      .def("set_norm", [](Stack& stack, int layer, const std::string& name,
+                          const Vector& gain) { stack.set_norm(layer, name, gain.data(), gain.size()); })
+      .def("set_linear",
+           [](Stack& stack, int layer, const std::string& name, const Rows& weight, const std::optional<Vector>& bias) {
+             if (bias && bias->size() != weight.shape(0))
+               throw std::invalid_argument("layers." + std::to_string(layer) + "." + name + ".bias has " +
+                                           std::to_string(bias->size()) + " values, expected " +
+                                           std::to_string(weight.shape(0)));
+             stack.set_linear(layer, name, weight.data(), weight.shape(0), weight.shape(1), bias ? bias->data() : nullptr);
+           },
+           "layer"_a, "name"_a, "weight"_a, "bias"_a = nb::none())
+      .def("set_embedding", [](Stack& stack, const Rows& weight) {
+        stack.set_embedding(weight.data(), weight.shape(0), weight.shape(1));
+      })
+      .def("set_head",
+           [](Stack& stack, const Rows& weight) { stack.set_head(weight.data(), weight.shape(0), weight.shape(1)); })
+      .def("new_cache", &Stack::new_cache)
+      .def("forward", &forward, "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "offsets"_a.noconvert(), "causal"_a, "taps"_a, "hidden"_a.noconvert().none(),
+           "residual"_a.noconvert().none(), "logits_at"_a.noconvert().none(), "hidden_out"_a.noconvert(),
+           "logits"_a.noconvert().none(), "features"_a.noconvert().none())
+      .def("project",
+           [](Stack& stack, Cache& cache, const Ints& tokens, const Ints& positions, const Ints& slots,
+              const Ints& offsets, const Rows& hidden) {
+             const Batch batch = batch_of(tokens, positions, slots, offsets);
+             expect_rows("hidden", hidden, batch.count, stack.spec().hidden);
+             if (stack.spec().input_width)
+               throw std::invalid_argument("a stack with an input width cannot project hidden states");
+             nb::gil_scoped_release released;
+             stack.project(batch, cache, hidden.data());
+           },
+           "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "offsets"_a.noconvert(), "hidden"_a.noconvert())
+      .def("embed",
+           [](Stack& stack, const Ints& tokens, const RowsOut& out) {
+             expect_shape("out", out.shape(0), out.shape(1), tokens.size(), stack.spec().hidden);
+             nb::gil_scoped_release released;
+             stack.embed(tokens.data(), tokens.size(), out.data());
+           },
+           "tokens"_a.noconvert(), "out"_a.noconvert())
+      .def("unembed",
+           [](Stack& stack, const Rows& hidden, const RowsOut& logits) {
+             if (!stack.spec().vocabulary) throw std::invalid_argument("this stack has no head");
+             expect_rows("hidden", hidden, hidden.shape(0), stack.spec().hidden);
+             expect_shape("logits", logits.shape(0), logits.shape(1), hidden.shape(0), stack.spec().vocabulary);
+             nb::gil_scoped_release released;
+             stack.unembed(hidden.data(), hidden.shape(0), logits.data());
+           },
+           "hidden"_a.noconvert(), "logits"_a.noconvert());
+  m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "repeats"_a = 3,
+        "Best bytes per second of `repeats` sweeps by all threads over fresh memory.");
+  m.def("threads", [] { return shared_pool()->threads(); });
+  m.def("set_threads", [](int threads) {
+    if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be between 1 and 1024");
+    nb::gil_scoped_release released;
+    set_threads(threads);
+  });
+  m.def("isa", [] { return std::string(kernels().name); });
+}
+
+}  // namespace outrider

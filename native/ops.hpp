@@ -1,0 +1,185 @@
+// The inner step of a product for each number format: kTileRows x P accumulators against one slice of a panel.
+//
+// An Op says how one step reads a panel (`kBytes` for `kInner` k of P columns), how many bytes of an operand row the step
+// takes (`kOperandBytes`), and how the two are multiplied into accumulators of one vector each.
+#pragma once
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace outrider::OUTRIDER_ISA {
+
+constexpr int kPrefetch = 4096;  // bytes ahead in the panel stream; past the end it warms the next panel
+
+static inline int32_t four_bytes(const char* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
+static inline float one_float(const char* p) { float v; std::memcpy(&v, p, 4); return v; }
+
+// float32: one k a step.
+struct OpF32 {
+  using Acc = F;
+  static constexpr int kInner = 1, kBytes = kPanel * 4, kOperandBytes = 4;
+  struct Slice { F w[kVectors]; };
+  static inline Slice read(const char* w) {
+    Slice s;
+    for (int v = 0; v < kVectors; v++) s.w[v] = load(reinterpret_cast<const float*>(w) + v * kLanes);
+    return s;
+  }
+  static inline void multiply(F (&acc)[kVectors], const Slice& s, const char* x) {
+    const F b = set(one_float(x));
+    for (int v = 0; v < kVectors; v++) acc[v] = fma(s.w[v], b, acc[v]);
+  }
+};
+
+// bfloat16 pairs: two k a step, in float32 accumulators.
+struct OpBF16 {
+  using Acc = F;
+  static constexpr int kInner = 2, kBytes = kPanel * 4;
+#if defined(__AVX512BF16__)
+  static constexpr int kOperandBytes = 4;
+  struct Slice { I w[kVectors]; };
+  static inline Slice read(const char* w) {
+    Slice s;
+    for (int v = 0; v < kVectors; v++) s.w[v] = load_int(w + v * kLanes * 4);
+    return s;
+  }
+  static inline void multiply(F (&acc)[kVectors], const Slice& s, const char* x) {
+    const I b = set_int(four_bytes(x));
+    for (int v = 0; v < kVectors; v++) acc[v] = _mm512_dpbf16_ps(acc[v], (__m512bh)s.w[v], (__m512bh)b);
+  }
+#else  // operands stay float32, already rounded to bfloat16; weights are widened once per step
+  static constexpr int kOperandBytes = 8;
+  struct Slice { F even[kVectors], odd[kVectors]; };
+  static inline Slice read(const char* w) {
+    Slice s;
+    for (int v = 0; v < kVectors; v++) {
+      const I pair = load_int(w + v * kLanes * 4);
+      s.even[v] = as_float(shift_left<16>(pair));
+      s.odd[v] = as_float(and_int(pair, set_int(static_cast<int32_t>(0xffff0000))));
+    }
+    return s;
+  }
+  static inline void multiply(F (&acc)[kVectors], const Slice& s, const char* x) {
+    const F even = set(one_float(x)), odd = set(one_float(x + 4));
+    for (int v = 0; v < kVectors; v++) acc[v] = fma(s.odd[v], odd, fma(s.even[v], even, acc[v]));
+  }
+#endif
+};
+
+// Four unsigned 8-bit weights a lane, times four signed 8-bit activations; exact in int32.
+struct Quad {
+#if defined(__AVX512VNNI__)
+  static constexpr int kOperandBytes = 4;
+  struct Slice { I w[kVectors]; };
+  static inline void set_lane(Slice& s, int v, I w) { s.w[v] = w; }
+  static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
+    const I b = set_int(four_bytes(x));
+    for (int v = 0; v < kVectors; v++) acc[v] = _mm512_dpbusd_epi32(acc[v], s.w[v], b);
+  }
+#elif defined(__AVX2__)  // activations are int16 in the order k0 k2 k1 k3, so that no product saturates
+  static constexpr int kOperandBytes = 8;
+  struct Slice { I even[kVectors], odd[kVectors]; };
+  static inline void set_lane(Slice& s, int v, I w) {
+    s.even[v] = and_int(w, set_int(0x00ff00ff));
+    s.odd[v] = _mm256_srli_epi16(w, 8);
+  }
+  static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
+    const I even = set_int(four_bytes(x)), odd = set_int(four_bytes(x + 4));
+    for (int v = 0; v < kVectors; v++) {
+      acc[v] = add_int(acc[v], _mm256_madd_epi16(s.even[v], even));
+      acc[v] = add_int(acc[v], _mm256_madd_epi16(s.odd[v], odd));
+    }
+  }
+#else
+  static constexpr int kOperandBytes = 4;
+  struct Slice { I w[kVectors][4]; };
+  static inline void set_lane(Slice& s, int v, I w) {
+    const I byte = set_int(255);
+    s.w[v][0] = and_int(w, byte);
+    s.w[v][1] = and_int(shift_right<8>(w), byte);
+    s.w[v][2] = and_int(shift_right<16>(w), byte);
+    s.w[v][3] = shift_right<24>(w);
+  }
+  static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
+    for (int v = 0; v < kVectors; v++)
+      for (int j = 0; j < 4; j++) acc[v] += s.w[v][j] * set_int(static_cast<int8_t>(x[j]));
+  }
+#endif
+};
+
+// int8: four k a step.
+struct OpI8 : Quad {
+  using Acc = I;
+  static constexpr int kInner = 4, kBytes = kPanel * 4;
+  static inline Slice read(const char* w) {
+    Slice s;
+    for (int v = 0; v < kVectors; v++) set_lane(s, v, load_int(w + v * kLanes * 4));
+    return s;
+  }
+};
+
+// `steps` steps of M rows against one panel slice. acc starts as given.
+template <class Op, int M>
+static inline void tile(const char* w, const char* x, size_t x_stride, int steps, typename Op::Acc (&acc)[M][kVectors]) {
+  for (int s = 0; s < steps; s++) {
+    for (int line = 0; line < Op::kBytes; line += 64) prefetch(w + kPrefetch + line);
+    const typename Op::Slice slice = Op::read(w);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) Op::multiply(acc[m], slice, x + m * x_stride);
+    w += Op::kBytes;
+    x += Op::kOperandBytes;
+  }
+}
+
+// int4: a group is P bfloat16 scales, then kGroup / 4 steps of nibbles; low nibbles are the panel's first half.
+// Integer sums of a group are scaled and added to float32 accumulators, group after group.
+constexpr int kGroupSteps = kGroup / 4;
+constexpr int kNibbleBytes = kPanel * 2;
+constexpr int kGroupBytes = kPanel * 2 + kGroupSteps * kNibbleBytes;
+
+static inline void group_scales(const char* group, F (&scale)[kVectors]) {
+  for (int v = 0; v < kVectors / 2; v++) {
+    const I both = load_int(group + v * kLanes * 4);
+    scale[v] = as_float(shift_left<16>(both));
+    scale[v + kVectors / 2] = as_float(and_int(both, set_int(static_cast<int32_t>(0xffff0000))));
+  }
+}
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// 15 * 127 * 2 * (kGroup / 4) stays under 2^15, so a whole group sums in int16.
+static_assert(15 * 127 * 2 * kGroupSteps < 32768);
+template <int M>
+static inline void group_product(const char* w, const char* x, size_t x_stride, I (&acc)[M][kVectors]) {
+  I sum[M][kVectors];
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < kVectors; v++) sum[m][v] = set_int(0);
+  for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
+    const I both = load_int(w);
+    const I low = and_int(both, set_int(0x0f0f0f0f)), high = and_int(_mm256_srli_epi16(both, 4), set_int(0x0f0f0f0f));
+    for (int m = 0; m < M; m++) {
+      const I b = set_int(four_bytes(x + m * x_stride));
+      sum[m][0] = _mm256_add_epi16(sum[m][0], _mm256_maddubs_epi16(low, b));
+      sum[m][1] = _mm256_add_epi16(sum[m][1], _mm256_maddubs_epi16(high, b));
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < kVectors; v++)
+      acc[m][v] = add_int(acc[m][v], _mm256_madd_epi16(sum[m][v], _mm256_set1_epi16(1)));
+}
+#else
+template <int M>
+static inline void group_product(const char* w, const char* x, size_t x_stride, I (&acc)[M][kVectors]) {
+#pragma GCC unroll 8
+  for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
+    Quad::Slice slice;
+    for (int v = 0; v < kVectors / 2; v++) {
+      const I both = load_int(w + v * kLanes * 4);
+      Quad::set_lane(slice, v, and_int(both, set_int(0x0f0f0f0f)));
+      Quad::set_lane(slice, v + kVectors / 2, and_int(shift_right<4>(both), set_int(0x0f0f0f0f)));
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) Quad::multiply(acc[m], slice, x + m * x_stride);
+  }
+}
+#endif
+
+}  // namespace outrider::OUTRIDER_ISA

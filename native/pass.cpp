@@ -1,0 +1,333 @@
+#include "pass.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace outrider {
+
+namespace {
+
+// Bytes between rows: whole cache lines, and not a multiple of 4,096, so that rows do not share cache sets.
+size_t row_stride(size_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  return bytes % 4096 ? bytes : bytes + 64;
+}
+
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+  template <class T>
+  T* take(size_t count) {
+    char* piece = base_ ? base_ + used_ : nullptr;
+    used_ += row_stride(count * sizeof(T));
+    return reinterpret_cast<T*>(piece);
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace
+
+Pass::Pass(Stack& stack, Cache* cache, ThreadPool& pool, const PassInput& input, const PassOutput& output)
+    : stack_(stack), cache_(cache), pool_(pool), kernels_(stack.kernels_), input_(input), output_(output) {}
+
+// ------------------------------------------------------------------------------------------------ workspace
+
+void Pass::layout(int rows, size_t partial) {
+  rows_ = rows;
+  private_ = rows <= kPrivateRows && pool_.threads() <= kPrivateThreads;
+  const StackSpec& spec = stack_.spec_;
+  const int panel = kernels_.panel;
+  int attention = 0, inner = 0, widest = std::max(spec.hidden, spec.input_width), head_pad = 0, queries = 0;
+  for (const Layer& layer : stack_.layers_) {
+    attention = std::max(attention, layer.spec.heads * layer.spec.head_dim);
+    inner = std::max(inner, stack_.padded(layer.spec.intermediate));
+    head_pad = std::max(head_pad, layer.head_pad);
+    queries = std::max(queries, layer.spec.heads * layer.head_pad);
+  }
+  widest = static_cast<int>(round_up(std::max({widest, attention, inner, panel}), kGroup));
+  space_.x_stride = row_stride(stack_.padded(spec.hidden) * sizeof(float)) / sizeof(float);
+  space_.attention_stride = row_stride(attention * sizeof(float)) / sizeof(float);
+  space_.inner_stride = row_stride(inner * sizeof(float)) / sizeof(float);
+  space_.tile_stride = std::max(head_pad, 2 * panel);
+  const auto carve = [&](char* base) {
+    Carver carver(base);
+    const auto operand = [&](int count) {
+      Operand to;
+      to.stride = row_stride(static_cast<size_t>(widest) * sizeof(float));
+      to.data = carver.take<char>(to.stride * count);
+      to.scale = carver.take<float>(count);
+      to.sums_stride = widest / kGroup;
+      to.sums = carver.take<int32_t>(static_cast<size_t>(to.sums_stride) * count);
+      return to;
+    };
+    space_.y = carver.take<float>(space_.x_stride * rows);
+    space_.attention = carver.take<float>(space_.attention_stride * rows);
+    space_.inner = carver.take<float>(space_.inner_stride * rows);
+    space_.queries = carver.take<char>(static_cast<size_t>(queries) * sizeof(float) * rows);
+    space_.partial = carver.take<float>(partial);
+    space_.x = private_ ? nullptr : carver.take<float>(space_.x_stride * rows);
+    space_.operand = private_ ? Operand{} : operand(rows);
+    space_.local.resize(pool_.threads());
+    for (Workspace::Local& local : space_.local) {
+      local.x = private_ ? carver.take<float>(space_.x_stride * rows) : nullptr;
+      local.operand = private_ ? operand(rows) : Operand{};
+      local.row = carver.take<float>(widest);
+      local.tile = carver.take<float>(space_.tile_stride * rows);
+      local.state = carver.take<float>(2 * static_cast<size_t>(std::max(kQueryTile, 1)) * (head_pad + kStateTail));
+    }
+    return carver.used();
+  };
+  const size_t bytes = carve(nullptr);
+  if (stack_.scratch_.size() < bytes) stack_.scratch_ = Region(bytes);
+  carve(stack_.scratch_.data());
+}
+
+bool Pass::mine(int thread, int row, int rows) const {
+  if (private_) return true;
+  int64_t first, last;
+  pool_.share(rows, thread, first, last);
+  return row >= first && row < last;
+}
+
+float* Pass::residual(int thread, int row) const {
+  return (private_ ? space_.local[thread].x : space_.x) + row * space_.x_stride;
+}
+
+// ------------------------------------------------------------------------------------------------ rows
+
+void Pass::tap(int layer, int row, const float* x) const {
+  const size_t width = stack_.spec_.hidden, taps = output_.taps.size();
+  for (size_t i = 0; i < taps; i++)
+    if (output_.taps[i] == layer)
+      std::memcpy(output_.features + ((chunk_->first + row) * taps + i) * width, x, width * sizeof(float));
+}
+
+void Pass::settle(int thread, int row, const Pending& pending) {
+  const StackSpec& spec = stack_.spec_;
+  float* x = residual(thread, row);
+  if (pending.y)
+    kernels_.accumulate(x, pending.y + row * space_.x_stride, pending.gain ? pending.gain->data() : nullptr, spec.eps,
+                        pending.scalar, spec.hidden, space_.local[thread].row);
+  if (pending.tap != -2 && (!private_ || thread == 0)) tap(pending.tap, row, x);
+}
+
+// Operand rows for `linear`; row(i) gives row i of the source, and is called by whoever owns it.
+template <class Row>
+Operand Pass::prepare(int thread, int rows, const Linear& linear, int width, const float* gain, Row&& row) {
+  const Weights& w = linear.weights();
+  Operand to = private_ ? space_.local[thread].operand : space_.operand;
+  to.stride = row_stride(static_cast<size_t>(w.inner) * kernels_.operand_bytes(w.dtype));
+  int64_t first = 0, last = rows;
+  if (!private_) pool_.share(rows, thread, first, last);
+  for (int i = static_cast<int>(first); i < last; i++)
+    kernels_.prepare(w.dtype, row(i), gain, stack_.spec_.eps, width, w.inner, space_.local[thread].row, to, i);
+  if (!private_) pool_.barrier();
+  return to;
+}
+
+// The same for rows that need no norm: float32 rows are multiplied where they are.
+Operand Pass::convert(int thread, const Linear& linear, float* rows, size_t stride, int width) {
+  if (linear.weights().dtype == DType::f32) {
+    Operand to;
+    to.data = reinterpret_cast<char*>(rows);
+    to.stride = stride * sizeof(float);
+    return to;
+  }
+  return prepare(thread, rows_, linear, width, nullptr, [&](int i) { return rows + i * stride; });
+}
+
+void Pass::project_rows(int thread, const Linear& linear, const Operand& x, float* y) {
+  int64_t first, last;
+  pool_.share(linear.weights().panels, thread, first, last);
+  kernels_.gemm(linear.weights(), x, rows_, static_cast<int>(first), static_cast<int>(last),
+                y + first * kernels_.panel, space_.x_stride);
+}
+
+// ------------------------------------------------------------------------------------------------ one chunk
+
+void Pass::forward(const Batch& batch, const Chunk& chunk) {
+  chunk_ = &chunk;
+  plans_.clear();
+  plan_of_layer_.clear();
+  size_t partial = 0;
+  for (size_t i = 0; i < stack_.layers_.size(); i++) {
+    const Layer& layer = stack_.layers_[i];
+    size_t same = 0;
+    for (; same < i; same++) {
+      const Layer& other = stack_.layers_[same];
+      if (other.spec.kv_heads == layer.spec.kv_heads && other.group == layer.group &&
+          other.head_pad == layer.head_pad && other.spec.window == layer.spec.window)
+        break;
+    }
+    if (same == i) {
+      plans_.push_back(plan_attention(layer, chunk.segments, input_.causal, pool_.threads()));
+      partial = std::max(partial, plans_.back().states);
+    }
+    plan_of_layer_.push_back(same == i ? static_cast<int>(plans_.size()) - 1 : plan_of_layer_[same]);
+  }
+  layout(std::max(chunk.count, static_cast<int>(chunk.logits_token.size())), partial);
+  rows_ = chunk.count;
+  pool_.run([&](int thread) { work(thread, batch); });
+}
+
+void Pass::work(int thread, const Batch& batch) {
+  enter(thread, batch.tokens + chunk_->first);
+  Pending pending;
+  pending.tap = -1;
+  for (size_t i = 0; i < stack_.layers_.size(); i++) {
+    const Layer& layer = stack_.layers_[i];
+    attention(thread, i, pending);
+    pending = {space_.y, stack_.spec_.sandwich ? &layer.attention_out_norm : nullptr, 1.0f, -2};
+    mlp(thread, layer, pending);
+    pending = {space_.y, stack_.spec_.sandwich ? &layer.mlp_out_norm : nullptr, layer.spec.scalar, static_cast<int>(i)};
+  }
+  leave(thread, pending);
+}
+
+void Pass::enter(int thread, const int64_t* tokens) {
+  const size_t width = stack_.spec_.hidden;
+  const float* given = stack_.spec_.input_width ? input_.residual : input_.hidden;
+  for (int m = 0; m < rows_; m++) {
+    if (!mine(thread, m, rows_)) continue;
+    if (given)
+      std::memcpy(residual(thread, m), given + (chunk_->first + m) * width, width * sizeof(float));
+    else
+      stack_.embed(tokens + m, 1, residual(thread, m));
+  }
+}
+
+void Pass::attention(int thread, size_t index, Pending pending) {
+  const Layer& layer = stack_.layers_[index];
+  const AttentionPlan& plan = plans_[plan_of_layer_[index]];
+  const bool wide = index == 0 && stack_.spec_.input_width;
+  const int width = wide ? stack_.spec_.input_width : stack_.spec_.hidden;
+  const Operand x =
+      prepare(thread, rows_, layer.qkv, width, wide ? nullptr : layer.input_norm.data(), [&](int m) -> const float* {
+        settle(thread, m, pending);
+        return wide ? input_.hidden + (chunk_->first + m) * static_cast<size_t>(width) : residual(thread, m);
+      });
+  int64_t first, last;
+  if (plan.by_head) {
+    pool_.share(layer.spec.kv_heads, thread, first, last);
+    for (int64_t kv = first; kv < last; kv++)
+      for (int part = 0; part < layer.parts; part++) head(thread, index, x, static_cast<int>(kv), part);
+  } else {
+    pool_.share(static_cast<int64_t>(layer.spec.kv_heads) * layer.parts, thread, first, last);
+    for (int64_t i = first; i < last; i++)
+      head(thread, index, x, static_cast<int>(i / layer.parts), static_cast<int>(i % layer.parts));
+    pool_.barrier();
+  }
+  for (int u = plan.bounds[thread]; u < plan.bounds[thread + 1]; u++) {
+    const AttentionUnit& unit = plan.units[u];
+    run_unit(thread, index, unit, plan.split ? space_.partial + unit.state : space_.local[thread].state, !plan.split);
+  }
+  if (plan.split) {
+    pool_.barrier();
+    merge_units(thread, index);
+  }
+  pool_.barrier();
+  const Operand attended = convert(thread, layer.out, space_.attention, space_.attention_stride,
+                                   layer.spec.heads * layer.spec.head_dim);
+  project_rows(thread, layer.out, attended, space_.y);
+  pool_.barrier();
+}
+
+void Pass::mlp(int thread, const Layer& layer, Pending pending) {
+  const int panel = kernels_.panel;
+  const Operand x = prepare(thread, rows_, layer.gate_up, stack_.spec_.hidden, layer.mlp_norm.data(), [&](int m) {
+    settle(thread, m, pending);
+    return residual(thread, m);
+  });
+  int64_t first, last;
+  pool_.share(layer.gate_up.weights().panels / 2, thread, first, last);
+  float* tile = space_.local[thread].tile;
+  for (int64_t j = first; j < last; j++) {
+    kernels_.gemm(layer.gate_up.weights(), x, rows_, static_cast<int>(2 * j), static_cast<int>(2 * j + 2), tile,
+                  2 * panel);
+    for (int m = 0; m < rows_; m++)
+      kernels_.activate(stack_.spec_.activation, tile + m * 2 * panel, tile + (m * 2 + 1) * panel, panel,
+                        space_.inner + m * space_.inner_stride + j * panel);
+  }
+  pool_.barrier();
+  const Operand inner = convert(thread, layer.down, space_.inner, space_.inner_stride, layer.spec.intermediate);
+  project_rows(thread, layer.down, inner, space_.y);
+  pool_.barrier();
+}
+
+// The last residual, the final norm, and the head where logits are asked for.
+void Pass::leave(int thread, Pending pending) {
+  for (int m = 0; m < rows_; m++)
+    if (mine(thread, m, rows_)) settle(thread, m, pending);
+  const int rows = static_cast<int>(chunk_->logits_token.size());
+  if (!rows) return;
+  if (!private_) pool_.barrier();
+  const StackSpec& spec = stack_.spec_;
+  const size_t width = spec.hidden;
+  for (int r = 0; r < rows; r++)
+    if (mine(thread, r, rows) && (!private_ || thread == 0))
+      kernels_.rms_norm(residual(thread, chunk_->logits_token[r]), stack_.final_norm_.data(), spec.eps, spec.hidden,
+                        output_.hidden + chunk_->logits_row[r] * width);
+  if (!output_.logits) return;
+  const Operand x = prepare(thread, rows, stack_.head_, spec.hidden, stack_.final_norm_.data(),
+                            [&](int r) { return residual(thread, chunk_->logits_token[r]); });
+  logits(thread, x, rows, chunk_->logits_row.data());
+}
+
+void Pass::logits(int thread, const Operand& x, int rows, const int64_t* at) {
+  const int panel = kernels_.panel;
+  const int64_t vocabulary = stack_.spec_.vocabulary;
+  float* tile = space_.local[thread].tile;
+  int64_t first, last;
+  pool_.share(stack_.head_.weights().panels, thread, first, last);
+  for (int64_t p = first; p < last; p++) {
+    kernels_.gemm(stack_.head_.weights(), x, rows, static_cast<int>(p), static_cast<int>(p) + 1, tile, panel);
+    const int64_t count = std::min<int64_t>(panel, vocabulary - p * panel);
+    for (int r = 0; r < rows; r++) {
+      if (stack_.spec_.softcap > 0) kernels_.softcap(tile + r * panel, count, stack_.spec_.softcap);
+      std::memcpy(output_.logits + at[r] * vocabulary + p * panel, tile + r * panel, count * sizeof(float));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ other passes
+
+void Pass::project(const Chunk& chunk, const float* hidden) {
+  chunk_ = &chunk;
+  layout(chunk.count, 0);
+  const int width = stack_.spec_.hidden;
+  pool_.run([&](int thread) {
+    for (size_t i = 0; i < stack_.layers_.size(); i++) {
+      const Layer& layer = stack_.layers_[i];
+      const Operand x = prepare(thread, rows_, layer.qkv, width, nullptr, [&](int m) {
+        return hidden + (chunk_->first + m) * static_cast<size_t>(width);
+      });
+      int64_t first, last;
+      pool_.share(static_cast<int64_t>(layer.spec.kv_heads) * (layer.parts - layer.group), thread, first, last);
+      const int parts = layer.parts - layer.group;
+      for (int64_t u = first; u < last; u++)
+        head(thread, i, x, static_cast<int>(u / parts), layer.group + static_cast<int>(u % parts));
+      if (!private_) pool_.barrier();
+    }
+  });
+}
+
+void Pass::unembed(const float* hidden, int64_t rows) {
+  for (int64_t done = 0; done < rows; done += kChunkRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kChunkRows, rows - done));
+    layout(count, 0);
+    std::vector<int64_t> at(count);
+    for (int r = 0; r < count; r++) at[r] = done + r;
+    const size_t width = stack_.spec_.hidden;
+    pool_.run([&](int thread) {
+      const Operand x = prepare(thread, count, stack_.head_, stack_.spec_.hidden, nullptr,
+                                [&](int r) { return hidden + (done + r) * width; });
+      logits(thread, x, count, at.data());
+    });
+  }
+}
+
+}  // namespace outrider

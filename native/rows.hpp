@@ -1,0 +1,183 @@
+// Work on single rows of activations: norms, conversion to operands, rotary positions, activations.
+#pragma once
+
+#include "ops.hpp"
+
+namespace outrider::OUTRIDER_ISA {
+
+static inline float sum_of_squares(const float* x, int n) {
+  F sum = set(0.0f);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const F v = load(x + i);
+    sum = fma(v, v, sum);
+  }
+  float total = reduce_add(sum);
+  for (; i < n; i++) total += x[i] * x[i];
+  return total;
+}
+
+static inline float inverse_rms(const float* x, float eps, int n) {
+  return 1.0f / std::sqrt(sum_of_squares(x, n) / static_cast<float>(n) + eps);
+}
+
+static void rms_norm(const float* x, const float* gain, float eps, int width, float* out) {
+  const float scale = inverse_rms(x, eps, width);
+  for (int i = 0; i < width; i++) out[i] = x[i] * scale * gain[i];
+}
+
+static int operand_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return 4;
+    case DType::bf16: return OpBF16::kOperandBytes / 2;
+    case DType::i8: return OpI8::kOperandBytes / 4;
+    default: return 1;
+  }
+}
+
+static inline void convert_bf16(const float* x, int n, char* out) {
+#if defined(__AVX512BF16__)
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m256bh half = _mm512_cvtneps_pbh(load(x + i));
+    std::memcpy(out + 2 * i, &half, sizeof half);
+  }
+  for (; i < n; i++) {
+    const uint16_t bits = to_bf16(x[i]);
+    std::memcpy(out + 2 * i, &bits, 2);
+  }
+#else
+  for (int i = 0; i < n; i++) {
+    const float value = from_bf16(to_bf16(x[i]));
+    std::memcpy(out + 4 * i, &value, 4);
+  }
+#endif
+}
+
+// Symmetric 8-bit quantisation of n values (a multiple of `span`); sums[j] = -zero * sum of the j-th span.
+static inline float quantise(const float* x, int n, bool wide, int span, int zero, char* out, int32_t* sums) {
+  float largest = 1e-10f;
+  F most = set(largest);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) most = max(most, abs(load(x + i)));
+  largest = reduce_max(most);
+  for (; i < n; i++) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+  const float inverse = 127.0f / largest;
+  for (int j = 0; j * span < n; j++) {
+    int32_t sum = 0;
+    for (i = j * span; i < (j + 1) * span && i < n; i += kLanes) {
+      alignas(64) float block[kLanes];
+      alignas(64) int32_t q[kLanes];
+      const int width = n - i < kLanes ? n - i : kLanes;
+      const float* from = x + i;
+      if (width < kLanes) {
+        std::memset(block, 0, sizeof block);
+        std::memcpy(block, from, width * sizeof(float));
+        from = block;
+      }
+      store_int(q, to_int(load(from) * set(inverse)));
+      for (int l = 0; l < width; l++) sum += q[l];
+      if (!wide) {
+        for (int l = 0; l < width; l++) out[i + l] = static_cast<char>(q[l]);
+      } else {  // int16, each four as k0 k2 k1 k3 (see Quad)
+        for (int l = 0; l < width; l++) {
+          const int16_t value = static_cast<int16_t>(q[l]);
+          const int place = (i + l) / 4 * 4 + ((l & 1) << 1 | (l >> 1 & 1));
+          std::memcpy(out + 2 * place, &value, 2);
+        }
+      }
+    }
+    sums[j] = -zero * sum;
+  }
+  return largest / 127.0f;
+}
+
+static void prepare(DType dtype, const float* x, const float* gain, float eps, int width, int inner, float* scratch,
+                    const Operand& out, int row) {
+  char* to = out.data + row * out.stride;
+  if (gain) {
+    float* normalised = dtype == DType::f32 ? reinterpret_cast<float*>(to) : scratch;
+    rms_norm(x, gain, eps, width, normalised);
+    for (int i = width; i < inner; i++) normalised[i] = 0.0f;
+    x = normalised;
+    if (dtype == DType::f32) return;
+  } else if (inner > width) {
+    std::memcpy(scratch, x, width * sizeof(float));
+    std::memset(scratch + width, 0, (inner - width) * sizeof(float));
+    x = scratch;
+  }
+  switch (dtype) {
+    case DType::f32: std::memcpy(to, x, inner * sizeof(float)); break;
+    case DType::bf16: convert_bf16(x, inner, to); break;
+    case DType::i8:
+      out.scale[row] = quantise(x, inner, OpI8::kOperandBytes == 8, inner, kInt8Zero, to,
+                                out.sums + static_cast<ptrdiff_t>(row) * out.sums_stride);
+      break;
+    case DType::i4:
+      out.scale[row] = quantise(x, inner, false, kGroup, kInt4Zero, to,
+                                out.sums + static_cast<ptrdiff_t>(row) * out.sums_stride);
+      break;
+  }
+}
+
+static void accumulate(float* x, const float* y, const float* gain, float eps, float scalar, int width,
+                       float* scratch) {
+  if (gain) {
+    rms_norm(y, gain, eps, width, scratch);
+    y = scratch;
+  }
+  if (scalar == 1.0f)
+    for (int i = 0; i < width; i++) x[i] += y[i];
+  else
+    for (int i = 0; i < width; i++) x[i] = (x[i] + y[i]) * scalar;
+}
+
+// act(gate) * up; count is a multiple of the vector length.
+static void activate(Activation kind, const float* gate, const float* up, int count, float* out) {
+  const F one = set(1.0f);
+  for (int i = 0; i < count; i += kLanes) {
+    const F g = load(gate + i);
+    F a;
+    if (kind == Activation::silu) {
+      a = g / (one + exp(set(0.0f) - g));
+    } else if (kind == Activation::gelu_tanh) {  // x (1 + tanh u) / 2 = x / (1 + e^-2u)
+      const F u = set(0.7978845608028654f) * fma(set(0.044715f) * g * g, g, g);
+      a = g / (one + exp(set(-2.0f) * u));
+    } else {
+      alignas(64) float v[kLanes];
+      store(v, g);
+      for (int l = 0; l < kLanes; l++) v[l] = 0.5f * v[l] * (1.0f + std::erf(v[l] * 0.70710678118654752f));
+      a = load(v);
+    }
+    store(out + i, a * load(up + i));
+  }
+}
+
+static void rotate(const float* x, const float* gain, float eps, const float* cosine, const float* sine, float factor,
+                   int head_dim, float* out) {
+  const int half = head_dim / 2;
+  float normalised[512];
+  if (gain) {
+    rms_norm(x, gain, eps, head_dim, normalised);
+    x = normalised;
+  }
+  for (int i = 0; i < half; i++) {
+    const float a = x[i], b = x[i + half];
+    out[i] = (a * cosine[i] - b * sine[i]) * factor;
+    out[i + half] = (b * cosine[i] + a * sine[i]) * factor;
+  }
+}
+
+static void softcap(float* x, int64_t count, float cap) {
+  int64_t i = 0;
+  const F inverse = set(1.0f / cap);
+  for (; i + kLanes <= count; i += kLanes) store(x + i, set(cap) * tanh(load(x + i) * inverse));
+  if (i < count) {
+    alignas(64) float rest[kLanes] = {};
+    std::memcpy(rest, x + i, (count - i) * sizeof(float));
+    store(rest, set(cap) * tanh(load(rest) * inverse));
+    std::memcpy(x + i, rest, (count - i) * sizeof(float));
+  }
+}
+
+}  // namespace outrider::OUTRIDER_ISA

@@ -1,0 +1,185 @@
+// One float vector type per instruction set, with the few operations the kernels need.
+// Included once per build of kernels.cpp; OUTRIDER_ISA names the namespace, the compiler's flags choose the branch.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace outrider::OUTRIDER_ISA {
+
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+
+using F = __m512;
+using I = __m512i;
+using Mask = __mmask16;
+constexpr int kLanes = 16, kVectors = 2, kTileRows = 14;
+
+static inline F load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+static inline F set(float a) { return _mm512_set1_ps(a); }
+static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+static inline F abs(F a) { return _mm512_abs_ps(a); }
+static inline F round(F a) { return _mm512_roundscale_ps(a, 0); }
+static inline Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+static inline F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+static inline F as_float(I a) { return _mm512_castsi512_ps(a); }
+static inline I as_int(F a) { return _mm512_castps_si512(a); }
+static inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
+static inline void store_int(void* p, I a) { _mm512_storeu_si512(p, a); }
+static inline I set_int(int32_t a) { return _mm512_set1_epi32(a); }
+static inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
+static inline I and_int(I a, I b) { return _mm512_and_si512(a, b); }
+template <int n> static inline I shift_left(I a) { return _mm512_slli_epi32(a, n); }
+template <int n> static inline I shift_right(I a) { return _mm512_srli_epi32(a, n); }
+static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+static inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
+static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
+static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+#elif defined(__AVX2__)
+
+using F = __m256;
+using I = __m256i;
+using Mask = __m256;
+constexpr int kLanes = 8, kVectors = 2, kTileRows = 6;
+
+static inline F load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+static inline F set(float a) { return _mm256_set1_ps(a); }
+static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+static inline F max(F a, F b) { return _mm256_max_ps(a, b); }
+static inline F min(F a, F b) { return _mm256_min_ps(a, b); }
+static inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+static inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+static inline F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+static inline F as_float(I a) { return _mm256_castsi256_ps(a); }
+static inline I as_int(F a) { return _mm256_castps_si256(a); }
+static inline I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline void store_int(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
+static inline I set_int(int32_t a) { return _mm256_set1_epi32(a); }
+static inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
+static inline I and_int(I a, I b) { return _mm256_and_si256(a, b); }
+template <int n> static inline I shift_left(I a) { return _mm256_slli_epi32(a, n); }
+template <int n> static inline I shift_right(I a) { return _mm256_srli_epi32(a, n); }
+static inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+static inline I to_int(F a) { return _mm256_cvtps_epi32(a); }
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+#else
+
+typedef float F __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));
+typedef uint32_t U __attribute__((vector_size(16)));
+using Mask = I;
+constexpr int kLanes = 4, kVectors = 4, kTileRows = 3;
+
+static inline F load(const float* p) { F a; std::memcpy(&a, p, sizeof a); return a; }
+static inline void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+static inline F set(float a) { return F{a, a, a, a}; }
+static inline F fma(F a, F b, F c) {
+#ifdef __FP_FAST_FMAF
+  for (int i = 0; i < kLanes; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+static inline Mask less(F a, F b) { return a < b; }
+static inline F select(Mask m, F a, F b) { return m ? a : b; }
+static inline F max(F a, F b) { return a > b ? a : b; }
+static inline F min(F a, F b) { return a < b ? a : b; }
+static inline F as_float(I a) { return reinterpret_cast<F>(a); }
+static inline I as_int(F a) { return reinterpret_cast<I>(a); }
+static inline I load_int(const void* p) { I a; std::memcpy(&a, p, sizeof a); return a; }
+static inline void store_int(void* p, I a) { std::memcpy(p, &a, sizeof a); }
+static inline I set_int(int32_t a) { return I{a, a, a, a}; }
+static inline I add_int(I a, I b) { return a + b; }
+static inline I and_int(I a, I b) { return a & b; }
+template <int n> static inline I shift_left(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) << n); }
+template <int n> static inline I shift_right(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) >> n); }
+static inline F abs(F a) { return as_float(as_int(a) & 0x7fffffff); }
+// Adding 1.5 * 2^23 leaves no room for a fraction; exact for |a| < 2^22, which is all the kernels ask for.
+static inline F round(F a) { return (a + 12582912.0f) - 12582912.0f; }
+static inline F to_float(I a) { return __builtin_convertvector(a, F); }
+static inline I to_int(F a) { return __builtin_convertvector(round(a), I); }
+static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+#endif
+
+#if !defined(__AVX512F__) || !defined(__AVX512VNNI__)
+static inline float reduce_add(F a) {
+  float v[kLanes];
+  store(v, a);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) v[i] += v[i + width];
+  return v[0];
+}
+static inline float reduce_max(F a) {
+  float v[kLanes];
+  store(v, a);
+  float best = v[0];
+  for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
+  return best;
+}
+#endif
+
+constexpr int kPanel = kLanes * kVectors;
+
+// 2^n for whole n in [-126, 127].
+static inline F power_of_two(F n) { return as_float(shift_left<23>(add_int(to_int(n), set_int(127)))); }
+
+// exp to about one unit in the last place (Cephes' expf); exactly 0 below -87.3 and exactly 1 at 0.
+static inline F exp(F x) {
+  const Mask tiny = less(x, set(-87.3f));
+  x = min(max(x, set(-87.3f)), set(88.0f));
+  const F n = round(x * set(1.44269504088896341f));
+  F r = fma(n, set(-0.693359375f), x);
+  r = fma(n, set(2.12194440e-4f), r);
+  F p = set(1.9875691500e-4f);
+  p = fma(p, r, set(1.3981999507e-3f));
+  p = fma(p, r, set(8.3334519073e-3f));
+  p = fma(p, r, set(4.1665795894e-2f));
+  p = fma(p, r, set(1.6666665459e-1f));
+  p = fma(p, r, set(5.0000001201e-1f));
+  p = fma(p, r * r, r) + set(1.0f);
+  return select(tiny, set(0.0f), p * power_of_two(n));
+}
+
+// tanh (Cephes' tanhf): a polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel.
+static inline F tanh(F x) {
+  const F z = x * x, a = abs(x);
+  F p = set(-5.70498872745e-3f);
+  p = fma(p, z, set(2.06390887954e-2f));
+  p = fma(p, z, set(-5.37397155531e-2f));
+  p = fma(p, z, set(1.33314422036e-1f));
+  p = fma(p, z, set(-3.33332819422e-1f));
+  const F near = fma(p * z, x, x);
+  const F far = set(1.0f) - set(2.0f) / (exp(a + a) + set(1.0f));
+  const F signed_far = select(less(x, set(0.0f)), set(0.0f) - far, far);
+  return select(less(a, set(0.625f)), near, signed_far);
+}
+
+// Round to nearest even, as every conversion to bfloat16 here does.
+static inline uint16_t to_bf16(float a) {
+  uint32_t bits;
+  std::memcpy(&bits, &a, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 64);  // stays a NaN
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static inline float from_bf16(uint16_t a) {
+  const uint32_t bits = static_cast<uint32_t>(a) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+}  // namespace outrider::OUTRIDER_ISA

@@ -1,0 +1,241 @@
+#include "stack.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace outrider {
+
+namespace {
+
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+void expect(bool fits, const std::string& what, int64_t got_a, int64_t got_b, int64_t want_a, int64_t want_b) {
+  if (fits) return;
+  refuse(what + ": got shape [" + std::to_string(got_a) + ", " + std::to_string(got_b) + "], expected [" +
+         std::to_string(want_a) + ", " + std::to_string(want_b) + "]");
+}
+
+// The format of the head: quantising it to int4 costs far more accuracy than its bytes are worth.
+DType head_dtype(DType dtype) { return dtype == DType::i4 ? DType::i8 : dtype; }
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------ cache
+
+Cache::Cache(const StackSpec& spec, DType dtype, int panel, int slots, int64_t capacity)
+    : dtype_(dtype), slots_(slots), capacity_(capacity), padded_(round_up(capacity, kBlock)), lengths_(slots, 0),
+      opened_(slots, 0) {
+  const size_t element = dtype == DType::f32 ? 4 : 2;
+  size_t total = 0;
+  for (const LayerSpec& layer : spec.layers) {
+    const size_t head_pad = round_up(layer.head_dim, panel);
+    key_bytes_.push_back(element * padded_ * layer.head_dim);
+    head_bytes_.push_back(key_bytes_.back() + element * padded_ * head_pad);
+    kv_heads_.push_back(layer.kv_heads);
+    offsets_.push_back(total);
+    total += head_bytes_.back() * layer.kv_heads * slots;
+  }
+  memory_ = Region(total);
+}
+
+char* Cache::keys(int layer, int slot, int kv_head) const {
+  const size_t head = static_cast<size_t>(slot) * kv_heads_[layer] + kv_head;
+  return memory_.data() + offsets_[layer] + head * head_bytes_[layer];
+}
+
+// ------------------------------------------------------------------------------------------------ loading
+
+Stack::Stack(StackSpec spec) : spec_(std::move(spec)), kernels_(outrider::kernels()) {
+  const int panel = kernels_.panel;
+  for (const RopeSpec& rope : spec_.ropes) ropes_.push_back({rope, {}, {}});
+  for (size_t i = 0; i < spec_.layers.size(); i++) {
+    const LayerSpec& s = spec_.layers[i];
+    if (s.head_dim < 2 || s.head_dim % 2 || s.head_dim > 512) refuse("head_dim must be even, at most 512");
+    if (s.kv_heads < 1 || s.heads % s.kv_heads) refuse("num_heads must be a multiple of num_kv_heads");
+    if (static_cast<int>(spec_.ropes[s.rope].inverse_frequencies.size()) * 2 != s.head_dim)
+      refuse("inverse_frequencies must hold head_dim / 2 values");
+    Layer layer;
+    layer.spec = s;
+    layer.head_pad = padded(s.head_dim);
+    layer.group = s.heads / s.kv_heads;
+    layer.parts = layer.group + (s.value_is_key ? 1 : 2);
+    const int inner = i == 0 && spec_.input_width ? spec_.input_width : spec_.hidden;
+    const int head_panels = layer.head_pad / panel;
+    layer.qkv = Linear(arena_, spec_.dtype, inner, s.kv_heads * layer.parts * head_panels, panel, spec_.bias);
+    layer.out = Linear(arena_, spec_.dtype, s.heads * s.head_dim, padded(spec_.hidden) / panel, panel,
+                       spec_.bias);
+    layer.gate_up = Linear(arena_, spec_.dtype, spec_.hidden, 2 * padded(s.intermediate) / panel, panel, spec_.bias);
+    layer.down = Linear(arena_, spec_.dtype, s.intermediate, padded(spec_.hidden) / panel, panel, spec_.bias);
+    layer.v_norm.assign(s.v_norm ? s.head_dim : 0, 1.0f);
+    layers_.push_back(std::move(layer));
+  }
+  if (spec_.vocabulary)
+    head_ = Linear(arena_, head_dtype(spec_.dtype), spec_.hidden, padded(spec_.vocabulary) / panel, panel, false);
+  if (spec_.embeddings) {
+    const size_t count = static_cast<size_t>(spec_.embeddings) * spec_.hidden;
+    if (spec_.dtype == DType::f32)
+      embedding_f32_ = arena_.take<float>(count);
+    else
+      embedding_bf16_ = arena_.take<uint16_t>(count);
+  }
+}
+
+void Stack::set_norm(int layer, const std::string& name, const float* gain, int64_t size) {
+  std::vector<float>* to = nullptr;
+  int64_t width = spec_.hidden;
+  if (layer < 0) {
+    to = name == "norm" ? &final_norm_ : nullptr;
+  } else {
+    Layer& l = layers_.at(layer);
+    if (name == "input_norm") to = &l.input_norm;
+    if (name == "mlp_norm") to = &l.mlp_norm;
+    if (name == "attention_out_norm") to = &l.attention_out_norm;
+    if (name == "mlp_out_norm") to = &l.mlp_out_norm;
+    if (name == "q_norm") to = &l.q_norm;
+    if (name == "k_norm") to = &l.k_norm;
+    if (name == "q_norm" || name == "k_norm") width = l.spec.head_dim;
+  }
+  if (!to) refuse("unknown norm " + name);
+  expect(size == width, name, 1, size, 1, width);
+  to->assign(gain, gain + size);
+}
+
+// `count` rows from the first column of `first_panel` on.
+void Stack::fill(Linear& linear, int first_panel, const float* rows, int64_t count, int64_t inner, const float* bias) {
+  const int panel = kernels_.panel;
+  const int64_t panels = (count + panel - 1) / panel;
+  const auto pool = shared_pool();
+  pool->run([&](int thread) {
+    int64_t first, last;
+    pool->share(panels, thread, first, last);
+    for (int64_t p = first; p < last; p++)
+      linear.fill(first_panel + static_cast<int>(p), rows + p * panel * inner,
+                  static_cast<int>(std::min<int64_t>(panel, count - p * panel)), bias ? bias + p * panel : nullptr);
+  });
+}
+
+void Stack::set_linear(int layer, const std::string& name, const float* weight, int64_t outputs, int64_t inner,
+                       const float* bias) {
+  Layer& l = layers_.at(layer);
+  const LayerSpec& s = l.spec;
+  const int panel = kernels_.panel, head_panels = l.head_pad / panel;
+  const int64_t input = layer == 0 && spec_.input_width ? spec_.input_width : spec_.hidden;
+  const auto shape = [&](int64_t want_outputs, int64_t want_inner) {
+    expect(outputs == want_outputs && inner == want_inner, "layers." + std::to_string(layer) + "." + name + ".weight",
+           outputs, inner, want_outputs, want_inner);
+  };
+  // Heads are stored group by group (queries, key, value), so that a key/value head's thread needs no other's output.
+  const auto fill_heads = [&](int heads, int per_group, int part) {
+    shape(static_cast<int64_t>(heads) * s.head_dim, input);
+    for (int h = 0; h < heads; h++) {
+      const int place = h / per_group * l.parts + part + h % per_group;
+      fill(l.qkv, place * head_panels, weight + static_cast<int64_t>(h) * s.head_dim * inner, s.head_dim, inner,
+           bias ? bias + static_cast<int64_t>(h) * s.head_dim : nullptr);
+    }
+  };
+  // Gate and up alternate panel by panel, so that a thread multiplies what it has just computed.
+  const auto fill_interleaved = [&](int offset) {
+    shape(s.intermediate, spec_.hidden);
+    for (int64_t row = 0, p = 0; row < outputs; row += panel, p++)
+      l.gate_up.fill(static_cast<int>(2 * p) + offset, weight + row * inner,
+                     static_cast<int>(std::min<int64_t>(panel, outputs - row)), bias ? bias + row : nullptr);
+  };
+  if (name == "q") {
+    fill_heads(s.heads, l.group, 0);
+  } else if (name == "k") {
+    fill_heads(s.kv_heads, 1, l.group);
+  } else if (name == "v" && !s.value_is_key) {
+    fill_heads(s.kv_heads, 1, l.group + 1);
+  } else if (name == "o") {
+    shape(spec_.hidden, static_cast<int64_t>(s.heads) * s.head_dim);
+    fill(l.out, 0, weight, outputs, inner, bias);
+  } else if (name == "gate") {
+    fill_interleaved(0);
+  } else if (name == "up") {
+    fill_interleaved(1);
+  } else if (name == "down") {
+    shape(spec_.hidden, s.intermediate);
+    fill(l.down, 0, weight, outputs, inner, bias);
+  } else {
+    refuse("unknown linear " + name);
+  }
+}
+
+void Stack::set_embedding(const float* weight, int64_t rows, int64_t width) {
+  expect(rows == spec_.embeddings && width == spec_.hidden, "embed.weight", rows, width, spec_.embeddings, spec_.hidden);
+  const int64_t count = rows * width;
+  if (embedding_f32_)
+    std::copy(weight, weight + count, embedding_f32_);
+  else
+    std::transform(weight, weight + count, embedding_bf16_, bf16_bits);
+}
+
+void Stack::set_head(const float* weight, int64_t rows, int64_t width) {
+  expect(rows == spec_.vocabulary && width == spec_.hidden, "head.weight", rows, width, spec_.vocabulary, spec_.hidden);
+  fill(head_, 0, weight, rows, width, nullptr);
+}
+
+// ------------------------------------------------------------------------------------------------ memory and checks
+
+std::shared_ptr<Cache> Stack::new_cache(int slots, int64_t capacity) {
+  if (slots < 1 || capacity < 1) refuse("a memory needs at least one slot and room for one token");
+  const std::lock_guard<std::mutex> lock(one_pass_);
+  for (RopeTable& table : ropes_) {
+    const std::vector<double>& inverse = table.spec.inverse_frequencies;
+    const int64_t half = static_cast<int64_t>(inverse.size());
+    for (int64_t p = half ? static_cast<int64_t>(table.cosine.size()) / half : 0; p < capacity; p++)
+      for (double frequency : inverse) {
+        const double angle = static_cast<double>(p) * frequency;
+        table.cosine.push_back(static_cast<float>(std::cos(angle) * table.spec.scale));
+        table.sine.push_back(static_cast<float>(std::sin(angle) * table.spec.scale));
+      }
+  }
+  const DType kind = spec_.dtype == DType::f32 ? DType::f32 : DType::bf16;
+  return std::make_shared<Cache>(spec_, kind, kernels_.panel, slots, capacity);
+}
+
+void Stack::check(const Batch& batch, const Cache& cache, bool tokens) const {
+  if (batch.offsets[0] != 0 || batch.offsets[batch.rows] != batch.count)
+    refuse("offsets must run from 0 to the number of tokens (" + std::to_string(batch.count) + "), got " +
+           std::to_string(batch.offsets[0]) + " to " + std::to_string(batch.offsets[batch.rows]));
+  std::vector<char> seen(cache.slots(), 0);
+  Cache& state = const_cast<Cache&>(cache);
+  for (int64_t b = 0; b < batch.rows; b++) {
+    const int64_t slot = batch.slots[b], first = batch.offsets[b], last = batch.offsets[b + 1];
+    if (last < first) refuse("offsets must not decrease");
+    if (slot < 0 || slot >= cache.slots() || !state.opened()[slot])
+      refuse("slot " + std::to_string(slot) + " is not open");
+    if (seen[slot]++) refuse("slot " + std::to_string(slot) + " appears twice in one batch");
+    if (first == last) continue;
+    const int64_t start = batch.positions[first];
+    if (start < 0 || start > state.lengths()[slot])
+      refuse("row " + std::to_string(b) + " starts at position " + std::to_string(start) + ", but slot " +
+             std::to_string(slot) + " holds " + std::to_string(state.lengths()[slot]) + " tokens");
+    if (start + (last - first) > cache.capacity())
+      throw std::out_of_range("row " + std::to_string(b) + " reaches position " + std::to_string(start + last - first - 1) +
+             ", past the capacity of " + std::to_string(cache.capacity()) + " tokens");
+    for (int64_t t = first; t < last; t++)
+      if (batch.positions[t] != start + (t - first)) refuse("positions must be consecutive within a row");
+  }
+  if (!tokens) return;
+  if (!spec_.embeddings) refuse("this stack has no embedding: give hidden states");
+  for (int64_t t = 0; t < batch.count; t++)
+    if (batch.tokens[t] < 0 || batch.tokens[t] >= spec_.embeddings)
+      refuse("token id " + std::to_string(batch.tokens[t]) + " is outside 0 .. " + std::to_string(spec_.embeddings - 1));
+}
+
+void Stack::embed(const int64_t* tokens, int64_t count, float* out) const {
+  if (!spec_.embeddings) refuse("this stack has no embedding");
+  const int width = spec_.hidden;
+  for (int64_t t = 0; t < count; t++, out += width) {
+    if (tokens[t] < 0 || tokens[t] >= spec_.embeddings)
+      refuse("token id " + std::to_string(tokens[t]) + " is outside 0 .. " + std::to_string(spec_.embeddings - 1));
+    const size_t row = static_cast<size_t>(tokens[t]) * width;
+    for (int d = 0; d < width; d++)
+      out[d] = (embedding_f32_ ? embedding_f32_[row + d] : bf16_value(embedding_bf16_[row + d])) * spec_.embedding_scale;
+  }
+}
+
+}  // namespace outrider

@@ -1,0 +1,134 @@
+#include "threadpool.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace outrider {
+
+namespace {
+
+constexpr int kSpins = 2000;         // pauses before the first yield: tens of microseconds
+constexpr int kBarrierYields = 2000; // inside a job: the others are at work
+constexpr int kIdleYields = 500;     // between jobs: another pass may follow at once
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+void Epoch::advance() {
+  value_.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst)) value_.notify_all();
+}
+
+void Epoch::wait_past(uint32_t seen, int yields) {
+  for (int i = 0; i < kSpins; i++) {
+    if (value() != seen) return;
+    pause();
+  }
+  for (int i = 0; i < yields; i++) {
+    if (value() != seen) return;
+    std::this_thread::yield();
+  }
+  sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  while (value_.load(std::memory_order_seq_cst) == seen) value_.wait(seen, std::memory_order_seq_cst);
+  sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+}
+
+ThreadPool::ThreadPool(int threads) : threads_(std::max(1, threads)) {
+  for (int thread = 1; thread < threads_; thread++) workers_.emplace_back([this, thread] { work(thread); });
+}
+
+ThreadPool::~ThreadPool() {
+  stop_ = true;
+  job_.advance();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::work(int thread) {
+  for (uint32_t seen = 0;; seen++) {
+    job_.wait_past(seen, kIdleYields);
+    if (stop_) return;
+    call_(context_, thread);
+    barrier();
+  }
+}
+
+void ThreadPool::run_raw(Call call, void* context) {
+  const std::lock_guard<std::mutex> lock(one_job_);
+  if (threads_ == 1) return call(context, 0);
+  call_ = call;
+  context_ = context;
+  job_.advance();
+  call(context, 0);
+  barrier();
+}
+
+void ThreadPool::barrier() {
+  if (threads_ == 1) return;
+  const uint32_t seen = meeting_.value();
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    meeting_.advance();
+  } else {
+    meeting_.wait_past(seen, kBarrierYields);
+  }
+}
+
+int ThreadPool::default_threads() {
+  int available = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) available = std::max(1, CPU_COUNT(&set));
+#endif
+  if (const char* wanted = std::getenv("OUTRIDER_THREADS"); wanted && *wanted) {
+    const int limit = std::atoi(wanted);
+    if (limit > 0) available = std::min(available, limit);
+  }
+  return available;
+}
+
+namespace {
+
+std::mutex pool_mutex;
+std::shared_ptr<ThreadPool>* pool = nullptr;  // never destroyed: workers must not outlive statics they use
+
+// A forked child has none of the parent's threads: it starts over with a pool of its own.
+void forget_pool() { pool = nullptr; }
+
+}  // namespace
+
+std::shared_ptr<ThreadPool> shared_pool() {
+  const std::lock_guard<std::mutex> lock(pool_mutex);
+  if (!pool) {
+#if defined(__linux__)
+    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+    (void)registered;
+#endif
+    pool = new std::shared_ptr<ThreadPool>(std::make_shared<ThreadPool>(ThreadPool::default_threads()));
+  }
+  return *pool;
+}
+
+void set_threads(int threads) {
+  shared_pool();
+  auto replacement = std::make_shared<ThreadPool>(threads);
+  const std::lock_guard<std::mutex> lock(pool_mutex);
+  pool->swap(replacement);
+}
+
+}  // namespace outrider

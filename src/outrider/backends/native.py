@@ -1,0 +1,273 @@
+"""Layer stacks in the compiled core: a whole pass over a ragged batch in one call, with the GIL released.
+
+Every row's sums are taken in one order, whatever the number of rows, the batch's composition, the chunking of a
+prefill or the thread count, so results are bit-identical across them (per dtype and instruction set). Tensors are
+float32 on the way in and out; weights are kept as ``dtype`` says, and keys and values as float32 with float32 weights,
+else as bfloat16. Letters: T packed tokens, R rows of logits, V vocabulary, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outrider.config import LayerConfig, RopeConfig, StackConfig
+from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
+from outrider.layers import check_weights
+from outrider.types import Mask, RaggedBatch, StackOutput
+
+__all__ = ["NativeBackend", "NativeMemory", "NativeStack", "available"]
+
+try:
+    from outrider import _native
+except ImportError:  # built without a compiler: the reference backend remains
+    _native = None
+
+DTYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+NORMS = ("input_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm", "q_norm", "k_norm")
+
+
+def available() -> bool:
+    """Whether this installation has the compiled core."""
+    return _native is not None
+
+
+class NativeMemory:
+    """The core's cache: contiguous per slot, blocked by absolute positions. Untouched pages cost no memory."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.capacity: int = cache.capacity
+        self.lengths: Tensor = _native.lengths(cache)  # shares memory with the core
+        self._free = list(range(cache.slots))
+
+    def open(self) -> int:
+        """Reserve an empty slot, the lowest free one. Raises CacheFull."""
+        if not self._free:
+            raise CacheFull(f"all {len(self.lengths)} slots are in use; close one, or make the memory with more slots")
+        slot = min(self._free)
+        self._free.remove(slot)
+        self.cache.set_open(slot, True)
+        return slot
+
+    def rewind(self, slots: Tensor, lengths: Tensor) -> None:
+        """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
+        held = self.lengths[slots]
+        assert bool(((lengths >= 0) & (lengths <= held)).all()), f"cannot rewind lengths {held} to {lengths}"
+        self.lengths[slots] = lengths
+
+    def close(self, slot: int) -> None:
+        """Give a slot back."""
+        assert slot not in self._free, f"slot {slot} is not open"
+        self._free.append(slot)
+        self.cache.set_open(slot, False)
+
+
+class NativeBackend:
+    """Makes stacks that run in the compiled core."""
+
+    name = "native"
+
+    def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> NativeStack:
+        """``dtype``: float32, bfloat16, ``int8`` (a scale per output channel) or ``int4`` (a scale per 32 weights; the
+        head stays int8). Weights are packed one by one; they are left as they are.
+
+        Raises CheckpointError for weights that do not fit the config, OutriderError where the core is missing.
+        """
+        if _native is None:
+            raise OutriderError("the compiled core is not installed; choose the reference backend, or install a wheel")
+        key = str(dtype).removeprefix("torch.")
+        if key not in DTYPES:
+            raise InvalidRequest(f"the native backend has no dtype {key!r}; {nearest(key, DTYPES)}")
+        check_weights(config, weights)
+        core = _native.Stack(_spec(config, weights, key))
+        _fill(core, config, weights)
+        return NativeStack(config, core, key)
+
+
+class NativeStack:
+    """A decoder stack in the core."""
+
+    def __init__(self, config: StackConfig, core: Any, dtype: str) -> None:
+        self.config, self.core, self.dtype = config, core, dtype
+        self._width, self._vocabulary = config.hidden_size, config.vocab_size
+
+    def new_memory(self, slots: int, capacity: int) -> NativeMemory:
+        """A cache of ``slots`` sequences of up to ``capacity`` tokens."""
+        return NativeMemory(self.core.new_cache(slots, capacity))
+
+    def forward(
+        self,
+        batch: RaggedBatch,
+        memory: Any,
+        *,
+        hidden: Tensor | None = None,
+        residual: Tensor | None = None,
+        taps: Sequence[int] = (),
+        logits_at: Tensor | None = None,
+        mask: Mask = "causal",
+    ) -> StackOutput:
+        """See ``outrider.types.Stack``. Raises InvalidRequest, and CacheFull past a slot's capacity."""
+        tokens = batch.tokens
+        count = len(tokens)
+        rows = count if logits_at is None else len(logits_at)
+        last = torch.empty(rows, self._width)
+        logits = torch.empty(rows, self._vocabulary) if self._vocabulary else None
+        features = torch.empty(count, len(taps) * self._width) if taps else None
+        arguments = (
+            memory.cache,
+            tokens,
+            batch.positions,
+            batch.slots,
+            batch.offsets,
+            mask == "causal",
+            list(taps),
+            None if hidden is None else hidden.detach().float(),
+            None if residual is None else residual.detach().float(),
+            logits_at,
+            last,
+            logits,
+            features,
+        )
+        try:
+            self.core.forward(*arguments)
+        except (TypeError, ValueError, IndexError) as error:
+            raise _explained(error, batch, hidden, residual, logits_at) from error
+        return StackOutput(last, logits, features)
+
+    def project(self, hidden: Tensor, batch: RaggedBatch, memory: Any) -> None:
+        """Write every layer's keys and values of ``hidden`` [T, D], taken as it is: no layer's norm is applied."""
+        given = hidden.detach().float()
+        try:
+            self.core.project(memory.cache, batch.tokens, batch.positions, batch.slots, batch.offsets, given)
+        except (TypeError, ValueError, IndexError) as error:
+            raise _explained(error, batch, hidden, None, None) from error
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> float32 [..., D], scaled as the layers see it."""
+        out = torch.empty(tokens.numel(), self._width)
+        try:
+            self.core.embed(tokens.reshape(-1), out)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"cannot embed {_described(tokens)}: {error}") from error
+        return out.view(*tokens.shape, self._width)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """[..., D] after the final norm -> float32 logits [..., V]."""
+        flat = hidden.detach().float().reshape(-1, hidden.shape[-1])
+        logits = torch.empty(len(flat), self._vocabulary)
+        try:
+            self.core.unembed(flat, logits)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"cannot unembed {_described(hidden)}: {error}") from error
+        return logits.view(*hidden.shape[:-1], self._vocabulary)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def _spec(config: StackConfig, weights: Mapping[str, Tensor], dtype: str) -> Any:
+    """The shape of a stack, as the core wants it."""
+    spec = _native.StackSpec()
+    spec.dtype = getattr(_native.DType, DTYPES[dtype])
+    spec.activation = getattr(_native.Activation, config.activation)
+    spec.hidden, spec.input_width = config.hidden_size, config.input_width
+    spec.vocabulary = config.vocab_size
+    spec.embeddings = len(weights["embed.weight"]) if "embed.weight" in weights else 0
+    spec.eps, spec.embedding_scale, spec.softcap = config.norm_eps, config.embedding_scale, config.logit_softcap
+    spec.sandwich = config.sandwich_norms
+    spec.bias = any(name.endswith(".bias") for name in weights)
+    ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
+    spec.ropes = [_rope(rope) for rope in ropes]
+    spec.layers = [_layer(layer, ropes, weights.get(f"layers.{i}.scalar")) for i, layer in enumerate(config.layers)]
+    return spec
+
+
+def _rope(config: RopeConfig) -> Any:
+    rope = _native.RopeSpec()
+    rope.inverse_frequencies, rope.scale = list(config.inverse_frequencies), config.scale
+    return rope
+
+
+def _layer(config: LayerConfig, ropes: list[RopeConfig], scalar: Tensor | None) -> Any:
+    layer = _native.LayerSpec()
+    layer.heads, layer.kv_heads, layer.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    layer.intermediate = config.intermediate_size
+    layer.rope = ropes.index(config.rope)
+    layer.window = config.window or 0
+    layer.attention_scale = config.scale
+    layer.qk_norm, layer.v_norm, layer.value_is_key = config.qk_norm, config.v_norm, config.value_is_key
+    layer.scalar = config.layer_scalar * (1.0 if scalar is None else float(scalar))
+    return layer
+
+
+def _fill(core: Any, config: StackConfig, weights: Mapping[str, Tensor]) -> None:
+    """Pack every weight; each is float32 only while it is being packed."""
+
+    def read(name: str) -> Tensor:
+        return weights[name].detach().to(torch.float32).contiguous()
+
+    def set_norm(layer: int, name: str, key: str) -> None:
+        core.set_norm(layer, name, (weights[key].detach().double() + config.norm_offset).float().contiguous())
+
+    for i in range(len(config.layers)):
+        for name in LINEARS:
+            key = f"layers.{i}.{name}"
+            if f"{key}.weight" in weights:
+                core.set_linear(i, name, read(f"{key}.weight"), read(f"{key}.bias") if f"{key}.bias" in weights else None)
+        for name in NORMS:
+            if f"layers.{i}.{name}.weight" in weights:
+                set_norm(i, name, f"layers.{i}.{name}.weight")
+    set_norm(-1, "norm", "norm.weight")
+    if "embed.weight" in weights:
+        core.set_embedding(read("embed.weight"))
+    if config.vocab_size:
+        core.set_head(read("head.weight" if "head.weight" in weights else "embed.weight"))
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+def _described(tensor: Any) -> str:
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    layout = "" if tensor.is_contiguous() else ", not contiguous"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}{layout}"
+
+
+def _explained(
+    error: Exception, batch: RaggedBatch, hidden: Tensor | None, residual: Tensor | None, logits_at: Tensor | None
+) -> OutriderError:
+    """What was wrong with a pass: the core's own words, or for an array it cannot take, which one that is."""
+    if isinstance(error, IndexError):
+        return CacheFull(f"{error}; shorten the sequence, or open the memory with a larger capacity")
+    if isinstance(error, ValueError):
+        return InvalidRequest(str(error))
+    integers = {
+        "tokens": batch.tokens,
+        "positions": batch.positions,
+        "slots": batch.slots,
+        "offsets": batch.offsets,
+        "logits_at": logits_at,
+    }
+    for name, tensor in integers.items():
+        if tensor is not None and not _fits(tensor, 1, torch.int64):
+            return InvalidRequest(f"{name} is {_described(tensor)}; expected contiguous int64 [n] on the CPU")
+    for name, tensor in {"hidden": hidden, "residual": residual}.items():
+        if tensor is not None and not _fits(tensor, 2, None):
+            return InvalidRequest(f"{name} is {_described(tensor)}; expected a contiguous matrix on the CPU")
+    raise error
+
+
+def _fits(tensor: Any, dimensions: int, dtype: torch.dtype | None) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dim() == dimensions
+        and tensor.is_contiguous()
+        and tensor.device.type == "cpu"
+        and dtype in (None, tensor.dtype)
+    )

@@ -1,0 +1,114 @@
+"""``outrider bench``: is it faster here? Paired with plain decoding, in turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, Model, command, human, write_json
+from outrider.errors import InvalidRequest
+
+__all__ = ["bench"]
+
+
+@command
+def bench(
+    model: Model = "embedded",
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option("--drafter", help="May be repeated. Without it: every drafter that can run with this model."),
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--prompts", help="A prompt set: JSON Lines with `turns`. May be repeated. Default: embedded sets."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of each set.")] = 8,
+    temperature: Annotated[
+        list[float] | None, typer.Option("--temperature", help="May be repeated. Default: 0 and 1.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Prompts answered together.")] = 1,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="New tokens of each answer.")] = 96,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times each pair is measured.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampled texts; both sides write the same.")] = 1,
+    draft_tokens: DraftTokens = None,
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    json: JsonFile = None,
+) -> None:
+    """Measure drafters against plain decoding, in turns (A B A B), in one process.
+
+    The speed-up is the ratio of the two sides' summed seconds, each prompt the median of its repeats, with a
+    bootstrap 95 % interval over prompts. Answers go on past the end of the text, so that both sides write the same
+    number of tokens; `same` is the share of prompts whose text equals plain decoding's.
+
+    [bold]Examples[/bold]
+
+    [cyan]outrider bench[/cyan]
+
+    [cyan]outrider bench --drafter ngram --drafter suffix --prompts gsm8k.jsonl --temperature 0 --json out.json[/cyan]
+    """
+    from outrider.evaluation.bench import embedded_prompt_sets, read_prompts, run_bench
+    from outrider.llm import LLM
+
+    sets = {path.stem: read_prompts(path) for path in prompts} if prompts else embedded_prompt_sets()
+    plain = LLM(model, "none", dtype=dtype, backend=backend, max_rows=concurrency)
+    known = ["ngram", "suffix", *(["draft_model"] if model == "embedded" else [])]
+    console = human(json)
+    loaded: dict[str, LLM] = {}
+    for name in drafter or known:
+        if name in loaded:
+            raise InvalidRequest(f"--drafter {name} was given twice")
+        loaded[name] = plain.with_drafter(name, draft_tokens=draft_tokens)
+    with console.status("warming up") as status:
+        result = run_bench(
+            model,
+            loaded,
+            plain,
+            {name: texts[:limit] for name, texts in sets.items()},
+            temperatures=temperature or [0.0, 1.0],
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+            repeats=repeats,
+            seed=seed,
+            progress=status.update,
+        )
+    console.print(_table(result))
+    write_json(json, result)
+
+
+def _table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"{result['model']} on {result['machine']['cpu']}, {result['machine']['cores']} cores")
+    for name in (
+        "drafter",
+        "prompts",
+        "temp",
+        "plain tok/s",
+        "tok/s",
+        "speed-up",
+        "95 %",
+        "acc. length",
+        "same",
+        "repeats",
+    ):
+        table.add_column(name, justify="left" if name in ("drafter", "prompts") else "right")
+    for row in result["rows"]:
+        low, high = row["speedup_ci95"]
+        colour = "green" if low > 1 else "red" if high < 1 else "yellow"
+        table.add_row(
+            row["drafter"],
+            row["prompts"],
+            f"{row['temperature']:g}",
+            f"{row['baseline_tokens_per_second']:.1f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"[{colour}]{row['speedup']:.2f}[/{colour}]",
+            f"{low:.2f}-{high:.2f}",
+            f"{row['acceptance_length']:.2f}",
+            f"{row['identical']:.0%}",
+            f"{row['repeated_8grams']:.0%}",
+        )
+    return table

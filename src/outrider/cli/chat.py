@@ -1,0 +1,82 @@
+"""``outrider chat``: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from outrider.cli.common import ModelOptions, SamplingOptions, command, figures
+from outrider.errors import CheckpointError, InvalidRequest
+
+if TYPE_CHECKING:
+    from outrider.config import SamplingParams
+    from outrider.llm import LLM
+
+__all__ = ["chat"]
+
+HELP = "/exit ends, /reset forgets the conversation, Ctrl-C stops an answer"
+
+
+@command
+def chat(
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    system: Annotated[str, typer.Option("--system", help="An instruction that precedes the conversation.")] = "",
+) -> None:
+    """Talk to a model. Answers stream as they are written, their figures follow.
+
+    /exit ends, /reset forgets the conversation so far, Ctrl-C stops an answer and keeps what was said.
+
+    [bold]Examples[/bold]
+
+    [cyan]outrider chat[/cyan]
+
+    [cyan]outrider chat --model ./my-model --temperature 0.7 --system "Answer in one sentence."[/cyan]
+    """
+    params = sampling.params()
+    llm = model.load()
+    if not llm.tokenizer.has_chat_template:
+        raise CheckpointError(f"{model.model} has no chat template; `outrider generate` takes plain prompts")
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages = list(beginning)
+    notes = Console(stderr=True, highlight=False)
+    notes.print(f"{model.model}, drafter {llm.drafter_name}: {HELP}", style="dim", markup=False)
+    while (said := _listen()) is not None and said != "/exit":
+        if said == "/reset":
+            messages = list(beginning)
+            notes.print("forgotten", style="dim")
+        elif said.startswith("/"):
+            notes.print(f"unknown command {said}: {HELP}", style="bold red", markup=False)
+        elif said:
+            messages.append({"role": "user", "content": said})
+            try:
+                messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
+            except InvalidRequest as error:  # the conversation has grown past the context
+                messages.pop()
+                notes.print(f"error: {error}; /reset begins anew", style="bold red", markup=False)
+
+
+def _listen() -> str | None:
+    """One line from the user; None at the end of the input."""
+    if sys.stdin.isatty():
+        print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
+    """Stream the assistant's answer. Ctrl-C ends it early; what was said remains said."""
+    run = llm.run(llm.tokenizer.encode_chat(messages), params)
+    try:
+        for event in run.events():
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass  # the run is cancelled, the conversation goes on
+    print()
+    [output] = run.outputs()
+    figures(output)
+    return output.text

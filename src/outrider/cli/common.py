@@ -1,0 +1,273 @@
+"""What the commands share: groups of options, output for people and for programs, and errors in one line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+
+from outrider.config import SamplingParams
+from outrider.errors import InvalidRequest, OutriderError
+
+if TYPE_CHECKING:
+    from outrider.llm import LLM
+    from outrider.types import Output
+
+__all__ = [
+    "Backend",
+    "DraftTokens",
+    "Drafter",
+    "Dtype",
+    "JsonFile",
+    "MaxTokens",
+    "Model",
+    "ModelOptions",
+    "SamplingOptions",
+    "Seed",
+    "Temperature",
+    "command",
+    "describe",
+    "figures",
+    "human",
+    "output_record",
+    "read_stdin",
+    "write_json",
+]
+
+_MODEL, _SAMPLING, _OUTPUT = "Model", "Sampling", "Output"
+
+
+def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=True)
+
+
+Model = Annotated[str, _option(_MODEL, "--model", help="A model directory, a hub id, or 'embedded'.")]
+Drafter = Annotated[
+    str,
+    _option(
+        _MODEL, "--drafter", help="none, ngram, suffix, draft_model, a directory with a draft model, or 'auto'."
+    ),
+]
+DraftTokens = Annotated[
+    int | None, _option(_MODEL, "--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
+]
+Dtype = Annotated[str, _option(_MODEL, "--dtype", help="float32, bfloat16, or 'auto'.")]
+Backend = Annotated[str, _option(_MODEL, "--backend", help="native, reference, or 'auto'.")]
+MaxTokens = Annotated[int, _option(_SAMPLING, "--max-tokens", help="Most new tokens.")]
+Temperature = Annotated[float, _option(_SAMPLING, "--temperature", help="0 is greedy.")]
+Seed = Annotated[
+    int | None,
+    _option(_SAMPLING, "--seed", help="Makes the text reproducible: the same with any drafter, or none."),
+]
+JsonFile = Annotated[
+    str | None,
+    _option(_OUTPUT, "--json", metavar="FILE", help="Write the result as JSON; '-' prints it, and only it, on stdout."),
+]
+
+
+# ------------------------------------------------------------------------------------------------ option groups
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The target, its drafter, and how they run."""
+
+    model: Model = "embedded"
+    drafter: Drafter = "auto"
+    draft_tokens: DraftTokens = None
+    dtype: Dtype = "auto"
+    backend: Backend = "auto"
+
+    def load(self) -> LLM:
+        """Raises CheckpointError and its kin for what cannot be loaded."""
+        from outrider.llm import LLM
+
+        return LLM(
+            self.model, self.drafter, dtype=self.dtype, backend=self.backend, draft_tokens=self.draft_tokens
+        )
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """A request's sampling, as ``SamplingParams`` takes it."""
+
+    max_tokens: MaxTokens = 128
+    temperature: Temperature = 0.0
+    top_p: Annotated[
+        float, _option(_SAMPLING, "--top-p", help="Keep the smallest set of likeliest tokens of this mass.")
+    ] = 1.0
+    top_k: Annotated[int, _option(_SAMPLING, "--top-k", help="Keep the k likeliest tokens; 0 keeps all.")] = 0
+    min_p: Annotated[
+        float, _option(_SAMPLING, "--min-p", help="Drop tokens less likely than this times the likeliest.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, _option(_SAMPLING, "--repetition-penalty", help="Above 1 makes seen tokens less likely.")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, _option(_SAMPLING, "--presence-penalty", help="Taken off the logit of every token already written.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, _option(_SAMPLING, "--frequency-penalty", help="Taken off once for each time a token was written.")
+    ] = 0.0
+    logit_bias: Annotated[
+        list[str] | None,
+        _option(_SAMPLING, "--logit-bias", metavar="ID=VALUE", help="Add to a token's logit. May be repeated."),
+    ] = None
+    seed: Seed = None
+    rule: Annotated[
+        str | None,
+        _option(
+            _SAMPLING, "--rule", help="rejection, block or coupled. Without it: coupled with a seed, block without."
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None, _option(_SAMPLING, "--stop", help="A string that ends the text. May be repeated.")
+    ] = None
+    ignore_eos: Annotated[
+        bool, _option(_SAMPLING, "--ignore-eos", help="Go on after the end-of-text token.")
+    ] = False
+
+    def params(self) -> SamplingParams:
+        """Raises InvalidRequest for values out of range."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["logit_bias"] = tuple(_bias(entry) for entry in self.logit_bias or ())
+        values["stop"] = tuple(self.stop or ())
+        return SamplingParams(**values)
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, separator, value = entry.partition("=")
+    try:
+        if not separator:
+            raise ValueError
+        return int(token), float(value)
+    except ValueError:
+        raise InvalidRequest(f"--logit-bias: expected ID=VALUE like 42=-1.5, got {entry!r}") from None
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command: its parameters that are option groups become their options, its errors become one line.
+
+    Exit codes: 2 for the user's input (``OutriderError``), 1 for anything unforeseen, 130 for Ctrl-C.
+    """
+    groups: dict[str, type] = {}
+    flat: list[Parameter] = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        kind = parameter.annotation
+        if is_dataclass(kind) and isinstance(kind, type):
+            groups[parameter.name] = kind
+            hints = get_type_hints(kind, include_extras=True)
+            flat += [
+                Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+                for f in fields(kind)
+            ]
+        else:
+            flat.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
+
+    @wraps(function)
+    def run(**values: Any) -> None:
+        filled = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
+        with _errors_in_one_line():
+            function(**filled, **values)
+
+    run.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return run
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # the reader went away, as `head` does: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except (OutriderError, OSError) as error:
+        if os.environ.get("OUTRIDER_DEBUG"):
+            raise
+        _complain(str(error))
+        raise typer.Exit(2) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if os.environ.get("OUTRIDER_DEBUG"):
+            raise
+        _complain(f"unexpected {type(error).__name__}: {error}; OUTRIDER_DEBUG=1 shows where")
+        raise typer.Exit(1) from None
+
+
+def _complain(message: str) -> None:
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", style="bold red", markup=False)
+
+
+# ------------------------------------------------------------------------------------------------ input and output
+
+
+def read_stdin() -> str:
+    """Standard input to its end, exactly as it is; bytes that are not UTF-8 survive as surrogates."""
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+
+
+def human(json_file: str | None) -> Console:
+    """Where people read: stdout, or stderr when stdout is for JSON alone."""
+    return Console(stderr=json_file == "-", highlight=False)
+
+
+def write_json(json_file: str | None, value: Any) -> None:
+    """Write ``value`` where ``--json`` says, if it says so. Raises InvalidRequest for a place that cannot be written."""
+    if json_file is None:
+        return
+    text = json.dumps(value, indent=2) + "\n"  # ASCII: even a prompt that was not UTF-8 can be written
+    if json_file == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    try:
+        Path(json_file).write_text(text)
+    except OSError as error:
+        raise InvalidRequest(f"--json: cannot write {json_file}: {error.strerror}") from None
+
+
+def output_record(output: Output) -> dict[str, Any]:
+    """One answer, as JSON has it."""
+    stats = output.stats
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "stats": {
+            "rounds": stats.rounds,
+            "drafted": stats.drafted,
+            "accepted": stats.accepted,
+            "acceptance_length": round(stats.acceptance_length, 4),
+            "tokens_per_second": round(stats.tokens_per_second, 2),
+        },
+    }
+
+
+def describe(output: Output) -> str:
+    """One answer's figures in a line."""
+    stats = output.stats
+    return (
+        f"{stats.generated} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"acceptance length {stats.acceptance_length:.2f}, finished: {output.finish_reason}"
+    )
+
+
+def figures(output: Output) -> None:
+    """Say an answer's figures on stderr, out of the text's way."""
+    Console(stderr=True, highlight=False).print(describe(output), style="dim", markup=False)

@@ -1,0 +1,227 @@
+"""A smaller causal LM of the same vocabulary drafts, token by token, from a memory of its own.
+
+Leviathan, Kalman and Matias (ICML 2023); Chen et al. (arXiv 2302.01318).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from outrider import registry
+from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
+from outrider.sampling import Categorical, process
+from outrider.types import Context, Memory, Noise, Proposal, RaggedBatch, TargetModel
+
+__all__ = ["DraftModelConfig", "DraftModelDrafter"]
+
+CHUNK = 512  # most tokens of one row in a catch-up pass, so that a long gap costs bounded scratch memory
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModelConfig:
+    """Options of the ``draft_model`` drafter. Raises InvalidRequest for values out of range."""
+
+    model: str
+    """The smaller model: a directory, a hub id, or a name that stands for an embedded one."""
+    draft_tokens: int = 4
+    """The most tokens it proposes in a round."""
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens < 1:
+            raise InvalidRequest(f"drafter draft_model: draft_tokens must be at least 1, got {self.draft_tokens}")
+
+
+@dataclass(slots=True)
+class _Row:
+    capacity: int
+    place: int  # slot in the draft model's memory
+    cached: int = 0  # tokens of the row's history that the memory holds
+    ahead: int = 0  # drafts it holds behind them, until ``observe`` tells which came true
+
+
+class DraftModelDrafter:
+    """Samples drafts from the draft model under the row's own sampling options.
+
+    The memory follows the row lazily. After a round it already holds the row's last token and all drafts but the
+    final one; what it lacks (an accepted final draft, tokens of plain rounds, a prompt served from a prefix cache)
+    is read from the history and folded into the next proposal's first pass.
+    """
+
+    Config = DraftModelConfig
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, model: TargetModel, draft_tokens: int) -> None:
+        self.block = draft_tokens
+        self.model = model
+        self._rows: dict[int, _Row] = {}
+        self._memory: Memory = model.new_memory(1, 1)
+        self._slots = 1
+
+    @classmethod
+    def from_config(
+        cls,
+        config: DraftModelConfig,
+        target: TargetModel,
+        *,
+        load_target: Callable[[str], TargetModel],
+        **services: Any,
+    ) -> DraftModelDrafter:
+        """``load_target`` makes the draft model. Raises IncompatibleDrafter where the vocabularies differ."""
+        model = load_target(config.model)
+        if model.spec.vocab_size != target.spec.vocab_size:
+            raise IncompatibleDrafter(
+                f"draft model {config.model!r} has a vocabulary of {model.spec.vocab_size} tokens, the target "
+                f"{target.spec.name!r} one of {target.spec.vocab_size}; use a smaller model with the target's tokenizer"
+            )
+        return cls(model, config.draft_tokens)
+
+    @staticmethod
+    def recognises(config: Mapping[str, Any]) -> bool:
+        """Whether a directory with this config.json holds a causal LM."""
+        kinds = config.get("architectures")
+        if kinds:
+            return any(str(kind).endswith("ForCausalLM") for kind in kinds)
+        return config.get("model_type") in registry.TARGETS
+
+    def open(self, slot: int, capacity: int) -> None:
+        capacity = min(capacity, self.model.spec.max_positions)
+        if capacity > self._memory.capacity:
+            self._renew(self._slots, capacity)
+        try:
+            place = self._memory.open()
+        except CacheFull:
+            self._renew(2 * self._slots, self._memory.capacity)
+            place = self._memory.open()
+        self._rows[slot] = _Row(capacity, place)
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+        """Rows draft together. A row near the end of the draft model's context drafts less, past it nothing.
+
+        Confidence is the draft model's largest probability before sampling options: it is known before the token is.
+        """
+        rows = [self._rows[slot] for slot in slots.tolist()]
+        starts = [len(context.history[b]) for b in range(len(rows))]  # position of the first draft
+        lengths = [
+            max(0, min(most, self.block, row.capacity + 1 - start))
+            for row, start, most in zip(rows, starts, limit.tolist(), strict=True)
+        ]
+        width = max(lengths, default=0)
+        if width == 0:
+            return Proposal.empty(len(rows))
+        # Longest drafts first: the rows that still draft at depth j are then a prefix.
+        order = sorted((b for b, n in enumerate(lengths) if n), key=lambda b: -lengths[b])
+        live = [sum(lengths[b] > j for b in order) for j in range(width)]
+        index, places, positions = torch.tensor(
+            [order, [rows[b].place for b in order], [starts[b] for b in order]], dtype=torch.int64
+        ).unbind()
+        offsets = torch.arange(len(order) + 1)
+        penalised = any(context.params[b].penalised for b in order)
+        seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts that count for penalties
+        laws: list[Categorical] = []
+        drafts: list[Tensor] = []
+        sureness: list[Tensor] = []
+
+        logits = self._first_pass([rows[b] for b in order], [context.history[b] for b in order])
+        for j, n in enumerate(live):
+            live_index, live_positions = index[:n], positions[:n]
+            if j:
+                batch = RaggedBatch(drafts[-1][:n], live_positions - 1, places[:n], offsets[: n + 1])
+                logits = self.model.forward(batch, self._memory).logits
+            law = process(logits, context, live_index, torch.full((n,), j), drafted=seen)
+            keys = None if law.is_greedy else noise.token_keys(live_index, live_positions, "draft")
+            laws.append(law)
+            drafts.append(law.argmax() if keys is None else law.draw(keys))
+            sureness.append(_largest_probability(logits))
+            if penalised:
+                seen[live_index, j] = drafts[-1]
+            positions = positions + 1
+        for b in order:
+            rows[b].ahead = lengths[b] - 1  # the final draft is never run
+        grid = _grid(len(rows), order, live)
+        greedy = all(law.is_greedy for law in laws)
+        return Proposal(
+            torch.cat(drafts)[grid],
+            torch.tensor(lengths, dtype=torch.int64),
+            None if greedy else Categorical.concatenate(laws).take(grid.flatten()),
+            torch.cat(sureness)[grid],
+        )
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        """Note how much of the drafts came true; run prompts as they come.
+
+        A run of several tokens right behind the cache is a prompt's chunk. The single token of a plain round waits,
+        since a row that never drafts again should not pay for it.
+        """
+        tokens, positions, offsets = batch.tokens.tolist(), batch.positions.tolist(), batch.offsets.tolist()
+        chunks: list[tuple[_Row, list[int]]] = []
+        for slot, first, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
+            if first == end:
+                continue
+            row, start, after = self._rows[slot], positions[first], positions[end - 1] + 1
+            if row.ahead:
+                row.cached = min(row.cached + row.ahead, after)
+                row.ahead = 0
+            elif start == row.cached and after - start > 1 and after <= row.capacity:
+                chunks.append((row, tokens[first:end]))
+        if chunks:
+            self._run(chunks)
+
+    def close(self, slot: int) -> None:
+        self._memory.close(self._rows.pop(slot).place)
+
+    def _first_pass(self, rows: Sequence[_Row], histories: Sequence[list[int]]) -> Tensor:
+        """Take back what did not come true, run what is missing, up to and with the last token. -> logits [B, V]"""
+        for row, history in zip(rows, histories, strict=True):
+            row.cached = min(row.cached, len(history) - 1)  # a round that never came to be observed
+        self._memory.rewind(torch.tensor([row.place for row in rows]), torch.tensor([row.cached for row in rows]))
+        missing = []
+        for row, history in zip(rows, histories, strict=True):
+            row.ahead = 0
+            while len(history) - row.cached > CHUNK:
+                self._run([(row, history[row.cached : row.cached + CHUNK])])
+            missing.append((row, history[row.cached :]))
+        return self._run(missing, logits=True)
+
+    def _run(self, chunks: Sequence[tuple[_Row, list[int]]], logits: bool = False) -> Tensor:
+        """Append tokens to the rows' memory. -> logits [B, V] after each chunk, or none."""
+        batch = RaggedBatch.pack(
+            [tokens for _, tokens in chunks], [row.cached for row, _ in chunks], [row.place for row, _ in chunks]
+        )
+        for row, tokens in chunks:
+            row.cached += len(tokens)
+        wanted = batch.offsets[1:] - 1 if logits else batch.offsets[:0]
+        return self.model.forward(batch, self._memory, logits_at=wanted).logits
+
+    def _renew(self, slots: int, capacity: int) -> None:
+        """A larger memory. Rows that are open start it empty and catch up when they next draft."""
+        self._memory, self._slots = self.model.new_memory(slots, capacity), slots
+        for row in self._rows.values():
+            row.place, row.cached, row.ahead = self._memory.open(), 0, 0
+
+
+def _largest_probability(logits: Tensor) -> Tensor:
+    """float32 [R]: max softmax(logits). numpy on a CPU: so small a sum is not worth waking torch's threads for."""
+    if logits.device.type != "cpu":
+        return logits.float().softmax(-1).amax(-1)
+    values = logits.float().numpy()
+    return torch.from_numpy(1 / np.exp(values - values.max(1, keepdims=True)).sum(1))
+
+
+def _grid(rows: int, order: Sequence[int], live: Sequence[int]) -> Tensor:
+    """int64 [B, K]: which draft, counted in the order they were made, is token (b, j).
+
+    Undrafted places borrow the first one: nothing reads them.
+    """
+    grid = [[0] * len(live) for _ in range(rows)]
+    made = 0
+    for j, n in enumerate(live):
+        for b in order[:n]:
+            grid[b][j] = made
+            made += 1
+    return torch.tensor(grid, dtype=torch.int64)

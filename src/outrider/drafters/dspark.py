@@ -1,0 +1,184 @@
+"""Semi-autoregressive drafting: a parallel block over the target's features, then a sequential head (DSpark).
+
+DSpark, arXiv 2026 (DeepSeek): context injected into keys and values (equations 2 and 3), Markov head (4 to 6),
+confidence head (7). DFlash (arXiv 2602.06036) is the same with both heads off.
+
+n rows that draft, K drafts, S slots of a block, D width, F feature width, r Markov rank, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outrider.checkpoints import BlockDesign, DraftCheckpoint
+from outrider.drafting import Drawing, TrainedDrafter, linear, rms_norm
+from outrider.errors import InvalidRequest
+from outrider.types import Backend, Context, Noise, Proposal, RaggedBatch, TargetModel
+
+__all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead"]
+
+
+@dataclass(frozen=True, slots=True)
+class DSparkConfig:
+    """Options of the ``dspark`` and ``dflash`` drafters. Raises InvalidRequest for values out of range."""
+
+    model: str
+    """The trained drafter: a directory or a hub id."""
+    draft_tokens: int | None = None
+    """The most tokens it proposes in a round; None: as many as a block gives."""
+    block_size: int | None = None
+    """Slots of a block, when not those it was trained with."""
+    sample_from_anchor: bool | None = None
+    """Whether the anchor's slot predicts; None: as the checkpoint says."""
+    target_layers: tuple[int, ...] | None = None
+    """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
+
+    def __post_init__(self) -> None:
+        for name in ("draft_tokens", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequest(f"drafter dspark: {name} must be at least 1, got {value}")
+
+
+class DSparkDrafter(TrainedDrafter):
+    """Drafts a block in one pass of its layers, then corrects it token by token."""
+
+    Config = DSparkConfig
+    kinds = ("dspark", "dflash")
+
+    def __init__(
+        self,
+        checkpoint: DraftCheckpoint,
+        target: TargetModel,
+        backend: Backend,
+        *,
+        config: Any,
+        dtype: torch.dtype | str,
+        max_rows: int,
+    ) -> None:
+        design = checkpoint.design
+        assert isinstance(design, BlockDesign)
+        changes = {name: getattr(config, name) for name in ("block_size", "sample_from_anchor")}
+        self.design = design = replace(design, **{name: value for name, value in changes.items() if value is not None})
+        checkpoint = replace(checkpoint, design=design)
+        super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows)
+        self.block = min(self.block, design.drafts)
+        self.head = SequentialHead(design, checkpoint.tensors, backend, dtype)
+        self._fc = linear(backend, checkpoint.tensors["fc.weight"], dtype)
+        self._hidden_norm = checkpoint.tensors["hidden_norm.weight"].float()
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        """Take in the features of committed tokens; they become keys and values when they are needed, or many."""
+        full = self.cache.add(batch, features)
+        if full:
+            self._absorb(full)
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+        """All rows in one pass. A row with missing features drafts nothing."""
+        named = slots.tolist()
+        lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
+        if not any(lengths):
+            return Proposal.empty(len(named))
+        drawing = Drawing(self.net, context, noise, lengths)
+        anchors = last[drawing.rows]
+        hidden, base = self.run_block([named[b] for b in drawing.rows.tolist()], anchors, max(lengths))
+        previous, state = anchors, self.head.start(len(anchors))
+        before = []
+        for k in range(max(lengths)):
+            state, embedding, bias = self.head.step(state, previous, hidden[:, k])
+            previous = drawing.draw(base[:, k] if bias is None else base[:, k] + bias)
+            before.append(embedding)
+        confidence = self.head.confidence(hidden, before)
+        return drawing.proposal(drawing.margins() if confidence is None else confidence)
+
+    def run_block(self, slots: list[int], anchors: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
+        """The block at the slots that predict: hidden states after the final norm, and base logits.
+
+        int64 [n] -> [n, drafts, D], [n, drafts, Vd].
+        """
+        self._absorb(slots)
+        size, first = self.design.block_size, 0 if self.design.sample_from_anchor else 1
+        places, starts = self.cache.places(slots), self.cache.held(slots)
+        tokens = torch.full((len(slots), size), self.design.mask_token_id, dtype=torch.int64)
+        tokens[:, 0] = anchors
+        block = torch.arange(size)
+        batch = RaggedBatch(
+            tokens.flatten(), (starts[:, None] + block).flatten(), places, torch.arange(len(slots) + 1) * size
+        )
+        wanted = torch.arange(len(slots))[:, None] * size + first + torch.arange(drafts)
+        output = self.net.stack.forward(
+            batch, self.cache.memory, hidden=self.net.embed(batch.tokens), logits_at=wanted.flatten(), mask="block"
+        )
+        self.cache.memory.rewind(places, starts)  # the block's own keys and values were scratch
+        shape = len(slots), drafts, -1
+        return output.hidden.view(shape), self.net.logits(output).view(shape)
+
+    def _absorb(self, slots: list[int]) -> None:
+        waiting = self.cache.take(slots)
+        if waiting is not None:
+            context = rms_norm(self._fc(waiting.features), self._hidden_norm, self.net.stack.config.norm_eps)
+            self.net.stack.project(context, waiting.batch, self.cache.memory)
+
+
+class DFlashDrafter(DSparkDrafter):
+    """The same with no Markov head and no confidence head: every draft is its own slot's likeliest token."""
+
+    kinds = ("dflash", "dspark")
+
+
+class SequentialHead:
+    """What makes the block's tokens depend on each other: the Markov head (equations 4 to 6), and the confidence (7)."""
+
+    def __init__(
+        self, design: BlockDesign, tensors: Mapping[str, Tensor], backend: Backend, dtype: torch.dtype | str
+    ) -> None:
+        self.design = design
+        self._confidence = None
+        if design.markov_rank:
+            self._w1 = tensors["markov.w1.weight"].float()
+            self._w2 = linear(backend, tensors["markov.w2.weight"], dtype)
+        if design.markov_rank and design.markov_head != "vanilla":
+            name = "markov.gate" if design.markov_head == "gated" else "markov.joint"
+            self._mix = linear(backend, tensors[f"{name}.weight"], dtype, tensors[f"{name}.bias"])
+        if design.confidence:
+            self._confidence = tensors["confidence.weight"].float()[0], tensors["confidence.bias"].float()
+
+    def start(self, rows: int) -> Tensor:
+        """The state before a block's first token, [n, r]: the recurrent head starts from zero in every block."""
+        return torch.zeros(rows, self.design.markov_rank)
+
+    def step(self, state: Tensor, previous: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """state [n, r], previous int64 [n] (target ids), hidden [n, D] -> state, W1[previous] [n, r], bias [n, Vd]."""
+        if not self.design.markov_rank:
+            return state, state, None
+        embedding = self._w1[previous]
+        if self.design.markov_head == "vanilla":
+            return state, embedding, self._w2(embedding)
+        hidden = hidden.to(embedding.dtype)
+        if self.design.markov_head == "gated":
+            gate = torch.sigmoid(self._mix(torch.cat([hidden, embedding], 1)))
+            return state, embedding, self._w2(gate * embedding)
+        gate, candidate, out = self._mix(torch.cat([state, embedding, hidden], 1)).chunk(3, 1)
+        gate = torch.sigmoid(gate)
+        state = gate * state + (1 - gate) * torch.tanh(candidate)
+        return state, embedding, self._w2(torch.tanh(out))
+
+    def confidence_logits(self, hidden: Tensor, before: list[Tensor]) -> Tensor | None:
+        """[n, K, D] and W1 of the token before each, K of [n, r] -> float32 [n, K]; None without that head."""
+        if self._confidence is None:
+            return None
+        weight, bias = self._confidence
+        states = hidden.float()
+        if self.design.confidence_with_markov:
+            states = torch.cat([states, torch.stack(before, 1)], 2)
+        return (states * weight).sum(2) + bias
+
+    def confidence(self, hidden: Tensor, before: list[Tensor]) -> Tensor | None:
+        """P(draft k is accepted | those before it were), float32 [n, K]."""
+        logits = self.confidence_logits(hidden, before)
+        return None if logits is None else torch.sigmoid(logits)

@@ -1,0 +1,41 @@
+"""No drafting: plain decoding through the same loop, the baseline of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from outrider.types import Context, Noise, Proposal, RaggedBatch, TargetModel
+
+__all__ = ["NoConfig", "NoDrafter"]
+
+
+@dataclass(frozen=True, slots=True)
+class NoConfig:
+    """Nothing to choose."""
+
+
+class NoDrafter:
+    """Proposes nothing."""
+
+    Config = NoConfig
+    taps: tuple[int, ...] = ()
+    block = 0
+
+    @classmethod
+    def from_config(cls, config: NoConfig, target: TargetModel, **services: Any) -> NoDrafter:
+        return cls()
+
+    def open(self, slot: int, capacity: int) -> None:
+        """Nothing to reserve."""
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+        return Proposal.empty(len(slots))
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        """Nothing to learn."""
+
+    def close(self, slot: int) -> None:
+        """Nothing to free."""

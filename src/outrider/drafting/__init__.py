@@ -1,0 +1,20 @@
+"""What trained drafters share: network, cache of committed tokens, drawing, and the chain of autoregressive ones."""
+
+from outrider.drafting.cache import DraftCache, Waiting
+from outrider.drafting.chain import ChainDrafter, ChainState
+from outrider.drafting.drawing import Drawing
+from outrider.drafting.net import DraftNet, linear, load_net, rms_norm
+from outrider.drafting.trained import TrainedDrafter
+
+__all__ = [
+    "ChainDrafter",
+    "ChainState",
+    "DraftCache",
+    "DraftNet",
+    "Drawing",
+    "TrainedDrafter",
+    "Waiting",
+    "linear",
+    "load_net",
+    "rms_norm",
+]

@@ -1,0 +1,128 @@
+"""A trained drafter's network on a backend, with the embedding and the head it shares with its target or has itself.
+
+n rows, V target vocabulary, Vd draft vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.checkpoints import DraftCheckpoint
+from outrider.config import StackConfig
+from outrider.errors import IncompatibleDrafter
+from outrider.types import Backend, Stack, StackOutput, TargetModel
+
+__all__ = ["DraftNet", "linear", "load_net", "rms_norm"]
+
+EQUAL = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "int8": 0.03, "int4": 0.2}
+"""Relative difference up to which two matrices are the same one, by the dtype the target was loaded in."""
+STRANGE = 0.5  # relative difference from which a frozen copy of the embedding is no copy of this target's
+PROBES = 4
+CHUNK = 8192  # rows of a matrix compared at a time
+
+
+@dataclass(frozen=True, slots=True)
+class DraftNet:
+    """A drafter's layers on a backend, with the embedding and the head it uses: its own, or the target's."""
+
+    stack: Stack
+    embed: Callable[[Tensor], Tensor]  # int64 [...] -> [..., D]
+    unembed: Callable[[Tensor], Tensor]  # [..., D] -> [..., Vd]
+    target_ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
+    vocab_size: int
+
+    def logits(self, output: StackOutput) -> Tensor:
+        """[R, Vd] of a pass through ``stack``, which has made them already where the head is its own."""
+        return self.unembed(output.hidden) if output.logits is None else output.logits
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """[n, Vd] -> [n, V]: no mass on tokens that cannot be drafted."""
+        if self.target_ids is None:
+            return logits
+        rows = logits.new_full((len(logits), self.vocab_size), -torch.inf)
+        rows[:, self.target_ids] = logits
+        return rows
+
+
+def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend, dtype: torch.dtype | str) -> DraftNet:
+    """Load a drafter's stack, without an embedding or a head that are the target's anyway.
+
+    Raises IncompatibleDrafter where a frozen copy of the embedding is clearly not this target's.
+    """
+    tensors, weights = checkpoint.tensors, checkpoint.stack_weights()
+    config = checkpoint.stack(head=True)
+    equal = EQUAL[str(dtype).removeprefix("torch.")]
+    own_embed = own_head = False
+    if "embed.weight" in tensors:
+        difference = _embedding_difference(tensors["embed.weight"], config.embedding_scale, target)
+        if checkpoint.frozen_embedding and difference > STRANGE:
+            raise IncompatibleDrafter(
+                f"the drafter was made for another target: its copy of the embedding differs from that of "
+                f"{target.spec.name or 'this one'} by {difference:.0%}"
+            )
+        own_embed = difference > equal
+    if "head.weight" in tensors:
+        own_head = checkpoint.reduced or _head_difference(tensors["head.weight"], config, target) > equal
+    if own_embed:
+        weights["embed.weight"] = tensors["embed.weight"]
+    if own_head:
+        weights["head.weight"] = tensors["head.weight"]
+    stack = backend.load(checkpoint.stack(head=own_head), weights, dtype)
+    ids = tensors["d2t"].long() + torch.arange(checkpoint.draft_vocab_size) if checkpoint.reduced else None
+    return DraftNet(
+        stack,
+        stack.embed if own_embed else target.embed,
+        stack.unembed if own_head else target.unembed,
+        ids,
+        checkpoint.vocab_size,
+    )
+
+
+def _embedding_difference(weight: Tensor, scale: float, target: TargetModel) -> float:
+    """|target's - own| / |own|."""
+    off = total = 0.0
+    for begin in range(0, len(weight), CHUNK):
+        own = weight[begin : begin + CHUNK].double() * scale
+        theirs = target.embed(torch.arange(begin, begin + len(own)))
+        if theirs.shape != own.shape:
+            return torch.inf
+        off += float((theirs.double() - own).square().sum())
+        total += float(own.square().sum())
+    return (off / total) ** 0.5 if total else torch.inf
+
+
+def _head_difference(weight: Tensor, config: StackConfig, target: TargetModel) -> float:
+    """|target's - own| / |own|, by what the two make of a few random states: no row can hide from all of them."""
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(PROBES, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+    if target.spec.hidden_size != weight.shape[1]:
+        return torch.inf
+    own = torch.cat([probes @ part.float().T for part in weight.split(CHUNK)], 1)
+    if config.logit_softcap:
+        own = torch.tanh(own / config.logit_softcap) * config.logit_softcap
+    theirs = target.unembed(probes.to(target.spec.dtype)).float()
+    return float((theirs - own).norm() / own.norm())
+
+
+def linear(
+    backend: Backend, weight: Tensor, dtype: torch.dtype | str, bias: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """``weight`` [out, in] as a product on the backend, so that a row's bits do not depend on its neighbours:
+    [n, in] -> [n, out], float32 at least."""
+    out, width = weight.shape
+    config = StackConfig(vocab_size=out, hidden_size=width, layers=())
+    stack = backend.load(config, {"head.weight": weight, "norm.weight": torch.ones(width)}, dtype)
+    if bias is None:
+        return stack.unembed
+    added = bias.float()
+    return lambda x: stack.unembed(x) + added
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """[..., D], computed in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * gain).to(x.dtype)

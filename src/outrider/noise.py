@@ -1,0 +1,203 @@
+"""Counter-based noise: every random number is a function of (request seed, round, position, purpose), never of state.
+
+The mixer is SplitMix64's (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)::
+
+    mix64(x):  x ^= x >> 30;  x *= 0xBF58476D1CE4E5B9;  x ^= x >> 27;  x *= 0x94D049BB133111EB;  x ^= x >> 31
+    absorb(h, x) = mix64((h + GAMMA) ^ x)                    GAMMA = 0x9E3779B97F4A7C15, all modulo 2**64
+
+A key absorbs round, purpose and position, in that order, into a word made of the seed. From a key come
+
+    uniform         k = key >> 12;                           u = (k + 0.5) * 2**-52, float64, never 0 or 1
+    Gumbel value    x = mix64(key + (v + 1) * GAMMA) of token id v
+                    u = min((double(x) + 0.5) * 2**-64, 1 - 2**-53);  E = -log1p(-u);  g = -log(E), float64
+
+so the value of token v depends on the key and on v alone: a law cut to its top k sees the very noise of the full one.
+E is a unit exponential and the winner of ``argmax(logit + g)`` is the first of the clocks E / p to ring. Winners have
+a small E, so what decides is the *relative* precision of u near 0; that is why x keeps all its bits (a float holds
+them at any magnitude) and why it is log1p(-u), not log(u), that is taken. With 32 bits tokens of p < 1e-10 would be
+drawn too seldom; with 64 the law is exact to float64 for every token that could ever be met.
+
+**A draw is defined in float64**: the largest ``double(logit) + g``, the lowest id on ties. It is *found* in float32
+and only contenders too close to call are compared in float64, so that another implementation (C++, CUDA), whatever
+its logarithm's last bits, finds the same token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from outrider.config import Rule
+
+__all__ = ["GAMMA", "RowNoise", "gumbel", "gumbel_argmax", "mix64"]
+
+GAMMA = 0x9E3779B97F4A7C15
+_G, _M1, _M2 = np.uint64(GAMMA), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_CHUNK = 16384  # values mixed at a time: the buffers stay in the second-level cache
+
+_Words = npt.NDArray[np.uint64]
+
+
+# ------------------------------------------------------------------------------------------------ keys
+
+
+def mix64(x: _Words) -> _Words:
+    """SplitMix64's finaliser, elementwise on a uint64 array (at least 1-d: numpy scalars warn when they wrap)."""
+    x = (x ^ (x >> _S30)) * _M1
+    x = (x ^ (x >> _S27)) * _M2
+    return x ^ (x >> _S31)
+
+
+def _absorb(key: _Words, x: _Words | np.uint64) -> _Words:
+    return mix64((key + _G) ^ x)
+
+
+@lru_cache(maxsize=4096)
+def _word(value: int | str) -> int:
+    """64 bits that stand for any Python int (negative or huge) or for a purpose."""
+    if isinstance(value, str):
+        data = value.encode()
+    else:
+        data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
+class RowNoise:
+    """The noise of one step's rows (``types.Noise``).
+
+    seeds, rounds, rules: one per row. A row's numbers depend on its own three alone, never on its neighbours.
+
+    ``rejection`` and ``block`` put the round into the key: the noise of a rejected tail must not come back at the same
+    positions, since what was accepted depended on it. There, token keys of different purposes ("draft": the drafter's
+    own draws, "own": the target's) are independent streams.
+
+    ``coupled`` leaves out the round, and its token keys leave out the purpose as well: drafter and target meet the same
+    Gumbel values at a position, today and whenever the position is visited again (Daliri, Musco, Suresh 2024,
+    arXiv 2408.07978, section 3).
+    """
+
+    def __init__(self, seeds: Sequence[int], rounds: Sequence[int], rules: Sequence[Rule]) -> None:
+        shared = [rule == "coupled" for rule in rules]
+        counts = [0 if same else round + 1 for same, round in zip(shared, rounds, strict=True)]
+        words = [_word(seed) for seed in seeds]
+        self._rows = _absorb(np.array(words, np.uint64), np.array(counts, np.uint64))
+        self._shared = np.array(shared) if any(shared) else None
+        self._streams: dict[str, _Words] = {}
+
+    def uniform(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
+        """float64 in (0, 1), one for each (row, position): odd multiples of 2**-53. int64 [n], int64 [n] -> [n]."""
+        stream = self._streams.get("uniform " + purpose)
+        if stream is None:
+            stream = self._streams["uniform " + purpose] = _absorb(self._rows, np.uint64(_word("uniform " + purpose)))
+        bits = _at(stream, rows, positions) >> np.uint64(12)
+        return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-52)
+
+    def token_keys(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
+        """int64 [n]: the keys of ``gumbel``, one for each (row, position). int64 [n], int64 [n] -> [n]."""
+        stream = self._streams.get("tokens " + purpose)
+        if stream is None:
+            word: _Words | np.uint64 = np.uint64(_word("tokens " + purpose))
+            if self._shared is not None:
+                word = np.where(self._shared, np.uint64(_word("tokens")), word)
+            stream = self._streams["tokens " + purpose] = _absorb(self._rows, word)
+        return torch.from_numpy(_at(stream, rows, positions).view(np.int64))
+
+
+def _at(stream: _Words, rows: Tensor, positions: Tensor) -> _Words:
+    return _absorb(stream[rows.cpu().numpy()], positions.cpu().numpy().view(np.uint64))
+
+
+# ------------------------------------------------------------------------------------------------ Gumbel values
+
+
+def _signed(word: np.uint64) -> int:
+    return int(word.astype(np.int64))
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    """x >> bits of int64 words taken as unsigned; torch's own shift copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def gumbel(keys: Tensor, ids: Tensor | None, vocab_size: int) -> Tensor:
+    """Gumbel values as the module defines them, on any device: the reference, and the path of other devices.
+
+    keys int64 [n]; ids int64 [n, S] or [S], None = all of ``range(vocab_size)`` -> float64 [n, S].
+    """
+    if ids is None:
+        ids = torch.arange(vocab_size, device=keys.device)
+    x = keys[:, None] + (ids + 1) * _signed(_G)  # int64 arithmetic wraps: the same words as unsigned
+    x = (x ^ _logical_shift(x, 30)) * _signed(_M1)
+    x = (x ^ _logical_shift(x, 27)) * _signed(_M2)
+    x = x ^ _logical_shift(x, 31)
+    word = _logical_shift(x, 32).double() * 2.0**32 + (x & 0xFFFFFFFF).double()  # one rounding: double(x)
+    u = ((word + 0.5) * 2.0**-64).clamp_max_(1 - 2.0**-53)
+    return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def gumbel_argmax(logits: Tensor, keys: Tensor, ids: Tensor | None = None) -> Tensor:
+    """One exact draw per row from softmax(logits): the column of the largest logit + Gumbel value.
+
+    logits float32 or float64 [n, S]; keys int64 [n]; ids int64 [n, S], ascending in each row: the token of each
+    column, None when column v is token v. -> int64 [n]
+    """
+    if logits.device.type != "cpu":
+        noise = gumbel(keys.to(logits.device), ids, logits.shape[1])
+        return (logits.double() + noise).argmax(-1)
+    words = keys.numpy().view(np.uint64)
+    counters = _counters(logits.shape[1]) if ids is None else (ids.numpy().view(np.uint64) + np.uint64(1)) * _G
+    return torch.from_numpy(_race(logits.numpy(), words, np.broadcast_to(counters, logits.shape)))
+
+
+@lru_cache(maxsize=16)
+def _counters(vocab_size: int) -> _Words:
+    """uint64 [1, V]: (v + 1) * GAMMA."""
+    return np.arange(1, vocab_size + 1, dtype=np.uint64)[None] * _G
+
+
+def _race(logits: npt.NDArray[np.floating], keys: _Words, counters: _Words) -> npt.NDArray[np.int64]:
+    """Winners of ``gumbel_argmax``: scores in float32, photo finishes in float64. counters [n, S]: (id + 1) * GAMMA."""
+    n, width = logits.shape
+    scores = np.empty((n, width), np.float32)
+    rows = max(1, _CHUNK // max(width, 1))
+    for r in range(0, n, rows):
+        for c in range(0, width, _CHUNK):
+            here = slice(r, r + rows), slice(c, c + _CHUNK)
+            _score(logits[here], keys[r : r + rows, None] + counters[here], scores[here])
+    winners: npt.NDArray[np.int64] = scores.argmax(1)
+    best = scores[np.arange(n), winners]
+    # Error of a score: under 1e-5 from u and the logarithms while g > -1.9; up to 1 past that, where 1 - u has few bits
+    # left (a token with such noise can only matter where its logit stands that far above the best score); and the
+    # rounding of the sum, 2**-24 of its size, and of a float64 logit.
+    margin = np.where(logits.max(1) > best + 1.8, 2.5, 1e-4) + np.abs(best) * 5e-7
+    close = scores >= (best - margin)[:, None]
+    if np.count_nonzero(close) > n:
+        for row in np.flatnonzero(close.sum(1) > 1):
+            columns = np.flatnonzero(close[row])
+            word = mix64(keys[row] + counters[row, columns]).astype(np.float64)
+            exponential = -np.log1p(-np.minimum((word + 0.5) * 2.0**-64, 1 - 2.0**-53))
+            winners[row] = columns[np.argmax(logits[row, columns].astype(np.float64) - np.log(exponential))]
+    return winners
+
+
+def _score(logits: npt.NDArray[np.floating], x: _Words, out: npt.NDArray[np.float32]) -> None:
+    """out = logits + Gumbel values in float32, in as few passes as possible; x (overwritten) = key + counter."""
+    shifted = x >> _S30
+    x ^= shifted
+    x *= _M1
+    np.right_shift(x, _S27, out=shifted)
+    x ^= shifted
+    x *= _M2  # mix64's last step moves x by less than one part in 2**30: not visible in float32
+    np.copyto(out, x, casting="unsafe")
+    out *= np.float32(-(1 - 2.0**-24) * 2.0**-64)  # -u; the factor keeps u below 1 where x rounds up to 2**64
+    np.log1p(out, out=out)
+    np.negative(out, out=out)
+    np.log(out, out=out)
+    np.subtract(logits, out, out=out, casting="same_kind")

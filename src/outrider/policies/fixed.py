@@ -1,0 +1,47 @@
+"""Always the same number of drafted tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from outrider.errors import InvalidRequest
+from outrider.types import StepCost
+
+__all__ = ["FixedConfig", "FixedPolicy"]
+
+
+@dataclass(frozen=True, slots=True)
+class FixedConfig:
+    """Options of the ``fixed`` policy. Raises InvalidRequest for values out of range."""
+
+    draft_tokens: int = 4
+    """Tokens to draft and verify in every round; 0 decodes plainly."""
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens < 0:
+            raise InvalidRequest(f"policy fixed: draft_tokens must be at least 0, got {self.draft_tokens}")
+
+
+class FixedPolicy:
+    """Drafts k tokens and verifies all of them."""
+
+    Config = FixedConfig
+
+    def __init__(self, config: FixedConfig) -> None:
+        self._draft_tokens = config.draft_tokens
+
+    @classmethod
+    def from_config(cls, config: FixedConfig, **services: Any) -> FixedPolicy:
+        return cls(config)
+
+    def plan(self, rows: int) -> int:
+        return self._draft_tokens
+
+    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+        return lengths.clamp(max=self._draft_tokens)
+
+    def observe(self, cost: StepCost, accepted: Tensor) -> None:
+        """Nothing: neither time nor success changes k."""

@@ -1,0 +1,394 @@
+"""From logits to the law that is really sampled from: one function, for target and drafter alike.
+
+``process`` applies, in this order (that of Hugging Face's and vLLM's processors):
+
+    1. logit bias                   added
+    2. repetition penalty           tokens of prompt and output: positive logits divided, negative ones multiplied
+    3. frequency, presence penalty  tokens of the output: minus frequency * count, minus presence
+    4. temperature                  0 is greedy: all mass on the largest logit of step 3
+    5. top-k                        the k likeliest
+    6. top-p                        the fewest likeliest, of the law after step 5, whose mass reaches p
+    7. min-p                        those at least min_p times as likely as the likeliest
+
+Ties go to the lowest token id everywhere, so that the law is a function of its row alone. The result is a
+``Categorical``: unnormalised logits, dense or cut to the kept tokens, normalised when somebody asks.
+
+Legend: R places (rows of logits), V vocabulary, S columns of a law (V, or as many as were kept), B requests, K drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from outrider.config import SamplingParams
+from outrider.errors import InvalidRequest
+from outrider.noise import gumbel_argmax
+from outrider.types import Context
+
+__all__ = ["Categorical", "process"]
+
+_SPARSE_SHARE = 4  # keep only the kept tokens where they are at most one in so many
+_FIRST_GUESS = 64  # candidates looked at before top-p or min-p are known to need more
+_BLOCK = 64  # columns summarised by their maximum when few of many are wanted
+
+
+# ------------------------------------------------------------------------------------------------ the law
+
+
+class Categorical:
+    """The laws of the next token at R places (``types.Law``): float32, or float64 where the logits were.
+
+    One of three forms: certain tokens (all places greedy); a dense row of logits; or a sparse one, whose column s
+    stands for token ``ids[r, s]``. Everything else follows from the form: ``at``, ``lookup`` and ``dense`` read the
+    very law that ``draw`` and ``pick`` sample. Tensors are kept, not copied: their owner must not write to them while
+    the law is in use.
+    """
+
+    __slots__ = ("_logits", "_probabilities", "ids", "tokens", "vocab_size")
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        logits: Tensor | None = None,
+        probabilities: Tensor | None = None,
+        ids: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> None:
+        """Give ``tokens`` int64 [R], or else ``logits`` or ``probabilities`` [R, S]; S = V unless ``ids`` int64 [R, S]
+        name the columns: ascending in each row, distinct, V (with no mass) where a row has fewer."""
+        self.vocab_size = vocab_size
+        self.tokens = tokens
+        self.ids = ids
+        self._logits = logits
+        self._probabilities = probabilities
+
+    @staticmethod
+    def greedy(tokens: Tensor, vocab_size: int) -> Categorical:
+        """All mass on ``tokens[r]``."""
+        return Categorical(vocab_size, tokens=tokens)
+
+    @staticmethod
+    def of(logits: Tensor) -> Categorical:
+        """softmax(logits), [R, V]."""
+        return Categorical(logits.shape[1], logits=logits)
+
+    def __len__(self) -> int:
+        return len(self._columns if self.tokens is None else self.tokens)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Every place is certain (a batch that mixes greedy and sampled rows is not)."""
+        return self.tokens is not None
+
+    @property
+    def _columns(self) -> Tensor:
+        columns = self._probabilities if self._logits is None else self._logits
+        assert columns is not None
+        return columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.tokens is not None else self._columns.dtype
+
+    @property
+    def probabilities(self) -> Tensor:
+        """[R, S], by column; not of certain tokens."""
+        if self._probabilities is None:
+            self._probabilities = torch.softmax(self._columns, -1)  # each row summed alone: the same in any batch
+        return self._probabilities
+
+    @property
+    def logits(self) -> Tensor:
+        """[R, S], by column, up to a constant per row; not of certain tokens."""
+        if self._logits is None:
+            self._logits = self._columns.log()
+        return self._logits
+
+    def at(self, tokens: Tensor) -> Tensor:
+        """Probability of ``tokens[r]`` at place r. int64 [R] -> [R]."""
+        if self.tokens is not None:
+            return (self.tokens == tokens).to(self.dtype)
+        if self.ids is None:
+            return self.probabilities.gather(1, tokens[:, None])[:, 0]
+        return torch.where(self.ids == tokens[:, None], self.probabilities, 0).sum(1)
+
+    def lookup(self, places: Tensor, ids: Tensor) -> Tensor:
+        """Probabilities of several tokens a place. int64 [n], int64 [n, S'] (V counts as no token) -> [n, S']."""
+        if self.tokens is not None:
+            return (self.tokens[places, None] == ids).to(self.dtype)
+        if self.ids is None:
+            inside = self.probabilities[places[:, None], ids.clamp_max(self.vocab_size - 1)]
+            return torch.where(ids < self.vocab_size, inside, 0)
+        mine = self.ids[places]
+        column = torch.searchsorted(mine, ids).clamp_max_(mine.shape[1] - 1)
+        found = self.probabilities[places[:, None], column]
+        return torch.where(mine.gather(1, column) == ids, found, 0)
+
+    def dense(self, places: Tensor) -> Tensor:
+        """Full rows of probabilities. int64 [n] -> [n, V]."""
+        if self.tokens is None and self.ids is None:
+            return self.probabilities[places]
+        if self.tokens is not None:
+            rows = torch.zeros(len(places), self.vocab_size, dtype=self.dtype, device=self.tokens.device)
+            return rows.scatter_(1, self.tokens[places, None], 1.0)
+        assert self.ids is not None
+        rows = self.probabilities.new_zeros(len(places), self.vocab_size + 1)  # the last column takes the padding
+        return rows.scatter_(1, self.ids[places], self.probabilities[places])[:, :-1]
+
+    def columns(self, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A copy of the laws as they are kept: probabilities [n, S], ids [n, S] (None: column v is token v)."""
+        if self.tokens is not None:
+            return torch.ones(len(places), 1, dtype=self.dtype, device=self.tokens.device), self.tokens[places, None]
+        return self.probabilities[places], None if self.ids is None else self.ids[places]
+
+    def argmax(self) -> Tensor:
+        """int64 [R]: the likeliest token, the lowest id on ties."""
+        return self.tokens if self.tokens is not None else self._token_of(_argmax(self._columns))
+
+    def draw(self, keys: Tensor) -> Tensor:
+        """One token per place by Gumbel-max: the same token from the same key whatever the form. int64 [R] -> [R]."""
+        if self.tokens is not None:
+            return self.tokens
+        return self._token_of(gumbel_argmax(self.logits, keys, self.ids))
+
+    def pick(self, uniforms: Tensor) -> Tensor:
+        """One token per place by inversion of the distribution function: one number in (0, 1) a place, cheaper than
+        ``draw`` where nothing has to be shared. float64 [R] -> int64 [R]."""
+        if self.tokens is not None:
+            return self.tokens
+        below = self.probabilities.cumsum(-1, dtype=torch.float64)
+        total = below[:, -1:]
+        goal = torch.minimum(uniforms[:, None].to(total.device) * total, total.nextafter(torch.zeros_like(total)))
+        return self._token_of(torch.searchsorted(below, goal, right=True)[:, 0])  # right: never a token of no mass
+
+    def take(self, places: Tensor) -> Categorical:
+        """The laws at these places, in this order. int64 [n]."""
+        taken = (x if x is None else x[places] for x in (self._logits, self._probabilities, self.ids, self.tokens))
+        logits, probabilities, ids, tokens = taken
+        return Categorical(self.vocab_size, logits=logits, probabilities=probabilities, ids=ids, tokens=tokens)
+
+    @staticmethod
+    def concatenate(laws: Sequence[Categorical]) -> Categorical:
+        """All places of all laws, one law after the other, in the simplest form that holds them all."""
+        if len(laws) == 1:
+            return laws[0]
+        size = laws[0].vocab_size
+        if all(law.tokens is not None for law in laws):
+            return Categorical.greedy(torch.cat([law.argmax() for law in laws]), size)
+        dtype = next(law.dtype for law in laws if law.tokens is None)
+        if any(law.tokens is None and law.ids is None for law in laws):
+            return Categorical.of(torch.cat([law._spread().to(dtype) for law in laws]))
+        sparse = [law._as_sparse(dtype) for law in laws]
+        width = max(ids.shape[1] for ids, _ in sparse)
+        ids = [torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=size) for ids, _ in sparse]
+        logits = [torch.nn.functional.pad(z, (0, width - z.shape[1]), value=-torch.inf) for _, z in sparse]
+        return Categorical(size, logits=torch.cat(logits), ids=torch.cat(ids))
+
+    @staticmethod
+    def stack(steps: Sequence[Categorical]) -> Categorical:
+        """K laws of B places, drafted one after the other, as ``Proposal.law`` wants them: place b * K + j."""
+        count, rows = len(steps), len(steps[0])
+        joined = Categorical.concatenate(steps)
+        if rows == 1 or count == 1:
+            return joined
+        return joined.take(torch.arange(count * rows).view(count, rows).T.reshape(-1))
+
+    def _token_of(self, columns: Tensor) -> Tensor:
+        return columns if self.ids is None else self.ids.gather(1, columns[:, None])[:, 0]
+
+    def _as_sparse(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.tokens is not None:
+            return self.tokens[:, None], torch.zeros(len(self), 1, dtype=dtype, device=self.tokens.device)
+        assert self.ids is not None
+        return self.ids, self.logits.to(dtype)
+
+    def _spread(self) -> Tensor:
+        """[R, V] logits, -inf where there is no mass."""
+        if self.tokens is None and self.ids is None:
+            return self.logits
+        ids, logits = self._as_sparse(self.dtype)
+        rows = logits.new_full((len(self), self.vocab_size + 1), -torch.inf)
+        return rows.scatter_(1, ids, logits)[:, :-1]
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """int64 [R]: the first of the largest. numpy's is several times faster than torch's on a CPU."""
+    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(scores.numpy().argmax(1))
+    return scores.argmax(1)
+
+
+# ------------------------------------------------------------------------------------------------ logits -> law
+
+
+def process(
+    logits: Tensor,
+    context: Context,
+    rows: Tensor | None = None,
+    depth: Tensor | None = None,
+    *,
+    drafted: Tensor | None = None,
+) -> Categorical:
+    """The law of the next token at R places, as each place's request asks.
+
+    logits [R, V], any float dtype, never written to; rows int64 [R]: the row of ``context`` a place belongs to (None:
+    place r is row r); depth int64 [R], drafted int64 [B, K]: place r follows the first ``depth[r]`` drafted tokens of
+    its row, which count for its penalties like its history (None: it follows the history alone).
+    Raises InvalidRequest for a logit bias on a token that the vocabulary does not have.
+    """
+    params, size = context.params, logits.shape[1]
+    biased = any(p.logit_bias or p.penalised for p in params)
+    greedy = all(p.temperature == 0 for p in params)
+    if greedy and not biased:
+        return Categorical.greedy(_argmax(logits), size)
+    if logits.dtype not in (torch.float32, torch.float64):
+        logits = logits.float()
+    place_rows = np.arange(len(logits)) if rows is None else rows.cpu().numpy()
+    if biased:
+        place_depth = np.zeros(len(logits), np.int64) if depth is None else depth.cpu().numpy()
+        logits = logits.clone()
+        for row, p in enumerate(params):
+            places = np.flatnonzero(place_rows == row)
+            if len(places) and p.logit_bias:
+                _add_bias(logits, places, p)
+            if len(places) and p.penalised:
+                follows = place_depth[places]
+                drafts = [] if drafted is None else drafted[row, : follows.max()].tolist()
+                _penalise(logits, places, p, context.history[row] + drafts, context.prompt_lengths[row], follows)
+        if greedy:
+            return Categorical.greedy(_argmax(logits), size)
+    if any(p.temperature not in (0, 1) for p in params):
+        logits = _temper(logits, np.array([p.temperature or 1.0 for p in params])[place_rows])
+    # A greedy row among sampled ones is a row with top_k = 1: ties at the cut go to the lowest id there too.
+    k = [1 if p.temperature == 0 else min(p.top_k or size, size) for p in params]
+    if all(n == size for n in k) and all(p.top_p == 1 and p.min_p == 0 for p in params):
+        return Categorical.of(logits)
+    limits = np.array([k, [p.top_p for p in params], [p.min_p for p in params]])[:, place_rows]
+    return _cut(logits, limits[0].astype(np.int64), limits[1], limits[2])
+
+
+def _add_bias(logits: Tensor, places: npt.NDArray[np.int64], params: SamplingParams) -> None:
+    ids, amounts = zip(*params.logit_bias, strict=True)
+    size = logits.shape[1]
+    if min(ids) < 0 or max(ids) >= size:
+        wrong = next(i for i in ids if not 0 <= i < size)
+        raise InvalidRequest(f"logit_bias names token {wrong}, but the vocabulary has ids 0 to {size - 1}; remove it")
+    index = (torch.from_numpy(places)[:, None], torch.tensor(ids)[None])
+    logits.index_put_(index, logits.new_tensor(amounts).expand(len(places), -1), accumulate=True)
+
+
+def _penalise(
+    logits: Tensor,
+    places: npt.NDArray[np.int64],
+    params: SamplingParams,
+    tokens: list[int],
+    prompt_length: int,
+    depth: npt.NDArray[np.int64],
+) -> None:
+    """Steps 2 and 3 on one row's places: place i has seen all but the last ``max(depth) - depth[i]`` tokens."""
+    ids, column = np.unique(np.array(tokens, np.int64), return_inverse=True)
+    before = len(tokens) - int(depth.max())
+    counts = np.bincount(column[prompt_length:before], minlength=len(ids))[None].repeat(len(places), 0)
+    seen = np.zeros((len(places), len(ids)), bool)
+    seen[:, column[:before]] = True
+    for i, draft in enumerate(column[before:]):
+        counts[depth > i, draft] += 1
+        seen[depth > i, draft] = True
+    index = torch.from_numpy(places)[:, None], torch.from_numpy(ids)
+    values = logits[index]
+    if params.repetition_penalty != 1:
+        penalised = torch.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
+        values = torch.where(torch.from_numpy(seen).to(values.device), penalised, values)
+    amount = params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    logits[index] = values - torch.from_numpy(amount).to(values)
+
+
+def _temper(logits: Tensor, temperature: npt.NDArray[np.float64]) -> Tensor:
+    """logits / temperature, place by place."""
+    divisor = torch.from_numpy(temperature).to(logits)[:, None]
+    if temperature.min() < 1e-3:  # keep the quotient finite; elsewhere the shift is 0 and changes no bit
+        logits = logits - torch.where(divisor < 1e-3, logits.amax(1, keepdim=True), 0)
+    return logits / divisor
+
+
+# ------------------------------------------------------------------------------------------------ top-k, top-p, min-p
+
+
+def _cut(
+    logits: Tensor, k: npt.NDArray[np.int64], p: npt.NDArray[np.float64], min_p: npt.NDArray[np.float64]
+) -> Categorical:
+    """Steps 5 to 7. k, p, min_p: one per place; k = V, p = 1, min_p = 0 cut nothing."""
+    size = logits.shape[1]
+    cut = np.flatnonzero((k < size) | (p < 1) | (min_p > 0))
+    everywhere = len(cut) == len(logits)
+    chosen = logits if everywhere else logits[torch.from_numpy(cut)]
+    values, ids, kept = _likeliest(chosen, k[cut], p[cut], min_p[cut])
+    width = int(kept.max(initial=1))
+    beyond = (torch.arange(width) >= torch.from_numpy(kept)[:, None]).to(logits.device)
+    values = values[:, :width].masked_fill(beyond, -torch.inf)
+    ids = ids[:, :width].masked_fill(beyond, size)
+    if everywhere and width * _SPARSE_SHARE <= size:
+        ids, order = ids.sort(dim=1)
+        return Categorical(size, logits=values.gather(1, order), ids=ids)
+    rows = logits.new_full((len(cut), size + 1), -torch.inf).scatter_(1, ids, values)[:, :-1]
+    return Categorical.of(rows if everywhere else logits.index_copy(0, torch.from_numpy(cut).to(logits.device), rows))
+
+
+def _likeliest(
+    logits: Tensor, k: npt.NDArray[np.int64], p: npt.NDArray[np.float64], min_p: npt.NDArray[np.float64]
+) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
+    """The kept tokens of each row: values and ids [n, S], likeliest first, and how many of them are kept, [n].
+
+    Looks at the S likeliest and asks for more only while a row may keep them all, which is exact: whether a token is
+    kept depends on likelier ones alone.
+    """
+    n, size = logits.shape
+    limited = k < size
+    width = max(_FIRST_GUESS, int(k[limited].max(initial=0)) + 1)  # one more than k: it shows a tie at the cut
+    whole = torch.softmax(logits, -1) if (~limited & (p < 1)).any() else None
+    while True:
+        width = min(width, size)
+        values, ids = _largest(logits, width)
+        top = values[:, :1]
+        weights = (values.double() - top.double()).exp_().cpu().numpy()
+        inside = np.arange(width) < k[:, None]
+        mass = np.where(inside, weights, 0).sum(1)
+        if whole is not None:
+            mass = np.where(limited, mass, 1 / whole.gather(1, ids[:, :1])[:, 0].double().cpu().numpy())
+        likelier = np.cumsum(weights, 1) - weights
+        keep = inside & (likelier < np.where(p < 1, p * mass, np.inf)[:, None])
+        if (min_p > 0).any():
+            keep &= weights >= min_p[:, None]
+        kept = np.maximum(keep.sum(1), 1)
+        if width == size or (kept < width).all():
+            break
+        width *= 8
+    after = np.minimum(kept, width - 1)
+    edges = values.gather(1, torch.from_numpy(np.stack([kept - 1, after], 1)).to(values.device)).cpu().numpy()
+    for r in np.flatnonzero((edges[:, 0] == edges[:, 1]) & (after == kept)):  # the cut parts equals: lowest ids stay
+        tied = (logits[r] == values[r, kept[r] - 1]).nonzero()[:, 0]
+        strictly = int((values[r] > values[r, kept[r] - 1]).sum())
+        ids[r, strictly : kept[r]] = tied[: kept[r] - strictly]
+    return values, ids, kept
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``logits.topk(count)``, which reads a long row slowly: the count largest values of a row lie in the count
+    blocks with the largest maxima (or in the last, incomplete block)."""
+    n, size = logits.shape
+    blocks = size // _BLOCK
+    if blocks < 8 * count:
+        return logits.topk(count)
+    head = logits[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
+    best = head.amax(2).topk(count, sorted=False).indices
+    columns = (best[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=best.device)).flatten(1)
+    tail = torch.arange(blocks * _BLOCK, size, device=best.device).expand(n, -1)
+    columns = torch.cat([columns, tail], 1)
+    values, order = logits.gather(1, columns).topk(count)
+    return values, columns.gather(1, order)

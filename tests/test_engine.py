@@ -1,0 +1,221 @@
+"""The loop on a target whose every probability is known."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from outrider.config import SamplingParams
+from outrider.engine import Engine
+from outrider.errors import InvalidRequest
+from outrider.policies.fixed import FixedPolicy
+from outrider.sampling import process
+from outrider.targets.toy import ToyTarget
+from outrider.types import Context, Noise, Proposal, RaggedBatch
+
+V = 5
+GENERATOR = torch.Generator().manual_seed(3)
+TABLE = torch.randn(V, V, generator=GENERATOR, dtype=torch.float64) * 1.2
+DRAFT_TABLE = TABLE + torch.randn(V, V, generator=GENERATOR, dtype=torch.float64)
+
+
+class MarkovDrafter:
+    """Drafts from another Markov chain and checks that it is told exactly what was committed."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, table: Tensor, block: int) -> None:
+        self.table, self.block = table, block
+        self.seen: dict[int, list[int]] = {}
+
+    def open(self, slot: int, capacity: int) -> None:
+        assert slot not in self.seen, "a slot was opened twice"
+        self.seen[slot] = []
+
+    def close(self, slot: int) -> None:
+        del self.seen[slot]
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        bounds = batch.offsets.tolist()
+        for b, slot in enumerate(batch.slots.tolist()):
+            tokens = batch.tokens[bounds[b] : bounds[b + 1]].tolist()
+            positions = batch.positions[bounds[b] : bounds[b + 1]].tolist()
+            start = len(self.seen[slot])
+            assert positions == list(range(start, start + len(tokens))), "committed tokens must be told once, in order"
+            self.seen[slot].extend(tokens)
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+        rows = torch.arange(len(slots))
+        for b, slot in enumerate(slots.tolist()):
+            assert self.seen[slot] + [int(last[b])] == context.history[b], "the drafter must know all but the last token"
+        start = torch.tensor([len(h) for h in context.history[: len(slots)]])
+        depth = int(limit.max())
+        tokens, laws, x = [], [], last
+        for j in range(depth):
+            drafted = torch.stack(tokens, 1) if tokens else None
+            law = process(self.table[x], context, rows, drafted=drafted, depth=torch.full((len(slots),), j))
+            x = law.draw(noise.token_keys(rows, start + j, "draft"))
+            tokens.append(x)
+            laws.append(law.dense(rows))
+        stacked = torch.stack(laws, 1).flatten(0, 1)
+        return Proposal(torch.stack(tokens, 1), limit.clone(), _Dense(stacked))
+
+
+class _Dense:
+    """A law held as plain probabilities."""
+
+    def __init__(self, probabilities: Tensor) -> None:
+        self.probabilities = probabilities
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def at(self, tokens: Tensor) -> Tensor:
+        return self.probabilities.gather(1, tokens[:, None]).squeeze(1)
+
+    def dense(self, places: Tensor) -> Tensor:
+        return self.probabilities[places]
+
+
+def engine(drafts: int, rows: int = 3, *, chunk: int = 4, eos: tuple[int, ...] = ()) -> Engine:
+    drafter = MarkovDrafter(DRAFT_TABLE, drafts)
+    target = ToyTarget(TABLE, eos_token_ids=eos)
+    policy = FixedPolicy.from_config(FixedPolicy.Config(draft_tokens=drafts))
+    return Engine(target, drafter, policy, max_rows=rows, capacity=64, chunk=chunk)
+
+
+def run(loop: Engine, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None) -> list[list[int]]:
+    seeds = seeds or [params.seed or 0] * len(prompts)
+    requests = [loop.add(i, p, params, s) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
+    while loop.step():
+        pass
+    assert len(loop.admission) == 0 and all(r.slot == -1 for r in requests)
+    return [r.output for r in requests]
+
+
+PROMPTS = [[0], [1, 2, 3], [4, 4, 0, 1, 2, 3, 1, 0, 2], [2, 1], [3] * 6]
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3, 7])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_greedy_is_the_argmax_chain(drafts: int, rows: int) -> None:
+    outputs = run(engine(drafts, rows), PROMPTS, SamplingParams(max_tokens=11))
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        token, expected = prompt[-1], []
+        for _ in range(11):
+            token = int(TABLE[token].argmax())
+            expected.append(token)
+        assert output == expected
+
+
+def test_coupled_text_depends_on_the_seed_alone() -> None:
+    params = SamplingParams(max_tokens=17, temperature=0.9, top_p=0.95, seed=12)
+    plain = run(engine(0, 1), PROMPTS, params)
+    for drafts, rows, chunk in itertools.product([1, 2, 5], [1, 2, 5], [1, 3, 64]):
+        assert run(engine(drafts, rows, chunk=chunk), PROMPTS, params) == plain
+    assert run(engine(0, 1), PROMPTS, SamplingParams(max_tokens=17, temperature=0.9, top_p=0.95, seed=13)) != plain
+
+
+def test_coupled_text_under_penalties_is_the_plain_text() -> None:
+    params = SamplingParams(
+        max_tokens=20, temperature=1.0, seed=5, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3
+    )
+    assert run(engine(4, 5), PROMPTS, params) == run(engine(0, 1), PROMPTS, params)
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+def test_the_sampled_law_end_to_end(rule: str) -> None:
+    """First three tokens after [0] against the exact law: chi-square, false alarms below 1 in 10,000."""
+    count = 3000
+    params = SamplingParams(max_tokens=3, temperature=1.0, rule=rule)  # type: ignore[arg-type]
+    outputs = run(engine(2, rows=64), [[0]] * count, params, seeds=list(range(count)))
+    p = torch.softmax(TABLE, -1)
+    law = (p[0][:, None, None] * p[:, :, None] * p[None]).flatten().numpy()
+    seen = Counter(a * V * V + b * V + c for a, b, c in outputs)
+    observed = np.array([seen[i] for i in range(V**3)], dtype=float)
+    expected = law * count
+    big = expected >= 5
+    observed = np.append(observed[big], observed[~big].sum())
+    expected = np.append(expected[big], expected[~big].sum())
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    assert statistic < chi2.ppf(1 - 1e-4, len(expected) - 1)
+
+
+def test_a_drafter_that_hides_its_law_is_caught_by_the_same_check() -> None:
+    """Negative control: sampled drafts passed off as deterministic bias the first tokens."""
+
+    class Lying(MarkovDrafter):
+        def propose(self, *args: object) -> Proposal:
+            honest = super().propose(*args)  # type: ignore[arg-type]
+            return Proposal(honest.tokens, honest.lengths, None)
+
+    count = 3000
+    loop = engine(2, rows=64)
+    loop.drafter = Lying(DRAFT_TABLE, 2)
+    params = SamplingParams(max_tokens=2, temperature=1.0, rule="rejection")
+    outputs = run(loop, [[0]] * count, params, seeds=list(range(count)))
+    p = torch.softmax(TABLE, -1)
+    law = (p[0][:, None] * p).flatten().numpy() * count
+    seen = Counter(a * V + b for a, b in outputs)
+    statistic = sum((seen[i] - law[i]) ** 2 / law[i] for i in range(V * V))
+    assert statistic > chi2.ppf(1 - 1e-4, V * V - 1)
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_nothing_after_a_stop_token_is_committed_or_counted(drafts: int) -> None:
+    free = run(engine(drafts), PROMPTS, SamplingParams(max_tokens=30, temperature=1.0, seed=4))
+    stop = 2
+    loop = engine(drafts, eos=(stop,))
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=4)
+    requests = [loop.add(i, p, params, 4) for i, p in enumerate(PROMPTS)]
+    while loop.step():
+        pass
+    for request, long in zip(requests, free, strict=True):
+        expected = long[: long.index(stop) + 1] if stop in long else long
+        assert request.output == expected
+        assert request.finish_reason == ("stop" if stop in long else "length")
+        stats = request.stats
+        assert stats.generated == len(expected)
+        assert stats.accepted <= stats.generated <= 1 + stats.accepted + stats.rounds
+        assert sum(stats.accepted_per_position) == stats.accepted <= stats.drafted == sum(stats.drafted_per_position)
+
+
+def test_end_of_text_can_be_ignored() -> None:
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=4, ignore_eos=True)
+    assert run(engine(3, eos=(2,)), PROMPTS, params) == run(engine(3), PROMPTS, params)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 8])
+def test_the_budget_is_kept_exactly(budget: int) -> None:
+    assert [len(o) for o in run(engine(5), PROMPTS, SamplingParams(max_tokens=budget))] == [budget] * len(PROMPTS)
+
+
+def test_cancelling_frees_the_row_and_leaves_the_others_alone() -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=9)
+    expected = run(engine(2), PROMPTS, params)
+    loop = engine(2, rows=2)
+    requests = [loop.add(i, p, params, 9) for i, p in enumerate(PROMPTS)]
+    loop.step()
+    loop.step()
+    loop.cancel(requests[0])
+    loop.cancel(requests[4])  # still waiting
+    while loop.step():
+        pass
+    assert [r.finish_reason for r in requests] == ["cancelled", "length", "length", "length", "cancelled"]
+    assert [r.output for r in requests[1:4]] == expected[1:4]
+    assert requests[0].output == expected[0][: len(requests[0].output)]
+    assert run(loop, PROMPTS, params) == expected  # every slot is whole again
+
+
+def test_bad_prompts_are_refused_before_anything_runs() -> None:
+    loop = engine(2)
+    for prompt, word in [([], "empty"), ([0, V], "between 0 and"), ([0] * 60, "context")]:
+        with pytest.raises(InvalidRequest, match=word):
+            loop.add(0, prompt, SamplingParams(max_tokens=10), 0)
+    assert len(loop.admission) == 0

@@ -1,0 +1,131 @@
+"""Users' view: text in, text out, on the embedded pair."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from outrider import LLM, SamplingParams
+from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest, UnknownKind
+
+PROMPTS = ["Question: Tom has 3 apples and buys 4 more. How many?\nAnswer:", "def read(path):\n", "Once upon a time"]
+DRAFTERS = ["none", "ngram", "suffix", "draft_model"]
+
+
+@pytest.fixture(scope="module")
+def llms() -> dict[str, LLM]:
+    """One target in float64 on the reference backend, each drafter on it."""
+    first = LLM(drafter="none", dtype="float64", backend="reference")
+    shared = {
+        name: LLM(first.target, name, tokenizer=first.tokenizer, drafter_options=options)
+        for name, options in [("ngram", {}), ("suffix", {})]
+    }
+    draft = LLM(drafter="draft_model", dtype="float64", backend="reference")
+    return {"none": first, **shared, "draft_model": draft}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS[1:])
+def test_greedy_text_is_the_plain_text(llms: dict[str, LLM], drafter: str) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    plain, fast = llms["none"].generate(PROMPTS, params), llms[drafter].generate(PROMPTS, params)
+    assert [o.token_ids for o in fast] == [o.token_ids for o in plain]
+    assert [o.text for o in fast] == [o.text for o in plain]
+    assert sum(o.stats.accepted for o in fast) > 0, "a run that accepts nothing proves nothing"
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS[1:])
+def test_same_seed_same_text(llms: dict[str, LLM], drafter: str) -> None:
+    params = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=3)
+    plain = [o.token_ids for o in llms["none"].generate(PROMPTS, params)]
+    assert [o.token_ids for o in llms[drafter].generate(PROMPTS, params)] == plain
+    assert [llms[drafter].generate(p, params)[0].token_ids for p in PROMPTS] == plain, "alone as in a batch"
+
+
+@pytest.mark.parametrize("draft_tokens", [1, 7])
+def test_the_draft_length_does_not_change_seeded_text(llms: dict[str, LLM], draft_tokens: int) -> None:
+    params = SamplingParams(max_tokens=24, temperature=1.0, seed=8)
+    first = llms["none"]
+    other = LLM(first.target, "ngram", tokenizer=first.tokenizer, draft_tokens=draft_tokens)
+    assert other.generate(PROMPTS[0], params)[0].token_ids == first.generate(PROMPTS[0], params)[0].token_ids
+
+
+def test_streamed_pieces_are_the_text(llms: dict[str, LLM]) -> None:
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=1, ignore_eos=True)
+    whole = llms["none"].generate(PROMPTS[2], params)[0]
+    events = list(llms["draft_model"].stream(PROMPTS[2], params))
+    assert "".join(e.text for e in events) == whole.text
+    assert [p.token_id for e in events for p in e.pieces] == whole.token_ids
+    assert [e.finish_reason for e in events[:-1]] == [None] * (len(events) - 1) and events[-1].finish_reason == "length"
+
+
+def test_streams_can_be_read_in_turns(llms: dict[str, LLM]) -> None:
+    params = SamplingParams(max_tokens=16, temperature=1.0, seed=2, ignore_eos=True)
+    llm = llms["ngram"]
+    alone = [llm.generate(p, params)[0].text for p in PROMPTS[:2]]
+    both = [llm.stream(p, params) for p in PROMPTS[:2]]
+    texts = ["", ""]
+    for pair in itertools.zip_longest(*both):
+        for i, event in enumerate(pair):
+            texts[i] += event.text if event else ""
+    assert texts == alone
+
+
+@pytest.mark.parametrize("drafter", ["none", "draft_model"])
+def test_a_stop_string_ends_the_text_before_it(llms: dict[str, LLM], drafter: str) -> None:
+    free = llms["none"].generate(PROMPTS[2], SamplingParams(max_tokens=40, temperature=1.0, seed=6, ignore_eos=True))[0]
+    stop = free.text[len(free.text) // 2 :][:4]
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=6, ignore_eos=True, stop=(stop,))
+    cut = llms[drafter].generate(PROMPTS[2], params)[0]
+    assert cut.text == free.text[: free.text.index(stop)] and cut.finish_reason == "stop"
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+    assert cut.stats.generated == len(cut.token_ids)
+    streamed = "".join(e.text for e in llms[drafter].stream(PROMPTS[2], params))
+    assert streamed == cut.text
+
+
+def test_closing_a_stream_frees_its_slot(llms: dict[str, LLM]) -> None:
+    llm = llms["draft_model"]
+    for _ in range(llm.max_rows + 2):
+        stream = llm.stream(PROMPTS[0], SamplingParams(max_tokens=50, ignore_eos=True))
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    assert len(llm.generate(PROMPTS[0], SamplingParams(max_tokens=5, ignore_eos=True))[0].token_ids) == 5
+
+
+def test_stats_add_up(llms: dict[str, LLM]) -> None:
+    first = llms["none"]
+    llm = LLM(first.target, "suffix", tokenizer=first.tokenizer)
+    outputs = llm.generate(PROMPTS, SamplingParams(max_tokens=20, ignore_eos=True))
+    stats = llm.stats()
+    assert stats["requests"] == 3 and stats["generated"] == 60
+    assert stats["accepted"] == sum(o.stats.accepted for o in outputs) == sum(stats["accepted_per_position"])
+    assert stats["generated"] == 3 + stats["accepted"] + stats["rounds"]
+
+
+def test_prompts_of_any_unicode(llms: dict[str, LLM]) -> None:
+    for prompt in ["日本語 🙂", "\x00\x01", "\udcff\udc80 bytes", " "]:
+        assert len(llms["ngram"].generate(prompt, SamplingParams(max_tokens=4, ignore_eos=True))[0].token_ids) == 4
+
+
+def test_bad_input_is_one_clear_error(llms: dict[str, LLM], tmp_path: object) -> None:
+    target, tokenizer = llms["none"].target, llms["none"].tokenizer
+    with pytest.raises(InvalidRequest, match="empty"):
+        llms["none"].generate("")
+    with pytest.raises(InvalidRequest, match="context"):
+        llms["none"].generate([[5] * 2040], SamplingParams(max_tokens=100))
+    with pytest.raises(InvalidRequest, match="2 sampling params for 1 prompts"):
+        llms["none"].generate("a", [SamplingParams()] * 2)
+    with pytest.raises(InvalidRequest, match="draft_tokns.*did you mean 'draft_tokens'"):
+        LLM(target, "ngram", tokenizer=tokenizer, drafter_options={"draft_tokns": 3})
+    with pytest.raises(InvalidRequest, match="tokenizer"):
+        LLM(target)
+    with pytest.raises((CheckpointError, UnknownKind)):
+        LLM(target, str(tmp_path), tokenizer=tokenizer)
+    with pytest.raises(CheckpointError):
+        LLM(str(tmp_path))
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused(tiny_model_dir: object) -> None:
+    with pytest.raises(IncompatibleDrafter, match="vocabulary"):
+        LLM(drafter=str(tiny_model_dir))

@@ -1,0 +1,157 @@
+"""Policies: what each one does, and the contract that keeps all of them lossless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from outrider import registry
+from outrider.config import build
+from outrider.errors import InvalidRequest
+from outrider.policies.fixed import FixedConfig, FixedPolicy
+from outrider.policies.threshold import ThresholdConfig, ThresholdPolicy
+from outrider.types import SchedulerPolicy, StepCost
+
+OPTIONS: dict[str, dict[str, object]] = {"fixed": {"draft_tokens": 3}, "threshold": {"draft_tokens": 6}}
+COST = StepCost(draft=0.002, verify=0.01, bookkeeping=0.0005, rows=4, tokens=12, context=100)
+B, K = 4, 6
+
+
+def make(name: str) -> SchedulerPolicy:
+    kind = registry.find("policy", name)
+    policy = kind.from_config(build(kind.Config, OPTIONS.get(name, {}), f"policy {name}"))
+    assert isinstance(policy, SchedulerPolicy)
+    return policy
+
+
+# ------------------------------------------------------------------------------------------ the contract of all
+
+
+def anticipates(make_policy: Callable[[], SchedulerPolicy], trials: int = 20) -> bool:
+    """Whether (keep[b] >= j) ever moves with confidence[b, j:], or with what lies past the draft's token j.
+
+    A policy may remember the past, so every call is made on a fresh one with the same past.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def keep(confidence: Tensor, lengths: Tensor) -> Tensor:
+        policy = make_policy()
+        for accepted in (2, 0):
+            policy.plan(B)
+            policy.choose(torch.full((B, K), 0.8), torch.full((B,), K))
+            policy.observe(COST, torch.full((B,), accepted))
+        policy.plan(B)
+        return policy.choose(confidence, lengths)
+
+    for _ in range(trials):
+        confidence = torch.rand(B, K, generator=generator)
+        lengths = torch.randint(0, K + 1, (B,), generator=generator)
+        before = keep(confidence, lengths)
+        for b in range(B):
+            for j in range(K):
+                for level in (0.0, 0.4, 0.999):
+                    other = confidence.clone()
+                    other[b, j:] = level
+                    if min(int(keep(other, lengths)[b]), j) != min(int(before[b]), j):
+                        return True
+                longer = lengths.clone()
+                longer[b] = K
+                if j <= lengths[b] and min(int(keep(confidence, longer)[b]), j) != min(int(before[b]), j):
+                    return True
+    return False
+
+
+@pytest.mark.parametrize("name", registry.names("policy"))
+def test_keeps_the_contract(name: str) -> None:
+    policy = make(name)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        limit = policy.plan(B)
+        assert isinstance(limit, int) and limit >= 0
+        lengths = torch.randint(0, K + 1, (B,), generator=generator)
+        for confidence in (torch.rand(B, K, generator=generator), None):
+            keep = policy.choose(confidence, lengths)
+            assert keep.dtype == torch.int64 and keep.shape == (B,)
+            assert bool(((keep >= 0) & (keep <= lengths)).all())
+        policy.observe(COST, torch.minimum(keep, torch.randint(0, K + 1, (B,), generator=generator)))
+
+
+@pytest.mark.parametrize("name", registry.names("policy"))
+def test_no_drafts_and_no_rows_are_served(name: str) -> None:
+    policy = make(name)
+    assert policy.choose(None, torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
+    assert policy.choose(torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64)).tolist() == [0, 0]
+    assert policy.choose(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("name", registry.names("policy"))
+def test_does_not_anticipate(name: str) -> None:
+    assert not anticipates(lambda: make(name))
+
+
+class _LooksOneAhead(FixedPolicy):
+    """Keeps token j only where the confidence of the token after it is high: off by one, and biased."""
+
+    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+        assert confidence is not None
+        following = torch.cat([confidence[:, 1:], torch.ones(len(confidence), 1)], 1)
+        return lengths.minimum((following > 0.5).long().cumprod(1).sum(1))
+
+
+class _BestCut(FixedPolicy):
+    """Cuts where expected tokens per second peak over all depths: the search DSpark's Appendix A forbids.
+
+    On a smooth cost it would stop where the first rise ends, and be harmless; on a jagged one it looks past a dip.
+    """
+
+    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+        assert confidence is not None
+        expected = 1 + torch.cat([torch.zeros(len(confidence), 1), confidence.cumprod(1).cumsum(1)], 1)
+        cost = torch.tensor([4.0, 7.0, 7.0, 7.0, 7.5, 7.5, 7.5])
+        return lengths.minimum((expected / cost).argmax(1))
+
+
+class _AllOrNothing(FixedPolicy):
+    """Drops short drafts: whether token 1 is kept depends on whether the draft went on."""
+
+    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+        return torch.where(lengths > 3, lengths, 0)
+
+
+@pytest.mark.parametrize("kind", [_LooksOneAhead, _BestCut, _AllOrNothing])
+def test_an_anticipating_policy_is_caught(kind: type[FixedPolicy]) -> None:
+    assert anticipates(lambda: kind(FixedConfig(draft_tokens=K)))
+
+
+# ------------------------------------------------------------------------------------------ one by one
+
+
+def test_fixed_keeps_what_was_drafted_up_to_k() -> None:
+    policy = FixedPolicy.from_config(FixedConfig(draft_tokens=3))
+    assert policy.plan(5) == 3
+    assert policy.choose(torch.zeros(3, 5), torch.tensor([0, 2, 5])).tolist() == [0, 2, 3]
+
+
+def test_threshold_stops_at_the_first_doubt() -> None:
+    policy = ThresholdPolicy.from_config(ThresholdConfig(draft_tokens=4, threshold=0.5))
+    confidence = torch.tensor([[0.9, 0.5, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9], [0.9, 0.9, 0.9, 0.9]])
+    assert policy.choose(confidence, torch.tensor([4, 4, 4, 2])).tolist() == [2, 0, 4, 2]
+    assert policy.choose(None, torch.tensor([4, 6])).tolist() == [4, 4]
+    assert policy.choose(torch.full((1, 2), torch.nan), torch.tensor([2])).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (FixedConfig, {"draft_tokens": -1}, "draft_tokens must be at least 0, got -1"),
+        (ThresholdConfig, {"draft_tokens": -1}, "draft_tokens must be at least 0, got -1"),
+        (ThresholdConfig, {"threshold": 1.5}, "threshold must be between 0 and 1, got 1.5"),
+        (ThresholdConfig, {"treshold": 0.5}, "did you mean 'threshold'"),
+    ],
+)
+def test_bad_options_are_refused(kind: type, options: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        build(kind, options, "policy")

@@ -1,0 +1,293 @@
+"""Every kind of target against Transformers' own code on small random models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from outrider.errors import CacheFull, CheckpointError, InvalidRequest, UnknownKind
+from outrider.targets import load_target
+from outrider.targets.huggingface import HuggingFaceTarget
+from outrider.targets.toy import ToyTarget
+from outrider.types import RaggedBatch, TargetModel
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=101,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    bos_token_id=None,
+    eos_token_id=7,
+    pad_token_id=None,
+    initializer_range=0.3,
+)
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    "llama-untied-linear": ("Llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})),
+    "mistral": ("Mistral", dict(sliding_window=5)),
+    "mistral-multi-head": ("Mistral", dict(sliding_window=None, num_key_value_heads=4)),
+    "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(rope_parameters=YARN)),
+    "qwen3-one-key-head": ("Qwen3", dict(num_key_value_heads=1, tie_word_embeddings=True, hidden_act="gelu")),
+    "gemma3": ("Gemma3", dict(sliding_window=5, query_pre_attn_scalar=20, final_logit_softcapping=9.0)),
+    "gemma4": (
+        "Gemma4",
+        dict(
+            hidden_size_per_layer_input=0,
+            sliding_window=5,
+            global_head_dim=32,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+        ),
+    ),
+}
+ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", dict(n_embd=48, n_layer=3, n_head=4, vocab_size=101, n_positions=128, initializer_range=0.3)),
+    "gemma2": ("Gemma2", dict(SMALL, sliding_window=5, final_logit_softcapping=9.0, attn_logit_softcapping=20.0)),
+}
+
+
+def build(name: str) -> transformers.PreTrainedModel:
+    """A random model whose norms and biases are not what they start as."""
+    family, options = {**NATIVE, **ADAPTED}[name]
+    if name in NATIVE:
+        options = {**SMALL, **options}
+    config_class = getattr(transformers, f"{family}{'Text' if family in ('Gemma3', 'Gemma4') else ''}Config")
+    model_class = getattr(transformers, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")
+    torch.manual_seed(11)
+    model = model_class(config_class(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        for key, buffer in model.named_buffers():
+            if key.endswith("layer_scalar"):
+                buffer.fill_(0.75)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, transformers.PreTrainedModel]]:
+    made = {}
+    for name in (*NATIVE, *ADAPTED):
+        model = build(name)
+        directory = tmp_path_factory.mktemp(name)
+        model.save_pretrained(directory)
+        made[name] = directory, model
+    return made
+
+
+def one_row(target: TargetModel, ids: list[int], **options: Any) -> tuple[Tensor, Tensor | None]:
+    memory = target.new_memory(1, 64)
+    output = target.forward(RaggedBatch.pack([ids], [0], [memory.open()]), memory, **options)
+    return output.logits, output.features
+
+
+IDS = [3, 99, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NATIVE, *ADAPTED])
+def test_logits_and_taps_equal_transformers(name: str, saved: Any) -> None:
+    directory, model = saved[name]
+    target = load_target(directory, backend="reference")
+    assert isinstance(target, HuggingFaceTarget) == (name in ADAPTED)
+    theirs = model(torch.tensor([IDS]), output_hidden_states=True)
+    logits, features = one_row(target, IDS, taps=(1, -1, 0))
+    torch.testing.assert_close(logits, theirs.logits[0], atol=1e-4, rtol=1e-5)
+    expected = torch.cat([theirs.hidden_states[tap + 1][0] for tap in (1, -1, 0)], -1)
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma4", "qwen3", "gpt2", "gemma2"])
+def test_cached_chunked_and_ragged_passes_equal_whole_ones(name: str, saved: Any) -> None:
+    target = load_target(saved[name][0], dtype="float64", backend="reference")
+    near = dict(atol=1e-5 if name == "gemma2" else 1e-9, rtol=0)  # Gemma 2's softmax is float32 in Transformers
+    whole = one_row(target, IDS, taps=(0,))
+    other = one_row(target, IDS[::-1], taps=(0,))
+    memory = target.new_memory(3, 32)
+    memory.open()
+    a, b = memory.open(), memory.open()
+    first = target.forward(RaggedBatch.pack([IDS[:9], IDS[:3:-1]], [0, 0], [b, a]), memory, taps=(0,))
+    second = target.forward(RaggedBatch.pack([IDS[3::-1], IDS[9:10]], [16, 9], [a, b]), memory, taps=(0,))
+    assert memory.lengths.tolist() == [0, 20, 10]
+    for mine, theirs in zip(whole, (first.logits[:9], first.features[:9]), strict=True):
+        torch.testing.assert_close(theirs, mine[:9], **near)
+    for mine, theirs in zip(other, (second.logits[:4], second.features[:4]), strict=True):
+        torch.testing.assert_close(theirs, mine[16:], **near)
+    torch.testing.assert_close(second.logits[4], whole[0][9], **near)
+    memory.rewind(torch.tensor([b]), torch.tensor([5]))
+    rest = target.forward(RaggedBatch.pack([IDS[5:]], [5], [b]), memory, logits_at=torch.tensor([14, 0]))
+    torch.testing.assert_close(rest.logits, whole[0][[19, 5]], **near)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "gemma2", "qwen2"])
+def test_embed_and_unembed_are_those_of_the_pass(name: str, saved: Any) -> None:
+    directory, model = saved[name]
+    target = load_target(directory, backend="reference")
+    hidden = model.base_model(torch.tensor([IDS])).last_hidden_state[0]
+    torch.testing.assert_close(target.unembed(hidden), one_row(target, IDS)[0], atol=1e-4, rtol=1e-5)
+    if name != "gpt2":  # its layers get learned positions besides
+        torch.testing.assert_close(target.embed(torch.tensor(IDS)), one_row(target, IDS, taps=(-1,))[1])
+
+
+def test_spec_comes_from_the_files(saved: Any, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved["qwen2"][0], tmp_path / "model")
+    spec = load_target(directory, backend="reference").spec
+    assert (spec.architecture, spec.vocab_size, spec.hidden_size, spec.num_layers) == ("qwen2", 101, 48, 3)
+    assert (spec.max_positions, spec.eos_token_ids, spec.defaults) == (128, (7,), {})
+    generation = {"eos_token_id": [5, 6], "do_sample": True, "temperature": 0.6, "top_k": 20}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    spec = load_target(directory, backend="reference").spec
+    assert spec.eos_token_ids == (5, 6) and spec.defaults == {"temperature": 0.6, "top_k": 20}
+
+
+def test_old_configs_read_as_new_ones(saved: Any, tmp_path: Path) -> None:
+    for name, old in {
+        "qwen3": {
+            "rope_theta": 1e4,
+            "rope_scaling": {"type": "yarn", **{k: v for k, v in YARN.items() if "rope" not in k}},
+        },
+        "gemma3": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6, "layer_types": None},
+    }.items():
+        directory = shutil.copytree(saved[name][0], tmp_path / name)
+        config = json.loads((directory / "config.json").read_text())
+        del config["rope_parameters"]
+        (directory / "config.json").write_text(json.dumps({**config, **old}))
+        mine, theirs = (one_row(load_target(d, backend="reference"), IDS)[0] for d in (directory, saved[name][0]))
+        assert torch.equal(mine, theirs)
+
+
+def test_text_part_of_a_multimodal_checkpoint(saved: Any, tmp_path: Path) -> None:
+    """Both namings of the text model, with a vision tower that stays in the file."""
+    tensors = load_file(saved["gemma3"][0] / "model.safetensors")
+    config = json.loads((saved["gemma3"][0] / "config.json").read_text())
+    expected = one_row(load_target(saved["gemma3"][0], backend="reference"), IDS)[0]
+    for prefix in ("language_model.model.", "model.language_model."):
+        directory = tmp_path / prefix
+        directory.mkdir()
+        renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+        save_file({**renamed, "vision_tower.patch.weight": torch.ones(2)}, directory / "model.safetensors")
+        outer = {"model_type": "gemma3", "text_config": config, "eos_token_id": [1, 106]}
+        (directory / "config.json").write_text(json.dumps(outer))
+        target = load_target(directory, backend="reference")
+        assert torch.equal(one_row(target, IDS)[0], expected) and target.spec.eos_token_ids == (1, 106)
+
+
+def test_shards_load_like_one_file(saved: Any, tmp_path: Path) -> None:
+    directory, model = saved["qwen3"]
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    mine, theirs = (one_row(load_target(d, backend="reference"), IDS)[0] for d in (tmp_path, directory))
+    assert torch.equal(mine, theirs)
+
+
+def test_bfloat16_stays_near_float32(saved: Any) -> None:
+    exact = one_row(load_target(saved["qwen3"][0], backend="reference"), IDS)[0]
+    rounded, features = one_row(load_target(saved["qwen3"][0], dtype="bfloat16", backend="reference"), IDS, taps=(0,))
+    theirs = saved["qwen3"][1].bfloat16()(torch.tensor([IDS])).logits[0].float()
+    saved["qwen3"][1].float()
+    assert rounded.dtype is torch.float32 and features is not None and features.dtype is torch.bfloat16
+    assert (rounded - exact).norm() < 1.5 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_taps_that_are_refused(name: str, saved: Any) -> None:
+    target = load_target(saved[name][0], backend="reference")
+    with pytest.raises(InvalidRequest, match="layer 2 is the last one"):
+        one_row(target, IDS, taps=(2,))
+    with pytest.raises(InvalidRequest, match="tap 3 is no layer"):
+        one_row(target, IDS, taps=(3,))
+    with pytest.raises(InvalidRequest, match="tap -2 is no layer"):
+        one_row(target, IDS, taps=(-2,))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
+    target = load_target(saved[name][0], backend="reference")
+    memory = target.new_memory(1, 8)
+    slot = memory.open()
+    with pytest.raises(CacheFull, match="all 1 slots are in use"):
+        memory.open()
+    with pytest.raises(CacheFull, match="9 tokens does not fit a slot of 8"):
+        target.forward(RaggedBatch.pack([IDS[:9]], [0], [slot]), memory)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"hidden_act": "relu"}, "activation 'relu'"),
+        ("llama", {"rope_parameters": {"rope_type": "yran"}}, "did you mean 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, "needs numbers that the config lacks: 'factor'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
+        ("llama", {"hidden_size": None}, "no 'hidden_size'"),
+        ("llama", {"hidden_size": 64}, "shape .101, 48., but the config says .any, 64."),
+        ("llama", {"vocab_size": 100}, "serves as the head too, but the config's vocabulary has 100 tokens"),
+        ("llama", {"num_hidden_layers": 2}, "unexpected tensor 'model.layers.2"),
+        ("llama", {"num_hidden_layers": 4}, "'model.layers.3.self_attn.q_proj.weight' is missing"),
+        ("llama", {"model_type": None}, "names no model_type"),
+        ("llama", {"model_type": "llama7"}, "'llama7' is not known"),
+        ("llama", {"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "code of their own, which is never run"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping to 50.0"),
+        ("gemma4", {"enable_moe_block": True}, "enable_moe_block"),
+        ("gemma4", {"hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input"),
+        ("gemma4", {"num_kv_shared_layers": 1}, "num_kv_shared_layers"),
+    ],
+)
+def test_configs_that_are_refused(name: str, changes: dict[str, Any], message: str, saved: Any, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved[name][0], tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(CheckpointError, match=message):
+        load_target(directory, backend="reference")
+
+
+def test_a_model_that_cannot_be_rewound(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be rewound"):
+        load_target(tmp_path)
+
+
+def test_options_that_are_refused(saved: Any) -> None:
+    directory = saved["llama"][0]
+    with pytest.raises(InvalidRequest, match="did you mean 'float32'"):
+        load_target(directory, dtype="float23")
+    with pytest.raises(InvalidRequest, match="the reference backend has no dtype 'int8'"):
+        load_target(directory, dtype="int8", backend="reference")
+    with pytest.raises(UnknownKind, match="did you mean 'reference'"):
+        load_target(directory, backend="refrence")
+    with pytest.raises(InvalidRequest, match="gpt2 is none"):
+        load_target(saved["gpt2"][0], dtype="int4", backend="reference")
+
+
+def test_toy_reads_its_table_and_its_memory() -> None:
+    table = torch.randn(4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    toy = ToyTarget(table, eos_token_ids=(3,))
+    assert isinstance(toy, TargetModel) and toy.spec.vocab_size == 4 and toy.spec.eos_token_ids == (3,)
+    memory = toy.new_memory(2, 8)
+    a, b = memory.open(), memory.open()
+    output = toy.forward(RaggedBatch.pack([[2, 1, 3], [1]], [0, 0], [b, a]), memory, taps=(0,))
+    assert torch.equal(output.logits, torch.stack([table[0, 2], table[2, 1], table[1, 3], table[0, 1]]))
+    assert output.features is not None and output.features.argmax(-1).tolist() == [2, 1, 3, 1]
+    memory.rewind(torch.tensor([b]), torch.tensor([2]))
+    again = toy.forward(RaggedBatch.pack([[0, 2]], [2], [b]), memory, logits_at=torch.tensor([1]))
+    assert torch.equal(again.logits, table[0, 2][None])
+    assert torch.equal(toy.unembed(toy.embed(torch.tensor([2]))), table[0, 2][None])

@@ -1,0 +1,285 @@
+"""Text to tokens and back, against the tokenizers library, Transformers, and brute force."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BOS, CHAT_TEMPLATE, EOT, TEXTS, byte_level_bpe, save_tokenizer
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from outrider.errors import CheckpointError, InvalidRequest
+from outrider.tokenizer import Detokenizer, StopMatcher, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(save_tokenizer(tmp_path_factory.mktemp("plain"), byte_level_bpe()))
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(save_tokenizer(tmp_path_factory.mktemp("bos"), byte_level_bpe(bos=True)))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A vocabulary like Llama 2's: pieces with a marked leading space, and bytes where no piece fits."""
+    pieces = ["<unk>", EOT, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁the", "é", "�"]
+    tokenizer = FastTokenizer(
+        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.add_special_tokens([AddedToken(EOT, special=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(save_tokenizer(tmp_path_factory.mktemp("fallback"), tokenizer))
+
+
+# ------------------------------------------------------------------------------------------------ encode, decode
+
+
+@given(st.text())
+def test_any_text_survives_the_round_trip(plain: Tokenizer, text: str) -> None:
+    assert plain.decode(plain.encode(text)) == text
+
+
+@given(st.binary())
+@example(b"caf\xe9 \xff\xfe ok")
+@example(b"\x80")
+def test_any_bytes_arrive_exactly(plain: Tokenizer, with_bos: Tokenizer, raw: bytes) -> None:
+    text = raw.decode("utf-8", "surrogateescape")  # what Python makes of arguments and standard input
+    ids = plain.encode(text)
+    assert b"".join(map(plain.token_bytes, ids)) == raw
+    assert with_bos.encode(text) == [1, *ids]
+    assert with_bos.encode(text, add_special_tokens=False) == ids
+
+
+def test_other_lone_surrogates_become_the_replacement_character(plain: Tokenizer, byte_fallback: Tokenizer) -> None:
+    assert plain.decode(plain.encode("a\ud800b")) == "a�b"
+    assert byte_fallback.decode(byte_fallback.encode("a\udcffb")) == "a�b"
+
+
+def test_special_tokens_are_added_by_the_files_own_post_processor(plain: Tokenizer, with_bos: Tokenizer) -> None:
+    bare = plain.encode(TEXTS[0])
+    assert with_bos.encode(TEXTS[0]) == [with_bos.encode(BOS, add_special_tokens=False)[0], *bare]
+    assert with_bos.encode(TEXTS[0], add_special_tokens=False) == bare
+    assert with_bos.decode(with_bos.encode("ok")) == "ok"
+    assert with_bos.decode(with_bos.encode("ok"), skip_special_tokens=False) == BOS + "ok"
+
+
+def test_ids_equal_those_of_transformers(tiny_model_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(tiny_model_dir), Tokenizer(tiny_model_dir)
+    for text in [*TEXTS, "", " ", f"a{EOT}b"]:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+    messages = [{"role": "user", "content": "Hi\n"}, {"role": "assistant", "content": "Yes?"}]
+    for generation in (True, False):
+        text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        assert ours.apply_chat(messages, add_generation_prompt=generation) == text
+
+
+def test_vocabulary_facts(plain: Tokenizer, with_bos: Tokenizer, byte_fallback: Tokenizer) -> None:
+    assert plain.vocab_size == max(plain.vocabulary.values()) + 1 == len(plain.vocabulary)
+    assert plain.eos_token_ids == (plain.vocabulary[EOT],)
+    assert plain.special_ids == {plain.vocabulary[EOT], plain.vocabulary[BOS]}
+    assert plain.same_as(plain) and plain.same_as(with_bos)
+    assert not plain.same_as(byte_fallback)
+
+
+def test_vocabularies_that_differ_in_one_id_are_not_the_same(plain: Tokenizer, tmp_path: Path) -> None:
+    other = byte_level_bpe()
+    other.add_tokens(["extra"])
+    assert not plain.same_as(Tokenizer(save_tokenizer(tmp_path, other)))
+
+
+def test_training_settings_in_the_file_do_not_cut_prompts(tmp_path: Path) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    ours = Tokenizer(save_tokenizer(tmp_path, tokenizer))
+    assert ours.decode(ours.encode(TEXTS[0])) == TEXTS[0]
+
+
+def test_a_usual_directory_needs_no_transformers_and_no_torch(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, byte_level_bpe())
+    code = (
+        "import sys; from outrider.tokenizer import Tokenizer; t = Tokenizer(sys.argv[1]); t.encode('hi');"
+        "t.apply_chat([{'role': 'user', 'content': 'hi'}]);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_older_files_go_through_transformers(plain: Tokenizer, tmp_path: Path) -> None:
+    source = json.loads((plain.directory / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(source["vocab"]))
+    merges = [" ".join(m) if isinstance(m, list) else m for m in source["merges"]]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": EOT, "bos_token": EOT, "unk_token": EOT}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    found = Tokenizer(tmp_path)
+    assert found.decode(found.encode(TEXTS[1])) == TEXTS[1]
+    assert found.is_byte_level and found.eos_token_ids == plain.eos_token_ids
+
+
+# ------------------------------------------------------------------------------------------------ bad files
+
+
+def test_missing_and_broken_files_are_named(plain: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no tokenizer: expected tokenizer.json"):
+        Tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a directory"):
+        Tokenizer(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((plain.directory / "tokenizer.json").read_bytes())
+    for broken in ("[1, 2]", "{", "\udcff"):
+        (tmp_path / "tokenizer_config.json").write_bytes(broken.encode("utf-8", "surrogateescape"))
+        with pytest.raises(CheckpointError, match="tokenizer_config.json"):
+            Tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_transformers_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
+    with pytest.raises(CheckpointError, match="transformers cannot read"):
+        Tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ chat templates
+
+
+def with_template(tmp_path: Path, template: object) -> Tokenizer:
+    save_tokenizer(tmp_path, byte_level_bpe())
+    config = {"eos_token": {"content": EOT}, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer(tmp_path)
+
+
+USER = [{"role": "user", "content": "<b> & 'c'"}]
+
+
+def test_chat_template_from_either_place(tmp_path: Path) -> None:
+    named = with_template(tmp_path, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT_TEMPLATE}])
+    assert named.apply_chat(USER) == f"<user><b> & 'c'{EOT}<assistant>"
+    assert named.apply_chat(USER, add_generation_prompt=False) == f"<user><b> & 'c'{EOT}"
+    assert named.encode_chat(USER) == named.encode(f"<user><b> & 'c'{EOT}<assistant>", add_special_tokens=False)
+    (tmp_path / "chat_template.jinja").write_text("{% generation %}{{ messages | tojson }}{% endgeneration %}")
+    assert Tokenizer(tmp_path).apply_chat(USER) == json.dumps(USER)
+
+
+def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
+    tokenizer = with_template(tmp_path, None)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        tokenizer.apply_chat(USER)
+
+
+def test_a_template_may_refuse_but_never_escape(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="user must speak first"):
+        with_template(tmp_path, "{{ raise_exception('user must speak first') }}").apply_chat(USER)
+    with pytest.raises(InvalidRequest, match="unsafe"):
+        with_template(tmp_path, "{{ ''.__class__.__mro__[1].__subclasses__() }}").apply_chat(USER)
+    with pytest.raises(InvalidRequest, match="needs role and content"):
+        with_template(tmp_path, CHAT_TEMPLATE).apply_chat([{"role": "user"}])
+    with pytest.raises(CheckpointError, match="does not compile"):
+        with_template(tmp_path, "{% if %}").apply_chat(USER)
+
+
+# ------------------------------------------------------------------------------------------------ detokenizer
+
+
+def pieces(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
+    return [*(detokenizer.push(i) for i in ids), detokenizer.flush()]
+
+
+@given(st.lists(st.integers(0, 520), max_size=40))
+def test_pieces_add_up_to_the_full_decoding(plain: Tokenizer, ids: list[int]) -> None:
+    assert "".join(pieces(plain.detokenizer(), ids)) == plain.decode(ids)
+
+
+@given(st.text(alphabet="aé你🙂\ufffd \n", max_size=12))
+def test_no_piece_splits_a_character(plain: Tokenizer, byte_fallback: Tokenizer, text: str) -> None:
+    for tokenizer in (plain, byte_fallback):
+        ids = tokenizer.encode(text)
+        parts = pieces(tokenizer.detokenizer(), ids)
+        assert "".join(parts) == tokenizer.decode(ids)
+        assert "".join(parts).count("\ufffd") == text.count("\ufffd")  # none that a cut made
+
+
+def test_an_incomplete_character_waits_for_its_bytes(plain: Tokenizer, byte_fallback: Tokenizer) -> None:
+    smile = "🙂".encode()
+    spelt = {
+        plain: [plain.encode(bytes([b]).decode("utf-8", "surrogateescape"))[0] for b in smile],
+        byte_fallback: [byte_fallback.vocabulary[f"<0x{b:02X}>"] for b in smile],
+    }
+    for tokenizer, ids in spelt.items():
+        assert pieces(tokenizer.detokenizer(), ids) == ["", "", "", "🙂", ""]
+        assert "".join(pieces(tokenizer.detokenizer(), ids[:3])) == tokenizer.decode(ids[:3])
+
+
+def test_special_tokens_do_not_show_and_do_not_interrupt(plain: Tokenizer, byte_fallback: Tokenizer) -> None:
+    eot = plain.vocabulary[EOT]
+    smile = plain.encode("🙂".encode()[:2].decode("utf-8", "surrogateescape")), plain.vocabulary[EOT]
+    assert pieces(plain.detokenizer(), [eot, *smile[0], eot])[:-1] == [""] * 4
+    words = [byte_fallback.vocabulary[t] for t in ("▁the", EOT, "▁a", "b")]
+    assert pieces(byte_fallback.detokenizer(), words) == ["the", "", " a", "b", ""]
+
+
+def test_bytes_that_never_become_a_character_are_released(byte_fallback: Tokenizer) -> None:
+    ids = [byte_fallback.vocabulary["<0x80>"]] * 40
+    parts = pieces(byte_fallback.detokenizer(), ids)
+    assert "".join(parts) == "\ufffd" * 40
+    assert any(parts[:-1])
+
+
+# ------------------------------------------------------------------------------------------------ stop strings
+
+
+def oracle(text: str, stop: list[str]) -> tuple[str, str | None]:
+    """Read character by character; the first stop string to be complete ends the text, the longest of several."""
+    for end in range(1, len(text) + 1):
+        found = [s for s in stop if text[:end].endswith(s)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@given(st.text(alphabet="ab", max_size=24), st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=3))
+def test_stop_strings_cut_where_brute_force_cuts(text: str, stop: list[str]) -> None:
+    kept, matched = oracle(text, stop)
+    cuts = random.Random(text)
+    matcher, released, position = StopMatcher(stop), "", 0
+    while position < len(text):
+        step = cuts.randint(1, 4)
+        released += matcher.push(text[position : position + step])
+        position = min(len(text), position + step)
+        if matcher.matched is None:
+            seen = text[:position]
+            waiting = [n for n in range(len(seen) + 1) if any(len(s) > n and s.startswith(seen[len(seen) - n :]) for s in stop)]
+            assert len(seen) - len(released) == max(waiting, default=0)  # all that is safe, and nothing more
+        assert kept.startswith(released)
+    assert released + matcher.flush() == kept
+    assert matcher.matched == matched
+
+
+def test_stop_matcher_edges() -> None:
+    matcher = StopMatcher(["\n\n", "END"])
+    assert [matcher.push(t) for t in ("one\n", "two E", "N", "D of story", "more")] == ["one", "\ntwo ", "", "", ""]
+    assert matcher.matched == "END" and matcher.flush() == ""
+    free = StopMatcher([])
+    assert free.push("anything") == "anything" and free.flush() == "" and free.matched is None
+    with pytest.raises(InvalidRequest, match="must not be empty"):
+        StopMatcher(["a", ""])
