@@ -1,6 +1,5 @@
 // Chooses the kernels at run time: the widest instruction set this processor has, or the one the user asks for.
 #include <cstdlib>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -27,29 +26,36 @@ bool has_avx512_vnni() {
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
-}  // namespace
-
-const Kernels* find_kernels(const char* name) {
-  const std::string wanted = name;
+std::vector<const Kernels*> usable() {
+  std::vector<const Kernels*> found;
 #if defined(OUTRIDER_X86)
-  const bool any512 = wanted == "avx512";
-  if ((any512 || wanted == "avx512_bf16") && has_avx512_bf16()) return &avx512_bf16::table;
-  if ((any512 || wanted == "avx512_vnni") && has_avx512_vnni()) return &avx512_vnni::table;
-  if (wanted == "avx2" && has_avx2()) return &avx2::table;
+  if (has_avx512_bf16()) found.push_back(&avx512_bf16::table);
+  if (has_avx512_vnni()) found.push_back(&avx512_vnni::table);
+  if (has_avx2()) found.push_back(&avx2::table);
 #endif
-  if (wanted == "portable") return &portable::table;
-  return nullptr;
+  found.push_back(&portable::table);
+  return found;
 }
 
-const Kernels& kernels() {
-  if (const char* wanted = std::getenv("OUTRIDER_ISA"); wanted && *wanted) {
-    if (const Kernels* found = find_kernels(wanted)) return *found;
-    throw std::runtime_error(std::string("OUTRIDER_ISA=") + wanted +
-                             " is not an instruction set of this processor; expected avx512, avx2 or portable");
+}  // namespace
+
+std::vector<std::string> usable_kernels() {
+  std::vector<std::string> names;
+  for (const Kernels* table : usable()) names.emplace_back(table->name);
+  return names;
+}
+
+const Kernels& find_kernels(const std::string& name) {
+  std::string wanted = name;
+  if (wanted.empty())
+    if (const char* variable = std::getenv("OUTRIDER_ISA")) wanted = variable;
+  std::string known;
+  for (const Kernels* table : usable()) {
+    const std::string has = table->name;
+    if (wanted.empty() || wanted == has || (wanted == "avx512" && has.rfind(wanted, 0) == 0)) return *table;
+    known += (known.empty() ? "" : ", ") + has;
   }
-  for (const char* name : {"avx512", "avx2"})
-    if (const Kernels* found = find_kernels(name)) return *found;
-  return portable::table;
+  throw std::invalid_argument("instruction set " + wanted + " is not one this processor runs; expected one of: " + known);
 }
 
 }  // namespace outrider

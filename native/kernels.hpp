@@ -7,6 +7,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace outrider {
 
@@ -93,9 +95,10 @@ struct Kernels {
   double (*read_sum)(const char* data, size_t bytes);
 };
 
-// The best table this processor can run, or the one OUTRIDER_ISA names. Throws std::runtime_error.
-const Kernels& kernels();
-// The table of that name, or null where this build or this processor lacks it.
-const Kernels* find_kernels(const char* name);
+// The kernels of that name: avx512 (either of avx512_bf16, avx512_vnni), avx2 or portable. An empty name asks
+// OUTRIDER_ISA, and takes the best that this processor runs where that is not set. Throws std::invalid_argument.
+const Kernels& find_kernels(const std::string& name = "");
+// Names of all tables that this build has and this processor runs, best first.
+std::vector<std::string> usable_kernels();
 
 }  // namespace outrider

@@ -88,7 +88,7 @@ double read_bandwidth(size_t bytes, int repeats) {
   Region region(bytes);
   std::memset(region.data(), 1, bytes);
   const auto pool = shared_pool();
-  const Kernels& table = kernels();
+  const Kernels& table = find_kernels();
   double best = 0.0;
   volatile double sink = 0.0;
   nb::gil_scoped_release released;
@@ -140,6 +140,7 @@ NB_MODULE(_native, m) {
   nb::class_<StackSpec>(m, "StackSpec")
       .def(nb::init<>())
       .def_rw("dtype", &StackSpec::dtype)
+      .def_rw("isa", &StackSpec::isa)
       .def_rw("hidden", &StackSpec::hidden)
       .def_rw("input_width", &StackSpec::input_width)
       .def_rw("embeddings", &StackSpec::embeddings)
@@ -222,7 +223,7 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release released;
     set_threads(threads);
   });
-  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("instruction_sets", &usable_kernels, "Those this build has and this processor runs, best first.");
 }
 
 }  // namespace outrider

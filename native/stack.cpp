@@ -47,7 +47,7 @@ char* Cache::keys(int layer, int slot, int kv_head) const {
 
 // ------------------------------------------------------------------------------------------------ loading
 
-Stack::Stack(StackSpec spec) : spec_(std::move(spec)), kernels_(outrider::kernels()) {
+Stack::Stack(StackSpec spec) : spec_(std::move(spec)), kernels_(find_kernels(spec_.isa)) {
   const int panel = kernels_.panel;
   for (const RopeSpec& rope : spec_.ropes) ropes_.push_back({rope, {}, {}});
   for (size_t i = 0; i < spec_.layers.size(); i++) {

@@ -32,6 +32,7 @@ struct LayerSpec {
 
 struct StackSpec {
   DType dtype = DType::f32;
+  std::string isa;  // empty: the best, or OUTRIDER_ISA
   int hidden = 0, input_width = 0;
   int embeddings = 0;  // rows of the embedding; 0: none
   int vocabulary = 0;  // rows of the head; 0: none

@@ -6,13 +6,17 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from trained import DESIGNS, VOCABULARY, WIDTH, make_checkpoint, make_target
 
 from outrider import registry
+from outrider.backends.reference import ReferenceBackend
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams, build
 from outrider.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from outrider.drafters.ngram import NgramConfig, NgramDrafter
@@ -20,7 +24,7 @@ from outrider.drafters.suffix import SuffixAutomaton, SuffixConfig, SuffixDrafte
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.noise import RowNoise
 from outrider.sampling import process
-from outrider.types import Context, Drafter, Noise, Proposal, RaggedBatch, TargetOutput, TargetSpec
+from outrider.types import Context, Drafter, Noise, Proposal, RaggedBatch, TargetModel, TargetOutput, TargetSpec
 
 V = 5
 
@@ -60,7 +64,7 @@ class PrefixModel:
     """The next token's logits are a fixed random function of the whole prefix."""
 
     def __init__(self, vocab_size: int = V, seed: int = 0, max_positions: int = 1000) -> None:
-        self.spec = TargetSpec("prefix", vocab_size, 16, 4, max_positions, torch.float64, "prefix")
+        self.spec = TargetSpec("prefix", vocab_size, 16, 2, max_positions, torch.float64, "prefix")
         generator = torch.Generator().manual_seed(seed)
         self._table = torch.randn(997, vocab_size, generator=generator, dtype=torch.float64)
         self._embedding = torch.randn(vocab_size, 16, generator=generator, dtype=torch.float64)
@@ -102,14 +106,31 @@ class PrefixModel:
 # ------------------------------------------------------------------------------------------ an engine to test with
 
 TARGET = PrefixModel()
+FEATURES = torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 OPTIONS: dict[str, dict[str, Any]] = {  # what a drafter of the catalogue needs to be built here
     "draft_model": {"model": "small", "draft_tokens": 5},
     "suffix": {"stored_tokens": 0},  # earlier outputs are its declared memory; tested apart
 }
 
 
+TRAINED = {"dflash": "dflash", "dspark": "vanilla", "eagle3": "eagle3", "mtp": "mtp"}  # -> a design of trained.py
+
+
+@cache
+def trained_parts(design: str) -> tuple[DraftCheckpoint, TargetModel]:
+    target = make_target(dtype=torch.float64)
+    return make_checkpoint(DESIGNS[design], target=target), target
+
+
 def make(name: str, **options: Any) -> Drafter:
+    """A drafter of the catalogue, with random weights where it needs any."""
     kind = registry.find("drafter", name)
+    if name in TRAINED:
+        checkpoint, target = trained_parts(TRAINED[name])
+        config = kind.Config("", **options)
+        drafter = kind(checkpoint, target, ReferenceBackend(), config=config, dtype=torch.float64, max_rows=8)
+        assert isinstance(drafter, Drafter)
+        return drafter
     config = build(kind.Config, {**OPTIONS.get(name, {}), **options}, f"drafter {name}")
     drafter = kind.from_config(config, TARGET, load_target=lambda model: PrefixModel(seed=1))
     assert isinstance(drafter, Drafter)
@@ -162,7 +183,7 @@ def context_of(rows: Sequence[Row]) -> Context:
 def observe(drafter: Drafter, tokens: Sequence[Sequence[int]], starts: Sequence[int], rows: Sequence[Row]) -> None:
     """What passed through the target, with features that are a function of the token where the drafter reads any."""
     batch = RaggedBatch.pack(tokens, starts, [row.slot for row in rows])
-    drafter.observe(batch, TARGET.embed(batch.tokens).repeat(1, len(drafter.taps)) if drafter.taps else None)
+    drafter.observe(batch, FEATURES[batch.tokens].repeat(1, len(drafter.taps)) if drafter.taps else None)
 
 
 def start(drafter: Drafter, rows: Sequence[Row], chunk: int = 8, capacity: int = 400) -> None:
@@ -273,7 +294,7 @@ def test_shapes_and_bounds(name: str) -> None:
         if proposal.law is not None:
             assert len(proposal.law) == 4 * width
         for draft in drafts_of(proposal):
-            assert all(0 <= token < V for token in draft.tokens)
+            assert all(0 <= token < VOCABULARY for token in draft.tokens)
             assert all(0 <= c <= 1 for c in draft.confidence or [])
             for token, law in zip(draft.tokens, draft.laws or [], strict=False):
                 assert law[token] > 0 and sum(law) == pytest.approx(1)
@@ -311,7 +332,7 @@ def same(a: Draft, b: Draft, where: str) -> None:
 
 
 @each
-@pytest.mark.parametrize("skip", [(), (2,), (0, 1, 2, 3), (1, 3, 6)])
+@pytest.mark.parametrize("skip", [(), (0, 1, 2, 3), (1, 3, 6)])
 def test_a_proposal_depends_on_the_history_alone(name: str, skip: tuple[int, ...]) -> None:
     """After any rounds, rejected drafts and plain decoding, it is what a fresh drafter makes of the same text."""
     drafter = make(name)
@@ -346,21 +367,19 @@ def test_a_slot_keeps_nothing_of_its_last_row(name: str) -> None:
 @each
 def test_a_longer_limit_only_adds(name: str) -> None:
     """What is proposed at j does not depend on how far the draft may go."""
-    for step in range(1, len(LIMITS)):
-        drafts = {}
-        for most in range(make(name).block + 1):
+    for step in (1, 3):
+        drafts = []
+        for most in (1, 2, make(name).block):
             drafter, rows = make(name), rows_of(range(4))
             start(drafter, rows)
             for before in range(step):
                 commit(drafter, rows, propose(drafter, rows, limits_of(drafter, before, range(4))))
-            drafts[most] = drafts_of(propose(drafter, rows, [most] * 4))
-        longest = drafts[max(drafts)]
-        for most, shorter in drafts.items():
+            drafts.append((most, drafts_of(propose(drafter, rows, [min(most, drafter.block)] * 4))))
+        longest = drafts[-1][1]
+        for most, shorter in drafts:
             for a, b in zip(shorter, longest, strict=True):
                 assert a.tokens == b.tokens[:most]
                 assert (a.confidence or []) == pytest.approx((b.confidence or [])[:most], abs=1e-6)
-        if step == 4:
-            break
 
 
 class FutureNoise:
@@ -388,7 +407,7 @@ class FutureNoise:
 def anticipates(make_drafter: Callable[[], Drafter]) -> tuple[bool, bool]:
     """(whether a length, confidence or law up to token j moves with the tokens from j on, whether any token moved)."""
     moved = False
-    for seed in range(6):
+    for seed in range(3):
 
         def draft(depth: int | None, seed: int = seed) -> list[Draft]:
             drafter = make_drafter()

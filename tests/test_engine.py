@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 
 import numpy as np
@@ -93,8 +92,8 @@ def engine(drafts: int, rows: int = 3, *, chunk: int = 4, eos: tuple[int, ...] =
 def run(loop: Engine, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None) -> list[list[int]]:
     seeds = seeds or [params.seed or 0] * len(prompts)
     requests = [loop.add(i, p, params, s) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
-    while loop.step():
-        pass
+    while len(loop.admission):
+        loop.step()
     assert len(loop.admission) == 0 and all(r.slot == -1 for r in requests)
     return [r.output for r in requests]
 
@@ -117,7 +116,7 @@ def test_greedy_is_the_argmax_chain(drafts: int, rows: int) -> None:
 def test_coupled_text_depends_on_the_seed_alone() -> None:
     params = SamplingParams(max_tokens=17, temperature=0.9, top_p=0.95, seed=12)
     plain = run(engine(0, 1), PROMPTS, params)
-    for drafts, rows, chunk in itertools.product([1, 2, 5], [1, 2, 5], [1, 3, 64]):
+    for drafts, rows, chunk in [(1, 1, 1), (2, 2, 3), (5, 5, 64), (5, 2, 1)]:
         assert run(engine(drafts, rows, chunk=chunk), PROMPTS, params) == plain
     assert run(engine(0, 1), PROMPTS, SamplingParams(max_tokens=17, temperature=0.9, top_p=0.95, seed=13)) != plain
 
@@ -132,7 +131,7 @@ def test_coupled_text_under_penalties_is_the_plain_text() -> None:
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
 def test_the_sampled_law_end_to_end(rule: str) -> None:
     """First three tokens after [0] against the exact law: chi-square, false alarms below 1 in 10,000."""
-    count = 3000
+    count = 2000
     params = SamplingParams(max_tokens=3, temperature=1.0, rule=rule)  # type: ignore[arg-type]
     outputs = run(engine(2, rows=64), [[0]] * count, params, seeds=list(range(count)))
     p = torch.softmax(TABLE, -1)
@@ -147,22 +146,23 @@ def test_the_sampled_law_end_to_end(rule: str) -> None:
     assert statistic < chi2.ppf(1 - 1e-4, len(expected) - 1)
 
 
-def test_a_drafter_that_hides_its_law_is_caught_by_the_same_check() -> None:
-    """Negative control: sampled drafts passed off as deterministic bias the first tokens."""
+def test_a_drafter_that_misstates_its_law_is_caught_by_the_same_check() -> None:
+    """Negative control: drafts from one law passed off as draws from another bias the text."""
 
     class Lying(MarkovDrafter):
         def propose(self, *args: object) -> Proposal:
             honest = super().propose(*args)  # type: ignore[arg-type]
-            return Proposal(honest.tokens, honest.lengths, None)
+            claimed = torch.full((honest.tokens.numel(), V), 1 / V, dtype=torch.float64)
+            return Proposal(honest.tokens, honest.lengths, _Dense(claimed))
 
-    count = 3000
+    count = 2000
     loop = engine(2, rows=64)
     loop.drafter = Lying(DRAFT_TABLE, 2)
-    params = SamplingParams(max_tokens=2, temperature=1.0, rule="rejection")
+    params = SamplingParams(max_tokens=4, temperature=1.0, rule="rejection")
     outputs = run(loop, [[0]] * count, params, seeds=list(range(count)))
     p = torch.softmax(TABLE, -1)
-    law = (p[0][:, None] * p).flatten().numpy() * count
-    seen = Counter(a * V + b for a, b in outputs)
+    law = (p[0][:, None] * p).flatten().numpy() * count  # the first two tokens; the second may be a draft
+    seen = Counter(a * V + b for a, b, *_ in outputs)
     statistic = sum((seen[i] - law[i]) ** 2 / law[i] for i in range(V * V))
     assert statistic > chi2.ppf(1 - 1e-4, V * V - 1)
 
@@ -174,8 +174,8 @@ def test_nothing_after_a_stop_token_is_committed_or_counted(drafts: int) -> None
     loop = engine(drafts, eos=(stop,))
     params = SamplingParams(max_tokens=30, temperature=1.0, seed=4)
     requests = [loop.add(i, p, params, 4) for i, p in enumerate(PROMPTS)]
-    while loop.step():
-        pass
+    while len(loop.admission):
+        loop.step()
     for request, long in zip(requests, free, strict=True):
         expected = long[: long.index(stop) + 1] if stop in long else long
         assert request.output == expected
@@ -205,8 +205,8 @@ def test_cancelling_frees_the_row_and_leaves_the_others_alone() -> None:
     loop.step()
     loop.cancel(requests[0])
     loop.cancel(requests[4])  # still waiting
-    while loop.step():
-        pass
+    while len(loop.admission):
+        loop.step()
     assert [r.finish_reason for r in requests] == ["cancelled", "length", "length", "length", "cancelled"]
     assert [r.output for r in requests[1:4]] == expected[1:4]
     assert requests[0].output == expected[0][: len(requests[0].output)]

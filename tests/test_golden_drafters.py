@@ -204,7 +204,9 @@ def _runs(folder: Path) -> list[dict[str, Any]]:
     return [{**run, **sample} for run in generation.values() for sample in run["samples"]]
 
 
-def _generate(drafter: Drafter, target: TargetModel, prompt: list[int], run: dict[str, Any], new: int) -> dict[str, Any]:
+def _generate(
+    drafter: Drafter, target: TargetModel, prompt: list[int], run: dict[str, Any], new: int
+) -> dict[str, Any]:
     """Greedy speculative decoding, counted as the record counts: a round that ends on a stop id among its drafts has
     no token of the target's own (DeepSpec), or keeps it (z-lab)."""
     stops = set(run["stop_token_ids"] or ())
@@ -217,7 +219,12 @@ def _generate(drafter: Drafter, target: TargetModel, prompt: list[int], run: dic
     assert output.features is not None
     _observe(drafter, prompt, 0, output.features)
     history = [*prompt, int(output.logits[-1].argmax())]
-    record: dict[str, Any] = {"acceptance_lengths": [], "proposal_lengths": [], "accepted_draft_lengths": [], "rounds": []}
+    record: dict[str, Any] = {
+        "acceptance_lengths": [],
+        "proposal_lengths": [],
+        "accepted_draft_lengths": [],
+        "rounds": [],
+    }
     done = history[-1] in stops
     while len(history) - 1 < len(prompt) + new and not done:
         start = len(history) - 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import BlockDesign, ChainDesign, DraftCheckpoint, ModuleDesign, TargetFacts
@@ -59,6 +60,7 @@ GEMMA4: dict[str, Any] = {
     "layer_types": ["full_attention", "full_attention"],
     "tie_word_embeddings": False,
 }
+SAMPLED = SamplingParams(temperature=0.8)
 BLOCK = BlockDesign(5, 63, markov_rank=6, confidence=True, confidence_with_markov=True)
 DESIGNS = {
     "vanilla": BLOCK,
@@ -164,7 +166,9 @@ class Session:
         for slot in self.slots:
             drafter.open(slot, capacity)
 
-    def observe(self, tokens: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int] | None = None) -> None:
+    def observe(
+        self, tokens: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int] | None = None
+    ) -> None:
         """Run tokens through the target, and show them to the drafter."""
         batch = RaggedBatch.pack(tokens, starts, self.slots if slots is None else slots)
         output = self.target.forward(batch, self.memory, self.drafter.taps)
@@ -173,3 +177,50 @@ class Session:
 
 def random_tokens(count: int, seed: int) -> list[int]:
     return torch.randint(0, VOCABULARY - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def features_of(target: TargetModel, tokens: list[int], taps: tuple[int, ...]) -> Tensor:
+    memory = target.new_memory(1, len(tokens))
+    output = target.forward(RaggedBatch.pack([tokens], [0], [memory.open()]), memory, taps)
+    assert output.features is not None
+    return output.features
+
+
+# ------------------------------------------------------------------------------------------------ direct computation
+
+
+def norm(x: Tensor, gain: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain.to(x)
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """[T, H, Dh]"""
+    half = x.shape[-1] // 2
+    angles = positions[:, None].double() * 10000.0 ** (-torch.arange(half).double() / half)
+    cos, sin = angles.cos()[:, None].to(x), angles.sin()[:, None].to(x)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def dense_layer(w: dict[str, Tensor], wide: Tensor, residual: Tensor) -> Tensor:
+    """One causal decoder layer on [T, in] -> [T, D], no cache."""
+    heads, groups, width, count = 4, 2, 8, len(wide)
+    positions = torch.arange(count)
+    q = rotate(
+        norm((wide @ w["layers.0.q.weight"].T).view(count, heads, width), w["layers.0.q_norm.weight"]), positions
+    )
+    k = rotate(
+        norm((wide @ w["layers.0.k.weight"].T).view(count, groups, width), w["layers.0.k_norm.weight"]), positions
+    )
+    v = (wide @ w["layers.0.v.weight"].T).view(count, groups, width)
+    k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * width**-0.5
+    scores = scores.masked_fill(torch.ones(count, count).triu(1).bool(), -torch.inf)
+    seen = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(count, -1)
+    x = residual + seen @ w["layers.0.o.weight"].T
+    inner = norm(x, w["layers.0.mlp_norm.weight"])
+    return (
+        x
+        + (silu(inner @ w["layers.0.gate.weight"].T) * (inner @ w["layers.0.up.weight"].T))
+        @ w["layers.0.down.weight"].T
+    )

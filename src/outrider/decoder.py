@@ -124,6 +124,9 @@ class DecoderTarget:
         config = {**cls.defaults, **config}
         stack_config = cls.stack_config(config)
         weights = LazyWeights(TensorFiles(path), names.canonical, load_dtype(dtype))
+        for needed in ("embed.weight",) if names.tied else ("embed.weight", "head.weight"):
+            if needed not in weights:
+                raise CheckpointError(f"tensor {names.original(needed)!r} is missing in {path}")
         check_weights(stack_config, weights, lambda name: weights.names.get(name) or names.original(name))
         stack = backend.load(stack_config, weights, dtype)
         return cls(make_spec(config, stack_config, load_dtype(dtype), str(path)), stack)

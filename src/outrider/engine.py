@@ -75,7 +75,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Commit]:
-        """One round of every row that takes part. Empty when nothing is left to do."""
+        """One round of every row that takes part; a step that only reads prompts commits nothing."""
         began = perf_counter()
         rows = self.admission.next(self._open)  # who
         if not len(rows):

@@ -72,6 +72,10 @@ class NativeBackend:
 
     name = "native"
 
+    def __init__(self, isa: str = "") -> None:
+        """``isa``: avx512, avx2 or portable; empty = what OUTRIDER_ISA says, else the best this processor has."""
+        self.isa = isa
+
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> NativeStack:
         """``dtype``: float32, bfloat16, ``int8`` (a scale per output channel) or ``int4`` (a scale per 32 weights; the
         head stays int8). Weights are packed one by one; they are left as they are.
@@ -84,7 +88,12 @@ class NativeBackend:
         if key not in DTYPES:
             raise InvalidRequest(f"the native backend has no dtype {key!r}; {nearest(key, DTYPES)}")
         check_weights(config, weights)
-        core = _native.Stack(_spec(config, weights, key))
+        spec = _spec(config, weights, key)
+        spec.isa = self.isa
+        try:
+            core = _native.Stack(spec)
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
         _fill(core, config, weights)
         return NativeStack(config, core, key)
 

@@ -10,7 +10,16 @@ from outrider.config import LayerConfig, StackConfig
 from outrider.errors import CheckpointError, nearest
 from outrider.layers import rope_config
 
-__all__ = ["GEMMA4", "decoder_stack", "file_name", "known_keys", "refuse_unknown", "require", "require_layers", "spread_layers"]
+__all__ = [
+    "GEMMA4",
+    "decoder_stack",
+    "file_name",
+    "known_keys",
+    "refuse_unknown",
+    "require",
+    "require_layers",
+    "spread_layers",
+]
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 GEMMA4 = ("gemma4_text", "gemma4_unified_text")
@@ -21,10 +30,7 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "gelu"]] = {
 }
 # Written by some version of transformers for every model, or read by none of the decoders here.
 GENERIC_KEYS = frozenset(
-    "_attn_implementation _name_or_path attn_implementation cache_implementation dtype model_type original_max_position_"
-    "embeddings pretraining_tp rope_scaling rope_theta sliding_window torch_dtype transformers_version max_window_layers "
-    "use_sliding_window layer_types mlp_bias attention_bias attention_dropout head_dim tie_word_embeddings use_cache "
-    "bos_token_id eos_token_id pad_token_id rope_parameters initializer_range".split()
+    ["_attn_implementation", "_name_or_path", "attn_implementation", "cache_implementation", "dtype", "model_type", "original_max_position_embeddings", "pretraining_tp", "rope_scaling", "rope_theta", "sliding_window", "torch_dtype", "transformers_version", "max_window_layers", "use_sliding_window", "layer_types", "mlp_bias", "attention_bias", "attention_dropout", "head_dim", "tie_word_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters", "initializer_range"]
 )
 
 
@@ -58,7 +64,9 @@ def refuse_unknown(config: Mapping[str, Any], known: Collection[str], section: s
     """Raise CheckpointError for a key that nothing here understands: it may change what the weights mean."""
     for key in config:
         if key not in known:
-            raise CheckpointError(f"{section} has an unknown key {key!r}; {nearest(key, known)}")
+            close = nearest(key, known)
+            hint = close if close.startswith("did you mean") else "remove it if it changes nothing in the computation"
+            raise CheckpointError(f"{section} has an unknown key {key!r}; {hint}")
 
 
 def known_keys(model_type: str) -> set[str]:
@@ -67,11 +75,17 @@ def known_keys(model_type: str) -> set[str]:
     Raises CheckpointError for a model type that no drafter here is built from.
     """
     if model_type not in (*LLAMA_LIKE, *GEMMA4):
-        raise CheckpointError(f"model_type {model_type!r} is not supported in a drafter; {nearest(model_type, (*LLAMA_LIKE, *GEMMA4))}")
+        raise CheckpointError(
+            f"model_type {model_type!r} is not supported in a drafter; {nearest(model_type, (*LLAMA_LIKE, *GEMMA4))}"
+        )
     from transformers import CONFIG_MAPPING
 
     config = CONFIG_MAPPING["gemma4_text" if model_type in GEMMA4 else model_type]()
-    return set(config.to_dict()) | GENERIC_KEYS | ({"global_head_dim", "num_global_key_value_heads"} if model_type in GEMMA4 else set())
+    return (
+        set(config.to_dict())
+        | GENERIC_KEYS
+        | ({"global_head_dim", "num_global_key_value_heads"} if model_type in GEMMA4 else set())
+    )
 
 
 def decoder_stack(decoder: Mapping[str, Any], *, vocab_size: int, input_width: int = 0) -> StackConfig:
@@ -85,10 +99,14 @@ def decoder_stack(decoder: Mapping[str, Any], *, vocab_size: int, input_width: i
     count = require(decoder, "num_hidden_layers")
     activation = decoder.get("hidden_activation" if gemma else "hidden_act") or "silu"
     if activation not in ACTIVATIONS:
-        raise CheckpointError(f"config.json: activation {activation!r} is not supported; {nearest(activation, ACTIVATIONS)}")
+        raise CheckpointError(
+            f"config.json: activation {activation!r} is not supported; {nearest(activation, ACTIVATIONS)}"
+        )
     layer = _gemma4_layer(decoder, heads) if gemma else _llama_layer(decoder, heads, width, model_type)
     if heads % layer["num_kv_heads"]:
-        raise CheckpointError(f"config.json: {heads} attention heads cannot share {layer['num_kv_heads']} key/value heads evenly")
+        raise CheckpointError(
+            f"config.json: {heads} attention heads cannot share {layer['num_kv_heads']} key/value heads evenly"
+        )
     types = decoder.get("layer_types") or ["full_attention"] * count
     if len(types) != count:
         raise CheckpointError(f"config.json: layer_types has {len(types)} entries for {count} layers")
@@ -149,7 +167,11 @@ _PLAIN = {
     "markov.w1.weight": "markov_head.markov_w1.weight",
     "markov.w2.weight": "markov_head.markov_w2.weight",
 }
-_GROUPS = {"markov.gate": "markov_head.gate_proj", "markov.joint": "markov_head.joint_proj", "confidence": "confidence_head.proj"}
+_GROUPS = {
+    "markov.gate": "markov_head.gate_proj",
+    "markov.joint": "markov_head.joint_proj",
+    "confidence": "confidence_head.proj",
+}
 _LAYER = {
     "q": "self_attn.q_proj",
     "k": "self_attn.k_proj",

@@ -21,9 +21,16 @@ SHARED_KEYS = {"architectures", "num_target_layers", "target_layer_ids", "target
 BLOCK_KEYS = {"block_size", "mask_token_id", "num_anchors", "enable_confidence_head", "markov_rank"}
 BLOCK_KEYS |= {"confidence_head_with_markov", "markov_head_type"}
 CHAIN_KEYS = {"ttt_length", "step_loss_decay", "draft_num_hidden_layers", "target_model_name_or_path"}
-EXTRAS = {"num_anchors", "step_loss_decay", "target_model_type", "target_text_model_type", "dtype", "torch_dtype"}
-EXTRAS |= {"transformers_version", "_name_or_path"}
-"""Keys that change nothing in the computation."""
+EXTRAS = {
+    "target_model_type",
+    "target_text_model_type",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+}
+"""Keys that change nothing in the computation, beside one of each kind's own."""
+BLOCK_EXTRAS, CHAIN_EXTRAS = EXTRAS | {"num_anchors"}, EXTRAS | {"step_loss_decay"}
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -32,12 +39,13 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 def read(config: Mapping[str, Any]) -> DraftCheckpoint:
     chain = config["architectures"][0] in CHAINS
-    own = SHARED_KEYS | (CHAIN_KEYS if chain else BLOCK_KEYS)
+    own, extras = (CHAIN_KEYS, CHAIN_EXTRAS) if chain else (BLOCK_KEYS, BLOCK_EXTRAS)
+    own = own | SHARED_KEYS
     refuse_unknown(config, own | known_keys(require(config, "model_type", str)))
     design = _chain(config) if chain else _block(config)
     return DraftCheckpoint(
         design=design,
-        decoder={key: value for key, value in config.items() if key not in own | EXTRAS},
+        decoder={key: value for key, value in config.items() if key not in own | extras},
         target_layers=require_layers(config, "target_layer_ids"),
         target=TargetFacts(
             hidden_size=require(config, "hidden_size"),
@@ -47,7 +55,7 @@ def read(config: Mapping[str, Any]) -> DraftCheckpoint:
         ),
         draft_vocab_size=require(config, "vocab_size"),
         format="deepspec",
-        extras={key: config[key] for key in sorted(EXTRAS & set(config))},
+        extras={key: config[key] for key in sorted(extras & set(config))},
     )
 
 
@@ -74,17 +82,26 @@ def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     design, decoder, target = checkpoint.design, dict(checkpoint.decoder), checkpoint.target
     for name in ("embed.weight", "head.weight"):
         if name not in checkpoint.tensors:
-            raise CheckpointError(f"DeepSpec's files hold {name.split('.')[0]} weights, this checkpoint leaves them to its target; name the target")
+            raise CheckpointError(
+                f"DeepSpec's files hold {name.split('.')[0]} weights, this checkpoint leaves them to its target; name the target"
+            )
     if checkpoint.reduced:
-        raise CheckpointError("DeepSpec has no reduced draft vocabulary; this drafter can only be written as speculators")
+        raise CheckpointError(
+            "DeepSpec has no reduced draft vocabulary; this drafter can only be written as speculators"
+        )
     if checkpoint.target_layers is None or target.num_layers is None:
-        raise CheckpointError("DeepSpec's config names the target's layers, which this checkpoint does not; name the target")
+        raise CheckpointError(
+            "DeepSpec's config names the target's layers, which this checkpoint does not; name the target"
+        )
     family = _family(decoder)
-    config = {**decoder, **{key: value for key, value in checkpoint.extras.items() if key in EXTRAS}}
+    extras = BLOCK_EXTRAS if isinstance(design, BlockDesign) else CHAIN_EXTRAS
+    config = {**decoder, **{key: value for key, value in checkpoint.extras.items() if key in extras}}
     config |= {"num_target_layers": target.num_layers, "target_layer_ids": list(checkpoint.target_layers)}
     if isinstance(design, BlockDesign):
         if not design.sample_from_anchor:
-            raise CheckpointError("DeepSpec's blocks draft from the anchor's slot, this drafter's do not; write it as speculators")
+            raise CheckpointError(
+                "DeepSpec's blocks draft from the anchor's slot, this drafter's do not; write it as speculators"
+            )
         config |= {
             "architectures": [f"{family}DSparkModel"],
             "block_size": design.block_size,
@@ -99,7 +116,9 @@ def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
             config["confidence_head_with_markov"] = design.confidence_with_markov
         return config
     if design != ChainDesign(depth=design.depth):
-        raise CheckpointError("DeepSpec's EAGLE-3 has none of this drafter's norm options; it can only be written as speculators")
+        raise CheckpointError(
+            "DeepSpec's EAGLE-3 has none of this drafter's norm options; it can only be written as speculators"
+        )
     return config | {
         "architectures": [f"{family}Eagle3Model"],
         "ttt_length": design.depth,
@@ -115,4 +134,6 @@ def _family(decoder: Mapping[str, Any]) -> str:
         return "Qwen3"
     if kind in GEMMA4:
         return "Gemma4"
-    raise CheckpointError(f"DeepSpec's decoders are qwen3 and gemma4_text, this drafter's is {kind!r}; write it as speculators")
+    raise CheckpointError(
+        f"DeepSpec's decoders are qwen3 and gemma4_text, this drafter's is {kind!r}; write it as speculators"
+    )

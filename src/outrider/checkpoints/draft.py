@@ -29,7 +29,16 @@ from outrider.errors import CheckpointError, IncompatibleDrafter, nearest
 from outrider.layers import Shape, weight_shapes
 from outrider.types import TargetSpec
 
-__all__ = ["BlockDesign", "ChainDesign", "Design", "DraftCheckpoint", "MarkovHead", "ModuleDesign", "Sizes", "TargetFacts"]
+__all__ = [
+    "BlockDesign",
+    "ChainDesign",
+    "Design",
+    "DraftCheckpoint",
+    "MarkovHead",
+    "ModuleDesign",
+    "Sizes",
+    "TargetFacts",
+]
 
 MarkovHead = Literal["vanilla", "gated", "rnn"]
 MARKOV_HEADS: tuple[MarkovHead, ...] = ("vanilla", "gated", "rnn")
@@ -68,7 +77,9 @@ class BlockDesign:
         if self.markov_rank < 0:
             raise CheckpointError(f"markov_rank must be at least 0, got {self.markov_rank}")
         if self.markov_head not in MARKOV_HEADS:
-            raise CheckpointError(f"unknown markov_head_type {self.markov_head!r}; {nearest(self.markov_head, MARKOV_HEADS)}")
+            raise CheckpointError(
+                f"unknown markov_head_type {self.markov_head!r}; {nearest(self.markov_head, MARKOV_HEADS)}"
+            )
         if self.confidence_with_markov and not self.markov_rank:
             raise CheckpointError("confidence_head_with_markov needs a markov_rank above 0, got 0")
 
@@ -221,7 +232,9 @@ class DraftCheckpoint:
         sizes = Sizes(self.vocab_size, self.draft_vocab_size, self.hidden_size, self.taps, self.target.hidden_size)
         shapes = weight_shapes(self.stack(head=True)) | self.design.shapes(sizes)
         shapes["embed.weight"] = Shape((self.vocab_size, self.hidden_size), required=self._own_width)
-        shapes["head.weight"] = Shape((self.draft_vocab_size, self.hidden_size), required=self.reduced or self._own_width)
+        shapes["head.weight"] = Shape(
+            (self.draft_vocab_size, self.hidden_size), required=self.reduced or self._own_width
+        )
         shapes["d2t"] = Shape((self.draft_vocab_size,), required=self.reduced)
         shapes["t2d"] = Shape((self.vocab_size,), required=False)
         return shapes
@@ -278,7 +291,9 @@ class DraftCheckpoint:
                 raise CheckpointError(f"tensor {names.get(name, name)!r} holds {bad} values that are NaN or infinite")
         design = self.design
         if isinstance(design, BlockDesign) and not 0 <= design.mask_token_id < self.vocab_size:
-            raise CheckpointError(f"mask_token_id must be a token of the vocabulary (0 to {self.vocab_size - 1}), got {design.mask_token_id}")
+            raise CheckpointError(
+                f"mask_token_id must be a token of the vocabulary (0 to {self.vocab_size - 1}), got {design.mask_token_id}"
+            )
         if "d2t" in self.tensors:
             self._check_vocabulary(self.tensors["d2t"])
 
@@ -290,7 +305,9 @@ class DraftCheckpoint:
                 "it must hold offsets: target id = draft id + d2t[draft id]"
             )
         if len(ids.unique()) != len(ids):
-            raise CheckpointError("d2t maps two draft ids to one target id; it must hold offsets: target id = draft id + d2t[draft id]")
+            raise CheckpointError(
+                "d2t maps two draft ids to one target id; it must hold offsets: target id = draft id + d2t[draft id]"
+            )
         if "t2d" in self.tensors:
             mask = torch.zeros(self.vocab_size, dtype=torch.bool)
             mask[ids] = True

@@ -78,16 +78,17 @@ def load(folder: str | Path) -> DraftCheckpoint:
             raise CheckpointError(f"unexpected tensor {name!r}; {nearest(plain, known)}")
     tensors = {}
     for neutral, shape in shapes.items():
-        name = in_file.get(names[neutral])
-        if name is None:
+        file = names[neutral]
+        if file not in in_file:
             if shape.required:
-                raise CheckpointError(f"tensor {names[neutral]!r} is missing; expected shape {list(shape.sizes)}")
-        elif stored.shapes[name] != shape.sizes:
+                raise CheckpointError(f"tensor {file!r} is missing; expected shape {list(shape.sizes)}")
+            continue
+        name = in_file[file]
+        if stored.shapes[name] != shape.sizes:
             raise CheckpointError(
                 f"tensor {name!r} has shape {list(stored.shapes[name])}, but the config says {list(shape.sizes)}"
             )
-        else:
-            tensors[neutral] = stored.stored(name)
+        tensors[neutral] = stored.stored(name)
     checkpoint = replace(checkpoint, tensors=tensors)
     checkpoint.check_tensors({neutral: in_file.get(file, file) for neutral, file in names.items()})
     return checkpoint
@@ -110,7 +111,9 @@ def save(checkpoint: DraftCheckpoint, folder: str | Path, to: str, provenance: M
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         write_json(partial / "config.json", dict(sorted(config.items())))
-        write_tensors(partial / "model.safetensors", {names[name]: tensor for name, tensor in checkpoint.tensors.items()})
+        write_tensors(
+            partial / "model.safetensors", {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
+        )
         write_json(partial / "provenance.json", dict(provenance))
         partial.chmod(0o755)  # mkdtemp makes private folders
         os.rename(partial, target)
@@ -125,9 +128,17 @@ def tensor_names(checkpoint: DraftCheckpoint) -> dict[str, str]:
     sandwich = checkpoint.stack(head=False).sandwich_norms
     names = {neutral: file_name(neutral, sandwich=sandwich) for neutral in checkpoint.shapes()}
     if isinstance(checkpoint.design, ChainDesign):  # its two norms stand where a plain layer's input norm does
-        names |= {"hidden_norm.weight": "layers.0.hidden_norm.weight", "embed_norm.weight": "layers.0.input_layernorm.weight"}
+        names |= {
+            "hidden_norm.weight": "layers.0.hidden_norm.weight",
+            "embed_norm.weight": "layers.0.input_layernorm.weight",
+        }
     if isinstance(checkpoint.design, ModuleDesign):
-        module = {"fc": "input_proj", "hidden_norm": "hidden_layernorm", "embed_norm": "token_layernorm", "norm": "final_layernorm"}
+        module = {
+            "fc": "input_proj",
+            "hidden_norm": "hidden_layernorm",
+            "embed_norm": "token_layernorm",
+            "norm": "final_layernorm",
+        }
         names = {neutral: file.replace("layers.0.", "mtp_layers.0.") for neutral, file in names.items()}
         names |= {f"{neutral}.weight": f"mtp_layers.0.{file}.weight" for neutral, file in module.items()}
     return names

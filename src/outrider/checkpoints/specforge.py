@@ -18,7 +18,15 @@ __all__ = ["matches", "read"]
 CHAIN = "LlamaForCausalLMEagle3"
 BLOCKS = ("DFlashDraftModel", "DSparkDraftModel")
 TOP_KEYS = {"architectures", "auto_map", "block_size", "dflash_config", "num_target_layers", "target_hidden_size"}
-CHAIN_KEYS = {"architectures", "draft_vocab_size", "target_hidden_size", "target_model_type", "fc_norm", "norm_output", "eagle_config"}
+CHAIN_KEYS = {
+    "architectures",
+    "draft_vocab_size",
+    "target_hidden_size",
+    "target_model_type",
+    "fc_norm",
+    "norm_output",
+    "eagle_config",
+}
 OWN_KEYS = {"attention_mode", "mask_token_id", "target_layer_ids", "projector_type", "markov_rank", "markov_head_type"}
 OWN_KEYS |= {"enable_confidence_head", "confidence_head_with_markov", "confidence_head_alpha"}
 PROJECTORS = ("dflash", "dspark")
@@ -77,7 +85,9 @@ def _read_block(config: Mapping[str, Any]) -> DraftCheckpoint:
         ),
         decoder={key: value for key, value in config.items() if key not in TOP_KEYS | EXTRAS},
         target_layers=layers,
-        target=TargetFacts(hidden_size=config.get("target_hidden_size") or require(config, "hidden_size"), num_layers=count),
+        target=TargetFacts(
+            hidden_size=config.get("target_hidden_size") or require(config, "hidden_size"), num_layers=count
+        ),
         draft_vocab_size=require(config, "vocab_size"),
         format="specforge",
         extras={key: config[key] for key in sorted(EXTRAS & set(config))},

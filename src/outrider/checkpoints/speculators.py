@@ -19,9 +19,22 @@ KINDS = ("dflash", "dspark", "eagle3", "mtp")
 CLASSES = {"dflash": "DFlash", "dspark": "DSpark", "eagle3": "Eagle3", "mtp": "MTP"}
 SHARED_KEYS = {"architectures", "speculators_model_type", "speculators_version", "speculators_config"}
 SHARED_KEYS |= {"transformer_layer_config", "draft_vocab_size", "target_hidden_size", "tie_word_embeddings"}
-BLOCK_KEYS = {"block_size", "aux_hidden_state_layer_ids", "mask_token_id", "sample_from_anchor", "sliding_window_non_causal"}
+BLOCK_KEYS = {
+    "block_size",
+    "aux_hidden_state_layer_ids",
+    "mask_token_id",
+    "sample_from_anchor",
+    "sliding_window_non_causal",
+}
 HEAD_KEYS = {"markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov"}
-CHAIN_KEYS = {"norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "eagle_aux_hidden_state_layer_ids", "embed_requires_grad"}
+CHAIN_KEYS = {
+    "norm_before_residual",
+    "norm_before_fc",
+    "fc_norm",
+    "norm_output",
+    "eagle_aux_hidden_state_layer_ids",
+    "embed_requires_grad",
+}
 MODULE_KEYS = {"num_nextn_predict_layers", "aux_hidden_state_layer_ids"}
 OWN_KEYS = {
     "dflash": BLOCK_KEYS,
@@ -29,7 +42,15 @@ OWN_KEYS = {
     "eagle3": CHAIN_KEYS,
     "mtp": MODULE_KEYS,
 }
-EXTRAS = {"auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_target_layers", "num_anchors"}
+EXTRAS = {
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "num_target_layers",
+    "num_anchors",
+}
 EXTRAS |= {"step_loss_decay", "target_model_type", "target_text_model_type", "speculators_version"}
 """Keys that change nothing in the computation; some are DeepSpec's, carried so that nothing is lost on the way back."""
 
@@ -54,7 +75,9 @@ def read(config: Mapping[str, Any]) -> DraftCheckpoint:
             "this MTP module reads the target's last hidden state, which is ambiguous (before or after the final norm); "
             f"expected {layers_key} to name an earlier layer"
         )
-    layers = None if config.get(layers_key) is None else tuple(layer - 1 for layer in require_layers(config, layers_key))
+    layers = (
+        None if config.get(layers_key) is None else tuple(layer - 1 for layer in require_layers(config, layers_key))
+    )
     architectures = verifier.get("architectures") or [None]
     return DraftCheckpoint(
         design=_design(kind, config, section, decoder),
@@ -110,7 +133,9 @@ def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     """Raises CheckpointError where the target's layers are not known."""
     design, target = checkpoint.design, checkpoint.target
     if checkpoint.target_layers is None:
-        raise CheckpointError("speculators' config names the target's layers, which this checkpoint does not; name the target")
+        raise CheckpointError(
+            "speculators' config names the target's layers, which this checkpoint does not; name the target"
+        )
     kind = design.kind
     if isinstance(design, BlockDesign) and design.sample_from_anchor:
         kind = "dspark"  # vLLM's dflash never samples from the anchor

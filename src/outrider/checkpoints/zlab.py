@@ -20,14 +20,18 @@ EXTRAS = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 def matches(config: Mapping[str, Any]) -> bool:
     own = config.get("dflash_config")
-    return isinstance(own, Mapping) and set(own) <= OWN_KEYS and "DFlashDraftModel" in (config.get("architectures") or ())
+    return (
+        isinstance(own, Mapping) and set(own) <= OWN_KEYS and "DFlashDraftModel" in (config.get("architectures") or ())
+    )
 
 
 def read(config: Mapping[str, Any]) -> DraftCheckpoint:
     own = config["dflash_config"]
     refuse_unknown(config, TOP_KEYS | known_keys(require(config, "model_type", str)))
     count, draft_layers = require(config, "num_target_layers"), require(config, "num_hidden_layers")
-    layers = require_layers(own, "target_layer_ids") if "target_layer_ids" in own else spread_layers(count, draft_layers)
+    layers = (
+        require_layers(own, "target_layer_ids") if "target_layer_ids" in own else spread_layers(count, draft_layers)
+    )
     return DraftCheckpoint(
         design=BlockDesign(require(config, "block_size"), require(own, "mask_token_id"), sample_from_anchor=False),
         decoder={key: value for key, value in config.items() if key not in TOP_KEYS | EXTRAS},
@@ -37,4 +41,3 @@ def read(config: Mapping[str, Any]) -> DraftCheckpoint:
         format="zlab",
         extras={key: config[key] for key in sorted(EXTRAS & set(config))},
     )
-

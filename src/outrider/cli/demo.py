@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from outrider.cli.common import Drafter, JsonFile, MaxTokens, Model, Seed, Temperature, command, human, write_json
+from outrider.cli.common import JsonFile, MaxTokens, ModelOptions, Seed, Temperature, command, human, write_json
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 
@@ -58,8 +58,7 @@ class Row:
 
 @command
 def demo(
-    model: Model = "embedded",
-    drafter: Drafter = "auto",
+    model: ModelOptions,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 1.0,
     seed: Seed = 1,
@@ -78,16 +77,15 @@ def demo(
     [cyan]outrider demo --temperature 0 --drafter suffix --json demo.json[/cyan]
     """
     from outrider.evaluation.bench import embedded_prompt_sets
-    from outrider.llm import LLM
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     console = human(json)
-    llm = LLM(model, drafter, max_rows=1)
+    llm = model.load()
     rows = []
-    _pair(llm, drafter, WARM_UP, SamplingParams(max_tokens=8, temperature=temperature, seed=seed))
+    _pair(llm, model, WARM_UP, SamplingParams(max_tokens=8, temperature=temperature, seed=seed))
     for domain, prompts in embedded_prompt_sets().items():
         with console.status(f"{domain}: measuring"):
-            pairs = [_pair(llm, drafter, prompts[0], params) for _ in range(repeats)]
+            pairs = [_pair(llm, model, prompts[0], params) for _ in range(repeats)]
         _show(console, domain, prompts[0], *pairs[-1])
         rows.append(_row(domain, pairs))
     if not rows:
@@ -96,7 +94,7 @@ def demo(
     write_json(
         json,
         {
-            "model": model,
+            "model": model.model,
             "drafter": llm.drafter_name,
             "temperature": temperature,
             "seed": seed,
@@ -108,9 +106,9 @@ def demo(
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def _pair(llm: LLM, drafter: str, prompt: str, params: SamplingParams) -> tuple[Run, Run]:
+def _pair(llm: LLM, model: ModelOptions, prompt: str, params: SamplingParams) -> tuple[Run, Run]:
     """Plain, then speculative, each from nothing: what an earlier answer taught a drafter must not help the next."""
-    plain, fast = (llm.with_drafter(name) for name in ("none", drafter))
+    plain, fast = llm.with_drafter("none"), llm.with_drafter(model.drafter, draft_tokens=model.draft_tokens)
     return _run(plain, prompt, params), _run(fast, prompt, params)
 
 

@@ -58,7 +58,7 @@ def _embedded() -> list[dict[str, Any]]:
     from outrider.weights import EMBEDDED, read_json, resolve_model
 
     folder = Path(str(resolve_model("embedded"))).parent
-    card = read_json(folder / "facts.json")
+    card = read_json(folder / "facts.json") if (folder / "facts.json").is_file() else {}
     rows = []
     for name, part in EMBEDDED.items():
         files = [file for file in (folder / part).iterdir() if file.suffix == ".safetensors"]
@@ -102,4 +102,4 @@ def _native() -> dict[str, Any]:
         from outrider import _native  # type: ignore[attr-defined]
     except ImportError:
         return {"built": False, "instruction_set": None}
-    return {"built": True, "instruction_set": _native.instruction_set()}
+    return {"built": True, "instruction_set": _native.isa()}

@@ -8,7 +8,6 @@ T packed tokens, F feature width, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

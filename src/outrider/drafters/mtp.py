@@ -11,7 +11,6 @@ T packed tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

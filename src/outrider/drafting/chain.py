@@ -51,7 +51,9 @@ class ChainDrafter(TrainedDrafter):
             waiting = self.cache.take_pairs(full, None)
             hidden, residual = self.fuse(waiting.batch.tokens, self.condition(waiting.features))
             nothing = waiting.batch.offsets[:0]
-            self.net.stack.forward(waiting.batch, self.cache.memory, hidden=hidden, residual=residual, logits_at=nothing)
+            self.net.stack.forward(
+                waiting.batch, self.cache.memory, hidden=hidden, residual=residual, logits_at=nothing
+            )
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
         """All rows together, one pass a draft. A row with missing features drafts nothing."""

@@ -64,4 +64,3 @@ class Drawing:
         places = torch.zeros(count, drafts, dtype=torch.int64)  # rows that drafted nothing borrow place 0, never read
         places[self.rows] = torch.arange(len(law)).view(-1, drafts)
         return law.take(places.flatten())
-

@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 PROBE_BYTES = 256 << 20  # far more than any cache holds
+MAX_CACHE_BYTES = 2 << 30
 FILL = 512  # cached tokens made at a time
 INT4_GROUP = 32
 
@@ -253,7 +254,7 @@ def run_profile(
     repeats: int = 20,
     backend: str = "auto",
     machine: Mapping[str, Any],
-    max_cache_bytes: int = 2 << 30,
+    max_cache_bytes: int = MAX_CACHE_BYTES,
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> Profile:
     """Profile ``model``, or a ``shape`` of random weights instead, in each dtype.
@@ -276,7 +277,8 @@ def run_profile(
         def tell(context: int, done: float) -> None:
             progress(f"{dtype}: context {context}", (index + done) / len(dtypes))  # noqa: B023 (called at once)
 
-        timings, skipped = time_passes(target, dtype, backend, cells, repeats, max_cache_bytes, tell)
+        probe = getattr(load_backend(backend, dtype), "read_bandwidth", None) or torch_read_bandwidth()
+        timings, skipped = time_passes(target, dtype, cells, repeats, probe, max_cache_bytes, tell)
         profile.timings.extend(timings)
         profile.skipped.extend((dtype, cell) for cell in skipped)
         if timings:
@@ -288,11 +290,11 @@ def run_profile(
 def time_passes(
     target: TargetModel,
     dtype: str,
-    backend: str,
     cells: Sequence[Cell],
     repeats: int,
-    max_cache_bytes: int,
-    progress: Callable[[int, float], None],
+    probe: Callable[[], float],
+    max_cache_bytes: int = MAX_CACHE_BYTES,
+    progress: Callable[[int, float], None] = lambda context, done: None,
 ) -> tuple[list[Timing], list[Cell]]:
     """Time every cell on one target, context by context. -> timings, and cells whose cache would be too large."""
     longest = max(cell.context + cell.new_tokens for cell in cells)
@@ -302,7 +304,6 @@ def time_passes(
             "lower --context or --new-tokens"
         )
     config = target.stack.config if isinstance(target, DecoderTarget) else None
-    probe = getattr(load_backend(backend, dtype), "read_bandwidth", None) or torch_read_bandwidth()
     fitting = [c for c in cells if config is None or cache_bytes(config, dtype, c) <= max_cache_bytes]
     timings: list[Timing] = []
     done, contexts = 0, sorted({cell.context for cell in fitting})

@@ -1,0 +1,324 @@
+"""Drafters' files: what is read, what is written, what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from trained import DECODER, DESIGNS, GEMMA4, LAYERS, VOCABULARY, WIDTH, make_checkpoint, make_target
+
+from outrider import checkpoints
+from outrider.checkpoints import DraftCheckpoint, deepspec, speculators
+from outrider.errors import CheckpointError
+
+DEEPSPEC = ("vanilla", "gated", "rnn", "dflash", "eagle3")
+
+
+def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = config_of(folder)
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def edit_tensors(folder: Path, **changes: Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.update({name.replace("__", "."): tensor for name, tensor in changes.items() if tensor is not None})
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name.replace("__", ".")]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def complete(name: str, decoder: dict[str, Any] = DECODER, **options: Any) -> DraftCheckpoint:
+    """With embedding and head, as DeepSpec's files have them."""
+    checkpoint = make_checkpoint(DESIGNS[name], target=make_target(), decoder=decoder, **options)
+    extras = {"dtype": "float32", "transformers_version": "5.10.2", "num_anchors": 8}
+    return replace(checkpoint, extras=extras if "eagle3" not in name else {**extras, "step_loss_decay": 0.7})
+
+
+def same(a: DraftCheckpoint, b: DraftCheckpoint) -> None:
+    assert a.design == b.design and a.target_layers == b.target_layers and dict(a.decoder) == dict(b.decoder)
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, tensor in a.tensors.items():
+        assert tensor.dtype == b.tensors[name].dtype and torch.equal(tensor, b.tensors[name]), name
+
+
+# ------------------------------------------------------------------------------------------------ round trips
+
+
+@pytest.mark.parametrize("name", DEEPSPEC)
+@pytest.mark.parametrize("decoder", [DECODER, GEMMA4], ids=["qwen3", "gemma4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deepspec_to_speculators_and_back(tmp_path: Path, name: str, decoder: dict, dtype: torch.dtype) -> None:
+    """Tensors bit for bit, configs key for key."""
+    checkpoint = complete(name, decoder)
+    checkpoint = replace(checkpoint, tensors={n: t.to(dtype) for n, t in checkpoint.tensors.items()})
+    first = checkpoints.save(checkpoint, tmp_path / "a", "deepspec", {"made": "by a test"})
+    second = checkpoints.save(checkpoints.load(first), tmp_path / "b", "speculators", {})
+    third = checkpoints.save(checkpoints.load(second), tmp_path / "c", "deepspec", {})
+    assert config_of(first) == config_of(third)
+    a, c = load_file(first / "model.safetensors"), load_file(third / "model.safetensors")
+    assert a.keys() == c.keys() and all(torch.equal(a[n], c[n]) and a[n].dtype == dtype for n in a)
+    same(checkpoint, checkpoints.load(second))
+    assert checkpoints.load(second).format == "speculators" and checkpoints.load(first).format == "deepspec"
+
+
+def _golden() -> list[Any]:
+    from test_golden_drafters import _folders
+
+    found = [f for f in _folders() if deepspec.matches(config_of(f))]
+    return [pytest.param(f, id=f.name) for f in found] or [
+        pytest.param(None, marks=pytest.mark.skipif(True, reason="absent"))
+    ]
+
+
+@pytest.mark.parametrize("folder", _golden())
+def test_the_peers_own_files_survive_the_round_trip(tmp_path: Path, folder: Path) -> None:
+    second = checkpoints.save(checkpoints.load(folder), tmp_path / "b", "speculators", {})
+    third = checkpoints.save(checkpoints.load(second), tmp_path / "c", "deepspec", {})
+    assert config_of(third) == config_of(folder)
+    a, c = load_file(folder / "model.safetensors"), load_file(third / "model.safetensors")
+    assert a.keys() == c.keys() and all(torch.equal(a[n], c[n]) and a[n].dtype == c[n].dtype for n in a)
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_speculators_hold_every_design(tmp_path: Path, name: str) -> None:
+    checkpoint = make_checkpoint(DESIGNS[name], drafted=VOCABULARY if name == "mtp" else 20)
+    folder = checkpoints.save(checkpoint, tmp_path / "x", "speculators", {})
+    back = checkpoints.load(folder)
+    same(checkpoint, back)
+    assert (back.kind, back.draft_vocab_size) == (checkpoint.kind, checkpoint.draft_vocab_size)
+
+
+def test_layers_are_counted_as_each_format_counts_them() -> None:
+    checkpoint = complete("vanilla")
+    assert deepspec.write(checkpoint)["target_layer_ids"] == [0, 2, 3]
+    config = speculators.write(checkpoint)
+    assert config["aux_hidden_state_layer_ids"] == [1, 3, 4]
+    assert checkpoints.read_header(config).target_layers == (0, 2, 3)
+    embedding = replace(checkpoint, target_layers=(-1, 2, 3))
+    assert speculators.write(embedding)["aux_hidden_state_layer_ids"] == [0, 3, 4]
+
+
+def test_anchor_layout_is_never_guessed() -> None:
+    masks = speculators.write(make_checkpoint(DESIGNS["masks-only"]))
+    assert masks["speculators_model_type"] == "dflash" and masks["sample_from_anchor"] is False
+    assert masks["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
+    anchored = speculators.write(make_checkpoint(DESIGNS["dflash"]))
+    assert (
+        anchored["speculators_model_type"] == "dspark" and anchored["markov_rank"] == 0
+    )  # vLLM's dflash has no anchor
+    assert anchored["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
+    for kind, default in (("dflash", False), ("dspark", True)):
+        config = {**(masks if kind == "dflash" else anchored)}
+        del config["sample_from_anchor"]
+        assert checkpoints.read_header(config).design.sample_from_anchor is default
+    with pytest.raises(CheckpointError, match="anchor's slot"):
+        deepspec.write(replace(complete("dflash"), design=DESIGNS["masks-only"]))
+
+
+# ------------------------------------------------------------------------------------------------ other formats
+
+
+def dflash_config(**own: Any) -> dict[str, Any]:
+    return {
+        **DECODER,
+        "architectures": ["DFlashDraftModel"],
+        "block_size": 5,
+        "num_target_layers": LAYERS,
+        "dflash_config": {"mask_token_id": 63, "target_layer_ids": [0, 2, 3], **own},
+    }
+
+
+def test_zlab_files(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(DESIGNS["masks-only"])
+    names = checkpoints.tensor_names(checkpoint)
+    folder = write(tmp_path / "z", dflash_config(), {names[n]: t for n, t in checkpoint.tensors.items()})
+    back = checkpoints.load(folder)
+    same(checkpoint, back)
+    assert (back.format, back.kind) == ("zlab", "dflash")
+    config = dflash_config()
+    del config["dflash_config"]["target_layer_ids"]
+    config["num_target_layers"] = 36
+    assert checkpoints.read_header({**config, "num_hidden_layers": 5}).target_layers == (1, 9, 17, 25, 33)
+    assert checkpoints.read_header({**config, "num_hidden_layers": 1}).target_layers == (18,)
+
+
+def test_specforge_files(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(DESIGNS["rnn"])
+    names = checkpoints.tensor_names(checkpoint)
+    own = {"projector_type": "dspark", "attention_mode": "gqa", "markov_rank": 6, "markov_head_type": "rnn"}
+    own |= {"enable_confidence_head": True, "confidence_head_with_markov": True}
+    config = {**dflash_config(**own), "architectures": ["DSparkDraftModel"]}
+    tensors = {names[n]: t for n, t in checkpoint.tensors.items()}
+    nested = {f"logit_head.{n}" if n.startswith(("markov", "confidence")) else n: t for n, t in tensors.items()}
+    for i, files in enumerate((tensors, nested)):  # early files nest the heads
+        back = checkpoints.load(write(tmp_path / str(i), config, files))
+        same(checkpoint, back)
+        assert back.format == "specforge" and back.design.sample_from_anchor
+    with pytest.raises(CheckpointError, match="projector_type 'domino'"):
+        checkpoints.read_header({**config, "dflash_config": {**config["dflash_config"], "projector_type": "domino"}})
+
+    chain = make_checkpoint(DESIGNS["eagle3"], drafted=20, decoder={**DECODER, "model_type": "llama"})
+    names = checkpoints.tensor_names(chain)
+    files = {names[n].replace("layers.0.", "midlayer."): t for n, t in chain.tensors.items()}
+    config = {**chain.decoder, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 20}
+    back = checkpoints.load(write(tmp_path / "chain", config, files))
+    same(replace(chain, target_layers=None, design=back.design), back)
+    spec = replace(make_target().spec, num_layers=36)
+    assert back.layers_for(spec) == (1, 17, 32)  # SpecForge's convention where no file says
+
+
+def test_detection_reads_the_config_and_not_the_path(tmp_path: Path) -> None:
+    folder = checkpoints.save(complete("vanilla"), tmp_path / "my-eagle3-dflash-zlab", "speculators", {})
+    assert checkpoints.load(folder).kind == "dspark"
+    with pytest.raises(CheckpointError, match=r"\['LlamaForCausalLM'\], which is no drafter"):
+        checkpoints.read_header({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
+    assert checkpoints.recognise({}) is None
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from outrider.checkpoints import files
+
+    def fail(*arguments: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files, "write_tensors", fail)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(complete("vanilla"), tmp_path / "out", "deepspec", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_has_its_provenance_and_overwrites_nothing(tmp_path: Path) -> None:
+    folder = checkpoints.save(complete("vanilla"), tmp_path / "deep" / "out", "deepspec", {"from": "here"})
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors", "provenance.json"]
+    assert json.loads((folder / "provenance.json").read_text()) == {"from": "here"}
+    assert folder.stat().st_mode & 0o777 == 0o755
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoints.save(complete("vanilla"), folder, "deepspec", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vanilla", {"drafted": 20}, "no reduced draft vocabulary"),
+        ("eagle3-residual", {}, "none of this drafter's norm options"),
+        ("mtp", {}, "DeepSpec"),
+    ],
+)
+def test_deepspec_refuses_what_it_cannot_say(name: str, options: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        deepspec.write(complete(name, **options))
+    with pytest.raises(CheckpointError, match="name the target"):
+        deepspec.write(make_checkpoint(DESIGNS["vanilla"]))
+
+
+def test_only_written_formats_are_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot write format 'zlab'; expected one of: deepspec, speculators"):
+        checkpoints.save(complete("vanilla"), tmp_path / "x", "zlab", {})
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+BAD: dict[str, tuple[Any, str]] = {
+    "missing tensor": (lambda f: edit_tensors(f, fc__weight=None), "'fc.weight' is missing"),
+    "unknown tensor": (
+        lambda f: edit_tensors(f, fc__wieght=torch.ones(2)),
+        "unexpected tensor 'fc.wieght'; did you mean 'fc.weight'",
+    ),
+    "wrong shape": (lambda f: edit_tensors(f, norm__weight=torch.ones(3)), r"'norm.weight' has shape \[3\]"),
+    "NaN": (
+        lambda f: edit_tensors(f, markov_head__markov_w2__weight=torch.full((VOCABULARY, 6), torch.nan)),
+        f"'markov_head.markov_w2.weight' holds {VOCABULARY * 6} values that are NaN",
+    ),
+    "infinity": (lambda f: edit_tensors(f, norm__weight=torch.full((WIDTH,), torch.inf)), "NaN or infinite"),
+    "other vocabulary": (lambda f: edit(f, vocab_size=99), r"config says \[99"),
+    "truncated": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+        "not a complete safetensors file",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    "pickled weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pickled weights can run code",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
+    "unknown key": (lambda f: edit(f, markov_rnak=6), "unknown key 'markov_rnak'; did you mean 'markov_rank'"),
+    "missing key": (lambda f: edit(f, block_size=...), "no 'block_size'"),
+    "wrong type": (lambda f: edit(f, block_size="seven"), "block_size must be int, got 'seven'"),
+    "block of nothing": (lambda f: edit(f, block_size=0), "block_size must be at least 1, got 0"),
+    "unknown head": (
+        lambda f: edit(f, markov_head_type="gatde"),
+        "unknown markov_head_type 'gatde'; did you mean 'gated'",
+    ),
+    "mask token": (lambda f: edit(f, mask_token_id=VOCABULARY), f"mask_token_id must be a token .* got {VOCABULARY}"),
+    "no layers": (lambda f: edit(f, target_layer_ids=[]), "list of layer numbers"),
+    "model type": (lambda f: edit(f, model_type="mamba"), "model_type 'mamba' is not supported"),
+    "heads": (lambda f: edit(f, num_key_value_heads=3), "cannot share 3 key/value heads"),
+    "confidence without Markov": (lambda f: edit(f, markov_rank=0), "needs a markov_rank above 0"),
+    "rope": (lambda f: edit(f, rope_parameters={"rope_type": "spiral"}), "rope type 'spiral'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_damaged_files_get_one_clear_error(tmp_path: Path, name: str) -> None:
+    folder = checkpoints.save(complete("vanilla"), tmp_path / "x", "deepspec", {})
+    damage, message = BAD[name]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load(folder)
+
+
+def test_a_reduced_vocabulary_must_add_up(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(DESIGNS["vanilla"], drafted=20)
+    ids = checkpoint.tensors["d2t"] + torch.arange(20)
+    damaged = {
+        "outside the vocabulary": {"d2t": ids},  # ids where offsets belong
+        "two draft ids to one": {"d2t": -torch.arange(20)},
+        "disagree": {"t2d": ~checkpoint.tensors["t2d"]},
+    }
+    for i, (message, tensors) in enumerate(damaged.items()):
+        broken = replace(checkpoint, tensors={**checkpoint.tensors, **tensors})
+        folder = checkpoints.save(broken, tmp_path / str(i), "speculators", {})
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.load(folder)
+
+
+def test_keys_that_would_change_the_computation_are_refused() -> None:
+    chain = {**DECODER, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "layer_types": None}
+    with pytest.raises(CheckpointError, match="norm_output"):
+        checkpoints.read_header({**chain, "norm_output": False})
+    sliding = speculators.write(make_checkpoint(DESIGNS["dflash"]))
+    sliding["transformer_layer_config"] |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}
+    sliding["sliding_window_non_causal"] = False
+    with pytest.raises(CheckpointError, match="causal inside the block"):
+        checkpoints.read_header(sliding)
+    module = speculators.write(make_checkpoint(DESIGNS["mtp"]))
+    del module["aux_hidden_state_layer_ids"]
+    with pytest.raises(CheckpointError, match="last hidden state"):
+        checkpoints.read_header(module)
+    with pytest.raises(CheckpointError, match="speculators_model_type 'peagle'"):
+        checkpoints.read_header(
+            {**speculators.write(make_checkpoint(DESIGNS["dflash"])), "speculators_model_type": "peagle"}
+        )

@@ -1,0 +1,359 @@
+"""The compiled core against the reference backend in float64, and against itself: equal bits however rows are batched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from outrider.backends.native import NativeBackend, available
+from outrider.backends.reference import ReferenceBackend
+from outrider.config import LayerConfig, RopeConfig, StackConfig
+from outrider.errors import CacheFull, InvalidRequest, OutriderError
+from outrider.layers import weight_shapes
+from outrider.types import RaggedBatch, StackOutput
+
+pytestmark = pytest.mark.skipif(not available(), reason="the compiled core is not built")
+
+DTYPES = ["float32", "bfloat16", "int8", "int4"]
+
+
+def instruction_sets() -> list[str]:
+    if not available():
+        return ["portable"]
+    from outrider import _native
+
+    return list(_native.instruction_sets())
+
+
+def rope(head_dim: int, theta: float = 10_000.0, scale: float = 1.0) -> RopeConfig:
+    return RopeConfig(tuple(theta ** (-i / (head_dim // 2)) for i in range(head_dim // 2)), scale)
+
+
+def layer(**options: Any) -> LayerConfig:
+    plain: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "intermediate_size": 96}
+    options = plain | options
+    return LayerConfig(rope=options.pop("rope", rope(options["head_dim"])), **options)
+
+
+def stack(*layers: LayerConfig, **options: Any) -> StackConfig:
+    plain: dict[str, Any] = {"vocab_size": 203, "hidden_size": 64}
+    return StackConfig(layers=layers or (layer(), layer()), **plain | options)
+
+
+def random_weights(config: StackConfig, bias: bool = False, seed: int = 0) -> dict[str, Tensor]:
+    """Weights that keep activations near one, so that errors can be told from each other."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in weight_shapes(config).items():
+        if (name.endswith(".bias") and not bias) or name.endswith(".scalar"):
+            continue
+        sizes = [config.vocab_size if size is None else size for size in shape.sizes]
+        draw = torch.randn(sizes, generator=generator)
+        if "norm" in name:
+            draw = (1 - config.norm_offset) + 0.1 * draw
+        elif name != "embed.weight":
+            draw = draw * (sizes[-1] ** -0.5 if len(sizes) > 1 else 0.3)
+        weights[name] = draw
+    return weights
+
+
+PROMPTS = [list(range(1, 71)), [5], [7, 9, 11, 13, 150]]
+STEPS = [[3, 4], [100], [1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+def two_passes(made: Any, taps: Sequence[int] = (-1, 0, 1)) -> tuple[Tensor, Tensor, Tensor]:
+    """A ragged prefill and a ragged step: logits, hidden states and features of all tokens."""
+    memory = made.new_memory(3, 130)
+    slots = [memory.open() for _ in PROMPTS]
+    first = made.forward(RaggedBatch.pack(PROMPTS, [0, 0, 0], slots), memory, taps=taps)
+    second = made.forward(RaggedBatch.pack(STEPS, [len(p) for p in PROMPTS], slots), memory, taps=taps)
+    assert memory.lengths.tolist() == [len(p) + len(s) for p, s in zip(PROMPTS, STEPS, strict=True)]
+    return tuple(torch.cat([getattr(o, part) for o in (first, second)]) for part in ("logits", "hidden", "features"))
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+CONFIGS = {
+    "plain": (stack(), False),
+    "biases, q and k norms, groups of three": (
+        stack(layer(num_heads=6, qk_norm=True), layer(num_heads=6, qk_norm=True), hidden_size=80),
+        True,
+    ),
+    "gemma 3": (
+        stack(
+            layer(window=24, qk_norm=True, attention_scale=0.3),
+            layer(qk_norm=True, attention_scale=0.3, rope=rope(16, 1e6)),
+            norm_offset=1.0,
+            activation="gelu_tanh",
+            sandwich_norms=True,
+            embedding_scale=8.0,
+        ),
+        False,
+    ),
+    "gemma 4": (
+        stack(
+            layer(qk_norm=True, v_norm=True, window=9, attention_scale=1.0),
+            layer(num_kv_heads=1, head_dim=32, qk_norm=True, v_norm=True, value_is_key=True, layer_scalar=0.7),
+            sandwich_norms=True,
+            activation="gelu",
+            logit_softcap=3.0,
+        ),
+        False,
+    ),
+    "head width 64, odd widths": (stack(layer(head_dim=64, intermediate_size=117), hidden_size=52), False),
+    "head width 80": (stack(layer(head_dim=80, num_kv_heads=4), hidden_size=48), False),
+    "head width 96": (stack(layer(head_dim=96, num_kv_heads=1)), False),
+    "head width 128": (stack(layer(head_dim=128, num_heads=3, num_kv_heads=3)), False),
+    "head width 256": (stack(layer(head_dim=256, num_heads=2, num_kv_heads=1)), False),
+    "yarn": (stack(layer(rope=rope(16, scale=1.2))), False),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_float32_is_as_exact_as_torch(name: str, isa: str) -> None:
+    config, bias = CONFIGS[name]
+    weights = random_weights(config, bias)
+    taps = range(-1, len(config.layers))
+    exact = two_passes(ReferenceBackend().load(config, weights, torch.float64), taps)
+    torch32 = two_passes(ReferenceBackend().load(config, weights, torch.float32), taps)
+    ours = two_passes(NativeBackend(isa).load(config, weights, torch.float32), taps)
+    for got, baseline, truth in zip(ours, torch32, exact, strict=True):
+        assert error(got, truth) <= 2 * error(baseline, truth) + 1e-7
+
+
+def rows_of(made: Any, tokens: list[int], cuts: Sequence[int], crowd: bool) -> Tensor:
+    """Logits of every token, prefilled in pieces that end at ``cuts``; ``crowd`` adds other rows to every pass."""
+    memory = made.new_memory(3, len(tokens) + 8)
+    slots = [memory.open() for _ in range(3)]
+    logits = []
+    for begin, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
+        if not crowd:
+            batch = RaggedBatch.pack([tokens[begin:end]], [begin], [slots[1]])
+            logits.append(made.forward(batch, memory).logits)
+            continue
+        held = int(memory.lengths[slots[0]])
+        batch = RaggedBatch.pack([[9], tokens[begin:end], [1, 2, 3]], [held, begin, 0], slots)
+        logits.append(made.forward(batch, memory).logits[1 : 1 + end - begin])
+    return torch.cat(logits)
+
+
+@pytest.fixture(scope="module", params=[(isa, dtype) for isa in instruction_sets() for dtype in DTYPES], ids="-".join)
+def made(request: pytest.FixtureRequest) -> Any:
+    isa, dtype = request.param
+    config = stack(layer(head_dim=32, window=40), layer(num_heads=6, num_kv_heads=3, qk_norm=True), hidden_size=80)
+    return NativeBackend(isa).load(config, random_weights(config, bias=True), dtype)
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    from outrider import _native
+
+    before = _native.threads()
+    yield _native.set_threads
+    _native.set_threads(before)
+
+
+def test_bits_do_not_depend_on_rows_chunks_neighbours_or_threads(made: Any, threads: Any) -> None:
+    """Issue: logits for M = 1 equal those for M = 2 to 300, whatever the chunking and the batch."""
+    tokens = torch.randint(0, 203, (301,), generator=torch.Generator().manual_seed(3)).tolist()
+    threads(1)
+    one_by_one = rows_of(made, tokens, range(1, 301), crowd=False)
+    assert one_by_one.isfinite().all()
+    for count in (1, 2, 3):
+        threads(count)
+        for cuts in ([], [1], [150], [7, 9, 25, 26, 41, 300], range(14, 301, 14)):
+            for crowd in (False, True):
+                assert torch.equal(rows_of(made, tokens, cuts, crowd), one_by_one), (count, list(cuts), crowd)
+
+
+@given(data=st.data())
+def test_bits_do_not_depend_on_any_cut(data: st.DataObject) -> None:
+    made = small()
+    tokens = data.draw(st.lists(st.integers(0, 202), min_size=1, max_size=90))
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(tokens) - 1)), max_size=5)) - {len(tokens)})
+    whole = rows_of(made, tokens, [], crowd=False)
+    assert torch.equal(rows_of(made, tokens, cuts, crowd=data.draw(st.booleans())), whole)
+
+
+_SMALL: list[Any] = []
+
+
+def small() -> Any:
+    if not _SMALL:
+        config = stack(layer(window=20), layer(num_kv_heads=1))
+        _SMALL.append(NativeBackend().load(config, random_weights(config), "int8"))
+    return _SMALL[0]
+
+
+# ------------------------------------------------------------------------------------------------ what drafters need
+
+
+def pair(config: StackConfig, dtype: str = "float32") -> tuple[Any, Any]:
+    weights = random_weights(config)
+    return ReferenceBackend().load(config, weights, torch.float64), NativeBackend().load(config, weights, dtype)
+
+
+def test_block_attention_projected_context_and_hidden_input() -> None:
+    """DSpark: a context written from hidden states, then a block that attends to it and to itself, both ways."""
+    config = stack(layer(qk_norm=True, window=12), layer(), vocab_size=0)
+    context, block = torch.randn(2, 23, 64), torch.randn(1, 7, 64)
+    outputs = []
+    for made in pair(config):
+        memory = made.new_memory(2, 64)
+        slots = [memory.open(), memory.open()]
+        lengths = [20, 3]
+        given = torch.cat([context[0, :20], context[1, :3]])
+        made.project(given, RaggedBatch.pack([[0] * n for n in lengths], [0, 0], slots), memory)
+        assert memory.lengths.tolist() == lengths
+        batch = RaggedBatch.pack([[0] * 4, [0] * 3], lengths, slots)
+        output = made.forward(batch, memory, hidden=block[0], mask="block")
+        assert output.logits is None and memory.lengths.tolist() == [24, 6]
+        outputs.append(output.hidden)
+    assert error(outputs[1], outputs[0].double()) < 1e-6
+
+
+def test_wide_input() -> None:
+    """EAGLE-3: the first layer's attention reads twice the width, the residual stream is given apart."""
+    config = stack(layer(), input_width=128)
+    hidden, residual = torch.randn(5, 128), torch.randn(5, 64)
+    outputs = []
+    for made in pair(config):
+        memory = made.new_memory(1, 16)
+        batch = RaggedBatch.pack([[0] * 5], [0], [memory.open()])
+        outputs.append(made.forward(batch, memory, hidden=hidden, residual=residual, taps=(0,)))
+    assert error(outputs[1].logits, outputs[0].logits) < 1e-6
+    assert error(outputs[1].features, outputs[0].features) < 1e-6
+
+
+def test_embed_and_unembed_are_the_ends_of_a_pass() -> None:
+    config = stack(embedding_scale=3.0, logit_softcap=5.0)
+    reference, made = pair(config)
+    tokens = torch.tensor([[3, 202], [0, 7]])
+    assert error(made.embed(tokens), reference.embed(tokens)) < 1e-7
+    memory = made.new_memory(1, 8)
+    output = made.forward(RaggedBatch.pack([[3, 202, 0]], [0], [memory.open()]), memory)
+    assert torch.equal(made.unembed(output.hidden), output.logits)
+    assert made.unembed(output.hidden.view(1, 3, 64)).shape == (1, 3, 203)
+
+
+def test_logits_only_where_asked() -> None:
+    made = small()
+    memory = made.new_memory(1, 8)
+    slot = memory.open()
+    batch = RaggedBatch.pack([[3, 4, 5, 6]], [0], [slot])
+    everything = made.forward(batch, memory)
+    memory.rewind(torch.tensor([slot]), torch.tensor([0]))
+    some = made.forward(batch, memory, logits_at=torch.tensor([3, 0, 0]))
+    assert torch.equal(some.logits, everything.logits[[3, 0, 0]])
+    memory.rewind(torch.tensor([slot]), torch.tensor([0]))
+    none = made.forward(batch, memory, logits_at=torch.tensor([], dtype=torch.int64), taps=(1,))
+    assert none.logits.shape == (0, 203) and none.hidden.shape == (0, 64) and none.features.shape == (4, 64)
+
+
+def test_rewound_tokens_leave_no_trace() -> None:
+    made = small()
+    memory = made.new_memory(2, 64)
+    slot = memory.open()
+    made.forward(RaggedBatch.pack([[3, 4, 5, 6, 7, 8, 9]], [0], [slot]), memory)
+    memory.rewind(torch.tensor([slot]), torch.tensor([2]))
+    again = made.forward(RaggedBatch.pack([[50, 51]], [2], [slot]), memory)
+    fresh = memory.open()
+    assert fresh != slot
+    clean = made.forward(RaggedBatch.pack([[3, 4, 50, 51]], [0], [fresh]), memory)
+    assert torch.equal(again.logits, clean.logits[2:])
+    memory.close(slot)
+    assert memory.open() == slot and memory.lengths.tolist() == [0, 4]
+
+
+# ------------------------------------------------------------------------------------------------ edges
+
+
+def test_empty_batches_and_rows() -> None:
+    made = small()
+    memory = made.new_memory(2, 8)
+    slots = [memory.open(), memory.open()]
+    nothing = made.forward(RaggedBatch.pack([], [], []), memory)
+    assert nothing.logits.shape == (0, 203)
+    output = made.forward(RaggedBatch.pack([[], [5]], [0, 0], slots), memory, taps=(0,))
+    assert output.logits.shape == (1, 203) and memory.lengths.tolist() == [0, 1]
+    made.project(torch.empty(0, 64), RaggedBatch.pack([], [], []), memory)
+    assert made.embed(torch.empty(0, dtype=torch.int64)).shape == (0, 64)
+    assert made.unembed(torch.empty(0, 64)).shape == (0, 203)
+
+
+def test_a_slot_can_be_filled_to_the_brim() -> None:
+    made = small()
+    memory = made.new_memory(1, 70)
+    slot = memory.open()
+    tokens = list(range(70))
+    whole = made.forward(RaggedBatch.pack([tokens], [0], [slot]), memory)
+    memory.rewind(torch.tensor([slot]), torch.tensor([69]))
+    last = made.forward(RaggedBatch.pack([[69]], [69], [slot]), memory)
+    assert torch.equal(last.logits[0], whole.logits[69])
+    with pytest.raises(CacheFull, match="capacity of 70"):
+        made.forward(RaggedBatch.pack([[1]], [70], [slot]), memory)
+    with pytest.raises(CacheFull, match="slots are in use"):
+        memory.open()
+
+
+def bad(batch: RaggedBatch, **parts: Tensor) -> RaggedBatch:
+    fields = {name: getattr(batch, name) for name in ("tokens", "positions", "slots", "offsets")}
+    return RaggedBatch(**fields | parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"tokens": torch.tensor([1, 203, 3])}, {}, "token id 203"),
+        ({"tokens": torch.tensor([1, -1, 3])}, {}, "token id -1"),
+        ({"tokens": torch.tensor([1, 2, 3], dtype=torch.int32)}, {}, "tokens is int32"),
+        ({"tokens": torch.arange(6)[::2]}, {}, "tokens is int64 .* not contiguous"),
+        ({"positions": torch.tensor([0, 2, 3])}, {}, "consecutive"),
+        ({"positions": torch.tensor([1, 2, 3])}, {}, "holds 0 tokens"),
+        ({"positions": torch.tensor([-1, 0, 1])}, {}, "position -1"),
+        ({"positions": torch.tensor([0, 1])}, {}, "as many positions"),
+        ({"slots": torch.tensor([1])}, {}, "slot 1 is not open"),
+        ({"slots": torch.tensor([7])}, {}, "slot 7 is not open"),
+        ({"offsets": torch.tensor([0, 2])}, {}, "offsets"),
+        ({"slots": torch.tensor([0, 0]), "offsets": torch.tensor([0, 2, 3])}, {}, "twice"),
+        ({}, {"taps": (2,)}, "tap 2"),
+        ({}, {"logits_at": torch.tensor([3])}, "logits_at holds 3"),
+        ({}, {"hidden": torch.zeros(3, 65)}, r"hidden has shape \[3, 65\], expected \[3, 64\]"),
+        ({}, {"hidden": torch.zeros(64, 3).t()}, "hidden is float32 .* not contiguous"),
+        ({}, {"residual": torch.zeros(3, 64)}, "residual"),
+    ],
+)
+def test_wrong_input_is_refused_with_a_reason(change: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    made = small()
+    memory = made.new_memory(2, 8)
+    batch = RaggedBatch.pack([[1, 2, 3]], [0], [memory.open()])
+    with pytest.raises(InvalidRequest, match=message):
+        made.forward(bad(batch, **change), memory, **options)
+    assert memory.lengths.tolist() == [0, 0]
+
+
+def test_unknown_dtype_and_instruction_set() -> None:
+    config = stack()
+    with pytest.raises(InvalidRequest, match="did you mean 'int8'"):
+        NativeBackend().load(config, random_weights(config), "int9")
+    with pytest.raises(InvalidRequest, match="instruction set mmx"):
+        NativeBackend("mmx").load(config, random_weights(config), "int8")
+    with pytest.raises(OutriderError, match="missing"):
+        NativeBackend().load(config, {}, "int8")
+
+
+def test_outputs_are_plain_float32() -> None:
+    made = small()
+    memory = made.new_memory(1, 8)
+    output: StackOutput = made.forward(RaggedBatch.pack([[1]], [0], [memory.open()]), memory, taps=(0,))
+    for tensor in (output.hidden, output.logits, output.features):
+        assert tensor is not None and tensor.dtype is torch.float32 and tensor.is_contiguous()
