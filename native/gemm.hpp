@@ -11,8 +11,6 @@ namespace outrider::OUTRIDER_ISA {
 constexpr int kChunkSteps = 128;                        // of 4 * P bytes: 16 KiB with 32 columns
 constexpr int kChunkGroups = 1024 / kGroup;             // int4: 1,024 k
 
-static inline F plus(F a, F b) { return a + b; }
-static inline I plus(I a, I b) { return add_int(a, b); }
 
 // Chunk after chunk into total[m][v]. `Tile` multiplies one chunk with M rows from zero.
 template <class Tile>
@@ -39,7 +37,7 @@ struct StepTile {
       for (int v = 0; v < kVectors; v++) acc[m][v] = Acc{};
     tile<Op, M>(w, x.data + row * x.stride + offset, x.stride, steps, acc);
     for (int m = 0; m < M; m++)
-      for (int v = 0; v < kVectors; v++) total[m][v] = first ? acc[m][v] : plus(total[m][v], acc[m][v]);
+      for (int v = 0; v < kVectors; v++) total[m][v] = first ? acc[m][v] : total[m][v] + acc[m][v];
   }
   static inline void run(int rows, const char* w, const Operand& x, int row, size_t offset, int step, int steps,
                          bool first, Acc (*total)[kVectors]);
@@ -68,7 +66,7 @@ struct GroupTile {
         for (int v = 0; v < kVectors; v++) sum[m][v] = fma(to_float(acc[m][v]), scale[v], sum[m][v]);
     }
     for (int m = 0; m < M; m++)
-      for (int v = 0; v < kVectors; v++) total[m][v] = first ? sum[m][v] : plus(total[m][v], sum[m][v]);
+      for (int v = 0; v < kVectors; v++) total[m][v] = first ? sum[m][v] : total[m][v] + sum[m][v];
   }
   static inline void run(int rows, const char* w, const Operand& x, int row, size_t offset, int group, int groups,
                          bool first, F (*total)[kVectors]);
@@ -94,7 +92,7 @@ inline void GroupTile::run(int rows, const char* w, const Operand& x, int row, s
 // The accumulators of one row as float32 outputs.
 static inline F finish(const Weights&, const Operand&, int, int, F sum) { return sum; }
 static inline F finish(const Weights& w, const Operand& x, int row, int column, I sum) {
-  const F exact = to_float(add_int(sum, set_int(x.sums[static_cast<ptrdiff_t>(row) * x.sums_stride])));
+  const F exact = to_float(sum + x.sums[static_cast<ptrdiff_t>(row) * x.sums_stride]);
   return exact * load(w.scale + column) * set(x.scale[row]);
 }
 

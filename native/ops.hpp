@@ -44,7 +44,7 @@ struct OpBF16 {
   }
   static inline void multiply(F (&acc)[kVectors], const Slice& s, const char* x) {
     const I b = set_int(four_bytes(x));
-    for (int v = 0; v < kVectors; v++) acc[v] = _mm512_dpbf16_ps(acc[v], (__m512bh)s.w[v], (__m512bh)b);
+    for (int v = 0; v < kVectors; v++) acc[v] = _mm512_dpbf16_ps(acc[v], reinterpret_cast<__m512bh>(s.w[v]), reinterpret_cast<__m512bh>(b));
   }
 #else  // operands stay float32, already rounded to bfloat16; weights are widened once per step
   static constexpr int kOperandBytes = 8;
@@ -54,7 +54,7 @@ struct OpBF16 {
     for (int v = 0; v < kVectors; v++) {
       const I pair = load_int(w + v * kLanes * 4);
       s.even[v] = as_float(shift_left<16>(pair));
-      s.odd[v] = as_float(and_int(pair, set_int(static_cast<int32_t>(0xffff0000))));
+      s.odd[v] = as_float(pair & static_cast<int32_t>(0xffff0000));
     }
     return s;
   }
@@ -73,30 +73,29 @@ struct Quad {
   static inline void set_lane(Slice& s, int v, I w) { s.w[v] = w; }
   static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
     const I b = set_int(four_bytes(x));
-    for (int v = 0; v < kVectors; v++) acc[v] = _mm512_dpbusd_epi32(acc[v], s.w[v], b);
+    for (int v = 0; v < kVectors; v++) acc[v] = lanes(_mm512_dpbusd_epi32(raw(acc[v]), raw(s.w[v]), raw(b)));
   }
 #elif defined(__AVX2__)  // activations are int16 in the order k0 k2 k1 k3, so that no product saturates
   static constexpr int kOperandBytes = 8;
   struct Slice { I even[kVectors], odd[kVectors]; };
   static inline void set_lane(Slice& s, int v, I w) {
-    s.even[v] = and_int(w, set_int(0x00ff00ff));
-    s.odd[v] = _mm256_srli_epi16(w, 8);
+    s.even[v] = w & 0x00ff00ff;
+    s.odd[v] = lanes(_mm256_srli_epi16(raw(w), 8));
   }
   static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
     const I even = set_int(four_bytes(x)), odd = set_int(four_bytes(x + 4));
     for (int v = 0; v < kVectors; v++) {
-      acc[v] = add_int(acc[v], _mm256_madd_epi16(s.even[v], even));
-      acc[v] = add_int(acc[v], _mm256_madd_epi16(s.odd[v], odd));
+      acc[v] = acc[v] + lanes(_mm256_madd_epi16(raw(s.even[v]), raw(even)));
+      acc[v] = acc[v] + lanes(_mm256_madd_epi16(raw(s.odd[v]), raw(odd)));
     }
   }
 #else
   static constexpr int kOperandBytes = 4;
   struct Slice { I w[kVectors][4]; };
   static inline void set_lane(Slice& s, int v, I w) {
-    const I byte = set_int(255);
-    s.w[v][0] = and_int(w, byte);
-    s.w[v][1] = and_int(shift_right<8>(w), byte);
-    s.w[v][2] = and_int(shift_right<16>(w), byte);
+    s.w[v][0] = w & 255;
+    s.w[v][1] = shift_right<8>(w) & 255;
+    s.w[v][2] = shift_right<16>(w) & 255;
     s.w[v][3] = shift_right<24>(w);
   }
   static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
@@ -140,7 +139,7 @@ static inline void group_scales(const char* group, F (&scale)[kVectors]) {
   for (int v = 0; v < kVectors / 2; v++) {
     const I both = load_int(group + v * kLanes * 4);
     scale[v] = as_float(shift_left<16>(both));
-    scale[v + kVectors / 2] = as_float(and_int(both, set_int(static_cast<int32_t>(0xffff0000))));
+    scale[v + kVectors / 2] = as_float(both & static_cast<int32_t>(0xffff0000));
   }
 }
 
@@ -149,21 +148,19 @@ static inline void group_scales(const char* group, F (&scale)[kVectors]) {
 static_assert(15 * 127 * 2 * kGroupSteps < 32768);
 template <int M>
 static inline void group_product(const char* w, const char* x, size_t x_stride, I (&acc)[M][kVectors]) {
-  I sum[M][kVectors];
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < kVectors; v++) sum[m][v] = set_int(0);
+  __m256i sum[M][kVectors] = {};
   for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
     const I both = load_int(w);
-    const I low = and_int(both, set_int(0x0f0f0f0f)), high = and_int(_mm256_srli_epi16(both, 4), set_int(0x0f0f0f0f));
+    const __m256i low = raw(both & 0x0f0f0f0f), high = raw(shift_right<4>(both) & 0x0f0f0f0f);
     for (int m = 0; m < M; m++) {
-      const I b = set_int(four_bytes(x + m * x_stride));
+      const __m256i b = raw(set_int(four_bytes(x + m * x_stride)));
       sum[m][0] = _mm256_add_epi16(sum[m][0], _mm256_maddubs_epi16(low, b));
       sum[m][1] = _mm256_add_epi16(sum[m][1], _mm256_maddubs_epi16(high, b));
     }
   }
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++)
-      acc[m][v] = add_int(acc[m][v], _mm256_madd_epi16(sum[m][v], _mm256_set1_epi16(1)));
+      acc[m][v] += lanes(_mm256_madd_epi16(sum[m][v], _mm256_set1_epi16(1)));
 }
 #else
 template <int M>
@@ -173,8 +170,8 @@ static inline void group_product(const char* w, const char* x, size_t x_stride, 
     Quad::Slice slice;
     for (int v = 0; v < kVectors / 2; v++) {
       const I both = load_int(w + v * kLanes * 4);
-      Quad::set_lane(slice, v, and_int(both, set_int(0x0f0f0f0f)));
-      Quad::set_lane(slice, v + kVectors / 2, and_int(shift_right<4>(both), set_int(0x0f0f0f0f)));
+      Quad::set_lane(slice, v, both & 0x0f0f0f0f);
+      Quad::set_lane(slice, v + kVectors / 2, shift_right<4>(both) & 0x0f0f0f0f);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) Quad::multiply(acc[m], slice, x + m * x_stride);

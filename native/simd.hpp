@@ -15,7 +15,8 @@ namespace outrider::OUTRIDER_ISA {
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
 
 using F = __m512;
-using I = __m512i;
+// 32-bit lanes by type, not __m512i: GCC copies registers where it must see one as the other.
+typedef int32_t I __attribute__((vector_size(64)));
 using Mask = __mmask16;
 constexpr int kLanes = 16, kVectors = 2, kTileRows = 14;
 
@@ -29,17 +30,17 @@ static inline F abs(F a) { return _mm512_abs_ps(a); }
 static inline F round(F a) { return _mm512_roundscale_ps(a, 0); }
 static inline Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
-static inline F as_float(I a) { return _mm512_castsi512_ps(a); }
-static inline I as_int(F a) { return _mm512_castps_si512(a); }
-static inline I load_int(const void* p) { return _mm512_loadu_si512(p); }
-static inline void store_int(void* p, I a) { _mm512_storeu_si512(p, a); }
-static inline I set_int(int32_t a) { return _mm512_set1_epi32(a); }
-static inline I add_int(I a, I b) { return _mm512_add_epi32(a, b); }
-static inline I and_int(I a, I b) { return _mm512_and_si512(a, b); }
-template <int n> static inline I shift_left(I a) { return _mm512_slli_epi32(a, n); }
-template <int n> static inline I shift_right(I a) { return _mm512_srli_epi32(a, n); }
-static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-static inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
+static inline __m512i raw(I a) { return reinterpret_cast<__m512i>(a); }
+static inline I lanes(__m512i a) { return reinterpret_cast<I>(a); }
+static inline F as_float(I a) { return reinterpret_cast<F>(a); }
+static inline I as_int(F a) { return reinterpret_cast<I>(a); }
+static inline I load_int(const void* p) { return lanes(_mm512_loadu_si512(p)); }
+static inline void store_int(void* p, I a) { _mm512_storeu_si512(p, raw(a)); }
+static inline I set_int(int32_t a) { return lanes(_mm512_set1_epi32(a)); }
+template <int n> static inline I shift_left(I a) { return lanes(_mm512_slli_epi32(raw(a), n)); }
+template <int n> static inline I shift_right(I a) { return lanes(_mm512_srli_epi32(raw(a), n)); }
+static inline F to_float(I a) { return _mm512_cvtepi32_ps(raw(a)); }
+static inline I to_int(F a) { return lanes(_mm512_cvtps_epi32(a)); }
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
@@ -47,7 +48,7 @@ static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char
 #elif defined(__AVX2__)
 
 using F = __m256;
-using I = __m256i;
+typedef int32_t I __attribute__((vector_size(32)));
 using Mask = __m256;
 constexpr int kLanes = 8, kVectors = 2, kTileRows = 6;
 
@@ -61,17 +62,17 @@ static inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
-static inline F as_float(I a) { return _mm256_castsi256_ps(a); }
-static inline I as_int(F a) { return _mm256_castps_si256(a); }
-static inline I load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-static inline void store_int(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), a); }
-static inline I set_int(int32_t a) { return _mm256_set1_epi32(a); }
-static inline I add_int(I a, I b) { return _mm256_add_epi32(a, b); }
-static inline I and_int(I a, I b) { return _mm256_and_si256(a, b); }
-template <int n> static inline I shift_left(I a) { return _mm256_slli_epi32(a, n); }
-template <int n> static inline I shift_right(I a) { return _mm256_srli_epi32(a, n); }
-static inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
-static inline I to_int(F a) { return _mm256_cvtps_epi32(a); }
+static inline __m256i raw(I a) { return reinterpret_cast<__m256i>(a); }
+static inline I lanes(__m256i a) { return reinterpret_cast<I>(a); }
+static inline F as_float(I a) { return reinterpret_cast<F>(a); }
+static inline I as_int(F a) { return reinterpret_cast<I>(a); }
+static inline I load_int(const void* p) { return lanes(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+static inline void store_int(void* p, I a) { _mm256_storeu_si256(static_cast<__m256i*>(p), raw(a)); }
+static inline I set_int(int32_t a) { return lanes(_mm256_set1_epi32(a)); }
+template <int n> static inline I shift_left(I a) { return lanes(_mm256_slli_epi32(raw(a), n)); }
+template <int n> static inline I shift_right(I a) { return lanes(_mm256_srli_epi32(raw(a), n)); }
+static inline F to_float(I a) { return _mm256_cvtepi32_ps(raw(a)); }
+static inline I to_int(F a) { return lanes(_mm256_cvtps_epi32(a)); }
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #else
@@ -102,8 +103,6 @@ static inline I as_int(F a) { return reinterpret_cast<I>(a); }
 static inline I load_int(const void* p) { I a; std::memcpy(&a, p, sizeof a); return a; }
 static inline void store_int(void* p, I a) { std::memcpy(p, &a, sizeof a); }
 static inline I set_int(int32_t a) { return I{a, a, a, a}; }
-static inline I add_int(I a, I b) { return a + b; }
-static inline I and_int(I a, I b) { return a & b; }
 template <int n> static inline I shift_left(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) << n); }
 template <int n> static inline I shift_right(I a) { return reinterpret_cast<I>(reinterpret_cast<U>(a) >> n); }
 static inline F abs(F a) { return as_float(as_int(a) & 0x7fffffff); }
@@ -135,7 +134,7 @@ static inline float reduce_max(F a) {
 constexpr int kPanel = kLanes * kVectors;
 
 // 2^n for whole n in [-126, 127].
-static inline F power_of_two(F n) { return as_float(shift_left<23>(add_int(to_int(n), set_int(127)))); }
+static inline F power_of_two(F n) { return as_float(shift_left<23>(to_int(n) + 127)); }
 
 // exp to about one unit in the last place (Cephes' expf); exactly 0 below -87.3 and exactly 1 at 0.
 static inline F exp(F x) {

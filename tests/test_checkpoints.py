@@ -272,7 +272,10 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda f: edit(f, markov_head_type="gatde"),
         "unknown markov_head_type 'gatde'; did you mean 'gated'",
     ),
-    "mask token": (lambda f: edit(f, mask_token_id=VOCABULARY), f"mask_token_id must be a token .* got {VOCABULARY}"),
+    "mask token": (
+        lambda f: edit(f, mask_token_id=VOCABULARY),
+        f"mask_token_id must be a token id .* got {VOCABULARY}",
+    ),
     "no layers": (lambda f: edit(f, target_layer_ids=[]), "list of layer numbers"),
     "model type": (lambda f: edit(f, model_type="mamba"), "model_type 'mamba' is not supported"),
     "heads": (lambda f: edit(f, num_key_value_heads=3), "cannot share 3 key/value heads"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from outrider.errors import OutriderError
 from outrider.noise import GAMMA, RowNoise, gumbel, gumbel_argmax, mix64
 
 MASK = 2**64 - 1
@@ -121,6 +122,14 @@ def test_sparse_columns_draw_what_dense_ones_do() -> None:
     kept = torch.full_like(logits, -torch.inf).scatter(1, ids, logits.gather(1, ids))
     column = gumbel_argmax(logits.gather(1, ids), some, ids)
     assert torch.equal(ids.gather(1, column[:, None])[:, 0], gumbel_argmax(kept, some))
+
+
+def test_nan_is_refused() -> None:
+    logits = torch.zeros(3, 40000)
+    for bad in (torch.nan, torch.inf):
+        logits[1, 30000] = bad
+        with pytest.raises(OutriderError, match="NaN"):
+            gumbel_argmax(logits, keys(3))
 
 
 def test_draws_follow_the_law() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from outrider.evaluation.profile import (
     weight_bytes,
 )
 from outrider.layers import check_weights
-from outrider.targets import load_backend, load_target
+from outrider.targets import load_backend
 from outrider.targets.random import SHAPES, RandomWeights, Shape, random_target
 from outrider.types import Memory, RaggedBatch, TargetModel, TargetOutput
 
@@ -116,8 +117,8 @@ def test_bandwidth_share_is_bytes_over_time_over_the_probe(monkeypatch: pytest.M
     target = tiny_target()
     clock = Clock(target)
     monkeypatch.setattr(module, "perf_counter", clock)
-    monkeypatch.setattr(target, "forward", Clock.forward.__get__(clock))
-    clock.target = random_target("tiny", "float32", load_backend("reference"))
+    clock.target = SimpleNamespace(forward=target.forward)  # type: ignore[assignment]
+    monkeypatch.setattr(target, "forward", clock.forward)
     config = TINY.stack_config()
     timings, _ = time_passes(target, "float32", grid([30], [1], [4]), 3, clock.probe)
     matrices = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) + 300 * 64
@@ -187,16 +188,16 @@ def test_a_profile_of_random_weights_gives_figures_and_a_table() -> None:
     assert CostPoint(2, 2, 32, timing.seconds) in profile.tables[0].target
 
 
-def test_a_loaded_model_is_profiled_and_its_context_is_a_limit(tiny_model_dir: Path) -> None:
+def test_a_loaded_model_is_profiled_and_its_context_is_a_limit() -> None:
     options: dict[str, Any] = {"dtypes": ["float32"], "repeats": 1, "backend": "reference", "machine": MACHINE}
-    profile = run_profile(str(tiny_model_dir), cells=grid([250], [6], [1]), **options)
-    assert profile.tables[0].key.model.startswith("llama-64x2-")
-    with pytest.raises(InvalidRequest, match="reach 257 positions, and the model has 256"):
-        run_profile(str(tiny_model_dir), cells=grid([250], [7], [1]), **options)
+    profile = run_profile("embedded", cells=grid([2040], [8], [1]), **options)
+    assert profile.tables[0].key.model.startswith("qwen3-")
+    with pytest.raises(InvalidRequest, match="reach 2049 positions, and the model has 2048"):
+        run_profile("embedded", cells=grid([2040], [9], [1]), **options)
 
 
-def test_a_profile_leaves_the_model_as_it_was(tiny_model_dir: Path) -> None:
-    target = load_target(tiny_model_dir, backend="reference")
+def test_a_profile_leaves_the_model_as_it_was() -> None:
+    target = tiny_target()
     memory, batch = target.new_memory(1, 8), RaggedBatch.pack([[1, 2, 3]], [0], [0])
     memory.open()
     before = target.forward(batch, memory).logits.clone()
@@ -207,14 +208,14 @@ def test_a_profile_leaves_the_model_as_it_was(tiny_model_dir: Path) -> None:
 
 def test_caches_that_are_too_large_are_left_out_and_named() -> None:
     each = cache_bytes(TINY.stack_config(), "float32", Cell(1, 1, 64))
-    options: dict[str, Any] = {
-        "shape": "tiny", "dtypes": ["float32"], "repeats": 1, "backend": "reference", "machine": MACHINE
-    }  # fmt: skip
-    profile = run_profile("", cells=grid([64], [1], [1, 2, 4]), max_cache_bytes=2 * each, **options)
+    options: dict[str, Any] = {"dtypes": ["float32"], "repeats": 1, "backend": "reference", "machine": MACHINE}
+    profile = run_profile("", shape="tiny", cells=grid([64], [1], [1, 2, 4]), max_cache_bytes=2 * each, **options)
     assert profile.skipped == [("float32", Cell(1, 4, 64))]
     assert profile.to_json()["skipped"] == [{"dtype": "float32", "new_tokens": 1, "rows": 4, "context": 64}]
-    with pytest.raises(InvalidRequest, match="context 128"):
-        run_profile("", cells=grid([64, 128], [1], [1]), max_cache_bytes=each, **options)
+    profile = run_profile("", shape="tiny", cells=grid([64, 65], [1], []), max_cache_bytes=each, **options)
+    assert [timing.cell.context for timing in profile.timings] == [64]
+    with pytest.raises(InvalidRequest, match="lower --context"):
+        run_profile("", shape="tiny", cells=grid([64, 128], [1], [1]), max_cache_bytes=each - 1, **options)
 
 
 def test_the_grid_is_tokens_of_one_row_and_rows_of_one_token() -> None:

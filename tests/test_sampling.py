@@ -44,7 +44,7 @@ def naive(logits: Tensor, params: SamplingParams, prompt: list[int], output: lis
     for token in set(output):
         z[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
     if params.temperature == 0:
-        return np.eye(len(z))[int(np.argmax(z))]
+        return (np.arange(len(z)) == np.argmax(z)).astype(float)
     z /= params.temperature
     order = np.argsort(-z, kind="stable")
     w = np.exp(z[order] - z[order[0]])

@@ -34,7 +34,9 @@ def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A vocabulary like Llama 2's: pieces with a marked leading space, and bytes where no piece fits."""
     pieces = ["<unk>", EOT, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁the", "é", "�"]
     tokenizer = FastTokenizer(
-        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True)
+        models.BPE(
+            vocab={p: i for i, p in enumerate(pieces)}, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True
+        )
     )
     tokenizer.add_special_tokens([AddedToken(EOT, special=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -171,7 +173,9 @@ USER = [{"role": "user", "content": "<b> & 'c'"}]
 
 
 def test_chat_template_from_either_place(tmp_path: Path) -> None:
-    named = with_template(tmp_path, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT_TEMPLATE}])
+    named = with_template(
+        tmp_path, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT_TEMPLATE}]
+    )
     assert named.apply_chat(USER) == f"<user><b> & 'c'{EOT}<assistant>"
     assert named.apply_chat(USER, add_generation_prompt=False) == f"<user><b> & 'c'{EOT}"
     assert named.encode_chat(USER) == named.encode(f"<user><b> & 'c'{EOT}<assistant>", add_special_tokens=False)
@@ -268,7 +272,9 @@ def test_stop_strings_cut_where_brute_force_cuts(text: str, stop: list[str]) -> 
         position = min(len(text), position + step)
         if matcher.matched is None:
             seen = text[:position]
-            waiting = [n for n in range(len(seen) + 1) if any(len(s) > n and s.startswith(seen[len(seen) - n :]) for s in stop)]
+            waiting = [
+                n for n in range(len(seen) + 1) if any(len(s) > n and s.startswith(seen[len(seen) - n :]) for s in stop)
+            ]
             assert len(seen) - len(released) == max(waiting, default=0)  # all that is safe, and nothing more
         assert kept.startswith(released)
     assert released + matcher.flush() == kept

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.noise import RowNoise
 from outrider.types import Context, Proposal, RaggedBatch, RequestStats
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["Admission", "Request", "Rows"]
+__all__ = ["Admission", "Candidates", "Request", "Rows"]
 
 
 @dataclass(eq=False, slots=True)
@@ -44,6 +41,16 @@ class Request:
     def left(self) -> int:
         """Tokens that may still be committed."""
         return self.params.max_tokens - (len(self.history) - self.prompt_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """One target pass: the batch, and for each row of logits its packed token, its row and the drafts before it."""
+
+    batch: RaggedBatch
+    wanted: Tensor  # int64 [R]
+    rows: Tensor  # int64 [R]
+    depth: Tensor  # int64 [R]
 
 
 class Rows:
@@ -76,10 +83,9 @@ class Rows:
         """int64 [ready]: the token each row goes on from."""
         return torch.tensor([r.history[-1] for r in self.requests[: self.ready]], dtype=torch.int64)
 
-    def limit(self, drafts: int, capacity: int) -> Tensor:
-        """int64 [ready]: no draft past the request's budget (the target adds one of its own) or the slot's room."""
-        room = [min(drafts, r.left - 1, capacity - len(r.history)) for r in self.requests[: self.ready]]
-        return torch.tensor(room, dtype=torch.int64)
+    def limits(self, drafts: int, capacity: int) -> list[int]:
+        """No draft past the request's budget (the target adds one of its own) or the slot's room. [ready]"""
+        return [min(drafts, r.left - 1, capacity - len(r.history)) for r in self.requests[: self.ready]]
 
     def pad(self, proposal: Proposal) -> Proposal:
         """The same proposal with no drafts for the rows that finish their prompt in this step."""
@@ -94,31 +100,33 @@ class Rows:
             proposal.confidence,
         )
 
-    def candidates(self, proposal: Proposal, keep: list[int]) -> tuple[RaggedBatch, Tensor]:
+    def candidates(self, proposal: Proposal, keep: list[int]) -> Candidates:
         """What the target runs: each row's next chunk, then the drafts to check; and where logits are wanted."""
         drafted = proposal.tokens.tolist()
-        tokens: list[list[int]] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        offsets = [0]
         wanted: list[int] = []
-        total = 0
+        rows: list[int] = []
+        depth: list[int] = []
         for b, (request, chunk) in enumerate(zip(self.requests, self.chunks, strict=True)):
-            first = len(request.history) - request.pending
-            row = request.history[first : first + chunk]
-            total += chunk
+            start = len(request.history) - request.pending
+            tokens += request.history[start : start + chunk]
             if b < self.complete:
-                row = row + drafted[b][: keep[b]]
-                wanted.extend(range(total - 1, total + keep[b]))
-                total += keep[b]
-            tokens.append(row)
-        starts = [len(r.history) - r.pending for r in self.requests]
-        batch = RaggedBatch.pack(tokens, starts, [r.slot for r in self.requests])
-        return batch, torch.tensor(wanted, dtype=torch.int64)
-
-    def places(self, keep: list[int]) -> tuple[Tensor, Tensor]:
-        """For each row of logits, the row it belongs to and how many drafts it follows. int64 [R], int64 [R]."""
-        rows = [b for b, n in enumerate(keep) for _ in range(n + 1)]
-        depth = [j for n in keep for j in range(n + 1)]
-        both = torch.tensor([rows, depth], dtype=torch.int64)
-        return both[0], both[1]
+                n = keep[b] + 1
+                wanted += range(len(tokens) - 1, len(tokens) - 1 + n)
+                rows += [b] * n
+                depth += range(n)
+                tokens += drafted[b][: n - 1]
+            positions += range(start, start + len(tokens) - offsets[-1])
+            offsets.append(len(tokens))
+        slots = [request.slot for request in self.requests]
+        # One allocation for all: at small models each small tensor costs as much as a layer.
+        parts = (tokens, positions, slots, offsets, wanted, rows, depth)
+        packed = torch.tensor([i for part in parts for i in part], dtype=torch.int64).split(
+            [len(part) for part in parts]
+        )
+        return Candidates(RaggedBatch(*packed[:4]), *packed[4:])
 
 
 class Admission:

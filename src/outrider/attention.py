@@ -81,6 +81,7 @@ class Pass:
 def _rows(batch: RaggedBatch, memory: Any) -> list[Row]:
     """The rows that have new tokens, checked against the memory."""
     offsets, slots = batch.offsets.tolist(), batch.slots.tolist()
+    assert len(set(slots)) == len(slots), f"a slot stands twice in one batch: {slots}"
     rows = []
     for slot, begin, end in zip(slots, offsets, offsets[1:], strict=False):
         if begin < end:

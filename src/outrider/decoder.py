@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest, nearest
-from outrider.layers import check_weights
+from outrider.layers import check_weights, weight_shapes
 from outrider.types import Backend, Memory, RaggedBatch, Stack, TargetOutput, TargetSpec
 from outrider.weights import LazyWeights, TensorFiles, load_dtype
 
@@ -23,8 +23,10 @@ __all__ = [
     "DecoderTarget",
     "TensorNames",
     "activation",
+    "biases",
     "check_taps",
     "end_tokens",
+    "layer_types",
     "make_spec",
     "refuse_quantised",
     "refuse_set",
@@ -115,6 +117,11 @@ class DecoderTarget:
         return TensorNames(PARTS, tied=bool(config.get("tie_word_embeddings")))
 
     @classmethod
+    def optional_weights(cls, config: Mapping[str, Any]) -> set[str]:
+        """Canonical names of weights that this model has and others of its kind lack (embedding and head aside)."""
+        return biases(config, "qkvo") if config.get("attention_bias") else set()
+
+    @classmethod
     def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
         """Read a Hugging Face directory. Raises CheckpointError."""
         refuse_quantised(config)
@@ -124,10 +131,14 @@ class DecoderTarget:
         config = {**cls.defaults, **config}
         stack_config = cls.stack_config(config)
         weights = LazyWeights(TensorFiles(path), names.canonical, load_dtype(dtype))
-        for needed in ("embed.weight",) if names.tied else ("embed.weight", "head.weight"):
-            if needed not in weights:
-                raise CheckpointError(f"tensor {names.original(needed)!r} is missing in {path}")
         check_weights(stack_config, weights, lambda name: weights.names.get(name) or names.original(name))
+        expected = {"embed.weight", *([] if names.tied else ["head.weight"]), *cls.optional_weights(config)}
+        for name, shape in weight_shapes(stack_config).items():
+            if not shape.required and (name in weights) != (name in expected):
+                state = "is in the files, but not" if name in weights else "is missing, but"
+                raise CheckpointError(
+                    f"tensor {names.original(name)!r} {state} in the model that config.json describes"
+                )
         stack = backend.load(stack_config, weights, dtype)
         return cls(make_spec(config, stack_config, load_dtype(dtype), str(path)), stack)
 
@@ -173,11 +184,33 @@ def refuse_set(config: Mapping[str, Any], *keys: str) -> None:
             )
 
 
-def required(config: Mapping[str, Any], key: str) -> Any:
-    """A value every config of the kind has. Raises CheckpointError."""
-    if config.get(key) is None:
+def required(config: Mapping[str, Any], key: str) -> int:
+    """A size that every config of the kind has. Raises CheckpointError."""
+    value = config.get(key)
+    if value is None:
         raise CheckpointError(f"config.json has no {key!r}")
-    return config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"config.json: {key!r} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def biases(config: Mapping[str, Any], parts: Iterable[str]) -> set[str]:
+    """Canonical names of the biases of these parts of every layer."""
+    return {f"layers.{index}.{part}.bias" for index in range(required(config, "num_hidden_layers")) for part in parts}
+
+
+def layer_types(config: Mapping[str, Any], slides: Callable[[int], bool]) -> list[str]:
+    """``sliding_attention`` or ``full_attention`` for each layer; where the config is silent, ``slides(layer)`` says.
+
+    Raises CheckpointError.
+    """
+    count, kinds = required(config, "num_hidden_layers"), ("sliding_attention", "full_attention")
+    named = config.get("layer_types")
+    if named is None:
+        return [kinds[0] if slides(index) else kinds[1] for index in range(count)]
+    if not isinstance(named, list) or len(named) != count or not set(named) <= set(kinds):
+        raise CheckpointError(f"config.json: 'layer_types' must hold {count} of {' or '.join(kinds)}, got {named!r}")
+    return named
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:

@@ -82,28 +82,29 @@ class Engine:
             return []
         draft_began = perf_counter()
         proposal = rows.pad(self._draft(rows))  # draft
-        drafted = perf_counter()
+        draft_ended = perf_counter()
         keep = self.policy.choose(proposal.confidence, proposal.lengths)  # schedule
-        batch, wanted = rows.candidates(proposal, keep.tolist())
+        kept = keep.tolist()
+        run = rows.candidates(proposal, kept)
         verify_began = perf_counter()
-        output = self.target.forward(batch, self.memory, self.drafter.taps, wanted)  # verify
-        verified = perf_counter()
+        output = self.target.forward(run.batch, self.memory, self.drafter.taps, run.wanted)  # verify
+        verify_ended = perf_counter()
         commits: list[Commit] = []
-        accepted = keep.new_zeros(0)
+        accepted = kept
         if rows.complete:
-            laws = process(output.logits, rows.context, *rows.places(keep.tolist()), drafted=proposal.tokens)
+            laws = process(output.logits, rows.context, run.rows, run.depth, proposal.tokens)
             verdict = verify(laws, proposal, keep, rows.context, rows.noise)
-            accepted = verdict.accepted
-            commits = self._commit(rows, keep.tolist(), verdict.accepted.tolist(), verdict.tokens.tolist())
-        self._observe(rows, batch, commits, output.features)  # commit
-        forward_seconds = (drafted - draft_began) + (verified - verify_began)
+            accepted = verdict.accepted.tolist()
+            commits = self._commit(rows, kept, accepted, verdict.tokens.tolist())  # commit
+        self._observe(rows, run.batch, commits, output.features)
+        forward_seconds = (draft_ended - draft_began) + (verify_ended - verify_began)
         self.policy.observe(
             StepCost(
-                draft=drafted - draft_began,
-                verify=verified - verify_began,
+                draft=draft_ended - draft_began,
+                verify=verify_ended - verify_began,
                 bookkeeping=perf_counter() - began - forward_seconds,
                 rows=len(rows),
-                tokens=len(batch.tokens),
+                tokens=len(run.batch.tokens),
                 context=sum(len(r.history) for r in rows.requests),
             ),
             accepted,
@@ -124,9 +125,11 @@ class Engine:
 
     def _draft(self, rows: Rows) -> Proposal:
         """Propose for the rows that are past their prompt; none when the policy or their budgets say so."""
-        limit = rows.limit(min(self.policy.plan(rows.ready), self.drafter.block), self.capacity) if rows.ready else None
-        if limit is None or not limit.any():
+        most = min(self.policy.plan(rows.ready), self.drafter.block) if rows.ready else 0
+        limits = rows.limits(most, self.capacity) if most else []
+        if not any(limits):
             return Proposal.empty(rows.ready)
+        limit = torch.tensor(limits, dtype=torch.int64)
         return self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.noise)
 
     def _commit(self, rows: Rows, keep: list[int], accepted: list[int], tokens: list[list[int]]) -> list[Commit]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from outrider.config import RopeConfig, StackConfig
 from outrider.errors import CheckpointError, nearest
 
-__all__ = ["Shape", "check_weights", "rope_config", "shapes_of", "weight_shapes"]
+__all__ = ["Shape", "check_config", "check_weights", "rope_config", "shapes_of", "weight_shapes"]
 
 
 class Shape(NamedTuple):
@@ -76,6 +76,30 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return dict(known) if known is not None else {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
+def check_config(config: StackConfig) -> None:
+    """Raise CheckpointError for sizes that make no stack."""
+    sizes: dict[str, Any] = {"hidden_size": config.hidden_size, "max_positions": config.max_positions}
+    for index, layer in enumerate(config.layers):
+        names = ("num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+        sizes |= {f"{name} of layer {index}": getattr(layer, name) for name in names}
+        sizes |= {f"sliding window of layer {index}": layer.window} if layer.window is not None else {}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise CheckpointError(f"{name} must be a whole number of at least 1, got {size!r}")
+    if not isinstance(config.norm_eps, float) or not 0 <= config.norm_eps < 1:
+        raise CheckpointError(f"the norm's epsilon must be a small number, got {config.norm_eps!r}")
+    for index, layer in enumerate(config.layers):
+        if layer.num_heads % layer.num_kv_heads:
+            raise CheckpointError(
+                f"layer {index} has {layer.num_heads} heads, which {layer.num_kv_heads} key/value heads "
+                "cannot share evenly"
+            )
+        if layer.head_dim % 2:
+            raise CheckpointError(
+                f"head_dim of layer {index} must be even, so that it can be rotated; got {layer.head_dim}"
+            )
+
+
 def check_weights(
     config: StackConfig, weights: Mapping[str, Tensor], shown: Callable[[str], str] = lambda name: name
 ) -> None:
@@ -83,6 +107,7 @@ def check_weights(
 
     ``shown`` turns a canonical name into the one a user finds in the file.
     """
+    check_config(config)
     expected, got = weight_shapes(config), shapes_of(weights)
     for name, shape in expected.items():
         if name not in got:
@@ -129,14 +154,17 @@ def rope_config(config: Mapping[str, Any], head_dim: int, layer_type: str | None
         raise CheckpointError(f"rope type {kind!r} with a partial_rotary_factor is not supported here")
     try:
         frequencies, scale = _ROPES[kind](options, head_dim)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"rope type {kind!r} needs numbers that the config lacks: {error!s}") from error
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"rope type {kind!r} needs numbers that the config lacks: {error}") from error
     return RopeConfig(tuple(frequencies.tolist()), scale)
 
 
 def _rope_options(config: Mapping[str, Any], layer_type: str | None) -> dict[str, Any]:
     """One flat dictionary of a layer type's options, with every default filled in."""
-    options = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json: the rope parameters must be an object, got {given!r}")
+    options = dict(given)
     if layer_type is not None and isinstance(options.get(layer_type), Mapping):
         options = dict(options[layer_type])
     options["rope_type"] = options.get("rope_type") or options.get("type") or "default"

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import Rule
+from outrider.errors import OutriderError
 
 __all__ = ["GAMMA", "RowNoise", "gumbel", "gumbel_argmax", "mix64"]
 
@@ -163,41 +164,55 @@ def _counters(vocab_size: int) -> _Words:
 
 
 def _race(logits: npt.NDArray[np.floating], keys: _Words, counters: _Words) -> npt.NDArray[np.int64]:
-    """Winners of ``gumbel_argmax``: scores in float32, photo finishes in float64. counters [n, S]: (id + 1) * GAMMA."""
+    """Winners of ``gumbel_argmax``. counters [n, S]: (id + 1) * GAMMA."""
     n, width = logits.shape
-    scores = np.empty((n, width), np.float32)
     rows = max(1, _CHUNK // max(width, 1))
-    for r in range(0, n, rows):
-        for c in range(0, width, _CHUNK):
-            here = slice(r, r + rows), slice(c, c + _CHUNK)
-            _score(logits[here], keys[r : r + rows, None] + counters[here], scores[here])
-    winners: npt.NDArray[np.int64] = scores.argmax(1)
-    best = scores[np.arange(n), winners]
-    # Error of a score: under 1e-5 from u and the logarithms while g > -1.9; up to 1 past that, where 1 - u has few bits
-    # left (a token with such noise can only matter where its logit stands that far above the best score); and the
-    # rounding of the sum, 2**-24 of its size, and of a float64 logit.
-    margin = np.where(logits.max(1) > best + 1.8, 2.5, 1e-4) + np.abs(best) * 5e-7
-    close = scores >= (best - margin)[:, None]
-    if np.count_nonzero(close) > n:
-        for row in np.flatnonzero(close.sum(1) > 1):
-            columns = np.flatnonzero(close[row])
-            word = mix64(keys[row] + counters[row, columns]).astype(np.float64)
-            exponential = -np.log1p(-np.minimum((word + 0.5) * 2.0**-64, 1 - 2.0**-53))
-            winners[row] = columns[np.argmax(logits[row, columns].astype(np.float64) - np.log(exponential))]
-    return winners
+    if n <= rows:
+        return _race_together(logits, keys, counters)
+    groups = [slice(r, r + rows) for r in range(0, n, rows)]
+    return np.concatenate([_race_together(logits[g], keys[g], counters[g]) for g in groups])
 
 
-def _score(logits: npt.NDArray[np.floating], x: _Words, out: npt.NDArray[np.float32]) -> None:
-    """out = logits + Gumbel values in float32, in as few passes as possible; x (overwritten) = key + counter."""
+def _race_together(logits: npt.NDArray[np.floating], keys: _Words, counters: _Words) -> npt.NDArray[np.int64]:
+    """The same for a few rows: scores in float32, a piece of the columns at a time, and photo finishes in float64."""
+    n, width = logits.shape
+    peak = logits.max(1)
+    if not (peak < np.inf).all():
+        raise OutriderError("logits must be numbers, got NaN or +inf; the model's weights or its input are damaged")
+    best = np.full(n, -np.inf, np.float32)
+    lines: list[npt.NDArray[np.int64]] = []  # row and column of whoever may yet win
+    for c in range(0, width, _CHUNK):
+        scores = _scores(logits[:, c : c + _CHUNK], keys[:, None] + counters[:, c : c + _CHUNK])
+        leader = scores.max(1)
+        best = np.maximum(best, leader)
+        # Error of a score: under 1e-5 from u and the logarithms while g > -1.9, but up to 1 past that, where 1 - u has
+        # few bits left (such noise matters only where a logit stands that far above the best score); and the rounding
+        # of the sum, 2**-24 of its size, and of a float64 logit.
+        floor = best - np.where(peak > best + 1.8, 2.5, 1e-4) - np.abs(best) * 5e-7
+        if (leader >= floor).any():
+            row, column = np.divmod(np.flatnonzero(scores >= floor[:, None]), scores.shape[1])
+            lines.append(np.stack([row, column + c]))
+    row, column = np.concatenate(lines, 1) if lines else np.empty((2, 0), np.int64)
+    if len(row) == n and len(lines) == 1:
+        return column
+    word = mix64(keys[row] + counters[row, column]).astype(np.float64)
+    exponential = -np.log1p(-np.minimum((word + 0.5) * 2.0**-64, 1 - 2.0**-53))
+    exact = logits[row, column].astype(np.float64) - np.log(exponential)
+    order = np.lexsort((column, -exact, row))
+    return column[order[np.flatnonzero(np.diff(row[order], prepend=-1))]]
+
+
+def _scores(logits: npt.NDArray[np.floating], x: _Words) -> npt.NDArray[np.float32]:
+    """logits + Gumbel values in float32, in as few passes as possible; x (overwritten) = key + counter."""
     shifted = x >> _S30
     x ^= shifted
     x *= _M1
     np.right_shift(x, _S27, out=shifted)
     x ^= shifted
     x *= _M2  # mix64's last step moves x by less than one part in 2**30: not visible in float32
-    np.copyto(out, x, casting="unsafe")
+    out = x.astype(np.float32)
     out *= np.float32(-(1 - 2.0**-24) * 2.0**-64)  # -u; the factor keeps u below 1 where x rounds up to 2**64
     np.log1p(out, out=out)
     np.negative(out, out=out)
     np.log(out, out=out)
-    np.subtract(logits, out, out=out, casting="same_kind")
+    return np.subtract(logits, out, out=out, casting="same_kind")

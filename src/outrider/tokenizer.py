@@ -165,8 +165,10 @@ class Tokenizer:
     @cached_property
     def _byte_ids(self) -> dict[int, int]:
         """Byte -> the token of that byte alone; empty where the vocabulary does not have all of them."""
-        ids = {byte: self._fast.token_to_id(char) for char, byte in _ALPHABET.items()} if self.is_byte_level else {}
-        return {} if None in ids.values() else ids
+        if not self.is_byte_level:
+            return {}
+        ids = {byte: self.vocabulary[char] for char, byte in _ALPHABET.items() if char in self.vocabulary}
+        return ids if len(ids) == len(_ALPHABET) else {}
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:

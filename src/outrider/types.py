@@ -378,6 +378,6 @@ class SchedulerPolicy(Protocol):
         """float32 [B, K] or None, int64 [B] -> keep int64 [B], 0 <= keep <= lengths."""
         ...
 
-    def observe(self, cost: StepCost, accepted: Tensor) -> None:
-        """What the step cost, and accepted drafts per row, int64 [B]."""
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        """What the step cost, and accepted drafts per row [B]."""
         ...

@@ -30,7 +30,12 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "gelu"]] = {
 }
 # Written by some version of transformers for every model, or read by none of the decoders here.
 GENERIC_KEYS = frozenset(
-    ["_attn_implementation", "_name_or_path", "attn_implementation", "cache_implementation", "dtype", "model_type", "original_max_position_embeddings", "pretraining_tp", "rope_scaling", "rope_theta", "sliding_window", "torch_dtype", "transformers_version", "max_window_layers", "use_sliding_window", "layer_types", "mlp_bias", "attention_bias", "attention_dropout", "head_dim", "tie_word_embeddings", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters", "initializer_range"]
+    """
+    _attn_implementation _name_or_path attention_bias attention_dropout attn_implementation bos_token_id
+    cache_implementation dtype eos_token_id head_dim initializer_range layer_types max_window_layers mlp_bias model_type
+    original_max_position_embeddings pad_token_id pretraining_tp rope_parameters rope_scaling rope_theta sliding_window
+    tie_word_embeddings torch_dtype transformers_version use_cache use_sliding_window
+    """.split()  # noqa: SIM905 (a list of strings would be a page)
 )
 
 

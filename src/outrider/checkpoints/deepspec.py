@@ -83,7 +83,7 @@ def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     for name in ("embed.weight", "head.weight"):
         if name not in checkpoint.tensors:
             raise CheckpointError(
-                f"DeepSpec's files hold {name.split('.')[0]} weights, this checkpoint leaves them to its target; name the target"
+                f"DeepSpec's files hold the {name.split('.')[0]}, this checkpoint leaves it to its target; name the target"
             )
     if checkpoint.reduced:
         raise CheckpointError(

@@ -9,7 +9,7 @@ Neutral names are the canonical ones of a decoder stack (``outrider.layers``) fo
     feature_norm.weight [taps Dt]   feature_norms.{i}.weight [Dt]    chain, before fc, where the design says so
     markov.w1.weight [V, r]  markov.w2.weight [Vd, r]  markov.gate.{weight,bias}  markov.joint.{weight,bias}
     confidence.{weight,bias}
-    d2t int64 [Vd]  t2d bool [V]                                     reduced draft vocabulary: target id = draft id + d2t
+    d2t int64 [Vd]  t2d bool [V]                                     reduced vocabulary: target id = draft id + d2t
 
 V target vocabulary, Vd draft vocabulary, D draft width, Dt target width, r Markov rank.
 """
@@ -262,7 +262,7 @@ class DraftCheckpoint:
             if got != expected:
                 name = f" {spec.name!r}" if spec.name else ""
                 raise IncompatibleDrafter(
-                    f"the drafter was made for another target: its {what} is {got}, that of the target{name} is {expected}"
+                    f"the drafter was made for another target: its {what} is {got}, the target{name} has {expected}"
                 )
 
         differ("vocabulary size", self.vocab_size, spec.vocab_size)
@@ -284,15 +284,16 @@ class DraftCheckpoint:
             )
 
     def check_tensors(self, names: Mapping[str, str]) -> None:
-        """Raise CheckpointError for weights that no healthy drafter has. ``names``: neutral name -> name in the file."""
+        """Raise CheckpointError for weights that no healthy drafter has. ``names``: neutral name -> name in the file"""
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise CheckpointError(f"tensor {names.get(name, name)!r} holds {bad} values that are NaN or infinite")
         design = self.design
         if isinstance(design, BlockDesign) and not 0 <= design.mask_token_id < self.vocab_size:
+            largest = self.vocab_size - 1
             raise CheckpointError(
-                f"mask_token_id must be a token of the vocabulary (0 to {self.vocab_size - 1}), got {design.mask_token_id}"
+                f"mask_token_id must be a token id between 0 and {largest}, got {design.mask_token_id}"
             )
         if "d2t" in self.tensors:
             self._check_vocabulary(self.tensors["d2t"])
@@ -301,7 +302,7 @@ class DraftCheckpoint:
         ids = d2t + torch.arange(len(d2t))
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise CheckpointError(
-                f"d2t points to target ids {int(ids.min())} to {int(ids.max())}, outside the vocabulary of {self.vocab_size}; "
+                f"d2t points to target ids {int(ids.min())} to {int(ids.max())} in a vocabulary of {self.vocab_size}; "
                 "it must hold offsets: target id = draft id + d2t[draft id]"
             )
         if len(ids.unique()) != len(ids):

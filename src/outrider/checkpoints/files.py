@@ -56,7 +56,7 @@ def read_header(config: Mapping[str, Any]) -> DraftCheckpoint:
     if name is None:
         kinds = config.get("architectures") or config.get("model_type")
         raise CheckpointError(
-            f"config.json describes {kinds!r}, which is no drafter; expected a checkpoint of {', '.join(sorted(FORMATS))}"
+            f"config.json describes {kinds!r}, which is no drafter; expected one of {', '.join(sorted(FORMATS))}"
         )
     return _format(name).read(config)
 

@@ -72,7 +72,7 @@ def read(config: Mapping[str, Any]) -> DraftCheckpoint:
     layers_key = "eagle_aux_hidden_state_layer_ids" if kind == "eagle3" else "aux_hidden_state_layer_ids"
     if kind == "mtp" and config.get(layers_key) is None:
         raise CheckpointError(
-            "this MTP module reads the target's last hidden state, which is ambiguous (before or after the final norm); "
+            "this MTP module reads the target's last hidden state, which is ambiguous (before or after the last norm); "
             f"expected {layers_key} to name an earlier layer"
         )
     layers = (

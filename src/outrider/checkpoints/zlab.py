@@ -1,4 +1,4 @@
-"""z-lab's DFlash files: a Qwen3 config with a ``dflash_config``; only masks predict, embedding and head are the target's.
+"""z-lab's DFlash files: a Qwen3 config with a ``dflash_config``; only masks predict, no embedding and no head.
 
 https://github.com/z-lab/dflash, ``dflash/model.py``.
 """

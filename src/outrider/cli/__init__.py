@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any
@@ -24,19 +25,28 @@ COMMANDS = {  # in the order of the help
 }
 
 
-class _Catalogue(TyperGroup):
-    """Looks commands up in ``COMMANDS``, so that one of them never waits for the imports of another."""
+class _OnUse(Mapping[str, Any]):
+    """``COMMANDS`` with each command made when it is looked up, so that none waits for the imports of another."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, function = COMMANDS[cmd_name].partition(":")
+    def __getitem__(self, name: str) -> Any:
+        module, _, function = COMMANDS[name].partition(":")
         single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        single.command(cmd_name, no_args_is_help=False)(getattr(import_module(module), function))
+        single.command(name)(getattr(import_module(module), function))
         return typer.main.get_command(single)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _Catalogue(TyperGroup):
+    """The group of all commands."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _OnUse()  # type: ignore[assignment]  # it is only ever read
 
 
 app = typer.Typer(

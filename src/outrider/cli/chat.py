@@ -42,7 +42,7 @@ def chat(
         raise CheckpointError(f"{model.model} has no chat template; `outrider generate` takes plain prompts")
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
-    notes = Console(stderr=True, highlight=False)
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
     notes.print(f"{model.model}, drafter {llm.drafter_name}: {HELP}", style="dim", markup=False)
     while (said := _listen()) is not None and said != "/exit":
         if said == "/reset":

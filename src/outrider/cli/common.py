@@ -55,9 +55,7 @@ def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> A
 Model = Annotated[str, _option(_MODEL, "--model", help="A model directory, a hub id, or 'embedded'.")]
 Drafter = Annotated[
     str,
-    _option(
-        _MODEL, "--drafter", help="none, ngram, suffix, draft_model, a directory with a draft model, or 'auto'."
-    ),
+    _option(_MODEL, "--drafter", help="none, ngram, suffix, draft_model, a directory with a draft model, or 'auto'."),
 ]
 DraftTokens = Annotated[
     int | None, _option(_MODEL, "--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
@@ -93,9 +91,7 @@ class ModelOptions:
         """Raises CheckpointError and its kin for what cannot be loaded."""
         from outrider.llm import LLM
 
-        return LLM(
-            self.model, self.drafter, dtype=self.dtype, backend=self.backend, draft_tokens=self.draft_tokens
-        )
+        return LLM(self.model, self.drafter, dtype=self.dtype, backend=self.backend, draft_tokens=self.draft_tokens)
 
 
 @dataclass(frozen=True)
@@ -134,9 +130,7 @@ class SamplingOptions:
     stop: Annotated[
         list[str] | None, _option(_SAMPLING, "--stop", help="A string that ends the text. May be repeated.")
     ] = None
-    ignore_eos: Annotated[
-        bool, _option(_SAMPLING, "--ignore-eos", help="Go on after the end-of-text token.")
-    ] = False
+    ignore_eos: Annotated[bool, _option(_SAMPLING, "--ignore-eos", help="Go on after the end-of-text token.")] = False
 
     def params(self) -> SamplingParams:
         """Raises InvalidRequest for values out of range."""
@@ -228,7 +222,7 @@ def human(json_file: str | None) -> Console:
 
 
 def write_json(json_file: str | None, value: Any) -> None:
-    """Write ``value`` where ``--json`` says, if it says so. Raises InvalidRequest for a place that cannot be written."""
+    """Write ``value`` where ``--json`` says, if it says so. Raises InvalidRequest where that cannot be written."""
     if json_file is None:
         return
     text = json.dumps(value, indent=2) + "\n"  # ASCII: even a prompt that was not UTF-8 can be written
@@ -270,4 +264,4 @@ def describe(output: Output) -> str:
 
 def figures(output: Output) -> None:
     """Say an answer's figures on stderr, out of the text's way."""
-    Console(stderr=True, highlight=False).print(describe(output), style="dim", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(describe(output), style="dim", markup=False)

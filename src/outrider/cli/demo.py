@@ -9,6 +9,7 @@ from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -179,7 +180,7 @@ def _coloured(pieces: Iterable[Piece]) -> Text:
 
 
 def _table(rows: list[Row], drafter: str, temperature: float) -> Table:
-    table = Table(title=f"drafter {drafter}, temperature {temperature:g}: medians of turns A B A B")
+    table = Table(title=f"drafter {drafter}, temperature {temperature:g}: medians of turns A B A B", box=SIMPLE_HEAD)
     table.add_column("domain")
     for name in ("plain tokens/s", "speculative tokens/s", "speed-up", "acceptance length", "repeated 8-grams"):
         table.add_column(name, justify="right")

@@ -70,10 +70,11 @@ def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, j
     text = human(json).file
     llm = model.load()
     run = llm.run(_ask(llm, prompt, chat), params)
+    written = 0
 
     def finish() -> None:
         [output] = run.outputs()
-        text.write("\n")
+        text.write(output.text[written:] + "\n")  # an interruption may come between a piece and its writing
         text.flush()
         figures(output)
         write_json(json, output_record(output))
@@ -82,6 +83,7 @@ def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, j
         for event in run.events():
             text.write(event.text)
             text.flush()
+            written += len(event.text)
     except KeyboardInterrupt:  # what is there is there
         finish()
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -22,56 +21,36 @@ def models(json: JsonFile = None) -> None:
 
     [cyan]outrider models --json - | jq .embedded[/cyan]
     """
-    found = {"embedded": _embedded(), "catalogues": _catalogues(), "native": _native()}
+    embedded, instruction_sets = _embedded(), _instruction_sets()
+    catalogues = _catalogues()
+    if instruction_sets is None:
+        catalogues["backend"]["native"] = "the native core is not built"
     console = human(json)
-    table = Table(title="embedded models")
-    for name in ("name", "parameters", "MB", "tokens seen", "licence"):
-        table.add_column(name)
-    table.add_column("held-out loss, nats a token")
-    for model in found["embedded"]:
-        losses = ", ".join(f"{domain} {loss:.2f}" for domain, loss in model["held_out_loss"].items())
-        table.add_row(
-            model["name"],
-            f"{model['parameters']:,}",
-            f"{model['bytes'] / 1e6:.1f}",
-            f"{model['tokens_seen']:,}",
-            model["licence"],
-            losses,
-        )
-    console.print(table)
-    kinds = Table(title="catalogues")
-    for name in ("kind", "name", "here"):
-        kinds.add_column(name)
-    for catalogue, entries in found["catalogues"].items():
-        for name, missing in entries.items():
-            kinds.add_row(catalogue, name, "yes" if missing is None else f"no: {missing}")
-    console.print(kinds)
-    native = found["native"]
-    console.print(
-        f"native core: {native['instruction_set']}" if native["built"] else "native core: not built, plain PyTorch runs"
-    )
-    write_json(json, found)
+    console.print(_embedded_table(embedded))
+    console.print(_catalogue_table(catalogues))
+    console.print(f"native core: {', '.join(instruction_sets or ()) or 'not built, plain PyTorch runs'}")
+    native = {"built": instruction_sets is not None, "instruction_sets": instruction_sets or []}
+    write_json(json, {"embedded": embedded, "catalogues": catalogues, "native": native})
 
 
 def _embedded() -> list[dict[str, Any]]:
     """Facts of the packaged models, from the card that their recipe wrote."""
     from outrider.weights import EMBEDDED, read_json, resolve_model
 
-    folder = Path(str(resolve_model("embedded"))).parent
-    card = read_json(folder / "facts.json") if (folder / "facts.json").is_file() else {}
     rows = []
     for name, part in EMBEDDED.items():
-        files = [file for file in (folder / part).iterdir() if file.suffix == ".safetensors"]
-        facts = card.get(part, {})
+        folder = resolve_model(name)
+        card = read_json(folder.parent / "facts.json")
+        facts = card[part]
         rows.append(
             {
                 "name": name,
-                "parameters": facts.get("parameters", 0),
-                "bytes": sum(file.stat().st_size for file in files),
-                "tokens_seen": facts.get("tokens_seen", 0),
-                "licence": card.get("licence", "see MODEL_CARD.md"),
-                "domains": sorted(facts.get("held_out_loss", {})),
-                "held_out_loss": facts.get("held_out_loss", {}),
+                "parameters": facts["parameters"],
+                "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                "tokens_seen": facts["tokens_seen"],
+                "licence": card.get("licence", "Apache-2.0"),
+                "domains": sorted(facts["held_out_loss"]),
+                "held_out_loss": facts["held_out_loss"],
             }
         )
     return rows
@@ -81,25 +60,50 @@ def _catalogues() -> dict[str, dict[str, str | None]]:
     """Catalogue -> name -> why it cannot be used here, None where it can."""
     from outrider import registry
 
-    found: dict[str, dict[str, str | None]] = {}
-    for catalogue in ("target", "drafter", "policy", "backend"):
-        found[catalogue] = {}
-        for name in registry.names(catalogue):
-            try:
-                registry.find(catalogue, name)
-                missing = None
-            except Exception as error:  # an outside package may fail in any way of its own
-                missing = str(error)
-            found[catalogue][name] = missing
-    if not _native()["built"] and "native" in found["backend"]:
-        found["backend"]["native"] = "the native core is not built"
-    return found
+    def missing(catalogue: str, name: str) -> str | None:
+        try:
+            registry.find(catalogue, name)
+        except Exception as error:  # an outside package may fail in any way of its own
+            return str(error)
+        return None
+
+    kinds = ("target", "drafter", "policy", "backend", "memory")
+    return {kind: {name: missing(kind, name) for name in registry.names(kind)} for kind in kinds}
 
 
-def _native() -> dict[str, Any]:
-    """Whether the compiled core is there, and the instruction set it chose."""
+def _instruction_sets() -> list[str] | None:
+    """Those the compiled core can use here, best first; None where it was not built."""
+    from importlib import import_module
+
     try:
-        from outrider import _native  # type: ignore[attr-defined]
+        return list(import_module("outrider._native").instruction_sets())
     except ImportError:
-        return {"built": False, "instruction_set": None}
-    return {"built": True, "instruction_set": _native.isa()}
+        return None
+
+
+def _embedded_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="embedded models")
+    for name in ("name", "parameters", "MB", "tokens seen"):
+        table.add_column(name, no_wrap=True)
+    for name in ("licence", "held-out loss, nats a token"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['parameters']:,}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['tokens_seen']:,}",
+            row["licence"],
+            ", ".join(f"{domain} {loss:.2f}" for domain, loss in row["held_out_loss"].items()),
+        )
+    return table
+
+
+def _catalogue_table(catalogues: dict[str, dict[str, str | None]]) -> Table:
+    table = Table(title="catalogues")
+    for name in ("kind", "name", "here"):
+        table.add_column(name)
+    for kind, entries in catalogues.items():
+        for name, missing in entries.items():
+            table.add_row(kind, name, "yes" if missing is None else f"no: {missing}")
+    return table

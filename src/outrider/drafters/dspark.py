@@ -132,7 +132,7 @@ class DFlashDrafter(DSparkDrafter):
 
 
 class SequentialHead:
-    """What makes the block's tokens depend on each other: the Markov head (equations 4 to 6), and the confidence (7)."""
+    """What makes a block's tokens depend on each other: the Markov head (equations 4 to 6), and the confidence (7)."""
 
     def __init__(
         self, design: BlockDesign, tensors: Mapping[str, Tensor], backend: Backend, dtype: torch.dtype | str

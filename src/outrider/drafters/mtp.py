@@ -1,10 +1,10 @@
 """One multi-token-prediction module, applied once or to its own output.
 
 DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2, equations 21 to 23: the state of position i and the
-embedding of token i + 1, both normalised, are concatenated and projected (M_k), pass one decoder layer (TRM_k), and the
-target's own head reads the result. Files put the embedding's columns first. A state here is the target's residual stream
-at one tapped layer; the report's last layer is refused as a tap everywhere (it is ambiguous), so modules are trained on
-the layer before it, or any other.
+embedding of token i + 1, both normalised, are concatenated and projected (M_k), pass one decoder layer (TRM_k), and
+the target's own head reads the result. Files put the embedding's columns first. A state here is the target's residual
+stream at one tapped layer; the report's last layer is refused as a tap everywhere (it is ambiguous), so modules are
+trained on the layer before it, or any other.
 
 T packed tokens, D width.
 """
@@ -32,7 +32,7 @@ class MTPConfig:
     model: str
     """The trained module: a directory or a hub id."""
     draft_tokens: int | None = None
-    """The most tokens it proposes in a round: from the second on it reads its own state. None: as the checkpoint says."""
+    """The most tokens it proposes in a round, from the second on from its own state; None: as the checkpoint says."""
     target_layers: tuple[int, ...] | None = None
     """The one layer of the target it reads, counted from 0; None: as the checkpoint says."""
 

@@ -186,7 +186,7 @@ class _Archive:
     """Earlier outputs, in two generations of half the budget: an automaton cannot forget, so the older one goes."""
 
     def __init__(self, budget: int) -> None:
-        self._half = (budget + 1) // 2
+        self._half = budget // 2
         self.generations = (SuffixAutomaton(), SuffixAutomaton())  # young, old
 
     def add(self, tokens: list[int]) -> None:

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -42,6 +43,7 @@ __all__ = [
     "load_costs",
     "measure",
     "model_key",
+    "read_probe",
     "run_profile",
     "save_costs",
     "threads",
@@ -102,8 +104,14 @@ def cache_bytes(config: StackConfig, dtype: str, cell: Cell) -> int:
     return cell.rows * sum(2 * layer.num_kv_heads * layer.head_dim * tokens * each for tokens, layer in seen)
 
 
-def torch_read_bandwidth() -> Callable[[], float]:
-    """A probe of read bandwidth, bytes a second: torch sums a buffer that fits no cache."""
+def read_probe(backend: str) -> Callable[[], float]:
+    """A probe of read bandwidth, bytes a second: all threads read a buffer that fits no cache.
+
+    The native core's own reader where it runs, else torch's sum.
+    """
+    if backend == "native":
+        core = import_module("outrider._native")
+        return lambda: float(core.read_bandwidth(PROBE_BYTES))
     buffer = torch.ones(PROBE_BYTES // 8, dtype=torch.float64)
 
     def probe() -> float:
@@ -112,6 +120,13 @@ def torch_read_bandwidth() -> Callable[[], float]:
         return PROBE_BYTES / (perf_counter() - began)
 
     return probe
+
+
+def threads(backend: str) -> int:
+    """Threads that a pass runs on."""
+    if backend == "native":
+        return int(import_module("outrider._native").threads())
+    return torch.get_num_threads()
 
 
 def measure(
@@ -228,7 +243,7 @@ class Profile:
             "model": self.model,
             "backend": self.backend,
             "machine": dict(self.machine),
-            "threads": threads(),
+            "threads": threads(self.backend),
             "bandwidth_gb_s": round(median(t.bandwidth for t in self.timings) / 1e9, 2) if self.timings else None,
             "rows": [
                 {
@@ -277,12 +292,13 @@ def run_profile(
         def tell(context: int, done: float) -> None:
             progress(f"{dtype}: context {context}", (index + done) / len(dtypes))  # noqa: B023 (called at once)
 
-        probe = getattr(load_backend(backend, dtype), "read_bandwidth", None) or torch_read_bandwidth()
-        timings, skipped = time_passes(target, dtype, cells, repeats, probe, max_cache_bytes, tell)
+        timings, skipped = time_passes(
+            target, dtype, cells, repeats, read_probe(profile.backend), max_cache_bytes, tell
+        )
         profile.timings.extend(timings)
         profile.skipped.extend((dtype, cell) for cell in skipped)
         if timings:
-            key = CostKey(model_key(target), dtype, profile.backend, describe(machine), threads())
+            key = CostKey(model_key(target), dtype, profile.backend, describe(machine), threads(profile.backend))
             profile.tables.append(CostTable(key, tuple(_point(timing) for timing in timings)))
     return profile
 
@@ -305,14 +321,14 @@ def time_passes(
         )
     config = target.stack.config if isinstance(target, DecoderTarget) else None
     fitting = [c for c in cells if config is None or cache_bytes(config, dtype, c) <= max_cache_bytes]
+    if not fitting:
+        raise InvalidRequest(f"one row's cache exceeds {max_cache_bytes >> 20} MiB at every context; lower --context")
     timings: list[Timing] = []
     done, contexts = 0, sorted({cell.context for cell in fitting})
     passes = (repeats + 1) * len(fitting)
     for context in contexts:
         here = [cell for cell in fitting if cell.context == context]
         one = Cell(1, 1, context)
-        if one not in here:
-            raise InvalidRequest(f"context {context}: one row's cache exceeds {max_cache_bytes >> 20} MiB; lower it")
 
         def tick() -> None:
             nonlocal done
@@ -336,11 +352,6 @@ def _point(timing: Timing) -> CostPoint:
 
 
 # ------------------------------------------------------------------------------------------------ cost tables
-
-
-def threads() -> int:
-    """Threads a pass runs on."""
-    return torch.get_num_threads()
 
 
 def model_key(target: TargetModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,5 +44,5 @@ class FixedPolicy:
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         return lengths.clamp(max=self._draft_tokens)
 
-    def observe(self, cost: StepCost, accepted: Tensor) -> None:
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """Nothing: neither time nor success changes k."""

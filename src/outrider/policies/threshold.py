@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,5 +57,5 @@ class ThresholdPolicy:
         sure = (confidence >= self._threshold).long().cumprod(1).sum(1)
         return lengths.minimum(sure)
 
-    def observe(self, cost: StepCost, accepted: Tensor) -> None:
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """Nothing: the threshold is what the caller set."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.registry import TARGETS, find
+from outrider.registry import find, names
 from outrider.types import Backend, TargetModel
 from outrider.weights import load_dtype, read_config, resolve_model
 
 __all__ = ["load_backend", "load_target"]
 
 WITHOUT_FILES = ("huggingface", "toy")  # kinds that are no ``model_type``
+QUANTISED = ("int8", "int4")
 
 
 def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto") -> TargetModel:
@@ -30,21 +31,27 @@ def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto"
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type")
-    known = kind in TARGETS and kind not in WITHOUT_FILES
-    target: TargetModel = find("target", kind if known else "huggingface").load(
-        path, config, dtype=dtype, backend=engine
-    )
+    known = kind in names("target") and kind not in WITHOUT_FILES
+    kind = kind if known else "huggingface"
+    target: TargetModel = find("target", kind).load(path, config, dtype=dtype, backend=engine)
     return target
 
 
 def load_backend(name: str, dtype: str = "float32") -> Backend:
     """A backend by name; ``auto`` is the native core where it is built and runs ``dtype``, else plain PyTorch."""
     if name == "auto":
-        native = find_spec("outrider._native") is not None and dtype != "float64"
-        name = "native" if native else "reference"
-        if not native and dtype in ("int8", "int4"):
+        name = "native" if dtype != "float64" and _has_core() else "reference"
+        if name == "reference" and dtype in QUANTISED:
             raise InvalidRequest(
                 f"dtype {dtype!r} needs the native core, which is not built here; use float32 or bfloat16"
             )
     backend: Backend = find("backend", name)()
     return backend
+
+
+def _has_core() -> bool:
+    try:
+        import_module("outrider._native")
+    except ImportError:
+        return False
+    return True

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outrider.config import LayerConfig, StackConfig
-from outrider.decoder import SANDWICH_PARTS, DecoderTarget, TensorNames, activation, refuse_set, required
+from outrider.decoder import SANDWICH_PARTS, DecoderTarget, TensorNames, activation, layer_types, refuse_set, required
 from outrider.layers import rope_config
 
 __all__ = ["Gemma3Target"]
@@ -56,7 +56,7 @@ class Gemma3Target(DecoderTarget):
                 attention_scale=config["query_pre_attn_scalar"] ** -0.5,
                 qk_norm=True,
             )
-            for kind in layer_types(config)
+            for kind in layer_types(config, lambda index: (index + 1) % config["sliding_window_pattern"] != 0)
         )
         return StackConfig(
             vocab_size=config["vocab_size"],
@@ -75,15 +75,6 @@ class Gemma3Target(DecoderTarget):
     def tensor_names(cls, config: Mapping[str, Any]) -> TensorNames:
         """Gemma's names: post_attention_layernorm is a sandwich norm here."""
         return TensorNames(SANDWICH_PARTS, tied=config["tie_word_embeddings"])
-
-
-def layer_types(config: Mapping[str, Any]) -> list[str]:
-    """``sliding_attention`` or ``full_attention`` for each layer; old configs give every how many layers is full."""
-    pattern = config["sliding_window_pattern"]
-    return config.get("layer_types") or [
-        "full_attention" if (index + 1) % pattern == 0 else "sliding_attention"
-        for index in range(required(config, "num_hidden_layers"))
-    ]
 
 
 def _with_ropes(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outrider.config import LayerConfig, StackConfig
-from outrider.decoder import SANDWICH_PARTS, DecoderTarget, TensorNames, activation, refuse_set, required
+from outrider.decoder import SANDWICH_PARTS, DecoderTarget, TensorNames, activation, layer_types, refuse_set, required
 from outrider.layers import rope_config
 
 __all__ = ["Gemma4Target"]
@@ -48,10 +48,14 @@ class Gemma4Target(DecoderTarget):
         if config.get("use_bidirectional_attention") == "all":
             refuse_set(config, "use_bidirectional_attention")
         width = required(config, "hidden_size")
+        kinds = [
+            *layer_types(config, lambda index: (index + 1) % 6 != 0)[:-1],
+            "full_attention",
+        ]  # the last is always full
         return StackConfig(
             vocab_size=config["vocab_size"],
             hidden_size=width,
-            layers=tuple(_layer(config, index, kind) for index, kind in enumerate(_layer_types(config))),
+            layers=tuple(_layer(config, index, kind) for index, kind in enumerate(kinds)),
             norm_eps=config["rms_norm_eps"],
             activation=activation(config["hidden_activation"]),
             sandwich_norms=True,
@@ -64,6 +68,11 @@ class Gemma4Target(DecoderTarget):
     def tensor_names(cls, config: Mapping[str, Any]) -> TensorNames:
         """Gemma's names: post_attention_layernorm is a sandwich norm here."""
         return TensorNames(SANDWICH_PARTS, tied=config["tie_word_embeddings"])
+
+    @classmethod
+    def optional_weights(cls, config: Mapping[str, Any]) -> set[str]:
+        """Every layer has its scalar."""
+        return super().optional_weights(config) | {f"layers.{i}.scalar" for i in range(config["num_hidden_layers"])}
 
 
 def _layer(config: Mapping[str, Any], index: int, kind: str) -> LayerConfig:
@@ -86,12 +95,3 @@ def _layer(config: Mapping[str, Any], index: int, kind: str) -> LayerConfig:
         v_norm=True,
         value_is_key=full and config["attention_k_eq_v"],
     )
-
-
-def _layer_types(config: Mapping[str, Any]) -> list[str]:
-    """``sliding_attention`` or ``full_attention`` for each layer; the last is always full."""
-    kinds = config.get("layer_types") or [
-        "full_attention" if (index + 1) % 6 == 0 else "sliding_attention"
-        for index in range(required(config, "num_hidden_layers"))
-    ]
-    return [*kinds[:-1], "full_attention"]

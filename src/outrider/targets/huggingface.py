@@ -108,7 +108,7 @@ class HuggingFaceTarget:
         logits = torch.empty(
             len(wanted), self.spec.vocab_size, dtype=torch.promote_types(self.spec.dtype, torch.float32)
         )
-        features = []
+        features: list[Tensor] = []
         for slot, begin, end in zip(
             batch.slots.tolist(), batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True
         ):
@@ -121,8 +121,10 @@ class HuggingFaceTarget:
             with self._tapping(taps) as tapped:
                 logits[here] = self._run(batch.tokens[begin:end], memory.caches[slot], wanted[here] - begin)
             memory.lengths[slot] = start + end - begin
-            features.append(torch.cat([tapped[tap] for tap in taps], -1) if taps else torch.empty(0))
-        return TargetOutput(logits, torch.cat(features) if taps and features else None)
+            if taps:
+                features.append(torch.cat([tapped[tap] for tap in taps], -1))
+        empty = torch.empty(0, len(taps) * self.spec.hidden_size, dtype=self.spec.dtype)
+        return TargetOutput(logits, torch.cat([empty, *features]) if taps else None)
 
     def _run(self, tokens: Tensor, cache: DynamicCache, places: Tensor) -> Tensor:
         """One row: int64 [n], int64 [m] -> logits [m, V] of those places."""
@@ -181,7 +183,11 @@ class HuggingFaceTarget:
             "so its drafts could not be taken back; choose a model with a plain key/value cache"
         )
         kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or [])
-        if self.model._is_stateful or kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        if getattr(self.model, "_is_stateful", False) or kinds - {
+            "full_attention",
+            "sliding_attention",
+            "chunked_attention",
+        }:
             raise refusal
         memory, seen = CacheMemory(1, 8), []
         slot = memory.open()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outrider.config import LayerConfig, StackConfig
-from outrider.decoder import DecoderTarget, activation, required
+from outrider.decoder import DecoderTarget, activation, biases, layer_types, required
 from outrider.layers import rope_config
 
 __all__ = ["LlamaTarget"]
@@ -28,10 +28,10 @@ class LlamaTarget(DecoderTarget):
                 head_dim=head_dim,
                 intermediate_size=required(config, "intermediate_size"),
                 rope=rope,
-                window=_window(config, index),
-                qk_norm=config.get("model_type") == "qwen3",
+                window=config["sliding_window"] if kind == "sliding_attention" else None,
+                qk_norm=config["model_type"] == "qwen3",
             )
-            for index in range(required(config, "num_hidden_layers"))
+            for kind in _layer_types(config)
         )
         return StackConfig(
             vocab_size=required(config, "vocab_size"),
@@ -42,16 +42,21 @@ class LlamaTarget(DecoderTarget):
             max_positions=config.get("max_position_embeddings", 2048),
         )
 
+    @classmethod
+    def optional_weights(cls, config: Mapping[str, Any]) -> set[str]:
+        """Biases: a choice for Llama and Qwen3, on queries, keys and values for Qwen2, none for Mistral."""
+        if config["model_type"] == "qwen2":
+            return biases(config, "qkv")
+        if config["model_type"] == "mistral":
+            return set()
+        mlp = ("gate", "up", "down") if config["model_type"] == "llama" and config.get("mlp_bias") else ()
+        return super().optional_weights(config) | biases(config, mlp)
 
-def _window(config: Mapping[str, Any], index: int) -> int | None:
-    """The sliding window of one layer. Qwen switches it on with a flag and for some layers, Mistral for all."""
-    window = config.get("sliding_window")
-    if config["model_type"] == "llama" or window is None:
-        return None
-    if config["model_type"] == "mistral":
-        return window
-    if not config.get("use_sliding_window"):
-        return None
-    kinds = config.get("layer_types")
-    slides = kinds[index] == "sliding_attention" if kinds else index >= config.get("max_window_layers", 28)
-    return window if slides else None
+
+def _layer_types(config: Mapping[str, Any]) -> list[str]:
+    """Which layers have a sliding window: none of Llama's, all of Mistral's, and Qwen's where a flag switches it on."""
+    model_type = config["model_type"]
+    if model_type.startswith("qwen") and config.get("use_sliding_window"):
+        return layer_types(config, lambda index: index >= config.get("max_window_layers", 28))
+    slides = model_type == "mistral" and config.get("sliding_window") is not None
+    return layer_types({**config, "layer_types": None}, lambda index: slides)
