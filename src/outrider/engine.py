@@ -92,7 +92,7 @@ class Engine:
         commits: list[Commit] = []
         accepted = kept
         if rows.complete:
-            laws = process(output.logits, rows.context, run.rows, run.depth, proposal.tokens)
+            laws = process(output.logits, rows.context, run.rows, run.depth, drafted=proposal.tokens)
             verdict = verify(laws, proposal, keep, rows.context, rows.noise)
             accepted = verdict.accepted.tolist()
             commits = self._commit(rows, kept, accepted, verdict.tokens.tolist())  # commit
