@@ -17,7 +17,9 @@ namespace outrider {
 namespace {
 
 constexpr int kSpins = 2000;         // pauses before the first yield: tens of microseconds
+constexpr int kLook = 32;            // pauses between looks at who shares this core
 constexpr int kBarrierYields = 2000; // inside a job: the others are at work
+constexpr int kMoveEvery = 16;       // barriers between looks at whether to change cores
 constexpr int kIdleYields = 500;     // between jobs: another pass may follow at once
 
 void pause() {
@@ -28,6 +30,17 @@ void pause() {
 #endif
 }
 
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -2;
+#endif
+}
+
+thread_local int self = 0;           // number of this thread in the job it runs
+thread_local unsigned meetings = 0;  // barriers this thread has passed
+
 }  // namespace
 
 void Epoch::advance() {
@@ -35,10 +48,12 @@ void Epoch::advance() {
   if (sleepers_.load(std::memory_order_seq_cst)) value_.notify_all();
 }
 
-void Epoch::wait_past(uint32_t seen, int yields) {
-  for (int i = 0; i < kSpins; i++) {
+template <class Crowded>
+void Epoch::wait_past(uint32_t seen, int yields, Crowded&& crowded) {
+  for (int i = 1; i <= kSpins; i++) {
     if (value() != seen) return;
     pause();
+    if (i % kLook == 0 && crowded()) break;
   }
   for (int i = 0; i < yields; i++) {
     if (value() != seen) return;
@@ -49,7 +64,13 @@ void Epoch::wait_past(uint32_t seen, int yields) {
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-ThreadPool::ThreadPool(int threads) : threads_(std::max(1, threads)) {
+ThreadPool::ThreadPool(int threads) : threads_(std::max(1, threads)), places_(threads_) {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int core = 0; core < CPU_SETSIZE; core++)
+      if (CPU_ISSET(core, &set)) cores_.push_back(core);
+#endif
   for (int thread = 1; thread < threads_; thread++) workers_.emplace_back([this, thread] { work(thread); });
 }
 
@@ -61,7 +82,8 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::work(int thread) {
   for (uint32_t seen = 0;; seen++) {
-    job_.wait_past(seen, kIdleYields);
+    self = thread;
+    job_.wait_past(seen, kIdleYields, [this] { return crowded(current_cpu()); });
     if (stop_) return;
     call_(context_, thread);
     barrier();
@@ -71,6 +93,7 @@ void ThreadPool::work(int thread) {
 void ThreadPool::run_raw(Call call, void* context) {
   const std::lock_guard<std::mutex> lock(one_job_);
   if (threads_ == 1) return call(context, 0);
+  self = 0;
   call_ = call;
   context_ = context;
   job_.advance();
@@ -80,13 +103,39 @@ void ThreadPool::run_raw(Call call, void* context) {
 
 void ThreadPool::barrier() {
   if (threads_ == 1) return;
+  const int cpu = current_cpu();
+  if (places_[self].cpu.load(std::memory_order_relaxed) != cpu) places_[self].cpu.store(cpu, std::memory_order_relaxed);
   const uint32_t seen = meeting_.value();
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
     arrived_.store(0, std::memory_order_relaxed);
     meeting_.advance();
   } else {
-    meeting_.wait_past(seen, kBarrierYields);
+    meeting_.wait_past(seen, kBarrierYields, [&] { return crowded(cpu); });
   }
+  if (self && ++meetings % kMoveEvery == 0 && crowded(cpu)) move_away();
+}
+
+// Workers that have shared a core for a while go to one that no thread of the pool is on; the caller's own thread is
+// not ours to move. Without this, two threads that politely yield to each other may stay on one core for good.
+void ThreadPool::move_away() {
+#if defined(__linux__)
+  for (int core : cores_) {
+    if (crowded(core)) continue;
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    sched_setaffinity(0, sizeof set, &set);
+    places_[self].cpu.store(core, std::memory_order_relaxed);
+    return;
+  }
+#endif
+}
+
+// A scheduler may put two of our threads on one core: spinning there keeps out the very thread that is waited for.
+bool ThreadPool::crowded(int cpu) const {
+  for (int thread = 0; thread < threads_; thread++)
+    if (thread != self && places_[thread].cpu.load(std::memory_order_relaxed) == cpu) return true;
+  return false;
 }
 
 int ThreadPool::default_threads() {

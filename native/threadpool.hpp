@@ -19,7 +19,9 @@ class alignas(64) Epoch {
  public:
   uint32_t value() const { return value_.load(std::memory_order_acquire); }
   void advance();
-  void wait_past(uint32_t seen, int yields);
+  // `crowded` says whether somebody this thread waits for needs the very core it spins on.
+  template <class Crowded>
+  void wait_past(uint32_t seen, int yields, Crowded&& crowded);
 
  private:
   std::atomic<uint32_t> value_{0};
@@ -57,6 +59,8 @@ class ThreadPool {
   using Call = void (*)(void* context, int thread);
   void run_raw(Call call, void* context);
   void work(int thread);
+  bool crowded(int cpu) const;
+  void move_away();
 
   const int threads_;
   std::mutex one_job_;
@@ -65,6 +69,9 @@ class ThreadPool {
   bool stop_ = false;
   Epoch job_, meeting_;
   alignas(64) std::atomic<int> arrived_{0};
+  struct alignas(64) Place { std::atomic<int> cpu{-1}; };
+  std::vector<Place> places_;  // where each thread was when it last met the others
+  std::vector<int> cores_;     // those this process may use
   std::vector<std::thread> workers_;
 };
 

@@ -411,8 +411,11 @@ def test_reused_noise_is_caught() -> None:
     assert p_value(world, params, bad) < 1e-9
 
 
-def test_coupled_text_is_that_of_plain_decoding() -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_coupled_text_is_that_of_plain_decoding(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same seed gives the same text with any drafter, any keep, any company, or no drafts at all."""
+    if wide:  # draw place by place, as for a large vocabulary
+        monkeypatch.setattr("outrider.acceptance._WIDE", 0)
     world, n = World(5, depth=6, spread=0.7), 60
     params = [
         SamplingParams(

@@ -314,6 +314,13 @@ def test_chat_survives_a_conversation_that_is_too_long(model: list[str]) -> None
     assert result.stderr.count("acceptance length") == 1
 
 
+def test_a_missing_native_core_is_said_once(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("outrider.cli.common.find_spec", lambda name: None)
+    options = ["generate", "x", "--model", str(tiny_model_dir), "--max-tokens", "2"]
+    assert outrider(*options).stderr.count("the native core is not built") == 1
+    assert "native core" not in outrider(*options, "--backend", "reference").stderr
+
+
 def test_models_lists_what_is_here() -> None:
     result = outrider("models", "--json", "-")
     assert result.exit_code == 0, result.output

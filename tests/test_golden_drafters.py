@@ -146,31 +146,20 @@ def test_block(folder: Path) -> None:
             if "draft_logits" in expected:
                 _close(base, expected["draft_logits"])
             if forced is not None:
-                logits, confidence = _along(drafter, hidden, base, forced)
+                logits, confidence = drafter.follow([0], torch.tensor([forced[:count]]))
                 for name in ("forced_corrected_logits", "teacher_forced_logits"):
                     if name in expected:
-                        _close(logits, expected[name][first:])
+                        _close(logits[0], expected[name][first:])
                 for name in ("forced_confidence_logits", "teacher_forced_confidence_logits"):
                     if name in expected:
                         assert confidence is not None
-                        _close(confidence, expected[name][first:])
+                        _close(confidence[0], expected[name][first:])
             proposal = _draft(drafter, [*context, anchor])
             assert proposal.tokens[0].tolist() == expected["greedy_tokens"].tolist()
             if "greedy_confidence_logits" in expected:
                 assert proposal.confidence is not None
                 _close(proposal.confidence[0].logit(), expected["greedy_confidence_logits"][first:])
         drafter.close(0)
-
-
-def _along(drafter: DSparkDrafter, hidden: Tensor, base: Tensor, previous: list[int]):
-    """Corrected logits and confidence logits where each step follows the given token."""
-    state, logits, before = drafter.head.start(1), [], []
-    for k in range(len(base)):
-        state, embedding, bias = drafter.head.step(state, torch.tensor(previous[k : k + 1]), hidden[:, k])
-        logits.append(base[k] if bias is None else base[k] + bias[0])
-        before.append(embedding)
-    confidence = drafter.head.confidence_logits(hidden, before)
-    return torch.stack(logits), None if confidence is None else confidence[0]
 
 
 # ------------------------------------------------------------------------------------------------ targets' features

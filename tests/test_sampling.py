@@ -232,6 +232,7 @@ def test_methods_agree(name: str) -> None:
     assert torch.equal(law.dense(places), full[places])
     for token in range(40):
         assert torch.equal(law.at(torch.full((7,), token)), full[:, token])
+        assert torch.equal(law.at(torch.full((4,), token), places), full[places, token])
     ids = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(1))
     ids[1, 3] = 40  # no token
     padded = torch.nn.functional.pad(full, (0, 1))

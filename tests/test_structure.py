@@ -24,7 +24,7 @@ FROZEN = Path(__file__).parent / "data" / "command_line.json"
 FLOORS: list[tuple[str, ...]] = [
     ("types", "config", "errors", "registry"),
     ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template"),
-    ("layers", "weights", "attention", "tokenizer", "decoder", "backends", "memory", "checkpoints"),
+    ("layers", "weights", "attention", "tokenizer", "decoder", "backends", "memory", "checkpoints", "drafting"),
     ("targets", "drafters"),
     ("admission", "policies"),
     ("engine", "llm"),
@@ -44,14 +44,16 @@ INSIDE: dict[str, set[str]] = {
     "acceptance": {"noise", "sampling"},
     "decoder": {"layers", "weights"},  # a Llama-like decoder is layers filled from files
     "checkpoints": {"layers", "weights"},
+    "drafting": {"checkpoints", "layers"},  # what trained drafters share
     "backends": {"attention", "layers"},
     "llm": {"engine"},
     "__main__": {"cli"},
 }
-PACKAGES_WITH_PARTS = {
-    "cli": {"common"},
+PARTS = {  # a package's modules may import those that are there to be shared
     "checkpoints": {"decoder", "draft"},
-}  # a package's modules may import its shared parts
+    "cli": {"common"},
+    "drafting": {"cache", "drawing", "net", "trained"},
+}
 ROOT_MODULE = "__init__"  # the package itself: imports on use, for everybody
 
 
@@ -99,7 +101,7 @@ def allowed(importer: tuple[str, ...], imported: tuple[str, ...]) -> bool:
     if own == ROOT_MODULE:
         return True
     if own == other:  # two files of one package: only a part that is there to be shared, or the package's own file
-        return len(imported) == 1 or len(importer) == 1 or imported[1] in PACKAGES_WITH_PARTS.get(own, set())
+        return len(imported) == 1 or len(importer) == 1 or imported[1] in PARTS.get(own, set())
     if floor(other) == floor(own):
         return other in INSIDE.get(own, set())
     return floor(other) < floor(own)

@@ -47,6 +47,7 @@ __all__ = ["Judgement", "Round", "decide", "judge", "match", "own_law", "truncat
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 
+_WIDE = 1 << 15  # a vocabulary so large that a draw costs more than the call
 _TINY = 1e-300  # stands for a q that rounded to 0: with it any p > 0 is accepted, and p = 0 is not
 
 
@@ -111,7 +112,7 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
         part = whole.only(rows)
         row, depth = _unfold(part.keep + 1)
         keys = noise.token_keys(torch.from_numpy(rows[row]), torch.from_numpy(positions[rows][row] + depth), "own")
-        accepted[rows], own[rows] = match(part, _array(part.target.draw(keys)))
+        accepted[rows], own[rows] = _follow(part, keys)
     if not coupled.all():
         rows = np.flatnonzero(~coupled)
         part = whole.only(rows)
@@ -154,6 +155,23 @@ def match(round: Round, draws: _Ints) -> tuple[_Ints, _Ints]:
     same = (round.tokens == draws[places]) & (depth < round.keep[:, None])
     accepted = np.logical_and.accumulate(same, 1).sum(1)
     return accepted, draws[round.starts + accepted]
+
+
+def _follow(round: Round, keys: Tensor) -> tuple[_Ints, _Ints]:
+    """``match`` with the target's own draws, keys int64 [R]; from a wide vocabulary only those that are needed."""
+    target = round.target
+    row, depth = _unfold(round.keep + 1)
+    draws = np.full(len(target), -1)
+    wide = target.ids is None and target.vocab_size > _WIDE
+    wanted = depth == 0 if wide else np.ones(len(target), bool)
+    while True:
+        places = torch.from_numpy(np.flatnonzero(wanted))
+        law, some = (target, keys) if len(places) == len(target) else (target.take(places), keys[places])
+        draws[wanted] = _array(law.draw(some))
+        accepted, own = match(round, draws)
+        wanted = (depth == accepted[row]) & (draws < 0)  # the place after the accepted drafts, where not yet drawn
+        if not wanted.any():
+            return accepted, own
 
 
 # ------------------------------------------------------------------------------------------------ rejection and block
@@ -257,14 +275,15 @@ def _lookup(law: Law, places: Tensor, ids: Tensor) -> Tensor:
 
 def _probability(law: Law, places: _Ints, tokens: _Ints) -> _Floats:
     """Probability of ``tokens[i]`` at ``places[i]``."""
-    found = _lookup(law, torch.from_numpy(places), torch.from_numpy(tokens)[:, None])
-    return _array(found[:, 0].double())
+    index, ids = torch.from_numpy(places), torch.from_numpy(tokens)
+    found = law.at(ids, index) if isinstance(law, Categorical) else _lookup(law, index, ids[:, None])[:, 0]
+    return _array(found.double())
 
 
 def _unfold(counts: _Ints) -> tuple[_Ints, _Ints]:
     """For every item of rows with so many items each: its row, and its index in the row."""
-    row = np.repeat(np.arange(len(counts)), counts)
-    return row, np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
+    row, index = np.nonzero(np.arange(counts.max(initial=0)) < counts[:, None])
+    return row, index
 
 
 def _array(tensor: Tensor) -> npt.NDArray[Any]:

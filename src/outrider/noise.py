@@ -40,6 +40,7 @@ __all__ = ["GAMMA", "RowNoise", "gumbel", "gumbel_argmax", "mix64"]
 
 GAMMA = 0x9E3779B97F4A7C15
 _G, _M1, _M2 = np.uint64(GAMMA), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_MASK, _ONE = 2**64 - 1, np.uint64(1)
 _S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 _CHUNK = 16384  # values mixed at a time: the buffers stay in the second-level cache
 
@@ -152,29 +153,22 @@ def gumbel_argmax(logits: Tensor, keys: Tensor, ids: Tensor | None = None) -> Te
     if logits.device.type != "cpu":
         noise = gumbel(keys.to(logits.device), ids, logits.shape[1])
         return (logits.double() + noise).argmax(-1)
-    words = keys.numpy().view(np.uint64)
-    counters = _counters(logits.shape[1]) if ids is None else (ids.numpy().view(np.uint64) + np.uint64(1)) * _G
-    return torch.from_numpy(_race(logits.numpy(), words, np.broadcast_to(counters, logits.shape)))
-
-
-@lru_cache(maxsize=16)
-def _counters(vocab_size: int) -> _Words:
-    """uint64 [1, V]: (v + 1) * GAMMA."""
-    return np.arange(1, vocab_size + 1, dtype=np.uint64)[None] * _G
-
-
-def _race(logits: npt.NDArray[np.floating], keys: _Words, counters: _Words) -> npt.NDArray[np.int64]:
-    """Winners of ``gumbel_argmax``. counters [n, S]: (id + 1) * GAMMA."""
-    n, width = logits.shape
+    tokens = None if ids is None else ids.numpy().view(np.uint64)
+    scores, words = logits.numpy(), keys.numpy().view(np.uint64)
+    n, width = scores.shape
     rows = max(1, _CHUNK // max(width, 1))
     if n <= rows:
-        return _race_together(logits, keys, counters)
+        return torch.from_numpy(_race(scores, words, tokens))
     groups = [slice(r, r + rows) for r in range(0, n, rows)]
-    return np.concatenate([_race_together(logits[g], keys[g], counters[g]) for g in groups])
+    winners = [_race(scores[g], words[g], None if tokens is None else tokens[g]) for g in groups]
+    return torch.from_numpy(np.concatenate(winners))
 
 
-def _race_together(logits: npt.NDArray[np.floating], keys: _Words, counters: _Words) -> npt.NDArray[np.int64]:
-    """The same for a few rows: scores in float32, a piece of the columns at a time, and photo finishes in float64."""
+_STEPS = np.arange(1, _CHUNK + 1, dtype=np.uint64)[None] * _G  # of columns that are tokens: one piece serves them all
+
+
+def _race(logits: npt.NDArray[np.floating], keys: _Words, ids: _Words | None) -> npt.NDArray[np.int64]:
+    """Winners of a few rows: scores in float32, a piece of the columns at a time, then photo finishes in float64."""
     n, width = logits.shape
     peak = logits.max(1)
     if not (peak < np.inf).all():
@@ -182,7 +176,12 @@ def _race_together(logits: npt.NDArray[np.floating], keys: _Words, counters: _Wo
     best = np.full(n, -np.inf, np.float32)
     lines: list[npt.NDArray[np.int64]] = []  # row and column of whoever may yet win
     for c in range(0, width, _CHUNK):
-        scores = _scores(logits[:, c : c + _CHUNK], keys[:, None] + counters[:, c : c + _CHUNK])
+        piece = logits[:, c : c + _CHUNK]
+        if ids is None:
+            x = (keys + np.uint64(c * GAMMA & _MASK))[:, None] + _STEPS[:, : piece.shape[1]]
+        else:
+            x = keys[:, None] + (ids[:, c : c + _CHUNK] + _ONE) * _G
+        scores = _scores(piece, x)
         leader = scores.max(1)
         best = np.maximum(best, leader)
         # Error of a score: under 1e-5 from u and the logarithms while g > -1.9, but up to 1 past that, where 1 - u has
@@ -192,10 +191,11 @@ def _race_together(logits: npt.NDArray[np.floating], keys: _Words, counters: _Wo
         if (leader >= floor).any():
             row, column = np.divmod(np.flatnonzero(scores >= floor[:, None]), scores.shape[1])
             lines.append(np.stack([row, column + c]))
-    row, column = np.concatenate(lines, 1) if lines else np.empty((2, 0), np.int64)
+    row, column = np.concatenate(lines, 1)
     if len(row) == n and len(lines) == 1:
         return column
-    word = mix64(keys[row] + counters[row, column]).astype(np.float64)
+    token = column.view(np.uint64) if ids is None else ids[row, column]
+    word = mix64(keys[row] + (token + _ONE) * _G).astype(np.float64)
     exponential = -np.log1p(-np.minimum((word + 0.5) * 2.0**-64, 1 - 2.0**-53))
     exact = logits[row, column].astype(np.float64) - np.log(exponential)
     order = np.lexsort((column, -exact, row))

@@ -18,6 +18,7 @@ Legend: R places (rows of logits), V vocabulary, S columns of a law (V, or as ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,7 +34,6 @@ from outrider.types import Context
 __all__ = ["Categorical", "process"]
 
 _SPARSE_SHARE = 4  # keep only the kept tokens where they are at most one in so many
-_FIRST_GUESS = 64  # candidates looked at before top-p or min-p are known to need more
 _BLOCK = 64  # columns summarised by their maximum when few of many are wanted
 
 
@@ -110,13 +110,16 @@ class Categorical:
             self._logits = self._columns.log()
         return self._logits
 
-    def at(self, tokens: Tensor) -> Tensor:
-        """Probability of ``tokens[r]`` at place r. int64 [R] -> [R]."""
+    def at(self, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+        """Probability of ``tokens[i]`` at place ``places[i]``, by default place i. int64 [n] -> [n]."""
         if self.tokens is not None:
-            return (self.tokens == tokens).to(self.dtype)
+            mine = self.tokens if places is None else self.tokens[places]
+            return (mine == tokens.to(mine.device)).to(self.dtype)
         if self.ids is None:
-            return self.probabilities.gather(1, tokens[:, None])[:, 0]
-        return torch.where(self.ids == tokens[:, None], self.probabilities, 0).sum(1)
+            index = torch.arange(len(tokens), device=tokens.device) if places is None else places
+            return self.probabilities[index, tokens]
+        ids, inside = (x if places is None else x[places] for x in (self.ids, self.probabilities))
+        return torch.where(ids == tokens[:, None].to(ids.device), inside, 0).sum(1)
 
     def lookup(self, places: Tensor, ids: Tensor) -> Tensor:
         """Probabilities of several tokens a place. int64 [n], int64 [n, S'] (V counts as no token) -> [n, S']."""
@@ -163,8 +166,9 @@ class Categorical:
         if self.tokens is not None:
             return self.tokens
         below = self.probabilities.cumsum(-1, dtype=torch.float64)
-        total = below[:, -1:]
-        goal = torch.minimum(uniforms[:, None].to(total.device) * total, total.nextafter(torch.zeros_like(total)))
+        goal = (
+            uniforms.to(below.device).clamp_max(1 - 2.0**-50)[:, None] * below[:, -1:]
+        )  # under the total, rounded too
         return self._token_of(torch.searchsorted(below, goal, right=True)[:, 0])  # right: never a token of no mass
 
     def take(self, places: Tensor) -> Categorical:
@@ -325,70 +329,65 @@ def _cut(
 ) -> Categorical:
     """Steps 5 to 7. k, p, min_p: one per place; k = V, p = 1, min_p = 0 cut nothing."""
     size = logits.shape[1]
+    rows = logits.cpu().numpy()
     cut = np.flatnonzero((k < size) | (p < 1) | (min_p > 0))
-    everywhere = len(cut) == len(logits)
-    chosen = logits if everywhere else logits[torch.from_numpy(cut)]
-    values, ids, kept = _likeliest(chosen, k[cut], p[cut], min_p[cut])
-    width = int(kept.max(initial=1))
-    beyond = (torch.arange(width) >= torch.from_numpy(kept)[:, None]).to(logits.device)
-    values = values[:, :width].masked_fill(beyond, -torch.inf)
-    ids = ids[:, :width].masked_fill(beyond, size)
-    if everywhere and width * _SPARSE_SHARE <= size:
-        ids, order = ids.sort(dim=1)
-        return Categorical(size, logits=values.gather(1, order), ids=ids)
-    rows = logits.new_full((len(cut), size + 1), -torch.inf).scatter_(1, ids, values)[:, :-1]
-    return Categorical.of(rows if everywhere else logits.index_copy(0, torch.from_numpy(cut).to(logits.device), rows))
+    kept = [_kept(rows[r], int(k[r]), float(p[r]), float(min_p[r])) for r in cut]
+    width = max(len(ids) for ids in kept)
+    if len(cut) < len(rows) or width * _SPARSE_SHARE > size:
+        dense = rows.copy()
+        dense[cut] = -np.inf
+        for r, ids in zip(cut, kept, strict=True):
+            dense[r, ids] = rows[r, ids]
+        return Categorical.of(torch.from_numpy(dense).to(logits.device))
+    columns = np.full((len(rows), width), size)
+    values = np.full((len(rows), width), -np.inf, rows.dtype)
+    for r, ids in zip(cut, kept, strict=True):
+        columns[r, : len(ids)] = ids
+        values[r, : len(ids)] = rows[r, ids]
+    device = logits.device
+    return Categorical(size, logits=torch.from_numpy(values).to(device), ids=torch.from_numpy(columns).to(device))
 
 
-def _likeliest(
-    logits: Tensor, k: npt.NDArray[np.int64], p: npt.NDArray[np.float64], min_p: npt.NDArray[np.float64]
-) -> tuple[Tensor, Tensor, npt.NDArray[np.int64]]:
-    """The kept tokens of each row: values and ids [n, S], likeliest first, and how many of them are kept, [n].
+def _kept(logits: npt.NDArray[np.floating], k: int, p: float, min_p: float) -> npt.NDArray[np.int64]:
+    """The tokens of one row that steps 5 to 7 leave, ascending.
 
-    Looks at the S likeliest and asks for more only while a row may keep them all, which is exact: whether a token is
-    kept depends on likelier ones alone.
+    Nothing but the candidates above some logit is ever sorted; whether a token is kept depends on likelier ones alone,
+    so a candidate set that reaches far enough gives the exact answer.
     """
-    n, size = logits.shape
-    limited = k < size
-    width = max(_FIRST_GUESS, int(k[limited].max(initial=0)) + 1)  # one more than k: it shows a tie at the cut
-    whole = torch.softmax(logits, -1) if (~limited & (p < 1)).any() else None
+    size = len(logits)
+    if k == 1:
+        return np.array([logits.argmax()])
+    peak = logits.max()
+    whole, step, floor, end = 0.0, 0.0, -np.inf, -np.inf
+    if k < size:
+        floor = _at_most_kth_largest(logits, k)
+    elif p < 1:
+        whole = float(np.exp(logits - peak).sum(dtype=np.float64))
+        # All tokens of less than (1 - p) / V together have less than 1 - p: none is needed. Most often far fewer are.
+        end = peak + math.log(whole * (1 - p) / size) - 0.1
+        floor, step = peak + math.log(whole) - 7, 3.0
+    else:
+        floor = peak + math.log(min_p) - 0.1
     while True:
-        width = min(width, size)
-        values, ids = _largest(logits, width)
-        top = values[:, :1]
-        weights = (values.double() - top.double()).exp_().cpu().numpy()
-        inside = np.arange(width) < k[:, None]
-        mass = np.where(inside, weights, 0).sum(1)
-        if whole is not None:
-            mass = np.where(limited, mass, 1 / whole.gather(1, ids[:, :1])[:, 0].double().cpu().numpy())
-        likelier = np.cumsum(weights, 1) - weights
-        keep = inside & (likelier < np.where(p < 1, p * mass, np.inf)[:, None])
-        if (min_p > 0).any():
-            keep &= weights >= min_p[:, None]
-        kept = np.maximum(keep.sum(1), 1)
-        if width == size or (kept < width).all():
-            break
-        width *= 8
-    after = np.minimum(kept, width - 1)
-    edges = values.gather(1, torch.from_numpy(np.stack([kept - 1, after], 1)).to(values.device)).cpu().numpy()
-    for r in np.flatnonzero((edges[:, 0] == edges[:, 1]) & (after == kept)):  # the cut parts equals: lowest ids stay
-        tied = (logits[r] == values[r, kept[r] - 1]).nonzero()[:, 0]
-        strictly = int((values[r] > values[r, kept[r] - 1]).sum())
-        ids[r, strictly : kept[r]] = tied[: kept[r] - strictly]
-    return values, ids, kept
+        candidates = np.flatnonzero(logits >= max(floor, end))
+        order = np.argsort(-logits[candidates], kind="stable")[:k]  # stable: equals stay in the order of their ids
+        weights = np.exp(logits[candidates[order]].astype(np.float64) - float(peak))
+        count = len(order)
+        if p < 1:
+            reached = int(np.searchsorted(np.cumsum(weights), p * (whole or weights.sum())))
+            if reached >= count and step and floor > end:
+                floor -= step
+                continue
+            count = min(count, reached + 1)
+        if min_p > 0:
+            count = min(count, int((weights >= min_p).sum()))
+        return np.sort(candidates[order[:count]])
 
 
-def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``logits.topk(count)``, which reads a long row slowly: the count largest values of a row lie in the count
-    blocks with the largest maxima (or in the last, incomplete block)."""
-    n, size = logits.shape
-    blocks = size // _BLOCK
-    if blocks < 8 * count:
-        return logits.topk(count)
-    head = logits[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
-    best = head.amax(2).topk(count, sorted=False).indices
-    columns = (best[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=best.device)).flatten(1)
-    tail = torch.arange(blocks * _BLOCK, size, device=best.device).expand(n, -1)
-    columns = torch.cat([columns, tail], 1)
-    values, order = logits.gather(1, columns).topk(count)
-    return values, columns.gather(1, order)
+def _at_most_kth_largest(logits: npt.NDArray[np.floating], k: int) -> float:
+    """A bound that at least k values reach, and few more: the k-th largest of the maxima of interleaved blocks (each of
+    them a value of the row), or the k-th largest value itself where blocks are few."""
+    blocks = len(logits) // _BLOCK
+    if blocks >= 4 * k:
+        logits = logits[: blocks * _BLOCK].reshape(_BLOCK, blocks).max(0)
+    return float(np.partition(logits, len(logits) - k)[len(logits) - k])

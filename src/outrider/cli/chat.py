@@ -6,9 +6,8 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from outrider.cli.common import ModelOptions, SamplingOptions, command, figures
+from outrider.cli.common import ModelOptions, SamplingOptions, command, complain, figures, note
 from outrider.errors import CheckpointError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -42,21 +41,20 @@ def chat(
         raise CheckpointError(f"{model.model} has no chat template; `outrider generate` takes plain prompts")
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    notes.print(f"{model.model}, drafter {llm.drafter_name}: {HELP}", style="dim", markup=False)
+    note(f"{model.model}, drafter {llm.drafter_name}: {HELP}")
     while (said := _listen()) is not None and said != "/exit":
         if said == "/reset":
             messages = list(beginning)
-            notes.print("forgotten", style="dim")
+            note("forgotten")
         elif said.startswith("/"):
-            notes.print(f"unknown command {said}: {HELP}", style="bold red", markup=False)
+            note(f"unknown command {said}: {HELP}")
         elif said:
             messages.append({"role": "user", "content": said})
             try:
                 messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
             except InvalidRequest as error:  # the conversation has grown past the context
                 messages.pop()
-                notes.print(f"error: {error}; /reset begins anew", style="bold red", markup=False)
+                complain(f"{error}; /reset begins anew")
 
 
 def _listen() -> str | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
+from importlib.util import find_spec
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -37,9 +38,11 @@ __all__ = [
     "Seed",
     "Temperature",
     "command",
+    "complain",
     "describe",
     "figures",
     "human",
+    "note",
     "output_record",
     "read_stdin",
     "write_json",
@@ -91,6 +94,8 @@ class ModelOptions:
         """Raises CheckpointError and its kin for what cannot be loaded."""
         from outrider.llm import LLM
 
+        if self.backend == "auto" and find_spec("outrider._native") is None:
+            note("the native core is not built here: plain PyTorch runs, slower (`make native` builds it)")
         return LLM(self.model, self.drafter, dtype=self.dtype, backend=self.backend, draft_tokens=self.draft_tokens)
 
 
@@ -192,18 +197,19 @@ def _errors_in_one_line() -> Iterator[None]:
     except (OutriderError, OSError) as error:
         if os.environ.get("OUTRIDER_DEBUG"):
             raise
-        _complain(str(error))
+        complain(str(error))
         raise typer.Exit(2) from None
     except typer.Exit:
         raise
     except Exception as error:
         if os.environ.get("OUTRIDER_DEBUG"):
             raise
-        _complain(f"unexpected {type(error).__name__}: {error}; OUTRIDER_DEBUG=1 shows where")
+        complain(f"unexpected {type(error).__name__}: {error}; OUTRIDER_DEBUG=1 shows where")
         raise typer.Exit(1) from None
 
 
-def _complain(message: str) -> None:
+def complain(message: str) -> None:
+    """An error in one line, on stderr."""
     line = " ".join(message.split())
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", style="bold red", markup=False)
 
@@ -217,23 +223,30 @@ def read_stdin() -> str:
 
 
 def human(json_file: str | None) -> Console:
-    """Where people read: stdout, or stderr when stdout is for JSON alone."""
+    """Where people read: stdout, or stderr when stdout is for JSON alone.
+
+    Raises InvalidRequest where the JSON could not be written, before any work is done for it.
+    """
+    if json_file is not None and json_file != "-":
+        path = Path(json_file)
+        place = path if path.exists() else path.parent
+        if path.is_dir() or not os.access(place, os.W_OK):
+            raise InvalidRequest(
+                f"--json: cannot write {json_file}; expected a file in a directory that exists, or '-'"
+            )
     return Console(stderr=json_file == "-", highlight=False)
 
 
 def write_json(json_file: str | None, value: Any) -> None:
-    """Write ``value`` where ``--json`` says, if it says so. Raises InvalidRequest where that cannot be written."""
+    """Write ``value`` where ``--json`` says, if it says so."""
     if json_file is None:
         return
     text = json.dumps(value, indent=2) + "\n"  # ASCII: even a prompt that was not UTF-8 can be written
     if json_file == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
-        return
-    try:
+    else:
         Path(json_file).write_text(text)
-    except OSError as error:
-        raise InvalidRequest(f"--json: cannot write {json_file}: {error.strerror}") from None
 
 
 def output_record(output: Output) -> dict[str, Any]:
@@ -264,4 +277,9 @@ def describe(output: Output) -> str:
 
 def figures(output: Output) -> None:
     """Say an answer's figures on stderr, out of the text's way."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(describe(output), style="dim", markup=False)
+    note(describe(output))
+
+
+def note(text: str) -> None:
+    """Say something beside the result: on stderr, dim."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)

@@ -96,6 +96,16 @@ class DSparkDrafter(TrainedDrafter):
         confidence = self.head.confidence(hidden, before)
         return drawing.proposal(drawing.margins() if confidence is None else confidence)
 
+    def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See ``TrainedDrafter.follow``."""
+        hidden, base = self.run_block(slots, path[:, 0], path.shape[1])
+        state, logits, before = self.head.start(len(slots)), [], []
+        for k in range(path.shape[1]):
+            state, embedding, bias = self.head.step(state, path[:, k], hidden[:, k])
+            logits.append(base[:, k] if bias is None else base[:, k] + bias)
+            before.append(embedding)
+        return torch.stack(logits, 1), self.head.confidence_logits(hidden, before)
+
     def run_block(self, slots: list[int], anchors: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
         """The block at the slots that predict: hidden states after the final norm, and base logits.
 

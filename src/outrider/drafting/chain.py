@@ -70,6 +70,16 @@ class ChainDrafter(TrainedDrafter):
         self.rewind(rows)
         return drawing.proposal(drawing.margins())
 
+    def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See ``TrainedDrafter.follow``."""
+        state = self.begin(slots, path[:, 0])
+        logits = [state.logits]
+        for tokens in path.T[1:]:
+            state = self.feed(state, tokens)
+            logits.append(state.logits)
+        self.rewind(slots)
+        return torch.stack(logits, 1), None
+
     def begin(self, slots: list[int], last: Tensor) -> ChainState:
         """Run what waits, up to the rows' last tokens, on the target's features. int64 [n]"""
         waiting = self.cache.take_pairs(slots, last.tolist())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
@@ -13,7 +15,7 @@ from outrider.drafting.cache import DraftCache
 from outrider.drafting.net import load_net
 from outrider.errors import CheckpointError, nearest
 from outrider.registry import find
-from outrider.types import Backend, TargetModel
+from outrider.types import Backend, RaggedBatch, TargetModel
 
 __all__ = ["TrainedDrafter"]
 
@@ -23,9 +25,11 @@ class _Options(Protocol):
     def model(self) -> str: ...
 
 
-class TrainedDrafter:
+class TrainedDrafter(ABC):
     """A drafter with weights and a draft memory of its own."""
 
+    Config: ClassVar[type[Any]]
+    """Its options; ``model`` names the checkpoint, and every other has a default."""
     kinds: ClassVar[tuple[str, ...]]
     """Kinds of checkpoint it runs, the one it is listed under first."""
 
@@ -45,6 +49,18 @@ class TrainedDrafter:
         self.block: int = config.draft_tokens or checkpoint.design.drafts
         self.net = load_net(checkpoint, target, backend, dtype)
         self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows)
+
+    @abstractmethod
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        """See ``outrider.types.Drafter``."""
+
+    @abstractmethod
+    def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Draft logits along a given path, for measuring and calibrating: place k is what would be drafted after
+        ``path[:, :k + 1]``, which begins with the rows' last tokens.
+
+        int64 [n, K] -> [n, K, Vd], and confidence logits [n, K] where the drafter has that head.
+        """
 
     @classmethod
     def from_config(

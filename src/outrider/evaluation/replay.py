@@ -1,0 +1,198 @@
+"""What a trained drafter would have had accepted along the target's own text, without decoding it again.
+
+The target writes its greedy text once, and its laws and features are kept; any number of drafters, or readings of one
+checkpoint, then draft at the same places. Two numbers come out at each place:
+
+greedy    how many drafts equal the text: what greedy decoding would accept there
+expected  sum_j prod_{i<=j} (1 - TV(p_i, q_i)) at temperature 1: what rejection sampling would, were the text sampled.
+          It moves with every logit, so it tells readings apart that draft the same tokens.
+
+A round's tokens are 1 + either (the target's own comes on top).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outrider.drafting import TrainedDrafter
+from outrider.errors import CheckpointError, InvalidRequest
+from outrider.tokenizer import Tokenizer
+from outrider.types import RaggedBatch, TargetModel
+
+__all__ = ["Acceptance", "Transcript", "replay", "sample_prompts", "transcribe"]
+
+EMBEDDED_PROMPTS = Path(__file__).parent.parent / "embedded" / "prompts"
+PROMPT_TOKENS = 128  # of each prompt; drafting does not get better with longer ones
+RANDOM_PROMPTS = (8, 12, 16, 24)  # lengths, where no tokenizer says what text is
+PLACES = 40  # at most so many drafts a text
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """The target's greedy text after one prompt."""
+
+    tokens: list[int]
+    prompt_length: int
+    features: dict[int, Tensor]  # layer -> [N, D]
+    logits: Tensor  # [N - prompt_length + 1, V]: row i follows token prompt_length - 1 + i
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Accepted drafts at each place, in the same order for every drafter on the same transcripts."""
+
+    greedy: Tensor  # float32 [places]
+    expected: Tensor  # float32 [places]
+
+    @property
+    def greedy_length(self) -> float:
+        """Tokens of a greedy round, the target's own included."""
+        return 1 + float(self.greedy.mean())
+
+    @property
+    def expected_length(self) -> float:
+        """Tokens of a round at temperature 1, the target's own included."""
+        return 1 + float(self.expected.mean())
+
+    @property
+    def score(self) -> float:
+        """Accepted drafts a round, halfway between the two: a drafter may be good at either."""
+        return float((self.greedy + self.expected).mean()) / 2
+
+    def advantage(self, other: Acceptance) -> tuple[float, float]:
+        """How much higher this one's score is, and how many standard errors that is (paired by place)."""
+        gain = (self.greedy + self.expected - other.greedy - other.expected) / 2
+        error = float(gain.std()) / len(gain) ** 0.5
+        return float(gain.mean()), float(gain.mean()) / error if error else 0.0
+
+
+def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> tuple[list[list[int]], str]:
+    """Token ids of some prompts, and where they come from: a JSON Lines file (``turns`` of text, or ``ids``), else the
+    packaged prompts in the target's own tokens, else random ids for a target without a tokenizer.
+
+    Raises InvalidRequest for a file that is something else.
+    """
+    tokenizer = Tokenizer(target) if (target / "tokenizer.json").exists() else None
+    if file is not None:
+        prompts = [
+            _prompt(line, number, file, tokenizer) for number, line in enumerate(_lines(file), 1) if line.strip()
+        ]
+        if not prompts:
+            raise InvalidRequest(f"{file} holds no prompts; expected JSON Lines with `turns` or `ids`")
+        return prompts[:count], f"{min(count, len(prompts))} prompts of {file.name}"
+    if tokenizer is not None:
+        sets = [_lines(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))]
+        mixed = [lines[i] for i in range(count) for lines in sets if i < len(lines)][:count]
+        return [_prompt(line, 0, target, tokenizer) for line in mixed], f"{len(mixed)} packaged prompts"
+    config = json.loads((target / "config.json").read_text())
+    size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, size, (n,), generator=generator).tolist() for n in RANDOM_PROMPTS[:count]]
+    return ids, f"{len(ids)} random prompts (the target has no tokenizer; --prompts gives better ones)"
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"cannot read prompts from {file}: {error}") from error
+
+
+def _prompt(line: str, number: int, file: Path, tokenizer: Tokenizer | None) -> list[int]:
+    try:
+        entry = json.loads(line)
+        ids = entry.get("ids")
+        text = "" if ids is not None else entry["turns"][0]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidRequest(
+            f'{file} line {number}: expected {{"turns": ["..."]}} or {{"ids": [...]}}, got {line[:60]!r}'
+        ) from error
+    if ids is None:
+        if tokenizer is None:
+            raise InvalidRequest(f'{file} line {number}: the target has no tokenizer; give {{"ids": [...]}}')
+        ids = tokenizer.encode(text)
+    if not ids or not all(isinstance(token, int) for token in ids):
+        raise InvalidRequest(f"{file} line {number}: expected token ids, got {str(ids)[:60]}")
+    return ids[:PROMPT_TOKENS]
+
+
+@torch.inference_mode()
+def transcribe(
+    target: TargetModel, prompts: Sequence[Sequence[int]], layers: Sequence[int], new_tokens: int = 48
+) -> list[Transcript]:
+    """Greedy text of the target after each prompt, with the features of ``layers`` at every position.
+
+    Raises CheckpointError for a prompt with ids the target does not have.
+    """
+    size = target.spec.vocab_size
+    for prompt in prompts:
+        if not 0 <= min(prompt) <= max(prompt) < size:
+            raise CheckpointError(f"a prompt has token {max(prompt)}, the target's vocabulary ends at {size - 1}")
+    memory = target.new_memory(len(prompts), max(len(p) for p in prompts) + new_tokens + 1)
+    slots = [memory.open() for _ in prompts]
+    tokens, parts = [list(prompt) for prompt in prompts], [[] for _ in prompts]  # type: ignore[var-annotated]
+    chunks, logits = [list(prompt) for prompt in prompts], [[] for _ in prompts]  # type: ignore[var-annotated]
+    for _ in range(new_tokens):
+        starts = [len(text) - len(chunk) for text, chunk in zip(tokens, chunks, strict=True)]
+        batch = RaggedBatch.pack(chunks, starts, slots)
+        output = target.forward(batch, memory, layers, batch.offsets[1:] - 1)
+        assert output.features is not None
+        chunks = []
+        for row, features in enumerate(output.features.split(batch.lengths.tolist())):
+            parts[row].append(features.clone())
+            logits[row].append(output.logits[row].clone())
+            chunks.append([int(output.logits[row].argmax())])
+            tokens[row] += chunks[-1]
+    transcripts = []
+    for row, prompt in enumerate(prompts):
+        by_layer = torch.cat(parts[row]).chunk(len(layers), -1)
+        features = dict(zip(layers, by_layer, strict=True))
+        transcripts.append(Transcript(tokens[row], len(prompt), features, torch.stack(logits[row])))
+    return transcripts
+
+
+@torch.inference_mode()
+def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
+    """Draft along the transcripts. ``drafter.taps`` must be among their layers; its slots 0, 1, ... must be free.
+
+    ``longest``: drafts of the drafter among several that drafts most, so that all are asked at the same places.
+    """
+    drafts = drafter.block
+    places = [_places(transcript, max(longest, drafts)) for transcript in transcripts]
+    if not any(places):
+        raise InvalidRequest(f"the texts are too short to draft {drafts} tokens; ask for more new tokens")
+    greedy, expected = [], []
+    features = [torch.cat([t.features[layer] for layer in drafter.taps], -1) for t in transcripts]
+    for slot, transcript in enumerate(transcripts):
+        drafter.open(slot, len(transcript.tokens))
+    for step in range(max(len(p) for p in places)):
+        slots = [slot for slot, p in enumerate(places) if step < len(p)]
+        ends = [places[slot][step] for slot in slots]
+        starts = [drafter.cache.end_of(slot) for slot in slots]
+        rows = [(transcripts[slot], start, end) for slot, start, end in zip(slots, starts, ends, strict=True)]
+        batch = RaggedBatch.pack([t.tokens[start:end] for t, start, end in rows], starts, slots)
+        parts = [features[slot][start:end] for slot, (_, start, end) in zip(slots, rows, strict=True)]
+        drafter.observe(batch, torch.cat(parts))
+        path = torch.tensor([t.tokens[end : end + drafts + 1] for t, _, end in rows])
+        logits = drafter.follow(slots, path[:, :drafts])[0]
+        for (t, _, end), own, tokens in zip(rows, logits, path, strict=True):
+            own = drafter.net.spread(own).float()
+            law = t.logits[end - t.prompt_length + 1 :][:drafts].float()
+            shared = torch.minimum(own.softmax(-1), law.softmax(-1)).sum(-1)
+            expected.append(shared.cumprod(0).sum())
+            greedy.append((own.argmax(-1) == tokens[1:]).float().cumprod(0).sum())
+    for slot in range(len(transcripts)):
+        drafter.close(slot)
+    return Acceptance(torch.stack(greedy), torch.stack(expected))
+
+
+def _places(transcript: Transcript, drafts: int) -> list[int]:
+    """Positions of the last token before a draft that the text is long enough to judge."""
+    first, last = transcript.prompt_length, len(transcript.tokens) - drafts - 1
+    return list(range(first, last + 1, max(1, (last + 1 - first) // PLACES)))

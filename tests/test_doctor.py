@@ -1,0 +1,237 @@
+"""The doctor names what is wrong with a checkpoint, and the converter proves what it wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy, silu
+from trained import DECODER, LAYERS, VOCABULARY, WIDTH, make_checkpoint, make_target, norm, rotate
+
+from outrider import checkpoints
+from outrider.checkpoints import BlockDesign, DraftCheckpoint
+from outrider.evaluation.doctor import Report, examine
+from outrider.evaluation.replay import Transcript, replay, transcribe
+from outrider.registry import find
+
+DESIGN = BlockDesign(4, 63, markov_rank=4, confidence=True, confidence_with_markov=True)
+PROMPTS = [torch.randint(0, 63, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 7, 9, 12)]
+LAYERS_READ = (0, 2, 3)
+
+
+# ------------------------------------------------------------------------------------------------ a drafter that works
+
+
+def dense_logits(w: dict[str, Tensor], context: Tensor, seen: Tensor, block: Tensor, starts: Tensor, embedding: Tensor):
+    """The block's base logits, differentiable: context [N, C, F], seen bool [N, C], block int64 [N, S] -> [N, S, V]."""
+    heads, groups, width = 4, 2, 8
+    count, size = block.shape
+    memory = norm(context @ w["fc.weight"].T, w["hidden_norm.weight"])
+    x = embedding[block]
+    ahead = starts[:, None] + torch.arange(size)
+    places = torch.cat([torch.arange(context.shape[1]).expand(count, -1), ahead], 1)
+    mask = torch.cat([seen, torch.ones(count, size, dtype=torch.bool)], 1)[:, None, None]
+    for i in range(2):
+        layer = {n.split(".")[2]: t for n, t in w.items() if n.startswith(f"layers.{i}.")}
+        inner = norm(x, layer["input_norm"])
+        both = torch.cat([memory, inner], 1)
+
+        def split(states: Tensor, matrix: Tensor, many: int) -> Tensor:
+            return (states @ matrix.T).unflatten(-1, (many, width))
+
+        def turn(states: Tensor, positions: Tensor) -> Tensor:
+            return rotate(states.flatten(0, 1), positions.flatten()).view(states.shape)
+
+        q = turn(norm(split(inner, layer["q"], heads), layer["q_norm"]), ahead)
+        k = turn(norm(split(both, layer["k"], groups), layer["k_norm"]), places).repeat_interleave(2, 2)
+        v = split(both, layer["v"], groups).repeat_interleave(2, 2)
+        scores = torch.einsum("nqhd,nkhd->nhqk", q, k) * width**-0.5
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        x = x + torch.einsum("nhqk,nkhd->nqhd", weights, v).flatten(2) @ layer["o"].T
+        inner = norm(x, layer["mlp_norm"])
+        x = x + (silu(inner @ layer["gate"].T) * (inner @ layer["up"].T)) @ layer["down"].T
+    return norm(x, w["norm.weight"])
+
+
+def fit(checkpoint: DraftCheckpoint, target: Any, transcripts: list[Transcript], steps: int = 120) -> DraftCheckpoint:
+    """Teach the drafter these texts by heart: enough for every wrong reading of it to show."""
+    design, frozen = checkpoint.design, ("embed.weight", "head.weight", "confidence.weight", "confidence.bias")
+    w = {n: t.clone().requires_grad_(n not in frozen) for n, t in checkpoint.tensors.items()}
+    places = [(t, i) for t in transcripts for i in range(t.prompt_length, len(t.tokens) - design.block_size)]
+    longest = max(i for _, i in places)
+    context = torch.zeros(len(places), longest, 3 * WIDTH)
+    seen = torch.zeros(len(places), longest, dtype=torch.bool)
+    for n, (t, i) in enumerate(places):
+        context[n, :i] = torch.cat([t.features[layer][:i] for layer in LAYERS_READ], -1)
+        seen[n, :i] = True
+    path = torch.tensor([t.tokens[i : i + design.block_size + 1] for t, i in places])
+    block = torch.full_like(path[:, :-1], design.mask_token_id)
+    block[:, 0] = path[:, 0]
+    starts = torch.tensor([i for _, i in places])
+    optimizer = torch.optim.Adam([t for t in w.values() if t.requires_grad], lr=8e-3)
+    for _ in range(steps):
+        hidden = dense_logits(w, context, seen, block, starts, w["embed.weight"])
+        logits = hidden @ w["head.weight"].T + w["markov.w1.weight"][path[:, :-1]] @ w["markov.w2.weight"].T
+        loss = cross_entropy(logits.flatten(0, 1), path[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return replace(checkpoint, tensors={n: t.detach() for n, t in w.items()})
+
+
+@pytest.fixture(scope="module")
+def target() -> Any:
+    return make_target()
+
+
+@pytest.fixture(scope="module")
+def taught(target: Any) -> DraftCheckpoint:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        texts = transcribe(target, PROMPTS, LAYERS_READ, 24)
+        checkpoint = fit(make_checkpoint(DESIGN, target=target), target, texts)
+    return replace(checkpoint, extras={"dtype": "float32"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, taught: DraftCheckpoint) -> Path:
+    return checkpoints.save(taught, tmp_path / "drafter", "deepspec", {})
+
+
+def diagnose(folder: Path, target: Any = None) -> Report:
+    config = {**DECODER, "num_hidden_layers": LAYERS}
+    return examine(folder, target, target_config=config, prompts=PROMPTS, prompts_from="by heart", new_tokens=24)
+
+
+def change(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def change_tensor(folder: Path, name: str, tensor: Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name)
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, folder / "model.safetensors")
+
+
+def test_a_healthy_checkpoint_is_called_healthy(folder: Path, target: Any) -> None:
+    report = diagnose(folder, target)
+    assert report.healthy and not report.findings and report.best.reading == "as the file says"
+    assert report.best.acceptance.greedy_length > 3
+    facts = report.to_json()
+    assert facts["is"]["kind"] == "dspark" and facts["expects"]["target_layers"] == [0, 2, 3]
+    assert facts["works"] == "as the file says" and json.dumps(facts)
+    assert diagnose(folder).healthy  # without a target
+
+
+DAMAGE: dict[
+    str, tuple[Any, str, str]
+] = {  # what is done to the files, what the doctor must call it, and words of its message
+    "layers off by one": (
+        lambda f: change(f, target_layer_ids=[-1, 1, 2]),
+        "layers",
+        r"layers one higher .*\[0, 2, 3\]",
+    ),
+    "the last layer": (lambda f: change(f, target_layer_ids=[1, 3, 4]), "last layer", r"last layer \(4\)"),
+    "the mask token": (lambda f: change(f, mask_token_id=17), "mask token", "mask token 63"),
+    "rotary positions": (
+        lambda f: change(f, rope_parameters={"rope_type": "default", "rope_theta": 40.0}),
+        "rope",
+        "the target's rotary positions",
+    ),
+    "the vocabulary": (lambda f: change(f, vocab_size=99), "tensors", r"config says \[99"),
+    "a missing tensor": (lambda f: change_tensor(f, "fc.weight", None), "tensors", "'fc.weight' is missing"),
+    "NaN": (
+        lambda f: change_tensor(f, "fc.weight", torch.full((WIDTH, 3 * WIDTH), torch.nan)),
+        "tensors",
+        "'fc.weight' holds 3072 values that are NaN",
+    ),
+    "another target's": (
+        lambda f: change_tensor(f, "embed_tokens.weight", torch.randn(VOCABULARY, WIDTH)),
+        "target",
+        "embedding differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_the_fault_of_each_damaged_checkpoint_is_named(folder: Path, target: Any, name: str) -> None:
+    damage, about, words = DAMAGE[name]
+    damage(folder)
+    report = diagnose(folder, target)
+    faults = [finding for finding in report.findings if finding.level == "fault"]
+    assert not report.healthy
+    assert any(f.about == about for f in faults), faults
+    assert any(re.search(words, f.message) for f in faults), faults
+
+
+def test_the_anchor_layout_that_works_is_named(tmp_path: Path, taught: DraftCheckpoint, target: Any) -> None:
+    folder = checkpoints.save(taught, tmp_path / "drafter", "speculators", {})
+    change(folder, sample_from_anchor=False)
+    report = diagnose(folder, target)
+    assert [f.about for f in report.findings if f.level == "fault"] == ["anchor"]
+    assert report.best.reading == "the anchor's slot predicts"
+
+
+def test_layers_that_only_fit_when_counted_from_one(folder: Path, target: Any) -> None:
+    """The taps of speculators in DeepSpec's key: the last layer is refused, and the reading that works is found."""
+    change(folder, target_layer_ids=[1, 3, 4])
+    report = diagnose(folder, target)
+    assert report.best.reading == "layers one lower" and report.best.checkpoint.target_layers == LAYERS_READ
+
+
+def test_doubts_without_a_target(folder: Path) -> None:
+    def findings(**changes: Any) -> list[tuple[str, str]]:
+        before = (folder / "config.json").read_text()
+        change(folder, **changes)
+        report = diagnose(folder)
+        (folder / "config.json").write_text(before)
+        return [(finding.level, finding.about) for finding in report.findings]
+
+    assert findings() == []
+    assert findings(dtype="bfloat16") == [("suspicious", "dtype")]
+    assert findings(rope_parameters={"rope_type": "default"}) == [("suspicious", "rope")]
+    assert findings(target_layer_ids=[2, 0, 3]) == [("suspicious", "layers")]
+    assert findings(mask_token_id=400) == [("fault", "mask token")]
+    assert findings(rope_parameters={"rope_type": "spiral"}) == [("fault", "rope")]
+    change_tensor(folder, "markov_head.markov_w2.weight", torch.zeros(VOCABULARY, 4))
+    assert findings() == [("suspicious", "tensors")]
+
+
+def test_weights_that_nothing_can_save(folder: Path, target: Any) -> None:
+    for name in ("layers.0.mlp.down_proj.weight", "layers.1.self_attn.o_proj.weight", "markov_head.markov_w2.weight"):
+        tensor = load_file(folder / "model.safetensors")[name]
+        change_tensor(folder, name, torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+    report = diagnose(folder, target)
+    assert report.best is None
+    assert any("hardly a draft is accepted" in finding.message for finding in report.findings)
+
+
+def test_replay_counts_what_greedy_decoding_accepts(taught: DraftCheckpoint, target: Any) -> None:
+    """Against the drafter's own proposals, place by place."""
+    from trained import Session, propose
+
+    from outrider.backends.reference import ReferenceBackend
+
+    kind = find("drafter", "dspark")
+
+    def make() -> Any:
+        return kind(taught, target, ReferenceBackend(), config=kind.Config(""), dtype=torch.float32, max_rows=4)
+
+    (text,) = transcribe(target, PROMPTS[:1], LAYERS_READ, 14)
+    acceptance = replay(make(), [text])
+    expected = []
+    for place in range(text.prompt_length, len(text.tokens) - 4):
+        drafter = make()
+        Session(target, drafter, 1).observe([text.tokens[:place]], [0])
+        drafts = propose(drafter, [0], [text.tokens[: place + 1]]).tokens[0].tolist()
+        true = text.tokens[place + 1 : place + 5]
+        expected.append(next((i for i, (a, b) in enumerate(zip(drafts, true, strict=True)) if a != b), 4))
+    assert acceptance.greedy.tolist() == expected
