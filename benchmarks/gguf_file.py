@@ -22,9 +22,9 @@ from outrider.weights import TensorFiles, read_config, read_json, resolve_model
 __all__ = ["TYPES", "write_gguf", "write_random_gguf"]
 
 Type = gguf.GGMLQuantizationType
-TYPES = {"float32": Type.F32, "bfloat16": Type.BF16, "int8": Type.Q8_0, "int4": Type.Q4_0}
+TYPES = {"float32": Type.F32, "float16": Type.F16, "bfloat16": Type.BF16, "int8": Type.Q8_0, "int4": Type.Q4_0}
 """llama.cpp's type of the same precision class."""
-FILE_TYPES = {"float32": 0, "bfloat16": 32, "int8": 7, "int4": 2}
+FILE_TYPES = {"float32": 0, "float16": 1, "bfloat16": 32, "int8": 7, "int4": 2}
 
 NAMES = {
     "input_norm": "attn_norm",

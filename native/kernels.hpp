@@ -92,6 +92,11 @@ struct Kernels {
   void (*attention_merge)(float* into, const float* from, int count, int head_pad);
   void (*attention_finish)(const float* state, int head_dim, int head_pad, float* out);
   void (*softcap)(float* x, int64_t count, float cap);
+  // Rows of logits: see race.hpp.
+  int64_t (*find_max)(const float* x, int64_t n, float* largest);
+  double (*sum_exp)(const float* x, int64_t n, float shift);
+  float (*race)(const float* x, int64_t n, float divisor, uint64_t key, uint64_t first, const int64_t* ids,
+                float* scores, float* peak);
   double (*read_sum)(const char* data, size_t bytes);
 };
 

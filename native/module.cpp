@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "arena.hpp"
+#include "sampler.hpp"
 #include "stack.hpp"
 
 namespace nb = nanobind;
@@ -23,6 +24,9 @@ namespace {
 using Ints = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using IntRows = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using IntsOut = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using DoublesOut = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void expect_shape(const char* name, int64_t rows, int64_t width, int64_t want_rows, int64_t want_width) {
@@ -33,6 +37,11 @@ void expect_shape(const char* name, int64_t rows, int64_t width, int64_t want_ro
 
 void expect_rows(const char* name, const Rows& array, int64_t rows, int64_t width) {
   expect_shape(name, array.shape(0), array.shape(1), rows, width);
+}
+
+void expect_choices(const Rows& logits, size_t values) {
+  if (!logits.shape(1)) throw std::invalid_argument("logits need at least one column");
+  expect_shape("an argument with one value per row of logits", values, 1, logits.shape(0), 1);
 }
 
 Batch batch_of(const Ints& tokens, const Ints& positions, const Ints& slots, const Ints& offsets) {
@@ -215,6 +224,34 @@ NB_MODULE(_native, m) {
              stack.unembed(hidden.data(), hidden.shape(0), logits.data());
            },
            "hidden"_a.noconvert(), "logits"_a.noconvert());
+  m.def("argmax",
+        [](const Rows& logits, const IntsOut& out) {
+          expect_choices(logits, out.size());
+          nb::gil_scoped_release released;
+          argmax(logits.data(), logits.shape(0), logits.shape(1), out.data());
+        },
+        "logits"_a.noconvert(), "out"_a.noconvert(), "Where each row's largest entry first stands.");
+  m.def("logsumexp",
+        [](const Rows& logits, const DoublesOut& out) {
+          expect_choices(logits, out.size());
+          nb::gil_scoped_release released;
+          logsumexp(logits.data(), logits.shape(0), logits.shape(1), out.data());
+        },
+        "logits"_a.noconvert(), "out"_a.noconvert());
+  m.def("gumbel_argmax",
+        [](const Rows& logits, const Ints& keys, const IntsOut& out, const std::optional<Vector>& divisors,
+           const std::optional<IntRows>& ids) {
+          expect_choices(logits, out.size());
+          expect_choices(logits, keys.size());
+          if (divisors) expect_choices(logits, divisors->size());
+          if (ids) expect_shape("ids", ids->shape(0), ids->shape(1), logits.shape(0), logits.shape(1));
+          nb::gil_scoped_release released;
+          gumbel_argmax(logits.data(), logits.shape(0), logits.shape(1), keys.data(),
+                        divisors ? divisors->data() : nullptr, ids ? ids->data() : nullptr, out.data());
+        },
+        "logits"_a.noconvert(), "keys"_a.noconvert(), "out"_a.noconvert(), "divisors"_a.noconvert() = nb::none(),
+        "ids"_a.noconvert() = nb::none(),
+        "The column of each row's largest logit / divisor + Gumbel value, exactly as outrider.noise defines it.");
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "repeats"_a = 3,
         "Best bytes per second of `repeats` sweeps by all threads over fresh memory.");
   m.def("threads", [] { return shared_pool()->threads(); });

@@ -38,18 +38,18 @@ static int operand_bytes(DType dtype) {
 static inline void convert_bf16(const float* x, int n, char* out) {
 #if defined(__AVX512BF16__)
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (; i + kLanes <= n; i += kLanes, out += kLanes * 2) {
     const __m256bh half = _mm512_cvtneps_pbh(load(x + i));
-    std::memcpy(out + 2 * i, &half, sizeof half);
+    std::memcpy(out, &half, sizeof half);
   }
-  for (; i < n; i++) {
+  for (; i < n; i++, out += 2) {
     const uint16_t bits = to_bf16(x[i]);
-    std::memcpy(out + 2 * i, &bits, 2);
+    std::memcpy(out, &bits, 2);
   }
 #else
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < n; i++, out += 4) {
     const float value = from_bf16(to_bf16(x[i]));
-    std::memcpy(out + 4 * i, &value, 4);
+    std::memcpy(out, &value, 4);
   }
 #endif
 }

@@ -492,19 +492,25 @@ def test_no_drafts_is_plain_decoding() -> None:
         assert verdict.accepted.tolist() == [0, 0] and verdict.lengths.tolist() == [1, 1]
 
 
-def test_meaningless_entries_of_a_proposal_are_not_read() -> None:
-    world, params = World(13), SamplingParams(temperature=1.0, rule="rejection")
-    context = Context([params] * 2, [HISTORY] * 2, [PROMPT] * 2)
-    keep = torch.tensor([1, 0])
-    target = process(world.target([(), (1,), ()]), context, torch.tensor([0, 0, 1]))
-    noise = RowNoise([1, 2], [0, 0], ["rejection"] * 2)
-    law = Categorical.of(world.draft([(), (1,), (), (0,)]))
-    found = [
-        verify(target, Proposal(torch.tensor([[1, junk], [junk, junk]]), keep, law), keep, context, noise)
-        for junk in (0, -7, 10**12)
-    ]
-    assert len({tuple(v.accepted.tolist()) for v in found}) == 1
-    assert len({tuple(v.tokens[b, v.accepted[b]].item() for b in range(2)) for v in found}) == 1
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_meaningless_entries_of_a_proposal_are_not_read(rule: Rule, sampled: bool) -> None:
+    world, params = World(13), SamplingParams(temperature=1.0, rule=rule)
+    n = 40
+    context = Context([params] * n, [HISTORY] * n, [PROMPT] * n)
+    kept = [b % 3 for b in range(n)]
+    owner = torch.tensor([b for b in range(n) for _ in range(kept[b] + 1)])
+    target = process(world.target([(), (1,), (1, 0)] * n)[: len(owner)], context, owner)
+    noise = RowNoise(range(n), [0] * n, [rule] * n)
+    law = Categorical.of(world.draft([(), (1,)] * n)) if sampled else None
+    found = []
+    for junk in (0, -7, 10**12):
+        tokens = torch.tensor([[1 if j < kept[b] else junk for j in range(K)] for b in range(n)])
+        verdict = verify(target, Proposal(tokens, torch.tensor(kept), law), torch.tensor(kept), context, noise)
+        texts = [t[:m] for t, m in zip(verdict.tokens.tolist(), verdict.lengths.tolist(), strict=True)]
+        found.append((verdict.accepted.tolist(), texts))
+    assert found[0] == found[1] == found[2]
+    assert set(found[0][0]) > {0}
 
 
 def test_law_of_another_class() -> None:

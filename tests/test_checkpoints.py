@@ -297,7 +297,7 @@ def test_a_reduced_vocabulary_must_add_up(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(DESIGNS["vanilla"], drafted=20)
     ids = checkpoint.tensors["d2t"] + torch.arange(20)
     damaged = {
-        "outside the vocabulary": {"d2t": ids},  # ids where offsets belong
+        "must hold offsets": {"d2t": ids},  # ids where offsets belong
         "two draft ids to one": {"d2t": -torch.arange(20)},
         "disagree": {"t2d": ~checkpoint.tensors["t2d"]},
     }

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
-from trained import DECODER, LAYERS, VOCABULARY, WIDTH, make_checkpoint, make_target, norm, rotate
+from trained import DECODER, LAYERS, VOCABULARY, WIDTH, make_checkpoint, make_target, norm, rotate, save_target
+from typer.testing import CliRunner
 
 from outrider import checkpoints
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
+from outrider.cli import app
 from outrider.evaluation.doctor import Report, examine
-from outrider.evaluation.replay import Transcript, replay, transcribe
+from outrider.evaluation.replay import Prompts, Transcript, replay, transcribe
 from outrider.registry import find
 
 DESIGN = BlockDesign(4, 63, markov_rank=4, confidence=True, confidence_with_markov=True)
@@ -107,7 +109,8 @@ def folder(tmp_path: Path, taught: DraftCheckpoint) -> Path:
 
 def diagnose(folder: Path, target: Any = None) -> Report:
     config = {**DECODER, "num_hidden_layers": LAYERS}
-    return examine(folder, target, target_config=config, prompts=PROMPTS, prompts_from="by heart", new_tokens=24)
+    prompts = Prompts(PROMPTS, "by heart", natural=True)
+    return examine(folder, target, target_config=config, prompts=prompts, new_tokens=24)
 
 
 def change(folder: Path, **changes: Any) -> None:
@@ -235,3 +238,103 @@ def test_replay_counts_what_greedy_decoding_accepts(taught: DraftCheckpoint, tar
         true = text.tokens[place + 1 : place + 5]
         expected.append(next((i for i, (a, b) in enumerate(zip(drafts, true, strict=True)) if a != b), 4))
     assert acceptance.greedy.tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory: pytest.TempPathFactory, target: Any) -> Path:
+    return save_target(tmp_path_factory.mktemp("targets") / "target", target)
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in PROMPTS))
+    return file
+
+
+def outrider(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_converted_and_back_through_the_command(
+    tmp_path: Path, folder: Path, target_folder: Path, prompts_file: Path
+) -> None:
+    """Bit for bit, key for key, measured, with its provenance."""
+    options = ("--prompts", prompts_file, "--backend", "reference", "--json", "-")
+    there = outrider("convert", folder, tmp_path / "b", "--to", "speculators", "--target", target_folder, *options)
+    assert there.exit_code == 0, there.output
+    facts = json.loads(there.stdout)
+    assert facts["verified"] and facts["greedy_acceptance_length"] > 3 and facts["kind"] == "dspark"
+    provenance = json.loads((tmp_path / "b" / "provenance.json").read_text())
+    assert provenance["source"] == str(folder) and len(provenance["source_sha256"]["model.safetensors"]) == 64
+
+    (tmp_path / "target").symlink_to(target_folder)  # the copy names its target, which now stands beside it
+    back = outrider("convert", tmp_path / "b", tmp_path / "c", "--to", "deepspec", *options)
+    assert back.exit_code == 0, back.output
+    assert json.loads((tmp_path / "c" / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    a, c = load_file(folder / "model.safetensors"), load_file(tmp_path / "c" / "model.safetensors")
+    assert a.keys() == c.keys() and all(torch.equal(a[n], c[n]) for n in a)
+
+
+def test_a_drafter_without_embedding_takes_its_targets(
+    tmp_path: Path, taught: DraftCheckpoint, target: Any, target_folder: Path, prompts_file: Path
+) -> None:
+    bare = {n: t for n, t in taught.tensors.items() if n not in ("embed.weight", "head.weight")}
+    source = checkpoints.save(replace(taught, tensors=bare), tmp_path / "bare", "speculators", {})
+    options = ("--target", target_folder, "--prompts", prompts_file, "--backend", "reference")
+    result = outrider("convert", source, tmp_path / "full", "--to", "deepspec", *options)
+    assert result.exit_code == 0, result.output
+    full = checkpoints.load(tmp_path / "full")
+    assert all(torch.equal(full.tensors[n], target.tensors[n]) for n in ("embed.weight", "head.weight"))
+
+
+def test_what_does_not_draft_is_not_converted(
+    tmp_path: Path, target: Any, target_folder: Path, prompts_file: Path
+) -> None:
+    source = checkpoints.save(make_checkpoint(DESIGN, target=target, seed=9), tmp_path / "random", "deepspec", {})
+    options = ("--to", "speculators", "--prompts", prompts_file, "--backend", "reference")
+    refused = outrider("convert", source, tmp_path / "out", *options, "--target", target_folder)
+    assert refused.exit_code == 2 and "hardly a draft is accepted" in refused.stderr
+    unknown = outrider("convert", source, tmp_path / "out", *options)
+    assert unknown.exit_code == 2 and "--target" in unknown.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["random"]  # nothing written, nothing left behind
+    unverified = outrider("convert", source, tmp_path / "out", "--to", "speculators", "--unverified")
+    assert unverified.exit_code == 0 and "not verified" in unverified.output
+    again = outrider("convert", source, tmp_path / "out", "--to", "speculators", "--unverified")
+    assert again.exit_code == 2 and "exists already" in again.stderr
+
+
+def test_the_doctor_as_a_command(folder: Path, target_folder: Path, prompts_file: Path) -> None:
+    options = ("--target", target_folder, "--prompts", prompts_file, "--backend", "reference", "--json", "-")
+    healthy = outrider("doctor", folder, *options)
+    assert healthy.exit_code == 0 and json.loads(healthy.stdout)["works"] == "as the file says"
+    change(folder, mask_token_id=17)
+    sick = outrider("doctor", folder, *options)
+    facts = json.loads(sick.stdout)
+    assert sick.exit_code == 1 and not facts["healthy"] and facts["findings"][0]["about"] == "mask token"
+    unreadable = outrider("doctor", target_folder)
+    assert unreadable.exit_code == 1 and "no drafter" in unreadable.output
+
+
+def test_random_prompts_only_raise_suspicion(folder: Path, target_folder: Path) -> None:
+    """A target without a tokenizer: nobody knows what text is, so nothing measured is called a fault."""
+    change(folder, mask_token_id=17)
+    result = outrider("doctor", folder, "--target", target_folder, "--backend", "reference", "--json", "-")
+    facts = json.loads(result.stdout)
+    assert "random prompts" in facts["prompts"] and all(f["level"] == "suspicious" for f in facts["findings"])
+
+
+def test_prompts_that_are_none_get_one_clear_error(folder: Path, target_folder: Path, tmp_path: Path) -> None:
+    for text, words in (
+        ("{}", "line 1"),
+        ("", "holds no prompts"),
+        ('{"ids": ["a"]}', "token ids"),
+        ('{"ids": [99]}', "token 99"),
+    ):
+        file = tmp_path / "prompts.jsonl"
+        file.write_text(text)
+        result = outrider("doctor", folder, "--target", target_folder, "--prompts", file, "--backend", "reference")
+        assert result.exit_code == 2 and words in result.stderr, result.output

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import silu
 
 from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import BlockDesign, ChainDesign, DraftCheckpoint, ModuleDesign, TargetFacts
-from outrider.checkpoints.decoder import decoder_stack
+from outrider.checkpoints.decoder import decoder_stack, file_name
 from outrider.config import SamplingParams
 from outrider.decoder import DecoderTarget, make_spec
 from outrider.layers import weight_shapes
@@ -224,3 +227,14 @@ def dense_layer(w: dict[str, Tensor], wide: Tensor, residual: Tensor) -> Tensor:
         + (silu(inner @ w["layers.0.gate.weight"].T) * (inner @ w["layers.0.up.weight"].T))
         @ w["layers.0.down.weight"].T
     )
+
+
+def save_target(folder: Path, target: DecoderTarget) -> Path:
+    """The target's weights as a Hugging Face directory without a tokenizer."""
+    folder.mkdir(parents=True)
+    config = {**DECODER, "num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS}
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForCausalLM"]}))
+    names = {name: file_name(name, sandwich=False) for name in target.tensors}  # type: ignore[attr-defined]
+    files = {n if n.startswith("lm_head") else f"model.{n}": target.tensors[name] for name, n in names.items()}
+    save_file(files, folder / "model.safetensors")
+    return folder

@@ -203,7 +203,7 @@ def judge(round: Round, block: npt.NDArray[np.bool_]) -> Judgement:
 
     for i in range(ratio.shape[1]):
         scale[block, i + 1] = np.minimum(scale[block, i] * ratio[block, i], 1)
-    probability[block] = np.where(np.arange(ratio.shape[1]) < round.keep[block, None], scale[block, 1:], 0)
+    probability[block] = scale[block, 1:]  # right for the last kept draft, and 0 past it, where p is
     inner = block[row] & (depth > 0)  # drafts that follow another: there S_i of the i before it is wanted
     row, depth = row[inner], depth[inner]
     if len(row):
@@ -254,8 +254,9 @@ def _residual(round: Round, row: _Ints, depth: _Ints, weight: _Floats) -> tuple[
     if (weight != 1).any():
         mass = mass.mul_(torch.from_numpy(weight).to(mass)[:, None])
     if round.law is None:  # q is all on the draft, and weight * p <= 1 there
-        draft = torch.from_numpy(round.tokens[row, np.minimum(depth, round.tokens.shape[1] - 1)]).to(mass.device)
-        return mass.scatter_(1, draft[:, None], 0) if ids is None else mass.masked_fill_(ids == draft[:, None], 0), ids
+        token = round.tokens[row, np.minimum(depth, round.tokens.shape[1] - 1)]
+        draft = torch.from_numpy(np.where(depth < round.keep[row], token, 0))[:, None].to(mass.device)
+        return mass.scatter_(1, draft, 0) if ids is None else mass.masked_fill_(ids == draft, 0), ids
     places = torch.from_numpy(np.minimum(round.drafted[row] + depth, len(round.law) - 1))
     q = round.law.dense(places) if ids is None else _lookup(round.law, places, ids)
     return (mass - q if q.dtype != mass.dtype else mass.sub_(q)).clamp_min_(0), ids

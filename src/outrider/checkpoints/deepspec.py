@@ -80,11 +80,11 @@ def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     """Raises CheckpointError for a reduced vocabulary, options or an anchor layout that DeepSpec has no key for, and
     without the embedding and the head, which it would otherwise make up at random."""
     design, decoder, target = checkpoint.design, dict(checkpoint.decoder), checkpoint.target
-    for name in ("embed.weight", "head.weight"):
-        if name not in checkpoint.tensors:
-            raise CheckpointError(
-                f"DeepSpec's files hold the {name.split('.')[0]}, this checkpoint leaves it to its target; name the target"
-            )
+    missing = [name for name in ("embed.weight", "head.weight") if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"DeepSpec's files hold embedding and head; here the target has {' and '.join(missing)}: name the target"
+        )
     if checkpoint.reduced:
         raise CheckpointError(
             "DeepSpec has no reduced draft vocabulary; this drafter can only be written as speculators"

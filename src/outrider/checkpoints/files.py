@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -94,9 +94,16 @@ def load(folder: str | Path) -> DraftCheckpoint:
     return checkpoint
 
 
-def save(checkpoint: DraftCheckpoint, folder: str | Path, to: str, provenance: Mapping[str, Any]) -> Path:
+def save(
+    checkpoint: DraftCheckpoint,
+    folder: str | Path,
+    to: str,
+    provenance: Mapping[str, Any],
+    check: Callable[[Path], None] = lambda written: None,
+) -> Path:
     """Write a directory in a format, whole or not at all: it appears under its name when it is complete.
 
+    ``check`` is shown the complete directory before that; where it raises, nothing is left behind.
     Raises CheckpointError where the folder exists, the format is not written here, or it cannot hold this drafter.
     """
     target = Path(folder)
@@ -115,6 +122,7 @@ def save(checkpoint: DraftCheckpoint, folder: str | Path, to: str, provenance: M
             partial / "model.safetensors", {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
         )
         write_json(partial / "provenance.json", dict(provenance))
+        check(partial)
         partial.chmod(0o755)  # mkdtemp makes private folders
         os.rename(partial, target)
     except BaseException:

@@ -22,6 +22,8 @@ COMMANDS = {  # in the order of the help
     "bench": "outrider.cli.bench:bench",
     "profile": "outrider.cli.profile:profile",
     "models": "outrider.cli.models:models",
+    "doctor": "outrider.cli.doctor:doctor",
+    "convert": "outrider.cli.convert:convert",
 }
 
 

@@ -180,11 +180,21 @@ def _coloured(pieces: Iterable[Piece]) -> Text:
 
 
 def _table(rows: list[Row], drafter: str, temperature: float) -> Table:
-    table = Table(title=f"drafter {drafter}, temperature {temperature:g}: medians of turns A B A B", box=SIMPLE_HEAD)
-    table.add_column("domain")
-    for name in ("plain tokens/s", "speculative tokens/s", "speed-up", "acceptance length", "repeated 8-grams"):
-        table.add_column(name, justify="right")
-    table.add_column("identical text")
+    table = Table(
+        title=f"drafter {drafter}, temperature {temperature:g}: medians of turns A B A B",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("\ndomain")
+    for first, second in (
+        ("plain", "tokens/s"),
+        ("speculative", "tokens/s"),
+        ("", "speed-up"),
+        ("acceptance", "length"),
+        ("repeated", "8-grams"),
+        ("identical", "text"),
+    ):
+        table.add_column(f"{first}\n{second}", justify="right", no_wrap=True)
     for row in rows:
         cells: list[Any] = [
             row.domain,

@@ -81,9 +81,9 @@ def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, j
 
     try:
         for event in run.events():
+            written += len(event.text)
             text.write(event.text)
             text.flush()
-            written += len(event.text)
     except KeyboardInterrupt:  # what is there is there
         finish()
         raise

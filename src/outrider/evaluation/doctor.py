@@ -16,7 +16,7 @@ from outrider import checkpoints
 from outrider.checkpoints import BlockDesign, ChainDesign, DraftCheckpoint
 from outrider.drafting import TrainedDrafter
 from outrider.errors import CheckpointError, IncompatibleDrafter
-from outrider.evaluation.replay import Acceptance, Transcript, replay, transcribe
+from outrider.evaluation.replay import Acceptance, Prompts, Transcript, least_score, replay, transcribe
 from outrider.layers import rope_config
 from outrider.registry import find
 from outrider.types import Backend, TargetModel
@@ -28,8 +28,8 @@ Level = Literal["fault", "suspicious"]
 
 BETTER = 3.0  # standard errors by which another reading must beat the file's own ...
 WORTH = 0.02  # ... and the accepted drafts a round it must add
-HARDLY = 0.1  # accepted drafts a round under which no reading works
 SMALL_VOCABULARY = 1024  # every token is tried as the mask
+NO_PROMPTS = Prompts([], "", natural=True)
 MASKS = (151669, 4)  # mask tokens of released drafters (Qwen3, Gemma 4)
 
 
@@ -94,8 +94,7 @@ def examine(
     target: TargetModel | None = None,
     *,
     target_config: Mapping[str, Any] | None = None,
-    prompts: Sequence[Sequence[int]] = (),
-    prompts_from: str = "",
+    prompts: Prompts = NO_PROMPTS,
     target_layers: tuple[int, ...] | None = None,
     backend: Backend | None = None,
     new_tokens: int = 48,
@@ -103,6 +102,7 @@ def examine(
     """Read a drafter's directory; with a target and prompts, measure it too. Never raises for what it finds.
 
     ``target_config``: the target's config.json, for its rotary positions. ``target_layers``: for files that name none.
+    On prompts that are not natural a measured fault is only suspicious: the drafter may be at a loss there itself.
     """
     try:
         checkpoint = checkpoints.load(folder)
@@ -123,7 +123,7 @@ def examine(
     if not layers:
         findings.append(Finding("fault", "layers", f"none of the layers {checkpoint.target_layers} can be tapped"))
         return Report(checkpoint, tuple(findings))
-    transcripts = transcribe(target, prompts, layers, new_tokens)
+    transcripts = transcribe(target, prompts.ids, layers, new_tokens)
     longest = max(candidate.design.drafts for _, _, candidate in readings)
     measured: list[Measured] = []
     for reading, about, candidate in readings:
@@ -136,9 +136,9 @@ def examine(
         measured.append(Measured(reading, about, candidate, acceptance))
     if measured and measured[0].reading == AS_WRITTEN and isinstance(checkpoint.design, BlockDesign):
         measured += _other_masks(measured[0], target, transcripts, backend, longest)
-    best = _best(measured)
-    findings += _verdict(measured, best)
-    return Report(checkpoint, tuple(findings), tuple(measured), best, prompts_from)
+    best = _best(measured, least_score(transcripts, longest))
+    findings += _verdict(measured, best, "fault" if prompts.natural else "suspicious")
+    return Report(checkpoint, tuple(findings), tuple(measured), best, prompts.source)
 
 
 def measure(
@@ -327,7 +327,7 @@ def _short(transcript: Transcript, drafts: int) -> Transcript:
     return replace(transcript, tokens=transcript.tokens[:kept])
 
 
-def _best(measured: Sequence[Measured]) -> Measured | None:
+def _best(measured: Sequence[Measured], least: float) -> Measured | None:
     """The reading that works: the file's own unless another is better beyond doubt; None where none drafts at all."""
     if not measured:
         return None
@@ -337,27 +337,27 @@ def _best(measured: Sequence[Measured]) -> Measured | None:
         gain, errors = best.acceptance.advantage(first.acceptance)
         if errors < BETTER or gain < WORTH:
             best = first
-    return best if best.acceptance.score > HARDLY else None
+    return best if best.acceptance.score > least else None
 
 
-def _verdict(measured: Sequence[Measured], best: Measured | None) -> Iterator[Finding]:
+def _verdict(measured: Sequence[Measured], best: Measured | None, level: Level) -> Iterator[Finding]:
     if not measured:
         return
     first = measured[0]
     if best is None:
         yield Finding(
-            "fault",
+            level,
             "target",
-            f"hardly a draft is accepted ({first.acceptance.score:.2f} a round), however the file is read: it was made for "
-            "another target, or it is damaged",
+            f"hardly a draft is accepted ({first.acceptance.score:.2f} a round), however the file is read: no better "
+            "than guessing; it was made for another target, or it is damaged",
         )
     elif best.reading != AS_WRITTEN:
         was = f"{first.acceptance.score:.2f}" if first.reading == AS_WRITTEN else "none"
         yield Finding(
-            "fault",
+            level,
             best.about,
-            f"the file says otherwise, but it works with: {best.reading} ({best.acceptance.score:.2f} accepted drafts a "
-            f"round instead of {was}); {_remedy(best.checkpoint)}",
+            f"the file says otherwise, but it works with: {best.reading} ({best.acceptance.score:.2f} accepted drafts "
+            f"a round instead of {was}); {_remedy(best.checkpoint)}",
         )
 
 

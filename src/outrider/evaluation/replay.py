@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ from outrider.errors import CheckpointError, InvalidRequest
 from outrider.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
 
-__all__ = ["Acceptance", "Transcript", "replay", "sample_prompts", "transcribe"]
+__all__ = ["Acceptance", "Prompts", "Transcript", "least_score", "replay", "sample_prompts", "transcribe"]
 
 EMBEDDED_PROMPTS = Path(__file__).parent.parent / "embedded" / "prompts"
 PROMPT_TOKENS = 128  # of each prompt; drafting does not get better with longer ones
 RANDOM_PROMPTS = (8, 12, 16, 24)  # lengths, where no tokenizer says what text is
+MARGIN = 1.25
 PLACES = 40  # at most so many drafts a text
 
 
@@ -72,9 +74,17 @@ class Acceptance:
         return float(gain.mean()), float(gain.mean()) / error if error else 0.0
 
 
-def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> tuple[list[list[int]], str]:
-    """Token ids of some prompts, and where they come from: a JSON Lines file (``turns`` of text, or ``ids``), else the
-    packaged prompts in the target's own tokens, else random ids for a target without a tokenizer.
+class Prompts(NamedTuple):
+    """Token ids of some prompts, and where they come from."""
+
+    ids: list[list[int]]
+    source: str
+    natural: bool  # text of the kind drafters are trained on
+
+
+def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> Prompts:
+    """From a JSON Lines file (``turns`` of text, or ``ids``), else the packaged prompts in the target's own tokens,
+    else random ids for a target without a tokenizer.
 
     Raises InvalidRequest for a file that is something else.
     """
@@ -85,16 +95,18 @@ def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> tu
         ]
         if not prompts:
             raise InvalidRequest(f"{file} holds no prompts; expected JSON Lines with `turns` or `ids`")
-        return prompts[:count], f"{min(count, len(prompts))} prompts of {file.name}"
+        return Prompts(prompts[:count], f"{min(count, len(prompts))} prompts of {file.name}", natural=True)
     if tokenizer is not None:
         sets = [_lines(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))]
         mixed = [lines[i] for i in range(count) for lines in sets if i < len(lines)][:count]
-        return [_prompt(line, 0, target, tokenizer) for line in mixed], f"{len(mixed)} packaged prompts"
+        ids = [_prompt(line, 0, target, tokenizer) for line in mixed]
+        return Prompts(ids, f"{len(ids)} packaged prompts", natural=True)
     config = json.loads((target / "config.json").read_text())
     size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, size, (n,), generator=generator).tolist() for n in RANDOM_PROMPTS[:count]]
-    return ids, f"{len(ids)} random prompts (the target has no tokenizer; --prompts gives better ones)"
+    source = f"{len(ids)} random prompts (the target has no tokenizer; --prompts gives better ones)"
+    return Prompts(ids, source, natural=False)
 
 
 def _lines(file: Path) -> list[str]:
@@ -190,6 +202,17 @@ def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: 
     for slot in range(len(transcripts)):
         drafter.close(slot)
     return Acceptance(torch.stack(greedy), torch.stack(expected))
+
+
+def least_score(transcripts: Sequence[Transcript], drafts: int) -> float:
+    """The score a drafter must pass to count as one: MARGIN times that of drafting every token from the texts' mean
+    law, which knows nothing of the place."""
+    laws = [t.logits.float().softmax(-1) for t in transcripts]
+    mean = torch.cat(laws).mean(0)
+    shared = float(torch.cat([torch.minimum(law, mean).sum(-1) for law in laws]).mean())
+    tokens = torch.tensor([token for t in transcripts for token in t.tokens[t.prompt_length :]])
+    guessed = float((tokens == mean.argmax()).float().mean())
+    return MARGIN * sum(guessed**j + shared**j for j in range(1, drafts + 1)) / 2
 
 
 def _places(transcript: Transcript, drafts: int) -> list[int]:

@@ -1,0 +1,105 @@
+// Rows of logits: largest entry, sums of exponentials, and Gumbel races (outrider.noise defines the noise).
+#pragma once
+
+#include "simd.hpp"
+
+namespace outrider::OUTRIDER_ISA {
+
+// Natural logarithm of positive normal numbers, to about one unit in the last place (Cephes' logf).
+static inline F log(F x) {
+  const I bits = as_int(x);
+  // x = m * 2^e with m in [sqrt(1/2), sqrt(2)): shift the exponent's boundary from 1 to sqrt(1/2).
+  const I moved = bits - 0x3f3504f3;
+  const F e = to_float(shift_right<23>(moved + 0x3f800000) - 127);
+  const F m = as_float((moved & 0x007fffff) + 0x3f3504f3) - set(1.0f);
+  F p = set(7.0376836292e-2f);
+  p = fma(p, m, set(-1.1514610310e-1f));
+  p = fma(p, m, set(1.1676998740e-1f));
+  p = fma(p, m, set(-1.2420140846e-1f));
+  p = fma(p, m, set(1.4249322787e-1f));
+  p = fma(p, m, set(-1.6668057665e-1f));
+  p = fma(p, m, set(2.0000714765e-1f));
+  p = fma(p, m, set(-2.4999993993e-1f));
+  p = fma(p, m, set(3.3333331174e-1f));
+  const F z = m * m;
+  F y = fma(p, z * m, e * set(-2.12194440e-4f));
+  y = fma(z, set(-0.5f), y);
+  return fma(e, set(0.693359375f), m + y);
+}
+
+// The largest of n numbers and where it first stands; n >= 1.
+static int64_t find_max(const float* x, int64_t n, float* largest) {
+  float best = x[0];
+  int64_t i = 0;
+  if (n >= kLanes) {
+    F most = load(x);
+    for (i = kLanes; i + kLanes <= n; i += kLanes) most = max(load(x + i), most);
+    best = reduce_max(most);
+  }
+  for (; i < n; i++) best = x[i] > best ? x[i] : best;
+  *largest = best;
+  for (i = 0; i < n; i++)
+    if (x[i] == best) return i;
+  return 0;
+}
+
+static double sum_exp(const float* x, int64_t n, float shift) {
+  F sum = set(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = sum + exp(load(x + i) - set(shift));
+  double total = reduce_add(sum);
+  if (i < n) {
+    alignas(64) float rest[kLanes];
+    for (int l = 0; l < kLanes; l++) rest[l] = i + l < n ? x[i + l] : -INFINITY;
+    total += reduce_add(exp(load(rest) - set(shift)));
+  }
+  return total;
+}
+
+// scores[i] = x[i] / divisor + a float32 Gumbel value of (key, token), token = ids[i] or first + i. The noise is off by
+// less than 1e-5 above -1.9, by up to 1 below that. Returns the largest score; *peak is the largest x[i] / divisor.
+static float race(const float* x, int64_t n, float divisor, uint64_t key, uint64_t first, const int64_t* ids,
+                  float* scores, float* peak) {
+  constexpr uint64_t gamma = 0x9E3779B97F4A7C15, m1 = 0xBF58476D1CE4E5B9, m2 = 0x94D049BB133111EB;
+  F most = set(-INFINITY), highest = most;
+  bool damaged = false;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    alignas(64) uint64_t word[kLanes];
+    alignas(64) float logit[kLanes];
+    alignas(64) int32_t part[3][kLanes];
+    const int width = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    for (int l = 0; l < kLanes; l++) {
+      logit[l] = l < width ? x[i + l] : -INFINITY;
+      word[l] = ids ? static_cast<uint64_t>(ids[l < width ? i + l : i]) : first + i + l;
+    }
+    for (int l = 0; l < kLanes; l++) {
+      uint64_t w = key + (word[l] + 1) * gamma;
+      w = (w ^ w >> 30) * m1;
+      w = (w ^ w >> 27) * m2;
+      word[l] = w;  // the mixer's last step moves w by less than one part in 2^30: not visible in float32
+    }
+    for (int l = 0; l < kLanes; l++) {
+      part[0][l] = static_cast<int32_t>(word[l] >> 40);
+      part[1][l] = static_cast<int32_t>(word[l] >> 16 & 0xffffff);
+      part[2][l] = static_cast<int32_t>(word[l] & 0xffff);
+    }
+    const F high = to_float(load_int(part[0])), mid = to_float(load_int(part[1])), low = to_float(load_int(part[2]));
+    const F tiny = fma(mid, set(0x1p-48f), (low + set(0.5f)) * set(0x1p-64f));
+    const F u = min(fma(high, set(0x1p-24f), tiny), set(1.0f - 0x1p-24f));
+    // -log(1 - u) with the relative precision of u: where 1 - u rounds, the quotient makes up for it.
+    const F rest = set(1.0f) - u, lost = set(1.0f) - rest;
+    const Mask plain = less(lost, set(0x1p-23f));
+    const F exponential = select(plain, u, (set(0.0f) - log(rest)) * (u / select(plain, set(1.0f), lost)));
+    const F scaled = load(logit) / set(divisor);
+    const F score = scaled - log(exponential);
+    highest = max(scaled, highest);
+    most = max(score, most);
+    for (int l = 0; l < width; l++) damaged |= !(logit[l] < INFINITY);
+    store(logit, score);
+    std::memcpy(scores + i, logit, width * sizeof(float));
+  }
+  *peak = damaged ? NAN : reduce_max(highest);
+  return reduce_max(most);
+}
+
+}  // namespace outrider::OUTRIDER_ISA
