@@ -23,11 +23,13 @@ from trained import (
     rotate,
 )
 
+from outrider.backends.native import NativeBackend, available
 from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
 from outrider.errors import IncompatibleDrafter, InvalidRequest
+from outrider.registry import find
 from outrider.types import RaggedBatch, TargetModel
 
 BLOCKS = {name: design for name, design in DESIGNS.items() if isinstance(design, BlockDesign)}
@@ -352,3 +354,40 @@ def test_options_out_of_range_are_refused() -> None:
         DSparkConfig("x", draft_tokens=0)
     with pytest.raises(InvalidRequest, match="block_size must be at least 1"):
         DSparkConfig("x", block_size=0)
+
+
+# ------------------------------------------------------------------------------------------------ the compiled core
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DESIGNS)
+def test_rows_of_a_batch_are_bit_identical_to_each_alone(name: str, dtype: str) -> None:
+    """Eight ragged rows in the native backend: tokens, laws and confidences; of every kind of trained drafter."""
+    backend = NativeBackend()
+    target = make_target(backend=backend, dtype=getattr(torch, dtype))
+    drafted = 20 if name in ("gated", "eagle3") else VOCABULARY
+    checkpoint = make_checkpoint(DESIGNS[name], target=target, drafted=drafted)
+    kind = find("drafter", checkpoint.kind)
+
+    def make():
+        return kind(checkpoint, target, backend, config=kind.Config(""), dtype=dtype, max_rows=8)
+
+    histories = [random_tokens(n, n) for n in (3, 9, 30, 5, 70, 2, 12, 8)]
+    limits = [3, 2, 1, 0, 3, 3, 2, 3]
+    drafter = make()
+    session = Session(target, drafter, 8)
+    session.observe([h[:-1] for h in histories], [0] * 8)
+    together = propose(drafter, session.slots, histories, limit=limits, params=SAMPLED)
+    width = together.tokens.shape[1]
+    for b, history in enumerate(histories):
+        single = make()
+        Session(target, single, 1).observe([history[:-1]], [0])
+        alone = propose(single, [0], [history], limit=[limits[b]], params=SAMPLED, noise=noise_of(1, seed=7 + b))
+        n = int(alone.lengths)
+        assert n == int(together.lengths[b]) == limits[b]
+        if n:
+            assert together.tokens[b, :n].tolist() == alone.tokens[0, :n].tolist()
+            assert torch.equal(together.confidence[b, :n], alone.confidence[0, :n])
+            places = torch.arange(b * width, b * width + n)
+            assert torch.equal(together.law.dense(places), alone.law.dense(torch.arange(n)))

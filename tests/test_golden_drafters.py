@@ -12,23 +12,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from outrider import checkpoints
-from outrider.backends.reference import ReferenceBackend
+from outrider.acceptance import Round, decide, judge, own_law
+from outrider.backends.native import available
 from outrider.checkpoints import BlockDesign, ChainDesign
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from outrider.noise import RowNoise
-from outrider.targets import load_target
-from outrider.types import Context, Drafter, RaggedBatch, TargetModel
+from outrider.sampling import Categorical
+from outrider.targets import load_backend, load_target
+from outrider.types import Context, Drafter, Proposal, RaggedBatch, TargetModel
 
 ROOT = Path(os.environ.get("OUTRIDER_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 TOLERANCE = 1e-4
+FASTEST = "native" if available() else "reference"
+BACKENDS = sorted({"reference", FASTEST})
 
 
 def _folders() -> list[Path]:
@@ -55,8 +60,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 @cache
-def _target(folder: Path) -> TargetModel:
-    return load_target(ROOT / _json(folder / "golden.json")["target"], dtype="float32", backend="reference")
+def _target(folder: Path, backend: str) -> TargetModel:
+    return load_target(ROOT / _json(folder / "golden.json")["target"], dtype="float32", backend=backend)
 
 
 @cache
@@ -99,9 +104,9 @@ def _close(got: Tensor, expected: Tensor) -> None:
 
 
 @cache
-def _block_drafter(folder: Path) -> DSparkDrafter:
+def _block_drafter(folder: Path, backend: str) -> DSparkDrafter:
     return DSparkDrafter.from_config(
-        DSparkConfig(str(folder)), _target(folder), backend=ReferenceBackend(), dtype=torch.float32
+        DSparkConfig(str(folder)), _target(folder, backend), backend=load_backend(backend), dtype="float32"
     )
 
 
@@ -125,10 +130,11 @@ def _rounds(folder: Path, case: dict[str, Tensor]):
     yield ids + committed, torch.cat([features, new]), anchor, None, second
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", _of_kind(BlockDesign))
-def test_block(folder: Path) -> None:
+def test_block(folder: Path, backend: str) -> None:
     """Hidden states, logits, confidences and greedy drafts; the second round on the cache of the first."""
-    drafter = _block_drafter(folder)
+    drafter = _block_drafter(folder, backend)
     first = 0 if drafter.design.sample_from_anchor else 1
     count = drafter.design.drafts
     for case in _tensors(folder).values():
@@ -165,10 +171,11 @@ def test_block(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------ targets' features
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", _of_kind(BlockDesign) + _of_kind(ChainDesign))
-def test_features(folder: Path) -> None:
+def test_features(folder: Path, backend: str) -> None:
     """The target's features at the drafter's taps are those that the drafter was given."""
-    target = _target(folder)
+    target = _target(folder, backend)
     header = checkpoints.read_header(_json(folder / "config.json"))
     golden = _json(folder / "golden.json")
     layers = header.target_layers or tuple(golden["target_layer_ids_of_features"])
@@ -247,8 +254,8 @@ def _generate(
     return record
 
 
-def _reproduces(drafter: Drafter, folder: Path) -> None:
-    target, golden = _target(folder), _json(folder / "golden.json")
+def _reproduces(drafter: Drafter, target: TargetModel, folder: Path) -> None:
+    golden = _json(folder / "golden.json")
     prompts = _json(ROOT / golden["target"] / "target_golden.json")["prompts"]
     for run in _runs(folder):
         new = run.get("max_new_tokens") or max(len(r["new_ids"]) for r in _runs(folder))
@@ -263,27 +270,25 @@ def _reproduces(drafter: Drafter, folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", _of_kind(BlockDesign))
 def test_runs_of_blocks(folder: Path) -> None:
-    _reproduces(_block_drafter(folder), folder)
+    _reproduces(_block_drafter(folder, FASTEST), _target(folder, FASTEST), folder)
 
 
 # ------------------------------------------------------------------------------------------------ chains
 
 
 @cache
-def _chain_drafter(folder: Path) -> Eagle3Drafter:
+def _chain_drafter(folder: Path, backend: str) -> Eagle3Drafter:
     named = _json(folder / "golden.json").get("target_layer_ids_of_features")
-    return Eagle3Drafter.from_config(
-        Eagle3Config(str(folder), target_layers=None if named is None else tuple(named)),
-        _target(folder),
-        backend=ReferenceBackend(),
-        dtype=torch.float32,
-    )
+    config = Eagle3Config(str(folder), target_layers=None if named is None else tuple(named))
+    target = _target(folder, backend)
+    return Eagle3Drafter.from_config(config, target, backend=load_backend(backend), dtype="float32")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", _of_kind(ChainDesign))
-def test_chain(folder: Path) -> None:
+def test_chain(folder: Path, backend: str) -> None:
     """Fused features, hidden states, logits and drafts."""
-    drafter = _chain_drafter(folder)
+    drafter = _chain_drafter(folder, backend)
     for case in _tensors(folder).values():
         if "fc_output" in case:
             _close(drafter.condition(case["target_features"]), case["fc_output"])
@@ -343,4 +348,36 @@ def _training_time_test(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None
 
 @pytest.mark.parametrize("folder", _of_kind(ChainDesign))
 def test_runs_of_chains(folder: Path) -> None:
-    _reproduces(_chain_drafter(folder), folder)
+    _reproduces(_chain_drafter(folder, FASTEST), _target(folder, FASTEST), folder)
+
+
+# ------------------------------------------------------------------------------------------------ sampled verification
+
+
+def _verifications() -> list[Any]:
+    found = []
+    for file in sorted(ROOT.glob("*/verify_golden.safetensors")) if ROOT.is_dir() else []:
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_file(file).items():
+            case, _, rest = name.rpartition(".")
+            tensors.setdefault(case, {})[rest] = tensor
+        found += [pytest.param(case, id=f"{file.parent.name}-{name}") for name, case in tensors.items()]
+    return found or [
+        pytest.param(None, marks=pytest.mark.skipif(True, reason=f"no golden folder at {ROOT}"), id="absent")
+    ]
+
+
+@pytest.mark.parametrize("case", _verifications())
+def test_sampled_verification(case: dict[str, Tensor]) -> None:
+    """The rejection rule keeps what the peer's keeps under the same uniforms, and draws from the same residual."""
+    drafts = case["draft_tokens"]
+    size = case["target_probs"].shape[1]
+    law = Categorical(size, probabilities=case["draft_probs"])
+    proposal = Proposal(drafts[None], torch.tensor([len(drafts)]), law)
+    target = Categorical(size, probabilities=case["target_probs"])
+    checked = Round.of(target, proposal, torch.tensor([len(drafts)]))
+    judgement = judge(checked, np.array([False]))
+    accepted = decide(judgement, case["uniforms"].double().numpy()[None])
+    assert accepted.tolist() == case["accepted"].tolist()
+    own = own_law(checked, judgement, accepted).dense(torch.tensor([0]))[0]
+    _close(own, case["next_token_distribution"])

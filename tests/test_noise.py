@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from outrider import noise
 from outrider.errors import OutriderError
 from outrider.noise import GAMMA, RowNoise, gumbel, gumbel_argmax, mix64
 
@@ -32,6 +33,15 @@ def keys(count: int, seed: int = 0) -> torch.Tensor:
 
 def index(count: int) -> torch.Tensor:
     return torch.arange(count)
+
+
+@pytest.fixture(params=["core", "numpy"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test twice: with the compiled core, and as it is where there is none."""
+    if request.param == "numpy":
+        monkeypatch.setattr(noise, "native", None)
+    elif noise.native is None:
+        pytest.skip("the compiled core is not built")
 
 
 # ------------------------------------------------------------------------------------------------ bits

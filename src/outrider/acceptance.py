@@ -129,20 +129,13 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
     return _verification(whole.tokens, accepted, own)
 
 
-def truncate(verification: Verification, stop_ids: Sequence[Collection[int]], budgets: Sequence[int]) -> Verification:
-    """End each row at its first stop token, which stays, or after ``budgets[b]`` tokens (at least 1).
-
-    What comes after is neither committed nor counted: ``accepted`` counts the accepted drafts among the tokens that
-    are left, so ``lengths`` is ``accepted`` where a draft ended the row and ``accepted + 1`` elsewhere.
+def truncate(tokens: Sequence[int], accepted: int, stop_ids: Collection[int], budget: int) -> tuple[list[int], int]:
+    """One row's new tokens (accepted drafts, then the target's own) up to its first stop token, which stays, or up to
+    ``budget`` of them. What comes after is neither committed nor counted. -> tokens, accepted drafts among them
     """
-    lengths = []
-    for tokens, length, stops, budget in zip(
-        verification.tokens.tolist(), verification.lengths.tolist(), stop_ids, budgets, strict=True
-    ):
-        length = min(length, budget)
-        lengths.append(next((i + 1 for i, token in enumerate(tokens[:length]) if token in stops), length))
-    ends = torch.tensor(lengths, dtype=torch.int64)
-    return Verification(torch.minimum(verification.accepted, ends), verification.tokens, ends)
+    length = min(accepted + 1, budget)
+    length = next((i + 1 for i, token in enumerate(tokens[:length]) if token in stop_ids), length)
+    return list(tokens[:length]), min(accepted, length)
 
 
 # ------------------------------------------------------------------------------------------------ coupled and greedy

@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from outrider.acceptance import verify
+from outrider.acceptance import truncate, verify
 from outrider.admission import Admission, Request, Rows
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
@@ -136,14 +136,12 @@ class Engine:
         """Append each row's new tokens, up to a stop id or its budget; nothing after them is kept or counted."""
         commits = []
         for b, request in enumerate(rows.requests[: rows.complete]):
-            new = tokens[b][: min(accepted[b] + 1, request.left)]
-            for i, token in enumerate(new):
-                if token in request.stop_ids:
-                    new, request.finish_reason = new[: i + 1], "stop"
-                    break
+            new, kept = truncate(tokens[b], accepted[b], request.stop_ids, request.left)
+            if new[-1] in request.stop_ids:
+                request.finish_reason = "stop"
             request.history.extend(new)
             request.pending = 1
-            stats, kept = request.stats, min(accepted[b], len(new))
+            stats = request.stats
             stats.generated += len(new)
             if request.round:  # the first token comes from the prompt's own pass
                 stats.rounds += 1

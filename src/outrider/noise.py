@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import Rule
+from outrider.core import native
 from outrider.errors import OutriderError
 
 __all__ = ["GAMMA", "RowNoise", "gumbel", "gumbel_argmax", "mix64"]
@@ -153,6 +154,13 @@ def gumbel_argmax(logits: Tensor, keys: Tensor, ids: Tensor | None = None) -> Te
     if logits.device.type != "cpu":
         noise = gumbel(keys.to(logits.device), ids, logits.shape[1])
         return (logits.double() + noise).argmax(-1)
+    if native is not None and logits.dtype == torch.float32:
+        out = torch.empty(len(keys), dtype=torch.int64)
+        try:
+            native.gumbel_argmax(logits.contiguous(), keys, out, None, None if ids is None else ids.contiguous())
+        except ValueError as error:
+            raise OutriderError(str(error)) from error
+        return out
     tokens = None if ids is None else ids.numpy().view(np.uint64)
     scores, words = logits.numpy(), keys.numpy().view(np.uint64)
     n, width = scores.shape

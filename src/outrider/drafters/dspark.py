@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
-from outrider.drafting import Drawing, TrainedDrafter, linear, rms_norm
+from outrider.drafting import Drawing, TrainedDrafter, linear, rms_norm, rowwise
 from outrider.errors import InvalidRequest
 from outrider.types import Backend, Context, Noise, Proposal, RaggedBatch, TargetModel
 
@@ -171,12 +171,12 @@ class SequentialHead:
             return state, embedding, self._w2(embedding)
         hidden = hidden.to(embedding.dtype)
         if self.design.markov_head == "gated":
-            gate = torch.sigmoid(self._mix(torch.cat([hidden, embedding], 1)))
+            gate = rowwise(torch.sigmoid, self._mix(torch.cat([hidden, embedding], 1)))
             return state, embedding, self._w2(gate * embedding)
         gate, candidate, out = self._mix(torch.cat([state, embedding, hidden], 1)).chunk(3, 1)
-        gate = torch.sigmoid(gate)
-        state = gate * state + (1 - gate) * torch.tanh(candidate)
-        return state, embedding, self._w2(torch.tanh(out))
+        gate = rowwise(torch.sigmoid, gate)
+        state = gate * state + (1 - gate) * rowwise(torch.tanh, candidate)
+        return state, embedding, self._w2(rowwise(torch.tanh, out))
 
     def confidence_logits(self, hidden: Tensor, before: list[Tensor]) -> Tensor | None:
         """[n, K, D] and W1 of the token before each, K of [n, r] -> float32 [n, K]; None without that head."""
@@ -191,4 +191,4 @@ class SequentialHead:
     def confidence(self, hidden: Tensor, before: list[Tensor]) -> Tensor | None:
         """P(draft k is accepted | those before it were), float32 [n, K]."""
         logits = self.confidence_logits(hidden, before)
-        return None if logits is None else torch.sigmoid(logits)
+        return None if logits is None else rowwise(torch.sigmoid, logits)

@@ -3,7 +3,7 @@
 from outrider.drafting.cache import DraftCache, Waiting
 from outrider.drafting.chain import ChainDrafter, ChainState
 from outrider.drafting.drawing import Drawing
-from outrider.drafting.net import DraftNet, linear, load_net, rms_norm
+from outrider.drafting.net import DraftNet, linear, load_net, rms_norm, rowwise
 from outrider.drafting.trained import TrainedDrafter
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "linear",
     "load_net",
     "rms_norm",
+    "rowwise",
 ]

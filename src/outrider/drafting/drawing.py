@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from outrider.drafting.net import DraftNet
+from outrider.drafting.net import DraftNet, rowwise
 from outrider.sampling import Categorical, process
 from outrider.types import Context, Noise, Proposal
 
@@ -45,7 +45,7 @@ class Drawing:
         """A confidence for drafters that have no head for it: how clearly each draft's likeliest token beat the second,
         sigmoid(margin), which no draft at or after that place has any part in. float32 [n, K]"""
         best = torch.stack(self._logits, 1).topk(2, -1).values.float()
-        return torch.sigmoid(best[..., 0] - best[..., 1])
+        return rowwise(torch.sigmoid, best[..., 0] - best[..., 1])
 
     def proposal(self, confidence: Tensor | None = None) -> Proposal:
         """``confidence`` float32 [n, K] of the rows that took part."""

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from outrider.checkpoints import DraftCheckpoint
 from outrider.config import StackConfig
 from outrider.errors import IncompatibleDrafter
 from outrider.types import Backend, Stack, StackOutput, TargetModel
 
-__all__ = ["DraftNet", "linear", "load_net", "rms_norm"]
+__all__ = ["DraftNet", "linear", "load_net", "rms_norm", "rowwise"]
 
 EQUAL = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "int8": 0.03, "int4": 0.2}
 """Relative difference up to which two matrices are the same one, by the dtype the target was loaded in."""
 STRANGE = 0.5  # relative difference from which a frozen copy of the embedding is no copy of this target's
 PROBES = 4
+LANES = 64  # elements that any processor's vectors divide
 CHUNK = 8192  # rows of a matrix compared at a time
 
 
@@ -120,6 +122,13 @@ def linear(
         return stack.unembed
     added = bias.float()
     return lambda x: stack.unembed(x) + added
+
+
+def rowwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An elementwise function on [..., n] whose bits do not depend on the other rows: libraries compute what is left
+    over at the end of a tensor by other instructions, so no row may share its end with another one's."""
+    n = x.shape[-1]
+    return function(pad(x, (0, -n % LANES)))[..., :n].contiguous()
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -52,7 +52,7 @@ class BenchRow:
 def read_prompts(path: Path) -> list[str]:
     """First turns of a JSON Lines file with ``turns``. Raises InvalidRequest naming the line."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"cannot read prompts from {path}: {error}") from error
     prompts = []
@@ -60,14 +60,14 @@ def read_prompts(path: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            first = json.loads(line)["turns"][0]
-            if not isinstance(first, str):
+            turns = json.loads(line)["turns"]
+            if not isinstance(turns, list) or not isinstance(turns[0], str):
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise InvalidRequest(
                 f'{path} line {number}: expected a JSON object {{"turns": ["..."]}}, got {line[:60]!r}'
             ) from error
-        prompts.append(first)
+        prompts.append(turns[0])
     if not prompts:
         raise InvalidRequest(f"{path} holds no prompts: expected JSON Lines with `turns`")
     return prompts
