@@ -32,8 +32,7 @@ from outrider.types import Context, Drafter, Proposal, RaggedBatch, TargetModel
 
 ROOT = Path(os.environ.get("OUTRIDER_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 TOLERANCE = 1e-4
-FASTEST = "native" if available() else "reference"
-BACKENDS = sorted({"reference", FASTEST})
+BACKENDS = ["reference", *(["native"] if available() else [])]
 
 
 def _folders() -> list[Path]:
@@ -270,7 +269,7 @@ def _reproduces(drafter: Drafter, target: TargetModel, folder: Path) -> None:
 
 @pytest.mark.parametrize("folder", _of_kind(BlockDesign))
 def test_runs_of_blocks(folder: Path) -> None:
-    _reproduces(_block_drafter(folder, FASTEST), _target(folder, FASTEST), folder)
+    _reproduces(_block_drafter(folder, "reference"), _target(folder, "reference"), folder)
 
 
 # ------------------------------------------------------------------------------------------------ chains
@@ -348,7 +347,7 @@ def _training_time_test(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None
 
 @pytest.mark.parametrize("folder", _of_kind(ChainDesign))
 def test_runs_of_chains(folder: Path) -> None:
-    _reproduces(_chain_drafter(folder, FASTEST), _target(folder, FASTEST), folder)
+    _reproduces(_chain_drafter(folder, "reference"), _target(folder, "reference"), folder)
 
 
 # ------------------------------------------------------------------------------------------------ sampled verification

@@ -22,7 +22,7 @@ FROZEN = Path(__file__).parent / "data" / "command_line.json"
 
 # A module imports only from floors below its own. A package name stands for every module in it.
 FLOORS: list[tuple[str, ...]] = [
-    ("types", "config", "errors", "registry"),
+    ("types", "config", "core", "errors", "registry"),
     ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template"),
     ("layers", "weights", "attention", "tokenizer", "decoder", "backends", "memory", "checkpoints", "drafting"),
     ("targets", "drafters"),
