@@ -171,6 +171,7 @@ def llama_drafted(target: Any, small: Any, ids: list[int], count: int, k: int) -
 
 
 def llama_generate(llama: Any, ids: list[int], count: int) -> list[int]:
+    llama.reset()  # or it would find the prompt in its cache from the turn before
     written = []
     for token in llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0):
         written.append(token)

@@ -11,6 +11,7 @@
 #include <optional>
 
 #include "arena.hpp"
+#include "chain.hpp"
 #include "sampler.hpp"
 #include "stack.hpp"
 
@@ -26,6 +27,7 @@ using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using IntRows = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using IntsOut = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using IntRowsOut = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using DoublesOut = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -166,6 +168,18 @@ NB_MODULE(_native, m) {
       .def_prop_ro("slots", &Cache::slots)
       .def_prop_ro("capacity", &Cache::capacity)
       .def_prop_ro("dtype", &Cache::dtype)
+      .def("rewind",
+           [](Cache& cache, const Ints& slots, const Ints& lengths) {
+             if (slots.size() != lengths.size()) throw std::invalid_argument("rewind needs one length for each slot");
+             for (size_t b = 0; b < slots.size(); b++) {
+               int64_t& held = cache.lengths().at(slots.data()[b]);
+               if (lengths.data()[b] < 0 || lengths.data()[b] > held)
+                 throw std::invalid_argument("cannot rewind a slot of " + std::to_string(held) + " tokens to " +
+                                             std::to_string(lengths.data()[b]));
+               held = lengths.data()[b];
+             }
+           },
+           "slots"_a.noconvert(), "lengths"_a.noconvert())
       .def("set_open", [](Cache& cache, int slot, bool open) {
         cache.opened().at(slot) = open;
         cache.lengths().at(slot) = 0;
@@ -196,6 +210,26 @@ NB_MODULE(_native, m) {
            "offsets"_a.noconvert(), "causal"_a, "taps"_a, "hidden"_a.noconvert().none(),
            "residual"_a.noconvert().none(), "logits_at"_a.noconvert().none(), "hidden_out"_a.noconvert(),
            "logits"_a.noconvert().none(), "features"_a.noconvert().none())
+      .def("chain",
+           [](Stack& stack, Cache& cache, const Ints& tokens, const Ints& positions, const Ints& slots,
+              const Ints& offsets, const IntRows& keys, const Vector& temperatures, const IntRowsOut& drawn,
+              const RowsOut& logits) {
+             if (!stack.spec().vocabulary || stack.spec().input_width)
+               throw std::invalid_argument("only a stack with an embedding and a head of its own can draft in a chain");
+             const Batch batch = batch_of(tokens, positions, slots, offsets);
+             const int64_t steps = keys.shape(1);
+             for (int64_t b = 0; b < batch.rows; b++)
+               if (batch.offsets[b + 1] <= batch.offsets[b]) throw std::invalid_argument("a row of a chain has no token");
+             expect_shape("keys", keys.shape(0), steps, batch.rows, steps);
+             expect_shape("temperatures", temperatures.size(), 1, batch.rows, 1);
+             expect_shape("drawn", drawn.shape(0), drawn.shape(1), batch.rows, steps);
+             expect_shape("logits", logits.shape(0), logits.shape(1), batch.rows * steps, stack.spec().vocabulary);
+             nb::gil_scoped_release released;
+             chain(stack, cache, batch, steps, keys.data(), temperatures.data(), drawn.data(), logits.data());
+           },
+           "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "offsets"_a.noconvert(), "keys"_a.noconvert(), "temperatures"_a.noconvert(), "drawn"_a.noconvert(),
+           "logits"_a.noconvert())
       .def("project",
            [](Stack& stack, Cache& cache, const Ints& tokens, const Ints& positions, const Ints& slots,
               const Ints& offsets, const Rows& hidden) {

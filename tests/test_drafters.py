@@ -132,7 +132,7 @@ def make(name: str, **options: Any) -> Drafter:
         assert isinstance(drafter, Drafter)
         return drafter
     config = build(kind.Config, {**OPTIONS.get(name, {}), **options}, f"drafter {name}")
-    drafter = kind.from_config(config, TARGET, load_target=lambda model: PrefixModel(seed=1))
+    drafter = kind.from_config(config, TARGET, load_target=lambda model, dtype: PrefixModel(seed=1))
     assert isinstance(drafter, Drafter)
     return drafter
 
@@ -638,7 +638,7 @@ def test_suffix_learns_from_earlier_outputs_and_forgets_the_oldest() -> None:
 
 def small_drafter(model: PrefixModel, **options: Any) -> DraftModelDrafter:
     config = DraftModelConfig(model="small", **options)
-    return DraftModelDrafter.from_config(config, TARGET, load_target=lambda name: model)
+    return DraftModelDrafter.from_config(config, TARGET, load_target=lambda name, dtype: model)
 
 
 def test_draft_model_draws_each_token_from_the_law_it_reports() -> None:

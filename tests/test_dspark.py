@@ -27,7 +27,7 @@ from outrider.backends.native import NativeBackend, available
 from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
 from outrider.config import SamplingParams
-from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
+from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead
 from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.registry import find
 from outrider.types import RaggedBatch, TargetModel
@@ -391,3 +391,18 @@ def test_rows_of_a_batch_are_bit_identical_to_each_alone(name: str, dtype: str) 
             assert torch.equal(together.confidence[b, :n], alone.confidence[0, :n])
             places = torch.arange(b * width, b * width + n)
             assert torch.equal(together.law.dense(places), alone.law.dense(torch.arange(n)))
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.3, 3.0])
+def test_the_best_token_is_found_among_the_few_that_can_win(scale: float) -> None:
+    """A vocabulary of 4,096: the bound leaves few candidates, many, or all; the winner is the whole product's."""
+    design = BlockDesign(5, 3, markov_rank=16)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(4096, 16, generator=generator) for name in ("markov.w1.weight", "markov.w2.weight")}
+    tensors["markov.w2.weight"] *= scale
+    head = SequentialHead(design, tensors, ReferenceBackend(), torch.float32)
+    base, latent = torch.randn(40, 4096, generator=generator) * 3, torch.randn(40, 16, generator=generator)
+    assert torch.equal(head.best(base, latent), head.corrected(base, latent).argmax(1))
+    tied = torch.zeros(1, 4096)
+    tied[0, [7, 900]] = 50.0
+    assert head.best(tied, torch.zeros(1, 16)).tolist() == [7]  # the lowest id on ties, as everywhere

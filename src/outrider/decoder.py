@@ -155,6 +155,11 @@ class DecoderTarget:
         assert output.logits is not None
         return TargetOutput(output.logits, output.features)
 
+    @property
+    def chain(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """The backend's way to draft several tokens in one call, where it has one."""
+        return getattr(self.stack, "chain", None)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., D], as the first layer sees it."""
         return self.stack.embed(tokens)

@@ -15,7 +15,7 @@ from outrider.config import SamplingParams, build
 from outrider.engine import Commit, Engine
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
 from outrider.tokenizer import Detokenizer, StopMatcher, Tokenizer
-from outrider.types import Drafter, Event, Output, Piece, RequestStats, TargetModel
+from outrider.types import Backend, Drafter, Event, Output, Piece, RequestStats, TargetModel
 from outrider.weights import resolve_model
 
 __all__ = ["LLM"]
@@ -198,6 +198,18 @@ class LLM:
 
         return load_target(model, dtype=self._dtype, backend=self._backend)
 
+    def _draft_backend(self) -> Backend:
+        from outrider.targets import load_backend
+
+        return load_backend(self._backend, self._dtype)
+
+    def _load_draft_model(self, model: str, dtype: str) -> TargetModel:
+        from outrider.targets import load_target
+
+        if dtype == "auto":
+            dtype = "int8" if self._draft_backend().name == "native" else self._dtype
+        return load_target(model, dtype=dtype, backend=self._backend)
+
     def _load_drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> tuple[str, Drafter]:
         if isinstance(drafter, Drafter):
             return type(drafter).__name__, drafter
@@ -213,12 +225,19 @@ class LLM:
         kind = registry.find("drafter", name)
         if name == "none":
             options.pop("draft_tokens", None)
-        if "model" in options and not Tokenizer(resolve_model(options["model"])).same_as(self.tokenizer):
-            raise IncompatibleDrafter(
-                f"{options['model']} has another vocabulary than the target; a draft model must share its tokenizer"
-            )
+        if "model" in options:
+            self._check_vocabulary(str(options["model"]))
         config = build(kind.Config, options, f"drafter {name!r}")
-        return name, kind.from_config(config, self.target, load_target=self._load_target)
+        services = {"load_target": self._load_draft_model, "backend": self._draft_backend(), "max_rows": self.max_rows}
+        return name, kind.from_config(config, self.target, **services)
+
+    def _check_vocabulary(self, model: str) -> None:
+        """A draft model brings its tokenizer, which must be the target's; trained drafters have none of their own."""
+        folder = resolve_model(model)
+        if (folder / "tokenizer.json").exists() and not Tokenizer(folder).same_as(self.tokenizer):
+            raise IncompatibleDrafter(
+                f"{model} has another vocabulary than the target; a draft model must share its tokenizer"
+            )
 
     @staticmethod
     def _recognise(path: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

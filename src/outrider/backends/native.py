@@ -56,9 +56,7 @@ class NativeMemory:
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
         """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
-        held = self.lengths[slots]
-        assert bool(((lengths >= 0) & (lengths <= held)).all()), f"cannot rewind lengths {held} to {lengths}"
-        self.lengths[slots] = lengths
+        self.cache.rewind(slots, lengths)
 
     def close(self, slot: int) -> None:
         """Give a slot back."""
@@ -147,6 +145,21 @@ class NativeStack:
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, residual, logits_at) from error
         return StackOutput(last, logits, features)
+
+    def chain(self, batch: RaggedBatch, memory: Any, keys: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft in one call: run the batch, then one token a row at a time, each drawn from the pass before it.
+
+        keys int64 [B, K] of ``noise.gumbel``, temperatures float32 [B] (0 = the largest logit) -> tokens int64 [B, K],
+        logits [B * K, V] before temperature, place b * K + j. The last token drawn is not run.
+        """
+        drawn = torch.empty_like(keys)
+        logits = torch.empty(keys.numel(), self._vocabulary)
+        place = (batch.tokens, batch.positions, batch.slots, batch.offsets)
+        try:
+            self.core.chain(memory.cache, *place, keys, temperatures, drawn, logits)
+        except (TypeError, ValueError, IndexError) as error:
+            raise _explained(error, batch, None, None, None) from error
+        return drawn, logits
 
     def project(self, hidden: Tensor, batch: RaggedBatch, memory: Any) -> None:
         """Write every layer's keys and values of ``hidden`` [T, D], taken as it is: no layer's norm is applied."""

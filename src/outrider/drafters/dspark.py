@@ -23,6 +23,10 @@ from outrider.types import Backend, Context, Noise, Proposal, RaggedBatch, Targe
 __all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead"]
 
 
+FEW = 16  # candidates are gathered where they are at most one in so many of the vocabulary
+ROUNDING = 1e-5  # relative slack of the bound
+
+
 @dataclass(frozen=True, slots=True)
 class DSparkConfig:
     """Options of the ``dspark`` and ``dflash`` drafters. Raises InvalidRequest for values out of range."""
@@ -87,12 +91,15 @@ class DSparkDrafter(TrainedDrafter):
         drawing = Drawing(self.net, context, noise, lengths)
         anchors = last[drawing.rows]
         hidden, base = self.run_block([named[b] for b in drawing.rows.tolist()], anchors, max(lengths))
-        previous, state = anchors, self.head.start(len(anchors))
-        before = []
+        previous, state, before = anchors, self.head.start(len(anchors)), []
+        quick = drawing.certain and self.design.confidence and self.net.target_ids is None  # no full logits needed
         for k in range(max(lengths)):
-            state, embedding, bias = self.head.step(state, previous, hidden[:, k])
-            previous = drawing.draw(base[:, k] if bias is None else base[:, k] + bias)
+            state, embedding, latent = self.head.step(state, previous, hidden[:, k])
             before.append(embedding)
+            if quick and latent is not None:
+                previous = drawing.record(self.head.best(base[:, k], latent))
+            else:
+                previous = drawing.draw(self.head.corrected(base[:, k], latent))
         confidence = self.head.confidence(hidden, before)
         return drawing.proposal(drawing.margins() if confidence is None else confidence)
 
@@ -101,8 +108,8 @@ class DSparkDrafter(TrainedDrafter):
         hidden, base = self.run_block(slots, path[:, 0], path.shape[1])
         state, logits, before = self.head.start(len(slots)), [], []
         for k in range(path.shape[1]):
-            state, embedding, bias = self.head.step(state, path[:, k], hidden[:, k])
-            logits.append(base[:, k] if bias is None else base[:, k] + bias)
+            state, embedding, latent = self.head.step(state, path[:, k], hidden[:, k])
+            logits.append(self.head.corrected(base[:, k], latent))
             before.append(embedding)
         return torch.stack(logits, 1), self.head.confidence_logits(hidden, before)
 
@@ -152,6 +159,8 @@ class SequentialHead:
         if design.markov_rank:
             self._w1 = tensors["markov.w1.weight"].float()
             self._w2 = linear(backend, tensors["markov.w2.weight"], dtype)
+            self._w2_rows = tensors["markov.w2.weight"]
+            self._w2_norms = self._w2_rows.float().norm(dim=1)
         if design.markov_rank and design.markov_head != "vanilla":
             name = "markov.gate" if design.markov_head == "gated" else "markov.joint"
             self._mix = linear(backend, tensors[f"{name}.weight"], dtype, tensors[f"{name}.bias"])
@@ -163,20 +172,47 @@ class SequentialHead:
         return torch.zeros(rows, self.design.markov_rank)
 
     def step(self, state: Tensor, previous: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """state [n, r], previous int64 [n] (target ids), hidden [n, D] -> state, W1[previous] [n, r], bias [n, Vd]."""
+        """The state after a token, its embedding, and what W2 makes the bias of.
+
+        state [n, r], previous int64 [n] (target ids), hidden [n, D] -> state, W1[previous], latent, each [n, r].
+        """
         if not self.design.markov_rank:
             return state, state, None
         embedding = self._w1[previous]
         if self.design.markov_head == "vanilla":
-            return state, embedding, self._w2(embedding)
+            return state, embedding, embedding
         hidden = hidden.to(embedding.dtype)
         if self.design.markov_head == "gated":
             gate = rowwise(torch.sigmoid, self._mix(torch.cat([hidden, embedding], 1)))
-            return state, embedding, self._w2(gate * embedding)
+            return state, embedding, gate * embedding
         gate, candidate, out = self._mix(torch.cat([state, embedding, hidden], 1)).chunk(3, 1)
         gate = rowwise(torch.sigmoid, gate)
         state = gate * state + (1 - gate) * rowwise(torch.tanh, candidate)
-        return state, embedding, self._w2(rowwise(torch.tanh, out))
+        return state, embedding, rowwise(torch.tanh, out)
+
+    def corrected(self, base: Tensor, latent: Tensor | None) -> Tensor:
+        """Base logits plus the Markov bias. [n, Vd]"""
+        return base if latent is None else base + self._w2(latent)
+
+    def best(self, base: Tensor, latent: Tensor) -> Tensor:
+        """The argmax of ``corrected``, reading W2 only where it can be: |W2[v] z| <= |W2[v]| |z|, so a token whose base
+        logit plus that bound stays under another's corrected logit cannot win. Exact up to rounding. -> int64 [n]
+
+        A row with too many candidates, as in a small vocabulary, gets the whole product.
+        """
+        sizes = latent.float().norm(dim=1).tolist()
+        return torch.stack([self._best(b, z, size) for b, z, size in zip(base, latent, sizes, strict=True)])
+
+    def _best(self, base: Tensor, latent: Tensor, size: float) -> Tensor:
+        upper = torch.add(base, self._w2_norms, alpha=size)
+        leader = upper.argmax()
+        reached = float(base[leader] + self._w2_rows[leader].float() @ latent.float())
+        possible = upper >= reached - ROUNDING * (1 + abs(reached))
+        if int(possible.count_nonzero()) * FEW > len(base):
+            return self.corrected(base[None], latent[None])[0].argmax()
+        candidates = possible.nonzero()[:, 0]
+        logits = base[candidates] + self._w2_rows[candidates].float() @ latent.float()
+        return candidates[logits.argmax()]
 
     def confidence_logits(self, hidden: Tensor, before: list[Tensor]) -> Tensor | None:
         """[n, K, D] and W1 of the token before each, K of [n, r] -> float32 [n, K]; None without that head."""

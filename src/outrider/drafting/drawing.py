@@ -41,6 +41,18 @@ class Drawing:
         self._logits.append(logits)
         return drawn
 
+    @property
+    def certain(self) -> bool:
+        """Whether every draft is the likeliest token as the drafter has it: greedy, and no option moves a logit."""
+        return all(p.temperature == 0 and not p.penalised and not p.logit_bias for p in self._context.params)
+
+    def record(self, tokens: Tensor) -> Tensor:
+        """The next draft of each row, found by the drafter itself where ``certain``. int64 [n] -> the same"""
+        step = len(self._laws)
+        self.tokens[self.rows, step] = tokens
+        self._laws.append(Categorical.greedy(tokens, self._net.vocab_size))
+        return tokens
+
     def margins(self) -> Tensor:
         """A confidence for drafters that have no head for it: how clearly each draft's likeliest token beat the second,
         sigmoid(margin), which no draft at or after that place has any part in. float32 [n, K]"""
