@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -45,13 +46,23 @@ def facts() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    command = " ".join([f"python {Path(sys.argv[0]).parent.name}/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     threads = os.environ.get("OUTRIDER_THREADS") or torch.get_num_threads()
     return {
-        "command": command,
+        "command": _command(),
         "machine": {**machine(), "system": platform.system(), "threads": int(threads)},
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def _command() -> str:
+    """What was typed, without where the result goes and where files lie on this machine."""
+    words, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word == "--json":
+            next(given, None)
+        elif not word.startswith("--json="):
+            words.append(Path(word).name if Path(word).is_absolute() else word)
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
