@@ -52,7 +52,9 @@ class MarkovDrafter:
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
         rows = torch.arange(len(slots))
         for b, slot in enumerate(slots.tolist()):
-            assert self.seen[slot] + [int(last[b])] == context.history[b], "the drafter must know all but the last token"
+            assert self.seen[slot] + [int(last[b])] == context.history[b], (
+                "the drafter must know all but the last token"
+            )
         start = torch.tensor([len(h) for h in context.history[: len(slots)]])
         depth = int(limit.max())
         tokens, laws, x = [], [], last
@@ -89,7 +91,9 @@ def engine(drafts: int, rows: int = 3, *, chunk: int = 4, eos: tuple[int, ...] =
     return Engine(target, drafter, policy, max_rows=rows, capacity=64, chunk=chunk)
 
 
-def run(loop: Engine, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None) -> list[list[int]]:
+def run(
+    loop: Engine, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
+) -> list[list[int]]:
     seeds = seeds or [params.seed or 0] * len(prompts)
     requests = [loop.add(i, p, params, s) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
     while len(loop.admission):

@@ -1,4 +1,4 @@
-"""The compiled core against the reference backend in float64, and against itself: equal bits however rows are batched."""
+"""The compiled core against the reference backend in float64, and against itself: equal bits in any batch."""
 
 from __future__ import annotations
 

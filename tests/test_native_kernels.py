@@ -50,7 +50,9 @@ def rounded_int8(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(("rows", "outputs", "inner"), [(1, 1, 1), (3, 33, 7), (16, 95, 130), (37, 64, 1041), (270, 40, 64)])
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inner"), [(1, 1, 1), (3, 33, 7), (16, 95, 130), (37, 64, 1041), (270, 40, 64)]
+)
 def test_a_product_is_exact_but_for_its_format(isa: str, dtype: str, rows: int, outputs: int, inner: int) -> None:
     x, w = torch.randn(rows, inner), torch.randn(outputs, inner)
     got = product(w, dtype, isa)(x).double()
@@ -240,7 +242,9 @@ def test_thread_counts_are_checked_and_a_forked_child_has_its_own_threads() -> N
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, env=env
+    )
     assert run.returncode == 0, run.stderr
 
 

@@ -305,3 +305,12 @@ def test_samples_follow_the_law(name: str, how: str) -> None:
     if possible.sum() > 1:
         expected = want[possible] / want[possible].sum() * n
         assert stats.chisquare(counts[possible].numpy(), expected.numpy()).pvalue > ERROR_RATE
+
+
+def test_places_of_uncut_rows_among_rows_that_are_cut() -> None:
+    """A pass may hold places of some rows only: here of the row that keeps every token."""
+    params = [SamplingParams(temperature=1.0, top_p=0.5), SamplingParams(temperature=1.0)]
+    context = Context(params, [[0], [0]], [1, 1])
+    logits = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    law = process(logits, context, torch.tensor([1, 1]))
+    assert torch.equal(law.dense(torch.arange(2)), torch.softmax(logits, -1))

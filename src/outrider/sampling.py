@@ -331,6 +331,8 @@ def _cut(
     size = logits.shape[1]
     rows = logits.cpu().numpy()
     cut = np.flatnonzero((k < size) | (p < 1) | (min_p > 0))
+    if not len(cut):  # the rows whose law is cut have no place here
+        return Categorical.of(logits)
     kept = [_kept(rows[r], int(k[r]), float(p[r]), float(min_p[r])) for r in cut]
     width = max(len(ids) for ids in kept)
     if len(cut) < len(rows) or width * _SPARSE_SHARE > size:

@@ -15,16 +15,12 @@ import torch
 from torch import Tensor
 
 from outrider.config import LayerConfig, RopeConfig, StackConfig
+from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
 from outrider.layers import check_weights
 from outrider.types import Mask, RaggedBatch, StackOutput
 
 __all__ = ["NativeBackend", "NativeMemory", "NativeStack", "available"]
-
-try:
-    from outrider import _native
-except ImportError:  # built without a compiler: the reference backend remains
-    _native = None
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -240,7 +236,9 @@ def _fill(core: Any, config: StackConfig, weights: Mapping[str, Tensor]) -> None
         for name in LINEARS:
             key = f"layers.{i}.{name}"
             if f"{key}.weight" in weights:
-                core.set_linear(i, name, read(f"{key}.weight"), read(f"{key}.bias") if f"{key}.bias" in weights else None)
+                core.set_linear(
+                    i, name, read(f"{key}.weight"), read(f"{key}.bias") if f"{key}.bias" in weights else None
+                )
         for name in NORMS:
             if f"layers.{i}.{name}.weight" in weights:
                 set_norm(i, name, f"layers.{i}.{name}.weight")

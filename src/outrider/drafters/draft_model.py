@@ -77,7 +77,10 @@ class DraftModelDrafter:
         load_target: Callable[[str, str], TargetModel],
         **services: Any,
     ) -> DraftModelDrafter:
-        """``load_target(model, dtype)`` makes the draft model. Raises IncompatibleDrafter where the vocabularies differ."""
+        """``load_target(model, dtype)`` makes the draft model.
+
+        Raises IncompatibleDrafter where the vocabularies differ.
+        """
         model = load_target(config.model, config.dtype)
         if model.spec.vocab_size != target.spec.vocab_size:
             raise IncompatibleDrafter(
