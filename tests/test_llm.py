@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from outrider import LLM, SamplingParams
+from outrider.core import native
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest, UnknownKind
 
 PROMPTS = ["Question: Tom has 3 apples and buys 4 more. How many?\nAnswer:", "def read(path):\n", "Once upon a time"]
@@ -129,3 +130,29 @@ def test_bad_input_is_one_clear_error(llms: dict[str, LLM], tmp_path: object) ->
 def test_a_draft_model_with_another_vocabulary_is_refused(tiny_model_dir: object) -> None:
     with pytest.raises(IncompatibleDrafter, match="vocabulary"):
         LLM(drafter=str(tiny_model_dir))
+
+
+@pytest.mark.skipif(native is None, reason="the compiled core is not built")
+@pytest.mark.parametrize(("temperature", "rule"), [(0.0, "coupled"), (0.8, "coupled"), (1.0, "block")])
+def test_drafting_in_one_call_gives_the_same_drafts(temperature: float, rule: str) -> None:
+    plain = LLM(drafter="none", backend="native")
+    at_once, step_by_step = plain.with_drafter("draft_model"), plain.with_drafter("draft_model")
+    assert at_once.drafter._chain is not None  # type: ignore[attr-defined]
+    step_by_step.drafter._chain = None  # type: ignore[attr-defined]
+    params = SamplingParams(max_tokens=24, temperature=temperature, seed=2, rule=rule, ignore_eos=True)  # type: ignore[arg-type]
+    one, other = (llm.generate(PROMPTS, params) for llm in (at_once, step_by_step))
+    assert [o.token_ids for o in one] == [o.token_ids for o in other]
+    assert [o.stats.accepted_per_position for o in one] == [o.stats.accepted_per_position for o in other]
+    assert sum(o.stats.accepted for o in one) > 0
+
+
+@pytest.mark.skipif(native is None, reason="the compiled core is not built")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_speculative_text_is_bit_for_bit_the_plain_text_in_every_precision(dtype: str, temperature: float) -> None:
+    plain = LLM(drafter="none", dtype=dtype, backend="native")
+    params = SamplingParams(max_tokens=48, temperature=temperature, seed=5, ignore_eos=True)
+    expected = [plain.generate(prompt, params)[0].token_ids for prompt in PROMPTS]
+    for drafter in DRAFTERS[1:]:
+        outputs = plain.with_drafter(drafter).generate(PROMPTS, params)
+        assert [o.token_ids for o in outputs] == expected, drafter
