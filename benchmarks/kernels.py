@@ -28,7 +28,8 @@ from outrider.registry import find
 from outrider.targets.random import RandomWeights
 from outrider.types import RaggedBatch, Stack
 
-LINEARS = {"square": (2048, 2048), "down": (2048, 8192), "head": (32_000, 768)}
+LINEARS = {"head": (32_000, 2048), "down": (4096, 14_336)}
+"""Outputs and inner width; in every dtype larger than the caches, as a model's weights are."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROPE = rope_config({}, 64)
 LAYER = LayerConfig(num_heads=32, num_kv_heads=8, head_dim=64, intermediate_size=8192, rope=ROPE)

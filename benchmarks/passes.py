@@ -143,7 +143,7 @@ def main() -> None:
     probe = read_probe("native")
     probes: list[float] = []
     times = interleaved({"probe": lambda: probes.append(probe()), **works}, options.rounds)
-    bandwidths = probes[-options.rounds :]
+    bandwidths = probes[-2 * options.rounds :: 2]
     config = SHAPES[shape].stack_config()
     size = weight_bytes(config, dtype) + cache_bytes(config, dtype, Cell(1, 1, context))
     own = "outrider native"

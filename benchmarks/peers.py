@@ -24,14 +24,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
-from support import add_json, facts, prompt_sets, say, table, write_json
+from support import add_json, facts, prompt_sets, say, seconds_of, settle, table, write_json
 
 from outrider import LLM, SamplingParams
-from outrider.evaluation.bench import bootstrap_ratio
+from outrider.evaluation.bench import bootstrap_ratio, repeated_ngrams
 from outrider.weights import resolve_model
 
 Answer = Callable[[list[int], int], list[int]]
@@ -221,8 +221,6 @@ def race(
     contenders: dict[str, Answer], prompts: list[list[int]], count: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, list[list[int]]]]:
     """Seconds of every contender for every prompt (medians of the repeats), and the answers."""
-    from support import seconds_of
-
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     written: dict[str, list[list[int]]] = {name: [] for name in contenders}
     for answer in contenders.values():
@@ -232,6 +230,7 @@ def race(
         for turn in range(repeats):
             for name in list(contenders) if turn % 2 == 0 else list(contenders)[::-1]:
                 got: list[list[int]] = []
+                settle()
                 times[name].append(
                     seconds_of(lambda name=name, ids=ids, got=got: got.append(contenders[name](ids, count)))
                 )
@@ -283,6 +282,7 @@ def main() -> None:
             "dtype": options.dtype,
             "tokens_per_second": round(options.max_tokens * len(times) / sum(times), 1),
             "same_text_as_outrider_plain": round(sum(same) / len(same), 3),
+            "repeated_8grams": round(mean(map(repeated_ngrams, written[name])), 3),
         }
         for key, base in (
             ("over_llama_cpp_plain", "llama.cpp plain"),
@@ -310,6 +310,7 @@ def main() -> None:
             "over_llama_cpp_plain",
             "over_transformers_plain",
             "same_text_as_outrider_plain",
+            "repeated_8grams",
         ]
         print(table([key.replace("_", " ") for key in keys], ([row.get(key) for key in keys] for row in rows)))
         print(f"\nbest settings: {best}; outrider's over llama.cpp's: {result.get('best_over_best_llama_cpp')}")

@@ -83,6 +83,7 @@ def peers(result: Result) -> tuple[str, str, str]:
             ),
             interval(row.get("over_llama_cpp_plain_ci95")),
             percent(row["same_text_as_outrider_plain"]),
+            percent(row.get("repeated_8grams")),
         ]
         for row in result["rows"]
     ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -24,8 +24,10 @@ __all__ = [
     "facts",
     "interleaved",
     "prompt_sets",
+    "ratio_of_pairs",
     "say",
     "seconds_of",
+    "settle",
     "table",
     "write_json",
 ]
@@ -89,8 +91,16 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return perf_counter() - began
 
 
-def interleaved(works: dict[str, Callable[[], Any]], rounds: int, warm: int = 2) -> dict[str, list[float]]:
-    """Seconds of each work, one a round, in turns: what the machine does meanwhile hits all alike."""
+def settle() -> None:
+    """Let the threads of whoever ran last stop spinning: OpenMP's wait busily for a while, on the next one's cores."""
+    sleep(0.01)
+
+
+def interleaved(works: dict[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of each work, one a round, in turns: what the machine does meanwhile hits all alike.
+
+    Each is timed right after a call of its own, as in a loop of its own: threads awake, the caches not a stranger's.
+    """
     for _ in range(warm):
         for work in works.values():
             work()
@@ -98,6 +108,8 @@ def interleaved(works: dict[str, Callable[[], Any]], rounds: int, warm: int = 2)
     for turn in range(rounds):
         order = list(works) if turn % 2 == 0 else list(works)[::-1]
         for name in order:
+            settle()
+            works[name]()
             times[name].append(seconds_of(works[name]))
     return times
 

@@ -65,6 +65,7 @@ class Engine:
         self.admission.waiting.append(request)
         return request
 
+    @torch.inference_mode()  # memories that were made in a step can be changed in this mode only
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
         """Stop a request now, wherever it is; what it has committed stays."""
         if request in self.admission.waiting:
