@@ -29,12 +29,10 @@ static void attention_merge(float* into, const float* from, int count, int head_
   const size_t stride = state_stride(head_pad);
   for (int i = 0; i < count; i++, into += stride, from += stride) {
     const float a = into[head_pad], b = from[head_pad], m = a > b ? a : b;
-    alignas(64) float factor[kLanes] = {a - m, b - m};
-    store(factor, exp(load(factor)));
-    const F keep = set(factor[0]), add = set(factor[1]);
+    const F keep = exp(set(a - m)), add = exp(set(b - m));
     for (int d = 0; d < head_pad; d += kLanes) store(into + d, fma(load(from + d), add, load(into + d) * keep));
     into[head_pad] = m;
-    into[head_pad + 1] = into[head_pad + 1] * factor[0] + from[head_pad + 1] * factor[1];
+    into[head_pad + 1] = into[head_pad + 1] * first_of(keep) + from[head_pad + 1] * first_of(add);
   }
 }
 
@@ -68,8 +66,9 @@ struct BlockTile {
   inline void soften(int row, int64_t low, int64_t high, float* state) {
     float* s = score[row];
     const int head_pad = task.head_pad;
-    for (int i = 0; i < kBlock; i++)
-      if (i < low || i >= high) s[i] = -INFINITY;
+    if (low > 0 || high < kBlock)
+      for (int i = 0; i < kBlock; i++)
+        if (i < low || i >= high) s[i] = -INFINITY;
     F most = load(s);
     for (int i = kLanes; i < kBlock; i += kLanes) most = max(most, load(s + i));
     const float before = state[head_pad], here = reduce_max(most), m = here > before ? here : before;
@@ -79,15 +78,15 @@ struct BlockTile {
       store(s + i, p);
       sum = sum + p;
     }
-    if (m != before) {
-      alignas(64) float factor[kLanes] = {before - m};
-      store(factor, exp(load(factor)));
-      const F keep = set(factor[0]);
-      for (int d = 0; d < head_pad; d += kLanes) store(state + d, load(state + d) * keep);
-      state[head_pad + 1] *= factor[0];
-      state[head_pad] = m;
+    const float total = reduce_add(sum);
+    if (m == before) {
+      state[head_pad + 1] += total;
+      return;
     }
-    state[head_pad + 1] += reduce_add(sum);
+    const F keep = exp(set(before - m));
+    for (int d = 0; d < head_pad; d += kLanes) store(state + d, load(state + d) * keep);
+    state[head_pad] = m;
+    state[head_pad + 1] = first_of(set(state[head_pad + 1]) * keep) + total;
   }
 
   template <int M>

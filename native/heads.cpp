@@ -106,18 +106,12 @@ void Pass::run_unit(int thread, size_t index, const AttentionUnit& unit, float* 
   if (finish) write_attention(layer, unit, state);
 }
 
-void Pass::merge_units(int thread, size_t index) {
-  const Layer& layer = stack_.layers_[index];
-  const AttentionPlan& plan = plans_[plan_of_layer_[index]];
-  int64_t first, last;
-  pool_.share(static_cast<int64_t>(plan.targets.size()) - 1, thread, first, last);
-  for (int64_t t = first; t < last; t++) {
-    const AttentionUnit& unit = plan.units[plan.targets[t]];
-    float* state = space_.partial + unit.state;
-    for (int u = plan.targets[t] + 1; u < plan.targets[t + 1]; u++)
-      kernels_.attention_merge(state, space_.partial + plan.units[u].state, unit.tokens * layer.group, layer.head_pad);
-    write_attention(layer, unit, state);
-  }
+void Pass::merge_unit(const Layer& layer, const AttentionPlan& plan, int target) {
+  const AttentionUnit& unit = plan.units[plan.targets[target]];
+  float* state = space_.partial + unit.state;
+  for (int u = plan.targets[target] + 1; u < plan.targets[target + 1]; u++)
+    kernels_.attention_merge(state, space_.partial + plan.units[u].state, unit.tokens * layer.group, layer.head_pad);
+  write_attention(layer, unit, state);
 }
 
 void Pass::write_attention(const Layer& layer, const AttentionUnit& unit, const float* state) {

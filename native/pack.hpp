@@ -1,6 +1,8 @@
 // Matrices in the form the kernels read: panels of P output columns, quantised where asked.
 #pragma once
 
+#include <cstring>
+
 #include "arena.hpp"
 #include "kernels.hpp"
 
@@ -30,6 +32,12 @@ class Linear {
 };
 
 uint16_t bf16_bits(float value);
-float bf16_value(uint16_t bits);
+
+inline float bf16_value(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
 
 }  // namespace outrider

@@ -1,6 +1,7 @@
 #include "pass.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 namespace outrider {
@@ -141,10 +142,9 @@ Operand Pass::convert(int thread, const Linear& linear, float* rows, size_t stri
 }
 
 void Pass::project_rows(int thread, const Linear& linear, const Operand& x, float* y) {
-  int64_t first, last;
-  pool_.share(linear.weights().panels, thread, first, last);
-  kernels_.gemm(linear.weights(), x, rows_, static_cast<int>(first), static_cast<int>(last),
-                y + first * kernels_.panel, space_.x_stride);
+  pool_.deal(thread, linear.weights().panels, [&](int p) {
+    kernels_.gemm(linear.weights(), x, rows_, p, p + 1, y + p * kernels_.panel, space_.x_stride);
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ one chunk
@@ -210,24 +210,24 @@ void Pass::attention(int thread, size_t index, Pending pending) {
         settle(thread, m, pending);
         return wide ? input_.hidden + (chunk_->first + m) * static_cast<size_t>(width) : residual(thread, m);
       });
-  int64_t first, last;
-  if (plan.by_head) {
-    pool_.share(layer.spec.kv_heads, thread, first, last);
-    for (int64_t kv = first; kv < last; kv++)
-      for (int part = 0; part < layer.parts; part++) head(thread, index, x, static_cast<int>(kv), part);
-  } else {
-    pool_.share(static_cast<int64_t>(layer.spec.kv_heads) * layer.parts, thread, first, last);
-    for (int64_t i = first; i < last; i++)
-      head(thread, index, x, static_cast<int>(i / layer.parts), static_cast<int>(i % layer.parts));
-    pool_.barrier();
-  }
-  for (int u = plan.bounds[thread]; u < plan.bounds[thread + 1]; u++) {
+  const int heads = layer.spec.kv_heads, units = static_cast<int>(plan.units.size());
+  const auto run = [&](int u) {
     const AttentionUnit& unit = plan.units[u];
     run_unit(thread, index, unit, plan.split ? space_.partial + unit.state : space_.local[thread].state, !plan.split);
+  };
+  if (plan.by_head) {
+    pool_.deal(thread, heads, [&](int kv) {
+      for (int part = 0; part < layer.parts; part++) head(thread, index, x, kv, part);
+      for (int u = units / heads * kv; u < units / heads * (kv + 1); u++) run(u);
+    });
+  } else {
+    pool_.deal(thread, heads * layer.parts, [&](int i) { head(thread, index, x, i / layer.parts, i % layer.parts); });
+    pool_.barrier();
+    pool_.deal(thread, units, run);
   }
   if (plan.split) {
     pool_.barrier();
-    merge_units(thread, index);
+    pool_.deal(thread, static_cast<int>(plan.targets.size()) - 1, [&](int t) { merge_unit(layer, plan, t); });
   }
   pool_.barrier();
   const Operand attended = convert(thread, layer.out, space_.attention, space_.attention_stride,
@@ -242,16 +242,13 @@ void Pass::mlp(int thread, const Layer& layer, Pending pending) {
     settle(thread, m, pending);
     return residual(thread, m);
   });
-  int64_t first, last;
-  pool_.share(layer.gate_up.weights().panels / 2, thread, first, last);
   float* tile = space_.local[thread].tile;
-  for (int64_t j = first; j < last; j++) {
-    kernels_.gemm(layer.gate_up.weights(), x, rows_, static_cast<int>(2 * j), static_cast<int>(2 * j + 2), tile,
-                  2 * panel);
+  pool_.deal(thread, layer.gate_up.weights().panels / 2, [&](int j) {
+    kernels_.gemm(layer.gate_up.weights(), x, rows_, 2 * j, 2 * j + 2, tile, 2 * panel);
     for (int m = 0; m < rows_; m++)
       kernels_.activate(stack_.spec_.activation, tile + m * 2 * panel, tile + (m * 2 + 1) * panel, panel,
                         space_.inner + m * space_.inner_stride + j * panel);
-  }
+  });
   pool_.barrier();
   const Operand inner = convert(thread, layer.down, space_.inner, space_.inner_stride, layer.spec.intermediate);
   project_rows(thread, layer.down, inner, space_.y);
@@ -281,37 +278,34 @@ void Pass::logits(int thread, const Operand& x, int rows, const int64_t* at) {
   const int panel = kernels_.panel;
   const int64_t vocabulary = stack_.spec_.vocabulary;
   float* tile = space_.local[thread].tile;
-  int64_t first, last;
-  pool_.share(stack_.head_.weights().panels, thread, first, last);
-  for (int64_t p = first; p < last; p++) {
+  pool_.deal(thread, stack_.head_.weights().panels, [&](int64_t p) {
     kernels_.gemm(stack_.head_.weights(), x, rows, static_cast<int>(p), static_cast<int>(p) + 1, tile, panel);
     const int64_t count = std::min<int64_t>(panel, vocabulary - p * panel);
     for (int r = 0; r < rows; r++) {
       if (stack_.spec_.softcap > 0) kernels_.softcap(tile + r * panel, count, stack_.spec_.softcap);
       std::memcpy(output_.logits + at[r] * vocabulary + p * panel, tile + r * panel, count * sizeof(float));
     }
-  }
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ other passes
 
 void Pass::project(const Chunk& chunk, const float* hidden) {
   chunk_ = &chunk;
+  if (stack_.layers_.empty()) return;
   layout(chunk.count, 0);
   const int width = stack_.spec_.hidden;
+  std::vector<std::array<int, 3>> items;  // layer, key/value head, part
+  for (size_t i = 0; i < stack_.layers_.size(); i++)
+    for (int kv = 0; kv < stack_.layers_[i].spec.kv_heads; kv++)
+      for (int part = stack_.layers_[i].group; part < stack_.layers_[i].parts; part++)
+        items.push_back({static_cast<int>(i), kv, part});
   pool_.run([&](int thread) {
-    for (size_t i = 0; i < stack_.layers_.size(); i++) {
-      const Layer& layer = stack_.layers_[i];
-      const Operand x = prepare(thread, rows_, layer.qkv, width, nullptr, [&](int m) {
-        return hidden + (chunk_->first + m) * static_cast<size_t>(width);
-      });
-      int64_t first, last;
-      pool_.share(static_cast<int64_t>(layer.spec.kv_heads) * (layer.parts - layer.group), thread, first, last);
-      const int parts = layer.parts - layer.group;
-      for (int64_t u = first; u < last; u++)
-        head(thread, i, x, static_cast<int>(u / parts), layer.group + static_cast<int>(u % parts));
-      if (!private_) pool_.barrier();
-    }
+    // No norm comes between, so one operand serves all layers.
+    const Operand x = prepare(thread, rows_, stack_.layers_[0].qkv, width, nullptr, [&](int m) {
+      return hidden + (chunk_->first + m) * static_cast<size_t>(width);
+    });
+    pool_.deal(thread, static_cast<int>(items.size()), [&](int i) { head(thread, items[i][0], x, items[i][1], items[i][2]); });
   });
 }
 

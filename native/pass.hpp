@@ -36,12 +36,11 @@ struct AttentionUnit {
   size_t state = 0;  // with split plans: where its partial states lie, in floats
 };
 
-// How a layer's attention is dealt out: thread t runs units [bounds[t], bounds[t + 1]).
+// How a layer's attention is cut up. Units come key/value head by head, the same number for each.
 struct AttentionPlan {
-  bool by_head = false;  // each thread owns whole key/value heads, from projection to output: no barrier between
+  bool by_head = false;  // whoever projects a key/value head runs its units too: no barrier between
   bool split = false;    // units are parts of a query's positions: merged in order after a barrier
   std::vector<AttentionUnit> units;
-  std::vector<int> bounds;
   std::vector<int> targets;  // with split: index of the first unit of each group of queries, then the end
   size_t states = 0;         // floats
 };
@@ -92,7 +91,7 @@ class Pass {
   void head(int thread, size_t index, const Operand& x, int kv_head, int part);
   void key_value(int thread, size_t index, int kv_head, int part, const float* tile);
   void run_unit(int thread, size_t index, const AttentionUnit& unit, float* state, bool finish);
-  void merge_units(int thread, size_t index);
+  void merge_unit(const Layer& layer, const AttentionPlan& plan, int target);
   void write_attention(const Layer& layer, const AttentionUnit& unit, const float* state);
   void logits(int thread, const Operand& x, int rows, const int64_t* at);
 

@@ -54,40 +54,50 @@ static inline void convert_bf16(const float* x, int n, char* out) {
 #endif
 }
 
-// Symmetric 8-bit quantisation of n values (a multiple of `span`); sums[j] = -zero * sum of the j-th span.
-static inline float quantise(const float* x, int n, bool wide, int span, int zero, char* out, int32_t* sums) {
-  float largest = 1e-10f;
-  F most = set(largest);
+// The bytes of quantised values as operands: plain for Quads of four in order, int16 as k0 k2 k1 k3 where those want it.
+template <bool wide>
+static inline void store_quantised(I q, char* to) {
+  if constexpr (!wide) {
+#if defined(__AVX512VNNI__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(raw(q)));
+#else
+    for (int l = 0; l < kLanes; l++) to[l] = static_cast<char>(q[l]);
+#endif
+  } else {
+    for (int l = 0; l < kLanes; l++) {
+      const int16_t value = static_cast<int16_t>(q[l]);
+      std::memcpy(to + 2 * (l / 4 * 4 + ((l & 1) << 1 | (l >> 1 & 1))), &value, 2);
+    }
+  }
+}
+
+// Symmetric 8-bit quantisation of n values, n a multiple of `span`; sums[j] = -zero * sum of the j-th span.
+template <bool wide>
+static inline float quantise(const float* x, int n, int span, int zero, char* out, int32_t* sums) {
+  F most = set(1e-10f);
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) most = max(most, abs(load(x + i)));
-  largest = reduce_max(most);
-  for (; i < n; i++) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
-  const float inverse = 127.0f / largest;
-  for (int j = 0; j * span < n; j++) {
-    int32_t sum = 0;
-    for (i = j * span; i < (j + 1) * span && i < n; i += kLanes) {
-      alignas(64) float block[kLanes];
-      alignas(64) int32_t q[kLanes];
-      const int width = n - i < kLanes ? n - i : kLanes;
-      const float* from = x + i;
-      if (width < kLanes) {
-        std::memset(block, 0, sizeof block);
-        std::memcpy(block, from, width * sizeof(float));
-        from = block;
-      }
-      store_int(q, to_int(load(from) * set(inverse)));
-      for (int l = 0; l < width; l++) sum += q[l];
-      if (!wide) {
-        for (int l = 0; l < width; l++) out[i + l] = static_cast<char>(q[l]);
-      } else {  // int16, each four as k0 k2 k1 k3 (see Quad)
-        for (int l = 0; l < width; l++) {
-          const int16_t value = static_cast<int16_t>(q[l]);
-          const int place = (i + l) / 4 * 4 + ((l & 1) << 1 | (l >> 1 & 1));
-          std::memcpy(out + 2 * place, &value, 2);
-        }
-      }
+  alignas(64) float rest[kLanes] = {};
+  std::memcpy(rest, x + i, (n - i) * sizeof(float));
+  const float largest = reduce_max(max(most, abs(load(rest))));
+  const F inverse = set(127.0f / largest);
+  for (int begin = 0; begin < n; begin += span, sums++) {
+    I sum = {};
+    for (i = begin; i + kLanes <= begin + span; i += kLanes) {
+      const I q = to_int(load(x + i) * inverse);
+      sum += q;
+      store_quantised<wide>(q, out + (wide ? 2 : 1) * static_cast<ptrdiff_t>(i));
     }
-    sums[j] = -zero * sum;
+    if (i < begin + span) {  // n is the only span, and no multiple of the vector length
+      alignas(64) char bytes[2 * kLanes];
+      const I q = to_int(load(rest) * inverse);
+      sum += q;
+      store_quantised<wide>(q, bytes);
+      std::memcpy(out + (wide ? 2 : 1) * static_cast<ptrdiff_t>(i), bytes, (wide ? 2 : 1) * (n - i));
+    }
+    int32_t total = 0;
+    for (int l = 0; l < kLanes; l++) total += sum[l];
+    *sums = -zero * total;
   }
   return largest / 127.0f;
 }
@@ -110,12 +120,12 @@ static void prepare(DType dtype, const float* x, const float* gain, float eps, i
     case DType::f32: std::memcpy(to, x, inner * sizeof(float)); break;
     case DType::bf16: convert_bf16(x, inner, to); break;
     case DType::i8:
-      out.scale[row] = quantise(x, inner, OpI8::kOperandBytes == 8, inner, kInt8Zero, to,
-                                out.sums + static_cast<ptrdiff_t>(row) * out.sums_stride);
+      out.scale[row] = quantise<OpI8::kOperandBytes == 8>(x, inner, inner, kInt8Zero, to,
+                                                          out.sums + static_cast<ptrdiff_t>(row) * out.sums_stride);
       break;
     case DType::i4:
-      out.scale[row] = quantise(x, inner, false, kGroup, kInt4Zero, to,
-                                out.sums + static_cast<ptrdiff_t>(row) * out.sums_stride);
+      out.scale[row] = quantise<false>(x, inner, kGroup, kInt4Zero, to,
+                                       out.sums + static_cast<ptrdiff_t>(row) * out.sums_stride);
       break;
   }
 }

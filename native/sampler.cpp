@@ -29,9 +29,7 @@ void for_pieces(int64_t rows, int64_t width, Job&& job) {
   if (rows * width < kWorthSharing) return some(0, rows * pieces);
   const auto pool = shared_pool();
   pool->run([&](int thread) {
-    int64_t first, last;
-    pool->share(rows * pieces, thread, first, last);
-    some(first, last);
+    pool->deal(thread, rows * pieces, [&](int64_t i) { some(i, i + 1); });
   });
 }
 

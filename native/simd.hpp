@@ -131,6 +131,8 @@ static inline float reduce_max(F a) {
 }
 #endif
 
+static inline float first_of(F a) { return a[0]; }
+
 constexpr int kPanel = kLanes * kVectors;
 
 // 2^n for whole n in [-126, 127].

@@ -233,8 +233,10 @@ void Stack::embed(const int64_t* tokens, int64_t count, float* out) const {
     if (tokens[t] < 0 || tokens[t] >= spec_.embeddings)
       refuse("token id " + std::to_string(tokens[t]) + " is outside 0 .. " + std::to_string(spec_.embeddings - 1));
     const size_t row = static_cast<size_t>(tokens[t]) * width;
-    for (int d = 0; d < width; d++)
-      out[d] = (embedding_f32_ ? embedding_f32_[row + d] : bf16_value(embedding_bf16_[row + d])) * spec_.embedding_scale;
+    if (embedding_f32_)
+      for (int d = 0; d < width; d++) out[d] = embedding_f32_[row + d] * spec_.embedding_scale;
+    else
+      for (int d = 0; d < width; d++) out[d] = bf16_value(embedding_bf16_[row + d]) * spec_.embedding_scale;
   }
 }
 

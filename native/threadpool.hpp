@@ -46,6 +46,20 @@ class ThreadPool {
   // All threads of the running job meet here.
   void barrier();
 
+  // Calls item(i) for 0 <= i < count, each on one thread: first every thread's own share, in order, then what slower
+  // threads have left. All threads call this equally often, with a barrier between two calls.
+  template <class Item>
+  void deal(int thread, int64_t count, Item&& item) {
+    const unsigned turn = places_[thread].turn++ % 2;
+    places_[thread].taken[1 - turn].store(0, std::memory_order_relaxed);  // nobody is in the turn before any more
+    for (int k = 0; k < threads_; k++) {
+      const int owner = thread + k < threads_ ? thread + k : thread + k - threads_;
+      int64_t first, last;
+      share(count, owner, first, last);
+      for (int64_t i; (i = first + places_[owner].taken[turn].fetch_add(1, std::memory_order_relaxed)) < last;) item(i);
+    }
+  }
+
   // The share [first, last) of `count` items that belongs to `thread`.
   void share(int64_t count, int thread, int64_t& first, int64_t& last) const {
     first = count * thread / threads_;
@@ -69,8 +83,12 @@ class ThreadPool {
   bool stop_ = false;
   Epoch job_, meeting_;
   alignas(64) std::atomic<int> arrived_{0};
-  struct alignas(64) Place { std::atomic<int> cpu{-1}; };
-  std::vector<Place> places_;  // where each thread was when it last met the others
+  struct alignas(64) Place {
+    std::atomic<int64_t> taken[2] = {};  // items taken of this thread's share, in even and odd turns of `deal`
+    unsigned turn = 0;
+    std::atomic<int> cpu{-1};  // where the thread was when it last met the others
+  };
+  std::vector<Place> places_;
   std::vector<int> cores_;     // those this process may use
   std::vector<std::thread> workers_;
 };
