@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, Model, command, human, write_json
@@ -44,7 +45,8 @@ def bench(
 
     The speed-up is the ratio of the two sides' summed seconds, each prompt the median of its repeats, with a
     bootstrap 95 % interval over prompts. Answers go on past the end of the text, so that both sides write the same
-    number of tokens; `same` is the share of prompts whose text equals plain decoding's.
+    number of tokens. `accept` is the acceptance length, `same` the share of prompts whose text equals plain
+    decoding's, `rep.` the share of 8-grams that occurred before.
 
     [bold]Examples[/bold]
 
@@ -82,20 +84,10 @@ def bench(
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['model']} on {result['machine']['cpu']}, {result['machine']['cores']} cores")
-    for name in (
-        "drafter",
-        "prompts",
-        "temp",
-        "plain tok/s",
-        "tok/s",
-        "speed-up",
-        "95 %",
-        "acc. length",
-        "same",
-        "repeats",
-    ):
-        table.add_column(name, justify="left" if name in ("drafter", "prompts") else "right")
+    title = f"{result['model']} on {result['machine']['cpu']}, {result['machine']['cores']} cores"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # ten columns in eighty characters
+    for name in ("drafter", "prompts", "temp", "plain/s", "tokens/s", "x", "95 %", "accept", "same", "rep."):
+        table.add_column(name, justify="left" if name in ("drafter", "prompts") else "right", no_wrap=True)
     for row in result["rows"]:
         low, high = row["speedup_ci95"]
         colour = "green" if low > 1 else "red" if high < 1 else "yellow"
