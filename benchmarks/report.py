@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,12 @@ def profile(result: Result) -> tuple[str, str, str]:
     header = ["dtype", "context", "rows", "new tokens each", "ms", "over one token", "bandwidth"]
     pairs = result["ratio_to_one"][0]["pairs"]
     text = f"Read bandwidth {result['bandwidth_gb_s']} GB/s in the same rounds; medians of {pairs} interleaved rounds."
-    return f"`outrider profile`, {result['model']}, {dtypes(result['rows'])}", text, table(header, rows)
+    contexts = ", ".join(str(context) for context in dict.fromkeys(row["context"] for row in result["rows"]))
+    return f"`outrider profile`, {result['model']}, context {contexts}", text, table(header, rows)
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("dtype", "new_tokens", "rows", "context"))
-
-
-def dtypes(rows: Iterable[dict[str, Any]]) -> str:
-    return ", ".join(dict.fromkeys(row["dtype"] for row in rows))
 
 
 def passes(result: Result) -> tuple[str, str, str]:
@@ -114,7 +111,8 @@ def kernels(result: Result) -> tuple[str, str, str]:
             + ["" if speedup is None else f"{speedup:.2f}"]
         )
     header = ["kernel", "dtype", "M", "native us", "GB/s", "peers us", "speed-up over the best"]
-    return "Kernels against PyTorch and oneDNN", "", table(header, rows)
+    counts = ", ".join(str(count) for count in dict.fromkeys(row["rows"] for row in result["rows"]))
+    return f"Kernels against PyTorch and oneDNN, M = {counts}", "", table(header, rows)
 
 
 def lossless(result: Result) -> tuple[str, str, str]:
