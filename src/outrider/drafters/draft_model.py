@@ -16,6 +16,7 @@ from torch import Tensor
 from outrider import registry
 from outrider.config import SamplingParams
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
+from outrider.learning import DraftModelTraining
 from outrider.sampling import Categorical, process
 from outrider.types import Context, Memory, Noise, Proposal, RaggedBatch, TargetModel
 
@@ -58,6 +59,7 @@ class DraftModelDrafter:
     """
 
     Config = DraftModelConfig
+    Training = DraftModelTraining
     taps: tuple[int, ...] = ()
 
     def __init__(self, model: TargetModel, draft_tokens: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
 from outrider.drafting import Drawing, TrainedDrafter, linear, rms_norm, rowwise
 from outrider.errors import InvalidRequest
+from outrider.learning import DFlashTraining, DSparkTraining
 from outrider.types import Backend, Context, Noise, Proposal, RaggedBatch, TargetModel
 
 __all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead"]
@@ -53,6 +54,7 @@ class DSparkDrafter(TrainedDrafter):
     """Drafts a block in one pass of its layers, then corrects it token by token."""
 
     Config = DSparkConfig
+    Training = DSparkTraining
     kinds = ("dspark", "dflash")
 
     def __init__(
@@ -145,6 +147,7 @@ class DSparkDrafter(TrainedDrafter):
 class DFlashDrafter(DSparkDrafter):
     """The same with no Markov head and no confidence head: every draft is its own slot's likeliest token."""
 
+    Training = DFlashTraining
     kinds = ("dflash", "dspark")
 
 

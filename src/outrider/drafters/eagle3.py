@@ -17,6 +17,7 @@ from torch import Tensor
 from outrider.checkpoints import ChainDesign, DraftCheckpoint
 from outrider.drafting import ChainDrafter, linear, rms_norm
 from outrider.errors import InvalidRequest
+from outrider.learning import Eagle3Training
 from outrider.types import Backend, TargetModel
 
 __all__ = ["Eagle3Config", "Eagle3Drafter"]
@@ -42,6 +43,7 @@ class Eagle3Drafter(ChainDrafter):
     """Drafts a chain; its self-fed keys and values are taken back, and accepted tokens re-run on true features."""
 
     Config = Eagle3Config
+    Training = Eagle3Training
     kinds = ("eagle3",)
 
     def __init__(

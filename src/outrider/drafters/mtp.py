@@ -20,6 +20,7 @@ from torch import Tensor
 from outrider.checkpoints import DraftCheckpoint
 from outrider.drafting import ChainDrafter, linear, rms_norm
 from outrider.errors import InvalidRequest
+from outrider.learning import MTPTraining
 from outrider.types import Backend, TargetModel
 
 __all__ = ["MTPConfig", "MTPDrafter"]
@@ -45,6 +46,7 @@ class MTPDrafter(ChainDrafter):
     """Drafts with the module that was trained beside the target."""
 
     Config = MTPConfig
+    Training = MTPTraining
     kinds = ("mtp",)
 
     def __init__(

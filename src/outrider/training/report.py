@@ -1,0 +1,78 @@
+"""What a training run leaves for people: curves as a picture, and one page that holds them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["read_log", "write_report"]
+
+SHOWN = ("loss", "total_variation", "cross_entropy", "soft_cross_entropy", "confidence")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Lines of a trainer's log."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_report(log: Path, out: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """``report.png`` and ``report.html`` in ``out``."""
+    lines = read_log(log)
+    picture = out / "report.png"
+    _plot(lines, picture)
+    seconds, tokens = sum(line["seconds"] for line in lines), sum(line["tokens"] for line in lines)
+    looks = [line for line in lines if "acceptance_length" in line]
+    rows = {
+        "steps": len(lines),
+        "texts": facts.get("texts"),
+        "tokens seen": f"{tokens:,}",
+        "time": f"{seconds / 60:.1f} minutes, {tokens / max(seconds, 1e-9):,.0f} tokens/s",
+        "last loss": f"{lines[-1]['loss']:.4f}",
+        "acceptance length on held-out prompts": looks[-1]["acceptance_length"] if looks else "not measured",
+        "by domain": ", ".join(f"{k} {v}" for k, v in looks[-1]["acceptance_lengths"].items()) if looks else "",
+        "options": json.dumps(config),
+    }
+    table = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
+    image = base64.b64encode(picture.read_bytes()).decode()
+    (out / "report.html").write_text(
+        "<!doctype html><meta charset=utf-8><title>Training report</title>"
+        "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}th{text-align:left;vertical-align:top;"
+        f"padding-right:1em}}</style><h1>Training report</h1><table>{table}</table>"
+        f'<img alt="curves" style="max-width:100%" src="data:image/png;base64,{image}">\n',
+        encoding="utf-8",
+    )
+
+
+def _plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = np.array([line["step"] for line in lines])
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for name in SHOWN:
+        if name in lines[0]:
+            values = np.array([line[name] for line in lines])
+            width = min(20, len(values))
+            left.plot(steps[width - 1 :], np.convolve(values, np.ones(width) / width, "valid"), label=name)
+    left.set(xlabel="step", ylabel="mean over drafts", yscale="log", title="loss")
+    left.legend(fontsize="small")
+    middle.plot(steps, [line["acceptance"] for line in lines], linewidth=0.6)
+    middle.set(xlabel="step", ylabel="1 - TV", title="acceptance of single drafts, training texts")
+    looks = [line for line in lines if "acceptance_length" in line]
+    right.plot([line["step"] for line in looks], [line["acceptance_length"] for line in looks], "k.-", label="mean")
+    for domain in looks[-1]["acceptance_lengths"] if looks else ():
+        at = [line["step"] for line in looks]
+        right.plot(at, [line["acceptance_lengths"][domain] for line in looks], ".-", alpha=0.6, label=domain)
+    right.set(xlabel="step", ylabel="tokens a round", title="acceptance length, held-out prompts")
+    if looks:
+        right.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,271 @@
+"""``train run``: from the target's answers to a drafter, by the trainer, watched on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from outrider import checkpoints, registry
+from outrider.checkpoints import DraftCheckpoint
+from outrider.config import SamplingParams, build
+from outrider.errors import InvalidRequest, nearest
+from outrider.learning import Frozen
+from outrider.llm import LLM
+from outrider.training.data import Deal, Text, read_texts
+from outrider.training.report import write_report
+from outrider.training.teacher import Teacher
+from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
+from outrider.weights import read_config, resolve_model
+
+__all__ = ["Config", "Evaluator", "run", "save_drafter", "trainable"]
+
+ACCEPTED = 0.9  # of the drafts on a text that was learnt by heart
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+class Config(BaseModel):
+    """What one training run asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = "dspark"
+    """Which drafter: a name of the catalogue that can be trained (see ``outrider models``)."""
+    drafter: dict[str, Any] = Field(default_factory=dict)
+    """Options of that kind: layers, block_size, target_layers, markov_rank, loss, ..."""
+    epochs: float = Field(3.0, gt=0)
+    """How often every text is seen."""
+    steps: int | None = Field(None, ge=1)
+    """Or: how many steps of ``batch`` texts."""
+    batch: int = Field(16, ge=1)
+    """Texts of a step, over all processes."""
+    length: int = Field(512, ge=4)
+    """Tokens of a text, prompt included; what is longer is cut."""
+    pack_tokens: int = Field(1024, ge=1)
+    """Tokens that pass through the drafter together: more need more memory, fewer keep processors less busy."""
+    learning_rate: float = Field(6e-4, gt=0)
+    warmup: float = Field(0.04, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    bfloat16: bool = True
+    """Products in bfloat16; weights and sums stay in float32."""
+    seed: int = 0
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: whole copies, or weights spread over the processes."""
+    save_seconds: float = Field(60.0, gt=0)
+    """The most work that a killed run loses."""
+    sanity: bool = True
+    """Before a long run, over-fit one text until its whole block is accepted: what cannot do that cannot learn."""
+    looks: int = Field(8, ge=0)
+    """How often the acceptance length on held-out prompts is measured."""
+    look_prompts: int = Field(12, ge=1)
+    look_tokens: int = Field(64, ge=4)
+    form: Literal["speculators", "deepspec"] = "speculators"
+    """The format of the finished drafter."""
+    tensorboard: bool = True
+    """Write events for TensorBoard, where it is installed."""
+
+
+def trainable(config: Config, llm: LLM) -> nn.Module:
+    """A new drafter of the kind, for this target. Raises InvalidRequest."""
+    kinds: dict[str, Any] = {name: registry.find("drafter", name) for name in registry.names("drafter")}
+    trained = {name: kind.Training for name, kind in kinds.items() if hasattr(kind, "Training")}
+    if config.kind not in trained:
+        raise InvalidRequest(f"drafter {config.kind!r} cannot be trained; {nearest(config.kind, trained)}")
+    options: Any = build(trained[config.kind], config.drafter, f"drafter {config.kind!r}")
+    torch.manual_seed(config.seed)
+    folder = resolve_model(llm.model)
+    module: nn.Module = options.start(llm.target, read_config(folder), llm.tokenizer.vocabulary)
+    return module
+
+
+def run(
+    config: Config,
+    answers: Path,
+    out: Path,
+    target: str,
+    *,
+    dtype: str = "auto",
+    provenance: Mapping[str, Any] | None = None,
+    watch: Callable[[Step, int], None] = lambda step, steps: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Train a drafter on ``answers`` (a folder with train.jsonl and held_out.jsonl) and write ``out/drafter``.
+
+    A run that was stopped goes on; a finished one returns at once. Under torchrun all processes call this.
+    Raises InvalidRequest for data or options that do not fit, TrainingFailed where it cannot go on.
+    """
+    finished = out / "drafter"
+    if finished.exists():
+        return finished
+    with _processes():
+        rank, world = rank_and_world()
+        llm = LLM(target, "none", dtype=dtype)
+        vocab = llm.target.spec.vocab_size
+        length = min(config.length, llm.target.spec.max_positions)
+        texts = read_texts(answers / "train.jsonl", length=length, vocab_size=vocab)
+        if config.batch < world:
+            raise InvalidRequest(f"batch must be at least the number of processes, {world}; got {config.batch}")
+        steps = config.steps or math.ceil(config.epochs * len(texts) / config.batch)
+        plan = Plan(
+            steps=steps,
+            learning_rate=config.learning_rate,
+            warmup=config.warmup,
+            weight_decay=config.weight_decay,
+            clip=config.clip,
+            bfloat16=config.bfloat16,
+            save_seconds=config.save_seconds,
+        )
+        work = out / "state"
+        teacher = Teacher(llm.target, length)
+        if config.sanity and rank == 0 and not (work / "state.pt").exists():
+            say(over_fit(trainable(config, llm), teacher, texts, plan))
+        module = trainable(config, llm)
+        evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if config.looks else None
+        board = _board(config, out) if rank == 0 else None
+
+        def look(step: int) -> dict[str, Any]:
+            drafter = module.snapshot()  # type: ignore[operator]
+            return evaluator(drafter) if evaluator is not None and rank == 0 else {}
+
+        deal = Deal(texts, config.batch, config.pack_tokens, config.seed)
+        trainer = Trainer(module, teacher, deal, plan, work, config.sharding)
+        every = max(1, steps // config.looks) if config.looks else 0
+        for step in trainer.run(every, look):
+            if board is not None:
+                for name, value in {"loss": step.loss, "rate": step.rate, **step.parts}.items():
+                    board.add_scalar(name, value, step.step)
+            if rank == 0:
+                watch(step, steps)
+        drafter = module.snapshot()  # type: ignore[operator]
+        if rank == 0:
+            facts = {"config": config.model_dump(), "steps": steps, "texts": len(texts), **(provenance or {})}
+            save_drafter(drafter, finished, config.form, facts, llm)
+            write_report(work / "log.jsonl", out, config.model_dump(), facts)
+    return finished
+
+
+def over_fit(module: nn.Module, teacher: Teacher, texts: Sequence[Text], plan: Plan, most: int = 400) -> str:
+    """The sanity gate: one text, the same blocks again and again, until they are all but always accepted.
+
+    Returns what to tell people. Raises TrainingFailed where ``most`` steps do not suffice.
+    """
+    text = min(texts, key=lambda text: abs(len(text.tokens) - text.prompt_length - 24))
+    batch = teacher.batch([text], module, 0)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=max(plan.learning_rate, 1e-3), weight_decay=0.0)
+    accepted, began = 0.0, time.monotonic()
+    for step in range(most):
+        loss = module(batch)
+        (loss.total / loss.weight).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        accepted = float(loss.parts["acceptance"] / loss.weight)
+        if accepted > ACCEPTED:
+            seconds = time.monotonic() - began
+            return f"one text over-fitted in {step + 1} steps, {seconds:.0f} s: {accepted:.0%} of its drafts accepted"
+    raise TrainingFailed(
+        f"after {most} steps on one single text only {accepted:.0%} of its drafts would be accepted, expected "
+        f"{ACCEPTED:.0%}: something is wrong with the options or the data (a learning rate far too low or high, features of "
+        "the wrong layers); sanity = false goes on regardless"
+    )
+
+
+class Evaluator:
+    """Acceptance length on held-out prompts, by real runs of the engine under the real rule at temperature 1."""
+
+    def __init__(self, config: Config, llm: LLM, held_out: Path, length: int) -> None:
+        self._llm, self._form, self._tokens = llm, config.form, config.look_tokens
+        texts = read_texts(held_out, length=length, vocab_size=llm.target.spec.vocab_size) if held_out.exists() else []
+        by_domain: dict[str, list[Text]] = defaultdict(list)
+        for text in texts:
+            by_domain[text.domain].append(text)
+        share = math.ceil(config.look_prompts / max(1, len(by_domain)))
+        self._prompts = {domain: some[:share] for domain, some in sorted(by_domain.items())}
+
+    def __call__(self, drafter: Any) -> dict[str, Any]:
+        """Acceptance length, the target's own token counted: the mean over domains, and each."""
+        if not self._prompts:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "drafter"
+            save_drafter(drafter, path, self._form, {}, self._llm)
+            llm = self._llm.with_drafter(str(path))
+            lengths = {}
+            for domain, texts in self._prompts.items():
+                prompts = [text.tokens[: text.prompt_length] for text in texts]
+                outputs = llm.generate(
+                    prompts,
+                    [
+                        SamplingParams(temperature=1.0, max_tokens=self._tokens, seed=i, rule="rejection")
+                        for i in range(len(prompts))
+                    ],
+                )
+                rounds = sum(output.stats.rounds for output in outputs)
+                generated = sum(output.stats.generated - 1 for output in outputs)
+                lengths[domain] = round(generated / rounds, 4) if rounds else 1.0
+        mean = sum(lengths.values()) / len(lengths)
+        return {"acceptance_length": round(mean, 4), "acceptance_lengths": lengths}
+
+
+def save_drafter(drafter: Any, folder: Path, form: str, provenance: Mapping[str, Any], llm: LLM) -> None:
+    """Write what ``TrainableDrafter.snapshot`` gave, whole or not at all."""
+    if isinstance(drafter, DraftCheckpoint):
+        if form == "deepspec":
+            drafter = Frozen(drafter, llm.target).filled(drafter)
+        checkpoints.save(drafter, folder, form, provenance)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        drafter.save_pretrained(partial)
+        for name in TOKENIZER_FILES:
+            source = resolve_model(llm.model) / name
+            if source.exists():
+                shutil.copyfile(source, partial / name)
+        (partial / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        partial.chmod(0o755)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@dataclass
+class _processes:  # noqa: N801 (used like a function)
+    """The process group that torchrun asks for, if it does."""
+
+    ours: bool = False
+
+    def __enter__(self) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
+            self.ours = True
+
+    def __exit__(self, *error: object) -> None:
+        if self.ours:
+            dist.destroy_process_group()
+
+
+def _board(config: Config, out: Path) -> Any:
+    if not config.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # an extra of the package
+        return None
+    return SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]

@@ -1,0 +1,48 @@
+"""What the target makes of training texts: its features, and its law where a loss asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from outrider.training.data import Text, pack
+from outrider.types import FeatureBatch, Memory, RaggedBatch, TargetModel, TrainableDrafter
+
+__all__ = ["Teacher"]
+
+
+class Teacher:
+    """The target in the same process: one pass a pack, nothing is stored."""
+
+    def __init__(self, target: TargetModel, length: int) -> None:
+        """``length``: the most tokens of a text."""
+        self._target, self._length = target, length
+        self._memory: Memory | None = None
+        self._slots: list[int] = []
+
+    def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
+        """What a drafter learns from these texts in one epoch."""
+        packed = pack(texts)
+        anchors, rows = drafter.wanted(packed, epoch)
+        features, logits = self._read(texts, drafter.taps, rows)
+        return FeatureBatch(packed, anchors, rows, features, logits)
+
+    @torch.inference_mode()
+    def _read(self, texts: Sequence[Text], taps: tuple[int, ...], rows: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self._room(len(texts))
+        slots = self._slots[: len(texts)]
+        batch = RaggedBatch.pack([text.tokens for text in texts], [0] * len(texts), slots)
+        output = self._target.forward(batch, memory, taps, rows)
+        memory.rewind(torch.tensor(slots), torch.zeros(len(slots), dtype=torch.int64))
+        with torch.inference_mode(False):  # what enters autograd must be an ordinary tensor
+            features = output.features
+            empty = torch.zeros(len(batch.tokens), 0)
+            return empty if features is None else features.float().clone(), output.logits.float().clone()
+
+    def _room(self, rows: int) -> Memory:
+        if self._memory is None or len(self._slots) < rows:
+            self._memory = self._target.new_memory(rows, self._length)
+            self._slots = [self._memory.open() for _ in range(rows)]
+        return self._memory

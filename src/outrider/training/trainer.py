@@ -1,0 +1,264 @@
+"""The training loop. It knows a drafter only by ``wanted`` and ``loss``, a target only by what the teacher reads.
+
+One step: some packs of texts, each read by the teacher and learnt from; gradients are sums, divided once by the step's
+whole weight, so neither the packs nor the number of processes change what a step does. Everything random follows from
+(seed, step), so a run that was killed goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from outrider.errors import OutriderError
+from outrider.training.data import Deal
+from outrider.training.teacher import Teacher
+from outrider.types import Loss, TrainableDrafter
+
+__all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "rank_and_world"]
+
+Sharding = Literal["ddp", "fsdp"]
+
+
+class TrainingFailed(OutriderError):
+    """A run cannot go on; what it has written is intact."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long and how fast is learnt."""
+
+    steps: int
+    learning_rate: float
+    warmup: float = 0.04
+    """Share of the steps in which the rate rises from zero; then it falls along a cosine to a tenth of a per cent."""
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    """The longest a gradient may be."""
+    bfloat16: bool = True
+    """Products in bfloat16; weights, sums and the optimiser stay in float32."""
+    save_seconds: float = 60.0
+    """The most work a killed run loses."""
+
+    def rate(self, step: int) -> float:
+        """Learning rate of ``step``."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return self.learning_rate * max(0.001, (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of the log."""
+
+    step: int  # steps done
+    loss: float
+    parts: dict[str, float]
+    rate: float
+    gradient: float  # length before clipping
+    tokens: int  # of this step, over all processes
+    seconds: float
+
+
+class Trainer:
+    """Trains one drafter in one folder: ``state.pt`` to go on from, ``log.jsonl`` for people."""
+
+    def __init__(
+        self, module: nn.Module, teacher: Teacher, deal: Deal, plan: Plan, folder: Path, sharding: Sharding = "ddp"
+    ) -> None:
+        """``module`` is a ``TrainableDrafter``. In a process group it is wrapped as ``sharding`` says."""
+        self.module, self.teacher, self.deal, self.plan, self.folder = module, teacher, deal, plan, folder
+        self.rank, self.world = rank_and_world()
+        self.wrapped = self._wrap(sharding)
+        decayed = [p for p in module.parameters() if p.ndim > 1]
+        other = [p for p in module.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": other, "weight_decay": 0.0}],
+            lr=plan.learning_rate,
+            betas=plan.betas,
+        )
+        self.done = 0
+
+    def run(self, every: int = 0, look: Callable[[int], dict[str, Any]] = lambda step: {}) -> Iterator[Step]:
+        """Go on from where the folder stands to the plan's end, step by step. After every ``every`` steps and at the
+        end ``look`` is asked what else to write down.
+
+        Raises TrainingFailed where the loss is no number: the last state stays.
+        """
+        self._resume()
+        saved = time.monotonic()
+        while self.done < self.plan.steps:
+            step = self._step()
+            self.done += 1
+            line: dict[str, Any] = {"step": step.step, "loss": step.loss, **step.parts}
+            line |= {"rate": step.rate, "gradient": step.gradient, "tokens": step.tokens, "seconds": step.seconds}
+            last = self.done == self.plan.steps
+            if last or (every and self.done % every == 0):
+                line |= look(self.done)
+            if self.rank == 0:
+                self._log(line)
+            if last or self._agree(time.monotonic() - saved > self.plan.save_seconds):
+                self._save()
+                saved = time.monotonic()
+            yield step
+
+    # -------------------------------------------------------------------------------------------- one step
+
+    def _step(self) -> Step:
+        began, rate = time.monotonic(), self.plan.rate(self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        packs = self.deal.packs(self.done, self.rank, self.world)
+        epoch = self.deal.epoch(self.done)
+        sums: dict[str, Tensor] = {}
+        for index, texts in enumerate(packs):
+            with self._syncing(last=index == len(packs) - 1):
+                loss = self._learn(texts or packs[0], epoch, counted=bool(texts))
+            if texts:
+                for name, value in {"loss": loss.total.detach(), "weight": loss.weight, **loss.parts}.items():
+                    sums[name] = sums.get(name, torch.zeros(())) + value
+        tokens = sum(len(text.tokens) for texts in packs for text in texts)
+        totals = self._summed({**sums, "tokens": torch.tensor(float(tokens))})
+        weight = totals.pop("weight")
+        if not math.isfinite(totals["loss"]):
+            raise TrainingFailed(
+                f"the loss is {totals['loss']} at step {self.done + 1}; the state of an earlier step in {self.folder} "
+                "is intact. A lower learning rate or bfloat16 = false may help"
+            )
+        gradient = self._clip(weight)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        count = int(totals.pop("tokens"))
+        means = {name: value / weight for name, value in totals.items()}
+        mean = means.pop("loss")
+        return Step(self.done + 1, mean, means, rate, gradient, count, time.monotonic() - began)
+
+    def _learn(self, texts: Any, epoch: int, counted: bool) -> Loss:
+        """Forward and backward through one pack."""
+        batch = self.teacher.batch(texts, cast(TrainableDrafter, self.module), epoch)
+        with torch.autocast(batch.features.device.type, dtype=torch.bfloat16, enabled=self.plan.bfloat16):
+            loss: Loss = self.wrapped(batch)
+        (loss.total if counted else loss.total * 0).backward()
+        return loss
+
+    def _clip(self, weight: float) -> float:
+        """Sums to means, then not too long. Wrappers have averaged over the processes: that is taken back."""
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.world / weight)
+        length = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.clip)
+        return float(length.full_tensor() if hasattr(length, "full_tensor") else length)
+
+    # -------------------------------------------------------------------------------------------- processes
+
+    def _wrap(self, sharding: Sharding) -> nn.Module:
+        if self.world == 1:
+            return self.module
+        if sharding == "ddp":
+            return nn.parallel.DistributedDataParallel(self.module)
+        for child in self.module.modules():
+            if isinstance(child, nn.ModuleList):
+                for layer in child:
+                    if sum(p.numel() for p in layer.parameters()) > 1_000_000:
+                        fully_shard(layer)
+        return cast(nn.Module, fully_shard(self.module))
+
+    @contextlib.contextmanager
+    def _syncing(self, last: bool) -> Iterator[None]:
+        """Gradients travel between processes once a step."""
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and not last:
+            with self.wrapped.no_sync():
+                yield
+        else:
+            if isinstance(self.wrapped, FSDPModule):
+                self.wrapped.set_requires_gradient_sync(last)
+            yield
+
+    def _summed(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Each sum over all processes."""
+        names = sorted(sums)
+        values = torch.stack([sums[name].double() for name in names])
+        if self.world > 1:
+            dist.all_reduce(values)
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _agree(self, wish: bool) -> bool:
+        """What the first process wishes."""
+        if self.world == 1:
+            return wish
+        value = torch.tensor(float(wish))
+        dist.broadcast(value, 0)
+        return bool(value)
+
+    # -------------------------------------------------------------------------------------------- folder
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state.pt"
+
+    def _save(self) -> None:
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        module, optimizer = get_state_dict(self.module, self.optimizer, options=whole)
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.state.with_suffix(".partial")
+            try:
+                with partial.open("wb") as file:
+                    torch.save({"step": self.done, "module": module, "optimizer": optimizer}, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, self.state)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                partial.unlink(missing_ok=True)
+                raise TrainingFailed(
+                    f"cannot save step {self.done} to {self.state}: {error}. The state before it is intact; make room "
+                    "and run the same command again"
+                ) from error
+
+    def _resume(self) -> None:
+        if self.state.exists():
+            saved = torch.load(self.state, map_location="cpu", weights_only=True)
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            set_state_dict(
+                self.module,
+                self.optimizer,
+                model_state_dict=saved["module"],
+                optim_state_dict=saved["optimizer"],
+                options=whole,
+            )
+            self.done = saved["step"]
+        if self.rank == 0:
+            self._cut_log()
+
+    def _log(self, line: dict[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _cut_log(self) -> None:
+        """Steps that the state does not know will be done again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "log.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.done]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

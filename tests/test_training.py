@@ -1,0 +1,268 @@
+"""The trainer: the same run whatever interrupts or shares it out, and what it says of bad data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from outrider import LLM, SamplingParams, checkpoints
+from outrider.errors import InvalidRequest
+from outrider.training.data import Deal, Text, pack, read_texts
+from outrider.training.run import Config, run, trainable
+from outrider.training.trainer import Plan, TrainingFailed
+from outrider.types import FeatureBatch, Loss
+
+SMALL: dict[str, Any] = {
+    "drafter": {"markov_rank": 8, "intermediate_size": 64, "target_layers": [2, 5], "loss": {"anchors": 4}},
+    "steps": 8,
+    "batch": 4,
+    "pack_tokens": 64,
+    "length": 48,
+    "learning_rate": 2e-3,
+    "sanity": False,
+    "looks": 0,
+    "bfloat16": False,
+    "tensorboard": False,
+}
+
+RUN = """
+import json, sys, torch
+from pathlib import Path
+from outrider.training.run import Config, run
+torch.set_num_threads(1)
+options, answers, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+run(Config(**options), answers, out, "embedded", dtype="float32", watch=lambda step, steps: print(step.step, flush=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("answers")
+    generator = torch.Generator().manual_seed(1)
+    for name, count in (("train", 12), ("held_out", 3)):
+        lines = []
+        for i in range(count):
+            length = 20 + int(torch.randint(30, (1,), generator=generator))
+            tokens = torch.randint(2, 4096, (length,), generator=generator).tolist()
+            lines.append(json.dumps({"id": f"{name}{i}", "domain": "x", "prompt": tokens[:6], "answer": tokens[6:]}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def process(options: dict[str, Any], answers: Path, out: Path, launcher: list[str] | None = None) -> list[str]:
+    script = out.parent / "run.py"
+    script.write_text(RUN)
+    return [sys.executable, *(launcher or []), str(script), json.dumps(options), str(answers), str(out)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OUTRIDER_THREADS": "1"}
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return dict(checkpoints.load(out / "drafter").tensors)
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "state" / "log.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------ the same run
+
+
+def test_a_run_killed_twice_ends_with_the_same_weights(answers: Path, tmp_path: Path) -> None:
+    options = SMALL | {"save_seconds": 0.01, "steps": 12}
+    command = process(options, answers, tmp_path / "whole")
+    subprocess.run(command, check=True, env=environment(), capture_output=True)
+
+    killed = 0
+    for after in (3, 7):  # by kill -9, as soon as so many steps were done
+        child = subprocess.Popen(
+            process(options, answers, tmp_path / "cut"), env=environment(), stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        for line in child.stdout:
+            if int(line) >= after:
+                child.send_signal(signal.SIGKILL)
+                break
+        child.stdout.close()
+        child.wait()
+        killed += child.returncode == -signal.SIGKILL
+    subprocess.run(process(options, answers, tmp_path / "cut"), check=True, env=environment(), capture_output=True)
+
+    assert killed == 2
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    assert len(losses(tmp_path / "cut")) == 12  # no step is told twice
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(sharding: str, answers: Path, tmp_path: Path) -> None:
+    run(Config(**SMALL), answers, tmp_path / "one", "embedded", dtype="float32")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(29500 + os.getpid() % 500)]
+    options = SMALL | {"sharding": sharding}
+    done = subprocess.run(
+        process(options, answers, tmp_path / "two", launcher), env=environment(), capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash", "eagle3", "mtp", "draft_model"])
+def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) -> None:
+    own: dict[str, Any] = {
+        "dspark": SMALL["drafter"],
+        "dflash": {"target_layers": [2, 5]},
+        "eagle3": {"depth": 3, "target_layers": [2, 5]},
+        "mtp": {"depth": 2},
+        "draft_model": {"intermediate_size": 64},
+    }[kind]
+    config = Config(**SMALL | {"kind": kind, "drafter": own, "steps": 12, "looks": 1, "look_tokens": 4})
+    folder = run(config, answers, tmp_path / kind, "embedded", dtype="float32")
+    curve = losses(tmp_path / kind)
+    llm = LLM("embedded", str(folder), dtype="float32")
+    plain = LLM("embedded", "none", dtype="float32")
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3)
+
+    assert sum(curve[-3:]) < sum(curve[:3])
+    assert llm.generate("Question:", params)[0].token_ids == plain.generate("Question:", params)[0].token_ids
+    assert llm.drafter_name == kind
+    assert (tmp_path / kind / "report.html").stat().st_size > 10_000
+    assert run(config, answers, tmp_path / kind, "embedded", dtype="float32") == folder  # done: nothing is repeated
+
+
+def test_one_text_can_be_learnt_by_heart(answers: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    options = SMALL | {"sanity": True, "steps": 1, "drafter": {"markov_rank": 16, "target_layers": [2, 5]}}
+    run(Config(**options), answers, tmp_path / "out", "embedded", dtype="float32", say=said.append)
+    assert "over-fitted" in said[0]
+
+
+def test_what_cannot_learn_is_stopped_before_the_long_run(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    with pytest.raises(TrainingFailed, match="one single text"):
+        run(Config(**SMALL | {"sanity": True}), answers, tmp_path / "out", "embedded", dtype="float32")
+    assert not (tmp_path / "out" / "drafter").exists()
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_state(
+    answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from outrider.learning import TrainableBlock
+
+    true_loss, calls = TrainableBlock.loss, []
+
+    def broken(self: nn.Module, batch: FeatureBatch) -> Loss:
+        calls.append(1)
+        loss: Loss = true_loss(self, batch)  # type: ignore[arg-type]
+        return loss if len(calls) < 6 else Loss(loss.total * float("nan"), loss.parts, loss.weight)
+
+    options = Config(**SMALL | {"save_seconds": 1e-6, "pack_tokens": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainableBlock, "loss", broken)
+        with pytest.raises(TrainingFailed, match="the loss is nan at step 6"):
+            run(options, answers, tmp_path / "out", "embedded", dtype="float32")
+    state = torch.load(tmp_path / "out" / "state" / "state.pt", weights_only=True)
+    folder = run(options, answers, tmp_path / "out", "embedded", dtype="float32")
+
+    assert state["step"] == 5
+    assert all(bool(tensor.isfinite().all()) for tensor in state["module"].values())
+    assert folder.exists() and len(losses(tmp_path / "out")) == 8
+
+
+def test_a_full_disk_keeps_the_state_before(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_save, calls = torch.save, []
+
+    def full(value: Any, file: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        true_save(value, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingFailed, match=r"No space left.*run the same command again"):
+        run(Config(**SMALL | {"save_seconds": 1e-6}), answers, tmp_path / "out", "embedded", dtype="float32")
+    assert torch.load(tmp_path / "out" / "state" / "state.pt", weights_only=True)["step"] == 2
+    assert [path.name for path in (tmp_path / "out" / "state").iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "line 2: expected an object"),
+        ('{"id": 1, "prompt": [3]}', "line 2: expected an object"),
+        ('{"id": 1, "prompt": [3], "answer": [4, 99999]}', "token 99999 is none of the target's 4096"),
+    ],
+)
+def test_a_malformed_answer_names_its_line(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"id": "a", "prompt": [1, 2], "answer": [3, 4]}\n' + line + "\n")
+    with pytest.raises(InvalidRequest, match=message):
+        read_texts(path, length=16, vocab_size=4096)
+
+
+def test_no_usable_answer_at_all(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"id": "a", "prompt": [1, 2], "answer": [3]}\n')
+    with pytest.raises(InvalidRequest, match="holds no text"):
+        read_texts(tmp_path / "train.jsonl", length=16, vocab_size=4096)
+
+
+def test_what_cannot_be_trained_is_refused() -> None:
+    llm = LLM("embedded", "none", dtype="float32")
+    with pytest.raises(InvalidRequest, match="'ngram' cannot be trained"):
+        trainable(Config(kind="ngram"), llm)
+    with pytest.raises(InvalidRequest, match="did you mean 'markov_rank'"):
+        trainable(Config(drafter={"markov_rnak": 3}), llm)
+
+
+# ------------------------------------------------------------------------------------------------ dealing
+
+
+def test_every_text_comes_once_an_epoch_whatever_the_processes() -> None:
+    some = [Text(str(i), "", tuple(range(3 + i)), 1) for i in range(10)]
+    deal = Deal(some, batch=4, pack_tokens=12, seed=5)
+    seen = [text.id for step in range(5) for part in deal.packs(step) for text in part]
+    shared = [[t.id for r in range(3) for part in deal.packs(step, r, 3) for t in part] for step in range(5)]
+    counts = {len(deal.packs(0, rank, 3)) for rank in range(3)}
+
+    assert sorted(seen[:20]) == sorted([str(i) for i in range(10)] * 2)
+    assert all(sorted(shared[s]) == sorted(t.id for p in deal.packs(s) for t in p) for s in range(5))
+    assert len(counts) == 1
+    assert all(sum(len(t.tokens) for t in part) <= 12 for s in range(5) for part in deal.packs(s) if len(part) > 1)
+
+
+def test_a_pack_knows_what_the_target_wrote() -> None:
+    packed = pack([Text("a", "", (5, 6, 7), 1), Text("b", "", (8, 9), 2)])
+    assert packed.tokens.tolist() == [5, 6, 7, 8, 9]
+    assert packed.answers.tolist() == [False, True, True, False, False]
+    assert packed.offsets.tolist() == [0, 3, 5]
+    assert packed.keys[0] != packed.keys[1]
+
+
+def test_the_rate_rises_then_falls() -> None:
+    plan = Plan(steps=100, learning_rate=1.0, warmup=0.1)
+    rates = [plan.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
+    assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] < 0.01
