@@ -14,7 +14,6 @@ static double read_sum(const char* data, size_t bytes) {
   constexpr size_t step = 8 * sizeof(F);
   F sum[8] = {};
   for (size_t i = 0; i + step <= bytes; i += step) {
-    for (size_t line = 0; line < step; line += 64) prefetch(data + i + kPrefetch + line);
     for (int j = 0; j < 8; j++) sum[j] = sum[j] + load(reinterpret_cast<const float*>(data + i) + j * kLanes);
   }
   F total = sum[0];
