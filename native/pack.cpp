@@ -14,6 +14,31 @@ uint16_t bf16_bits(float value) {
 
 namespace {
 
+int place_in_row(int k, int panel) {
+  const int within = k % panel, half = panel / 2;
+  return k - within + within % half * 2 + within / half;
+}
+
+}  // namespace
+
+void pack_row(DType dtype, const float* row, int width, int inner, int panel, char* to) {
+  for (int k = 0; k < inner; k++) {
+    const float value = k < width ? row[k] : 0.0f;
+    if (dtype == DType::f32)
+      reinterpret_cast<float*>(to)[k] = value;
+    else
+      reinterpret_cast<uint16_t*>(to)[place_in_row(k, panel)] = bf16_bits(value);
+  }
+}
+
+void unpack_row(DType dtype, const char* row, int width, int panel, float* to) {
+  for (int k = 0; k < width; k++)
+    to[k] = dtype == DType::f32 ? reinterpret_cast<const float*>(row)[k]
+                                : bf16_value(reinterpret_cast<const uint16_t*>(row)[place_in_row(k, panel)]);
+}
+
+namespace {
+
 int padded_inner(DType dtype, int inner) {
   return static_cast<int>(round_up(inner, dtype == DType::i4 ? kGroup : k_per_step(dtype)));
 }

@@ -30,6 +30,7 @@ static inline F abs(F a) { return _mm512_abs_ps(a); }
 static inline F round(F a) { return _mm512_roundscale_ps(a, 0); }
 static inline Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+static inline uint32_t bits(Mask m) { return m; }
 static inline __m512i raw(I a) { return reinterpret_cast<__m512i>(a); }
 static inline I lanes(__m512i a) { return reinterpret_cast<I>(a); }
 static inline F as_float(I a) { return reinterpret_cast<F>(a); }
@@ -63,6 +64,7 @@ static inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+static inline uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 static inline __m256i raw(I a) { return reinterpret_cast<__m256i>(a); }
 static inline I lanes(__m256i a) { return reinterpret_cast<I>(a); }
 static inline F as_float(I a) { return reinterpret_cast<F>(a); }
@@ -98,6 +100,7 @@ static inline F fma(F a, F b, F c) {
 }
 static inline Mask less(F a, F b) { return a < b; }
 static inline F select(Mask m, F a, F b) { return m ? a : b; }
+static inline uint32_t bits(Mask m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
 static inline F max(F a, F b) { return a > b ? a : b; }
 static inline F min(F a, F b) { return a < b ? a : b; }
 static inline F as_float(I a) { return reinterpret_cast<F>(a); }
