@@ -55,9 +55,11 @@ MarkovHead::MarkovHead(MarkovSpec spec, const float* w1, const float* w2, const 
   w2_ = pack(w2, spec_.drafted, rank);
   if (mix) mix_ = pack(mix, mixed_width(), spec_.kind == MarkovKind::rnn ? 2 * rank : rank);
   if (ids) ids_.assign(ids, ids + spec_.drafted);
-  std::vector<float> row(rank);
+  mix_rows_.resize(mixed_width());
+  std::iota(mix_rows_.begin(), mix_rows_.end(), 0);
+  std::vector<float> row(w2_.inner);
   for (int64_t v = 0; v < spec_.drafted; v++) {
-    unpack_row(w2_.dtype, w2_.data + v * w2_.row_bytes, rank, kernels_.panel, row.data());
+    unpack_row(w2_.dtype, w2_.data + v * w2_.row_bytes, w2_.inner, kernels_.panel, row.data());
     norms_.push_back(norm(row.data(), rank));
   }
   largest_norm_ = *std::max_element(norms_.begin(), norms_.end());
@@ -98,8 +100,9 @@ void MarkovHead::draft(const MarkovBlock& block) {
   for (int64_t b = 0; b < block.rows; b++) {
     Row row;
     row.previous = block.anchors[b];
-    row.input.assign(mix_.inner, 0.0f);
+    row.input.assign(mix_.inner + w1_.inner, 0.0f);  // room for W1's padding
     row.latent.assign(w2_.inner, 0.0f);
+    row.mixed.resize(mixed_width());
     const bool greedy = !(block.temperatures[b] > 0);
     for (int64_t i = b * block.drafts; i < (b + 1) * block.drafts; i++) {
       const float* base = block.base + i * width;
@@ -111,12 +114,7 @@ void MarkovHead::draft(const MarkovBlock& block) {
       block.tokens[i] = row.previous =
           draw(list, row, block.keys[i], greedy ? 0.0f : block.temperatures[b], block.ids ? block.ids + place : nullptr,
                block.logits ? block.logits + place : nullptr);
-      float largest = kNothing, second = kNothing;
-      for (const float x : row.logits) {
-        second = std::max(second, std::min(x, largest));
-        largest = std::max(largest, x);
-      }
-      block.margins[i] = row.logits.size() > 1 ? largest - second : std::numeric_limits<float>::infinity();
+      block.margins[i] = row.largest - row.second;
     }
   }
 }
@@ -174,16 +172,14 @@ void MarkovHead::advance(ThreadPool& pool, const float* mixed, Row& row) const {
   const char* embedding = w1_.data + row.previous * w1_.row_bytes;
   float* z = row.latent.data();
   if (spec_.kind == MarkovKind::vanilla) {
-    unpack_row(w1_.dtype, embedding, rank, kernels_.panel, z);
+    unpack_row(w1_.dtype, embedding, w1_.inner, kernels_.panel, z);
   } else {
     float* state = row.input.data();
     float* token = spec_.kind == MarkovKind::rnn ? state + rank : state;
-    unpack_row(w1_.dtype, embedding, rank, kernels_.panel, token);
+    unpack_row(w1_.dtype, embedding, w1_.inner, kernels_.panel, token);
     const int width = mixed_width();
-    std::vector<float> m(width);
-    std::vector<int32_t> all(width);
-    std::iota(all.begin(), all.end(), 0);
-    products(pool, kernels_, mix_, row.input.data(), all, m.data());
+    std::vector<float>& m = row.mixed;
+    products(pool, kernels_, mix_, row.input.data(), mix_rows_, m.data());
     for (int i = 0; i < width; i++) m[i] = (m[i] + mixed[i]) * (i < rank ? 0.5f : 1.0f);
     kernels_.softcap(m.data(), width, 1.0f);  // tanh; sigmoid(x) = (1 + tanh(x / 2)) / 2
     for (int i = 0; i < rank; i++) {
@@ -204,12 +200,17 @@ void MarkovHead::correct(ThreadPool& pool, const float* base, const List& list, 
   row.logits.resize(list.places.size());
   products(pool, kernels_, w2_, row.latent.data(), list.places, row.logits.data());
   for (size_t i = 0; i < list.places.size(); i++) row.logits[i] += base[list.places[i]];
+  const int64_t count = static_cast<int64_t>(row.logits.size());
+  row.best = kernels_.find_max(row.logits.data(), count, &row.largest);
+  row.logits[row.best] = kNothing;
+  kernels_.find_max(row.logits.data(), count, &row.second);
+  row.logits[row.best] = row.largest;
 }
 
 // Makes the list hold the largest corrected logit of the whole vocabulary, unless too many tokens might be it.
 void MarkovHead::complete(ThreadPool& pool, const float* base, List& list, Row& row) const {
-  const float reached = *std::max_element(row.logits.begin(), row.logits.end());
-  const float most = largest_norm_ * row.size, bound = reached - kRounding * (1.0f + std::fabs(reached) + most);
+  const float most = largest_norm_ * row.size;
+  const float bound = row.largest - kRounding * (1.0f + std::fabs(row.largest) + most);
   if (list.cut + most < bound) return;
   List longer;
   longer.places.resize(spec_.drafted);
@@ -227,16 +228,15 @@ int64_t MarkovHead::draw(const List& list, const Row& row, int64_t key, float te
     std::fill(ids, ids + spec_.shortlist, static_cast<int64_t>(spec_.vocabulary));
     std::fill(logits, logits + spec_.shortlist, kNothing);
   }
-  const auto largest = std::max_element(row.logits.begin(), row.logits.end());
   if (temperature <= 0.0f) {
-    const int64_t token = target_id(list.places[largest - row.logits.begin()]);
+    const int64_t token = target_id(list.places[row.best]);
     if (ids) {
       ids[0] = token;
       logits[0] = 0.0f;
     }
     return token;
   }
-  const float shift = temperature < 1e-3f ? *largest : 0.0f;  // keeps the quotients finite
+  const float shift = temperature < 1e-3f ? row.largest : 0.0f;  // keeps the quotients finite
   for (int64_t i = 0; i < count; i++) {
     ids[i] = target_id(list.places[i]);
     logits[i] = (row.logits[i] - shift) / temperature;

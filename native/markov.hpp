@@ -62,9 +62,12 @@ class MarkovHead {
   struct Row {                    // where one row of the block stands
     int64_t previous = 0;         // the token before, target id
     std::vector<float> input;     // of the mixing: state (rnn), embedding of the token
+    std::vector<float> mixed;
     std::vector<float> latent;    // z
     float size = 0.0f;            // |z|, rounded up
     std::vector<float> logits;    // corrected, of its list
+    int64_t best = 0;             // where the largest of them first stands
+    float largest = 0.0f, second = 0.0f;
   };
 
   RowMajor pack(const float* matrix, int64_t rows, int width);
@@ -79,6 +82,7 @@ class MarkovHead {
   const Kernels& kernels_;
   Arena arena_;
   RowMajor w1_, w2_, mix_;
+  std::vector<int32_t> mix_rows_;  // all of them
   std::vector<float> norms_;  // |W2[v]|, rounded up
   float largest_norm_ = 0.0f;
   std::vector<int64_t> ids_;
