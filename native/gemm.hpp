@@ -55,7 +55,7 @@ struct GroupTile {
     const char* rows = x.data + row * x.stride + offset;
     const int32_t* start = x.sums + static_cast<ptrdiff_t>(row) * x.sums_stride + group;
     for (int g = 0; g < groups; g++, w += kGroupBytes, rows += kGroup) {
-      for (int line = 0; line < kGroupBytes; line += 64) prefetch(w + kPrefetch + line);
+      prefetch_ahead<2 * M>(w, kGroupBytes);  // a byte is two weights
       I acc[M][kVectors];
       for (int m = 0; m < M; m++)
         for (int v = 0; v < kVectors; v++) acc[m][v] = set_int(start[static_cast<ptrdiff_t>(m) * x.sums_stride + g]);

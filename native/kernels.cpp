@@ -3,6 +3,7 @@
 #include "gemm.hpp"
 #include "race.hpp"
 #include "rows.hpp"
+#include "shortlist.hpp"
 
 #define OUTRIDER_TEXT_(name) #name
 #define OUTRIDER_TEXT(name) OUTRIDER_TEXT_(name)
@@ -14,7 +15,6 @@ static double read_sum(const char* data, size_t bytes) {
   constexpr size_t step = 8 * sizeof(F);
   F sum[8] = {};
   for (size_t i = 0; i + step <= bytes; i += step) {
-    for (size_t line = 0; line < step; line += 64) prefetch(data + i + kPrefetch + line);
     for (int j = 0; j < 8; j++) sum[j] = sum[j] + load(reinterpret_cast<const float*>(data + i) + j * kLanes);
   }
   F total = sum[0];
@@ -25,7 +25,8 @@ static double read_sum(const char* data, size_t bytes) {
 extern const Kernels table;
 const Kernels table = {
     OUTRIDER_TEXT(OUTRIDER_ISA), kPanel, operand_bytes, gemm, prepare, rms_norm, accumulate, activate, rotate,
-    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max, sum_exp, race, read_sum,
+    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max, sum_exp, race,
+    count_from, collect, dot_rows, read_sum,
 };
 
 }  // namespace outrider::OUTRIDER_ISA

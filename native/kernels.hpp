@@ -21,6 +21,7 @@ constexpr int kGroup = 32;       // inner elements that share an int4 scale
 constexpr int kBlock = 64;       // positions of one softmax step; blocks start at absolute multiples of it
 constexpr int kSplit = 512;      // positions whose partial softmax is merged in order; a multiple of kBlock
 constexpr int kRowBlock = 256;   // rows one panel is multiplied with before the next row block
+constexpr int kWidestRow = 4096; // of a RowMajor matrix
 constexpr int kInt8Zero = 128;   // weights are stored unsigned: q + zero
 constexpr int kInt4Zero = 8;
 
@@ -44,6 +45,14 @@ struct Operand {
   float* scale = nullptr;       // int8, int4: one per row
   int32_t* sums = nullptr;      // -zero * sum of the quantised row (int8) or of each of its groups (int4)
   int sums_stride = 0;
+};
+
+// A matrix whose rows are read one by one: float32 or bfloat16, K padded to whole panels (see pack_row).
+struct RowMajor {
+  DType dtype = DType::f32;
+  int inner = 0;
+  size_t row_bytes = 0;
+  const char* data = nullptr;
 };
 
 // The queries of one row of the batch that share a key/value head, against cached positions [begin, end).
@@ -97,6 +106,10 @@ struct Kernels {
   double (*sum_exp)(const float* x, int64_t n, float shift);
   float (*race)(const float* x, int64_t n, float divisor, uint64_t key, uint64_t first, const int64_t* ids,
                 float* scores, float* peak);
+  // A few of many: see shortlist.hpp.
+  int64_t (*count_from)(const float* x, int64_t n, float bound);
+  int64_t (*collect)(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* places);
+  void (*dot_rows)(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out);
   double (*read_sum)(const char* data, size_t bytes);
 };
 

@@ -5,13 +5,16 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <memory>
 #include <optional>
 
 #include "arena.hpp"
 #include "chain.hpp"
+#include "markov.hpp"
 #include "sampler.hpp"
 #include "stack.hpp"
 
@@ -93,6 +96,59 @@ void forward(Stack& stack, Cache& cache, const Ints& tokens, const Ints& positio
   }
   nb::gil_scoped_release released;
   stack.forward(batch, cache, input, output);
+}
+
+std::unique_ptr<MarkovHead> markov_head(const MarkovSpec& spec, const Rows& w1, const Rows& w2,
+                                        const std::optional<Rows>& mix, const std::optional<Ints>& ids) {
+  const int rank = spec.rank;
+  expect_rows("w1", w1, spec.vocabulary, rank);
+  expect_rows("w2", w2, spec.drafted, rank);
+  if (rank < 1 || 2 * rank > kWidestRow)
+    throw std::invalid_argument("a sequential head's rank must be 1 to " + std::to_string(kWidestRow / 2) + ", got " +
+                                std::to_string(rank));
+  if (spec.drafted < 1) throw std::invalid_argument("a sequential head needs a vocabulary");
+  if (spec.dtype != DType::f32 && spec.dtype != DType::bf16)
+    throw std::invalid_argument("a sequential head is kept in f32 or bf16");
+  if (mix.has_value() == (spec.kind == MarkovKind::vanilla))
+    throw std::invalid_argument("gated and rnn heads need a mixing matrix, vanilla ones have none");
+  if (mix && spec.kind == MarkovKind::gated) expect_rows("mix", *mix, rank, rank);
+  if (mix && spec.kind == MarkovKind::rnn) expect_rows("mix", *mix, 3 * rank, 2 * rank);
+  if (ids) expect_shape("ids", ids->size(), 1, spec.drafted, 1);
+  return std::make_unique<MarkovHead>(spec, w1.data(), w2.data(), mix ? mix->data() : nullptr,
+                                      ids ? ids->data() : nullptr);
+}
+
+void markov_draft(MarkovHead& head, const Rows& base, const std::optional<Rows>& mixed, const Ints& anchors,
+                  const IntRows& keys, const Vector& temperatures, const IntRowsOut& tokens, const RowsOut& margins,
+                  const std::optional<IntRowsOut>& ids, const std::optional<RowsOut>& logits) {
+  const MarkovSpec& spec = head.spec();
+  MarkovBlock block{};
+  block.rows = anchors.size();
+  block.drafts = keys.shape(1);
+  const int64_t count = block.rows * block.drafts;
+  expect_rows("base", base, count, spec.drafted);
+  if (head.mixed_width() && !mixed) throw std::invalid_argument("this head mixes: give what it makes of the hidden states");
+  if (mixed) expect_rows("mixed", *mixed, count, head.mixed_width());
+  expect_shape("keys", keys.shape(0), keys.shape(1), block.rows, block.drafts);
+  expect_shape("temperatures", temperatures.size(), 1, block.rows, 1);
+  expect_shape("tokens", tokens.shape(0), tokens.shape(1), block.rows, block.drafts);
+  expect_shape("margins", margins.shape(0), margins.shape(1), block.rows, block.drafts);
+  for (int64_t b = 0; b < block.rows; b++)
+    if (temperatures.data()[b] > 0 && !(ids && logits))
+      throw std::invalid_argument("sampled rows need arrays for ids and logits");
+  if (ids) expect_shape("ids", ids->shape(0), ids->shape(1), count, spec.shortlist);
+  if (logits) expect_shape("logits", logits->shape(0), logits->shape(1), count, spec.shortlist);
+  block.base = base.data();
+  block.mixed = mixed ? mixed->data() : nullptr;
+  block.anchors = anchors.data();
+  block.keys = keys.data();
+  block.temperatures = temperatures.data();
+  block.tokens = tokens.data();
+  block.margins = margins.data();
+  block.ids = ids && logits ? ids->data() : nullptr;
+  block.logits = ids && logits ? logits->data() : nullptr;
+  nb::gil_scoped_release released;
+  head.draft(block);
 }
 
 double read_bandwidth(size_t bytes, int repeats) {
@@ -258,6 +314,25 @@ NB_MODULE(_native, m) {
              stack.unembed(hidden.data(), hidden.shape(0), logits.data());
            },
            "hidden"_a.noconvert(), "logits"_a.noconvert());
+  nb::enum_<MarkovKind>(m, "MarkovKind")
+      .value("vanilla", MarkovKind::vanilla)
+      .value("gated", MarkovKind::gated)
+      .value("rnn", MarkovKind::rnn);
+  nb::class_<MarkovSpec>(m, "MarkovSpec")
+      .def(nb::init<>())
+      .def_rw("dtype", &MarkovSpec::dtype)
+      .def_rw("isa", &MarkovSpec::isa)
+      .def_rw("kind", &MarkovSpec::kind)
+      .def_rw("rank", &MarkovSpec::rank)
+      .def_rw("vocabulary", &MarkovSpec::vocabulary)
+      .def_rw("drafted", &MarkovSpec::drafted)
+      .def_rw("shortlist", &MarkovSpec::shortlist);
+  nb::class_<MarkovHead>(m, "MarkovHead")
+      .def(nb::new_(&markov_head), "spec"_a, "w1"_a, "w2"_a, "mix"_a.none(), "ids"_a.none())
+      .def_prop_ro("shortlist", [](const MarkovHead& head) { return head.spec().shortlist; })
+      .def("draft", &markov_draft, "base"_a.noconvert(), "mixed"_a.noconvert().none(), "anchors"_a.noconvert(),
+           "keys"_a.noconvert(), "temperatures"_a.noconvert(), "tokens"_a.noconvert(), "margins"_a.noconvert(),
+           "ids"_a.noconvert().none(), "logits"_a.noconvert().none());
   m.def("argmax",
         [](const Rows& logits, const IntsOut& out) {
           expect_choices(logits, out.size());

@@ -9,7 +9,20 @@
 
 namespace outrider::OUTRIDER_ISA {
 
-constexpr int kPrefetch = 4096;  // bytes ahead in the panel stream; past the end it warms the next panel
+// Software prefetch of a panel stream, measured on Zen 4 with weights in memory. Few rows: the hardware's own is best.
+// Many rows keep the units busy for so long that requests would be made too late: ask for lines far ahead, into the
+// second level and later into the first. Past a panel's end this warms the next one.
+constexpr int kFewRows = kTileRows / 3;
+constexpr int kNearAhead = 1024, kFarAhead = 8192;
+
+template <int M>
+static inline void prefetch_ahead(const char* w, int bytes) {
+  if constexpr (M > kFewRows)
+    for (int line = 0; line < bytes; line += 64) {
+      prefetch(w + kNearAhead + line);
+      prefetch_far(w + kFarAhead + line);
+    }
+}
 
 static inline int32_t four_bytes(const char* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
 static inline float one_float(const char* p) { float v; std::memcpy(&v, p, 4); return v; }
@@ -120,7 +133,7 @@ struct OpI8 : Quad {
 template <class Op, int M>
 static inline void tile(const char* w, const char* x, size_t x_stride, int steps, typename Op::Acc (&acc)[M][kVectors]) {
   for (int s = 0; s < steps; s++) {
-    for (int line = 0; line < Op::kBytes; line += 64) prefetch(w + kPrefetch + line);
+    prefetch_ahead<M>(w, Op::kBytes);
     const typename Op::Slice slice = Op::read(w);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) Op::multiply(acc[m], slice, x + m * x_stride);

@@ -12,6 +12,32 @@ uint16_t bf16_bits(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+void pack_row(DType dtype, const float* row, int width, int inner, int panel, char* to) {
+  const int half = panel / 2;
+  for (int k = 0; k < inner; k++) {
+    const float value = k < width ? row[k] : 0.0f;
+    const int within = k % panel;
+    if (dtype == DType::f32)
+      reinterpret_cast<float*>(to)[k] = value;
+    else
+      reinterpret_cast<uint16_t*>(to)[k - within + within % half * 2 + within / half] = bf16_bits(value);
+  }
+}
+
+void unpack_row(DType dtype, const char* row, int inner, int panel, float* to) {
+  if (dtype == DType::f32) {
+    std::memcpy(to, row, inner * sizeof(float));
+    return;
+  }
+  const int half = panel / 2;
+  const auto* pairs = reinterpret_cast<const uint16_t*>(row);
+  for (int k = 0; k < inner; k += panel)
+    for (int i = 0; i < half; i++) {
+      to[k + i] = bf16_value(pairs[k + 2 * i]);
+      to[k + half + i] = bf16_value(pairs[k + 2 * i + 1]);
+    }
+}
+
 namespace {
 
 int padded_inner(DType dtype, int inner) {

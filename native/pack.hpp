@@ -33,6 +33,10 @@ class Linear {
 
 uint16_t bf16_bits(float value);
 
+// One row of a RowMajor matrix, `inner` padded with zeros. The bfloat16 pairs of a panel lie half a panel apart.
+void pack_row(DType dtype, const float* row, int width, int inner, int panel, char* to);
+void unpack_row(DType dtype, const char* row, int inner, int panel, float* to);
+
 inline float bf16_value(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;

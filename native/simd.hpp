@@ -30,6 +30,7 @@ static inline F abs(F a) { return _mm512_abs_ps(a); }
 static inline F round(F a) { return _mm512_roundscale_ps(a, 0); }
 static inline Mask less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+static inline uint32_t bits(Mask m) { return m; }
 static inline __m512i raw(I a) { return reinterpret_cast<__m512i>(a); }
 static inline I lanes(__m512i a) { return reinterpret_cast<I>(a); }
 static inline F as_float(I a) { return reinterpret_cast<F>(a); }
@@ -44,6 +45,7 @@ static inline I to_int(F a) { return lanes(_mm512_cvtps_epi32(a)); }
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #elif defined(__AVX2__)
 
@@ -62,6 +64,7 @@ static inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline Mask less(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+static inline uint32_t bits(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 static inline __m256i raw(I a) { return reinterpret_cast<__m256i>(a); }
 static inline I lanes(__m256i a) { return reinterpret_cast<I>(a); }
 static inline F as_float(I a) { return reinterpret_cast<F>(a); }
@@ -74,6 +77,7 @@ template <int n> static inline I shift_right(I a) { return lanes(_mm256_srli_epi
 static inline F to_float(I a) { return _mm256_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm256_cvtps_epi32(a)); }
 static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #else
 
@@ -96,6 +100,7 @@ static inline F fma(F a, F b, F c) {
 }
 static inline Mask less(F a, F b) { return a < b; }
 static inline F select(Mask m, F a, F b) { return m ? a : b; }
+static inline uint32_t bits(Mask m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
 static inline F max(F a, F b) { return a > b ? a : b; }
 static inline F min(F a, F b) { return a < b ? a : b; }
 static inline F as_float(I a) { return reinterpret_cast<F>(a); }
@@ -111,6 +116,7 @@ static inline F round(F a) { return (a + 12582912.0f) - 12582912.0f; }
 static inline F to_float(I a) { return __builtin_convertvector(a, F); }
 static inline I to_int(F a) { return __builtin_convertvector(round(a), I); }
 static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #endif
 

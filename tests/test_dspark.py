@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead
 from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.registry import find
+from outrider.sampling import Categorical
 from outrider.types import RaggedBatch, TargetModel
 
 BLOCKS = {name: design for name, design in DESIGNS.items() if isinstance(design, BlockDesign)}
@@ -393,16 +395,145 @@ def test_rows_of_a_batch_are_bit_identical_to_each_alone(name: str, dtype: str) 
             assert torch.equal(together.law.dense(places), alone.law.dense(torch.arange(n)))
 
 
-@pytest.mark.parametrize("scale", [0.02, 0.3, 3.0])
-def test_the_best_token_is_found_among_the_few_that_can_win(scale: float) -> None:
-    """A vocabulary of 4,096: the bound leaves few candidates, many, or all; the winner is the whole product's."""
-    design = BlockDesign(5, 3, markov_rank=16)
+WIDE = 4096  # a vocabulary much larger than a shortlist
+
+
+def wide_head(kind: str, scale: float, *, drafted: int = WIDE, shortlist: int = 64, **options: Any) -> SequentialHead:
+    """Random weights; ``scale`` says how much the Markov bias can move."""
+    design = BlockDesign(5, 3, markov_rank=16, markov_head=kind)
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(4096, 16, generator=generator) for name in ("markov.w1.weight", "markov.w2.weight")}
+    shapes = {"markov.w1.weight": (WIDE, 16), "markov.w2.weight": (drafted, 16)}
+    shapes |= {"markov.gate.weight": (16, 24), "markov.gate.bias": (16,)}
+    shapes |= {"markov.joint.weight": (48, 40), "markov.joint.bias": (48,)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     tensors["markov.w2.weight"] *= scale
-    head = SequentialHead(design, tensors, ReferenceBackend(), torch.float32)
-    base, latent = torch.randn(40, 4096, generator=generator) * 3, torch.randn(40, 16, generator=generator)
-    assert torch.equal(head.best(base, latent), head.corrected(base, latent).argmax(1))
-    tied = torch.zeros(1, 4096)
-    tied[0, [7, 900]] = 50.0
-    assert head.best(tied, torch.zeros(1, 16)).tolist() == [7]  # the lowest id on ties, as everywhere
+    return SequentialHead(design, tensors, NativeBackend(), "float32", shortlist=shortlist, **options)
+
+
+def block_inputs(rows: int, drafts: int, drafted: int = WIDE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Base logits, hidden states, anchors and keys."""
+    generator = torch.Generator().manual_seed(1)
+    base, hidden = (torch.randn(rows, drafts, n, generator=generator) for n in (drafted, 8))
+    base *= 3
+    words = torch.randint(-(2**62), 2**62, (rows, drafts), generator=generator)
+    return base, hidden, torch.randint(0, WIDE, (rows,), generator=generator), words
+
+
+def along(head: SequentialHead, base: Tensor, hidden: Tensor, anchors: Tensor, tokens: Tensor) -> Tensor:
+    """All corrected logits along a path of tokens, by the steps in Python. [n, K, Vd]"""
+    state, previous, logits = head.start(len(anchors)), anchors, []
+    for k in range(tokens.shape[1]):
+        state, _, latent = head.step(state, previous, hidden[:, k])
+        logits.append(head.corrected(base[:, k], latent))
+        previous = tokens[:, k]
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+@pytest.mark.parametrize(("scale", "exact"), [(0.02, True), (0.1, True), (3.0, False)])
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_a_greedy_block_takes_the_best_of_all_tokens_that_could_win(kind: str, scale: float, exact: bool) -> None:
+    """Of the shortlist and the few outside it that the bound leaves; of the shortlist, where it leaves too many."""
+    head = wide_head(kind, scale)
+    base, hidden, anchors, keys = block_inputs(12, 5)
+    tokens, margins, law = head.draft(base, hidden, anchors, keys, torch.zeros(12))
+    logits = along(head, base, hidden, anchors, tokens)
+    if not exact:
+        likely = base >= base.topk(48, -1).values[..., -1:]
+        assert not torch.equal(tokens, logits.argmax(2))
+        assert (logits.gather(2, tokens[..., None]) >= logits.where(likely, -torch.inf).amax(2, keepdim=True)).all()
+        return
+    assert law is None and torch.equal(tokens, logits.argmax(2))
+    best = logits.topk(2, -1).values
+    assert (margins >= best[..., 0] - best[..., 1] - 1e-4).all()
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_a_sampled_block_is_drawn_from_the_law_it_reports(kind: str) -> None:
+    """The shortlist holds the largest base logits; its law is the full one, cut to it; the draw is the keys'."""
+    head, temperatures = wide_head(kind, 0.5), torch.tensor([0.0, 0.7, 1.0, 1e-4, 2.0])
+    base, hidden, anchors, keys = block_inputs(5, 4)
+    tokens, _, law = head.draft(base, hidden, anchors, keys, temperatures)
+    assert law is not None
+    ids, logits = (part.view(5, 4, 64) for part in law)
+    full = along(head, base, hidden, anchors, tokens)
+    assert (
+        torch.equal(tokens[0], full[0].argmax(-1)) and ids[0, :, 0].equal(tokens[0]) and (ids[0, :, 1:] == WIDE).all()
+    )
+    for row in range(1, 5):
+        for k in range(4):
+            some = ids[row, k][ids[row, k] < WIDE]
+            assert 48 <= len(some) <= 64 and (some.diff() > 0).all()
+            assert set(some.tolist()) == set(base[row, k].topk(len(some)).indices.tolist())
+            expected, got = full[row, k, some], logits[row, k, : len(some)] * temperatures[row]
+            torch.testing.assert_close(got - got.max(), expected - expected.max(), atol=1e-4, rtol=0)
+    place = Categorical(WIDE, ids=law[0], logits=law[1])
+    assert torch.equal(place.draw(keys.flatten()).view(5, 4), tokens)
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+def test_a_row_of_a_block_has_the_same_bits_alone_and_on_any_threads() -> None:
+    from outrider import _native
+
+    head, before = wide_head("rnn", 0.5, shortlist=600), _native.threads()
+    base, hidden, anchors, keys = block_inputs(4, 5)
+    temperatures = torch.tensor([1.0, 0.0, 0.5, 1.0])
+    whole = head.draft(base, hidden, anchors, keys, temperatures)
+    try:
+        for threads in (1, 3):
+            _native.set_threads(threads)
+            for b in range(4):
+                one = slice(b, b + 1)
+                alone = head.draft(base[one], hidden[one], anchors[one], keys[one], temperatures[one])
+                assert torch.equal(alone[0], whole[0][one]) and torch.equal(alone[1], whole[1][one])
+                if temperatures[b]:
+                    for part, parts in zip(alone[2], whole[2], strict=True):
+                        assert torch.equal(part, parts[5 * b : 5 * b + 5])
+    finally:
+        _native.set_threads(before)
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+def test_equal_logits_and_reduced_vocabularies_of_a_block() -> None:
+    """Ties go to the lowest ids; draft ids become the target's, which is what W1 and the noise go by."""
+    target_ids = torch.arange(1000) * 4 + 1
+    head = wide_head("vanilla", 0.0, drafted=1000, target_ids=target_ids)
+    base, keys, one = torch.zeros(1, 3, 1000), torch.tensor([[5, 6, 7]]), torch.ones(1)
+    tokens, _, law = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([4000]), keys, one)
+    assert law is not None and all(torch.equal(row, target_ids[:64]) for row in law[0])
+    assert torch.equal(Categorical(WIDE, ids=law[0], logits=law[1]).draw(keys[0]), tokens[0])
+    base[0, :, [7, 900]] = 50.0
+    greedy, _, _ = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([0]), keys, one * 0)
+    assert greedy.tolist() == [[29, 29, 29]]
+    base[0, 1] = torch.inf
+    with pytest.raises(InvalidRequest, match="must be numbers"):
+        head.draft(base, torch.zeros(1, 3, 8), torch.tensor([0]), keys, one)
+    with pytest.raises(InvalidRequest, match="token id 5000"):
+        head.draft(base, torch.zeros(1, 3, 8), torch.tensor([5000]), keys, one)
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+@pytest.mark.parametrize("params", [SamplingParams(), SAMPLED, SamplingParams(temperature=1.0, top_k=5)], ids=repr)
+@pytest.mark.parametrize("name", ["vanilla", "gated", "rnn"])
+def test_blocks_in_one_call_are_those_drawn_step_by_step(name: str, params: SamplingParams) -> None:
+    backend = NativeBackend()
+    target = make_target(backend=backend)
+    checkpoint = make_checkpoint(BLOCKS[name], target=target)
+    drafters = [
+        DSparkDrafter(checkpoint, target, backend, config=DSparkConfig(""), dtype="float32", max_rows=2)
+        for _ in range(2)
+    ]
+    drafters[1].head.core = None
+    history, proposals = random_tokens(20, 3), []
+    for drafter in drafters:
+        session = Session(target, drafter, 2)
+        session.observe([history[:-1], history[:7]], [0, 0])
+        proposals.append(propose(drafter, session.slots, [history, history[:8]], limit=[5, 2], params=params))
+    quick, steps = proposals
+    assert torch.equal(quick.lengths, steps.lengths)
+    assert torch.equal(quick.tokens[0], steps.tokens[0]) and torch.equal(quick.tokens[1, :2], steps.tokens[1, :2])
+    torch.testing.assert_close(quick.confidence[0], steps.confidence[0])
+    if params.temperature:
+        places = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+        torch.testing.assert_close(quick.law.dense(places), steps.law.dense(places), atol=1e-5, rtol=0)

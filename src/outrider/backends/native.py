@@ -20,7 +20,7 @@ from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
 from outrider.layers import check_weights
 from outrider.types import Mask, RaggedBatch, StackOutput
 
-__all__ = ["NativeBackend", "NativeMemory", "NativeStack", "available"]
+__all__ = ["NativeBackend", "NativeMarkovHead", "NativeMemory", "NativeStack", "available"]
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -90,6 +90,29 @@ class NativeBackend:
             raise InvalidRequest(str(error)) from error
         _fill(core, config, weights)
         return NativeStack(config, core, key)
+
+    def markov_head(
+        self,
+        kind: str,
+        w1: Tensor,
+        w2: Tensor,
+        mix: Tensor | None,
+        ids: Tensor | None,
+        dtype: torch.dtype | str,
+        shortlist: int,
+    ) -> NativeMarkovHead:
+        """The sequential head of a block drafter: see ``NativeMarkovHead``.
+
+        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: what the hidden states have no part in, [r, r] gated,
+        [3 r, 2 r] rnn; ids int64 [Vd]: the target id of each draft id, ascending, None where they are the same.
+        Kept as float32 with ``float32``, else as bfloat16: only a few rows are read, so that fewer bits save nothing.
+        """
+        spec = _native.MarkovSpec()
+        spec.isa, spec.kind, spec.rank = self.isa, getattr(_native.MarkovKind, kind), w1.shape[1]
+        spec.dtype = _native.DType.f32 if str(dtype).removeprefix("torch.") == "float32" else _native.DType.bf16
+        spec.vocabulary, spec.drafted, spec.shortlist = len(w1), len(w2), shortlist
+        matrices = [None if m is None else m.detach().float().contiguous() for m in (w1, w2, mix)]
+        return NativeMarkovHead(_native.MarkovHead(spec, *matrices, ids))
 
 
 class NativeStack:
@@ -183,6 +206,49 @@ class NativeStack:
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"cannot unembed {_described(hidden)}: {error}") from error
         return logits.view(*hidden.shape[:-1], self._vocabulary)
+
+
+class NativeMarkovHead:
+    """Drafts a block in one call, from a shortlist of the tokens whose base logits are largest.
+
+    Greedy drafts are the largest of all corrected logits all the same: a bound shows whether a token outside the
+    shortlist could win, and then it is computed. Sampled ones are drawn from the law of the shortlist.
+    n rows, K drafts, Vd draft vocabulary, S entries of a shortlist.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+
+    def draft(
+        self, base: Tensor, mixed: Tensor | None, anchors: Tensor, keys: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """base [n, K, Vd] logits, mixed [n, K, r or 3 r] of the hidden states with its bias (None: vanilla), anchors
+        int64 [n], keys int64 [n, K] of ``noise.gumbel``, temperatures float32 [n] (0 = the largest logit).
+
+        -> target ids int64 [n, K]; how far the largest corrected logit stands above the second, float32 [n, K]; and,
+        where rows are sampled, what each draft was drawn from: target ids int64 [n * K, S], ascending (the vocabulary's
+        size: no token), and logits after temperature [n * K, S].
+        """
+        count = keys.numel()
+        tokens, margins = torch.empty_like(keys), torch.empty(keys.shape)
+        law = None
+        if bool(temperatures.any()):
+            size = self.core.shortlist
+            law = torch.empty(count, size, dtype=torch.int64), torch.empty(count, size)
+        try:
+            self.core.draft(
+                base.reshape(count, -1),
+                None if mixed is None else mixed.reshape(count, -1),
+                anchors,
+                keys,
+                temperatures,
+                tokens,
+                margins,
+                *(law or (None, None)),
+            )
+        except ValueError as error:
+            raise InvalidRequest(str(error)) from error
+        return tokens, margins, law
 
 
 # ------------------------------------------------------------------------------------------------ loading

@@ -8,7 +8,7 @@ n rows that draft, K drafts, S slots of a block, D width, F feature width, r Mar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,10 +22,6 @@ from outrider.learning import DFlashTraining, DSparkTraining
 from outrider.types import Backend, Context, Noise, Proposal, RaggedBatch, TargetModel
 
 __all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead"]
-
-
-FEW = 16  # candidates are gathered where they are at most one in so many of the vocabulary
-ROUNDING = 1e-5  # relative slack of the bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +39,11 @@ class DSparkConfig:
     target_layers: tuple[int, ...] | None = None
     """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
 
+    shortlist: int = 1024
+    """Tokens of the largest base logits that a sampled draft is drawn from, with its law; on the native core."""
+
     def __post_init__(self) -> None:
-        for name in ("draft_tokens", "block_size"):
+        for name in ("draft_tokens", "block_size", "shortlist"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidRequest(f"drafter dspark: {name} must be at least 1, got {value}")
@@ -74,7 +73,9 @@ class DSparkDrafter(TrainedDrafter):
         checkpoint = replace(checkpoint, design=design)
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows)
         self.block = min(self.block, design.drafts)
-        self.head = SequentialHead(design, checkpoint.tensors, backend, dtype)
+        self.head = SequentialHead(
+            design, checkpoint.tensors, backend, dtype, target_ids=self.net.target_ids, shortlist=config.shortlist
+        )
         self._fc = linear(backend, checkpoint.tensors["fc.weight"], dtype)
         self._hidden_norm = checkpoint.tensors["hidden_norm.weight"].float()
 
@@ -93,17 +94,23 @@ class DSparkDrafter(TrainedDrafter):
         drawing = Drawing(self.net, context, noise, lengths)
         anchors = last[drawing.rows]
         hidden, base = self.run_block([named[b] for b in drawing.rows.tolist()], anchors, max(lengths))
-        previous, state, before = anchors, self.head.start(len(anchors)), []
-        quick = drawing.certain and self.design.confidence and self.net.target_ids is None  # no full logits needed
-        for k in range(max(lengths)):
-            state, embedding, latent = self.head.step(state, previous, hidden[:, k])
-            before.append(embedding)
-            if quick and latent is not None:
-                previous = drawing.record(self.head.best(base[:, k], latent))
-            else:
-                previous = drawing.draw(self.head.corrected(base[:, k], latent))
+        if self.head.core is not None and drawing.plain:
+            tokens, margins, law = self.head.draft(base, hidden, anchors, drawing.keys(), drawing.temperatures)
+            drawing.record(tokens, margins, law)
+            before = self.head.before(anchors, tokens)
+        else:
+            before = self._draft_stepwise(drawing, anchors, hidden, base)
         confidence = self.head.confidence(hidden, before)
         return drawing.proposal(drawing.margins() if confidence is None else confidence)
+
+    def _draft_stepwise(self, drawing: Drawing, anchors: Tensor, hidden: Tensor, base: Tensor) -> list[Tensor]:
+        """Draw draft after draft from its full law. -> W1 of the token before each"""
+        previous, state, before = anchors, self.head.start(len(anchors)), []
+        for k in range(hidden.shape[1]):
+            state, embedding, latent = self.head.step(state, previous, hidden[:, k])
+            before.append(embedding)
+            previous = drawing.draw(self.head.corrected(base[:, k], latent))
+        return before
 
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TrainedDrafter.follow``."""
@@ -155,20 +162,40 @@ class SequentialHead:
     """What makes a block's tokens depend on each other: the Markov head (equations 4 to 6), and the confidence (7)."""
 
     def __init__(
-        self, design: BlockDesign, tensors: Mapping[str, Tensor], backend: Backend, dtype: torch.dtype | str
+        self,
+        design: BlockDesign,
+        tensors: Mapping[str, Tensor],
+        backend: Backend,
+        dtype: torch.dtype | str,
+        *,
+        target_ids: Tensor | None = None,
+        shortlist: int = 1024,
     ) -> None:
+        """``target_ids`` of a reduced vocabulary. A backend with a ``markov_head`` drafts whole blocks in one call."""
         self.design = design
-        self._confidence = None
-        if design.markov_rank:
-            self._w1 = tensors["markov.w1.weight"].float()
-            self._w2 = linear(backend, tensors["markov.w2.weight"], dtype)
-            self._w2_rows = tensors["markov.w2.weight"]
-            self._w2_norms = self._w2_rows.float().norm(dim=1)
-        if design.markov_rank and design.markov_head != "vanilla":
-            name = "markov.gate" if design.markov_head == "gated" else "markov.joint"
-            self._mix = linear(backend, tensors[f"{name}.weight"], dtype, tensors[f"{name}.bias"])
+        self.core: Any = None
+        self._confidence: tuple[Tensor, Tensor] | None = None
+        self._mix_hidden: Callable[[Tensor], Tensor] | None = None
         if design.confidence:
             self._confidence = tensors["confidence.weight"].float()[0], tensors["confidence.bias"].float()
+        if not design.markov_rank:
+            return
+        w1, w2, mix = tensors["markov.w1.weight"], tensors["markov.w2.weight"], None
+        self._w1, self._w2 = w1.float(), linear(backend, w2, dtype)
+        make = getattr(backend, "markov_head", None)
+        if design.markov_head != "vanilla":
+            name = "markov.gate" if design.markov_head == "gated" else "markov.joint"
+            weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+            self._mix = linear(backend, weight, dtype, bias)
+            if make is not None:  # the hidden states' part of the product waits for no token
+                if design.markov_head == "gated":
+                    of_hidden, mix = weight[:, : -design.markov_rank], weight[:, -design.markov_rank :]
+                else:
+                    mix, of_hidden = weight[:, : 2 * design.markov_rank], weight[:, 2 * design.markov_rank :]
+                self._mix_hidden = linear(backend, of_hidden, dtype, bias)
+        ascending = target_ids is None or bool((target_ids.diff() > 0).all())
+        if make is not None and ascending:
+            self.core = make(design.markov_head, w1, w2, mix, target_ids, dtype, shortlist)
 
     def start(self, rows: int) -> Tensor:
         """The state before a block's first token, [n, r]: the recurrent head starts from zero in every block."""
@@ -197,25 +224,21 @@ class SequentialHead:
         """Base logits plus the Markov bias. [n, Vd]"""
         return base if latent is None else base + self._w2(latent)
 
-    def best(self, base: Tensor, latent: Tensor) -> Tensor:
-        """The argmax of ``corrected``, reading W2 only where it can be: |W2[v] z| <= |W2[v]| |z|, so a token whose base
-        logit plus that bound stays under another's corrected logit cannot win. Exact up to rounding. -> int64 [n]
+    def draft(
+        self, base: Tensor, hidden: Tensor, anchors: Tensor, keys: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """A whole block in one call of the backend's ``core``: see ``NativeMarkovHead.draft``. base [n, K, Vd],
+        hidden [n, K, D], anchors int64 [n], keys int64 [n, K], temperatures float32 [n]."""
+        mixed = None if self._mix_hidden is None else self._mix_hidden(hidden.flatten(0, 1))
+        drafted: tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
+        drafted = self.core.draft(base, mixed, anchors, keys, temperatures)
+        return drafted
 
-        A row with too many candidates, as in a small vocabulary, gets the whole product.
-        """
-        sizes = latent.float().norm(dim=1).tolist()
-        return torch.stack([self._best(b, z, size) for b, z, size in zip(base, latent, sizes, strict=True)])
-
-    def _best(self, base: Tensor, latent: Tensor, size: float) -> Tensor:
-        upper = torch.add(base, self._w2_norms, alpha=size)
-        leader = upper.argmax()
-        reached = float(base[leader] + self._w2_rows[leader].float() @ latent.float())
-        possible = upper >= reached - ROUNDING * (1 + abs(reached))
-        if int(possible.count_nonzero()) * FEW > len(base):
-            return self.corrected(base[None], latent[None])[0].argmax()
-        candidates = possible.nonzero()[:, 0]
-        logits = base[candidates] + self._w2_rows[candidates].float() @ latent.float()
-        return candidates[logits.argmax()]
+    def before(self, anchors: Tensor, tokens: Tensor) -> list[Tensor]:
+        """W1 of the token before each draft, if the confidence head reads it. int64 [n], int64 [n, K] -> K of [n, r]"""
+        if not self.design.confidence_with_markov:
+            return []
+        return list(self._w1[torch.cat([anchors[:, None], tokens[:, :-1]], 1)].unbind(1))
 
     def confidence_logits(self, hidden: Tensor, before: list[Tensor]) -> Tensor | None:
         """[n, K, D] and W1 of the token before each, K of [n, r] -> float32 [n, K]; None without that head."""

@@ -29,6 +29,8 @@ class Drawing:
         self.tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         self._laws: list[Categorical] = []
         self._logits: list[Tensor] = []
+        self._whole: Categorical | None = None  # of all places, where they were drawn at once
+        self._margins: Tensor | None = None
 
     def draw(self, logits: Tensor) -> Tensor:
         """The next draft of each row that takes part. [n, Vd] -> int64 [n], target ids."""
@@ -42,20 +44,43 @@ class Drawing:
         return drawn
 
     @property
-    def certain(self) -> bool:
-        """Whether every draft is the likeliest token as the drafter has it: greedy, and no option moves a logit."""
-        return all(p.temperature == 0 and not p.penalised and not p.logit_bias for p in self._context.params)
+    def plain(self) -> bool:
+        """Whether no option moves a logit or cuts a law: each is a softmax over its temperature, or certain."""
+        return not any(
+            p.penalised or p.logit_bias or (p.temperature and (p.top_k or p.top_p < 1 or p.min_p))
+            for p in self._context.params
+        )
 
-    def record(self, tokens: Tensor) -> Tensor:
-        """The next draft of each row, found by the drafter itself where ``certain``. int64 [n] -> the same"""
-        step = len(self._laws)
-        self.tokens[self.rows, step] = tokens
-        self._laws.append(Categorical.greedy(tokens, self._net.vocab_size))
-        return tokens
+    @property
+    def temperatures(self) -> Tensor:
+        """Of each row that takes part, float32 [n]."""
+        return torch.tensor([self._context.params[b].temperature for b in self.rows.tolist()], dtype=torch.float32)
+
+    def keys(self) -> Tensor:
+        """Of all drafts of each row that takes part, int64 [n, K]; zeros where nothing is sampled."""
+        drafts = self.tokens.shape[1]
+        if not any(p.temperature for p in self._context.params):
+            return torch.zeros(len(self.rows), drafts, dtype=torch.int64)
+        positions = self._positions[:, None] + torch.arange(drafts)
+        rows = self.rows.repeat_interleave(drafts)
+        return self._noise.token_keys(rows, positions.flatten(), "draft").view(-1, drafts)
+
+    def record(self, tokens: Tensor, margins: Tensor, law: tuple[Tensor, Tensor] | None) -> None:
+        """All drafts at once, as a backend has drawn them from the keys. int64 [n, K], float32 [n, K], and the laws of
+        the places row by row: ids [n K, S], logits [n K, S]; None where all drafts are certain."""
+        self.tokens[self.rows] = tokens
+        self._margins = margins
+        size = self._net.vocab_size
+        if law is None:
+            self._whole = Categorical.greedy(tokens.flatten(), size)
+        else:
+            self._whole = Categorical(size, ids=law[0], logits=law[1])
 
     def margins(self) -> Tensor:
         """A confidence for drafters that have no head for it: how clearly each draft's likeliest token beat the second,
         sigmoid(margin), which no draft at or after that place has any part in. float32 [n, K]"""
+        if self._margins is not None:
+            return rowwise(torch.sigmoid, self._margins)
         best = torch.stack(self._logits, 1).topk(2, -1).values.float()
         return rowwise(torch.sigmoid, best[..., 0] - best[..., 1])
 
@@ -68,9 +93,10 @@ class Drawing:
         return Proposal(self.tokens, lengths, self._law(count, drafts), confidence)
 
     def _law(self, count: int, drafts: int) -> Categorical | None:
-        if all(law.is_greedy for law in self._laws):
+        laws = self._laws if self._whole is None else [self._whole]
+        if all(law.is_greedy for law in laws):
             return None
-        law = Categorical.stack(self._laws)
+        law = Categorical.stack(laws) if self._whole is None else self._whole
         if len(self.rows) == count:
             return law
         places = torch.zeros(count, drafts, dtype=torch.int64)  # rows that drafted nothing borrow place 0, never read
