@@ -54,6 +54,7 @@ PARTS = {  # a package's modules may import those that are there to be shared
     "cli": {"common"},
     "drafting": {"cache", "drawing", "net", "trained"},
     "evaluation": {"replay"},
+    "training": {"artefact", "progress", "questions", "server"},
 }
 ROOT_MODULE = "__init__"  # the package itself: imports on use, for everybody
 

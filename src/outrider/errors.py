@@ -4,6 +4,7 @@ OutriderError
 ├── InvalidRequest       sampling values, prompts, options           (also a ValueError; HTTP 400)
 ├── CheckpointError      files, configs, tensors, tokenizers         (also a ValueError)
 │   └── IncompatibleDrafter  a drafter that does not fit its target
+├── ArtefactError        a training stage's result that does not fit, or cannot be written
 ├── CacheFull            no free slot, or a sequence past its capacity
 └── UnknownKind          a name that no catalogue holds
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 __all__ = [
+    "ArtefactError",
     "CacheFull",
     "CheckpointError",
     "IncompatibleDrafter",
@@ -38,6 +40,10 @@ class CheckpointError(OutriderError, ValueError):
 
 class IncompatibleDrafter(CheckpointError):
     """A drafter that was made for another target."""
+
+
+class ArtefactError(OutriderError):
+    """A training stage whose parents, arguments or files do not fit; what was finished stays as it is."""
 
 
 class CacheFull(OutriderError):

@@ -29,6 +29,7 @@ __all__ = [
     "load_dtype",
     "read_config",
     "read_json",
+    "replace_file",
     "resolve_model",
     "write_json",
     "write_tensors",
@@ -229,23 +230,27 @@ class LazyWeights(Mapping[str, Tensor]):
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the whole new one."""
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that a reader sees the old one or the whole new one."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _replace(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})}))
+    replace_file(
+        path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+    )
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` make a file under a temporary name, and give it its own when it is on the disk, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
+        os.fsync(handle)
         temporary.chmod(0o644)  # mkstemp makes private files
         os.replace(temporary, path)
     finally:
+        os.close(handle)
         temporary.unlink(missing_ok=True)

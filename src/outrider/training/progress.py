@@ -1,0 +1,77 @@
+"""How far a stage is: a live bar on a terminal, a line now and then elsewhere, nothing where nobody asked."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+__all__ = ["Progress", "duration"]
+
+EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Counts ``what`` up to ``total`` and the tokens that went into them; ``console`` None is silent."""
+
+    def __init__(self, console: Console | None, what: str, total: int, done: int = 0) -> None:
+        self.console, self.what, self.total, self.done, self.tokens = console, what, total, done, 0
+        self._first, self._began = done, time.monotonic()
+        self._said = self._began
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+        if console is not None and console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+            )
+            self._bar = Bar(*columns, TimeElapsedColumn(), console=console)
+            self._task = self._bar.add_task(what, total=total, completed=done, speed="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None and self.console is not None:
+            self._say()
+
+    def advance(self, count: int = 1, tokens: int = 0) -> None:
+        """``count`` more are done; ``tokens`` more were made on the way."""
+        self.done += count
+        self.tokens += tokens
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, speed=self.speed)
+        elif self.console is not None and time.monotonic() - self._said >= EVERY:
+            self._say()
+
+    @property
+    def speed(self) -> str:
+        """Tokens a second since the start, and the time that the rest takes at this pace."""
+        seconds = max(1e-9, time.monotonic() - self._began)
+        pace = (self.done - self._first) / seconds
+        left = f", {duration((self.total - self.done) / pace)} left" if pace and self.done < self.total else ""
+        return f"{self.tokens / seconds:,.0f} tokens/s{left}"
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        assert self.console is not None
+        self.console.print(f"{self.what} {self.done}/{self.total}, {self.speed}", markup=False, highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 12 min, 3.5 h, 2.1 days."""
+    for size, unit, digits in ((86400, "days", 1), (3600, "h", 1), (60, "min", 0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,261 @@
+"""Stage ``prompts``: any data set's questions, without its answers; filtered, deduplicated and split by document.
+
+Only what a user asked is taken from a data set: the answers a drafter learns from are the target's own
+(``regenerate``). Each source is JSON Lines, plain or gzipped, and each line one of
+
+    {"text": "..."}  {"prompt": "..."}                          text to continue, as it is
+    {"turns": ["...", "..."]}                                   what a user asks, turn after turn
+    {"messages": [{"role": "user", "content": "..."}, ...]}     OpenAI's form; "prompt" may hold such a list too
+    {"conversations": [{"from": "human", "value": "..."}]}      ShareGPT's form
+
+with ``document`` and ``domain`` beside it if there are any. What is written is ``train.jsonl`` and ``held_out.jsonl``,
+lines ``{"id", "domain", "text"}`` or ``{"id", "domain", "turns"}`` (and ``system``), in an order that only the seed
+decides.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from outrider.errors import InvalidRequest
+from outrider.training.artefact import Artefact, begin, file_hash, write_lines
+
+__all__ = ["Config", "Source", "make_prompts", "read_source"]
+
+Split = Literal["train", "held_out"]
+EXPECTED = "an object with `text`, `prompt`, `turns`, `messages` or `conversations`"
+USERS, SYSTEMS = ("user", "human"), ("system",)
+
+
+class Source(BaseModel):
+    """One file of prompts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    path: Path
+    """A .jsonl or .jsonl.gz file; a relative path counts from the recipe's folder."""
+    domain: str | None = None
+    """What its prompts are about, for results by domain. Default: each line's own, else the file's name."""
+    form: Literal["auto", "chat", "text"] = "auto"
+    """auto: `text` and `prompt` are continued as they are, the rest are chats; chat and text: all of them are that."""
+    split: Literal["auto", "train", "held_out"] = "auto"
+    """auto splits by document; train and held_out put the whole file there."""
+    field: str | None = None
+    """The key of the text where it has another name, such as `question`."""
+
+    @field_validator("path")
+    @classmethod
+    def _from_the_recipe(cls, path: Path, info: ValidationInfo) -> Path:
+        path = path.expanduser()
+        return path if info.context is None else Path(info.context["folder"]) / path
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+class Config(BaseModel):
+    """Which prompts the drafter learns from, and which it is judged on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    free: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content counts, not where it lies
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """The files, each with its `path`, and `domain`, `form`, `split` and `field` where the defaults do not fit."""
+    held_out: float = Field(0.02, ge=0, lt=1)
+    """Share of the documents that are never trained on, chosen by a hash of the document."""
+    min_characters: int = Field(1, ge=1)
+    """Shorter prompts are left out."""
+    max_characters: int = Field(20_000, ge=1)
+    """Longer prompts are left out."""
+    turns: int = Field(2, ge=1)
+    """The most turns kept of a conversation; the target answers each of them."""
+    limit: int | None = Field(None, ge=1)
+    """The most training prompts of each domain."""
+    held_out_limit: int | None = Field(None, ge=1)
+    """The most held-out prompts of each domain."""
+    seed: int = 0
+    """Order of the prompts, and which ones a limit keeps."""
+
+
+def make_prompts(config: Config, out: Path) -> Artefact:
+    """Write the artefact. Raises InvalidRequest naming file and line for anything that cannot be read as a prompt, and
+    where nothing is left to train on; ArtefactError."""
+    sources = {f"source {i}: {s.name}": _source_hash(s) for i, s in enumerate(config.sources, 1)}
+    with begin(out, "prompts", config, sources=sources) as work:
+        if not work.finished:
+            split, dropped = _collect(config)
+            if not split["train"]:
+                reasons = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "all of them are held out"
+                raise InvalidRequest(f"no training prompts are left of {len(config.sources)} sources ({reasons})")
+            facts: dict[str, Any] = {"dropped": dict(dropped)}
+            for name, prompts in split.items():
+                write_lines(out / f"{name}.jsonl", prompts)
+                facts[name] = dict(sorted(Counter(prompt["domain"] for prompt in prompts).items()))
+            work.finish(["train.jsonl", "held_out.jsonl"], facts)
+    return Artefact(out, "prompts", work.record["sha256"], None, work.record)
+
+
+def _source_hash(source: Source) -> str:
+    """Its bytes and how they are read."""
+    if not source.path.is_file():
+        raise InvalidRequest(f"no such file of prompts: {source.path}; expected JSON Lines, .jsonl or .jsonl.gz")
+    options = source.model_dump_json(exclude={"path"})
+    return hashlib.sha256(f"{file_hash(source.path)} {options}".encode()).hexdigest()
+
+
+def _collect(config: Config) -> tuple[dict[Split, list[dict[str, Any]]], Counter[str]]:
+    """Filter, deduplicate and split; and how many were dropped, why."""
+    split: dict[Split, list[dict[str, Any]]] = {"train": [], "held_out": []}
+    dropped: Counter[str] = Counter()
+    seen: set[str] = set()
+    kept_out: set[str] = set()  # documents of files that are held out as a whole
+    for source in sorted(
+        config.sources, key=lambda s: s.split != "held_out"
+    ):  # what is held out claims its texts first
+        for prompt, document in read_source(source):
+            words = [prompt["text"]] if "text" in prompt else prompt["turns"][: config.turns]
+            length = sum(map(len, words))
+            if not any(word.strip() for word in words):
+                dropped["empty"] += 1
+            elif not config.min_characters <= length <= config.max_characters:
+                dropped["too short or too long"] += 1
+            elif (key := _key(words, prompt.get("system", ""))) in seen:
+                dropped["duplicates"] += 1
+            else:
+                seen.add(key)
+                document = key if document is None else _digest(document)
+                if source.split == "held_out":
+                    kept_out.add(document)
+                chosen: Split = source.split if source.split != "auto" else _split_of(document, config.held_out)
+                if document in kept_out:
+                    chosen = "held_out"
+                if "turns" in prompt:
+                    prompt = {**prompt, "turns": words}
+                split[chosen].append({"id": key[:16], **prompt})
+    limits: dict[Split, int | None] = {"train": config.limit, "held_out": config.held_out_limit}
+    return {name: _draw(split[name], config.seed, limit, dropped) for name, limit in limits.items()}, dropped
+
+
+def _key(words: list[str], system: str) -> str:
+    """Equal for texts that differ in case and white space only."""
+    return _digest("\0".join(" ".join(text.split()).casefold() for text in (system, *words)))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _split_of(document: str, share: float) -> Split:
+    return "held_out" if int(document[:13], 16) < share * 16**13 else "train"
+
+
+def _draw(prompts: list[dict[str, Any]], seed: int, limit: int | None, dropped: Counter[str]) -> list[dict[str, Any]]:
+    """Shuffled by a hash, so that a prompt's place depends on seed and prompt alone; at most ``limit`` of a domain."""
+    counts: Counter[str] = Counter()
+    drawn = []
+    for prompt in sorted(prompts, key=lambda p: _digest(f"{seed} {p['id']}")):
+        counts[prompt["domain"]] += 1
+        if limit is None or counts[prompt["domain"]] <= limit:
+            drawn.append(prompt)
+        else:
+            dropped["over the limit"] += 1
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_source(source: Source) -> Iterator[tuple[dict[str, Any], str | None]]:
+    """Each line's prompt (``domain`` and ``text``, or ``turns`` and perhaps ``system``) and its document.
+
+    Raises InvalidRequest naming the line, and for a file without any.
+    """
+    number = 0
+    found = False
+    try:
+        with gzip.open(source.path) if source.path.suffix == ".gz" else source.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    found = True
+                    yield _prompt(line, source, f"{source.path} line {number}")
+    except (OSError, EOFError, zlib.error) as error:  # what a damaged gzip file raises, and when
+        raise InvalidRequest(f"{source.path} cannot be read after line {number}: {error}") from error
+    if not found:
+        raise InvalidRequest(f"{source.path} holds no prompts: expected JSON Lines, each {EXPECTED}")
+
+
+def _prompt(line: bytes, source: Source, place: str) -> tuple[dict[str, Any], str | None]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise InvalidRequest(f"{place} is not JSON ({error}): expected {EXPECTED}") from None
+    if not isinstance(record, dict):
+        raise InvalidRequest(f"{place}: got a JSON {type(record).__name__}, expected {EXPECTED}")
+    text, turns, system = _words(record, source, place)
+    if source.form == "chat" and text is not None:
+        turns, text = [text], None
+    elif source.form == "text" and text is None:
+        text = turns[0] if turns else ""
+    prompt: dict[str, Any] = {"domain": str(source.domain or record.get("domain") or source.name)}
+    prompt |= {"turns": turns} if text is None else {"text": text}
+    if system and text is None:
+        prompt["system"] = system
+    document = record.get("document")
+    return prompt, None if document is None else str(document)
+
+
+def _words(record: Mapping[str, Any], source: Source, place: str) -> tuple[str | None, list[str], str]:
+    """(text to continue, or None; a user's turns; the system's instruction) of one line."""
+    if source.field is not None:
+        if not isinstance(record.get(source.field), str):
+            raise InvalidRequest(f"{place} has no text under {source.field!r}; its keys are {_keys(record)}")
+        return record[source.field], [], ""
+    for name in ("text", "prompt"):
+        if isinstance(record.get(name), str):
+            return record[name], [], ""
+    turns = record.get("turns")
+    if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
+        return None, turns, ""
+    for name, role, content in (
+        ("messages", "role", "content"),
+        ("prompt", "role", "content"),
+        ("conversations", "from", "value"),
+    ):
+        if isinstance(record.get(name), list):
+            return None, *_chat(record[name], role, content, f"{place}: {name}")
+    raise InvalidRequest(f"{place}: got the keys {_keys(record)}, expected {EXPECTED}")
+
+
+def _keys(record: Mapping[str, Any]) -> str:
+    names = list(record)
+    return ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "") if names else "(none)"
+
+
+def _chat(messages: list[Any], role: str, content: str, place: str) -> tuple[list[str], str]:
+    """What users say, and the system's instruction; everybody else's words are left out."""
+    turns: list[str] = []
+    system = ""
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get(role), str):
+            raise InvalidRequest(f"{place}: message {number} needs {role!r} and {content!r}, got {str(message)[:60]!r}")
+        said = message.get(content)
+        if isinstance(said, list):  # OpenAI's content parts
+            said = "".join(part.get("text", "") for part in said if isinstance(part, dict))
+        if message[role] in USERS + SYSTEMS:
+            if not isinstance(said, str):
+                raise InvalidRequest(f"{place}: message {number} has no text under {content!r}: {str(message)[:60]!r}")
+            if message[role] in SYSTEMS:
+                system = said
+            else:
+                turns.append(said)
+    return turns, system
