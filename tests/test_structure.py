@@ -23,11 +23,11 @@ FROZEN = Path(__file__).parent / "data" / "command_line.json"
 # A module imports only from floors below its own. A package name stands for every module in it.
 FLOORS: list[tuple[str, ...]] = [
     ("types", "config", "core", "errors", "registry"),
-    ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template"),
+    ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template", "figures"),
     ("layers", "weights", "attention", "tokenizer", "decoder", "backends", "memory", "checkpoints", "drafting"),
     ("targets", "drafters"),
     ("admission", "policies"),
-    ("engine", "llm"),
+    ("engine", "llm", "rounds"),
     ("training",),
     ("evaluation", "planning", "proof"),
     ("serving",),
@@ -47,6 +47,7 @@ INSIDE: dict[str, set[str]] = {
     "drafting": {"checkpoints", "layers"},  # what trained drafters share
     "backends": {"attention", "layers"},
     "llm": {"engine"},
+    "rounds": {"llm"},
     "__main__": {"cli"},
 }
 PARTS = {  # a package's modules may import those that are there to be shared

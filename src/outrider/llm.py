@@ -116,13 +116,23 @@ class LLM:
             "drafter": self.drafter_name,
         }
 
-    def with_drafter(self, drafter: str | Path | Drafter, *, draft_tokens: int | None = None, **options: Any) -> LLM:
+    def with_drafter(
+        self,
+        drafter: str | Path | Drafter,
+        *,
+        draft_tokens: int | None = None,
+        policy: str = "fixed",
+        policy_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> LLM:
         """The same loaded target with another drafter, as an engine of its own: what a fair comparison needs."""
         other = LLM(
             self.target,
             "none",
             dtype=self._dtype,
             backend=self._backend,
+            policy=policy,
+            policy_options=policy_options,
             max_rows=self.max_rows,
             capacity=self.capacity,
             tokenizer=self.tokenizer,

@@ -101,7 +101,8 @@ class DSparkDrafter(TrainedDrafter):
             else:
                 previous = drawing.draw(self.head.corrected(base[:, k], latent))
         confidence = self.head.confidence(hidden, before)
-        return drawing.proposal(drawing.margins() if confidence is None else confidence)
+        proposal = drawing.proposal(drawing.margins() if confidence is None else confidence)
+        return self.calibrated(proposal, context)
 
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TrainedDrafter.follow``."""
