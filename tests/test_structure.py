@@ -54,7 +54,7 @@ PARTS = {  # a package's modules may import those that are there to be shared
     "checkpoints": {"decoder", "draft"},
     "cli": {"common"},
     "drafting": {"cache", "drawing", "net", "trained"},
-    "evaluation": {"replay"},
+    "evaluation": {"comparison", "intervals", "replay"},
 }
 ROOT_MODULE = "__init__"  # the package itself: imports on use, for everybody
 

@@ -47,6 +47,7 @@ __all__ = [
     "fit",
     "log_loss",
     "logits_of",
+    "pooled",
     "quality",
     "reliability",
     "survival_quality",
@@ -136,12 +137,13 @@ class Quality:
     ece: float
     ece_of_chance: float  # what true probabilities would show over as many rounds
     brier: float
-    auc: float  # NaN where all outcomes are the same
+    auc: float | None  # None where all outcomes are the same
     log_loss: float
 
 
 def quality(probabilities: Tensor, outcomes: Tensor, bins: int = BINS) -> Quality:
     """float [n], bool [n], n > 0"""
+    area = area_under_curve(probabilities, outcomes)
     return Quality(
         rounds=len(outcomes),
         predicted=float(probabilities.double().mean()),
@@ -149,7 +151,7 @@ def quality(probabilities: Tensor, outcomes: Tensor, bins: int = BINS) -> Qualit
         ece=calibration_error(probabilities, outcomes, bins),
         ece_of_chance=error_of_chance(probabilities, bins),
         brier=brier(probabilities, outcomes),
-        auc=area_under_curve(probabilities, outcomes),
+        auc=None if math.isnan(area) else area,
         log_loss=log_loss(probabilities, outcomes),
     )
 
@@ -179,6 +181,16 @@ def conditional_quality(confidence: Tensor, verified: Tensor, accepted: Tensor, 
             break
         found.append(quality(confidence[rows, j], accepted[rows] > j, bins))
     return found
+
+
+def pooled(confidence: Tensor, verified: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
+    """Survivals of all positions that were verified, and whether all drafts up to them were accepted.
+
+    float [n, K], int64 [n], int64 [n] -> float64 [m], bool [m]
+    """
+    position = torch.arange(confidence.shape[1])
+    seen = verified[:, None] > position
+    return confidence.double().cumprod(1)[seen], (accepted[:, None] > position)[seen]
 
 
 # ------------------------------------------------------------------------------------------------ scaling

@@ -21,7 +21,7 @@ from outrider.checkpoints.draft import ChainDesign, DraftCheckpoint, ModuleDesig
 from outrider.errors import CheckpointError, nearest
 from outrider.weights import TensorFiles, read_json, resolve_model, write_json, write_tensors
 
-__all__ = ["FORMATS", "Format", "load", "read_header", "recognise", "save", "tensor_names"]
+__all__ = ["FORMATS", "Format", "load", "load_calibration", "read_header", "recognise", "save", "tensor_names"]
 
 FORMATS = {  # name -> module with the functions of ``Format``
     "speculators": "outrider.checkpoints.speculators",
@@ -92,7 +92,7 @@ def load(folder: str | Path) -> DraftCheckpoint:
                 f"tensor {name!r} has shape {list(stored.shapes[name])}, but the config says {list(shape.sizes)}"
             )
         tensors[neutral] = stored.stored(name)
-    checkpoint = replace(checkpoint, tensors=tensors, calibration=_calibration(path))
+    checkpoint = replace(checkpoint, tensors=tensors, calibration=load_calibration(path))
     checkpoint.check_tensors({neutral: in_file.get(file, file) for neutral, file in names.items()})
     return checkpoint
 
@@ -157,7 +157,8 @@ def tensor_names(checkpoint: DraftCheckpoint) -> dict[str, str]:
     return names
 
 
-def _calibration(folder: Path) -> Calibration | None:
+def load_calibration(folder: Path) -> Calibration | None:
+    """What a drafter's directory says of its confidences, if anything. Raises CheckpointError."""
     file = folder / calibration.FILE
     return Calibration.from_json(read_json(file), str(file)) if file.exists() else None
 
