@@ -23,11 +23,11 @@ FROZEN = Path(__file__).parent / "data" / "command_line.json"
 # A module imports only from floors below its own. A package name stands for every module in it.
 FLOORS: list[tuple[str, ...]] = [
     ("types", "config", "core", "errors", "registry"),
-    ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template"),
-    ("layers", "weights", "attention", "tokenizer", "decoder", "backends", "memory", "checkpoints", "drafting"),
+    ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template", "figures"),
+    ("layers", "weights", "attention", "tokenizer", "decoder", "backends", "memory", "checkpoints", "drafting", "learning"),
     ("targets", "drafters"),
     ("admission", "policies"),
-    ("engine", "llm"),
+    ("engine", "llm", "rounds"),
     ("training",),
     ("evaluation", "planning", "proof"),
     ("serving",),
@@ -44,17 +44,20 @@ INSIDE: dict[str, set[str]] = {
     "acceptance": {"noise", "sampling"},
     "decoder": {"layers", "weights"},  # a Llama-like decoder is layers filled from files
     "checkpoints": {"layers", "weights"},
+    "learning": {"checkpoints", "layers"},  # drafters with gradients
     "drafting": {"checkpoints", "layers"},  # what trained drafters share
     "backends": {"attention", "layers"},
     "llm": {"engine"},
+    "rounds": {"llm"},
     "__main__": {"cli"},
 }
 PARTS = {  # a package's modules may import those that are there to be shared
     "checkpoints": {"decoder", "draft"},
     "cli": {"common"},
     "drafting": {"cache", "drawing", "net", "trained"},
-    "evaluation": {"replay"},
-    "training": {"artefact", "progress", "questions", "server"},
+    "evaluation": {"comparison", "intervals", "replay"},
+    "learning": {"attention", "fresh", "frozen", "stack"},
+    "training": {"artefact", "data", "progress", "questions", "report", "server", "teacher", "trainer"},
 }
 ROOT_MODULE = "__init__"  # the package itself: imports on use, for everybody
 

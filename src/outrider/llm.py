@@ -11,7 +11,10 @@ from typing import Any
 
 from outrider import registry
 from outrider.admission import Request
+from outrider.calibration import Calibration
+from outrider.checkpoints import load_calibration
 from outrider.config import SamplingParams, build
+from outrider.drafting import CalibratedDrafter
 from outrider.engine import Commit, Engine
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
 from outrider.tokenizer import Detokenizer, StopMatcher, Tokenizer
@@ -30,7 +33,8 @@ class LLM:
     ``model``: a local Hugging Face directory, a hub id, ``"embedded"``, or a loaded target (then pass ``tokenizer``).
     ``drafter``: ``none``, ``ngram``, ``suffix``, another name of the drafters' catalogue, a directory with a
     draft model or a trained drafter, a ready ``Drafter``, or ``auto``. ``drafter_options`` are the fields of the
-    chosen kind's ``Config``.
+    chosen kind's ``Config``, and ``calibration``: a directory with the calibration.json of a drafter that has no
+    checkpoint to keep it in.
 
     Raises CheckpointError for files that cannot be used, IncompatibleDrafter for a drafter of another target.
     """
@@ -116,13 +120,23 @@ class LLM:
             "drafter": self.drafter_name,
         }
 
-    def with_drafter(self, drafter: str | Path | Drafter, *, draft_tokens: int | None = None, **options: Any) -> LLM:
+    def with_drafter(
+        self,
+        drafter: str | Path | Drafter,
+        *,
+        draft_tokens: int | None = None,
+        policy: str = "fixed",
+        policy_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> LLM:
         """The same loaded target with another drafter, as an engine of its own: what a fair comparison needs."""
         other = LLM(
             self.target,
             "none",
             dtype=self._dtype,
             backend=self._backend,
+            policy=policy,
+            policy_options=policy_options,
             max_rows=self.max_rows,
             capacity=self.capacity,
             tokenizer=self.tokenizer,
@@ -213,6 +227,9 @@ class LLM:
     def _load_drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> tuple[str, Drafter]:
         if isinstance(drafter, Drafter):
             return type(drafter).__name__, drafter
+        if "calibration" in options:
+            name, plain = self._load_drafter(drafter, {k: v for k, v in options.items() if k != "calibration"})
+            return name, CalibratedDrafter(plain, self._calibration(Path(options["calibration"])))
         name = str(drafter)
         if name == "auto":
             name = "draft_model" if self.model == EMBEDDED else "suffix"
@@ -230,6 +247,13 @@ class LLM:
         config = build(kind.Config, options, f"drafter {name!r}")
         services = {"load_target": self._load_draft_model, "backend": self._draft_backend(), "max_rows": self.max_rows}
         return name, kind.from_config(config, self.target, **services)
+
+    @staticmethod
+    def _calibration(folder: Path) -> Calibration:
+        found = load_calibration(folder)
+        if found is None:
+            raise CheckpointError(f"{folder} holds no calibration.json; `outrider calibrate` makes one")
+        return found
 
     def _check_vocabulary(self, model: str) -> None:
         """A draft model brings its tokenizer, which must be the target's; trained drafters have none of their own."""

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from outrider.calibration import Calibration
 from outrider.checkpoints.decoder import decoder_stack, require
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, IncompatibleDrafter, nearest
@@ -196,6 +197,8 @@ class DraftCheckpoint:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Keys that change nothing in the computation, kept for the next file."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    """What its confidences need, where it was measured."""
 
     @property
     def kind(self) -> str:

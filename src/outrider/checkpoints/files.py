@@ -14,12 +14,14 @@ from typing import Any, Protocol, cast
 from safetensors import safe_open
 from torch import Tensor
 
+from outrider import calibration
+from outrider.calibration import Calibration
 from outrider.checkpoints.decoder import file_name
 from outrider.checkpoints.draft import ChainDesign, DraftCheckpoint, ModuleDesign
 from outrider.errors import CheckpointError, nearest
 from outrider.weights import TensorFiles, read_json, resolve_model, write_json, write_tensors
 
-__all__ = ["FORMATS", "Format", "load", "read_header", "recognise", "save", "tensor_names"]
+__all__ = ["FORMATS", "Format", "load", "load_calibration", "read_header", "recognise", "save", "tensor_names"]
 
 FORMATS = {  # name -> module with the functions of ``Format``
     "speculators": "outrider.checkpoints.speculators",
@@ -64,7 +66,8 @@ def read_header(config: Mapping[str, Any]) -> DraftCheckpoint:
 def load(folder: str | Path) -> DraftCheckpoint:
     """Read a drafter's directory (or hub id), tensors in the dtype they are stored in.
 
-    Raises CheckpointError for a tensor that is missing, unknown, of another shape, or not finite.
+    Raises CheckpointError for a tensor that is missing, unknown, of another shape, or not finite, and for a
+    calibration.json that is none.
     """
     path = resolve_model(folder)
     checkpoint = read_header(read_json(path / "config.json"))
@@ -89,7 +92,7 @@ def load(folder: str | Path) -> DraftCheckpoint:
                 f"tensor {name!r} has shape {list(stored.shapes[name])}, but the config says {list(shape.sizes)}"
             )
         tensors[neutral] = stored.stored(name)
-    checkpoint = replace(checkpoint, tensors=tensors)
+    checkpoint = replace(checkpoint, tensors=tensors, calibration=load_calibration(path))
     checkpoint.check_tensors({neutral: in_file.get(file, file) for neutral, file in names.items()})
     return checkpoint
 
@@ -122,6 +125,8 @@ def save(
             partial / "model.safetensors", {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
         )
         write_json(partial / "provenance.json", dict(provenance))
+        if checkpoint.calibration is not None:
+            write_json(partial / calibration.FILE, checkpoint.calibration.to_json())
         check(partial)
         partial.chmod(0o755)  # mkdtemp makes private folders
         os.rename(partial, target)
@@ -150,6 +155,12 @@ def tensor_names(checkpoint: DraftCheckpoint) -> dict[str, str]:
         names = {neutral: file.replace("layers.0.", "mtp_layers.0.") for neutral, file in names.items()}
         names |= {f"{neutral}.weight": f"mtp_layers.0.{file}.weight" for neutral, file in module.items()}
     return names
+
+
+def load_calibration(folder: Path) -> Calibration | None:
+    """What a drafter's directory says of its confidences, if anything. Raises CheckpointError."""
+    file = folder / calibration.FILE
+    return Calibration.from_json(read_json(file), str(file)) if file.exists() else None
 
 
 def _plain(name: str) -> str:

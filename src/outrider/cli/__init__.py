@@ -24,6 +24,8 @@ COMMANDS = {  # in the order of the help
     "models": "outrider.cli.models:models",
     "doctor": "outrider.cli.doctor:doctor",
     "convert": "outrider.cli.convert:convert",
+    "calibrate": "outrider.cli.calibrate:calibrate",
+    "eval": "outrider.cli.eval:evaluate",
 }
 
 

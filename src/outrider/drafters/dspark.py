@@ -101,7 +101,8 @@ class DSparkDrafter(TrainedDrafter):
         else:
             before = self._draft_stepwise(drawing, anchors, hidden, base)
         confidence = self.head.confidence(hidden, before)
-        return drawing.proposal(drawing.margins() if confidence is None else confidence)
+        proposal = drawing.proposal(drawing.margins() if confidence is None else confidence)
+        return self.calibrated(proposal, context)
 
     def _draft_stepwise(self, drawing: Drawing, anchors: Tensor, hidden: Tensor, base: Tensor) -> list[Tensor]:
         """Draw draft after draft from its full law. -> W1 of the token before each"""

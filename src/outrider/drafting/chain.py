@@ -68,7 +68,7 @@ class ChainDrafter(TrainedDrafter):
             state = self.feed(state, drawing.draw(state.logits))
         drawing.draw(state.logits)
         self.rewind(rows)
-        return drawing.proposal(drawing.margins())
+        return self.calibrated(drawing.proposal(drawing.margins()), context)
 
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TrainedDrafter.follow``."""

@@ -15,7 +15,7 @@ from outrider.drafting.cache import DraftCache
 from outrider.drafting.net import load_net
 from outrider.errors import CheckpointError, nearest
 from outrider.registry import find
-from outrider.types import Backend, RaggedBatch, TargetModel
+from outrider.types import Backend, Context, Proposal, RaggedBatch, TargetModel
 
 __all__ = ["TrainedDrafter"]
 
@@ -47,6 +47,7 @@ class TrainedDrafter(ABC):
         self.taps: tuple[int, ...] = config.target_layers or checkpoint.layers_for(target.spec)
         checkpoint.check_target(target.spec, self.taps)
         self.block: int = config.draft_tokens or checkpoint.design.drafts
+        self.calibration = checkpoint.calibration
         self.net = load_net(checkpoint, target, backend, dtype)
         self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows)
 
@@ -85,6 +86,10 @@ class TrainedDrafter(ABC):
             )
         engine = backend or find("backend", "reference")()
         return cls(checkpoint, target, engine, config=config, dtype=dtype or target.spec.dtype, max_rows=max_rows)
+
+    def calibrated(self, proposal: Proposal, context: Context) -> Proposal:
+        """The proposal with its confidences, a head's or margins, put right where the checkpoint says how."""
+        return proposal if self.calibration is None else self.calibration.calibrated(proposal, context)
 
     def open(self, slot: int, capacity: int) -> None:
         self.cache.open(slot, capacity)

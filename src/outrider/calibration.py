@@ -1,0 +1,396 @@
+"""Confidences against what verification accepted: how far they are off, and the scaling that puts them right.
+
+A confidence c_j says P(draft j accepted | drafts 1..j-1 were). What a scheduler spends its budget by is the survival
+a_j = prod_{i<=j} c_i = P(drafts 1..j all accepted), in which small errors multiply.
+
+Sequential temperature scaling (STS; DSpark's confidence calibration, after Guo et al. 2017, arXiv 1706.04599, section
+4.2) therefore fits positions from left to right: T_j is the temperature of a grid for which the survival
+prod_{i<=j} sigmoid(z_i / T_i) has the least expected calibration error against "drafts 1..j all accepted", with
+T_1..T_{j-1} as they were found before. So position j may make good what is left of the errors before it.
+
+A temperature keeps the sign of a logit: it can make a head that was trained to speak of acceptance bolder or humbler,
+but a signal that was never meant as a probability (a margin is at least 0, so its sigmoid at least one half) also
+needs a ``shift``: z / T_j + b_j (Platt 1999), b_j being the one that makes the mean survival right for that T_j.
+
+n rounds, K positions. Rounds that verified fewer than j drafts say nothing of position j. Computed in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from scipy.optimize import brentq
+from scipy.stats import rankdata
+from torch import Tensor
+
+from outrider.errors import CheckpointError
+from outrider.types import Context, Proposal
+
+__all__ = [
+    "BINS",
+    "FILE",
+    "GRID",
+    "Calibration",
+    "OnlineCorrection",
+    "Quality",
+    "Reliability",
+    "Scaling",
+    "area_under_curve",
+    "brier",
+    "calibration_error",
+    "conditional_quality",
+    "error_of_chance",
+    "fit",
+    "log_loss",
+    "logits_of",
+    "pooled",
+    "quality",
+    "reliability",
+    "survival_quality",
+]
+
+FILE = "calibration.json"
+"""Its name in a drafter's directory."""
+BINS = 15
+GRID = tuple(10 ** (k / 40 - 1) for k in range(81))
+"""Temperatures tried: 0.1 to 10, each 6 % above the one before."""
+LARGEST_LOGIT = 14.0  # what a float32 sigmoid can still say
+FORMAT, VERSION = "outrider-calibration", 1
+
+
+# ------------------------------------------------------------------------------------------------ measures
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """Bins of equal mass, from the smallest probability to the largest."""
+
+    predicted: Tensor  # float64 [bins]   mean probability
+    observed: Tensor  # float64 [bins]    share of outcomes that came true
+    counts: Tensor  # int64 [bins]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the gap between the two, averaged over all that was predicted."""
+        return float(((self.predicted - self.observed).abs() * self.counts).sum() / self.counts.sum())
+
+
+def reliability(probabilities: Tensor, outcomes: Tensor, bins: int = BINS) -> Reliability:
+    """float [n], bool [n], n > 0. Equal probabilities share their outcomes, so that their order does not matter."""
+    values, group = probabilities.double().unique(return_inverse=True)
+    true = torch.bincount(group, outcomes.double(), len(values)) / torch.bincount(group, minlength=len(values))
+    order = group.sort().values
+    n = len(order)
+    edges = torch.arange(min(bins, n) + 1) * n // min(bins, n)
+    counts = edges.diff()
+    sums = torch.stack([values[order], true[order]]).cumsum(1)
+    means = torch.cat([sums.new_zeros(2, 1), sums], 1)[:, edges].diff(dim=1) / counts
+    return Reliability(means[0], means[1], counts)
+
+
+def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error over bins of equal mass. float [n], bool [n]"""
+    return reliability(probabilities, outcomes, bins).error
+
+
+def error_of_chance(probabilities: Tensor, bins: int = BINS, draws: int = 40, seed: int = 0) -> float:
+    """The calibration error that true probabilities would show over as many outcomes. float [n]"""
+    generator = torch.Generator().manual_seed(seed)
+    p = probabilities.double()
+    drawn = torch.rand(draws, len(p), generator=generator, dtype=torch.float64) < p
+    return sum(calibration_error(p, outcomes, bins) for outcomes in drawn) / draws
+
+
+def brier(probabilities: Tensor, outcomes: Tensor) -> float:
+    """Mean squared error (Brier 1950). float [n], bool [n]"""
+    return float((probabilities.double() - outcomes.double()).square().mean())
+
+
+def log_loss(probabilities: Tensor, outcomes: Tensor) -> float:
+    """Mean negative log-likelihood in nats, of probabilities that are kept off 0 and 1. float [n], bool [n]"""
+    p = probabilities.double().clamp(1e-12, 1 - 1e-12)
+    return float(-torch.where(outcomes.bool(), p, 1 - p).log().mean())
+
+
+def area_under_curve(scores: Tensor, outcomes: Tensor) -> float:
+    """P(a true outcome's score is above a false one's), ties counting half: the area under the ROC curve, as the
+    Mann-Whitney statistic. NaN where all outcomes are the same. float [n], bool [n]"""
+    true = outcomes.bool()
+    positives, negatives = int(true.sum()), int((~true).sum())
+    if not positives or not negatives:
+        return math.nan
+    ranks = torch.from_numpy(rankdata(scores.double().numpy()))
+    return (float(ranks[true].sum()) - positives * (positives + 1) / 2) / (positives * negatives)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How good some probabilities are."""
+
+    rounds: int
+    predicted: float  # mean probability
+    observed: float  # share that came true
+    ece: float
+    ece_of_chance: float  # what true probabilities would show over as many rounds
+    brier: float
+    auc: float | None  # None where all outcomes are the same
+    log_loss: float
+
+
+def quality(probabilities: Tensor, outcomes: Tensor, bins: int = BINS) -> Quality:
+    """float [n], bool [n], n > 0"""
+    area = area_under_curve(probabilities, outcomes)
+    return Quality(
+        rounds=len(outcomes),
+        predicted=float(probabilities.double().mean()),
+        observed=float(outcomes.double().mean()),
+        ece=calibration_error(probabilities, outcomes, bins),
+        ece_of_chance=error_of_chance(probabilities, bins),
+        brier=brier(probabilities, outcomes),
+        auc=None if math.isnan(area) else area,
+        log_loss=log_loss(probabilities, outcomes),
+    )
+
+
+def survival_quality(confidence: Tensor, verified: Tensor, accepted: Tensor, bins: int = BINS) -> list[Quality]:
+    """For each position the survival, against "all drafts up to it were accepted".
+
+    float [n, K], int64 [n], int64 [n] -> one for each position that any round verified.
+    """
+    survival = confidence.double().cumprod(1)
+    found = []
+    for j in range(int(verified.max())):
+        rows = verified > j
+        found.append(quality(survival[rows, j], accepted[rows] > j, bins))
+    return found
+
+
+def conditional_quality(confidence: Tensor, verified: Tensor, accepted: Tensor, bins: int = BINS) -> list[Quality]:
+    """For each position the confidence itself, over the rounds in which the drafts before it were accepted.
+
+    float [n, K], int64 [n], int64 [n] -> one for each position that any round came to.
+    """
+    found = []
+    for j in range(int(verified.max())):
+        rows = (verified > j) & (accepted >= j)
+        if not bool(rows.any()):
+            break
+        found.append(quality(confidence[rows, j], accepted[rows] > j, bins))
+    return found
+
+
+def pooled(confidence: Tensor, verified: Tensor, accepted: Tensor) -> tuple[Tensor, Tensor]:
+    """Survivals of all positions that were verified, and whether all drafts up to them were accepted.
+
+    float [n, K], int64 [n], int64 [n] -> float64 [m], bool [m]
+    """
+    position = torch.arange(confidence.shape[1])
+    seen = verified[:, None] > position
+    return confidence.double().cumprod(1)[seen], (accepted[:, None] > position)[seen]
+
+
+# ------------------------------------------------------------------------------------------------ scaling
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """Position j's logit z becomes z / temperatures[j] + shifts[j]; positions past the last are treated like it."""
+
+    temperatures: tuple[float, ...]
+    shifts: tuple[float, ...]
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """float [n, K] -> probabilities, float64 [n, K]"""
+        last = len(self.temperatures) - 1
+        places = torch.arange(logits.shape[1]).clamp(max=last)
+        temperatures, shifts = (torch.tensor(v, dtype=torch.float64) for v in (self.temperatures, self.shifts))
+        return torch.sigmoid(logits.double() / temperatures[places] + shifts[places])
+
+    def adjust(self, confidence: Sequence[float]) -> list[float]:
+        """One row's probabilities, put right. Element by element: a row's bits do not depend on its neighbours."""
+        last = len(self.temperatures) - 1
+        return [
+            _sigmoid(_logit(c) / self.temperatures[min(j, last)] + self.shifts[min(j, last)])
+            for j, c in enumerate(confidence)
+        ]
+
+
+def fit(
+    logits: Tensor,
+    verified: Tensor,
+    accepted: Tensor,
+    *,
+    shift: bool = False,
+    bins: int = BINS,
+    grid: Sequence[float] = GRID,
+) -> Scaling:
+    """Sequential temperature scaling; with ``shift`` each position gets a shift too (see the module's docstring).
+
+    float [n, K], int64 [n], int64 [n]. A position that fewer rounds than bins verified takes over the scaling of the
+    one before it.
+    """
+    before = torch.ones(len(logits), dtype=torch.float64)
+    temperatures, shifts = [], []
+    temperature, offset = 1.0, 0.0
+    for j in range(logits.shape[1]):
+        rows = verified > j
+        if int(rows.sum()) >= bins:
+            z, survived, outcomes = logits[rows, j].double(), before[rows], accepted[rows] > j
+            tried = []
+            for t in grid:
+                b = _shift(z / t, survived, outcomes) if shift else 0.0
+                error = calibration_error(survived * torch.sigmoid(z / t + b), outcomes, bins)
+                tried.append((error, abs(math.log(t)), t, b))  # of equal errors the mildest correction
+            *_, temperature, offset = min(tried)
+        temperatures.append(temperature)
+        shifts.append(offset)
+        before = before * torch.sigmoid(logits[:, j].double() / temperature + offset)
+    return Scaling(tuple(temperatures), tuple(shifts))
+
+
+def _shift(z: Tensor, survived: Tensor, outcomes: Tensor) -> float:
+    """b with mean(survived * sigmoid(z + b)) = mean(outcomes), as near as a finite b comes."""
+    wanted = float(outcomes.double().mean())
+
+    def excess(b: float) -> float:
+        return float((survived * torch.sigmoid(z + b)).mean()) - wanted
+
+    most = 2 * LARGEST_LOGIT
+    if excess(-most) >= 0:
+        return -most
+    return most if excess(most) <= 0 else float(brentq(excess, -most, most, xtol=1e-6))
+
+
+def logits_of(probabilities: Tensor) -> Tensor:
+    """The logits of probabilities that a float32 sigmoid may have rounded to 0 or 1. float -> float64"""
+    return torch.logit(probabilities.double()).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+
+
+def _logit(p: float) -> float:
+    if not 0 < p < 1:
+        return -LARGEST_LOGIT if p <= 0 else LARGEST_LOGIT
+    return min(max(math.log(p / (1 - p)), -LARGEST_LOGIT), LARGEST_LOGIT)
+
+
+def _sigmoid(z: float) -> float:
+    small = math.exp(-abs(z))  # never overflows
+    return (1 if z >= 0 else small) / (1 + small)
+
+
+# ------------------------------------------------------------------------------------------------ a drafter's file
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What is right for one drafter: a scaling for each verification rule and temperature it was fitted for."""
+
+    scalings: Mapping[tuple[str, float], Scaling]  # (rule, temperature)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # how it was made; nothing is computed from it
+
+    def scaling(self, rule: str, temperature: float) -> Scaling | None:
+        """That of the rule and the nearest temperature; None where nothing was fitted for the rule."""
+        near = [(abs(t - temperature), t) for r, t in self.scalings if r == rule]
+        return self.scalings[rule, min(near)[1]] if near else None
+
+    def calibrated(self, proposal: Proposal, context: Context) -> Proposal:
+        """The same drafts, each row's confidence put right for its request's rule and temperature.
+
+        Confidence j is made of confidence j alone, so what did not anticipate still does not.
+        """
+        if proposal.confidence is None:
+            return proposal
+        rows = []
+        for confidence, params in zip(proposal.confidence.tolist(), context.params, strict=False):
+            scaling = self.scaling(params.effective_rule, params.temperature)
+            rows.append(confidence if scaling is None else scaling.adjust(confidence))
+        return replace(proposal, confidence=torch.tensor(rows).view(proposal.confidence.shape))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as ``from_json`` reads it."""
+        buckets = [
+            {
+                "rule": rule,
+                "temperature": temperature,
+                "temperatures": list(scaling.temperatures),
+                "shifts": list(scaling.shifts),
+            }
+            for (rule, temperature), scaling in sorted(self.scalings.items())
+        ]
+        return {"format": FORMAT, "version": VERSION, "buckets": buckets, "facts": dict(self.facts)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str = FILE) -> Calibration:
+        """Raises CheckpointError, naming ``where``, for anything else."""
+        if value.get("format") != FORMAT or value.get("version") != VERSION:
+            raise CheckpointError(
+                f"{where}: expected format {FORMAT!r}, version {VERSION}, got {value.get('format')!r}, "
+                f"{value.get('version')!r}; `outrider calibrate` makes such a file"
+            )
+        buckets, facts = value.get("buckets"), value.get("facts", {})
+        if not isinstance(buckets, list) or not isinstance(facts, dict):
+            raise CheckpointError(f"{where}: expected a list `buckets` and an object `facts`")
+        scalings = {}
+        for number, bucket in enumerate(buckets):
+            try:
+                temperatures = tuple(float(t) for t in bucket["temperatures"])
+                shifts = tuple(float(b) for b in bucket["shifts"])
+                key = str(bucket["rule"]), float(bucket["temperature"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{where}: bucket {number}: expected rule, temperature, and numbers in temperatures and shifts "
+                    f"({type(error).__name__}: {error})"
+                ) from error
+            sound = all(math.isfinite(v) for v in (*temperatures, *shifts, key[1])) and all(t > 0 for t in temperatures)
+            if not temperatures or len(temperatures) != len(shifts) or not sound:
+                raise CheckpointError(
+                    f"{where}: bucket {number}: expected as many finite shifts as temperatures above 0, "
+                    f"got {list(temperatures)} and {list(shifts)}"
+                )
+            scalings[key] = Scaling(temperatures, shifts)
+        return cls(scalings, facts)
+
+
+# ------------------------------------------------------------------------------------------------ drift
+
+
+@dataclass(frozen=True, slots=True)
+class OnlineCorrection:
+    """A logistic correction of each position, sigmoid(slope z + shift), that follows what is being accepted.
+
+    Each outcome moves both by one step of gradient descent on its log loss, and both are drawn back to the identity a
+    little, so that a position hardly ever reached ends where it began. It depends on the past alone.
+    """
+
+    slopes: tuple[float, ...] = ()  # of the positions seen so far; the others are left as they are
+    shifts: tuple[float, ...] = ()
+    rate: float = 0.05
+    """Step: about 1 / rate outcomes are remembered."""
+    pull: float = 0.001
+    """Share of the way back to the identity that each outcome goes."""
+
+    def adjust(self, confidence: Sequence[float]) -> list[float]:
+        """One row's probabilities, put right, element by element."""
+        known = len(self.slopes)
+        return [
+            _sigmoid(self.slopes[j] * _logit(c) + self.shifts[j]) if j < known else c for j, c in enumerate(confidence)
+        ]
+
+    def update(self, confidence: Sequence[float], verified: int, accepted: int) -> OnlineCorrection:
+        """After one row's round: drafts 1..accepted held, and the next one did not, where it was verified.
+
+        ``confidence`` as it was given to ``adjust``.
+        """
+        seen = min(verified, accepted + 1)
+        missing = max(0, seen - len(self.slopes))
+        slopes, shifts = [*self.slopes, *[1.0] * missing], [*self.shifts, *[0.0] * missing]
+        for j in range(seen):
+            z = _logit(confidence[j])
+            error = (j < accepted) - _sigmoid(slopes[j] * z + shifts[j])
+            step = self.rate * error / (1 + z * z)  # normalised: a logit of 10 must not throw the slope about
+            slopes[j] = max(0.05, slopes[j] + step * z + self.pull * (1 - slopes[j]))  # never turns the order round
+            shifts[j] += step + self.pull * -shifts[j]
+        return replace(self, slopes=tuple(slopes), shifts=tuple(shifts))

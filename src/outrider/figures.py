@@ -1,0 +1,81 @@
+"""Diagrams in files. matplotlib draws them; where it is not installed there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Curve", "available", "draw_positions", "draw_reliability", "draw_sweep"]
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""x and y"""
+COLUMNS, PANEL = 3, 3.6  # panels side by side, inches of one
+
+
+def available() -> bool:
+    """Whether diagrams can be drawn."""
+    return find_spec("matplotlib") is not None
+
+
+def draw_reliability(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
+    """Panels by title, curves by label: predicted survival against what was observed; the diagonal is calibrated."""
+    figure, axes = _panels(len(panels))
+    for (title, curves), axis in zip(panels.items(), axes, strict=True):
+        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+        for label, (predicted, observed) in curves.items():
+            axis.plot(predicted, observed, marker="o", markersize=3, linewidth=1, label=label)
+        axis.set(title=title, xlim=(0, 1), ylim=(0, 1), xlabel="predicted", ylabel="observed", aspect="equal")
+        axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_positions(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Panels by title, drafters by name: P(accepted | those before were) at positions 1, 2, ..."""
+    figure, axes = _panels(len(panels))
+    for (title, curves), axis in zip(panels.items(), axes, strict=True):
+        for label, shares in curves.items():
+            axis.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3, linewidth=1, label=label)
+        axis.set(title=title, ylim=(0, 1), xlabel="position", ylabel="conditional acceptance")
+        axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_sweep(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], path: Path) -> None:
+    """Panels by title, drafters by name, their ``threshold``, ``acceptance_length``, ``acceptance_rate`` and
+    ``verify_rate`` side by side: acceptance length and rates over the threshold."""
+    figure, axes = _panels(2 * len(panels), columns=2)
+    for row, (title, drafters) in enumerate(panels.items()):
+        lengths, rates = axes[2 * row : 2 * row + 2]
+        for label, points in drafters.items():
+            (line,) = lengths.plot(points["threshold"], points["acceptance_length"], marker="o", label=label)
+            for name, style in (("acceptance_rate", "-"), ("verify_rate", "--")):
+                called = f"{label}, {name.replace('_', ' ')}"
+                rates.plot(points["threshold"], points[name], style, color=line.get_color(), label=called)
+        lengths.set(title=title, xlabel="threshold", ylabel="acceptance length")
+        rates.set(title=title, ylim=(0, 1), xlabel="threshold", ylabel="share of drafts")
+        for axis in (lengths, rates):
+            axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _panels(count: int, columns: int = COLUMNS) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(PANEL * columns, PANEL * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    return figure, axes[:count]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

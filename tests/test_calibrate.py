@@ -1,0 +1,193 @@
+"""Calibrating a drafter: what is fitted is kept in its directory, and read and used from there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_level_bpe, save_tokenizer
+from trained import DESIGNS, Session, make_checkpoint, make_target, propose, random_tokens, save_target
+from typer.testing import CliRunner, Result
+
+from outrider import checkpoints
+from outrider.backends.reference import ReferenceBackend
+from outrider.calibration import Calibration, Scaling
+from outrider.cli import app
+from outrider.config import SamplingParams
+from outrider.errors import CheckpointError, InvalidRequest
+from outrider.llm import LLM
+from outrider.registry import find
+from outrider.training.calibrate import Config, calibrate
+
+HALF = {(rule, t): Scaling((2.0,), (-1.0,)) for rule in ("rejection", "block", "coupled") for t in (0.0, 1.0)}
+SMALL = Config(temperatures=(0.0, 1.0), rules=("rejection", "block"), rounds=60, max_tokens=24, bins=5)
+
+
+@pytest.fixture(scope="module")
+def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random target with a tokenizer that nobody needs: the prompts are token ids."""
+    folder = save_target(tmp_path_factory.mktemp("calibrate") / "target", make_target())
+    save_tokenizer(folder, byte_level_bpe())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drafter_dir(target_dir: Path) -> Path:
+    checkpoint = make_checkpoint(DESIGNS["vanilla"], target=make_target())
+    return checkpoints.save(checkpoint, target_dir.parent / "drafter", "deepspec", {})
+
+
+@pytest.fixture(scope="module")
+def prompts(target_dir: Path) -> Path:
+    file = target_dir.parent / "held_out.jsonl"
+    lines = [{"id": str(i), "domain": "ab"[i % 2], "prompt": random_tokens(5 + i, i), "answer": []} for i in range(10)]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    return file
+
+
+# ------------------------------------------------------------------------------------------------ a drafter's file
+
+
+@pytest.mark.parametrize("name", ["vanilla", "dflash", "eagle3", "mtp"])
+def test_a_trained_drafter_puts_its_confidences_right(name: str) -> None:
+    target = make_target()
+    plain = make_checkpoint(DESIGNS[name], target=target)
+    kind = find("drafter", plain.kind)
+    history = random_tokens(12, 3)
+    found = {}
+    for checkpoint in (plain, replace(plain, calibration=Calibration(HALF))):
+        drafter = kind(checkpoint, target, ReferenceBackend(), config=kind.Config(""), dtype=torch.float32, max_rows=1)
+        session = Session(target, drafter, 1)
+        session.observe([history[:-1]], [0])
+        found[checkpoint.calibration is None] = propose(drafter, session.slots, [history])
+    raw, right = found[True].confidence, found[False].confidence
+    assert raw is not None and right is not None
+    expected = torch.sigmoid(torch.logit(raw.double()) / 2 - 1)
+    assert torch.allclose(right.double(), expected, atol=1e-6)
+    assert torch.equal(found[True].tokens, found[False].tokens)
+
+
+@pytest.mark.parametrize("form", ["deepspec", "speculators"])
+def test_a_calibration_is_written_and_read_with_its_checkpoint(tmp_path: Path, form: str) -> None:
+    checkpoint = replace(make_checkpoint(DESIGNS["vanilla"], target=make_target()), calibration=Calibration(HALF))
+    folder = checkpoints.save(checkpoint, tmp_path / form, form, {})
+    assert checkpoints.load(folder).calibration == checkpoint.calibration
+    (folder / "calibration.json").unlink()
+    assert checkpoints.load(folder).calibration is None
+    for text in ("{}", "[]", "nonsense"):
+        (folder / "calibration.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"calibration\.json"):
+            checkpoints.load(folder)
+
+
+def test_a_drafter_without_a_checkpoint_is_told_where_its_calibration_lies(tmp_path: Path, target_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no calibration\.json"):
+        LLM(target_dir, "ngram", drafter_options={"calibration": tmp_path})
+    (tmp_path / "calibration.json").write_text(json.dumps(Calibration(HALF).to_json()))
+    prompt, params = random_tokens(4, 0) * 6, SamplingParams(max_tokens=24, ignore_eos=True)
+    kept = []
+    for options in ({}, {"calibration": tmp_path}):
+        llm = LLM(
+            target_dir,
+            "ngram",
+            drafter_options=options,
+            policy="threshold",
+            policy_options={"threshold": 0.7},
+            dtype="float32",
+            backend="reference",
+        )
+        kept.append(llm.generate([prompt], params)[0])
+    assert kept[0].token_ids == kept[1].token_ids
+    assert kept[0].stats.drafted > kept[1].stats.drafted  # the same drafts, humbler
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+def test_the_stage_leaves_a_drafter_that_carries_its_calibration(
+    target_dir: Path, drafter_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "calibrated"
+    shares: list[float] = []
+    report = calibrate(
+        SMALL,
+        drafter_dir,
+        [prompts],
+        out,
+        str(target_dir),
+        backend="reference",
+        progress=lambda text, done: shares.append(done),
+    )
+    assert {path.name for path in out.iterdir()} == {"drafter", "provenance.json", "reliability.png", "report.json"}
+    copy = checkpoints.load(out / "drafter")
+    assert copy.calibration == Calibration.from_json(report.calibration.to_json())
+    assert set(copy.calibration.scalings) == {(rule, t) for rule in SMALL.rules for t in (0.0, 1.0)}
+    assert report.signal == "head"
+    assert shares == sorted(shares) and 0 <= shares[0] < shares[-1] <= 1
+    assert [bucket.rules for bucket in report.buckets] == [SMALL.rules, ("rejection",), ("block",)]
+    for bucket in json.loads((out / "report.json").read_text())["buckets"]:
+        assert len(bucket["after"]) == len(bucket["scaling"]["temperatures"]) == 5
+        assert bucket["before"][0]["rounds"] >= 15
+        assert all(0.1 <= t <= 10 for t in bucket["scaling"]["temperatures"])
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert provenance["arguments"]["rounds"] == 60 and set(provenance["parents"]) == {"drafter", "held_out.jsonl"}
+    llm = LLM(target_dir, out / "drafter", backend="reference")
+    assert llm.drafter.calibration is not None  # type: ignore[attr-defined]
+
+
+def test_a_signal_that_no_head_gives_gets_a_shift(target_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "loops.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": random_tokens(3, i) * 8}) for i in range(12)))
+    config = Config(temperatures=(0.0,), rules=("block",), rounds=60, max_tokens=40, bins=5)
+    report = calibrate(config, "ngram", [file], tmp_path / "out", str(target_dir), backend="reference")
+    assert report.signal == "training-free"
+    assert any(report.buckets[0].scaling.shifts)
+    assert {path.name for path in (tmp_path / "out" / "drafter").iterdir()} == {"calibration.json"}
+
+
+def test_what_cannot_be_calibrated_is_refused_in_one_line(target_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InvalidRequest, match="only 0 rounds with confidences"):
+        calibrate(SMALL, "none", [prompts], out, str(target_dir), backend="reference")
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"prompt": [1, 2]}')
+    with pytest.raises(InvalidRequest, match="at least 4 prompts"):
+        calibrate(SMALL, "ngram", [few], out, str(target_dir), backend="reference")
+    assert not out.exists()
+    out.mkdir()
+    with pytest.raises(InvalidRequest, match="exists already"):
+        calibrate(SMALL, "ngram", [prompts], out, str(target_dir), backend="reference")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def outrider(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def test_the_command_prints_what_the_report_says(target_dir: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--target", target_dir, "--prompts", prompts, "--backend", "reference", "--rounds", 60]
+    file = tmp_path / "report.json"
+    result = outrider("calibrate", "ngram", out, *options, "--temperature", 0, "--max-tokens", 60, "--json", file)
+    assert result.exit_code == 0, result.output
+    assert json.loads(file.read_text()) == json.loads((out / "report.json").read_text())
+    assert "any rule, temperature 0" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rule", "blocks"], "--rule must be one of rejection, block, coupled"),
+        (["--temperature", "-1"], "--temperature must be between 0"),
+        (["--draft-tokens", "0"], "--draft-tokens must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(target_dir: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    result = outrider("calibrate", "ngram", tmp_path / "out", "--target", target_dir, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.strip().count("\n") == 0

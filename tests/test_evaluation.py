@@ -1,0 +1,224 @@
+"""Evaluating drafters: intervals with known answers, figures that add up, and a run that goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TEXTS
+from typer.testing import CliRunner, Result
+
+from outrider.cli import app
+from outrider.config import SamplingParams
+from outrider.errors import InvalidRequest
+from outrider.evaluation import drafter as evaluation
+from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
+from outrider.evaluation.drafter import Config, evaluate
+from outrider.evaluation.intervals import Estimate, estimate, macro, share
+from outrider.llm import LLM
+from outrider.rounds import Round
+
+SMALL = Config(max_tokens=24, draws=200, temperatures=(0.0,))
+
+
+def outrider(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two sets of three prompts."""
+    folder = tmp_path_factory.mktemp("prompts")
+    files = [folder / "prose.jsonl", folder / "code.jsonl"]
+    for file, text in zip(files, (TEXTS[0], TEXTS[1]), strict=True):
+        lines = [{"turns": [text * 2 + text[: 5 + i]]} for i in range(3)]
+        file.write_text("\n".join(json.dumps(line) for line in lines))
+    return files
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
+    values = np.random.default_rng(1).normal(2, 1, 400)
+    found = estimate([400], lambda picks: values[picks[0]].mean(-1), draws=4000)
+    assert found.value == pytest.approx(values.mean())
+    half = 1.96 * values.std() / 20
+    assert found.low == pytest.approx(values.mean() - half, abs=0.01)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.01)
+
+
+def test_intervals_cover_what_they_should() -> None:
+    """95 % of them, give or take 4 standard errors of 300 trials and what 40 prompts lack to the limit."""
+    generator = np.random.default_rng(2)
+    covered = 0
+    for _ in range(300):
+        lengths = generator.geometric(0.4, 40) + generator.integers(0, 2, 40)
+        found = estimate([40], lambda picks, x=lengths: x[picks[0]].mean(-1), draws=300)
+        assert found.low is not None and found.high is not None
+        covered += found.low <= 2.5 + 0.5 <= found.high
+    assert 0.95 - 0.05 - 0.03 <= covered / 300 <= 0.99
+
+
+def test_domains_weigh_alike_however_many_prompts_they_have() -> None:
+    few, many = np.array([1.0, 3.0]), np.full(50, 10.0)
+    found = estimate([2, 50], macro([lambda p: few[p].mean(-1), lambda p: many[p].mean(-1)]))
+    assert found.value == pytest.approx((2 + 10) / 2)
+    assert (found.low, found.high) == (pytest.approx(5.5), pytest.approx(6.5))  # the second domain never varies
+
+
+def test_what_is_paired_varies_less() -> None:
+    generator = np.random.default_rng(3)
+    hard = generator.normal(0, 5, 60)
+    a, b = hard + 0.5 + generator.normal(0, 0.3, 60), hard
+    paired = estimate([60], lambda picks: a[picks[0]].mean(-1) - b[picks[0]].mean(-1))
+    alone = estimate([60], lambda picks: a[picks[0]].mean(-1))
+    assert paired.excludes_zero and not alone.excludes_zero
+
+
+def test_nothing_over_nothing_is_no_figure_and_one_prompt_has_no_interval() -> None:
+    zeros = np.zeros(3, dtype=np.int64)
+    assert estimate([3], lambda picks: share(zeros, zeros, picks[0])) == Estimate(None)
+    assert estimate([1], lambda picks: share(zeros[:1] + 1, zeros[:1] + 2, picks[0])) == Estimate(0.5)
+    assert not Estimate(0.5).excludes_zero
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_figures_by_hand() -> None:
+    def one(accepted: int, verified: int = 2, drafted: int = 2) -> Round:
+        return Round(None, 2, drafted, verified, accepted, accepted + 1)
+
+    samples = [Sample(7, 1.0, [one(2), one(0), one(1)]), Sample(4, 1.0, [one(1, verified=1), one(0, 0, 0)])]
+    plain = [Sample(7, 2.0, []), Sample(4, 3.0, [])]
+    row = row_of("d", 1.0, "x", [Counts.of(samples, plain, depth=2)], 100)
+    assert row.acceptance_length.value == pytest.approx(9 / 5)
+    assert row.without_bonus.value == pytest.approx(4 / 5)
+    assert row.verify_rate.value == pytest.approx(7 / 8)
+    assert row.acceptance_rate.value == pytest.approx(4 / 7)
+    assert row.speedup.value == pytest.approx((11 / 2) / (11 / 5))
+    assert [c.value for c in row.conditional] == [pytest.approx(3 / 4), pytest.approx(1 / 2)]
+    assert [c.value for c in row.cumulative] == [pytest.approx(3 / 4), pytest.approx(1 / 3)]
+    assert (row.prompts, row.rounds) == (2, 5)
+
+
+def test_figures_are_those_of_the_answers(tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path]) -> None:
+    model, draft = str(tiny_model_dir), str(tiny_draft_dir)
+    found = evaluate(SMALL, [model, draft], prompts, model, dtype="float32", backend="reference")
+    names = tiny_model_dir.name, tiny_draft_dir.name
+    assert [(row.drafter, row.domain) for row in found.rows] == [
+        (name, domain) for name in names for domain in ("prose", "code", MACRO)
+    ]
+    for row in found.rows:
+        assert row.acceptance_length.value is not None and row.without_bonus.value is not None
+        assert 0 <= row.without_bonus.value <= row.acceptance_length.value <= 1 + row.without_bonus.value
+        assert row.verify_rate.value == 1
+    llm = LLM(model, draft, dtype="float32", backend="reference")
+    texts = [json.loads(line)["turns"][0] for line in prompts[0].read_text().splitlines()]
+    stats = [llm.generate([text], SamplingParams(max_tokens=24))[0].stats for text in texts]
+    own = found.rows[3]
+    # The last rounds, whose drafts had to be cut to 24 tokens, count in the answers' own figures only.
+    assert 0 < own.rounds < sum(s.rounds for s in stats)
+    its_own_target = found.rows[0]  # every draft is right, up to the end of the text
+    assert its_own_target.acceptance_rate.value == 1 and its_own_target.conditional[3].value == 1
+    lengths = [row.acceptance_length.value for row in found.rows[:3]]
+    assert lengths[2] == pytest.approx((lengths[0] + lengths[1]) / 2)  # type: ignore[operator]
+    assert [(d.drafter, d.other) for d in found.differences] == [names] * 3
+    difference = found.differences[2].acceptance_length.value
+    assert difference == pytest.approx(lengths[2] - found.rows[5].acceptance_length.value)  # type: ignore[operator]
+    assert found.differences[2].acceptance_length.excludes_zero
+
+
+def test_a_drafter_against_itself_differs_by_nothing(
+    tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = str(tiny_draft_dir)
+    labels = iter(["one", "two"] * 2)
+    monkeypatch.setattr(evaluation, "_label", lambda drafter: next(labels))
+    config = SMALL.model_copy(update={"temperatures": (1.0,)})
+    found = evaluate(config, [draft, draft], prompts, str(tiny_model_dir), dtype="float32", backend="reference")
+    assert {d.acceptance_length for d in found.differences} == {Estimate(0.0, 0.0, 0.0)}
+
+
+def test_higher_thresholds_verify_less(tiny_model_dir: Path, prompts: list[Path], tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"thresholds": (0.0, 0.6, 0.9), "max_tokens": 100})
+    out, model = tmp_path / "out", str(tiny_model_dir)
+    found = evaluate(config, [model], prompts, model, out, dtype="float32", backend="reference")
+    rates = [point.verify_rate.value for point in found.sweep]
+    assert rates[0] == 1.0 and rates == sorted(rates, reverse=True) and rates[2] < 1  # type: ignore[type-var, operator]
+    (one,) = found.confidences
+    assert one.pooled.rounds == sum(quality.rounds for quality in one.positions)
+    assert {path.name for path in out.iterdir()} == {
+        "evaluation.json",
+        "parts",
+        "positions.png",
+        "reliability.png",
+        "sweep.png",
+    }
+    assert json.loads((out / "evaluation.json").read_text()) == json.loads(json.dumps(found.to_json()))
+
+
+def test_an_evaluation_goes_on_where_it_was(
+    tiny_model_dir: Path, prompts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: tuple[Any, ...] = (SMALL, ["ngram"], prompts, str(tiny_model_dir), tmp_path)
+    options = {"dtype": "float32", "backend": "reference"}
+    measure, calls = evaluation._measure, []
+
+    def interrupted(*values: Any) -> Any:
+        calls.append(values)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*values)
+
+    monkeypatch.setattr(evaluation, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*arguments, **options)
+    first = evaluate(*arguments, **options)
+    assert len(calls) == 3  # the first set was not measured again
+    assert evaluate(*arguments, **options) == first and len(calls) == 3
+    other = SMALL.model_copy(update={"max_tokens": 23})
+    evaluate(other, *arguments[1:], **options)
+    assert len(calls) == 5
+
+
+def test_two_drafters_of_one_name_are_refused(tiny_model_dir: Path, prompts: list[Path]) -> None:
+    with pytest.raises(InvalidRequest, match="given twice"):
+        evaluate(SMALL, ["ngram", "ngram"], prompts, str(tiny_model_dir), dtype="float32", backend="reference")
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+
+def test_the_command_prints_tables_and_json(tiny_model_dir: Path, prompts: list[Path]) -> None:
+    options = ["--target", tiny_model_dir, "--dtype", "float32", "--backend", "reference", "--prompts", prompts[0]]
+    result = outrider(
+        "eval", "--drafter", "ngram", "--drafter", "none", *options, "--max-tokens", 16, "--no-sweep", "--json", "-"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {row["drafter"] for row in found["rows"]} == {"ngram", "none"}
+    plain = [row for row in found["rows"] if row["drafter"] == "none"]
+    assert all(row["acceptance_length"]["value"] == 1 and row["acceptance_rate"]["value"] is None for row in plain)
+    assert "Differences of acceptance length" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rule", "blok"], "did you mean 'block'"),
+        (["--temperature", "-1"], "--temperature must be between 0 and 100"),
+        (["--threshold", "2"], "--threshold must be between 0 and 1"),
+        (["--draft-tokens", "0"], "--draft-tokens must be at least 1"),
+        (["--prompts", "nowhere.jsonl"], "cannot read prompts"),
+        (["--drafter", "ngram"], "given twice"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_model_dir: Path, options: list[str], message: str) -> None:
+    result = outrider("eval", "--drafter", "ngram", "--target", tiny_model_dir, "--backend", "reference", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.strip().count("\n") == 0
