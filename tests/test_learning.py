@@ -32,10 +32,11 @@ from outrider.learning import (
 )
 from outrider.learning.attention import BlockAttention
 from outrider.learning.fresh import mask_token, spread_taps
+from outrider.lessons import FeatureBatch, TokenBatch
 from outrider.targets import load_backend, load_target
 from outrider.training.data import Text
 from outrider.training.teacher import Teacher
-from outrider.types import FeatureBatch, RaggedBatch, TargetModel, TokenBatch
+from outrider.types import RaggedBatch, TargetModel
 from outrider.weights import read_config, resolve_model
 
 GOLDEN = Path(os.environ.get("OUTRIDER_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))

@@ -22,9 +22,12 @@ FROZEN = Path(__file__).parent / "data" / "command_line.json"
 
 # A module imports only from floors below its own. A package name stands for every module in it.
 FLOORS: list[tuple[str, ...]] = [
-    ("types", "config", "core", "errors", "registry"),
+    ("types", "config", "core", "errors", "lessons", "registry"),
     ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template", "figures"),
-    ("layers", "weights", "attention", "tokenizer", "decoder", "backends", "memory", "checkpoints", "drafting", "learning"),
+    (
+        *("layers", "weights", "attention", "tokenizer", "decoder"),
+        *("backends", "memory", "checkpoints", "drafting", "learning"),
+    ),
     ("targets", "drafters"),
     ("admission", "policies"),
     ("engine", "llm", "rounds"),

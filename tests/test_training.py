@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from torch import nn
 
 from outrider import LLM, SamplingParams, checkpoints
 from outrider.errors import InvalidRequest
+from outrider.lessons import FeatureBatch, Loss
 from outrider.training.data import Deal, Text, pack, read_texts
 from outrider.training.run import Config, run, trainable
 from outrider.training.trainer import Plan, TrainingFailed
-from outrider.types import FeatureBatch, Loss
 
 SMALL: dict[str, Any] = {
     "drafter": {"markov_rank": 8, "intermediate_size": 64, "target_layers": [2, 5], "loss": {"anchors": 4}},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ __all__ = [
     "Context",
     "Drafter",
     "Event",
-    "FeatureBatch",
     "Law",
-    "Loss",
     "Mask",
     "Memory",
     "Noise",
@@ -39,8 +37,6 @@ __all__ = [
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
-    "TokenBatch",
-    "TrainableDrafter",
     "Verification",
 ]
 
@@ -244,41 +240,6 @@ class TargetSpec:
     defaults: dict[str, float] = field(default_factory=dict)  # sampling defaults of generation_config.json
 
 
-@dataclass(frozen=True, slots=True)
-class TokenBatch:
-    """Some training texts, packed."""
-
-    tokens: Tensor  # int64 [N]
-    offsets: Tensor  # int64 [S+1]    text s owns tokens[offsets[s]:offsets[s+1]]
-    answers: Tensor  # bool [N]       the target wrote the token: only these are learnt
-    keys: tuple[int, ...]  # S        what a text's random choices depend on, whatever batch it is in
-
-    def spans(self) -> list[tuple[int, int]]:
-        """Where each text begins and ends."""
-        ends = self.offsets.tolist()
-        return list(zip(ends, ends[1:], strict=False))
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureBatch:
-    """Texts, and what the target makes of them."""
-
-    texts: TokenBatch
-    anchors: Tensor  # int64 [A]       places in the pack from which drafting is learnt, ascending
-    rows: Tensor  # int64 [R]          places whose law the loss asks for, ascending
-    features: Tensor  # [N, F]
-    logits: Tensor  # float32 [R, V]   the target's, at ``rows``: the law of the token after each
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Sums over a batch; divided by ``weight`` they are means. So parts of a batch, and processes, add up exactly."""
-
-    total: Tensor  # scalar with a gradient
-    parts: dict[str, Tensor]  # scalars for people to watch
-    weight: Tensor  # scalar without a gradient
-
-
 # ------------------------------------------------------------------------------------------------ contracts
 
 
@@ -399,23 +360,6 @@ class Drafter(Protocol):
         ...
 
     def close(self, slot: int) -> None: ...
-
-
-class TrainableDrafter(Protocol):
-    """A drafter's network with gradients; a ``torch.nn.Module`` whose ``forward`` is ``loss``."""
-
-    taps: tuple[int, ...]
-
-    def snapshot(self) -> Any:
-        """What it has learnt so far, to be saved: a checkpoint of a drafter, or a Hugging Face model. Where weights
-        are spread over processes, all of them must ask."""
-        ...
-
-    def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
-        """Anchors and rows of a ``FeatureBatch``: chosen by the texts' keys and the epoch alone."""
-        ...
-
-    def loss(self, batch: FeatureBatch) -> Loss: ...
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import LayerConfig
-from outrider.types import TokenBatch
+from outrider.lessons import TokenBatch
 
 __all__ = ["BlockAttention", "ChainAttention"]
 

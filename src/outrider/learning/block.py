@@ -25,8 +25,9 @@ from outrider.learning.attention import BlockAttention
 from outrider.learning.fresh import draft_decoder, mask_token, new_checkpoint
 from outrider.learning.frozen import Frozen
 from outrider.learning.stack import LearnedLayer, LearnedStack, Norm, linear
+from outrider.lessons import FeatureBatch, Loss, TokenBatch
 from outrider.losses import divergence, negative_log_acceptance, position_weights
-from outrider.types import FeatureBatch, Loss, TargetModel, TokenBatch
+from outrider.types import TargetModel
 
 __all__ = ["BlockLoss", "DFlashTraining", "DSparkTraining", "TrainableBlock"]
 
@@ -47,7 +48,7 @@ class BlockLoss:
 
 
 class TrainableBlock(nn.Module):
-    """See ``outrider.types.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
+    """See ``outrider.lessons.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel, loss: BlockLoss) -> None:
         super().__init__()

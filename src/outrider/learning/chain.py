@@ -23,8 +23,9 @@ from outrider.learning.attention import ChainAttention
 from outrider.learning.fresh import draft_decoder, new_checkpoint
 from outrider.learning.frozen import Frozen
 from outrider.learning.stack import LearnedStack, Norm, linear
+from outrider.lessons import FeatureBatch, Loss, TokenBatch
 from outrider.losses import divergence
-from outrider.types import FeatureBatch, Loss, TargetModel, TokenBatch
+from outrider.types import TargetModel
 
 __all__ = ["ChainLoss", "Eagle3Training", "MTPTraining", "TrainableChain"]
 
@@ -43,7 +44,7 @@ class ChainLoss:
 
 
 class TrainableChain(nn.Module):
-    """See ``outrider.types.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
+    """See ``outrider.lessons.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel, loss: ChainLoss) -> None:
         super().__init__()

@@ -17,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from outrider.errors import InvalidRequest
 from outrider.learning.fresh import draft_decoder
+from outrider.lessons import FeatureBatch, Loss, TokenBatch
 from outrider.losses import divergence
-from outrider.types import FeatureBatch, Loss, TargetModel, TokenBatch
+from outrider.types import TargetModel
 
 __all__ = ["DraftModelTraining", "TrainableModel"]
 
@@ -48,7 +49,7 @@ class DraftModelTraining:
 
 
 class TrainableModel(nn.Module):
-    """See ``outrider.types.TrainableDrafter``. It reads no features: its own embedding and layers see the text."""
+    """See ``outrider.lessons.TrainableDrafter``. It reads no features: its own embedding and layers see the text."""
 
     taps: tuple[int, ...] = ()
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from outrider.errors import InvalidRequest
-from outrider.types import TokenBatch
+from outrider.lessons import TokenBatch
 
 __all__ = ["Deal", "Text", "pack", "read_texts"]
 

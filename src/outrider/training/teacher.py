@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from outrider.lessons import FeatureBatch, TrainableDrafter
 from outrider.training.data import Text, pack
-from outrider.types import FeatureBatch, Memory, RaggedBatch, TargetModel, TrainableDrafter
+from outrider.types import Memory, RaggedBatch, TargetModel
 
 __all__ = ["Teacher"]
 

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from outrider.errors import OutriderError
+from outrider.lessons import Loss, TrainableDrafter
 from outrider.training.data import Deal
 from outrider.training.teacher import Teacher
-from outrider.types import Loss, TrainableDrafter
 
 __all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "rank_and_world"]
 
