@@ -18,7 +18,7 @@ from outrider import LLM, SamplingParams, checkpoints
 from outrider.errors import InvalidRequest
 from outrider.lessons import FeatureBatch, Loss
 from outrider.training.data import Deal, Text, pack, read_texts
-from outrider.training.run import Config, run, trainable
+from outrider.training.run import Config, learn, trainable
 from outrider.training.trainer import Plan, TrainingFailed
 
 SMALL: dict[str, Any] = {
@@ -37,10 +37,12 @@ SMALL: dict[str, Any] = {
 RUN = """
 import json, sys, torch
 from pathlib import Path
-from outrider.training.run import Config, run
+from outrider.training.run import Config, learn, processes
 torch.set_num_threads(1)
 options, answers, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-run(Config(**options), answers, out, "embedded", dtype="float32", watch=lambda step, steps: print(step.step, flush=True))
+tell = lambda step, steps: print(step.step, flush=True)
+with processes():
+    learn(Config(**options), answers, out, "embedded", dtype="float32", watch=tell)
 """
 
 
@@ -109,7 +111,7 @@ def test_a_run_killed_twice_ends_with_the_same_weights(answers: Path, tmp_path: 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_does(sharding: str, answers: Path, tmp_path: Path) -> None:
-    run(Config(**SMALL), answers, tmp_path / "one", "embedded", dtype="float32")
+    learn(Config(**SMALL), answers, tmp_path / "one", "embedded", dtype="float32")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(29500 + os.getpid() % 500)]
     options = SMALL | {"sharding": sharding}
     done = subprocess.run(
@@ -133,9 +135,9 @@ def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) 
         "draft_model": {"intermediate_size": 64},
     }[kind]
     config = Config(**SMALL | {"kind": kind, "drafter": own, "steps": 12, "looks": 1, "look_tokens": 4})
-    folder = run(config, answers, tmp_path / kind, "embedded", dtype="float32")
+    learn(config, answers, tmp_path / kind, "embedded", dtype="float32")
     curve = losses(tmp_path / kind)
-    llm = LLM("embedded", str(folder), dtype="float32")
+    llm = LLM("embedded", str(tmp_path / kind / "drafter"), dtype="float32")
     plain = LLM("embedded", "none", dtype="float32")
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=3)
 
@@ -143,13 +145,15 @@ def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) 
     assert llm.generate("Question:", params)[0].token_ids == plain.generate("Question:", params)[0].token_ids
     assert llm.drafter_name == kind
     assert (tmp_path / kind / "report.html").stat().st_size > 10_000
-    assert run(config, answers, tmp_path / kind, "embedded", dtype="float32") == folder  # done: nothing is repeated
+    log = (tmp_path / kind / "state" / "log.jsonl").read_bytes()
+    learn(config, answers, tmp_path / kind, "embedded", dtype="float32")  # done: nothing is repeated
+    assert (tmp_path / kind / "state" / "log.jsonl").read_bytes() == log
 
 
 def test_one_text_can_be_learnt_by_heart(answers: Path, tmp_path: Path) -> None:
     said: list[str] = []
     options = SMALL | {"sanity": True, "steps": 1, "drafter": {"markov_rank": 16, "target_layers": [2, 5]}}
-    run(Config(**options), answers, tmp_path / "out", "embedded", dtype="float32", say=said.append)
+    learn(Config(**options), answers, tmp_path / "out", "embedded", dtype="float32", say=said.append)
     assert "over-fitted" in said[0]
 
 
@@ -158,7 +162,7 @@ def test_what_cannot_learn_is_stopped_before_the_long_run(
 ) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     with pytest.raises(TrainingFailed, match="one single text"):
-        run(Config(**SMALL | {"sanity": True}), answers, tmp_path / "out", "embedded", dtype="float32")
+        learn(Config(**SMALL | {"sanity": True}), answers, tmp_path / "out", "embedded", dtype="float32")
     assert not (tmp_path / "out" / "drafter").exists()
 
 
@@ -181,13 +185,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_state(
     with monkeypatch.context() as patch:
         patch.setattr(TrainableBlock, "loss", broken)
         with pytest.raises(TrainingFailed, match="the loss is nan at step 6"):
-            run(options, answers, tmp_path / "out", "embedded", dtype="float32")
+            learn(options, answers, tmp_path / "out", "embedded", dtype="float32")
     state = torch.load(tmp_path / "out" / "state" / "state.pt", weights_only=True)
-    folder = run(options, answers, tmp_path / "out", "embedded", dtype="float32")
+    learn(options, answers, tmp_path / "out", "embedded", dtype="float32")
 
     assert state["step"] == 5
     assert all(bool(tensor.isfinite().all()) for tensor in state["module"].values())
-    assert folder.exists() and len(losses(tmp_path / "out")) == 8
+    assert (tmp_path / "out" / "drafter").exists() and len(losses(tmp_path / "out")) == 8
 
 
 def test_a_full_disk_keeps_the_state_before(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +206,7 @@ def test_a_full_disk_keeps_the_state_before(answers: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(TrainingFailed, match=r"No space left.*run the same command again"):
-        run(Config(**SMALL | {"save_seconds": 1e-6}), answers, tmp_path / "out", "embedded", dtype="float32")
+        learn(Config(**SMALL | {"save_seconds": 1e-6}), answers, tmp_path / "out", "embedded", dtype="float32")
     assert torch.load(tmp_path / "out" / "state" / "state.pt", weights_only=True)["step"] == 2
     assert [path.name for path in (tmp_path / "out" / "state").iterdir() if "partial" in path.name] == []
 

@@ -21,9 +21,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_report(log: Path, out: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """``report.png`` and ``report.html`` in ``out``."""
-    lines = read_log(log)
+def write_report(
+    lines: Sequence[Mapping[str, Any]], out: Path, config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """``report.png`` and ``report.html`` in ``out``, of the lines of a log."""
     picture = out / "report.png"
     _plot(lines, picture)
     seconds, tokens = sum(line["seconds"] for line in lines), sum(line["tokens"] for line in lines)

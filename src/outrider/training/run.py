@@ -1,4 +1,8 @@
-"""``train run``: from the target's answers to a drafter, by the trainer, watched on held-out prompts."""
+"""Stage ``run``: from the target's answers to a drafter, by the trainer, watched on held-out prompts.
+
+Written is ``drafter/``, a checkpoint that ``LLM(target, drafter=...)`` loads, beside ``report.html``; ``state/`` holds
+what an interrupted run goes on from. Under torchrun every process calls ``run``; the first one writes.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
 from torch import nn
 
 from outrider import checkpoints, registry
@@ -26,13 +31,15 @@ from outrider.config import SamplingParams, build
 from outrider.errors import InvalidRequest, nearest
 from outrider.learning import Frozen
 from outrider.llm import LLM
+from outrider.training.artefact import Artefact, begin, open_artefact
 from outrider.training.data import Deal, Text, read_texts
-from outrider.training.report import write_report
+from outrider.training.progress import Progress
+from outrider.training.report import read_log, write_report
 from outrider.training.teacher import Teacher
 from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
 from outrider.weights import read_config, resolve_model
 
-__all__ = ["Config", "Evaluator", "run", "save_drafter", "trainable"]
+__all__ = ["Config", "Evaluator", "learn", "over_fit", "processes", "run", "save_drafter", "trainable"]
 
 ACCEPTED = 0.9  # of the drafts on a text that was learnt by heart
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -41,7 +48,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 class Config(BaseModel):
     """What one training run asks for."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    free: ClassVar[frozenset[str]] = frozenset({"save_seconds", "sanity", "tensorboard", "form"})
 
     kind: str = "dspark"
     """Which drafter: a name of the catalogue that can be trained (see ``outrider models``)."""
@@ -61,6 +69,8 @@ class Config(BaseModel):
     warmup: float = Field(0.04, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
+    dtype: str = "auto"
+    """Precision of the target while it teaches."""
     bfloat16: bool = True
     """Products in bfloat16; weights and sums stay in float32."""
     seed: int = 0
@@ -93,70 +103,101 @@ def trainable(config: Config, llm: LLM) -> nn.Module:
     return module
 
 
-def run(
+def run(config: Config, answers: Path, out: Path, target: str, *, console: Console | None = None) -> Artefact:
+    """Train a drafter on an artefact of answers, from where an earlier run stopped.
+
+    Raises ArtefactError for answers that do not fit; CheckpointError for the target; InvalidRequest for options that
+    do not fit; TrainingFailed where it cannot go on.
+    """
+    with processes():
+        parent = open_artefact(answers, "regenerate", target)
+        if rank_and_world()[0] > 0:  # the first process keeps the books
+            learn(config, answers, out, target)
+            return parent
+        with begin(out, "run", config, parents={"answers": parent}, target=target) as work:
+            if not work.finished:
+                say = console.print if console is not None else _silent
+                facts = learn(config, answers, out, target, say=say, console=console)
+                work.finish(["drafter"], facts)
+    return Artefact(out, "run", work.record["sha256"], work.record["target"], work.record)
+
+
+def learn(
     config: Config,
     answers: Path,
     out: Path,
     target: str,
     *,
-    dtype: str = "auto",
-    provenance: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
     watch: Callable[[Step, int], None] = lambda step, steps: None,
     say: Callable[[str], None] = lambda text: None,
-) -> Path:
-    """Train a drafter on ``answers`` (a folder with train.jsonl and held_out.jsonl) and write ``out/drafter``.
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """``run`` without the books: train on ``answers`` (train.jsonl, held_out.jsonl), write ``out/drafter`` unless it is
+    there already, and return facts about it."""
+    llm = LLM(target, "none", dtype=dtype or config.dtype)
+    rank, world = rank_and_world()
+    vocab, length = llm.target.spec.vocab_size, min(config.length, llm.target.spec.max_positions)
+    texts = read_texts(answers / "train.jsonl", length=length, vocab_size=vocab)
+    if config.batch < world:
+        raise InvalidRequest(f"batch must be at least the number of processes, {world}; got {config.batch}")
+    steps = config.steps or math.ceil(config.epochs * len(texts) / config.batch)
+    plan = _plan(config, steps)
+    work, finished = out / "state", out / "drafter"
+    teacher = Teacher(llm.target, length)
+    if config.sanity and rank == 0 and not (work / "state.pt").exists():
+        say(over_fit(trainable(config, llm), teacher, texts, plan))
+    module = trainable(config, llm)
+    evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if config.looks else None
+    board = _board(config, out) if rank == 0 else None
 
-    A run that was stopped goes on; a finished one returns at once. Under torchrun all processes call this.
-    Raises InvalidRequest for data or options that do not fit, TrainingFailed where it cannot go on.
-    """
-    finished = out / "drafter"
-    if finished.exists():
-        return finished
-    with _processes():
-        rank, world = rank_and_world()
-        llm = LLM(target, "none", dtype=dtype)
-        vocab = llm.target.spec.vocab_size
-        length = min(config.length, llm.target.spec.max_positions)
-        texts = read_texts(answers / "train.jsonl", length=length, vocab_size=vocab)
-        if config.batch < world:
-            raise InvalidRequest(f"batch must be at least the number of processes, {world}; got {config.batch}")
-        steps = config.steps or math.ceil(config.epochs * len(texts) / config.batch)
-        plan = Plan(
-            steps=steps,
-            learning_rate=config.learning_rate,
-            warmup=config.warmup,
-            weight_decay=config.weight_decay,
-            clip=config.clip,
-            bfloat16=config.bfloat16,
-            save_seconds=config.save_seconds,
-        )
-        work = out / "state"
-        teacher = Teacher(llm.target, length)
-        if config.sanity and rank == 0 and not (work / "state.pt").exists():
-            say(over_fit(trainable(config, llm), teacher, texts, plan))
-        module = trainable(config, llm)
-        evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if config.looks else None
-        board = _board(config, out) if rank == 0 else None
+    def look(step: int) -> dict[str, Any]:
+        drafter = module.snapshot()  # type: ignore[operator]
+        return evaluator(drafter) if evaluator is not None and rank == 0 else {}
 
-        def look(step: int) -> dict[str, Any]:
-            drafter = module.snapshot()  # type: ignore[operator]
-            return evaluator(drafter) if evaluator is not None and rank == 0 else {}
-
-        deal = Deal(texts, config.batch, config.pack_tokens, config.seed)
-        trainer = Trainer(module, teacher, deal, plan, work, config.sharding)
-        every = max(1, steps // config.looks) if config.looks else 0
+    deal = Deal(texts, config.batch, config.pack_tokens, config.seed)
+    trainer = Trainer(module, teacher, deal, plan, work, config.sharding)
+    every = max(1, steps // config.looks) if config.looks else 0
+    with Progress(console, f"{config.kind}, steps", steps, trainer.resume()) as progress:
         for step in trainer.run(every, look):
             if board is not None:
                 for name, value in {"loss": step.loss, "rate": step.rate, **step.parts}.items():
                     board.add_scalar(name, value, step.step)
-            if rank == 0:
-                watch(step, steps)
-        drafter = module.snapshot()  # type: ignore[operator]
-        if rank == 0:
-            facts = {"config": config.model_dump(), "steps": steps, "texts": len(texts), **(provenance or {})}
-            save_drafter(drafter, finished, config.form, facts, llm)
-            write_report(work / "log.jsonl", out, config.model_dump(), facts)
-    return finished
+            progress.advance(1, step.tokens)
+            watch(step, steps)
+    drafter = module.snapshot()  # type: ignore[operator]
+    log = read_log(work / "log.jsonl") if rank == 0 else []
+    facts = {"steps": steps, "texts": len(texts), **_facts(log)}
+    if rank == 0:
+        if not finished.exists():
+            save_drafter(drafter, finished, config.form, {"config": config.model_dump(), **facts}, llm)
+        write_report(log, out, config.model_dump(), facts)
+    return facts
+
+
+def _plan(config: Config, steps: int) -> Plan:
+    return Plan(
+        steps=steps,
+        learning_rate=config.learning_rate,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        bfloat16=config.bfloat16,
+        save_seconds=config.save_seconds,
+    )
+
+
+def _facts(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    looks = [line for line in log if "acceptance_length" in line]
+    facts: dict[str, Any] = {
+        "seconds": round(sum(line["seconds"] for line in log), 1),
+        "tokens": sum(line["tokens"] for line in log),
+        "loss": log[-1]["loss"] if log else None,
+    }
+    return facts | {name: looks[-1][name] for name in ("acceptance_length", "acceptance_lengths") if looks}
+
+
+def _silent(text: str) -> None: ...
 
 
 def over_fit(module: nn.Module, teacher: Teacher, texts: Sequence[Text], plan: Plan, most: int = 400) -> str:
@@ -180,8 +221,8 @@ def over_fit(module: nn.Module, teacher: Teacher, texts: Sequence[Text], plan: P
             return f"one text over-fitted in {step + 1} steps, {seconds:.0f} s: {accepted:.0%} of its drafts accepted"
     raise TrainingFailed(
         f"after {most} steps on one single text only {accepted:.0%} of its drafts would be accepted, expected "
-        f"{ACCEPTED:.0%}: something is wrong with the options or the data (a learning rate far too low or high, features of "
-        "the wrong layers); sanity = false goes on regardless"
+        f"{ACCEPTED:.0%}: something is wrong with the options or the data (a learning rate far too low or high, "
+        "features of the wrong layers); sanity = false goes on regardless"
     )
 
 
@@ -246,7 +287,7 @@ def save_drafter(drafter: Any, folder: Path, form: str, provenance: Mapping[str,
 
 
 @dataclass
-class _processes:  # noqa: N801 (used like a function)
+class processes:  # noqa: N801 (used like a function)
     """The process group that torchrun asks for, if it does."""
 
     ours: bool = False

@@ -101,7 +101,7 @@ class Trainer:
 
         Raises TrainingFailed where the loss is no number: the last state stays.
         """
-        self._resume()
+        self.resume()
         saved = time.monotonic()
         while self.done < self.plan.steps:
             step = self._step()
@@ -231,8 +231,9 @@ class Trainer:
                     "and run the same command again"
                 ) from error
 
-    def _resume(self) -> None:
-        if self.state.exists():
+    def resume(self) -> int:
+        """Take up the state in the folder, if there is one. Returns the steps done."""
+        if self.state.exists() and not self.done:
             saved = torch.load(self.state, map_location="cpu", weights_only=True)
             whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
             set_state_dict(
@@ -245,6 +246,7 @@ class Trainer:
             self.done = saved["step"]
         if self.rank == 0:
             self._cut_log()
+        return self.done
 
     def _log(self, line: dict[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
