@@ -33,7 +33,7 @@ from outrider.learning import (
 from outrider.learning.attention import BlockAttention
 from outrider.learning.fresh import mask_token, spread_taps
 from outrider.lessons import FeatureBatch, TokenBatch
-from outrider.targets import load_backend, load_target
+from outrider.targets import load_backend, load_layers, load_target
 from outrider.training.data import Text
 from outrider.training.teacher import Teacher
 from outrider.types import RaggedBatch, TargetModel
@@ -241,6 +241,28 @@ def test_the_kernel_for_gpus_has_the_same_mask(window: int | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ choices
+
+
+def test_a_warm_start_sees_the_context_as_the_target_does(target: TargetModel, config: dict[str, Any]) -> None:
+    """Keys and values of the context are those of the target's layer behind the last tap."""
+    layers = load_layers("embedded")
+    assert layers is not None
+    training = DSparkTraining(layers=1, markov_rank=4, target_layers=(1, 3))
+    module = training.start(target, config, VOCABULARY, layers)
+    batch = Teacher(target, 64).batch(texts()[:1], module, 0)
+    config4, weights = layers[0], layers[1]
+    state = batch.features[:, -config4.hidden_size :]
+    normed = torch.nn.functional.rms_norm(state, state.shape[-1:], weights["layers.4.input_norm.weight"], 1e-6)
+    expected = (normed @ weights["layers.4.v.weight"].T).unflatten(1, (-1, 64))
+    angles = module.stack.angles(torch.arange(len(state)))[config4.layers[4].rope]
+    _, values = module.stack.layers[0].keys_values(module.hidden_norm(module.fc(batch.features)), angles)
+
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+    for kind in (Eagle3Training(target_layers=(1, 3)), MTPTraining(), DFlashTraining(layers=2, target_layers=(1, 3))):
+        module = kind.start(target, config, VOCABULARY, layers)
+        loss = module.loss(Teacher(target, 64).batch(texts(), module, 0))
+        assert bool(loss.total.isfinite())
+        assert torch.equal(module.stack.layers[0].down.weight, weights[f"layers.{module.taps[-1] + 1}.down.weight"])
 
 
 def test_anchors_depend_on_the_text_and_the_epoch_alone(target: TargetModel, config: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ PARTS = {  # a package's modules may import those that are there to be shared
     "cli": {"common"},
     "drafting": {"cache", "drawing", "net", "trained"},
     "evaluation": {"comparison", "intervals", "replay"},
-    "learning": {"attention", "fresh", "frozen", "stack"},
+    "learning": {"attention", "fresh", "frozen", "stack", "warm"},
     "training": {"artefact", "data", "progress", "questions", "report", "server", "teacher", "trainer"},
 }
 ROOT_MODULE = "__init__"  # the package itself: imports on use, for everybody

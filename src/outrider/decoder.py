@@ -124,11 +124,7 @@ class DecoderTarget:
     @classmethod
     def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
         """Read a Hugging Face directory. Raises CheckpointError."""
-        refuse_quantised(config)
-        names = cls.tensor_names({**cls.defaults, **config})
-        if "text_config" in config:
-            names, config = replace(names, ignored=_OTHER_TOWERS), _text_part(config)
-        config = {**cls.defaults, **config}
+        config, names = cls._text_part(config)
         stack_config = cls.stack_config(config)
         weights = LazyWeights(TensorFiles(path), names.canonical, load_dtype(dtype))
         check_weights(stack_config, weights, lambda name: weights.names.get(name) or names.original(name))
@@ -141,6 +137,21 @@ class DecoderTarget:
                 )
         stack = backend.load(stack_config, weights, dtype)
         return cls(make_spec(config, stack_config, load_dtype(dtype), str(path)), stack)
+
+    @classmethod
+    def layers_of(cls, path: Path, config: Mapping[str, Any]) -> tuple[StackConfig, Mapping[str, Tensor]]:
+        """A directory's stack, and its weights by canonical name in float32, each read when it is asked for."""
+        config, names = cls._text_part(config)
+        return cls.stack_config(config), LazyWeights(TensorFiles(path), names.canonical, torch.float32)
+
+    @classmethod
+    def _text_part(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], TensorNames]:
+        """The text model's own config with its defaults, and how its tensors are called."""
+        refuse_quantised(config)
+        names = cls.tensor_names({**cls.defaults, **config})
+        if "text_config" in config:
+            names, config = replace(names, ignored=_OTHER_TOWERS), _text_part(config)
+        return {**cls.defaults, **config}, names
 
     def new_memory(self, slots: int, capacity: int) -> Memory:
         """A cache for ``slots`` sequences of up to ``capacity`` tokens."""

@@ -25,6 +25,7 @@ from outrider.learning.attention import BlockAttention
 from outrider.learning.fresh import draft_decoder, mask_token, new_checkpoint
 from outrider.learning.frozen import Frozen
 from outrider.learning.stack import LearnedLayer, LearnedStack, Norm, linear
+from outrider.learning.warm import Layers, start_warm
 from outrider.lessons import FeatureBatch, Loss, TokenBatch
 from outrider.losses import divergence, negative_log_acceptance, position_weights
 from outrider.types import TargetModel
@@ -214,11 +215,18 @@ class DSparkTraining:
     confidence_with_markov: bool = True
     mask_token_id: int | None = None
     """Fills the slots behind the anchor; None: the tokenizer's mask token, else an id that no text uses."""
+    warm: bool = True
+    """Start from the target's layers behind the last tap, where they fit; else from random weights."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``BlockLoss``."""
 
-    def start(self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int]) -> TrainableBlock:
-        """Raises InvalidRequest for options that do not fit the target."""
+    def start(
+        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+    ) -> TrainableBlock:
+        """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start.
+
+        Raises InvalidRequest for options that do not fit the target.
+        """
         design = BlockDesign(
             block_size=self.block_size,
             mask_token_id=mask_token(self.mask_token_id, target.spec, tokens),
@@ -229,9 +237,12 @@ class DSparkTraining:
             confidence_with_markov=self.confidence and self.confidence_with_markov and self.markov_rank > 0,
         )
         decoder = draft_decoder(config, target.spec, layers=self.layers, intermediate=self.intermediate_size)
-        layers = tuple(self.target_layers) if self.target_layers else None
-        checkpoint = new_checkpoint(design, decoder, target.spec, layers, self.taps)
-        return TrainableBlock(checkpoint, target, build(BlockLoss, self.loss, f"loss of {design.kind}"))
+        taps = tuple(self.target_layers) if self.target_layers else None
+        checkpoint = new_checkpoint(design, decoder, target.spec, taps, self.taps)
+        module = TrainableBlock(checkpoint, target, build(BlockLoss, self.loss, f"loss of {design.kind}"))
+        if self.warm and layers is not None:
+            start_warm(module.stack, module.fc.weight, module.hidden_norm, module.taps, layers)
+        return module
 
 
 @dataclass(frozen=True, slots=True)

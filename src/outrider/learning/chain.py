@@ -23,6 +23,7 @@ from outrider.learning.attention import ChainAttention
 from outrider.learning.fresh import draft_decoder, new_checkpoint
 from outrider.learning.frozen import Frozen
 from outrider.learning.stack import LearnedStack, Norm, linear
+from outrider.learning.warm import Layers, start_warm
 from outrider.lessons import FeatureBatch, Loss, TokenBatch
 from outrider.losses import divergence
 from outrider.types import TargetModel
@@ -162,15 +163,25 @@ class Eagle3Training:
     """Layers of the target it reads, counted from 0; None: EAGLE-3's low, middle and high one."""
     intermediate_size: int | None = None
     """Width of its MLP; None: the target's."""
+    warm: bool = True
+    """Start from the target's layers behind the last tap, where they fit; else from random weights."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``ChainLoss``."""
 
-    def start(self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int]) -> TrainableChain:
-        """Raises InvalidRequest for options that do not fit the target."""
+    def start(
+        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+    ) -> TrainableChain:
+        """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start.
+
+        Raises InvalidRequest for options that do not fit the target.
+        """
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
-        layers = tuple(self.target_layers) if self.target_layers else None
-        checkpoint = new_checkpoint(ChainDesign(depth=self.depth), decoder, target.spec, layers, taps=3)
-        return TrainableChain(checkpoint, target, build(ChainLoss, self.loss, "loss of eagle3"))
+        taps = tuple(self.target_layers) if self.target_layers else None
+        checkpoint = new_checkpoint(ChainDesign(depth=self.depth), decoder, target.spec, taps, taps=3)
+        module = TrainableChain(checkpoint, target, build(ChainLoss, self.loss, "loss of eagle3"))
+        if self.warm and layers is not None:
+            start_warm(module.stack, module.fc.weight, module.hidden_norm, module.taps, layers)
+        return module
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +194,22 @@ class MTPTraining:
     """The layer whose state it reads, counted from 0; None: the one before the last."""
     intermediate_size: int | None = None
     """Width of its MLP; None: the target's."""
+    warm: bool = True
+    """Start from the target's layers behind the last tap, where they fit; else from random weights."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``ChainLoss``."""
 
-    def start(self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int]) -> TrainableChain:
-        """Raises InvalidRequest for options that do not fit the target."""
+    def start(
+        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+    ) -> TrainableChain:
+        """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start.
+
+        Raises InvalidRequest for options that do not fit the target.
+        """
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
-        layer = target.spec.num_layers - 2 if self.target_layer is None else self.target_layer
-        checkpoint = new_checkpoint(ModuleDesign(depth=self.depth), decoder, target.spec, (layer,), taps=1)
-        return TrainableChain(checkpoint, target, build(ChainLoss, self.loss, "loss of mtp"))
+        tap = target.spec.num_layers - 2 if self.target_layer is None else self.target_layer
+        checkpoint = new_checkpoint(ModuleDesign(depth=self.depth), decoder, target.spec, (tap,), taps=1)
+        module = TrainableChain(checkpoint, target, build(ChainLoss, self.loss, "loss of mtp"))
+        if self.warm and layers is not None:
+            start_warm(module.stack, module.fc.weight, None, module.taps, layers)  # its layer has a norm of its own
+        return module

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from outrider.errors import InvalidRequest
 from outrider.learning.fresh import draft_decoder
+from outrider.learning.warm import Layers
 from outrider.lessons import FeatureBatch, Loss, TokenBatch
 from outrider.losses import divergence
 from outrider.types import TargetModel
@@ -37,8 +38,10 @@ class DraftModelTraining:
     cross_entropy: float = 0.0
     total_variation: float = 0.0
 
-    def start(self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int]) -> TrainableModel:
-        """Raises InvalidRequest for options that do not fit the target."""
+    def start(
+        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+    ) -> TrainableModel:
+        """``config`` is the target's. Raises InvalidRequest for options that do not fit the target."""
         decoder = draft_decoder(config, target.spec, layers=self.layers, intermediate=self.intermediate_size)
         if self.hidden_size is not None:
             if self.hidden_size < decoder["head_dim"]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.registry import find, names
 from outrider.types import Backend, TargetModel
 from outrider.weights import load_dtype, read_config, resolve_model
 
-__all__ = ["load_backend", "load_target"]
+__all__ = ["load_backend", "load_layers", "load_target"]
 
 WITHOUT_FILES = ("huggingface", "toy")  # kinds that are no ``model_type``
 QUANTISED = ("int8", "int4")
@@ -28,13 +33,29 @@ def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto"
     engine = load_backend(backend, dtype)
     path = resolve_model(model)
     config = read_config(path)
+    target: TargetModel = find("target", _kind(path, config)).load(path, config, dtype=dtype, backend=engine)
+    return target
+
+
+def load_layers(model: str | Path) -> tuple[StackConfig, Mapping[str, Tensor]] | None:
+    """A model's stack and its weights by the canonical names of ``outrider.layers``, read when they are asked for.
+
+    None for a model that Transformers runs. Raises CheckpointError.
+    """
+    path = resolve_model(model)
+    config = read_config(path)
+    kind = find("target", _kind(path, config))
+    found: tuple[StackConfig, Mapping[str, Tensor]] | None = None
+    if hasattr(kind, "layers_of"):
+        found = kind.layers_of(path, config)
+    return found
+
+
+def _kind(path: Path, config: Mapping[str, Any]) -> str:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type")
-    known = kind in names("target") and kind not in WITHOUT_FILES
-    kind = kind if known else "huggingface"
-    target: TargetModel = find("target", kind).load(path, config, dtype=dtype, backend=engine)
-    return target
+    return kind if kind in names("target") and kind not in WITHOUT_FILES else "huggingface"
 
 
 def load_backend(name: str, dtype: str = "float32") -> Backend:

@@ -31,6 +31,7 @@ from outrider.config import SamplingParams, build
 from outrider.errors import InvalidRequest, nearest
 from outrider.learning import Frozen
 from outrider.llm import LLM
+from outrider.targets import load_layers
 from outrider.training.artefact import Artefact, begin, open_artefact
 from outrider.training.data import Deal, Text, read_texts
 from outrider.training.progress import Progress
@@ -99,7 +100,7 @@ def trainable(config: Config, llm: LLM) -> nn.Module:
     options: Any = build(trained[config.kind], config.drafter, f"drafter {config.kind!r}")
     torch.manual_seed(config.seed)
     folder = resolve_model(llm.model)
-    module: nn.Module = options.start(llm.target, read_config(folder), llm.tokenizer.vocabulary)
+    module: nn.Module = options.start(llm.target, read_config(folder), llm.tokenizer.vocabulary, load_layers(folder))
     return module
 
 
