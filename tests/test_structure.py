@@ -60,7 +60,7 @@ PARTS = {  # a package's modules may import those that are there to be shared
     "drafting": {"cache", "drawing", "net", "trained"},
     "evaluation": {"comparison", "intervals", "replay"},
     "learning": {"attention", "fresh", "frozen", "stack", "warm"},
-    "training": {"artefact", "data", "progress", "questions", "report", "server", "teacher", "trainer"},
+    "training": {"artefact", "data", "features", "progress", "questions", "report", "server", "teacher", "trainer"},
 }
 ROOT_MODULE = "__init__"  # the package itself: imports on use, for everybody
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,16 @@ import torch
 from torch import nn
 
 from outrider import LLM, SamplingParams, checkpoints
-from outrider.errors import InvalidRequest
+from outrider.errors import ArtefactError, InvalidRequest
 from outrider.lessons import FeatureBatch, Loss
 from outrider.training.data import Deal, Text, pack, read_texts
-from outrider.training.run import Config, learn, trainable
+from outrider.training.features import Config as FeaturesConfig
+from outrider.training.features import features
+from outrider.training.prompts import Config as PromptsConfig
+from outrider.training.prompts import Source, make_prompts
+from outrider.training.regenerate import Config as RegenerateConfig
+from outrider.training.regenerate import regenerate
+from outrider.training.run import Config, learn, run, trainable
 from outrider.training.trainer import Plan, TrainingFailed
 
 SMALL: dict[str, Any] = {
@@ -164,6 +171,66 @@ def test_what_cannot_learn_is_stopped_before_the_long_run(
     with pytest.raises(TrainingFailed, match="one single text"):
         learn(Config(**SMALL | {"sanity": True}), answers, tmp_path / "out", "embedded", dtype="float32")
     assert not (tmp_path / "out" / "drafter").exists()
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact of answers, made by the stages before."""
+    folder = tmp_path_factory.mktemp("stages")
+    lines = [json.dumps({"text": f"Question: Tom has {i} boxes. How many has he?"}) for i in range(12)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    make_prompts(PromptsConfig(sources=[Source(path=folder / "prompts.jsonl")]), folder / "prompts")
+    regenerate(RegenerateConfig(max_tokens=16), folder / "prompts", folder / "answers", "embedded")
+    return folder / "answers"
+
+
+def test_kept_features_teach_what_the_target_does(stage: Path, tmp_path: Path) -> None:
+    keep = FeaturesConfig(layers=(2, 5), length=48, keep="float32", part_texts=5)
+    features(keep, stage, tmp_path / "features", "embedded")
+    config = Config(**SMALL)
+    run(config, stage, tmp_path / "online", "embedded")
+    run(config, stage, tmp_path / "cached", "embedded", features=tmp_path / "features")
+    run(config, stage, tmp_path / "cached", "embedded", features=tmp_path / "features")  # finished: nothing to do
+
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "online"), rel=1e-5)
+    record = json.loads((tmp_path / "cached" / "provenance.json").read_text())
+    assert set(record["parents"]) == {"answers", "features"} and record["facts"]["steps"] == 8
+    with pytest.raises(InvalidRequest, match=r"layers \[2, 5\], 48 tokens a text; the drafter reads layers \[1, 5\]"):
+        other = Config(**SMALL | {"drafter": SMALL["drafter"] | {"target_layers": [1, 5]}})
+        run(other, stage, tmp_path / "other", "embedded", features=tmp_path / "features")
+
+
+def test_features_go_on_behind_the_last_part(stage: Path, tmp_path: Path) -> None:
+    keep = FeaturesConfig(layers=(2,), length=48, part_texts=3)
+    whole = features(keep, stage, tmp_path / "whole", "embedded")
+    features(keep, stage, tmp_path / "cut", "embedded")
+    parts = sorted((tmp_path / "cut").glob("*.safetensors"))
+    for lost in ("provenance.json", "index.json"):
+        (tmp_path / "cut" / lost).unlink()
+    parts[-1].unlink()
+    kept = parts[0].stat().st_mtime_ns
+    begun = json.loads((tmp_path / "whole" / "provenance.json").read_text())
+    (tmp_path / "cut" / "begun.json").write_text(json.dumps(begun))
+    again = features(keep, stage, tmp_path / "cut", "embedded")
+
+    assert len(parts) > 1
+    assert again.sha256 == whole.sha256
+    assert parts[0].stat().st_mtime_ns == kept
+
+
+def test_a_run_refuses_changed_answers(stage: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers"
+    shutil.copytree(stage, answers)
+    run(Config(**SMALL), answers, tmp_path / "out", "embedded")
+    with (answers / "train.jsonl").open("a") as file:
+        file.write('{"id": "new", "domain": "", "prompt": [1, 2], "answer": [3, 4]}\n')
+    with pytest.raises(ArtefactError, match="changed since"):
+        run(Config(**SMALL), answers, tmp_path / "out", "embedded")
+    with pytest.raises(ArtefactError, match=r"learning_rate.*0\.002.*0\.003"):
+        run(Config(**SMALL | {"learning_rate": 3e-3}), stage, tmp_path / "out", "embedded")
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

@@ -164,7 +164,7 @@ class DecoderTarget:
         check_taps(taps, self.spec.num_layers)
         output = self.stack.forward(batch, memory, taps=taps, logits_at=logits_at)
         assert output.logits is not None
-        return TargetOutput(output.logits, output.features)
+        return TargetOutput(output.logits, output.features, output.hidden)
 
     @property
     def chain(self) -> Callable[..., tuple[Tensor, Tensor]] | None:

@@ -80,6 +80,7 @@ class TargetOutput:
 
     logits: Tensor  # float [R, V]          of the packed tokens asked for (``logits_at``; all T of them by default)
     features: Tensor | None  # [T, F]       raw residual after each tapped layer, before the final norm
+    hidden: Tensor | None = None  # [R, D]  what ``unembed`` made the logits of, where the target can tell
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,6 +242,15 @@ def begin(
     }
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
+    try:
+        return _take_up(path, stage, record, lock)
+    except BaseException:
+        if lock is not None:
+            lock.close()
+        raise
+
+
+def _take_up(path: Path, stage: str, record: dict[str, Any], lock: BinaryIO | None) -> Work:
     for name in (PROVENANCE, BEGUN):
         if (path / name).is_file():
             before = read_json(path / name)

@@ -28,15 +28,16 @@ from torch import nn
 from outrider import checkpoints, registry
 from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams, build
-from outrider.errors import InvalidRequest, nearest
+from outrider.errors import ArtefactError, InvalidRequest, nearest
 from outrider.learning import Frozen
 from outrider.llm import LLM
 from outrider.targets import load_layers
 from outrider.training.artefact import Artefact, begin, open_artefact
 from outrider.training.data import Deal, Text, read_texts
+from outrider.training.features import CachedTeacher
 from outrider.training.progress import Progress
 from outrider.training.report import read_log, write_report
-from outrider.training.teacher import Teacher
+from outrider.training.teacher import Teacher, Teaches
 from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
 from outrider.weights import read_config, resolve_model
 
@@ -104,21 +105,35 @@ def trainable(config: Config, llm: LLM) -> nn.Module:
     return module
 
 
-def run(config: Config, answers: Path, out: Path, target: str, *, console: Console | None = None) -> Artefact:
-    """Train a drafter on an artefact of answers, from where an earlier run stopped.
+def run(
+    config: Config,
+    answers: Path,
+    out: Path,
+    target: str,
+    *,
+    features: Path | None = None,
+    console: Console | None = None,
+) -> Artefact:
+    """Train a drafter on an artefact of answers, from where an earlier run stopped. ``features``: what the target makes
+    of them, if that was kept.
 
-    Raises ArtefactError for answers that do not fit; CheckpointError for the target; InvalidRequest for options that
+    Raises ArtefactError for parents that do not fit; CheckpointError for the target; InvalidRequest for options that
     do not fit; TrainingFailed where it cannot go on.
     """
     with processes():
         parent = open_artefact(answers, "regenerate", target)
         if rank_and_world()[0] > 0:  # the first process keeps the books
-            learn(config, answers, out, target)
+            learn(config, answers, out, target, features=features)
             return parent
-        with begin(out, "run", config, parents={"answers": parent}, target=target) as work:
+        parents = {"answers": parent}
+        if features is not None:
+            parents["features"] = open_artefact(features, "features", target)
+            if parents["features"].provenance["parents"]["answers"] != parent.sha256:
+                raise ArtefactError(f"{features} was made of other answers than those in {answers}; make it again")
+        with begin(out, "run", config, parents=parents, target=target) as work:
             if not work.finished:
                 say = console.print if console is not None else _silent
-                facts = learn(config, answers, out, target, say=say, console=console)
+                facts = learn(config, answers, out, target, features=features, say=say, console=console)
                 work.finish(["drafter"], facts)
     return Artefact(out, "run", work.record["sha256"], work.record["target"], work.record)
 
@@ -129,6 +144,7 @@ def learn(
     out: Path,
     target: str,
     *,
+    features: Path | None = None,
     dtype: str | None = None,
     watch: Callable[[Step, int], None] = lambda step, steps: None,
     say: Callable[[str], None] = lambda text: None,
@@ -145,10 +161,12 @@ def learn(
     steps = config.steps or math.ceil(config.epochs * len(texts) / config.batch)
     plan = _plan(config, steps)
     work, finished = out / "state", out / "drafter"
-    teacher = Teacher(llm.target, length)
+    module = trainable(config, llm)
+    teacher: Teaches = Teacher(llm.target, length)
+    if features is not None:
+        teacher = CachedTeacher(llm.target, features, module.taps, length)  # type: ignore[arg-type]
     if config.sanity and rank == 0 and not (work / "state.pt").exists():
         say(over_fit(trainable(config, llm), teacher, texts, plan))
-    module = trainable(config, llm)
     evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if config.looks else None
     board = _board(config, out) if rank == 0 else None
 
@@ -201,7 +219,7 @@ def _facts(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _silent(text: str) -> None: ...
 
 
-def over_fit(module: nn.Module, teacher: Teacher, texts: Sequence[Text], plan: Plan, most: int = 400) -> str:
+def over_fit(module: nn.Module, teacher: Teaches, texts: Sequence[Text], plan: Plan, most: int = 400) -> str:
     """The sanity gate: one text, the same blocks again and again, until they are all but always accepted.
 
     Returns what to tell people. Raises TrainingFailed where ``most`` steps do not suffice.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +12,15 @@ from outrider.lessons import FeatureBatch, TrainableDrafter
 from outrider.training.data import Text, pack
 from outrider.types import Memory, RaggedBatch, TargetModel
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "Teaches"]
+
+
+class Teaches(Protocol):
+    """The target itself, or what was kept of it."""
+
+    def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
+        """What a drafter learns from these texts in one epoch."""
+        ...
 
 
 class Teacher:

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from outrider.errors import OutriderError
 from outrider.lessons import Loss, TrainableDrafter
 from outrider.training.data import Deal
-from outrider.training.teacher import Teacher
+from outrider.training.teacher import Teaches
 
 __all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "rank_and_world"]
 
@@ -80,7 +80,7 @@ class Trainer:
     """Trains one drafter in one folder: ``state.pt`` to go on from, ``log.jsonl`` for people."""
 
     def __init__(
-        self, module: nn.Module, teacher: Teacher, deal: Deal, plan: Plan, folder: Path, sharding: Sharding = "ddp"
+        self, module: nn.Module, teacher: Teaches, deal: Deal, plan: Plan, folder: Path, sharding: Sharding = "ddp"
     ) -> None:
         """``module`` is a ``TrainableDrafter``. In a process group it is wrapped as ``sharding`` says."""
         self.module, self.teacher, self.deal, self.plan, self.folder = module, teacher, deal, plan, folder

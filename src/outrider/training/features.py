@@ -1,0 +1,133 @@
+"""Stage ``features``: what the target makes of its answers, kept on disk. By default the target teaches online.
+
+It pays where the same answers are learnt from many times and the disk is faster than the target: D + F numbers a token
+(D model width, F feature width), which ``facts`` and the estimate tell before. The target's logits are not kept but
+made anew by its head, at the places where a loss asks for them (DSpark paper, section 5.1).
+
+Written are parts ``train-00000.safetensors``, ... with ``features`` [N, F] and ``hidden`` [N, D] (after the final norm)
+of some texts one after the other, and ``index.json``, which says where each text lies. Parts are whole or not there, so
+a stage that was killed goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor
+
+from outrider.errors import InvalidRequest
+from outrider.lessons import FeatureBatch, TrainableDrafter
+from outrider.llm import LLM
+from outrider.training.artefact import Artefact, begin, open_artefact
+from outrider.training.data import Text, pack, read_texts
+from outrider.training.progress import Progress
+from outrider.types import RaggedBatch, TargetModel
+from outrider.weights import read_json, write_json, write_tensors
+
+__all__ = ["CachedTeacher", "Config", "features"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PASS = 1024  # tokens that pass through the target together
+
+
+class Config(BaseModel):
+    """What is kept."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    free: ClassVar[frozenset[str]] = frozenset({"part_texts"})
+
+    layers: tuple[int, ...] = Field(min_length=1)
+    """The target's layers that the drafter reads, counted from 0."""
+    length: int = Field(512, ge=4)
+    """Tokens of a text, prompt included, as for ``run``."""
+    keep: Literal["float32", "bfloat16"] = "bfloat16"
+    """Half the disk, and a rounding that online training does not have; or float32."""
+    dtype: str = "auto"
+    """Precision of the target."""
+    part_texts: int = Field(256, ge=1)
+    """Texts of one file."""
+
+
+def features(config: Config, answers: Path, out: Path, target: str, *, console: Console | None = None) -> Artefact:
+    """Run the target over an artefact of answers, from where an earlier run stopped.
+
+    Raises ArtefactError for answers that do not fit; InvalidRequest for a layer that cannot be tapped, or a target that
+    does not tell its last state.
+    """
+    parent = open_artefact(answers, "regenerate", target)
+    with begin(out, "features", config, parents={"answers": parent}, target=target) as work:
+        if not work.finished:
+            llm = LLM(target, "none", dtype=config.dtype)
+            vocab = llm.target.spec.vocab_size
+            texts = read_texts(answers / "train.jsonl", length=config.length, vocab_size=vocab)
+            parts = [texts[i : i + config.part_texts] for i in range(0, len(texts), config.part_texts)]
+            names = [f"train-{number:05d}.safetensors" for number in range(len(parts))]
+            done = sum(len(part) for part, name in zip(parts, names, strict=True) if (out / name).exists())
+            with Progress(console, "features, texts", len(texts), done) as progress:
+                for part, name in zip(parts, names, strict=True):
+                    if not (out / name).exists():
+                        read = list(_read(llm.target, part, config))
+                        tensors = {key: torch.cat([one[key] for one in read]) for key in read[0]}
+                        write_tensors(out / name, tensors)
+                        progress.advance(len(part), sum(len(text.tokens) for text in part))
+            places: dict[str, list[str | int]] = {}
+            for part, name in zip(parts, names, strict=True):
+                begins = pack(part).offsets.tolist()
+                places |= {text.id: [name, begin] for text, begin in zip(part, begins, strict=False)}
+            write_json(out / "index.json", {"layers": list(config.layers), "length": config.length, "places": places})
+            size = sum((out / name).stat().st_size for name in names)
+            work.finish([*names, "index.json"], {"texts": len(texts), "bytes": size})
+    return Artefact(out, "features", work.record["sha256"], work.record["target"], work.record)
+
+
+@torch.inference_mode()
+def _read(target: TargetModel, texts: Sequence[Text], config: Config) -> Iterator[dict[str, Tensor]]:
+    memory = target.new_memory(1, max(len(text.tokens) for text in texts))
+    slot, dtype = memory.open(), DTYPES[config.keep]
+    for text in texts:
+        batch = RaggedBatch.pack([text.tokens], [0], [slot])
+        output = target.forward(batch, memory, config.layers)
+        memory.rewind(torch.tensor([slot]), torch.tensor([0]))
+        if output.hidden is None or output.features is None:
+            raise InvalidRequest(f"{target.spec.name}: this target does not tell its last state; train online")
+        yield {"features": output.features.to(dtype), "hidden": output.hidden.to(dtype)}
+
+
+class CachedTeacher:
+    """Reads what ``features`` kept in place of running the target. See ``teacher.Teacher``."""
+
+    def __init__(self, target: TargetModel, folder: Path, taps: tuple[int, ...], length: int) -> None:
+        """Raises InvalidRequest where the cache was made for other layers or another length."""
+        self._target, self._folder = target, folder
+        index: dict[str, Any] = read_json(folder / "index.json")
+        if tuple(index["layers"]) != taps or index["length"] != length:
+            raise InvalidRequest(
+                f"{folder} holds features of layers {index['layers']}, {index['length']} tokens a text; the drafter "
+                f"reads layers {list(taps)}, {length} tokens; make the features again, or train online"
+            )
+        self._places: dict[str, tuple[str, int]] = {key: (name, at) for key, (name, at) in index["places"].items()}
+        self._files: dict[str, Any] = {}
+
+    def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
+        """What a drafter learns from these texts in one epoch."""
+        packed = pack(texts)
+        anchors, rows = drafter.wanted(packed, epoch)
+        kept = torch.cat([self._get(text, "features") for text in texts])
+        hidden = torch.cat([self._get(text, "hidden") for text in texts])[rows]
+        logits = self._target.unembed(hidden.to(self._target.spec.dtype)).float().clone()
+        return FeatureBatch(packed, anchors, rows, kept.float(), logits)
+
+    def _get(self, text: Text, name: str) -> Tensor:
+        if text.id not in self._places:
+            raise InvalidRequest(f"{self._folder} has no features of the text {text.id!r}; make the features again")
+        file, begin = self._places[text.id]
+        if file not in self._files:
+            self._files[file] = safe_open(self._folder / file, framework="pt").__enter__()
+        part: Tensor = self._files[file].get_slice(name)[begin : begin + len(text.tokens)]
+        return part
