@@ -91,7 +91,7 @@ class TrainableChain(nn.Module):
         return anchors, torch.cat(rows).unique()
 
     def loss(self, batch: FeatureBatch) -> Loss:
-        """Sums over all steps of all chains, each with its step's weight; the weight counts the starts."""
+        """Sums over all steps of all chains, each with its step's weight."""
         texts, weights = batch.texts, self.weights
         starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
         positions = torch.arange(len(texts.tokens)) - starts
@@ -99,7 +99,7 @@ class TrainableChain(nn.Module):
         attention, state = ChainAttention(texts), self._condition(batch.features)
         laws = self.frozen.law(batch.logits)
         parts = {name: torch.zeros(()) for name in ("soft_cross_entropy", "cross_entropy", "total_variation")}
-        accepted = torch.zeros(())
+        accepted, weight = torch.zeros(()), 0.0
         for k in range(self.design.drafts):
             following = texts.tokens[(torch.arange(len(texts.tokens)) + k + 1).clamp(max=last)]
             x, wide = self._fuse(self.frozen.embed(following), state)
@@ -113,11 +113,11 @@ class TrainableChain(nn.Module):
             step = weights.decay**k
             for name, term in (("soft_cross_entropy", soft), ("cross_entropy", hard), ("total_variation", variation)):
                 parts[name] = parts[name] + step * term.sum()
-            if k == 0:
-                accepted = (1 - variation / 2).sum()
+            accepted = accepted + step * (1 - variation.detach() / 2).sum()
+            weight += step * len(rows)
         total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
-        shown = {name: part.detach() for name, part in parts.items()} | {"acceptance": accepted.detach()}
-        return Loss(total, shown, torch.tensor(float(len(batch.anchors))))
+        shown = {name: part.detach() for name, part in parts.items()} | {"acceptance": accepted}
+        return Loss(total, shown, torch.tensor(weight))
 
     # -------------------------------------------------------------------------------------------- parts
 
