@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 class Config(BaseModel):
     """What one training run asks for."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    free: ClassVar[frozenset[str]] = frozenset({"save_seconds", "sanity", "looks", "look_prompts", "look_tokens"})
 
     kind: str = "dspark"
     """Which drafter: a name of the catalogue that can be trained (see ``outrider models``)."""
