@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 __all__ = ["README", "described", "main", "replace_tree", "tree"]
 
@@ -96,13 +97,18 @@ def replace_tree(text: str) -> str:
 
 def command_line() -> str:
     """Every command's own help, in Markdown."""
+    import typer
     from typer.testing import CliRunner
 
     from outrider.cli import COMMANDS, app
 
-    parts = ["# Command line"]
+    group: Any = typer.main.get_command(app)
+    names = []
     for name in COMMANDS:
-        shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "110", "TERM": "dumb"}).stdout
+        names += [name, *(f"{name} {inner}" for inner in getattr(group.commands[name], "commands", ()))]
+    parts = ["# Command line"]
+    for name in names:
+        shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "110", "TERM": "dumb"}).stdout
         parts.append(f"## outrider {name}\n\n```text\n{shown.strip()}\n```")
     return "\n\n".join(parts)
 

@@ -60,7 +60,11 @@ PARTS = {  # a package's modules may import those that are there to be shared
     "drafting": {"cache", "drawing", "net", "trained"},
     "evaluation": {"comparison", "intervals", "replay"},
     "learning": {"attention", "fresh", "frozen", "stack", "warm"},
-    "training": {"artefact", "data", "features", "progress", "questions", "report", "server", "teacher", "trainer"},
+    "training": {
+        *("artefact", "progress", "questions", "server"),  # what stages share
+        *("data", "features", "report", "teacher", "trainer"),  # learning
+        *("prompts", "recipe", "regenerate", "stages"),  # the whole run, for who estimates it
+    },
 }
 ROOT_MODULE = "__init__"  # the package itself: imports on use, for everybody
 
@@ -183,9 +187,11 @@ def test_unknown_names_get_the_nearest_known_one() -> None:
 def command_line() -> dict[str, list[str]]:
     """Every command with its arguments and options."""
     group: Any = typer.main.get_command(app)
+    commands = {name: group.commands[name] for name in COMMANDS}
+    for name, command in list(commands.items()):
+        commands |= {f"{name} {inner}": one for inner, one in getattr(command, "commands", {}).items()}
     found = {}
-    for name in COMMANDS:
-        command = group.commands[name]
+    for name, command in commands.items():
         names = [", ".join(p.opts) if p.param_type_name == "option" else p.name.upper() for p in command.params]
         found[name] = sorted(names)
     return found

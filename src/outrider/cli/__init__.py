@@ -24,6 +24,7 @@ COMMANDS = {  # in the order of the help
     "models": "outrider.cli.models:models",
     "doctor": "outrider.cli.doctor:doctor",
     "convert": "outrider.cli.convert:convert",
+    "train": "outrider.cli.train:app",
     "calibrate": "outrider.cli.calibrate:calibrate",
     "eval": "outrider.cli.eval:evaluate",
 }
@@ -34,8 +35,11 @@ class _OnUse(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         module, _, function = COMMANDS[name].partition(":")
+        found = getattr(import_module(module), function)
+        if isinstance(found, typer.Typer):  # a group of its own
+            return typer.main.get_group(found)
         single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        single.command(name)(getattr(import_module(module), function))
+        single.command(name)(found)
         return typer.main.get_command(single)
 
     def __iter__(self) -> Iterator[str]:

@@ -114,6 +114,12 @@ class Artefact:
     """``name`` and ``sha256`` of the model it was made with or for; None where it depends on none."""
     provenance: Mapping[str, Any]
 
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What is known of it and of everything that it was made from, by stage; no paths, so it can be published."""
+        told = ("sha256", "settings", "sources", "facts", "seconds", "versions")
+        return {**self.provenance["lineage"], self.stage: {name: self.provenance[name] for name in told}}
+
 
 def open_artefact(folder: str | Path, stage: str | Sequence[str] | None = None, target: str | None = None) -> Artefact:
     """A finished artefact, checked: it is of ``stage``, its files are those it was finished with, and ``target``, where
@@ -238,6 +244,7 @@ def begin(
         "parents": {name: parent.sha256 for name, parent in read.items()},
         "sources": dict(sources or {}),
         "target": model,
+        "lineage": {stage: facts for parent in read.values() for stage, facts in parent.lineage.items()},
         "seconds": 0.0,
     }
     path.mkdir(parents=True, exist_ok=True)

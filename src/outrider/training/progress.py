@@ -21,6 +21,7 @@ class Progress:
         self.console, self.what, self.total, self.done, self.tokens = console, what, total, done, 0
         self._first, self._began = done, time.monotonic()
         self._said = self._began
+        self._note = ""
         self._bar: Bar | None = None
         self._task = TaskID(0)
         if console is not None and console.is_terminal:
@@ -46,10 +47,11 @@ class Progress:
         elif kind is None and self.console is not None:
             self._say()
 
-    def advance(self, count: int = 1, tokens: int = 0) -> None:
-        """``count`` more are done; ``tokens`` more were made on the way."""
+    def advance(self, count: int = 1, tokens: int = 0, note: str = "") -> None:
+        """``count`` more are done; ``tokens`` more were made on the way; ``note`` says what else is to be seen."""
         self.done += count
         self.tokens += tokens
+        self._note = note
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, speed=self.speed)
         elif self.console is not None and time.monotonic() - self._said >= EVERY:
@@ -57,16 +59,21 @@ class Progress:
 
     @property
     def speed(self) -> str:
-        """Tokens a second since the start, and the time that the rest takes at this pace."""
+        """The last note, tokens a second since the start, and the time that the rest takes at this pace."""
         seconds = max(1e-9, time.monotonic() - self._began)
         pace = (self.done - self._first) / seconds
-        left = f", {duration((self.total - self.done) / pace)} left" if pace and self.done < self.total else ""
-        return f"{self.tokens / seconds:,.0f} tokens/s{left}"
+        parts = [self._note] if self._note else []
+        if self.tokens:
+            parts.append(f"{self.tokens / seconds:,.0f} tokens/s")
+        if pace and self.done < self.total:
+            parts.append(f"{duration((self.total - self.done) / pace)} left")
+        return ", ".join(parts)
 
     def _say(self) -> None:
         self._said = time.monotonic()
         assert self.console is not None
-        self.console.print(f"{self.what} {self.done}/{self.total}, {self.speed}", markup=False, highlight=False)
+        line = f"{self.what} {self.done}/{self.total}, {self.speed}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

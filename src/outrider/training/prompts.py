@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from outrider.errors import InvalidRequest
 from outrider.training.artefact import Artefact, begin, file_hash, write_lines
 
-__all__ = ["Config", "Source", "make_prompts", "read_source"]
+__all__ = ["Config", "Source", "collect", "make_prompts", "read_source"]
 
 Split = Literal["train", "held_out"]
 EXPECTED = "an object with `text`, `prompt`, `turns`, `messages` or `conversations`"
@@ -93,7 +93,7 @@ def make_prompts(config: Config, out: Path) -> Artefact:
     sources = {f"source {i}: {s.name}": _source_hash(s) for i, s in enumerate(config.sources, 1)}
     with begin(out, "prompts", config, sources=sources) as work:
         if not work.finished:
-            split, dropped = _collect(config)
+            split, dropped = collect(config)
             if not split["train"]:
                 reasons = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "all of them are held out"
                 raise InvalidRequest(f"no training prompts are left of {len(config.sources)} sources ({reasons})")
@@ -113,8 +113,11 @@ def _source_hash(source: Source) -> str:
     return hashlib.sha256(f"{file_hash(source.path)} {options}".encode()).hexdigest()
 
 
-def _collect(config: Config) -> tuple[dict[Split, list[dict[str, Any]]], Counter[str]]:
-    """Filter, deduplicate and split; and how many were dropped, why."""
+def collect(config: Config) -> tuple[dict[Split, list[dict[str, Any]]], Counter[str]]:
+    """The prompts of a config, filtered, deduplicated and split; and how many were dropped, why.
+
+    Raises InvalidRequest naming file and line.
+    """
     split: dict[Split, list[dict[str, Any]]] = {"train": [], "held_out": []}
     dropped: Counter[str] = Counter()
     seen: set[str] = set()

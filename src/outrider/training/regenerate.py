@@ -12,7 +12,7 @@ answers within the prompt. While the stage runs the lines come as they are finis
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,7 +33,7 @@ from outrider.training.questions import Ask, Question, Settings, Talks
 from outrider.training.server import Server
 from outrider.weights import read_config, resolve_model
 
-__all__ = ["Config", "regenerate", "sampling"]
+__all__ = ["Config", "engine", "regenerate", "sampling"]
 
 PARTS = ("train", "held_out")
 
@@ -105,7 +105,8 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
         if not work.finished:
             settings = sampling(config, target)
             tokenizer = Tokenizer(resolve_model(target))
-            ask = _server(config, tokenizer, settings) if config.server else _engine(config, target, settings)
+            load = cache(lambda: LLM(target, config.drafter, dtype=config.dtype, max_rows=config.rows))
+            ask = _server(config, tokenizer, settings) if config.server else engine(config, load, settings)
             facts: dict[str, Any] = {"sampling": _told(settings.params)}
             for part in PARTS:
                 asked = list(read_lines(prompts / f"{part}.jsonl"))
@@ -140,12 +141,11 @@ def _told(params: SamplingParams) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ who answers
 
 
-def _engine(config: Config, target: str, settings: Settings) -> Ask:
-    """Answer on this machine, ``config.rows`` rows together; a row that ends makes room for the next question."""
+def engine(config: Config, load: Callable[[], LLM], settings: Settings) -> Ask:
+    """Answer on this machine, ``config.rows`` rows together; a row that ends makes room for the next question.
 
-    @cache
-    def load() -> LLM:  # only once something is to be answered
-        return LLM(target, config.drafter, dtype=config.dtype, max_rows=config.rows)
+    ``load`` is called once there is something to be answered.
+    """
 
     def ask(todo: deque[Question]) -> Iterator[list[tuple[Question, list[int]]]]:
         if not todo:

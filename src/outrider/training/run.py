@@ -182,7 +182,7 @@ def learn(
             if board is not None:
                 for name, value in {"loss": step.loss, "rate": step.rate, **step.parts}.items():
                     board.add_scalar(name, value, step.step)
-            progress.advance(1, step.tokens)
+            progress.advance(1, step.tokens, f"loss {step.loss:.3f}")
             watch(step, steps)
     drafter = module.snapshot()  # type: ignore[operator]
     log = read_log(work / "log.jsonl") if rank == 0 else []
@@ -316,8 +316,10 @@ class processes:  # noqa: N801 (used like a function)
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=1))
             self.ours = True
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         if self.ours:
+            if kind is None:
+                dist.barrier()  # nobody goes on before the first process has finished its books
             dist.destroy_process_group()
 
 

@@ -1,0 +1,218 @@
+"""What a recipe will cost, before anything is begun: prompts are counted, target and drafter tried for some seconds.
+
+Time is an upper bound in one respect (every answer as long as ``max_tokens`` allows) and a guess in another (the trial
+is short, and other programs may run beside it). Memory is what this process needed in the trial, and the room for keys
+and values.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter, deque
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib import import_module
+from statistics import mean
+from time import perf_counter
+from typing import Any
+
+from outrider.llm import LLM
+from outrider.training import data, prompts, regenerate
+from outrider.training.artefact import open_artefact
+from outrider.training.questions import Question
+from outrider.training.recipe import Recipe
+from outrider.training.stages import STAGES
+from outrider.training.teacher import Teacher
+from outrider.weights import read_config, resolve_model
+
+__all__ = ["Estimate", "estimate"]
+
+LINE = 6.0  # bytes that a token's id takes in JSON
+STATE = 4 * 4  # bytes a trained parameter takes on disk: weight, two moments, and the finished checkpoint
+TRIED = 16  # tokens of an answer in the trial
+ROUND = 1.5  # time of a round of drafting and verifying, in plain steps
+LENGTH = 1.6  # tokens that a round is taken to commit
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one stage takes: seconds, bytes of memory, bytes on disk."""
+
+    stage: str
+    seconds: float = 0.0
+    memory: float = 0.0
+    disk: float = 0.0
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def estimate(recipe: Recipe, until: str | None = None) -> list[Estimate]:
+    """One line a stage, in order; finished ones cost nothing.
+
+    Raises what is wrong with the prompts or the target, since it reads the one and runs the other.
+    """
+    trial = _Trial(recipe)
+    return [
+        Estimate(name, note="finished") if trial.finished(name) else getattr(trial, name)()
+        for name in recipe.stages(until)
+    ]
+
+
+class _Trial:
+    """Counts and measurements, each made when something depends on it. Its methods are named as the stages are."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.configs = recipe, recipe.configs
+
+    def finished(self, name: str) -> bool:
+        return (self.recipe.out / name / "provenance.json").is_file()
+
+    # -------------------------------------------------------------------------------------------- stages
+
+    def prompts(self) -> Estimate:
+        size = sum(source.path.stat().st_size for source in self.configs["prompts"].sources)  # type: ignore[attr-defined]
+        began = perf_counter()
+        counts, lengths = self._prompts
+        text = sum(sum(part.values()) for part in counts.values()) * (mean(lengths) * 4 + 60)
+        return Estimate("prompts", perf_counter() - began, _peak(), max(size, text))
+
+    def regenerate(self) -> Estimate:
+        config: Any = self.configs["regenerate"]
+        count = sum(self._count(part) for part in ("train", "held_out"))
+        disk = count * (self._length("prompt") + config.max_tokens) * LINE * 2  # written once more when it is ordered
+        if config.server:
+            return Estimate("regenerate", 0.0, _peak(), disk, "the server decides how long")
+        speed = self._speed(config.rows)
+        context = config.rows * (self._length("prompt") + config.max_tokens)
+        memory = _peak() + context * self._key_value_bytes
+        seconds = count * config.max_tokens / speed
+        return Estimate("regenerate", seconds, memory, disk, f"{count:,} answers at {speed:,.0f} tokens/s")
+
+    def run(self) -> Estimate:
+        config: Any = self.configs["run"]
+        texts = self._count("train")
+        steps = config.steps or math.ceil(config.epochs * texts / config.batch)
+        tokens = steps * config.batch * min(config.length, self._length("text"))
+        speed, parameters, memory = self._learning
+        note = f"{steps:,} steps at {speed:,.0f} tokens/s, {parameters / 1e6:,.1f} M parameters"
+        return Estimate("run", tokens / speed, memory, parameters * STATE, note)
+
+    def calibrate(self) -> Estimate:
+        config: Any = self.configs["calibrate"]
+        sampled = sum(temperature > 0 for temperature in config.temperatures) * len(config.rules) * config.rounds
+        greedy = (0.0 in config.temperatures) * self._count("held_out") * config.max_tokens / LENGTH
+        return self._rounds("calibrate", sampled + min(greedy, config.rounds))
+
+    def eval(self) -> Estimate:
+        config: Any = self.configs["eval"]
+        questions = self._count("held_out")
+        if self.recipe.eval_prompts:
+            questions = sum(path.read_bytes().count(b"\n") for path in self.recipe.eval_prompts)
+        tokens = questions * config.repeats * len(config.temperatures) * config.max_tokens
+        sides = 1 + len(config.thresholds) / max(1, config.repeats)
+        return self._rounds("eval", tokens / ROUND + tokens / LENGTH * sides)
+
+    def export(self) -> Estimate:
+        return Estimate("export", 5.0, _peak(), self._learning[1] * 4)
+
+    def _rounds(self, stage: str, rounds: float) -> Estimate:
+        speed = self._speed(1)
+        size = self._learning[1] * 4
+        return Estimate(stage, rounds * ROUND / speed, _peak(), size, f"{speed:,.0f} plain tokens/s, one at a time")
+
+    # -------------------------------------------------------------------------------------------- counts
+
+    @cached_property
+    def _prompts(self) -> tuple[dict[str, Counter[str]], list[float]]:
+        """Prompts by part and domain, and the tokens of some."""
+        config: Any = self.configs["prompts"]
+        split, _ = prompts.collect(config)
+        some = (split["train"] + split["held_out"])[:200]
+        words = [prompt.get("text") or " ".join(prompt.get("turns", ())) for prompt in some]
+        lengths = [float(len(self._llm.tokenizer.encode(text))) for text in words] or [1.0]
+        return {part: Counter(prompt["domain"] for prompt in found) for part, found in split.items()}, lengths
+
+    def _count(self, part: str) -> int:
+        """Texts of a part: answers where they are there already, else prompts."""
+        if self.finished("regenerate"):
+            return int(open_artefact(self.recipe.out / "regenerate").provenance["facts"][part]["answers"])
+        return sum(self._prompts[0][part].values())
+
+    def _length(self, what: str) -> float:
+        """Mean tokens of a prompt, or of a whole text."""
+        prompt = mean(self._prompts[1])
+        if what == "prompt":
+            return prompt
+        if self.finished("regenerate"):
+            facts = open_artefact(self.recipe.out / "regenerate").provenance["facts"]["train"]
+            return prompt + float(facts["tokens"]) / max(1, facts["answers"])
+        return prompt + self.configs["regenerate"].max_tokens  # type: ignore[attr-defined,no-any-return]
+
+    # -------------------------------------------------------------------------------------------- measurements
+
+    @cached_property
+    def _llm(self) -> LLM:
+        return LLM(self.recipe.target, "none", dtype=self.configs["regenerate"].dtype)  # type: ignore[attr-defined]
+
+    @cached_property
+    def _speeds(self) -> dict[int, float]:
+        return {}
+
+    def _speed(self, rows: int) -> float:
+        """Plain tokens a second, ``rows`` rows together."""
+        if rows not in self._speeds:
+            options = {"max_tokens": TRIED, "rows": rows, "ignore_eos": True, "drafter": "none", "server": None}
+            config = self.configs["regenerate"].model_copy(update=options)
+            assert isinstance(config, regenerate.Config)
+            ask = regenerate.engine(config, lambda: self._llm, regenerate.sampling(config, self.recipe.target))
+            length = max(1, min(round(self._length("prompt")), self._llm.target.spec.max_positions - TRIED))
+            tokens = [1 + i % (self._llm.target.spec.vocab_size - 1) for i in range(length)]
+            for count in (1, 2 * rows):  # the first one warms up
+                asked = deque(Question(f"{count} {i}", "", tokens, (), ()) for i in range(count))
+                began = perf_counter()
+                made = sum(len(answer) for answers in ask(asked) for _, answer in answers)
+                self._speeds[rows] = made / (perf_counter() - began)
+        return self._speeds[rows]
+
+    @cached_property
+    def _learning(self) -> tuple[float, int, float]:
+        """Tokens a second in training, trained parameters, and bytes of memory."""
+        config: Any = self.configs["run"]
+        module = import_module(STAGES["run"].place.partition(":")[0]).trainable(config, self._llm)
+        spec = self._llm.target.spec
+        length = max(8, min(config.length, round(self._length("text")), spec.max_positions))
+        texts = []
+        for number in range(max(1, config.pack_tokens // length)):
+            tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
+            texts.append(data.Text(str(number), "", tokens, length // 3))
+        teacher = Teacher(self._llm.target, length)
+        for _ in range(2):  # the first one warms up
+            began = perf_counter()
+            loss = module(teacher.batch(texts, module, 0))
+            (loss.total / loss.weight).backward()
+            seconds = perf_counter() - began
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        return length * len(texts) / seconds, parameters, _peak() + 2 * 4 * parameters  # the optimiser's moments
+
+    @cached_property
+    def _key_value_bytes(self) -> float:
+        """Bytes of a token's keys and values in float32, as the target's configuration has them."""
+        files = read_config(resolve_model(self.recipe.target))
+        text = files.get("text_config") or files
+        heads = text.get("num_key_value_heads") or text.get("num_attention_heads", 1)
+        width = text.get("head_dim") or text.get("hidden_size", 0) / max(1, text.get("num_attention_heads", 1))
+        return 2 * 4 * float(text.get("num_hidden_layers", 1)) * heads * width
+
+
+def _peak() -> float:
+    """The most memory this process has held, bytes; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return 0.0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else most * 1024)

@@ -1,0 +1,199 @@
+"""Recipes: one TOML file that says how a drafter is made, from prompts to the folder that others load.
+
+    target = "my-model"                       # a directory, a hub id, or "embedded"
+    out = "runs/my-model"                     # one directory a stage; relative paths count from this file
+
+    [prompts]
+    sources = [{ path = "questions.jsonl" }]
+
+    [run]
+    kind = "dspark"
+
+Every section holds the fields of its stage's ``Config`` and may be left out where the defaults do; ``skip`` lists
+stages that are not wanted. Finished stages are not made again, an interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+
+from outrider import registry
+from outrider.config import build
+from outrider.errors import InvalidRequest, nearest
+from outrider.training.artefact import Artefact
+from outrider.training.stages import STAGES, make, opened
+from outrider.weights import resolve_model
+
+__all__ = ["Recipe", "changed", "configure", "read_recipe", "run_recipe"]
+
+SKIPPABLE = ("calibrate", "eval", "export")
+ON_REQUEST = ("features",)  # made only where a section asks for it
+KEYS = ("target", "out", "skip", "eval_prompts", *STAGES)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is made, for which target, and where."""
+
+    target: str
+    out: Path
+    configs: Mapping[str, BaseModel]
+    """By stage, in order; those that are skipped are missing."""
+    eval_prompts: tuple[Path, ...] = ()
+    """Prompt sets that ``eval`` answers; none: the held-out ones."""
+
+    def stages(self, until: str | None = None) -> list[str]:
+        """Names in order, up to ``until``. Raises InvalidRequest for one that is not made."""
+        names = list(self.configs)
+        if until is not None and until not in names:
+            raise InvalidRequest(f"--until: the recipe makes no stage {until!r}; {nearest(until, names)}")
+        return names if until is None else names[: names.index(until) + 1]
+
+    def folders(self, name: str) -> dict[str, Path]:
+        """The directories a stage reads, by role: of the preferred stage that is made at all."""
+        stage = STAGES[name]
+        chosen = {role: next((k for k in kinds if k in self.configs), None) for role, kinds in stage.parents.items()}
+        return {role: self.out / kind for role, kind in chosen.items() if kind is not None}
+
+
+def configure(name: str, values: Mapping[str, Any], where: str, folder: Path | None = None) -> BaseModel:
+    """A stage's ``Config``; ``where`` begins the message. Raises InvalidRequest, for an unknown key with the nearest
+    known one."""
+    kind = STAGES[name].config
+    try:
+        config = kind.model_validate(dict(values), context=None if folder is None else {"folder": folder})
+    except ValidationError as error:
+        raise InvalidRequest(f"{where}: {_explain(kind, error)}") from None
+    _check_drafter(config, where)
+    return config
+
+
+def _explain(kind: type[BaseModel], error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key is missing, too
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: Any = kind
+        for part in first["loc"][:-1]:
+            if isinstance(part, str):
+                model = next((a for a in _models(model.model_fields[part].annotation)), model)
+        return f"unknown key {place!r}; {nearest(str(first['loc'][-1]), model.model_fields)}"
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    return f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Pydantic models inside a type such as ``tuple[Source, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models(inner)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_drafter(config: BaseModel, where: str) -> None:
+    """Refuse options of a kind of drafter now, not after hours of answering."""
+    kind, options = getattr(config, "kind", None), getattr(config, "drafter", None)
+    if isinstance(kind, str) and isinstance(options, Mapping):
+        training = getattr(registry.find("drafter", kind), "Training", None)
+        if training is None:
+            raise InvalidRequest(f"{where}: drafter {kind!r} cannot be trained; see `outrider models`")
+        build(training, options, f"{where} drafter {kind!r}")
+
+
+def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None) -> Recipe:
+    """Read and check a whole recipe. ``changes`` are ``section.key=value`` with TOML values (bare words are strings).
+
+    Raises InvalidRequest, CheckpointError for a target that is not there.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"cannot read the recipe {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidRequest(f"{path} is not TOML: {error}") from None
+    values = changed(values, changes)
+    for key, value in values.items():
+        if key not in KEYS:
+            raise InvalidRequest(f"{path}: unknown key {key!r}; {nearest(key, KEYS)}")
+        if (key in STAGES) != isinstance(value, dict):
+            raise InvalidRequest(f"{path}: {key} must be {'a section' if key in STAGES else 'no section'}")
+    skip = values.get("skip", [])
+    if not isinstance(skip, list) or any(name not in SKIPPABLE for name in skip):
+        raise InvalidRequest(f"{path}: skip may list {', '.join(SKIPPABLE)}, got {_short(skip)}")
+    for key, kind in (("target", str), ("out", str), ("eval_prompts", list)):
+        if not isinstance(values.get(key, kind()), kind):
+            raise InvalidRequest(f"{path}: {key} must be a {kind.__name__}, got {_short(values[key])}")
+    if not values.get("target") or "prompts" not in values or not (out or values.get("out")):
+        raise InvalidRequest(f"{path}: a recipe names its target, out (or give --out), and [prompts] with sources")
+    configs = {
+        name: configure(name, values.get(name, {}), f"{path} [{name}]", path.parent)
+        for name in STAGES
+        if name not in skip and (name in values or name not in ON_REQUEST)
+    }
+    target = _local(values["target"], path.parent)
+    resolve_model(target)
+    prompts = tuple(path.parent / str(file) for file in values.get("eval_prompts", []))
+    for file in prompts:
+        if not file.is_file():
+            raise InvalidRequest(f"{path}: eval_prompts: no such file: {file}")
+    return Recipe(target, out or path.parent / values["out"], configs, prompts)
+
+
+def _local(target: str, folder: Path) -> str:
+    """A target that lies beside the recipe, else the name as it is."""
+    beside = folder / Path(target).expanduser()
+    return str(beside) if (beside / "config.json").is_file() else target
+
+
+def changed(values: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """``values`` with some ``key.key=value`` set. Raises InvalidRequest."""
+    copy = deepcopy(dict(values))
+    for change in changes:
+        _change(copy, change)
+    return copy
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    name, separator, text = change.partition("=")
+    keys = name.strip().split(".")
+    if not separator or not all(keys):
+        raise InvalidRequest(f"--set: expected KEY=VALUE, got {change!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise InvalidRequest(f"--set {change}: {key} is no section")
+    values[keys[-1]] = value
+
+
+def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None = None) -> dict[str, Artefact]:
+    """Make every stage in order. Raises what a stage raises; the same call goes on from there."""
+    made: dict[str, Artefact] = {}
+    for name in recipe.stages(until):
+        out = recipe.out / name
+        parents = opened(name, recipe.folders(name), recipe.target)
+        prompts: Sequence[Path] = recipe.eval_prompts if name == "eval" else ()
+        if console is not None:
+            console.print(f"[bold]{name}[/bold]  {out}")
+        made[name] = make(
+            name, recipe.configs[name], parents, out, recipe.target, prompts=tuple(prompts), console=console
+        )
+    return made
