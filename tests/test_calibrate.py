@@ -20,7 +20,8 @@ from outrider.config import SamplingParams
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.llm import LLM
 from outrider.registry import find
-from outrider.training.calibrate import Config, calibrate
+from outrider.rounds import Observed
+from outrider.training.calibrate import Config, calibrate, scaling_of
 
 HALF = {(rule, t): Scaling((2.0,), (-1.0,)) for rule in ("rejection", "block", "coupled") for t in (0.0, 1.0)}
 SMALL = Config(temperatures=(0.0, 1.0), rules=("rejection", "block"), rounds=60, max_tokens=24, bins=5)
@@ -138,14 +139,27 @@ def test_the_stage_leaves_a_drafter_that_carries_its_calibration(
     assert llm.drafter.calibration is not None  # type: ignore[attr-defined]
 
 
-def test_a_signal_that_no_head_gives_gets_a_shift(target_dir: Path, tmp_path: Path) -> None:
+def test_a_drafter_without_a_checkpoint_leaves_its_calibration_alone(target_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "loops.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": random_tokens(3, i) * 8}) for i in range(12)))
-    config = Config(temperatures=(0.0,), rules=("block",), rounds=60, max_tokens=40, bins=5)
+    config = Config(temperatures=(0.0,), rules=("block",), rounds=60, max_tokens=40, bins=5, shift=True)
     report = calibrate(config, "ngram", [file], tmp_path / "out", str(target_dir), backend="reference")
     assert report.signal == "training-free"
     assert any(report.buckets[0].scaling.shifts)
     assert {path.name for path in (tmp_path / "out" / "drafter").iterdir()} == {"calibration.json"}
+
+
+def test_a_shift_is_fitted_only_where_temperatures_do_not_suffice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=generator) + 1
+    accepted = (torch.rand(4000, 3, generator=generator) < torch.sigmoid(logits)).long().cumprod(1).sum(1)
+    scaled, shifted = (
+        Observed(torch.sigmoid(seen).double(), torch.full((4000,), 3), accepted)
+        for seen in (2 * logits, (logits + 2).clamp(min=0))
+    )
+    assert not any(scaling_of(scaled, None).shifts)
+    assert all(scaling_of(shifted, None).shifts)
+    assert any(scaling_of(scaled, True).shifts) and not any(scaling_of(shifted, False).shifts)
 
 
 def test_what_cannot_be_calibrated_is_refused_in_one_line(target_dir: Path, prompts: Path, tmp_path: Path) -> None:

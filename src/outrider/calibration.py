@@ -8,9 +8,10 @@ Sequential temperature scaling (STS; DSpark's confidence calibration, after Guo 
 prod_{i<=j} sigmoid(z_i / T_i) has the least expected calibration error against "drafts 1..j all accepted", with
 T_1..T_{j-1} as they were found before. So position j may make good what is left of the errors before it.
 
-A temperature keeps the sign of a logit: it can make a head that was trained to speak of acceptance bolder or humbler,
-but a signal that was never meant as a probability (a margin is at least 0, so its sigmoid at least one half) also
-needs a ``shift``: z / T_j + b_j (Platt 1999), b_j being the one that makes the mean survival right for that T_j.
+A temperature keeps the sign of a logit: it can make a head bolder or humbler where it was trained to speak of
+acceptance, but a head in another bucket than its own, or a signal that was never meant as a probability (a margin is
+at least 0, so its sigmoid at least one half), also needs a ``shift``: z / T_j + b_j (Platt 1999), b_j being the one
+that makes the mean survival right for that T_j.
 
 n rounds, K positions. Rounds that verified fewer than j drafts say nothing of position j. Computed in float64.
 """

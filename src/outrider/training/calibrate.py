@@ -39,8 +39,9 @@ from outrider.rounds import (
 )
 from outrider.weights import resolve_model, write_json
 
-__all__ = ["Bucket", "Config", "Report", "calibrate"]
+__all__ = ["Bucket", "Config", "Report", "calibrate", "scaling_of"]
 
+ENOUGH = 0.01  # calibration error that needs no shift
 Progress = Callable[[str, float], None]
 """What is being done, and the share that is done."""
 
@@ -64,7 +65,8 @@ class Config(BaseModel):
     bins: int = Field(default=calibration.BINS, ge=2)
     """Bins of equal mass that the calibration error is taken over."""
     shift: bool | None = None
-    """Fit a shift beside each temperature; by default only where no head was trained to give the confidence."""
+    """Fit a shift beside each temperature; None: only where temperatures alone leave the rounds they are fitted on with
+    more than 1 % of calibration error, and more than twice what chance explains."""
     chat: bool = False
     """Write the turns of prompts into the target's chat template."""
     seed: int = 0
@@ -148,7 +150,6 @@ def calibrate(
     halves = _halves(questions)
     recorder = recorded(llm)
     signal = _signal(llm)
-    shift = config.shift if config.shift is not None else signal != "head"
     kinds: list[tuple[tuple[Rule, ...], float]] = []
     for temperature in config.temperatures:
         kinds += [(config.rules, 0.0)] if temperature == 0 else [((rule,), temperature) for rule in config.rules]
@@ -160,7 +161,7 @@ def calibrate(
 
         params = SamplingParams(max_tokens=config.max_tokens, temperature=temperature, rule=rules[0], seed=config.seed)
         fitting, held_out = _collect(llm, recorder, halves, params, config.rounds, tell)
-        buckets.append(_bucket(rules, temperature, fitting, held_out, shift, config.bins))
+        buckets.append(_bucket(rules, temperature, fitting, held_out, config.shift, config.bins))
     made_by = f"outrider {__version__} calibrate"
     found = Calibration(
         {(rule, bucket.temperature): bucket.scaling for bucket in buckets for rule in bucket.rules},
@@ -230,11 +231,9 @@ def _collect(
 
 
 def _bucket(
-    rules: tuple[Rule, ...], temperature: float, fitting: Observed, held_out: Observed, shift: bool, bins: int
+    rules: tuple[Rule, ...], temperature: float, fitting: Observed, held_out: Observed, shift: bool | None, bins: int
 ) -> Bucket:
-    scaling = calibration.fit(
-        calibration.logits_of(fitting.confidence), fitting.verified, fitting.accepted, shift=shift, bins=bins
-    )
+    scaling = scaling_of(fitting, shift, bins)
     both = {
         "before": held_out.confidence,
         "after": scaling.apply(calibration.logits_of(held_out.confidence)),
@@ -264,6 +263,18 @@ def _bucket(
         calibration.quality(*pooled["after"], bins),
         curves,
     )
+
+
+def scaling_of(fitting: Observed, shift: bool | None, bins: int = calibration.BINS) -> Scaling:
+    """What is fitted on some rounds; ``shift`` as in ``Config``."""
+    logits, verified, accepted = calibration.logits_of(fitting.confidence), fitting.verified, fitting.accepted
+    if shift is None:
+        scaling = calibration.fit(logits, verified, accepted, bins=bins)
+        probabilities, outcomes = calibration.pooled(scaling.apply(logits), verified, accepted)
+        chance = calibration.error_of_chance(probabilities, bins)
+        if calibration.calibration_error(probabilities, outcomes, bins) <= max(ENOUGH, 2 * chance):
+            return scaling
+    return calibration.fit(logits, verified, accepted, shift=shift is not False, bins=bins)
 
 
 # ------------------------------------------------------------------------------------------------ writing
