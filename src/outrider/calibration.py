@@ -122,7 +122,7 @@ def area_under_curve(scores: Tensor, outcomes: Tensor) -> float:
     Mann-Whitney statistic. NaN where all outcomes are the same. float [n], bool [n]"""
     true = outcomes.bool()
     positives, negatives = int(true.sum()), int((~true).sum())
-    if not positives or not negatives:
+    if not positives * negatives:
         return math.nan
     ranks = torch.from_numpy(rankdata(scores.double().numpy()))
     return (float(ranks[true].sum()) - positives * (positives + 1) / 2) / (positives * negatives)
@@ -272,7 +272,7 @@ def logits_of(probabilities: Tensor) -> Tensor:
 
 
 def _logit(p: float) -> float:
-    if not 0 < p < 1:
+    if p <= 0 or p >= 1:  # and NaN stays NaN
         return -LARGEST_LOGIT if p <= 0 else LARGEST_LOGIT
     return min(max(math.log(p / (1 - p)), -LARGEST_LOGIT), LARGEST_LOGIT)
 
@@ -362,8 +362,8 @@ class Calibration:
 class OnlineCorrection:
     """A logistic correction of each position, sigmoid(slope z + shift), that follows what is being accepted.
 
-    Each outcome moves both by one step of gradient descent on its log loss, and both are drawn back to the identity a
-    little, so that a position hardly ever reached ends where it began. It depends on the past alone.
+    Each outcome moves both by one step of gradient descent on its log loss. Each round draws both back to the identity
+    a little, so that a position that is not verified any more ends where it began.
     """
 
     slopes: tuple[float, ...] = ()  # of the positions seen so far; the others are left as they are
@@ -371,7 +371,7 @@ class OnlineCorrection:
     rate: float = 0.05
     """Step: about 1 / rate outcomes are remembered."""
     pull: float = 0.001
-    """Share of the way back to the identity that each outcome goes."""
+    """Share of the way back to the identity that each round goes."""
 
     def adjust(self, confidence: Sequence[float]) -> list[float]:
         """One row's probabilities, put right, element by element."""
@@ -388,10 +388,13 @@ class OnlineCorrection:
         seen = min(verified, accepted + 1)
         missing = max(0, seen - len(self.slopes))
         slopes, shifts = [*self.slopes, *[1.0] * missing], [*self.shifts, *[0.0] * missing]
-        for j in range(seen):
-            z = _logit(confidence[j])
-            error = (j < accepted) - _sigmoid(slopes[j] * z + shifts[j])
-            step = self.rate * error / (1 + z * z)  # normalised: a logit of 10 must not throw the slope about
-            slopes[j] = max(0.05, slopes[j] + step * z + self.pull * (1 - slopes[j]))  # never turns the order round
-            shifts[j] += step + self.pull * -shifts[j]
+        for j in range(len(slopes)):
+            slopes[j] += self.pull * (1 - slopes[j])
+            shifts[j] -= self.pull * shifts[j]
+            if j < seen:
+                z = _logit(confidence[j])
+                error = int(j < accepted) - _sigmoid(slopes[j] * z + shifts[j])
+                step = self.rate * error / (1 + z * z)  # normalised: a logit of 10 must not throw the slope about
+                slopes[j] = max(0.05, slopes[j] + step * z)  # never turns the order round
+                shifts[j] += step
         return replace(self, slopes=tuple(slopes), shifts=tuple(shifts))
