@@ -132,7 +132,7 @@ def test_the_stage_leaves_a_drafter_that_carries_its_calibration(
     for bucket in json.loads((out / "report.json").read_text())["buckets"]:
         assert len(bucket["after"]) == len(bucket["scaling"]["temperatures"]) == 5
         assert bucket["before"][0]["rounds"] >= 15
-        assert all(0.1 <= t <= 10 for t in bucket["scaling"]["temperatures"])
+        assert all(0.1 <= t <= 32 for t in bucket["scaling"]["temperatures"])
     provenance = json.loads((out / "provenance.json").read_text())
     assert provenance["arguments"]["rounds"] == 60 and set(provenance["parents"]) == {"drafter", "held_out.jsonl"}
     llm = LLM(target_dir, out / "drafter", backend="reference")

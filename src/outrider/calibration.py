@@ -57,8 +57,8 @@ __all__ = [
 FILE = "calibration.json"
 """Its name in a drafter's directory."""
 BINS = 15
-GRID = tuple(10 ** (k / 40 - 1) for k in range(81))
-"""Temperatures tried: 0.1 to 10, each 6 % above the one before."""
+GRID = tuple(10 ** (k / 40 - 1) for k in range(101))
+"""Temperatures tried: 0.1 to 32, each 6 % above the one before."""
 LARGEST_LOGIT = 14.0  # what a float32 sigmoid can still say
 FORMAT, VERSION = "outrider-calibration", 1
 

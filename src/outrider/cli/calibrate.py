@@ -108,7 +108,7 @@ def calibrate(
 
 
 def _table(bucket: Bucket) -> Table:
-    table = Table(title=f"{bucket.title} (held and ECE in %)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=f"{bucket.title} (held and ECE in %)", box=SIMPLE_HEAD, padding=0)
     for name in ("at", "rounds", "held", "ECE", "after", "chance", "Brier", "after", "AUC", "after", "T", "b"):
         table.add_column(name, justify="right", no_wrap=True)
     scaling = bucket.scaling

@@ -311,6 +311,7 @@ def _write(found: Evaluation, out: Path) -> None:
             ("acceptance_length", _value(point.acceptance_length)),
             ("acceptance_rate", _value(point.acceptance_rate)),
             ("verify_rate", _value(point.verify_rate)),
+            ("speedup", _value(point.speedup)),
         ):
             curve.setdefault(name, []).append(value)
     if swept:
