@@ -49,7 +49,7 @@ Progress = Callable[[str, float], None]
 class Config(BaseModel):
     """What is measured, and how the scaling is fitted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     rules: tuple[Rule, ...] = Field(default=RULES, min_length=1)
     """Verification rules to fit for."""
@@ -70,6 +70,7 @@ class Config(BaseModel):
     chat: bool = False
     """Write the turns of prompts into the target's chat template."""
     seed: int = 0
+    """Other seeds give other sampled answers."""
 
 
 @dataclass(frozen=True, slots=True)
