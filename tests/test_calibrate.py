@@ -20,8 +20,7 @@ from outrider.config import SamplingParams
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.llm import LLM
 from outrider.registry import find
-from outrider.rounds import Observed
-from outrider.training.calibrate import Config, calibrate, scaling_of
+from outrider.training.calibrate import Config, calibrate
 
 HALF = {(rule, t): Scaling((2.0,), (-1.0,)) for rule in ("rejection", "block", "coupled") for t in (0.0, 1.0)}
 SMALL = Config(temperatures=(0.0, 1.0), rules=("rejection", "block"), rounds=60, max_tokens=24, bins=5)
@@ -147,19 +146,6 @@ def test_a_drafter_without_a_checkpoint_leaves_its_calibration_alone(target_dir:
     assert report.signal == "training-free"
     assert any(report.buckets[0].scaling.shifts)
     assert {path.name for path in (tmp_path / "out" / "drafter").iterdir()} == {"calibration.json"}
-
-
-def test_a_shift_is_fitted_only_where_temperatures_do_not_suffice() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4000, 3, generator=generator) + 1
-    accepted = (torch.rand(4000, 3, generator=generator) < torch.sigmoid(logits)).long().cumprod(1).sum(1)
-    scaled, shifted = (
-        Observed(torch.sigmoid(seen).double(), torch.full((4000,), 3), accepted)
-        for seen in (2 * logits, (logits + 2).clamp(min=0))
-    )
-    assert not any(scaling_of(scaled, None).shifts)
-    assert all(scaling_of(shifted, None).shifts)
-    assert any(scaling_of(scaled, True).shifts) and not any(scaling_of(shifted, False).shifts)
 
 
 def test_what_cannot_be_calibrated_is_refused_in_one_line(target_dir: Path, prompts: Path, tmp_path: Path) -> None:

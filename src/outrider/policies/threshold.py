@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.calibration import OnlineCorrection
+from outrider.drift import OnlineCorrection
 from outrider.errors import InvalidRequest
 from outrider.types import StepCost
 
@@ -25,7 +25,7 @@ class ThresholdConfig:
     threshold: float = 0.5
     """The least confidence of a token that is verified, between 0 and 1."""
     follow_drift: bool = False
-    """Correct the confidences by what is being accepted (``calibration.OnlineCorrection``)."""
+    """Correct the confidences by what is being accepted (``drift.OnlineCorrection``)."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 0:

@@ -39,9 +39,8 @@ from outrider.rounds import (
 )
 from outrider.weights import resolve_model, write_json
 
-__all__ = ["Bucket", "Config", "Report", "calibrate", "scaling_of"]
+__all__ = ["Bucket", "Config", "Report", "calibrate"]
 
-ENOUGH = 0.01  # calibration error that needs no shift
 Progress = Callable[[str, float], None]
 """What is being done, and the share that is done."""
 
@@ -65,8 +64,8 @@ class Config(BaseModel):
     bins: int = Field(default=calibration.BINS, ge=2)
     """Bins of equal mass that the calibration error is taken over."""
     shift: bool | None = None
-    """Fit a shift beside each temperature; None: only where temperatures alone leave the rounds they are fitted on with
-    more than 1 % of calibration error, and more than twice what chance explains."""
+    """Fit a shift beside each temperature; None: only at positions that a temperature alone leaves with more than 1 %
+    of calibration error, and more than twice what chance explains."""
     chat: bool = False
     """Write the turns of prompts into the target's chat template."""
     seed: int = 0
@@ -234,7 +233,9 @@ def _collect(
 def _bucket(
     rules: tuple[Rule, ...], temperature: float, fitting: Observed, held_out: Observed, shift: bool | None, bins: int
 ) -> Bucket:
-    scaling = scaling_of(fitting, shift, bins)
+    scaling = calibration.fit(
+        calibration.logits_of(fitting.confidence), fitting.verified, fitting.accepted, shift=shift, bins=bins
+    )
     both = {
         "before": held_out.confidence,
         "after": scaling.apply(calibration.logits_of(held_out.confidence)),
@@ -264,18 +265,6 @@ def _bucket(
         calibration.quality(*pooled["after"], bins),
         curves,
     )
-
-
-def scaling_of(fitting: Observed, shift: bool | None, bins: int = calibration.BINS) -> Scaling:
-    """What is fitted on some rounds; ``shift`` as in ``Config``."""
-    logits, verified, accepted = calibration.logits_of(fitting.confidence), fitting.verified, fitting.accepted
-    if shift is None:
-        scaling = calibration.fit(logits, verified, accepted, bins=bins)
-        probabilities, outcomes = calibration.pooled(scaling.apply(logits), verified, accepted)
-        chance = calibration.error_of_chance(probabilities, bins)
-        if calibration.calibration_error(probabilities, outcomes, bins) <= max(ENOUGH, 2 * chance):
-            return scaling
-    return calibration.fit(logits, verified, accepted, shift=shift is not False, bins=bins)
 
 
 # ------------------------------------------------------------------------------------------------ writing
