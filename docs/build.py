@@ -30,6 +30,7 @@ SAID_HERE = {  # what cannot speak for itself
     "Makefile": "Every command a developer needs; `make help` lists them.",
     "constraints.txt": "The exact versions that `make` installs.",
     "docs/architecture.md": "The shape of the whole, its floors and contracts, and why.",
+    "docs/evaluation.md": "How drafters are compared, and how their confidences are calibrated.",
     "docs/log.md": "Decisions, failed tries and measured figures.",
     "src/outrider/embedded": "Target and draft model, held-out prompts, and their model card.",
     "tests/data": "The frozen command line.",

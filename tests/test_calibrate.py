@@ -131,17 +131,17 @@ def test_the_stage_leaves_a_drafter_that_carries_its_calibration(
     for bucket in json.loads((out / "report.json").read_text())["buckets"]:
         assert len(bucket["after"]) == len(bucket["scaling"]["temperatures"]) == 5
         assert bucket["before"][0]["rounds"] >= 15
-        assert all(0.1 <= t <= 10 for t in bucket["scaling"]["temperatures"])
+        assert all(0.1 <= t <= 32 for t in bucket["scaling"]["temperatures"])
     provenance = json.loads((out / "provenance.json").read_text())
     assert provenance["arguments"]["rounds"] == 60 and set(provenance["parents"]) == {"drafter", "held_out.jsonl"}
     llm = LLM(target_dir, out / "drafter", backend="reference")
     assert llm.drafter.calibration is not None  # type: ignore[attr-defined]
 
 
-def test_a_signal_that_no_head_gives_gets_a_shift(target_dir: Path, tmp_path: Path) -> None:
+def test_a_drafter_without_a_checkpoint_leaves_its_calibration_alone(target_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "loops.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": random_tokens(3, i) * 8}) for i in range(12)))
-    config = Config(temperatures=(0.0,), rules=("block",), rounds=60, max_tokens=40, bins=5)
+    config = Config(temperatures=(0.0,), rules=("block",), rounds=60, max_tokens=40, bins=5, shift=True)
     report = calibrate(config, "ngram", [file], tmp_path / "out", str(target_dir), backend="reference")
     assert report.signal == "training-free"
     assert any(report.buckets[0].scaling.shifts)

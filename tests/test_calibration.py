@@ -12,7 +12,6 @@ from torch import Tensor
 
 from outrider.calibration import (
     Calibration,
-    OnlineCorrection,
     Scaling,
     area_under_curve,
     brier,
@@ -26,6 +25,7 @@ from outrider.calibration import (
     survival_quality,
 )
 from outrider.config import SamplingParams
+from outrider.drift import OnlineCorrection
 from outrider.errors import CheckpointError
 from outrider.types import Context, Proposal
 
@@ -134,6 +134,16 @@ def test_a_margin_needs_a_shift() -> None:
     plain, shifted = (fit(margins, verified, accepted, shift=shift) for shift in (False, True))
     assert worst(plain.apply(margins), verified, accepted) > 0.05
     assert worst(shifted.apply(margins), verified, accepted) < 0.02
+
+
+def test_a_shift_is_fitted_only_where_a_temperature_does_not_suffice() -> None:
+    logits, verified, accepted = rounds()
+    assert not any(fit(logits * 2, verified, accepted, shift=None).shifts)
+    signal = torch.cat([logits[:, :1] * 2, (logits[:, 1:] + 3).clamp(min=0)], 1)
+    found = fit(signal, verified, accepted, shift=None)
+    assert not found.shifts[0] and found.shifts[1]
+    assert worst(found.apply(signal), verified, accepted) < 0.03
+    assert worst(fit(signal, verified, accepted).apply(signal), verified, accepted) > 0.04
 
 
 def test_a_position_nobody_came_to_is_treated_like_the_one_before_it() -> None:

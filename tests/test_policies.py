@@ -143,6 +143,26 @@ def test_threshold_stops_at_the_first_doubt() -> None:
     assert policy.choose(torch.full((1, 2), torch.nan), torch.tensor([2])).tolist() == [0]
 
 
+def drifting() -> ThresholdPolicy:
+    return ThresholdPolicy.from_config(ThresholdConfig(draft_tokens=K, threshold=0.5, follow_drift=True))
+
+
+def test_threshold_follows_drift_without_anticipating() -> None:
+    assert not anticipates(drifting)
+    policy, sure, full = drifting(), torch.full((1, K), 0.7), torch.tensor([K])
+    assert policy.choose(sure, full).tolist() == [K]
+    for _ in range(60):  # what it is sure of turns out wrong
+        policy.plan(1)
+        policy.choose(sure, full)
+        policy.observe(COST, [0])
+    assert policy.choose(sure, full).tolist() == [0]
+    for _ in range(3000):  # nothing is verified any more: it forgets, and tries again
+        policy.choose(torch.zeros(1, K), full)
+        policy.observe(COST, [0])
+    assert policy.choose(sure, full).tolist() == [K]
+    assert policy.choose(torch.full((1, K), torch.nan), full).tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [

@@ -23,7 +23,7 @@ FROZEN = Path(__file__).parent / "data" / "command_line.json"
 # A module imports only from floors below its own. A package name stands for every module in it.
 FLOORS: list[tuple[str, ...]] = [
     ("types", "config", "core", "errors", "lessons", "registry"),
-    ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template", "figures"),
+    ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template", "figures", "drift"),
     (
         *("layers", "weights", "attention", "tokenizer", "decoder"),
         *("backends", "memory", "checkpoints", "drafting", "learning"),
@@ -45,6 +45,7 @@ INSIDE: dict[str, set[str]] = {
     "registry": {"errors"},
     "sampling": {"noise"},
     "acceptance": {"noise", "sampling"},
+    "drift": {"calibration"},
     "decoder": {"layers", "weights"},  # a Llama-like decoder is layers filled from files
     "checkpoints": {"layers", "weights"},
     "learning": {"checkpoints", "layers"},  # drafters with gradients

@@ -8,9 +8,10 @@ Sequential temperature scaling (STS; DSpark's confidence calibration, after Guo 
 prod_{i<=j} sigmoid(z_i / T_i) has the least expected calibration error against "drafts 1..j all accepted", with
 T_1..T_{j-1} as they were found before. So position j may make good what is left of the errors before it.
 
-A temperature keeps the sign of a logit: it can make a head that was trained to speak of acceptance bolder or humbler,
-but a signal that was never meant as a probability (a margin is at least 0, so its sigmoid at least one half) also
-needs a ``shift``: z / T_j + b_j (Platt 1999), b_j being the one that makes the mean survival right for that T_j.
+A temperature keeps the sign of a logit: it can make a head bolder or humbler where it was trained to speak of
+acceptance, but a head in another bucket than its own, or a signal that was never meant as a probability (a margin is
+at least 0, so its sigmoid at least one half), also needs a ``shift``: z / T_j + b_j (Platt 1999), b_j being the one
+that makes the mean survival right for that T_j.
 
 n rounds, K positions. Rounds that verified fewer than j drafts say nothing of position j. Computed in float64.
 """
@@ -32,10 +33,10 @@ from outrider.types import Context, Proposal
 
 __all__ = [
     "BINS",
+    "ENOUGH",
     "FILE",
     "GRID",
     "Calibration",
-    "OnlineCorrection",
     "Quality",
     "Reliability",
     "Scaling",
@@ -46,18 +47,22 @@ __all__ = [
     "error_of_chance",
     "fit",
     "log_loss",
+    "logit",
     "logits_of",
     "pooled",
     "quality",
     "reliability",
+    "sigmoid",
     "survival_quality",
 ]
 
 FILE = "calibration.json"
 """Its name in a drafter's directory."""
 BINS = 15
-GRID = tuple(10 ** (k / 40 - 1) for k in range(81))
-"""Temperatures tried: 0.1 to 10, each 6 % above the one before."""
+GRID = tuple(10 ** (k / 40 - 1) for k in range(101))
+"""Temperatures tried: 0.1 to 32, each 6 % above the one before."""
+ENOUGH = 0.01
+"""Calibration error of a position that no shift is fitted for."""
 LARGEST_LOGIT = 14.0  # what a float32 sigmoid can still say
 FORMAT, VERSION = "outrider-calibration", 1
 
@@ -121,7 +126,7 @@ def area_under_curve(scores: Tensor, outcomes: Tensor) -> float:
     Mann-Whitney statistic. NaN where all outcomes are the same. float [n], bool [n]"""
     true = outcomes.bool()
     positives, negatives = int(true.sum()), int((~true).sum())
-    if not positives or not negatives:
+    if not positives * negatives:
         return math.nan
     ranks = torch.from_numpy(rankdata(scores.double().numpy()))
     return (float(ranks[true].sum()) - positives * (positives + 1) / 2) / (positives * negatives)
@@ -214,7 +219,7 @@ class Scaling:
         """One row's probabilities, put right. Element by element: a row's bits do not depend on its neighbours."""
         last = len(self.temperatures) - 1
         return [
-            _sigmoid(_logit(c) / self.temperatures[min(j, last)] + self.shifts[min(j, last)])
+            sigmoid(logit(c) / self.temperatures[min(j, last)] + self.shifts[min(j, last)])
             for j, c in enumerate(confidence)
         ]
 
@@ -224,11 +229,12 @@ def fit(
     verified: Tensor,
     accepted: Tensor,
     *,
-    shift: bool = False,
+    shift: bool | None = False,
     bins: int = BINS,
     grid: Sequence[float] = GRID,
 ) -> Scaling:
-    """Sequential temperature scaling; with ``shift`` each position gets a shift too (see the module's docstring).
+    """Sequential temperature scaling; with ``shift`` each position gets a shift too (see the module's docstring), with
+    None only one that a temperature alone leaves with more error than ENOUGH and than twice that of chance.
 
     float [n, K], int64 [n], int64 [n]. A position that fewer rounds than bins verified takes over the scaling of the
     one before it.
@@ -240,16 +246,28 @@ def fit(
         rows = verified > j
         if int(rows.sum()) >= bins:
             z, survived, outcomes = logits[rows, j].double(), before[rows], accepted[rows] > j
-            tried = []
-            for t in grid:
-                b = _shift(z / t, survived, outcomes) if shift else 0.0
-                error = calibration_error(survived * torch.sigmoid(z / t + b), outcomes, bins)
-                tried.append((error, abs(math.log(t)), t, b))  # of equal errors the mildest correction
-            *_, temperature, offset = min(tried)
+            error, temperature, offset = _best(z, survived, outcomes, grid, bins, shift=bool(shift))
+            if shift is None and error > ENOUGH:
+                chance = error_of_chance(survived * torch.sigmoid(z / temperature), bins)
+                if error > 2 * chance:
+                    _, temperature, offset = _best(z, survived, outcomes, grid, bins, shift=True)
         temperatures.append(temperature)
         shifts.append(offset)
         before = before * torch.sigmoid(logits[:, j].double() / temperature + offset)
     return Scaling(tuple(temperatures), tuple(shifts))
+
+
+def _best(
+    z: Tensor, survived: Tensor, outcomes: Tensor, grid: Sequence[float], bins: int, *, shift: bool
+) -> tuple[float, float, float]:
+    """The least error on the grid, and the temperature and shift that have it; of equals the mildest."""
+    tried = []
+    for t in grid:
+        b = _shift(z / t, survived, outcomes) if shift else 0.0
+        error = calibration_error(survived * torch.sigmoid(z / t + b), outcomes, bins)
+        tried.append((error, abs(math.log(t)), t, b))
+    error, _, temperature, offset = min(tried)
+    return error, temperature, offset
 
 
 def _shift(z: Tensor, survived: Tensor, outcomes: Tensor) -> float:
@@ -270,13 +288,15 @@ def logits_of(probabilities: Tensor) -> Tensor:
     return torch.logit(probabilities.double()).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 
 
-def _logit(p: float) -> float:
-    if not 0 < p < 1:
+def logit(p: float) -> float:
+    """One probability's, as ``logits_of`` has it."""
+    if p <= 0 or p >= 1:  # and NaN stays NaN
         return -LARGEST_LOGIT if p <= 0 else LARGEST_LOGIT
     return min(max(math.log(p / (1 - p)), -LARGEST_LOGIT), LARGEST_LOGIT)
 
 
-def _sigmoid(z: float) -> float:
+def sigmoid(z: float) -> float:
+    """One logit's probability."""
     small = math.exp(-abs(z))  # never overflows
     return (1 if z >= 0 else small) / (1 + small)
 
@@ -352,45 +372,3 @@ class Calibration:
                 )
             scalings[key] = Scaling(temperatures, shifts)
         return cls(scalings, facts)
-
-
-# ------------------------------------------------------------------------------------------------ drift
-
-
-@dataclass(frozen=True, slots=True)
-class OnlineCorrection:
-    """A logistic correction of each position, sigmoid(slope z + shift), that follows what is being accepted.
-
-    Each outcome moves both by one step of gradient descent on its log loss, and both are drawn back to the identity a
-    little, so that a position hardly ever reached ends where it began. It depends on the past alone.
-    """
-
-    slopes: tuple[float, ...] = ()  # of the positions seen so far; the others are left as they are
-    shifts: tuple[float, ...] = ()
-    rate: float = 0.05
-    """Step: about 1 / rate outcomes are remembered."""
-    pull: float = 0.001
-    """Share of the way back to the identity that each outcome goes."""
-
-    def adjust(self, confidence: Sequence[float]) -> list[float]:
-        """One row's probabilities, put right, element by element."""
-        known = len(self.slopes)
-        return [
-            _sigmoid(self.slopes[j] * _logit(c) + self.shifts[j]) if j < known else c for j, c in enumerate(confidence)
-        ]
-
-    def update(self, confidence: Sequence[float], verified: int, accepted: int) -> OnlineCorrection:
-        """After one row's round: drafts 1..accepted held, and the next one did not, where it was verified.
-
-        ``confidence`` as it was given to ``adjust``.
-        """
-        seen = min(verified, accepted + 1)
-        missing = max(0, seen - len(self.slopes))
-        slopes, shifts = [*self.slopes, *[1.0] * missing], [*self.shifts, *[0.0] * missing]
-        for j in range(seen):
-            z = _logit(confidence[j])
-            error = (j < accepted) - _sigmoid(slopes[j] * z + shifts[j])
-            step = self.rate * error / (1 + z * z)  # normalised: a logit of 10 must not throw the slope about
-            slopes[j] = max(0.05, slopes[j] + step * z + self.pull * (1 - slopes[j]))  # never turns the order round
-            shifts[j] += step + self.pull * -shifts[j]
-        return replace(self, slopes=tuple(slopes), shifts=tuple(shifts))

@@ -47,19 +47,21 @@ def draw_positions(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Pa
 
 
 def draw_sweep(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], path: Path) -> None:
-    """Panels by title, drafters by name, their ``threshold``, ``acceptance_length``, ``acceptance_rate`` and
-    ``verify_rate`` side by side: acceptance length and rates over the threshold."""
-    figure, axes = _panels(2 * len(panels), columns=2)
+    """A row of panels by title, drafters by name: over the ``threshold`` their ``acceptance_length``, their
+    ``acceptance_rate`` and ``verify_rate`` (dashed), and their ``speedup``."""
+    figure, axes = _panels(3 * len(panels))
     for row, (title, drafters) in enumerate(panels.items()):
-        lengths, rates = axes[2 * row : 2 * row + 2]
+        lengths, rates, speeds = axes[3 * row : 3 * row + 3]
         for label, points in drafters.items():
-            (line,) = lengths.plot(points["threshold"], points["acceptance_length"], marker="o", label=label)
-            for name, style in (("acceptance_rate", "-"), ("verify_rate", "--")):
-                called = f"{label}, {name.replace('_', ' ')}"
-                rates.plot(points["threshold"], points[name], style, color=line.get_color(), label=called)
+            places = points["threshold"]
+            (line,) = lengths.plot(places, points["acceptance_length"], marker="o", markersize=3, label=label)
+            rates.plot(places, points["acceptance_rate"], color=line.get_color(), label=label)
+            rates.plot(places, points["verify_rate"], "--", color=line.get_color())
+            speeds.plot(places, points["speedup"], marker="o", markersize=3, label=label)
         lengths.set(title=title, xlabel="threshold", ylabel="acceptance length")
-        rates.set(title=title, ylim=(0, 1), xlabel="threshold", ylabel="share of drafts")
-        for axis in (lengths, rates):
+        rates.set(title=title, ylim=(0, 1), xlabel="threshold", ylabel="accepted / verified, -- verified / drafted")
+        speeds.set(title=title, xlabel="threshold", ylabel="speed-up over plain decoding")
+        for axis in (lengths, rates, speeds):
             axis.legend(fontsize=7)
     _save(figure, path)
 

@@ -39,6 +39,13 @@ def calibrate(
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=60, help="Rounds for each rule and temperature.")] = 10_000,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="New tokens of each answer.")] = 128,
+    shift: Annotated[
+        bool | None,
+        typer.Option(
+            "--shift/--no-shift",
+            help="Fit a shift beside each temperature. Default: where temperatures alone do not suffice.",
+        ),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Write prompts into the target's chat template.")] = False,
     draft_tokens: DraftTokens = None,
     dtype: Dtype = "auto",
@@ -76,6 +83,7 @@ def calibrate(
         rounds=rounds,
         max_tokens=max_tokens,
         draft_tokens=draft_tokens,
+        shift=shift,
         chat=chat,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -100,7 +108,7 @@ def calibrate(
 
 
 def _table(bucket: Bucket) -> Table:
-    table = Table(title=f"{bucket.title} (held and ECE in %)", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=f"{bucket.title} (held and ECE in %)", box=SIMPLE_HEAD, padding=0)
     for name in ("at", "rounds", "held", "ECE", "after", "chance", "Brier", "after", "AUC", "after", "T", "b"):
         table.add_column(name, justify="right", no_wrap=True)
     scaling = bucket.scaling
@@ -113,6 +121,6 @@ def _table(bucket: Bucket) -> Table:
 
 
 def _row(before: Quality, after: Quality) -> list[str]:
-    area = ["-" if q.auc is None else f"{q.auc:.3f}" for q in (before, after)]
+    area = ["-" if q.auc is None else f"{q.auc:.2f}" for q in (before, after)]
     shares = [f"{100 * share:.1f}" for share in (after.observed, before.ece, after.ece, after.ece_of_chance)]
     return [str(after.rounds), *shares, f"{before.brier:.3f}", f"{after.brier:.3f}", *area]

@@ -126,7 +126,7 @@ def evaluate(
 
 
 def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0, title_justify="left")
     for name in (*words, *numbers):
         table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
     return table

@@ -47,9 +47,10 @@ T = TypeVar("T")
 class Config(BaseModel):
     """What is measured."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     temperatures: tuple[float, ...] = Field(default=(0.0, 1.0), min_length=1)
+    """0 is greedy."""
     rule: Rule = "rejection"
     """How drafts are verified; the literature's acceptance lengths are of ``rejection``."""
     max_tokens: int = Field(default=128, ge=2)
@@ -65,6 +66,7 @@ class Config(BaseModel):
     chat: bool = False
     """Write the turns of prompts into the target's chat template."""
     seed: int = 1
+    """Other seeds give other sampled answers."""
     draws: int = Field(default=2000, ge=100)
     """Resamples of a bootstrap interval."""
 
@@ -311,6 +313,7 @@ def _write(found: Evaluation, out: Path) -> None:
             ("acceptance_length", _value(point.acceptance_length)),
             ("acceptance_rate", _value(point.acceptance_rate)),
             ("verify_rate", _value(point.verify_rate)),
+            ("speedup", _value(point.speedup)),
         ):
             curve.setdefault(name, []).append(value)
     if swept:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from outrider.drift import OnlineCorrection
 from outrider.errors import InvalidRequest
 from outrider.types import StepCost
 
@@ -22,6 +24,8 @@ class ThresholdConfig:
     """The most tokens to draft in a round; 0 decodes plainly."""
     threshold: float = 0.5
     """The least confidence of a token that is verified, between 0 and 1."""
+    follow_drift: bool = False
+    """Correct the confidences by what is being accepted (``drift.OnlineCorrection``)."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 0:
@@ -33,7 +37,8 @@ class ThresholdConfig:
 class ThresholdPolicy:
     """Drafts up to k tokens and keeps those before the first confidence below the threshold.
 
-    A drafter without confidences has all its tokens kept.
+    A drafter without confidences has all its tokens kept. A correction that follows drift learns only from drafts that
+    were verified; a position that it cuts in every round slowly goes back to where it was, and is tried again.
     """
 
     Config = ThresholdConfig
@@ -41,6 +46,8 @@ class ThresholdPolicy:
     def __init__(self, config: ThresholdConfig) -> None:
         self._draft_tokens = config.draft_tokens
         self._threshold = config.threshold
+        self._correction = OnlineCorrection() if config.follow_drift else None
+        self._seen: list[tuple[list[float], int]] = []  # confidences and verified drafts of this step's rows
 
     @classmethod
     def from_config(cls, config: ThresholdConfig, **services: Any) -> ThresholdPolicy:
@@ -53,9 +60,20 @@ class ThresholdPolicy:
         lengths = lengths.clamp(max=self._draft_tokens)
         if confidence is None:
             return lengths
+        if self._correction is not None:
+            raw = confidence.tolist()
+            right = [self._correction.adjust(row) for row in raw]
+            confidence = torch.tensor(right).view(confidence.shape)
         # A running product of "sure enough" is 1 up to the first doubt and 0 after it.
         sure = (confidence >= self._threshold).long().cumprod(1).sum(1)
-        return lengths.minimum(sure)
+        keep = lengths.minimum(sure)
+        if self._correction is not None:
+            self._seen = list(zip(raw, keep.tolist(), strict=True))
+        return keep
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        """Nothing: the threshold is what the caller set."""
+        """The threshold is what the caller set; only the correction learns."""
+        for (confidence, verified), held in zip(self._seen, accepted, strict=False):
+            if self._correction is not None:
+                self._correction = self._correction.update(confidence, verified, held)
+        self._seen = []
