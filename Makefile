@@ -1,7 +1,7 @@
 # `make demo` and `make test` work from a fresh clone: Python 3.11 or newer and make are enough.
 # With a C++ compiler the native core is built; without one everything runs on plain PyTorch.
 #
-#   make demo | test | check | test-all | bench | docs | native | clean
+#   make demo | test | check | test-all | bench | docs | native | sanitize | clean
 #
 # PYTHON chooses the interpreter, VENV the place of the environment.
 
@@ -16,7 +16,7 @@ NATIVE := $(wildcard CMakeLists.txt native/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all check bench docs native clean
+.PHONY: help demo test test-all check bench docs native sanitize clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -44,6 +44,18 @@ docs: $(VENV)/installed
 native:
 	rm -rf build $(VENV)/installed
 	$(MAKE) $(VENV)/installed
+
+# The core with AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own, under the tests that reach it.
+# The interpreter is not instrumented: the sanitizers' runtimes come first into it, and its own leaks are not ours.
+CXX ?= c++
+SANITIZED := build/sanitize
+sanitize: $(VENV)/installed
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DOUTRIDER_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+	  OUTRIDER_NATIVE=$(SANITIZED) $(BIN)/pytest -p no:cacheprovider $(SANITIZED_TESTS)
+SANITIZED_TESTS ?= tests/test_native.py tests/test_native_kernels.py tests/test_dspark.py tests/test_noise.py
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

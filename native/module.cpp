@@ -8,7 +8,10 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <optional>
 
@@ -152,20 +155,21 @@ void markov_draft(MarkovHead& head, const Rows& base, const std::optional<Rows>&
 }
 
 double read_bandwidth(size_t bytes, int repeats) {
+  constexpr size_t piece = size_t{1} << 20;
   Region region(bytes);
   std::memset(region.data(), 1, bytes);
   const auto pool = shared_pool();
   const Kernels& table = find_kernels();
   double best = 0.0;
-  volatile double sink = 0.0;
+  std::atomic<double> sink{0.0};  // keeps the loads alive
   nb::gil_scoped_release released;
   for (int i = 0; i < repeats; i++) {
     const auto start = std::chrono::steady_clock::now();
     pool->run([&](int thread) {
-      int64_t first, last;
-      pool->share(static_cast<int64_t>(bytes / 4096), thread, first, last);
-      const double sum = table.read_sum(region.data() + first * 4096, static_cast<size_t>(last - first) * 4096);
-      if (thread == 0) sink = sum;
+      pool->deal(thread, static_cast<int64_t>((bytes + piece - 1) / piece), [&](int64_t p) {
+        const size_t first = static_cast<size_t>(p) * piece;
+        sink.store(table.read_sum(region.data() + first, std::min(piece, bytes - first)), std::memory_order_relaxed);
+      });
     });
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     best = std::max(best, static_cast<double>(bytes) / seconds);

@@ -87,13 +87,6 @@ void Pass::layout(int rows, size_t partial) {
   carve(stack_.scratch_.data());
 }
 
-bool Pass::mine(int thread, int row, int rows) const {
-  if (private_) return true;
-  int64_t first, last;
-  pool_.share(rows, thread, first, last);
-  return row >= first && row < last;
-}
-
 float* Pass::residual(int thread, int row) const {
   return (private_ ? space_.local[thread].x : space_.x) + row * space_.x_stride;
 }
@@ -107,6 +100,17 @@ void Pass::tap(int layer, int row, const float* x) const {
       std::memcpy(output_.features + ((chunk_->first + row) * taps + i) * width, x, width * sizeof(float));
 }
 
+// Calls item(row) for all rows: on every thread where each has its own copy, else on one, and then all meet.
+template <class Item>
+void Pass::each_row(int thread, int rows, Item&& item) {
+  if (private_) {
+    for (int row = 0; row < rows; row++) item(row);
+  } else {
+    pool_.deal(thread, rows, [&](int64_t row) { item(static_cast<int>(row)); });
+    pool_.barrier();
+  }
+}
+
 void Pass::settle(int thread, int row, const Pending& pending) {
   const StackSpec& spec = stack_.spec_;
   float* x = residual(thread, row);
@@ -116,17 +120,15 @@ void Pass::settle(int thread, int row, const Pending& pending) {
   if (pending.tap != -2 && (!private_ || thread == 0)) tap(pending.tap, row, x);
 }
 
-// Operand rows for `linear`; row(i) gives row i of the source, and is called by whoever owns it.
+// Operand rows for `linear`; row(i) gives row i of the source, and is called by whoever prepares it.
 template <class Row>
 Operand Pass::prepare(int thread, int rows, const Linear& linear, int width, const float* gain, Row&& row) {
   const Weights& w = linear.weights();
   Operand to = private_ ? space_.local[thread].operand : space_.operand;
   to.stride = row_stride(static_cast<size_t>(w.inner) * kernels_.operand_bytes(w.dtype));
-  int64_t first = 0, last = rows;
-  if (!private_) pool_.share(rows, thread, first, last);
-  for (int i = static_cast<int>(first); i < last; i++)
+  each_row(thread, rows, [&](int i) {
     kernels_.prepare(w.dtype, row(i), gain, stack_.spec_.eps, width, w.inner, space_.local[thread].row, to, i);
-  if (!private_) pool_.barrier();
+  });
   return to;
 }
 
@@ -191,13 +193,12 @@ void Pass::work(int thread, const Batch& batch) {
 void Pass::enter(int thread, const int64_t* tokens) {
   const size_t width = stack_.spec_.hidden;
   const float* given = stack_.spec_.input_width ? input_.residual : input_.hidden;
-  for (int m = 0; m < rows_; m++) {
-    if (!mine(thread, m, rows_)) continue;
+  each_row(thread, rows_, [&](int m) {
     if (given)
       std::memcpy(residual(thread, m), given + (chunk_->first + m) * width, width * sizeof(float));
     else
       stack_.embed(tokens + m, 1, residual(thread, m));
-  }
+  });
 }
 
 void Pass::attention(int thread, size_t index, Pending pending) {
@@ -257,17 +258,16 @@ void Pass::mlp(int thread, const Layer& layer, Pending pending) {
 
 // The last residual, the final norm, and the head where logits are asked for.
 void Pass::leave(int thread, Pending pending) {
-  for (int m = 0; m < rows_; m++)
-    if (mine(thread, m, rows_)) settle(thread, m, pending);
+  each_row(thread, rows_, [&](int m) { settle(thread, m, pending); });
   const int rows = static_cast<int>(chunk_->logits_token.size());
   if (!rows) return;
-  if (!private_) pool_.barrier();
   const StackSpec& spec = stack_.spec_;
   const size_t width = spec.hidden;
-  for (int r = 0; r < rows; r++)
-    if (mine(thread, r, rows) && (!private_ || thread == 0))
+  each_row(thread, rows, [&](int r) {
+    if (!private_ || thread == 0)
       kernels_.rms_norm(residual(thread, chunk_->logits_token[r]), stack_.final_norm_.data(), spec.eps, spec.hidden,
                         output_.hidden + chunk_->logits_row[r] * width);
+  });
   if (!output_.logits) return;
   const Operand x = prepare(thread, rows, stack_.head_, spec.hidden, stack_.final_norm_.data(),
                             [&](int r) { return residual(thread, chunk_->logits_token[r]); });

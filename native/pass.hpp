@@ -1,7 +1,7 @@
 // One chunk of a batch on its way through the stack: who works on what, and where intermediate rows lie.
 //
 // Up to kPrivateRows rows every thread keeps its own copy of the residual stream and prepares every operand itself:
-// that costs less than another barrier. With more rows each thread prepares its share and all meet. The arithmetic
+// that costs less than another barrier. With more rows each is prepared by one thread, and all meet. The arithmetic
 // of a row is the same either way.
 #pragma once
 
@@ -95,7 +95,8 @@ class Pass {
   void write_attention(const Layer& layer, const AttentionUnit& unit, const float* state);
   void logits(int thread, const Operand& x, int rows, const int64_t* at);
 
-  bool mine(int thread, int row, int rows) const;
+  template <class Item>
+  void each_row(int thread, int rows, Item&& item);
   float* residual(int thread, int row) const;
 
   Stack& stack_;

@@ -108,11 +108,10 @@ void Stack::fill(Linear& linear, int first_panel, const float* rows, int64_t cou
   const int64_t panels = (count + panel - 1) / panel;
   const auto pool = shared_pool();
   pool->run([&](int thread) {
-    int64_t first, last;
-    pool->share(panels, thread, first, last);
-    for (int64_t p = first; p < last; p++)
+    pool->deal(thread, panels, [&](int64_t p) {
       linear.fill(first_panel + static_cast<int>(p), rows + p * panel * inner,
                   static_cast<int>(std::min<int64_t>(panel, count - p * panel)), bias ? bias + p * panel : nullptr);
+    });
   });
 }
 

@@ -22,6 +22,13 @@ constexpr int kBarrierYields = 2000; // inside a job: the others are at work
 constexpr int kMoveEvery = 16;       // barriers between looks at whether to change cores
 constexpr int kIdleYields = 500;     // between jobs: another pass may follow at once
 
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+constexpr microseconds kPatience{150};    // the least the caller waits for a worker before it lets it go
+constexpr milliseconds kShortRest{1};     // what it then works alone; twice as long each time, up to
+constexpr int kLongestRest = 7;           // so many doublings
+constexpr milliseconds kForgotten{400};   // without a miss
+
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -48,17 +55,19 @@ void Epoch::advance() {
   if (sleepers_.load(std::memory_order_seq_cst)) value_.notify_all();
 }
 
-template <class Crowded>
-void Epoch::wait_past(uint32_t seen, int yields, Crowded&& crowded) {
+template <class Crowded, class Tired>
+void Epoch::wait_past(uint32_t seen, int yields, Crowded&& crowded, Tired&& tired) {
   for (int i = 1; i <= kSpins; i++) {
     if (value() != seen) return;
     pause();
     if (i % kLook == 0 && crowded()) break;
   }
   for (int i = 0; i < yields; i++) {
+    tired();
     if (value() != seen) return;
     std::this_thread::yield();
   }
+  tired();
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (value_.load(std::memory_order_seq_cst) == seen) value_.wait(seen, std::memory_order_seq_cst);
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);
@@ -81,38 +90,112 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::work(int thread) {
-  for (uint32_t seen = 0;; seen++) {
-    self = thread;
-    job_.wait_past(seen, kIdleYields, [this] { return crowded(current_cpu()); });
+  self = thread;
+  for (uint32_t seen = 0;;) {
+    job_.wait_past(seen, kIdleYields, [this] { return crowded(current_cpu()); }, [] {});
     if (stop_) return;
-    call_(context_, thread);
-    barrier();
+    seen = job_.value();
+    if (!join()) continue;
+    try {
+      call_(context_, thread);
+      meet(true);
+    } catch (const Dismissed&) {
+    }
   }
 }
 
 void ThreadPool::run_raw(Call call, void* context) {
   const std::lock_guard<std::mutex> lock(one_job_);
-  if (threads_ == 1) return call(context, 0);
   self = 0;
   call_ = call;
   context_ = context;
-  job_.advance();
+  impatient_.store(false, std::memory_order_relaxed);
+  for (Place& place : places_) place.taken.store(0, std::memory_order_relaxed);
+  phase_began_ = Clock::now();
+  const bool alone = threads_ == 1 || phase_began_ < alone_until_;
+  state_.store(alone ? kClosed | kMember : kMember, std::memory_order_release);
+  if (!alone) job_.advance();
   call(context, 0);
-  barrier();
+  meet(true);
 }
 
-void ThreadPool::barrier() {
-  if (threads_ == 1) return;
+// Takes part in the job, if it still takes anybody.
+bool ThreadPool::join() {
+  uint64_t state = state_.load(std::memory_order_acquire);
+  while (state < kClosed)
+    if (state_.compare_exchange_weak(state, state + kMember, std::memory_order_acq_rel)) return true;
+  return false;
+}
+
+void ThreadPool::meet(bool last) {
+  const uint32_t meeting = meeting_.value();
+  if (self == 0) {
+    wait_for_workers(last);
+    const bool open = state_.load(std::memory_order_relaxed) < kClosed;
+    arrive(open ? kClosed | kArrived : kArrived, meeting);
+    phase_began_ = Clock::now();
+    return;
+  }
   const int cpu = current_cpu();
   if (places_[self].cpu.load(std::memory_order_relaxed) != cpu) places_[self].cpu.store(cpu, std::memory_order_relaxed);
-  const uint32_t seen = meeting_.value();
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    meeting_.advance();
-  } else {
-    meeting_.wait_past(seen, kBarrierYields, [&] { return crowded(cpu); });
+  if (impatient_.load(std::memory_order_acquire)) {
+    arrive(-kMember, meeting);
+    throw Dismissed{};
   }
-  if (self && ++meetings % kMoveEvery == 0 && crowded(cpu)) move_away();
+  arrive(kArrived, meeting);
+  if (++meetings % kMoveEvery == 0 && crowded(cpu)) move_away();
+}
+
+// The caller came to its job's first barrier: workers that have not begun get a moment, unless nothing is left to do.
+void ThreadPool::wait_for_workers(bool last) {
+  if (threads_ == 1) return;
+  const int cpu = current_cpu();
+  if (places_[0].cpu.load(std::memory_order_relaxed) != cpu) places_[0].cpu.store(cpu, std::memory_order_relaxed);
+  const auto missing = [&] {
+    const uint64_t state = state_.load(std::memory_order_acquire);
+    return state < kClosed && static_cast<int>(state / kMember) < threads_;
+  };
+  if (last || !missing()) return;
+  const Clock::time_point now = Clock::now(), end = now + std::max<Clock::duration>(kPatience, now - phase_began_);
+  while (missing()) {
+    if (Clock::now() > end) return rest();
+    for (int i = 0; i < kLook; i++) pause();
+    if (crowded(cpu)) std::this_thread::yield();
+  }
+}
+
+// Adds one's arrival, or takes away one's membership, and waits for the others unless it leaves.
+void ThreadPool::arrive(uint64_t change, uint32_t meeting) {
+  const uint64_t state = state_.fetch_add(change, std::memory_order_acq_rel) + change;
+  if (complete(state)) return release(state);
+  if (change == -kMember) return;
+  const auto crowd = [cpu = current_cpu(), this] { return crowded(cpu); };
+  if (self) return meeting_.wait_past(meeting, kBarrierYields, crowd, [] {});
+  // Whoever has worked as long as the caller should be here soon. To yield now could cost a neighbour's whole slice.
+  const Clock::time_point now = Clock::now(), end = now + std::max<Clock::duration>(kPatience, now - phase_began_);
+  while (meeting_.value() == meeting && Clock::now() < end && !crowd())
+    for (int i = 0; i < kLook; i++) pause();
+  meeting_.wait_past(meeting, kBarrierYields, crowd, [&] {
+    if (impatient_.load(std::memory_order_relaxed) || meeting_.value() != meeting || Clock::now() < end) return;
+    impatient_.store(true, std::memory_order_release);
+    rest();
+  });
+  impatient_.store(false, std::memory_order_relaxed);
+}
+
+// The last to arrive lets all go on. Nobody is in `deal` now.
+void ThreadPool::release(uint64_t state) {
+  for (Place& place : places_) place.taken.store(0, std::memory_order_relaxed);
+  state_.store(state - (state & kCount), std::memory_order_release);
+  meeting_.advance();
+}
+
+// After a miss the caller works alone for a while, longer each time until there was peace.
+void ThreadPool::rest() {
+  const Clock::time_point now = Clock::now();
+  misses_ = now - last_miss_ > kForgotten ? 0 : std::min(misses_ + 1, kLongestRest);
+  last_miss_ = now;
+  alone_until_ = now + kShortRest * (1 << misses_);
 }
 
 // Workers that have shared a core for a while go to one that no thread of the pool is on; the caller's own thread is

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 # Several processes share the machine's cores: no deadline per example, and the same examples on every run.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("repeatable")
+
+if "OUTRIDER_NATIVE" in os.environ:  # another build of the core, as `make sanitize` has it, before anybody imports it
+    found = spec_from_file_location("outrider._native", next(Path(os.environ["OUTRIDER_NATIVE"]).glob("_native*.so")))
+    assert found is not None and found.loader is not None
+    sys.modules["outrider._native"] = module_from_spec(found)
+    found.loader.exec_module(sys.modules["outrider._native"])
 
 EOT, BOS = "<|endoftext|>", "<|begin|>"
 TEXTS = [
