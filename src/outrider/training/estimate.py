@@ -69,7 +69,7 @@ class _Trial:
         self.recipe, self.configs = recipe, recipe.configs
 
     def finished(self, name: str) -> bool:
-        return (self.recipe.out / name / "provenance.json").is_file()
+        return (self.recipe.place(name) / "provenance.json").is_file()
 
     # -------------------------------------------------------------------------------------------- stages
 
@@ -139,7 +139,7 @@ class _Trial:
     def _count(self, part: str) -> int:
         """Texts of a part: answers where they are there already, else prompts."""
         if self.finished("regenerate"):
-            return int(open_artefact(self.recipe.out / "regenerate").provenance["facts"][part]["answers"])
+            return int(open_artefact(self.recipe.place("regenerate")).provenance["facts"][part]["answers"])
         return sum(self._prompts[0][part].values())
 
     def _length(self, what: str) -> float:
@@ -148,7 +148,7 @@ class _Trial:
         if what == "prompt":
             return prompt
         if self.finished("regenerate"):
-            facts = open_artefact(self.recipe.out / "regenerate").provenance["facts"]["train"]
+            facts = open_artefact(self.recipe.place("regenerate")).provenance["facts"]["train"]
             return prompt + float(facts["tokens"]) / max(1, facts["answers"])
         return prompt + self.configs["regenerate"].max_tokens  # type: ignore[attr-defined,no-any-return]
 

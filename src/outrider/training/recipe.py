@@ -2,6 +2,7 @@
 
     target = "my-model"                       # a directory, a hub id, or "embedded"
     out = "runs/my-model"                     # one directory a stage; relative paths count from this file
+    shared = "runs/my-answers"                # optional: where recipes of one target share prompts and answers
 
     [prompts]
     sources = [{ path = "questions.jsonl" }]
@@ -37,7 +38,8 @@ __all__ = ["Recipe", "changed", "configure", "read_recipe", "run_recipe"]
 
 SKIPPABLE = ("calibrate", "eval", "export")
 ON_REQUEST = ("features",)  # made only where a section asks for it
-KEYS = ("target", "out", "skip", "eval_prompts", *STAGES)
+SHARED = ("prompts", "regenerate")  # stages that say nothing of the drafter
+KEYS = ("target", "out", "shared", "skip", "eval_prompts", *STAGES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,12 @@ class Recipe:
     """By stage, in order; those that are skipped are missing."""
     eval_prompts: tuple[Path, ...] = ()
     """Prompt sets that ``eval`` answers; none: the held-out ones."""
+    shared: Path | None = None
+    """Where prompts and answers are kept, if not in ``out``."""
+
+    def place(self, name: str) -> Path:
+        """A stage's directory."""
+        return (self.shared if self.shared is not None and name in SHARED else self.out) / name
 
     def stages(self, until: str | None = None) -> list[str]:
         """Names in order, up to ``until``. Raises InvalidRequest for one that is not made."""
@@ -62,7 +70,7 @@ class Recipe:
         """The directories a stage reads, by role: of the preferred stage that is made at all."""
         stage = STAGES[name]
         chosen = {role: next((k for k in kinds if k in self.configs), None) for role, kinds in stage.parents.items()}
-        return {role: self.out / kind for role, kind in chosen.items() if kind is not None}
+        return {role: self.place(kind) for role, kind in chosen.items() if kind is not None}
 
 
 def configure(name: str, values: Mapping[str, Any], where: str, folder: Path | None = None) -> BaseModel:
@@ -135,7 +143,7 @@ def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None
     skip = values.get("skip", [])
     if not isinstance(skip, list) or any(name not in SKIPPABLE for name in skip):
         raise InvalidRequest(f"{path}: skip may list {', '.join(SKIPPABLE)}, got {_short(skip)}")
-    for key, kind in (("target", str), ("out", str), ("eval_prompts", list)):
+    for key, kind in (("target", str), ("out", str), ("shared", str), ("eval_prompts", list)):
         if not isinstance(values.get(key, kind()), kind):
             raise InvalidRequest(f"{path}: {key} must be a {kind.__name__}, got {_short(values[key])}")
     if not values.get("target") or "prompts" not in values or not (out or values.get("out")):
@@ -151,7 +159,8 @@ def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None
     for file in prompts:
         if not file.is_file():
             raise InvalidRequest(f"{path}: eval_prompts: no such file: {file}")
-    return Recipe(target, out or path.parent / values["out"], configs, prompts)
+    shared = path.parent / values["shared"] if "shared" in values else None
+    return Recipe(target, out or path.parent / values["out"], configs, prompts, shared)
 
 
 def _local(target: str, folder: Path) -> str:
@@ -188,7 +197,7 @@ def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None
     """Make every stage in order. Raises what a stage raises; the same call goes on from there."""
     made: dict[str, Artefact] = {}
     for name in recipe.stages(until):
-        out = recipe.out / name
+        out = recipe.place(name)
         parents = opened(name, recipe.folders(name), recipe.target)
         prompts: Sequence[Path] = recipe.eval_prompts if name == "eval" else ()
         if console is not None:
