@@ -30,7 +30,7 @@ FLOORS: list[tuple[str, ...]] = [
     ),
     ("targets", "drafters"),
     ("admission", "policies"),
-    ("engine", "llm", "rounds"),
+    ("choice", "engine", "llm", "rounds"),
     ("training",),
     ("evaluation", "planning", "proof"),
     ("serving",),
@@ -51,7 +51,7 @@ INSIDE: dict[str, set[str]] = {
     "learning": {"checkpoints", "layers"},  # drafters with gradients
     "drafting": {"checkpoints", "layers"},  # what trained drafters share
     "backends": {"attention", "layers"},
-    "llm": {"engine"},
+    "llm": {"choice", "engine"},
     "rounds": {"llm"},
     "__main__": {"cli"},
 }

@@ -13,6 +13,7 @@ from outrider import registry
 from outrider.admission import Request
 from outrider.calibration import Calibration
 from outrider.checkpoints import load_calibration
+from outrider.choice import EMBEDDED_DRAFTERS, fastest
 from outrider.config import SamplingParams, build
 from outrider.drafting import CalibratedDrafter
 from outrider.engine import Commit, Engine
@@ -32,9 +33,9 @@ class LLM:
 
     ``model``: a local Hugging Face directory, a hub id, ``"embedded"``, or a loaded target (then pass ``tokenizer``).
     ``drafter``: ``none``, ``ngram``, ``suffix``, another name of the drafters' catalogue, a directory with a
-    draft model or a trained drafter, a ready ``Drafter``, or ``auto``. ``drafter_options`` are the fields of the
-    chosen kind's ``Config``, and ``calibration``: a directory with the calibration.json of a drafter that has no
-    checkpoint to keep it in.
+    draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.choice``). ``drafter_options``
+    are the fields of the chosen kind's ``Config``, and ``calibration``: a directory with the calibration.json of a
+    drafter that has no checkpoint to keep it in.
 
     Raises CheckpointError for files that cannot be used, IncompatibleDrafter for a drafter of another target.
     """
@@ -232,9 +233,9 @@ class LLM:
             return name, CalibratedDrafter(plain, self._calibration(Path(options["calibration"])))
         name = str(drafter)
         if name == "auto":
-            name = "draft_model" if self.model == EMBEDDED else "suffix"
-        if name == "draft_model" and self.model == EMBEDDED:
-            options.setdefault("model", "embedded-draft")
+            name = fastest(self, self._dtype, self._draft_backend().name) if self.model == EMBEDDED else "suffix"
+        if name in EMBEDDED_DRAFTERS and self.model == EMBEDDED:
+            options.setdefault("model", EMBEDDED_DRAFTERS[name])
         if name not in registry.names("drafter"):
             name, options = self._recognise(name, options)
         if options.get("draft_tokens") == 0:

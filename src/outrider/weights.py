@@ -43,7 +43,13 @@ DTYPES: dict[str, torch.dtype] = {
     "int8": torch.float32,
     "int4": torch.float32,
 }
-EMBEDDED = {"embedded": "target", "embedded-draft": "draft"}
+EMBEDDED = {
+    "embedded": "target",
+    "embedded-draft": "draft",
+    "embedded-dspark": "dspark",
+    "embedded-dflash": "dflash",
+    "embedded-eagle3": "eagle3",
+}
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt"]
 CHUNK = 64 << 20  # bytes read through one memory map
 
@@ -59,7 +65,7 @@ def load_dtype(name: str) -> torch.dtype:
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The directory of a model: a local path, ``embedded`` or ``embedded-draft``, else a Hugging Face hub id.
+    """The directory of a model: a local path, a packaged one (a key of ``EMBEDDED``), else a hub id.
 
     Raises CheckpointError where there is none.
     """

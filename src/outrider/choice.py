@@ -1,0 +1,105 @@
+"""What ``drafter="auto"`` means for a target that comes with drafters: the one that measures fastest on this machine.
+
+Some seconds of answers decide, plain decoding among the candidates, so that ``auto`` is never the slower way here. The
+answer is kept with what it depends on, and asked for again when any of that changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from outrider import __version__
+from outrider.config import SamplingParams
+from outrider.types import Output
+from outrider.weights import EMBEDDED, read_json, resolve_model, write_json
+
+__all__ = ["EMBEDDED_DRAFTERS", "fastest"]
+
+EMBEDDED_DRAFTERS = {"draft_model": "embedded-draft"} | {
+    name.removeprefix("embedded-"): name for name in EMBEDDED if name not in ("embedded", "embedded-draft")
+}
+"""Kind of drafter -> the packaged one of the packaged target."""
+PLAIN = "none"
+WITHOUT_FILES = ("suffix",)
+TOKENS = 48  # of an answer
+TEMPERATURES = (0.0, 1.0)
+PROMPTS = Path(__file__).parent / "embedded" / "prompts"
+
+
+class _LLM(Protocol):
+    def with_drafter(self, drafter: str) -> _LLM: ...
+    def forget(self) -> None: ...
+    def generate(self, prompts: Any, params: Any = None) -> list[Output]: ...
+
+
+def fastest(llm: _LLM, dtype: str, backend: str) -> str:
+    """The name of a packaged drafter, ``suffix`` or ``none``; measured, or remembered from before."""
+    candidates = [PLAIN, *WITHOUT_FILES, *(name for name, model in EMBEDDED_DRAFTERS.items() if _there(model))]
+    key = _key(candidates, dtype, backend)
+    path = _folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    with suppress(ValueError, KeyError):  # missing or damaged: it is only a measurement
+        kept = read_json(path)
+        if kept["key"] == key and kept["fastest"] in candidates:
+            return str(kept["fastest"])
+    speedups = _measure(llm, candidates)
+    best = max(speedups, key=lambda name: speedups[name])
+    with suppress(OSError):
+        write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
+    return best
+
+
+def _measure(llm: _LLM, candidates: Sequence[str]) -> dict[str, float]:
+    """Speed-up over plain decoding: the geometric mean over one prompt a domain, greedy and sampled, in turns."""
+    sides = {name: llm.with_drafter(name) for name in candidates}
+    prompts = [json.loads(file.read_text().split("\n", 1)[0])["turns"][0] for file in sorted(PROMPTS.glob("*.jsonl"))]
+    for side in sides.values():  # first touches are nobody's speed
+        side.generate(prompts[0], SamplingParams(max_tokens=8))
+    logarithms = dict.fromkeys(candidates, 0.0)
+    cases = [(prompt, temperature) for prompt in prompts for temperature in TEMPERATURES]
+    for prompt, temperature in cases:
+        params = SamplingParams(max_tokens=TOKENS, temperature=temperature, seed=1, ignore_eos=True)
+        seconds = {}
+        for name, side in sides.items():
+            side.forget()
+            seconds[name] = side.generate(prompt, params)[0].stats.seconds
+        for name in candidates:
+            logarithms[name] += math.log(seconds[PLAIN] / seconds[name])
+    return {name: round(math.exp(total / len(cases)), 3) for name, total in logarithms.items()}
+
+
+def _there(model: str) -> bool:
+    with suppress(ValueError):
+        return (resolve_model(model) / "config.json").is_file()
+    return False
+
+
+def _key(candidates: Sequence[str], dtype: str, backend: str) -> Mapping[str, Any]:
+    """What a measurement depends on."""
+    return {
+        "outrider": __version__,
+        "candidates": list(candidates),
+        "bytes": {name: _size(EMBEDDED_DRAFTERS[name]) for name in candidates if name in EMBEDDED_DRAFTERS},
+        "dtype": dtype,
+        "backend": backend,
+        "machine": [platform.machine(), platform.processor(), os.cpu_count() or 1],
+        "threads": [torch.get_num_threads(), os.environ.get("OUTRIDER_THREADS", "")],
+    }
+
+
+def _size(model: str) -> int:
+    return sum(file.stat().st_size for file in resolve_model(model).glob("*.safetensors"))
+
+
+def _folder() -> Path:
+    """``$XDG_CACHE_HOME/outrider/choices``, by default under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / "choices"
