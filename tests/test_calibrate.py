@@ -18,6 +18,7 @@ from outrider.calibration import Calibration, Scaling
 from outrider.cli import app
 from outrider.config import SamplingParams
 from outrider.errors import CheckpointError, InvalidRequest
+from outrider.evaluation.convert import convert
 from outrider.llm import LLM
 from outrider.registry import find
 from outrider.training.calibrate import Config, calibrate
@@ -81,6 +82,13 @@ def test_a_calibration_is_written_and_read_with_its_checkpoint(tmp_path: Path, f
         (folder / "calibration.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"calibration\.json"):
             checkpoints.load(folder)
+
+
+def test_a_conversion_takes_the_calibration_along(tmp_path: Path) -> None:
+    checkpoint = replace(make_checkpoint(DESIGNS["vanilla"], target=make_target()), calibration=Calibration(HALF))
+    folder = checkpoints.save(checkpoint, tmp_path / "a", "deepspec", {})
+    convert(folder, tmp_path / "b", "speculators")
+    assert checkpoints.load(tmp_path / "b").calibration == checkpoint.calibration
 
 
 def test_a_drafter_without_a_checkpoint_is_told_where_its_calibration_lies(tmp_path: Path, target_dir: Path) -> None:

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "available", "draw_positions", "draw_reliability", "draw_sweep"]
+__all__ = ["Band", "Curve", "available", "draw_positions", "draw_reliability", "draw_sweep"]
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """x and y"""
+Band = tuple[float, float, float]
+"""A value and its interval; NaN where there is none."""
 COLUMNS, PANEL = 3, 3.6  # panels side by side, inches of one
 
 
@@ -35,12 +37,15 @@ def draw_reliability(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> N
     _save(figure, path)
 
 
-def draw_positions(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+def draw_positions(panels: Mapping[str, Mapping[str, Sequence[Band]]], path: Path) -> None:
     """Panels by title, drafters by name: P(accepted | those before were) at positions 1, 2, ..."""
     figure, axes = _panels(len(panels))
     for (title, curves), axis in zip(panels.items(), axes, strict=True):
         for label, shares in curves.items():
-            axis.plot(range(1, len(shares) + 1), shares, marker="o", markersize=3, linewidth=1, label=label)
+            places = range(1, len(shares) + 1)
+            middle, low, high = (list(values) for values in zip(*shares, strict=True)) if shares else ([], [], [])
+            axis.plot(places, middle, marker="o", markersize=3, linewidth=1, label=label)
+            axis.fill_between(places, low, high, alpha=0.15, linewidth=0)
         axis.set(title=title, ylim=(0, 1), xlabel="position", ylabel="conditional acceptance")
         axis.legend(fontsize=7)
     _save(figure, path)

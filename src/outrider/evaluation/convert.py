@@ -141,7 +141,7 @@ def _fill(checkpoint: DraftCheckpoint, folder: Path, to: str, target: TargetMode
 
 def _compare(wanted: DraftCheckpoint, copy: DraftCheckpoint) -> None:
     """Raise CheckpointError for anything that was lost on the way."""
-    for what in ("design", "target_layers", "draft_vocab_size", "decoder"):
+    for what in ("design", "target_layers", "draft_vocab_size", "decoder", "calibration"):
         if getattr(wanted, what) != getattr(copy, what):
             raise CheckpointError(f"the copy's {what} came back as {getattr(copy, what)}, not {getattr(wanted, what)}")
     for name, tensor in wanted.tensors.items():

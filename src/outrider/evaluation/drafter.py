@@ -30,7 +30,6 @@ from outrider.evaluation.comparison import (
     difference_of,
     row_of,
 )
-from outrider.evaluation.intervals import Estimate
 from outrider.llm import LLM
 from outrider.rounds import EMBEDDED_PROMPTS, Question, Recorder, Round, ask, read_questions, recorded
 from outrider.weights import read_json, resolve_model, write_json
@@ -294,9 +293,9 @@ def _write(found: Evaluation, out: Path) -> None:
     write_json(out / "evaluation.json", found.to_json())
     if not figures.available():
         return
-    positions: dict[str, dict[str, list[float]]] = {}
+    positions: dict[str, dict[str, list[figures.Band]]] = {}
     for row in found.rows:
-        shares = [_value(one) for one in row.conditional]
+        shares = [(_value(one.value), _value(one.low), _value(one.high)) for one in row.conditional]
         positions.setdefault(f"{row.domain}, temperature {row.temperature:g}", {})[row.drafter] = shares
     figures.draw_positions(positions, out / "positions.png")
     reliable: dict[str, dict[str, figures.Curve]] = {}
@@ -310,15 +309,15 @@ def _write(found: Evaluation, out: Path) -> None:
         curve = swept.setdefault(f"temperature {point.temperature:g}", {}).setdefault(point.drafter, {})
         for name, value in (
             ("threshold", point.threshold),
-            ("acceptance_length", _value(point.acceptance_length)),
-            ("acceptance_rate", _value(point.acceptance_rate)),
-            ("verify_rate", _value(point.verify_rate)),
-            ("speedup", _value(point.speedup)),
+            ("acceptance_length", _value(point.acceptance_length.value)),
+            ("acceptance_rate", _value(point.acceptance_rate.value)),
+            ("verify_rate", _value(point.verify_rate.value)),
+            ("speedup", _value(point.speedup.value)),
         ):
             curve.setdefault(name, []).append(value)
     if swept:
         figures.draw_sweep(swept, out / "sweep.png")
 
 
-def _value(one: Estimate) -> float:
-    return math.nan if one.value is None else one.value
+def _value(one: float | None) -> float:
+    return math.nan if one is None else one
