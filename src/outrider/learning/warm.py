@@ -1,4 +1,4 @@
-"""A head start: a drafter's layers begin as the target's layers behind the last tap, which already know how to read it.
+"""A head start: a drafter's layers begin as the target's last layers, which already know how to read the tap in front of them.
 
 With fc passing that tap through, the context's keys and values are the target's own at the first step; what is left to
 learn is to do without the text in between. On the embedded pair, step 60 of DSpark then stands where a random start
@@ -25,25 +25,27 @@ def start_warm(
     stack: LearnedStack, fc: Tensor, context_norm: Norm | None, taps: tuple[int, ...], target: Layers
 ) -> None:
     """Fill ``stack``, ``fc`` [D, n D] and the norm that stands for the first layer's, where there is one, from the
-    target's layers, wherever shapes agree.
+    target's layers, wherever shapes agree: its last ones, if the drafter reads the layer in front of them.
 
     Targets with other norms than a Llama's are left alone: their layers mean something else here.
     """
     config, weights = target
-    if config.sandwich_norms or config.norm_offset or fc.shape[0] != config.hidden_size:
+    width, count = fc.shape[0], len(config.layers)
+    if config.sandwich_norms or config.norm_offset or width != config.hidden_size:
         return
-    first, last = taps[-1] + 1, len(config.layers) - 1
+    read = max((tap for tap in taps if tap < count - len(stack.layers)), default=taps[0])
     with torch.no_grad():
         for layer in range(len(stack.layers)):
             for name, parameter in stack.layers[layer].named_parameters():
-                given = f"layers.{min(first + layer, last)}.{name}"
+                given = f"layers.{min(read + 1 + layer, count - 1)}.{name}"
                 if given in weights:
                     _copy(parameter, weights[given])
         _copy(stack.norm.weight, weights["norm.weight"])
         if context_norm is not None:
-            _copy(context_norm.weight, weights[f"layers.{first}.input_norm.weight"])
+            _copy(context_norm.weight, weights[f"layers.{read + 1}.input_norm.weight"])
+        place = fc.shape[1] // width - len(taps) + taps.index(read)  # a module's matrix has the embedding in front
         fc.zero_()
-        fc[:, -fc.shape[0] :] = torch.eye(fc.shape[0])  # the last tap
+        fc[:, place * width : (place + 1) * width] = torch.eye(width)
 
 
 def _copy(parameter: Tensor, weight: Tensor) -> None:
