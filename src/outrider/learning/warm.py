@@ -1,4 +1,4 @@
-"""A head start: a drafter's layers begin as the target's last layers, which already know how to read the tap in front of them.
+"""A head start: a drafter's layers begin as the target's last ones, which already know how to read the tap in front.
 
 With fc passing that tap through, the context's keys and values are the target's own at the first step; what is left to
 learn is to do without the text in between. On the embedded pair, step 60 of DSpark then stands where a random start
