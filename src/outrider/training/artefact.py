@@ -258,21 +258,19 @@ def begin(
 
 
 def _take_up(path: Path, stage: str, record: dict[str, Any], lock: BinaryIO | None) -> Work:
-    for name in (PROVENANCE, BEGUN):
-        if (path / name).is_file():
-            before = read_json(path / name)
-            _refuse_differences(path, before, record, finished=name == PROVENANCE)
-            if name == PROVENANCE:
-                open_artefact(path, stage)
-                return Work(path, before, True, lock)
-            record["seconds"] = before.get("seconds", 0.0)
-            break
-    else:
-        others = [file.name for file in path.iterdir() if file.name != LOCK]
-        if others:
-            raise ArtefactError(
-                f"{path} holds other files ({', '.join(sorted(others)[:3])}); {stage} needs a directory of its own"
-            )
+    """What the directory holds already decides: nothing, something begun, something finished, or something else."""
+    others = sorted(file.name for file in path.iterdir() if file.name not in (LOCK, BEGUN, PROVENANCE))
+    if (path / PROVENANCE).is_file():
+        before = read_json(path / PROVENANCE)
+        _refuse_differences(path, before, record, finished=True)
+        open_artefact(path, stage)
+        return Work(path, before, True, lock)
+    if (path / BEGUN).is_file() and others:  # with nothing made yet, nothing has to fit
+        before = read_json(path / BEGUN)
+        _refuse_differences(path, before, record, finished=False)
+        record["seconds"] = before.get("seconds", 0.0)
+    elif others:
+        raise ArtefactError(f"{path} holds other files ({', '.join(others[:3])}); {stage} needs a directory of its own")
     write_json(path / BEGUN, record)
     return Work(path, record, False, lock)
 

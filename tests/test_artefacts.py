@@ -1,0 +1,254 @@
+"""Artefacts of the training stages: what goes on, what is refused, and what a killed process or a full disk leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import BaseModel
+
+from outrider.errors import ArtefactError
+from outrider.training import regenerate as stage
+from outrider.training.artefact import Journal, begin, open_artefact, read_lines
+from outrider.training.prompts import Config as PromptsConfig
+from outrider.training.prompts import Source, make_prompts
+from outrider.training.questions import Question
+from outrider.training.regenerate import Config, regenerate
+
+SMALL = Config(max_tokens=24, rows=4, seed=3)
+
+
+class Options(BaseModel):
+    free: ClassVar[frozenset[str]] = frozenset({"threads"})
+    size: int = 1
+    threads: int = 1
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """An artefact of 40 prompts, some of them chats of two turns."""
+    lines: list[dict[str, Any]] = [{"text": f"def function_{i}(first, second):\n"} for i in range(30)]
+    lines += [{"turns": [f"How many pens has Tom {i}?", "And Ann?"]} for i in range(10)]
+    source = tmp_path / "data.jsonl"
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_prompts(PromptsConfig(sources=(Source(path=source),), held_out=0.2), tmp_path / "prompts")
+    return tmp_path / "prompts"
+
+
+def make(folder: Path, parent: Path | None = None, **options: Any) -> bool:
+    """A stage that writes one file; whether it had anything to do."""
+    parents = {} if parent is None else {"parent": parent}
+    with begin(folder, "stage", Options(**options), parents=parents) as work:
+        if work.finished:
+            return False
+        (folder / "result").write_text(f"{options.get('size')}")
+        work.finish(["result"])
+    return True
+
+
+# ------------------------------------------------------------------------------------------------ artefacts
+
+
+def test_a_finished_artefact_is_left_alone_unless_something_changed(tmp_path: Path) -> None:
+    assert make(tmp_path / "a", size=2) is True
+    assert make(tmp_path / "a", size=2) is False
+    assert make(tmp_path / "a", size=2, threads=8) is False  # decides nothing
+    with pytest.raises(ArtefactError, match=r"made with size: 2, now 3\. Delete the directory"):
+        make(tmp_path / "a", size=3)
+    with pytest.raises(
+        ArtefactError, match="made by the stage 'stage'; expected an artefact of `outrider train prompts`"
+    ):
+        open_artefact(tmp_path / "a", "prompts")
+
+
+def test_a_changed_parent_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "a", size=1)
+    assert make(tmp_path / "b", tmp_path / "a")
+    assert open_artefact(tmp_path / "b").provenance["parents"] == {"parent": open_artefact(tmp_path / "a").sha256}
+    shutil.rmtree(tmp_path / "a")
+    make(tmp_path / "a", size=2)
+    with pytest.raises(ArtefactError, match="made with another parent"):
+        make(tmp_path / "b", tmp_path / "a")
+    (tmp_path / "a" / "result").write_text("edited")
+    with pytest.raises(ArtefactError, match="not what it was finished as"):
+        make(tmp_path / "c", tmp_path / "a")
+
+
+def test_an_unfinished_or_foreign_directory_is_no_parent(tmp_path: Path) -> None:
+    with begin(tmp_path / "a", "stage", Options()):
+        (tmp_path / "a" / "half").touch()
+    with pytest.raises(ArtefactError, match="not finished"):
+        make(tmp_path / "b", tmp_path / "a")
+    with pytest.raises(ArtefactError, match="has no provenance"):
+        make(tmp_path / "b", tmp_path)
+    with pytest.raises(ArtefactError, match="begun with size: 1, now 2"):
+        make(tmp_path / "a", size=2)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.tex").touch()
+    with pytest.raises(ArtefactError, match=r"holds other files \(thesis\.tex\)"):
+        make(tmp_path / "c")
+    assert [file.name for file in (tmp_path / "c").iterdir() if file.name != ".lock"] == ["thesis.tex"]
+
+
+def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
+    with begin(tmp_path / "a", "stage", Options()), pytest.raises(ArtefactError, match="another process"):
+        make(tmp_path / "a")
+    assert make(tmp_path / "a")
+
+
+def test_a_changed_target_is_refused(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(tiny_model_dir, target)
+    regenerate(SMALL, prompts, tmp_path / "answers", str(target))
+    (target / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.5}))
+    with pytest.raises(ArtefactError, match="made with another target"):
+        regenerate(SMALL, prompts, tmp_path / "answers", str(target))
+    with pytest.raises(ArtefactError, match="whose files differ"):
+        open_artefact(tmp_path / "answers", "regenerate", str(target))
+
+
+@pytest.mark.parametrize("tail", [b'{"id": "c", "ans', b'{"id": "c"}', b"\x00\x00\x00\x00\n", b'{"id": "\xe2\x80'])
+def test_a_journal_loses_only_the_line_that_was_being_written(tail: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    whole = '{"id": "a"}\n{"id": "b\u2028"}\n'.encode()
+    path.write_bytes(whole + tail)
+    with Journal(path) as journal:
+        assert [record["id"] for record in journal.records] == ["a", "b\u2028"]
+        journal.append([{"id": "d"}])
+    assert path.read_bytes() == whole + b'{"id": "d"}\n'
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from outrider.training.regenerate import Config, regenerate
+regenerate(Config(max_tokens=24, rows=1, seed=3), Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def child(prompts: Path, out: Path, target: Path, **options: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTRIDER_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(prompts), str(out), str(target)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, **options)
+
+
+def asked_again(prompts: Path, out: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Finish the answers in this process; ids of the questions that were asked for it."""
+    asked: list[str] = []
+    engine = stage.engine
+
+    def watched(*arguments: Any) -> Any:
+        ask = engine(*arguments)
+
+        def told(todo: deque[Question]) -> Iterator[Any]:
+            for answers in ask(todo):
+                asked.extend(question.id for question, _ in answers)
+                yield answers
+
+        return told
+
+    monkeypatch.setattr(stage, "engine", watched)
+    regenerate(SMALL, prompts, out, str(target))
+    return asked
+
+
+def test_answers_depend_on_nothing_but_prompt_and_seed(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Neither on the rows answered together, nor on a drafter."""
+    kinds = [SMALL, SMALL.model_copy(update={"rows": 1}), SMALL.model_copy(update={"drafter": "ngram", "rows": 3})]
+    made = [regenerate(c, prompts, tmp_path / f"{i}", str(tiny_model_dir)) for i, c in enumerate(kinds)]
+    assert len({artefact.sha256 for artefact in made}) == 1
+    other = regenerate(SMALL.model_copy(update={"seed": 4}), prompts, tmp_path / "other", str(tiny_model_dir))
+    assert other.sha256 != made[0].sha256
+    lines = list(read_lines(tmp_path / "0" / "train.jsonl"))
+    assert all(0 < len(line["answer"]) <= 24 for line in lines)
+
+
+def test_a_conversation_goes_on_from_the_targets_own_answer(
+    prompts: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from outrider.tokenizer import Tokenizer
+
+    regenerate(SMALL, prompts, tmp_path / "answers", str(tiny_model_dir))
+    tokenizer = Tokenizer(tiny_model_dir)
+    lines = {line["id"]: line for line in read_lines(tmp_path / "answers" / "train.jsonl")}
+    chats = [prompt for prompt in read_lines(prompts / "train.jsonl") if "turns" in prompt]
+    assert chats
+    for chat in chats:
+        first, second = lines[chat["id"]], lines[f"{chat['id']}#2"]
+        said = [{"role": "user", "content": chat["turns"][0]}]
+        assert first["prompt"] == tokenizer.encode_chat(said)
+        answered = {"role": "assistant", "content": tokenizer.decode(first["answer"])}
+        assert second["prompt"] == tokenizer.encode_chat(
+            [*said, answered, {"role": "user", "content": chat["turns"][1]}]
+        )
+
+
+def test_a_killed_process_loses_and_repeats_nothing(
+    prompts: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = regenerate(SMALL, prompts, tmp_path / "undisturbed", str(tiny_model_dir))
+    out = tmp_path / "killed"
+    process = child(prompts, out, tiny_model_dir)
+    while process.poll() is None and (not (out / "train.jsonl").exists() or (out / "train.jsonl").stat().st_size < 500):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "provenance.json").exists()
+    whole = (out / "train.jsonl").read_bytes()
+    (out / "train.jsonl").write_bytes(whole + b'{"id": "half a li')
+    answered = [json.loads(line)["id"] for line in whole.splitlines() if line.endswith(b"}")]
+    total = undisturbed.provenance["facts"]["train"]["answers"] + undisturbed.provenance["facts"]["held_out"]["answers"]
+    assert 0 < len(answered) < total
+    asked = asked_again(prompts, out, tiny_model_dir, monkeypatch)
+    assert not set(asked) & set(answered) and len(asked) + len(answered) == total
+    assert open_artefact(out).sha256 == undisturbed.sha256
+    assert asked_again(prompts, out, tiny_model_dir, monkeypatch) == []
+
+
+def test_a_full_disk_is_said_and_survived(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    undisturbed = regenerate(SMALL, prompts, tmp_path / "undisturbed", str(tiny_model_dir))
+    out = tmp_path / "full"
+
+    def limit() -> None:  # no file may grow past 2 kB; without the signal, writing fails as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+    _, errors = child(prompts, out, tiny_model_dir, preexec_fn=limit).communicate()
+    assert b"ArtefactError: cannot write to" in errors and b"make room, then the same command goes on" in errors
+    assert 0 < (out / "train.jsonl").stat().st_size <= 2000
+    assert regenerate(SMALL, prompts, out, str(tiny_model_dir)).sha256 == undisturbed.sha256
+
+
+def test_sampling_is_the_targets_own_where_the_recipe_is_silent(tiny_model_dir: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(tiny_model_dir, target)
+    assert stage.sampling(Config(), str(target)).params.temperature == 1.0
+    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": [0, 7]}
+    (target / "generation_config.json").write_text(json.dumps(own))
+    found = stage.sampling(Config(top_k=5), str(target))
+    assert (found.params.temperature, found.params.top_p, found.params.top_k) == (0.6, 0.95, 5)
+    assert found.end_tokens == (0, 7)
+
+
+def test_prompts_that_do_not_fit_are_counted_and_left_out(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    tight = SMALL.model_copy(update={"context": 24 + 14})
+    facts = regenerate(tight, prompts, tmp_path / "answers", str(tiny_model_dir)).provenance["facts"]["train"]
+    lines = list(read_lines(tmp_path / "answers" / "train.jsonl"))
+    assert facts["too_long"] > 0 and len(lines) == facts["answers"] > 0
+    assert max(len(line["prompt"]) for line in lines) <= 14
+    with pytest.raises(ArtefactError, match="none of the training prompts"):
+        regenerate(SMALL.model_copy(update={"context": 25}), prompts, tmp_path / "none", str(tiny_model_dir))
