@@ -60,7 +60,10 @@ class Server:
                         question = todo.popleft()
                         asked[pool.submit(self._answer, question)] = question
                     done, _ = wait(asked, return_when=FIRST_COMPLETED)
-                    yield [(asked.pop(future), future.result()) for future in done]
+                    failed = [future for future in done if future.exception() is not None]
+                    yield [(asked.pop(future), future.result()) for future in done if future not in failed]
+                    for future in failed:  # only now: what was answered beside it is kept
+                        future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

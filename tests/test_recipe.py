@@ -1,0 +1,211 @@
+"""Recipes: one command from prompts to a folder for others, checked before anything is begun."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from outrider import LLM, SamplingParams, checkpoints
+from outrider.cli import app
+from outrider.errors import ArtefactError, InvalidRequest
+from outrider.training.artefact import open_artefact, read_lines
+from outrider.training.estimate import estimate
+from outrider.training.export import Config as ExportConfig
+from outrider.training.export import export
+from outrider.training.recipe import read_recipe, run_recipe
+from outrider.training.stages import STAGES
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPE = """
+target = "embedded"
+out = "made"
+eval_prompts = ["held.jsonl"]
+
+[prompts]
+sources = [{ path = "data.jsonl", domain = "code" }, { path = "held.jsonl", domain = "code", split = "held_out" }]
+
+[regenerate]
+max_tokens = 24
+
+[run]
+steps = 2
+batch = 2
+length = 48
+sanity = false
+looks = 0
+tensorboard = false
+drafter = { markov_rank = 8, intermediate_size = 64, target_layers = [2, 5], loss = { anchors = 4 } }
+
+[calibrate]
+rules = ["rejection"]
+temperatures = [1.0]
+rounds = 60
+max_tokens = 40
+
+[eval]
+temperatures = [1.0]
+max_tokens = 16
+limit = 1
+draws = 100
+
+[export]
+name = "A first drafter"
+licence = "apache-2.0"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    for name, count in (("data", 6), ("held", 4)):
+        lines = [json.dumps({"text": f"def {name}_{i}(first, second):\n    return"}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path / "recipe.toml"
+
+
+def outrider(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("run.epoch=1", r"\[run\]: unknown key 'epoch'; did you mean 'epochs'"),
+        ("runn.steps=1", "unknown key 'runn'; did you mean 'run'"),
+        ('prompts.sources=[{pth="x"}]', r"\[prompts\]: unknown key 'sources.0.pth'; did you mean 'path'"),
+        ("run.batch=0", r"\[run\]: batch: input should be greater than or equal to 1, got 0"),
+        ("run.drafter.layer=1", r"\[run\] drafter 'dspark': unknown option 'layer'; did you mean 'layers'"),
+        ("run.kind=suffix", "drafter 'suffix' cannot be trained"),
+        ("run.kind=dsparc", "unknown drafter 'dsparc'; did you mean 'dspark'"),
+        ("run=3", "run must be a section"),
+        ("target={a=1}", "target must be no section"),
+        ("target=3", "target must be a str, got 3"),
+        ("target=./nowhere", "no such model directory: ./nowhere"),
+        ('skip=["run"]', "skip may list calibrate, eval, export"),
+        ('eval_prompts=["none.jsonl"]', "no such file"),
+        ("run", "expected KEY=VALUE"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_made(change: str, message: str, recipe: Path) -> None:
+    result = outrider("train", str(recipe), "--set", change)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    with pytest.raises(Exception, match=message):
+        read_recipe(recipe, [change])
+    assert not (recipe.parent / "made").exists()
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("target = ")
+    with pytest.raises(InvalidRequest, match=r"a\.toml is not TOML"):
+        read_recipe(tmp_path / "a.toml")
+    with pytest.raises(InvalidRequest, match="cannot read the recipe"):
+        read_recipe(tmp_path / "b.toml")
+    (tmp_path / "a.toml").write_text('target = "embedded"\n')
+    with pytest.raises(InvalidRequest, match=r"a recipe names its target, out"):
+        read_recipe(tmp_path / "a.toml")
+    assert "No such command 'rnu'" in outrider("train", "rnu").stderr
+
+
+def test_bad_data_is_named_before_anything_is_made(recipe: Path) -> None:
+    (recipe.parent / "data.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    result = outrider("train", str(recipe))
+    assert result.exit_code == 2 and "data.jsonl line 2: got the keys 'txt'" in result.stderr
+    assert not (recipe.parent / "made").exists()
+
+
+# ------------------------------------------------------------------------------------------------ what is made
+
+
+def test_the_recipes_in_the_repository_are_recipes() -> None:
+    found = sorted(RECIPES.glob("*.toml"))
+    assert found
+    for path in found:
+        assert list(read_recipe(path).configs) == list(STAGES)
+
+
+def test_the_whole_way_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once, found finished the second time; the drafter drafts, its card and provenance tell the facts."""
+    made = recipe.parent / "made"
+    first = outrider("train", str(recipe), "--json", "-")
+    assert first.exit_code == 0, first.stderr
+    told = json.loads(first.stdout)
+    assert list(told["stages"]) == list(STAGES)
+    assert all(cost["seconds"] > 0 and cost["disk"] > 0 for cost in told["estimate"])
+    for name, child in (("prompts", "regenerate"), ("regenerate", "run"), ("run", "calibrate"), ("eval", "export")):
+        assert open_artefact(made / name, name).sha256 in open_artefact(made / child).provenance["parents"].values()
+
+    drafter = made / "export" / "drafter"
+    card = (drafter / "README.md").read_text()
+    answers = list(read_lines(made / "regenerate" / "train.jsonl"))
+    for fact in (
+        "# A first drafter",
+        "license: apache-2.0",
+        "| prompts, train | code 6 |",
+        "2 steps",
+        "## Calibration",
+    ):
+        assert fact in card
+    assert f"| the target's answers | 6 with {sum(len(line['answer']) for line in answers):,} tokens |" in card
+    history = json.loads((drafter / "provenance.json").read_text())["lineage"]
+    assert list(history) == ["prompts", "regenerate", "run", "calibrate", "eval"]
+    assert str(recipe.parent) not in json.dumps(history)  # what is published says nothing of this machine's folders
+    assert (drafter / "calibration.json").is_file()
+    params = SamplingParams(max_tokens=16)
+    plain = LLM("embedded", "none").generate("def f(", params)[0]
+    drafted = LLM("embedded", str(drafter)).generate("def f(", params)[0]
+    assert drafted.token_ids == plain.token_ids and drafted.stats.drafted > 0
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a finished stage was made again")
+
+    for stage in STAGES.values():
+        if stage.leaves:
+            monkeypatch.setattr(stage.place.replace(":", "."), never)
+    read = read_recipe(recipe)
+    assert {cost.note for cost in estimate(read)} == {"finished"}
+    assert {name: one.sha256 for name, one in run_recipe(read).items()} == {
+        name: one["sha256"] for name, one in told["stages"].items()
+    }
+    with pytest.raises(ArtefactError, match=r"run was made with steps: 2, now 3"):
+        run_recipe(read_recipe(recipe, ["run.steps=3"]))
+
+    copy = export(ExportConfig(form="deepspec", dtype="bfloat16"), open_artefact(made / "run"), made / "x", "embedded")
+    tensors = checkpoints.load(copy).tensors
+    assert "embed.weight" in tensors and tensors["fc.weight"].dtype.itemsize == 2
+
+
+def test_stages_by_hand_are_the_recipes_stages(recipe: Path) -> None:
+    """One command a stage, options from its Config, the same artefacts."""
+    folder = recipe.parent
+    run_recipe(read_recipe(recipe, ["prompts.sources=[{path='data.jsonl'}]", "prompts.held_out=0.3"]), "regenerate")
+    by_hand = folder / "by_hand"
+    for arguments in (
+        ["prompts", str(folder / "data.jsonl"), "--held-out", "0.3", "--out", str(by_hand / "prompts")],
+        ["regenerate", "--prompts", str(by_hand / "prompts"), "--max-tokens", "24", "--out", str(by_hand / "answers")],
+    ):
+        result = outrider("train", *arguments)
+        assert result.exit_code == 0, result.stderr
+    for name, other in (("prompts", "prompts"), ("regenerate", "answers")):
+        assert open_artefact(folder / "made" / name).sha256 == open_artefact(by_hand / other).sha256
+    wrong = outrider("train", "run", "--answers", str(by_hand / "prompts"), "--out", str(by_hand / "run"))
+    assert (
+        wrong.exit_code == 2 and "made by the stage 'prompts'; expected an artefact of `outrider train" in wrong.stderr
+    )
+
+
+def test_an_estimate_counts_and_makes_nothing(recipe: Path) -> None:
+    result = outrider("train", str(recipe), "--estimate", "--until", "run", "--json", "-")
+    assert result.exit_code == 0, result.stderr
+    costs = {cost["stage"]: cost for cost in json.loads(result.stdout)["estimate"]}
+    assert list(costs) == ["prompts", "regenerate", "run"]
+    assert costs["regenerate"]["note"].startswith("10 answers at") and costs["run"]["note"].startswith("2 steps at")
+    assert costs["run"]["memory"] > 50e6 and not (recipe.parent / "made").exists()
+    longer = {cost.stage: cost for cost in estimate(read_recipe(recipe, ["regenerate.max_tokens=48"]), "regenerate")}
+    assert longer["regenerate"].disk > costs["regenerate"]["disk"]
