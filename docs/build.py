@@ -32,6 +32,7 @@ SAID_HERE = {  # what cannot speak for itself
     "docs/architecture.md": "The shape of the whole, its floors and contracts, and why.",
     "docs/evaluation.md": "How drafters are compared, and how their confidences are calibrated.",
     "docs/log.md": "Decisions, failed tries and measured figures.",
+    "docs/training.md": "How to train a drafter for your own model in one command, and what each stage does.",
     "src/outrider/embedded": "Target and draft model, held-out prompts, and their model card.",
     "tests/data": "The frozen command line.",
 }

@@ -86,7 +86,7 @@ Target = Annotated[str, typer.Option("--target", help="A model directory, a hub 
 def recipe(
     file: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; recipes/embedded-dspark.toml is one.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Where its stages go. Default: what the recipe says.")
+        Path | None, typer.Option("--out", help="Where its stages go, but for those it shares. Default: what it says.")
     ] = None,
     change: Annotated[
         list[str] | None,

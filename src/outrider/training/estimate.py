@@ -92,6 +92,13 @@ class _Trial:
         seconds = count * config.max_tokens / speed
         return Estimate("regenerate", seconds, memory, disk, f"{count:,} answers at {speed:,.0f} tokens/s")
 
+    def features(self) -> Estimate:
+        config: Any = self.configs["features"]
+        tokens = self._count("train") * min(config.length, self._length("text"))
+        width = (1 + len(config.layers)) * self._llm.target.spec.hidden_size
+        disk = tokens * width * (4 if config.keep == "float32" else 2)
+        return Estimate("features", tokens / self._learning[0], _peak(), disk, "at most as long as one epoch of `run`")
+
     def run(self) -> Estimate:
         config: Any = self.configs["run"]
         texts = self._count("train")
