@@ -25,6 +25,8 @@ from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.questions import Question
 from outrider.training.regenerate import Config, regenerate
+from outrider.training.stages import STAGES, Order, Stage
+from outrider.training.stages import make as make_stage
 
 SMALL = Config(max_tokens=24, rows=4, seed=3)
 
@@ -116,6 +118,49 @@ def test_a_changed_target_is_refused(prompts: Path, tiny_model_dir: Path, tmp_pa
         regenerate(SMALL, prompts, tmp_path / "answers", str(target))
     with pytest.raises(ArtefactError, match="whose files differ"):
         open_artefact(tmp_path / "answers", "regenerate", str(target))
+
+
+def test_a_changed_chat_template_is_refused_where_there_are_chats(
+    prompts: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(tiny_model_dir, target)
+    plain = Source(path=tmp_path / "plain.jsonl")
+    plain.path.write_text('{"text": "It was"}\n')
+    make_prompts(PromptsConfig(sources=(plain,), held_out=0), tmp_path / "plain")
+    for name, asked in (("chats", prompts), ("texts", tmp_path / "plain")):
+        regenerate(SMALL, asked, tmp_path / name, str(target))
+    (target / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    regenerate(SMALL, tmp_path / "plain", tmp_path / "texts", str(target))
+    with pytest.raises(ArtefactError, match=r"made with another chat_template\.jinja"):
+        regenerate(SMALL, prompts, tmp_path / "chats", str(target))
+
+
+def test_what_a_killed_stage_left_aside_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that wants a new directory of its own gets one every time."""
+    calls = 0
+
+    def call(function: Any, order: Order) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        order.out.mkdir()
+        (order.out / "drafter").mkdir()
+        (order.out / "drafter" / "weights").write_text(f"call {calls}")
+        if calls == 1:
+            raise KeyboardInterrupt
+        (order.out / "provenance.json").write_text("its own")
+        return {"calls": calls}
+
+    stage = Stage("outrider.training.prompts:make_prompts", call, {}, ("drafter",), aside=True)
+    monkeypatch.setitem(STAGES, "fake", stage)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        make_stage("fake", Options(), {}, out, "embedded")
+    assert not (out / "drafter").exists()
+    made = make_stage("fake", Options(), {}, out, "embedded")
+    assert made.provenance["facts"] == {"calls": 2} and (out / "drafter" / "weights").read_text() == "call 2"
+    assert make_stage("fake", Options(), {}, out, "embedded").sha256 == made.sha256 and calls == 2
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "drafter", "provenance.json"]
 
 
 @pytest.mark.parametrize("tail", [b'{"id": "c", "ans', b'{"id": "c"}', b"\x00\x00\x00\x00\n", b'{"id": "\xe2\x80'])

@@ -27,7 +27,7 @@ from outrider.engine import Engine
 from outrider.errors import ArtefactError
 from outrider.llm import LLM
 from outrider.tokenizer import Tokenizer
-from outrider.training.artefact import Artefact, Journal, begin, open_artefact, read_lines, write_lines
+from outrider.training.artefact import Artefact, Journal, begin, file_hash, open_artefact, read_lines, write_lines
 from outrider.training.progress import Progress
 from outrider.training.questions import Ask, Question, Settings, Talks
 from outrider.training.server import Server
@@ -101,20 +101,27 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
     InvalidRequest; OutriderError where the server does not answer.
     """
     parent = open_artefact(prompts, "prompts")
-    with begin(out, "regenerate", config, parents={"prompts": parent}, target=target) as work:
+    asked = {part: list(read_lines(prompts / f"{part}.jsonl")) for part in PARTS}
+    templates = _templates(resolve_model(target)) if any("turns" in p for part in asked.values() for p in part) else {}
+    with begin(out, "regenerate", config, parents={"prompts": parent}, sources=templates, target=target) as work:
         if not work.finished:
             settings = sampling(config, target)
             tokenizer = Tokenizer(resolve_model(target))
             load = cache(lambda: LLM(target, config.drafter, dtype=config.dtype, max_rows=config.rows))
             ask = _server(config, tokenizer, settings) if config.server else engine(config, load, settings)
             facts: dict[str, Any] = {"sampling": _told(settings.params)}
-            for part in PARTS:
-                asked = list(read_lines(prompts / f"{part}.jsonl"))
-                facts[part] = _answer(asked, Talks(asked, tokenizer, settings), ask, out / f"{part}.jsonl", console)
+            for part, some in asked.items():
+                facts[part] = _answer(some, Talks(some, tokenizer, settings), ask, out / f"{part}.jsonl", console)
             if not facts["train"]["answers"]:
                 raise ArtefactError(f"none of the training prompts in {prompts} fits a context of {settings.context}")
             work.finish([f"{part}.jsonl" for part in PARTS], facts)
     return Artefact(out, "regenerate", work.record["sha256"], work.record["target"], work.record)
+
+
+def _templates(folder: Path) -> dict[str, str]:
+    """Hashes of the files that a chat template may lie in: conversations depend on it."""
+    files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return {file.name: file_hash(file) for file in files if file.is_file()}
 
 
 def _answer(
