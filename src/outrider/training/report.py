@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from outrider import figures
+
 __all__ = ["read_log", "write_report"]
 
 SHOWN = ("loss", "total_variation", "cross_entropy", "soft_cross_entropy", "confidence")
@@ -24,9 +26,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def write_report(
     lines: Sequence[Mapping[str, Any]], out: Path, config: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
-    """``report.png`` and ``report.html`` in ``out``, of the lines of a log."""
+    """``report.html``, and ``report.png`` where matplotlib is installed, in ``out``, of the lines of a log."""
     picture = out / "report.png"
-    _plot(lines, picture)
+    if figures.available():
+        _plot(lines, picture)
     seconds, tokens = sum(line["seconds"] for line in lines), sum(line["tokens"] for line in lines)
     looks = [line for line in lines if "acceptance_length" in line]
     rows = {
@@ -40,12 +43,14 @@ def write_report(
         "options": json.dumps(config),
     }
     table = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
-    image = base64.b64encode(picture.read_bytes()).decode()
+    image = ""
+    if picture.exists():
+        encoded = base64.b64encode(picture.read_bytes()).decode()
+        image = f'<img alt="curves" style="max-width:100%" src="data:image/png;base64,{encoded}">'
     (out / "report.html").write_text(
         "<!doctype html><meta charset=utf-8><title>Training report</title>"
         "<style>body{font:15px sans-serif;max-width:60em;margin:2em auto}th{text-align:left;vertical-align:top;"
-        f"padding-right:1em}}</style><h1>Training report</h1><table>{table}</table>"
-        f'<img alt="curves" style="max-width:100%" src="data:image/png;base64,{image}">\n',
+        f"padding-right:1em}}</style><h1>Training report</h1><table>{table}</table>{image}\n",
         encoding="utf-8",
     )
 
