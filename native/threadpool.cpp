@@ -110,12 +110,13 @@ void ThreadPool::run_raw(Call call, void* context) {
   context_ = context;
   impatient_.store(false, std::memory_order_relaxed);
   for (Place& place : places_) place.taken.store(0, std::memory_order_relaxed);
-  phase_began_ = Clock::now();
-  const bool alone = threads_ == 1 || phase_began_ < alone_until_;
+  const Clock::time_point began = phase_began_ = Clock::now();
+  const bool alone = threads_ == 1 || began < alone_until_;
   state_.store(alone ? kClosed | kMember : kMember, std::memory_order_release);
   if (!alone) job_.advance();
   call(context, 0);
   meet(true);
+  if (!alone) together_ += phase_began_ - began;
 }
 
 // Takes part in the job, if it still takes anybody.
@@ -192,9 +193,9 @@ void ThreadPool::release(uint64_t state) {
 
 // The caller has waited in vain: it works alone until the loss is small beside the time since the last one.
 void ThreadPool::rest(Clock::duration lost) {
-  const Clock::time_point now = Clock::now();
-  const Clock::duration together = now - alone_until_, wanted = kWorth * lost - together;
-  if (wanted.count() > 0) alone_until_ = now + std::min<Clock::duration>(wanted, kLongestRest);
+  const Clock::duration wanted = kWorth * lost - together_;
+  together_ = {};
+  if (wanted.count() > 0) alone_until_ = Clock::now() + std::min<Clock::duration>(wanted, kLongestRest);
 }
 
 // Workers that have shared a core for a while go to one that no thread of the pool is on; the caller's own thread is

@@ -99,6 +99,7 @@ class ThreadPool {
   std::atomic<bool> impatient_{false};  // the caller has waited too long: whoever comes now may go
   // The caller's own.
   Clock::time_point phase_began_, alone_until_;
+  Clock::duration together_{};  // of jobs with workers, since the last one waited for in vain
   struct alignas(64) Place {
     std::atomic<int64_t> taken{0};  // items taken of this thread's share
     std::atomic<int> cpu{-1};       // where the thread was when it last met the others
