@@ -18,16 +18,15 @@ namespace {
 
 constexpr int kSpins = 2000;         // pauses before the first yield: tens of microseconds
 constexpr int kLook = 32;            // pauses between looks at who shares this core
-constexpr int kBarrierYields = 2000; // inside a job: the others are at work
+constexpr int kBarrierYields = 20;   // inside a job; on a busy machine each may cost a slice
 constexpr int kMoveEvery = 16;       // barriers between looks at whether to change cores
 constexpr int kIdleYields = 500;     // between jobs: another pass may follow at once
 
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 constexpr microseconds kPatience{150};    // the least the caller waits for a worker before it lets it go
-constexpr milliseconds kShortRest{1};     // what it then works alone; twice as long each time, up to
-constexpr int kLongestRest = 7;           // so many doublings
-constexpr milliseconds kForgotten{400};   // without a miss
+constexpr int kWorth = 256;               // waiting in vain may take one part in so many of all time
+constexpr milliseconds kLongestRest{1000};
 
 void pause() {
 #if defined(__x86_64__)
@@ -111,12 +110,13 @@ void ThreadPool::run_raw(Call call, void* context) {
   context_ = context;
   impatient_.store(false, std::memory_order_relaxed);
   for (Place& place : places_) place.taken.store(0, std::memory_order_relaxed);
-  phase_began_ = Clock::now();
-  const bool alone = threads_ == 1 || phase_began_ < alone_until_;
+  const Clock::time_point began = phase_began_ = Clock::now();
+  const bool alone = threads_ == 1 || began < alone_until_;
   state_.store(alone ? kClosed | kMember : kMember, std::memory_order_release);
   if (!alone) job_.advance();
   call(context, 0);
   meet(true);
+  if (!alone) together_ += phase_began_ - began;
 }
 
 // Takes part in the job, if it still takes anybody.
@@ -158,7 +158,7 @@ void ThreadPool::wait_for_workers(bool last) {
   if (last || !missing()) return;
   const Clock::time_point now = Clock::now(), end = now + std::max<Clock::duration>(kPatience, now - phase_began_);
   while (missing()) {
-    if (Clock::now() > end) return rest();
+    if (Clock::now() > end) return rest(Clock::now() - now);
     for (int i = 0; i < kLook; i++) pause();
     if (crowded(cpu)) std::this_thread::yield();
   }
@@ -178,9 +178,10 @@ void ThreadPool::arrive(uint64_t change, uint32_t meeting) {
   meeting_.wait_past(meeting, kBarrierYields, crowd, [&] {
     if (impatient_.load(std::memory_order_relaxed) || meeting_.value() != meeting || Clock::now() < end) return;
     impatient_.store(true, std::memory_order_release);
-    rest();
   });
+  if (!impatient_.load(std::memory_order_relaxed)) return;
   impatient_.store(false, std::memory_order_relaxed);
+  rest(Clock::now() - now);
 }
 
 // The last to arrive lets all go on. Nobody is in `deal` now.
@@ -190,12 +191,11 @@ void ThreadPool::release(uint64_t state) {
   meeting_.advance();
 }
 
-// After a miss the caller works alone for a while, longer each time until there was peace.
-void ThreadPool::rest() {
-  const Clock::time_point now = Clock::now();
-  misses_ = now - last_miss_ > kForgotten ? 0 : std::min(misses_ + 1, kLongestRest);
-  last_miss_ = now;
-  alone_until_ = now + kShortRest * (1 << misses_);
+// The caller has waited in vain: it works alone until the loss is small beside the time since the last one.
+void ThreadPool::rest(Clock::duration lost) {
+  const Clock::duration wanted = kWorth * lost - together_;
+  together_ = {};
+  if (wanted.count() > 0) alone_until_ = Clock::now() + std::min<Clock::duration>(wanted, kLongestRest);
 }
 
 // Workers that have shared a core for a while go to one that no thread of the pool is on; the caller's own thread is

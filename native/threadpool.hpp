@@ -85,7 +85,7 @@ class ThreadPool {
   void arrive(uint64_t change, uint32_t meeting);
   void wait_for_workers(bool last);
   void release(uint64_t state);
-  void rest();
+  void rest(Clock::duration lost);
   bool crowded(int cpu) const;
   void move_away();
 
@@ -98,8 +98,8 @@ class ThreadPool {
   alignas(64) std::atomic<uint64_t> state_{kClosed};
   std::atomic<bool> impatient_{false};  // the caller has waited too long: whoever comes now may go
   // The caller's own.
-  Clock::time_point phase_began_, alone_until_, last_miss_;
-  int misses_ = 0;
+  Clock::time_point phase_began_, alone_until_;
+  Clock::duration together_{};  // of jobs with workers, since the last one waited for in vain
   struct alignas(64) Place {
     std::atomic<int64_t> taken{0};  // items taken of this thread's share
     std::atomic<int> cpu{-1};       // where the thread was when it last met the others
