@@ -68,21 +68,26 @@ class Arena {
   template <class T>
   T* take(size_t count) {
     const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (regions_.empty() || used_ + bytes > regions_.back().size()) {
+    if (regions_.empty() || used_.back() + bytes > regions_.back().size()) {
       regions_.emplace_back(bytes > kRegion ? bytes : kRegion);
-      used_ = 0;
+      used_.push_back(0);
     }
-    char* piece = regions_.back().data() + used_;
-    used_ += bytes;
+    char* piece = regions_.back().data() + used_.back();
+    used_.back() += bytes;
     taken_ += bytes;
     return reinterpret_cast<T*>(piece);
   }
   size_t bytes() const { return taken_; }
+  size_t regions() const { return regions_.size(); }
+  // What is taken of a region. The same pieces taken in the same order lie in the same places.
+  char* data(size_t region) const { return regions_[region].data(); }
+  size_t used(size_t region) const { return used_[region]; }
 
  private:
   static constexpr size_t kRegion = size_t{32} << 20;
   std::vector<Region> regions_;
-  size_t used_ = 0, taken_ = 0;
+  std::vector<size_t> used_;
+  size_t taken_ = 0;
 };
 
 }  // namespace outrider

@@ -182,6 +182,16 @@ nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>> lengths(const std::shared_ptr<Cac
                                                         nb::cast(cache));
 }
 
+using Bytes = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>>;
+
+std::vector<Bytes> packed(const std::shared_ptr<Stack>& stack) {
+  const Arena& arena = stack->packed();
+  std::vector<Bytes> regions;
+  for (size_t i = 0; i < arena.regions(); i++)
+    regions.emplace_back(arena.data(i), std::initializer_list<size_t>{arena.used(i)}, nb::cast(stack));
+  return regions;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -249,6 +259,7 @@ NB_MODULE(_native, m) {
       .def(nb::init<StackSpec>())
       .def_prop_ro("isa", [](const Stack& stack) { return std::string(stack.kernels().name); })
       .def_prop_ro("weight_bytes", &Stack::weight_bytes)
+      .def_prop_ro("packed", &packed, "All packed weights, norms aside, as tensors that share memory with the stack.")
       .def("set_norm", [](Stack& stack, int layer, const std::string& name,
                           const Vector& gain) { stack.set_norm(layer, name, gain.data(), gain.size()); })
       .def("set_linear",

@@ -121,6 +121,8 @@ class Stack {
   const StackSpec& spec() const { return spec_; }
   const Kernels& kernels() const { return kernels_; }
   size_t weight_bytes() const { return arena_.bytes(); }
+  // All packed weights, norms aside: what a stack of the same spec may be filled with instead of packing anew.
+  const Arena& packed() const { return arena_; }
 
  private:
   friend class Pass;

@@ -50,12 +50,13 @@ INSIDE: dict[str, set[str]] = {
     "checkpoints": {"layers", "weights"},
     "learning": {"checkpoints", "layers"},  # drafters with gradients
     "drafting": {"checkpoints", "layers"},  # what trained drafters share
-    "backends": {"attention", "layers"},
+    "backends": {"attention", "layers", "weights"},
     "llm": {"choice", "engine"},
     "rounds": {"llm"},
     "__main__": {"cli"},
 }
 PARTS = {  # a package's modules may import those that are there to be shared
+    "backends": {"packed"},
     "checkpoints": {"decoder", "draft"},
     "cli": {"common"},
     "drafting": {"cache", "drawing", "net", "trained"},

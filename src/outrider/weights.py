@@ -159,6 +159,12 @@ class TensorFiles:
                 self._files[name] = path
                 self.shapes[name] = tuple(file.get_slice(name).get_shape())
 
+    @property
+    def identity(self) -> str:
+        """Changes whenever one of the files does: their paths, sizes and times."""
+        states = [(path.resolve(), path.stat()) for path in sorted(set(self._files.values()))]
+        return repr([(str(path), state.st_size, state.st_mtime_ns) for path, state in states])
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A fresh tensor. Raises CheckpointError where it holds a value that is not finite."""
         path, shape = self._files[name], self.shapes[name]
@@ -217,6 +223,11 @@ class LazyWeights(Mapping[str, Tensor]):
                 raise CheckpointError(f"tensors {self.names[canonical]!r} and {name!r} are the same weight")
             self.names[canonical] = name
         self.shapes = {canonical: files.shapes[name] for canonical, name in self.names.items()}
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever one of the files does: their paths, sizes and times."""
+        return self._files.identity
 
     def __getitem__(self, name: str) -> Tensor:
         return self._files.read(self.names[name], self._dtype)

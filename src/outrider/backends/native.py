@@ -9,11 +9,13 @@ else as bfloat16. Letters: T packed tokens, R rows of logits, V vocabulary, D mo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from outrider.backends.packed import PackedFile
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
@@ -72,7 +74,8 @@ class NativeBackend:
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> NativeStack:
         """``dtype``: float32, bfloat16, ``int8`` (a scale per output channel) or ``int4`` (a scale per 32 weights; the
-        head stays int8). Weights are packed one by one; they are left as they are.
+        head stays int8). Weights are packed one by one; they are left as they are. Quantised ones of files that took a
+        while are kept for the next time (``backends.packed``).
 
         Raises CheckpointError for weights that do not fit the config, OutriderError where the core is missing.
         """
@@ -88,7 +91,11 @@ class NativeBackend:
             core = _native.Stack(spec)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
-        _fill(core, config, weights)
+        kept, began = PackedFile(weights, key, core.isa), perf_counter()
+        if not kept.read_into(core.packed):
+            _pack(core, config, weights)
+            kept.write(core.packed, perf_counter() - began)
+        _set_norms(core, config, weights)
         return NativeStack(config, core, key)
 
     def markov_head(
@@ -289,14 +296,11 @@ def _layer(config: LayerConfig, ropes: list[RopeConfig], scalar: Tensor | None) 
     return layer
 
 
-def _fill(core: Any, config: StackConfig, weights: Mapping[str, Tensor]) -> None:
-    """Pack every weight; each is float32 only while it is being packed."""
+def _pack(core: Any, config: StackConfig, weights: Mapping[str, Tensor]) -> None:
+    """Pack every matrix; each is float32 only while it is being packed."""
 
     def read(name: str) -> Tensor:
         return weights[name].detach().to(torch.float32).contiguous()
-
-    def set_norm(layer: int, name: str, key: str) -> None:
-        core.set_norm(layer, name, (weights[key].detach().double() + config.norm_offset).float().contiguous())
 
     for i in range(len(config.layers)):
         for name in LINEARS:
@@ -305,14 +309,21 @@ def _fill(core: Any, config: StackConfig, weights: Mapping[str, Tensor]) -> None
                 core.set_linear(
                     i, name, read(f"{key}.weight"), read(f"{key}.bias") if f"{key}.bias" in weights else None
                 )
-        for name in NORMS:
-            if f"layers.{i}.{name}.weight" in weights:
-                set_norm(i, name, f"layers.{i}.{name}.weight")
-    set_norm(-1, "norm", "norm.weight")
     if "embed.weight" in weights:
         core.set_embedding(read("embed.weight"))
     if config.vocab_size:
         core.set_head(read("head.weight" if "head.weight" in weights else "embed.weight"))
+
+
+def _set_norms(core: Any, config: StackConfig, weights: Mapping[str, Tensor]) -> None:
+    def set_norm(layer: int, name: str, key: str) -> None:
+        core.set_norm(layer, name, (weights[key].detach().double() + config.norm_offset).float().contiguous())
+
+    for i in range(len(config.layers)):
+        for name in NORMS:
+            if f"layers.{i}.{name}.weight" in weights:
+                set_norm(i, name, f"layers.{i}.{name}.weight")
+    set_norm(-1, "norm", "norm.weight")
 
 
 # ------------------------------------------------------------------------------------------------ errors
