@@ -116,14 +116,15 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
     if not coupled.all():
         rows = np.flatnonzero(~coupled)
         part = whole.only(rows)
-        judgement = judge(part, np.array([rules[b] == "block" for b in rows]))
-        uniforms = np.ones(part.tokens.shape)
-        row, depth = _unfold(part.keep)
-        if len(row):
+        law = part.target
+        if part.keep.any():
+            judgement = judge(part, np.array([rules[b] == "block" for b in rows]))
+            uniforms = np.ones(part.tokens.shape)
+            row, depth = _unfold(part.keep)
             owner, place = torch.from_numpy(rows[row]), torch.from_numpy(positions[rows][row] + depth)
             uniforms[row, depth] = _array(noise.uniform(owner, place, "accept"))
-        accepted[rows] = decide(judgement, uniforms)
-        law = own_law(part, judgement, accepted[rows])
+            accepted[rows] = decide(judgement, uniforms)
+            law = own_law(part, judgement, accepted[rows])
         after = torch.from_numpy(positions[rows] + accepted[rows])
         own[rows] = _array(law.pick(noise.uniform(torch.from_numpy(rows), after, "own")))
     return _verification(whole.tokens, accepted, own)

@@ -40,7 +40,8 @@ from outrider.errors import OutriderError
 __all__ = ["GAMMA", "RowNoise", "gumbel", "gumbel_argmax", "mix64"]
 
 GAMMA = 0x9E3779B97F4A7C15
-_G, _M1, _M2 = np.uint64(GAMMA), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+MIX1, MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_G, _M1, _M2 = np.uint64(GAMMA), np.uint64(MIX1), np.uint64(MIX2)
 _MASK, _ONE = 2**64 - 1, np.uint64(1)
 _S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
 _CHUNK = 16384  # values mixed at a time: the buffers stay in the second-level cache
@@ -58,8 +59,15 @@ def mix64(x: _Words) -> _Words:
     return x ^ (x >> _S31)
 
 
-def _absorb(key: _Words, x: _Words | np.uint64) -> _Words:
+def _absorb(key: _Words, x: _Words) -> _Words:
     return mix64((key + _G) ^ x)
+
+
+def _absorb_one(key: int, x: int) -> int:
+    x ^= (key + GAMMA) & _MASK
+    x = (x ^ x >> 30) * MIX1 & _MASK
+    x = (x ^ x >> 27) * MIX2 & _MASK
+    return x ^ x >> 31
 
 
 @lru_cache(maxsize=4096)
@@ -87,34 +95,30 @@ class RowNoise:
     """
 
     def __init__(self, seeds: Sequence[int], rounds: Sequence[int], rules: Sequence[Rule]) -> None:
-        shared = [rule == "coupled" for rule in rules]
-        counts = [0 if same else round + 1 for same, round in zip(shared, rounds, strict=True)]
-        words = [_word(seed) for seed in seeds]
-        self._rows = _absorb(np.array(words, np.uint64), np.array(counts, np.uint64))
-        self._shared = np.array(shared) if any(shared) else None
+        self._rows = list(zip(seeds, rounds, (rule == "coupled" for rule in rules), strict=True))
         self._streams: dict[str, _Words] = {}
 
     def uniform(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
         """float64 in (0, 1), one for each (row, position): odd multiples of 2**-53. int64 [n], int64 [n] -> [n]."""
-        stream = self._streams.get("uniform " + purpose)
-        if stream is None:
-            stream = self._streams["uniform " + purpose] = _absorb(self._rows, np.uint64(_word("uniform " + purpose)))
-        bits = _at(stream, rows, positions) >> np.uint64(12)
+        name = "uniform " + purpose
+        bits = self._words(name, name, rows, positions) >> np.uint64(12)
         return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-52)
 
     def token_keys(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
         """int64 [n]: the keys of ``gumbel``, one for each (row, position). int64 [n], int64 [n] -> [n]."""
-        stream = self._streams.get("tokens " + purpose)
-        if stream is None:
-            word: _Words | np.uint64 = np.uint64(_word("tokens " + purpose))
-            if self._shared is not None:
-                word = np.where(self._shared, np.uint64(_word("tokens")), word)
-            stream = self._streams["tokens " + purpose] = _absorb(self._rows, word)
-        return torch.from_numpy(_at(stream, rows, positions).view(np.int64))
+        return torch.from_numpy(self._words("tokens " + purpose, "tokens", rows, positions).view(np.int64))
 
-
-def _at(stream: _Words, rows: Tensor, positions: Tensor) -> _Words:
-    return _absorb(stream[rows.cpu().numpy()], positions.cpu().numpy().view(np.uint64))
+    def _words(self, name: str, shared: str, rows: Tensor, positions: Tensor) -> _Words:
+        """One word for each (row, position) of the stream ``name``; of ``shared`` in rows under ``coupled``."""
+        stream = self._streams.get(name)
+        if stream is None:  # Python's integers are quicker than arrays of so few
+            own, common = _word(name), _word(shared)
+            starts = [
+                _absorb_one(_absorb_one(_word(seed), 0 if coupled else round + 1), common if coupled else own)
+                for seed, round, coupled in self._rows
+            ]
+            stream = self._streams[name] = np.array(starts, np.uint64)
+        return _absorb(stream[rows.cpu().numpy()], positions.cpu().numpy().view(np.uint64))
 
 
 # ------------------------------------------------------------------------------------------------ Gumbel values

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
+from outrider.core import native
 from outrider.errors import InvalidRequest
 from outrider.noise import gumbel_argmax
 from outrider.types import Context
@@ -34,6 +35,9 @@ from outrider.types import Context
 __all__ = ["Categorical", "process"]
 
 _SPARSE_SHARE = 4  # keep only the kept tokens where they are at most one in so many
+_STEP = 3.5  # a nucleus is looked for among tokens of at least exp(-2 * this), then so much farther, and so on
+_MANY = 4096  # candidates of a nucleus that are not worth sorting
+_SAMPLED = 32  # one logit in so many is looked at first then
 _BLOCK = 64  # columns summarised by their maximum when few of many are wanted
 
 
@@ -253,12 +257,13 @@ def process(
         return Categorical.greedy(_argmax(logits), size)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    place_rows = np.arange(len(logits)) if rows is None else rows.cpu().numpy()
+    place_rows = None if rows is None else rows.cpu().numpy()
     if biased:
+        index = np.arange(len(logits)) if place_rows is None else place_rows
         place_depth = np.zeros(len(logits), np.int64) if depth is None else depth.cpu().numpy()
         logits = logits.clone()
         for row, p in enumerate(params):
-            places = np.flatnonzero(place_rows == row)
+            places = np.flatnonzero(index == row)
             if len(places) and p.logit_bias:
                 _add_bias(logits, places, p)
             if len(places) and p.penalised:
@@ -267,13 +272,14 @@ def process(
                 _penalise(logits, places, p, context.history[row] + drafts, context.prompt_lengths[row], follows)
         if greedy:
             return Categorical.greedy(_argmax(logits), size)
+    mine = slice(None) if place_rows is None else place_rows
     if any(p.temperature not in (0, 1) for p in params):
-        logits = _temper(logits, np.array([p.temperature or 1.0 for p in params])[place_rows])
+        logits = _temper(logits, np.array([p.temperature or 1.0 for p in params])[mine])
     # A greedy row among sampled ones is a row with top_k = 1: ties at the cut go to the lowest id there too.
     k = [1 if p.temperature == 0 else min(p.top_k or size, size) for p in params]
     if all(n == size for n in k) and all(p.top_p == 1 and p.min_p == 0 for p in params):
         return Categorical.of(logits)
-    limits = np.array([k, [p.top_p for p in params], [p.min_p for p in params]])[:, place_rows]
+    limits = np.array([k, [p.top_p for p in params], [p.min_p for p in params]])[:, mine]
     return _cut(logits, limits[0].astype(np.int64), limits[1], limits[2])
 
 
@@ -329,14 +335,17 @@ def _cut(
 ) -> Categorical:
     """Steps 5 to 7. k, p, min_p: one per place; k = V, p = 1, min_p = 0 cut nothing."""
     size = logits.shape[1]
-    rows = logits.cpu().numpy()
     cut = np.flatnonzero((k < size) | (p < 1) | (min_p > 0))
     if not len(cut):  # the rows whose law is cut have no place here
         return Categorical.of(logits)
-    kept = [_kept(rows[r], int(k[r]), float(p[r]), float(min_p[r])) for r in cut]
+    rows = logits.cpu().numpy()
+    totals = np.zeros(len(rows))
+    if ((k == size) & (p < 1)).any():
+        totals = _log_sum_exp(logits).cpu().numpy()
+    kept = [_kept(rows[r], int(k[r]), float(p[r]), float(min_p[r]), float(totals[r])) for r in cut]
     width = max(len(ids) for ids in kept)
     if len(cut) < len(rows) or width * _SPARSE_SHARE > size:
-        dense = rows.copy()
+        dense = np.full_like(rows, -np.inf) if len(cut) == len(rows) else rows.copy()
         dense[cut] = -np.inf
         for r, ids in zip(cut, kept, strict=True):
             dense[r, ids] = rows[r, ids]
@@ -350,8 +359,8 @@ def _cut(
     return Categorical(size, logits=torch.from_numpy(values).to(device), ids=torch.from_numpy(columns).to(device))
 
 
-def _kept(logits: npt.NDArray[np.floating], k: int, p: float, min_p: float) -> npt.NDArray[np.int64]:
-    """The tokens of one row that steps 5 to 7 leave, ascending.
+def _kept(logits: npt.NDArray[np.floating], k: int, p: float, min_p: float, log_total: float) -> npt.NDArray[np.int64]:
+    """The tokens of one row that steps 5 to 7 leave, ascending. log_total: of the whole row, where p alone cuts.
 
     Nothing but the candidates above some logit is ever sorted; whether a token is kept depends on likelier ones alone,
     so a candidate set that reaches far enough gives the exact answer.
@@ -359,31 +368,74 @@ def _kept(logits: npt.NDArray[np.floating], k: int, p: float, min_p: float) -> n
     size = len(logits)
     if k == 1:
         return np.array([logits.argmax()])
-    peak = logits.max()
-    whole, step, floor, end = 0.0, 0.0, -np.inf, -np.inf
-    if k < size:
-        floor = _at_most_kth_largest(logits, k)
-    elif p < 1:
-        whole = float(np.exp(logits - peak).sum(dtype=np.float64))
-        # All tokens of less than (1 - p) / V together have less than 1 - p: none is needed. Most often far fewer are.
-        end = peak + math.log(whole * (1 - p) / size) - 0.1
-        floor, step = peak + math.log(whole) - 7, 3.0
+    peak = float(logits.max())
+    alone = k == size and p < 1  # the nucleus of the whole row, as yet of unknown size
+    if alone:
+        floor = log_total - _STEP
     else:
-        floor = peak + math.log(min_p) - 0.1
+        floor = _at_most_kth_largest(logits, k) if k < size else peak + math.log(min_p) - 0.1
     while True:
-        candidates = np.flatnonzero(logits >= max(floor, end))
+        floor -= _STEP if alone else 0
+        likely = logits >= floor
+        if alone and np.count_nonzero(likely) > _MANY:
+            return _nucleus(logits, peak, p, log_total, min_p)
+        candidates = np.flatnonzero(likely)
         order = np.argsort(-logits[candidates], kind="stable")[:k]  # stable: equals stay in the order of their ids
-        weights = np.exp(logits[candidates[order]].astype(np.float64) - float(peak))
+        weights = np.exp(logits[candidates[order]].astype(np.float64) - peak)
         count = len(order)
         if p < 1:
-            reached = int(np.searchsorted(np.cumsum(weights), p * (whole or weights.sum())))
-            if reached >= count and step and floor > end:
-                floor -= step
+            whole = math.exp(log_total - peak) if alone else weights.sum()
+            before = int(np.searchsorted(np.cumsum(weights), whole * _slightly_less(p, logits.dtype)))
+            if alone and before == count < size:
                 continue
-            count = min(count, reached + 1)
+            count = min(count, before + 1)
         if min_p > 0:
             count = min(count, int((weights >= min_p).sum()))
         return np.sort(candidates[order[:count]])
+
+
+def _nucleus(
+    logits: npt.NDArray[np.floating], peak: float, p: float, log_total: float, min_p: float
+) -> npt.NDArray[np.int64]:
+    """The same for top-p and min-p where the law is so flat that thousands are kept: a sample of the row tells between
+    which logits the last of them lies, and only what lies between is sorted."""
+    share = _slightly_less(p, logits.dtype)
+    sample = np.sort(logits[::_SAMPLED])[::-1]
+    mass = np.cumsum(np.exp(sample.astype(np.float64) - peak))
+    guess, off = int(np.searchsorted(mass, share * mass[-1])), 4 * math.isqrt(len(sample))
+    high = sample[guess - off] if guess > off else np.inf
+    low = sample[guess + off] if guess + off < len(sample) else -np.inf
+    weights = np.exp(logits - peak)
+    above = float((weights * (logits > high)).sum(dtype=np.float64))
+    between = np.sort(logits[(logits <= high) & (logits >= low)])[::-1]
+    sums = above + np.cumsum(np.exp(between.astype(np.float64) - peak))
+    goal = share * math.exp(log_total - peak)
+    if above >= goal or sums[-1] < goal:  # the sample is unlike its row: sort all of it
+        between = np.sort(logits)[::-1]
+        sums = np.cumsum(np.exp(between.astype(np.float64) - peak))
+    place = min(int(np.searchsorted(sums, goal)), len(between) - 1)
+    last = between[place]
+    kept = logits >= last
+    equal = np.flatnonzero(logits == last)
+    kept[equal[place + 1 - int((between > last).sum()) :]] = False
+    if min_p > 0:
+        kept &= weights >= min_p
+    return np.flatnonzero(kept)
+
+
+def _slightly_less(p: float, dtype: np.dtype[np.floating]) -> float:
+    """A mass that misses p by the rounding of its logits alone has reached it."""
+    return p * (1 - 4 * float(np.finfo(dtype).eps))
+
+
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """float64 [R], each row summed alone: the same in any batch."""
+    if native is not None and logits.device.type == "cpu" and logits.dtype == torch.float32:
+        totals = torch.empty(len(logits), dtype=torch.float64)
+        native.logsumexp(logits.contiguous(), totals)
+        return totals
+    peak = logits.amax(-1, keepdim=True)
+    return (logits - peak).exp_().sum(-1, dtype=torch.float64).log_() + peak[:, 0]
 
 
 def _at_most_kth_largest(logits: npt.NDArray[np.floating], k: int) -> float:

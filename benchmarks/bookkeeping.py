@@ -1,0 +1,202 @@
+"""What a round costs outside the two models: the loop around a target pass, and a verification over a large vocabulary.
+
+    python benchmarks/bookkeeping.py [--rounds 200] [--vocabulary 152000] [--json FILE]
+
+Rounds: each step of the engine, less the time inside the drafter's and the target's calls, on the embedded target and
+on random weights of 110M parameters (vocabulary 32,000). Drafts are guesses drawn from laws made beforehand, so that no
+second model disturbs the caches; nearly all are rejected.
+
+Verification: ``process`` and ``verify`` over eight places of logits; fresh logits and fresh laws of the drafts each time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from support import add_json, facts, table, write_json
+from torch import Tensor
+
+from outrider.acceptance import verify
+from outrider.config import SamplingParams
+from outrider.engine import Engine
+from outrider.noise import RowNoise
+from outrider.policies.fixed import FixedConfig, FixedPolicy
+from outrider.sampling import process
+from outrider.targets import load_backend, load_target
+from outrider.targets.random import random_target
+from outrider.types import Context, Noise, Proposal, RaggedBatch, StepCost, TargetModel
+
+K = 7  # drafts of a round
+PROMPT = 64  # tokens
+SAMPLED = SamplingParams(temperature=1.0, rule="rejection", ignore_eos=True)
+WAYS = {  # how tokens are chosen
+    "greedy": replace(SAMPLED, temperature=0.0),
+    "rejection": SAMPLED,
+    "rejection, top-k 50": replace(SAMPLED, top_k=50),
+    "rejection, top-p 0.9": replace(SAMPLED, top_p=0.9),
+    "block": replace(SAMPLED, rule="block"),
+    "coupled": replace(SAMPLED, rule="coupled"),
+    "coupled, top-p 0.9": replace(SAMPLED, rule="coupled", top_p=0.9),
+}
+
+
+# ------------------------------------------------------------------------------------------------ rounds
+
+
+class Guesses:
+    """A drafter without a model: drafts from one law, prepared beforehand, whatever was said."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, vocabulary: int, params: SamplingParams, drafts: int) -> None:
+        self.block = drafts
+        context = Context([params], [[0]], [1])
+        logits = peaked(max(1, drafts), vocabulary, torch.Generator().manual_seed(1))
+        self._law = process(logits, context, torch.zeros(len(logits), dtype=torch.int64))
+
+    def open(self, slot: int, capacity: int) -> None:
+        """Nothing to reserve."""
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+        count = int(limit[0])
+        places = torch.arange(count)
+        law = self._law.take(places)
+        start = len(context.history[0])
+        tokens = law.draw(noise.token_keys(torch.zeros_like(places), places + start, "draft"))
+        return Proposal(tokens[None], limit.clone(), None if law.is_greedy else law)
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        """Nothing to learn."""
+
+    def close(self, slot: int) -> None:
+        """Nothing to free."""
+
+
+class Costs(FixedPolicy):
+    """The fixed policy, keeping what each step cost."""
+
+    def __init__(self, drafts: int) -> None:
+        super().__init__(FixedConfig(draft_tokens=drafts))
+        self.seen: list[StepCost] = []
+
+    def observe(self, cost: StepCost, accepted: Any) -> None:
+        self.seen.append(cost)
+
+
+def rounds(target: TargetModel, params: SamplingParams, drafts: int, count: int) -> dict[str, float]:
+    """Medians over rounds of one request: microseconds inside the target's pass and outside both models."""
+    policy = Costs(drafts)
+    drafter = Guesses(target.spec.vocab_size, params, drafts)
+    capacity = PROMPT + 1 + (count + 1) * (drafts + 1)
+    engine = Engine(target, drafter, policy, max_rows=1, capacity=capacity)
+    engine.add(0, list(range(1, PROMPT + 1)), replace(params, max_tokens=capacity - PROMPT), seed=1)
+    outside = []
+    while len(outside) < count and len(engine.admission):
+        began = perf_counter()
+        engine.step()
+        seconds, cost = perf_counter() - began, policy.seen[-1]
+        outside.append(seconds - cost.draft - cost.verify)
+    forward = median(cost.verify for cost in policy.seen[1:])
+    return {"pass": 1e6 * forward, "outside": 1e6 * median(outside[1:])}
+
+
+def measure_rounds(count: int) -> Iterator[dict[str, Any]]:
+    backend = load_backend("auto")
+    targets = {
+        "embedded": load_target("embedded"),
+        "llama-110m": random_target("llama-110m", "float32", backend),
+    }
+    for name, target in targets.items():
+        for way, params in WAYS.items():
+            for drafts in (0, K):
+                figures = rounds(target, params, drafts, count)
+                yield {
+                    "target": name,
+                    "sampling": way,
+                    "drafts": drafts,
+                    "pass_us": round(figures["pass"], 1),
+                    "outside_us": round(figures["outside"], 1),
+                    "share": round(figures["outside"] / (figures["pass"] + figures["outside"]), 4),
+                }
+
+
+# ------------------------------------------------------------------------------------------------ verification
+
+
+def peaked(places: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Logits as a sure model gives them: nine tenths of the mass on a few hundred tokens."""
+    return 4 * torch.randn(places, vocabulary, generator=generator)
+
+
+def flat(places: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    """Logits that leave everything open: nine tenths of the mass on half of the vocabulary."""
+    return torch.randn(places, vocabulary, generator=generator)
+
+
+def verification(
+    vocabulary: int, make: Callable[[int, int, torch.Generator], Tensor], params: SamplingParams, count: int
+) -> dict[str, float]:
+    """Median milliseconds of ``process`` and of ``verify`` over K + 1 places."""
+    generator = torch.Generator().manual_seed(0)
+    context = Context([params], [list(range(PROMPT))], [PROMPT])
+    places = torch.zeros(K + 1, dtype=torch.int64), torch.arange(K + 1)
+    times: dict[str, list[float]] = {"process": [], "verify": []}
+    keep = torch.tensor([K])
+    for turn in range(count):
+        logits = make(K + 1, vocabulary, generator)
+        near = logits[:K] + 0.3 * torch.randn(K, vocabulary, generator=generator)
+        noise = RowNoise([turn], [1], [params.effective_rule])
+        law = process(near, context, *(place[:K] for place in places))
+        drafts = law.draw(noise.token_keys(places[0][:K], PROMPT + places[1][:K], "draft"))[None]
+        again = process(near, context, *(place[:K] for place in places))  # nothing of the draw is kept in it
+        proposal = Proposal(drafts, keep, None if law.is_greedy else again)
+        began = perf_counter()
+        laws = process(logits, context, *places, drafted=drafts)
+        processed = perf_counter()
+        verify(laws, proposal, keep, context, noise)
+        times["verify"].append(perf_counter() - processed)
+        times["process"].append(processed - began)
+    return {name: 1e3 * median(seconds) for name, seconds in times.items()}
+
+
+def measure_verification(vocabulary: int, count: int) -> Iterator[dict[str, Any]]:
+    for shape in (peaked, flat):
+        for way, params in WAYS.items():
+            with torch.inference_mode():
+                figures = verification(vocabulary, shape, params, count)
+            yield {
+                "logits": shape.__name__,
+                "sampling": way,
+                **{f"{name}_ms": round(ms, 3) for name, ms in figures.items()},
+                "both_ms": round(sum(figures.values()), 3),
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200, help="of each kind")
+    parser.add_argument("--vocabulary", type=int, default=152_000, help="of the verification")
+    parser.add_argument("--only", choices=["rounds", "verification"], help="one half")
+    add_json(parser)
+    options = parser.parse_args()
+    result: dict[str, Any] = {**facts(), "vocabulary": options.vocabulary}
+    if options.only != "verification":
+        result["rounds"] = list(measure_rounds(options.rounds))
+    if options.only != "rounds":
+        result["verification"] = list(measure_verification(options.vocabulary, max(5, options.rounds // 10)))
+    for half in ("rounds", "verification"):
+        if half in result and options.json != "-":
+            keys = list(result[half][0])
+            print(table([key.replace("_", " ") for key in keys], ([row[key] for key in keys] for row in result[half])))
+            print()
+    write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
