@@ -52,7 +52,6 @@ WITHOUT_WEIGHTS = ("ngram", "suffix")
 TRAINED = ("dspark", "dflash", "eagle3", "draft-model")
 DEPTHS, BLOCKS, TEXTS = (1, 2, 5), (4, 8, 12, 16), (375, 1500)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-STEPS = 500
 ASIDE = {"looks", "look_prompts", "look_tokens", "dtype"}  # settings that say nothing of the trained weights
 EXAMPLE = "--answers runs/embedded-answers/regenerate"
 
@@ -75,17 +74,19 @@ class Trained:
         parts = [self.recipe, self.suffix, f"seed{self.seed}" if self.seed else ""]
         return "-".join(part for part in [*parts, f"texts{self.texts}" if self.texts else ""] if part)
 
-    def config(self, steps: int) -> run.Config:
-        """Its recipe's settings. The draft model has no recipe: it is trained as the others are."""
+    def config(self, steps: int | None) -> run.Config:
+        """Its recipe's settings, perhaps with other ``steps``. The draft model has no recipe: DSpark's, with its own
+        loss."""
         if self.recipe == "draft-model":
             base = _recipe("dspark") | {"kind": "draft_model", "drafter": {"layers": 1}}
         else:
             base = _recipe(self.recipe)
         options = {**base["drafter"], **self.changes}
-        return run.Config(**{**base, "drafter": options, "steps": steps, "seed": self.seed})
+        return run.Config(**{**base, "drafter": options, "steps": steps or base["steps"], "seed": self.seed})
 
 
 def _recipe(name: str) -> dict[str, Any]:
+    """What a recipe says of its training run: recipes have the steps that take them equally long."""
     settings: dict[str, Any] = tomllib.loads((RECIPES / f"embedded-{name}.toml").read_text())["run"]
     return settings
 
@@ -96,7 +97,8 @@ def seeded(seeds: int, kinds: Sequence[str] = TRAINED) -> list[Trained]:
 
 DSPARK = Trained("dspark")
 NO_MARKOV = {"markov_rank": 0}
-BY_DEPTH = [DSPARK if n == 1 else Trained("dspark", {"layers": n}, f"layers{n}") for n in DEPTHS]
+LAYERS = _recipe("dspark")["drafter"]["layers"]
+BY_DEPTH = [DSPARK if n == LAYERS else Trained("dspark", {"layers": n}, f"layers{n}") for n in DEPTHS]
 BY_BLOCK = [Trained("dspark", {"block_size": n}, f"block{n}") for n in BLOCKS] + [
     Trained("dspark", {"block_size": n, **NO_MARKOV}, f"block{n}-none") for n in BLOCKS
 ]
@@ -122,7 +124,7 @@ class Study:
     out: Path
     results: Path = RESULTS
     target: str = "embedded"
-    steps: int = STEPS
+    steps: int | None = None  # None: as the recipes say
     seeds: int = 3
     kinds: tuple[str, ...] = TRAINED  # of table1
     limit: int | None = None  # held-out prompts of each domain
@@ -155,7 +157,8 @@ class Study:
         if drafter.name in self.trained and not (folder / "drafter").exists():
             _take_over(self.trained[drafter.name], folder)
         if not (folder / "drafter").exists():
-            say(f"training {drafter.name}: {self.steps} steps of {config.batch} texts")
+            _begin(folder, config)
+            say(f"training {drafter.name}: {config.steps} steps of {config.batch} texts")
             run.learn(config, self._texts(drafter.texts), folder, self.target, watch=_tell(drafter.name), say=say)
         _check(folder / "drafter", config)
         return folder / "drafter"
@@ -199,7 +202,12 @@ class Study:
 
     def write(self, table: str, rows: list[dict[str, Any]], **more: Any) -> None:
         """One table's figures, with what they were measured with."""
-        settings = {"steps": self.steps, "limit": self.limit, "max_tokens": self.max_tokens, "target": self.target}
+        settings = {
+            "steps": DSPARK.config(self.steps).steps,
+            "limit": self.limit,
+            "max_tokens": self.max_tokens,
+            "target": self.target,
+        }
         write_json(self.results / f"{table}.json", {**facts(), "settings": settings, "rows": rows, **more})
         say(f"{table}: {len(rows)} rows in {self.results / table}.json")
 
@@ -216,18 +224,28 @@ def _take_over(source: Path, folder: Path) -> None:
     shutil.copytree(checkpoint, folder / "drafter")
 
 
+def _begin(folder: Path, wanted: run.Config) -> None:
+    """Note what a run is made with, or see that it was begun with the same."""
+    file = folder / "settings.json"
+    if file.exists():
+        _same(read_json(file), wanted, folder)
+    write_json(file, wanted.model_dump(mode="json"))
+
+
 def _check(checkpoint: Path, wanted: run.Config) -> None:
-    """Raises InvalidRequest where a checkpoint was trained by other settings."""
     file = checkpoint / "provenance.json"
-    found = read_json(file).get("config", {}) if file.exists() else {}
-    aside = run.Config.free | ASIDE
-    expected = json.loads(wanted.model_dump_json())
-    other = [name for name in expected if name not in aside and found.get(name, expected[name]) != expected[name]]
+    _same(read_json(file).get("config", {}) if file.exists() else {}, wanted, checkpoint)
+
+
+def _same(found: Mapping[str, Any], wanted: run.Config, where: Path) -> None:
+    """Raises InvalidRequest where something was trained by other settings than are wanted."""
+    expected = {k: v for k, v in wanted.model_dump(mode="json").items() if k not in run.Config.free | ASIDE}
+    other = [name for name, value in expected.items() if found.get(name, value) != value]
     if other or not found:
         told = ", ".join(f"{name} {found.get(name)!r} instead of {expected[name]!r}" for name in other)
         raise InvalidRequest(
-            f"{checkpoint} was trained with {told or 'settings it does not tell'}; give another --out, or the --steps "
-            "it was trained with"
+            f"{where} was trained with {told or 'settings it does not tell'}; give another --out, or the --steps and "
+            "recipes it was trained with"
         )
 
 
@@ -347,7 +365,7 @@ def latency(study: Study, paths: Mapping[str, Path], prompts: int = 6) -> dict[s
     }
 
 
-depth = family("depth", lambda drafter: {"layers": drafter.changes.get("layers", 1)})
+depth = family("depth", lambda drafter: {"layers": drafter.changes.get("layers", LAYERS)})
 blocks = family(
     "blocks",
     lambda drafter: {
@@ -535,10 +553,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--trained", type=_pair, action="append", default=[], metavar="NAME=DIR", help="a finished run")
     parser.add_argument("--seeds", type=int, default=3, help="of table1 (%(default)s)")
     parser.add_argument("--kind", action="append", choices=TRAINED, help="of table1; may be repeated (all)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each training run (%(default)s)")
+    parser.add_argument("--steps", type=int, help="of each training run (as its recipe says)")
     parser.add_argument("--limit", type=int, help="held-out prompts of each domain (all)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10_000, help="reliability: of each temperature (%(default)s)")
+    parser.add_argument("--realised", type=int, help="signals: prompts of real schedules (all that are measured on)")
     parser.add_argument(
         "--temperature", type=float, action="append", help="table1, reliability: may be repeated (0, 1)"
     )
