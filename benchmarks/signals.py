@@ -531,6 +531,7 @@ def realise(
     questions: Sequence[Question],
     params: SamplingParams,
     tell: Callable[[float], None] = lambda share: None,
+    draws: int = 2000,
 ) -> list[dict[str, Any]]:
     """Real decoding under the ``threshold`` policy, all choices and plain decoding in turns on the same prompts.
 
@@ -561,7 +562,7 @@ def realise(
     for label, choice in choices.items():
         depth = max((r.verified for own in samples.values() for s in own[label] for r in s.rounds), default=0)
         counts = [Counts.of(own[label], own["plain"], depth) for own in samples.values()]
-        row = row_of(label, params.temperature, MACRO, counts, 2000)
+        row = row_of(label, params.temperature, MACRO, counts, draws)
         rows.append(
             {
                 "label": label,

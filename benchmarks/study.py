@@ -155,7 +155,7 @@ class Study:
         """The trained drafter's checkpoint; trains it if it is not there, or not finished."""
         folder, config = self.out / "runs" / drafter.name, drafter.config(self.steps)
         if drafter.name in self.trained and not (folder / "drafter").exists():
-            _take_over(self.trained[drafter.name], folder)
+            _take_over(self.trained[drafter.name], folder, config)
         if not (folder / "drafter").exists():
             _begin(folder, config)
             say(f"training {drafter.name}: {config.steps} steps of {config.batch} texts")
@@ -212,11 +212,12 @@ class Study:
         say(f"{table}: {len(rows)} rows in {self.results / table}.json")
 
 
-def _take_over(source: Path, folder: Path) -> None:
+def _take_over(source: Path, folder: Path, wanted: run.Config) -> None:
     """Copy a run made elsewhere: its checkpoint, and its log where there is one."""
     checkpoint = source if (source / "config.json").exists() else source / "drafter"
     if not (checkpoint / "config.json").exists():
         raise InvalidRequest(f"--trained: {source} holds no drafter; expected a checkpoint or a folder of `train run`")
+    _check(checkpoint, wanted)
     log = source / "state" / "log.jsonl"
     if log.exists():
         (folder / "state").mkdir(parents=True, exist_ok=True)
@@ -470,7 +471,7 @@ def signals(study: Study) -> None:
 
     def realise() -> list[dict[str, Any]]:
         drafter = plain.with_drafter(checkpoint).drafter
-        return measured_signals.realise(plain, drafter, choices, measure, params, _share("realised"))
+        return measured_signals.realise(plain, drafter, choices, measure, params, _share("realised"), 10 * study.draws)
 
     realised = _kept(folder / "realised.pt", key + repr((measure, choices)), realise)
     say("signals: quality")

@@ -190,7 +190,7 @@ def test_a_recording_holds_what_the_engine_did(answers: Path, elsewhere: Path) -
 
 
 def test_signals_and_their_page(answers: Path, elsewhere: Path, tmp_path: Path) -> None:
-    made = study_of(answers, tmp_path, elsewhere, realised=2, draws=5)
+    made = study_of(answers, tmp_path, elsewhere, realised=2, draws=10)
     study.signals(made)
     result = json.loads((tmp_path / "results" / "signals.json").read_text())
     assert len(result["rows"]) == 18 and len(result["realised"]) == 13
