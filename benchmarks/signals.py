@@ -1,0 +1,579 @@
+"""What tells best whether a draft will be accepted? Signals recorded in real rounds, their quality, and what they earn.
+
+    head          the trained confidence head
+    margin        q1 / (q1 + q2) of the draft law's two likeliest tokens: the sigmoid of their logits' difference
+    entropy       exp(-H) of the draft law: 1 over the number of tokens it hesitates between
+    ngram         how predictable the text is by itself: share of the most frequent token that followed the longest
+                  earlier occurrence of its end, times Laplace's (m + 1) / (m + 2) for an occurrence of m tokens
+    ngram-token   the same of the token that was drafted. It sees that token, so no scheduler may use it under
+                  rejection sampling (a token would be kept for being likely); it shows what that rule costs
+    oracle        sum_x min(p(x), q(x)): the very probability of acceptance, which takes the target's own law
+
+Selection: what is said of position j is said given that the drafts before it were accepted. So confidences are measured
+over the rounds that came to position j, and their products (survivals) over all rounds that verified it.
+
+n rounds, K positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from outrider import calibration
+from outrider.calibration import Scaling
+from outrider.config import SamplingParams
+from outrider.drift import OnlineCorrection
+from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
+from outrider.llm import LLM
+from outrider.rounds import Question, Recorder, ask
+from outrider.types import Context, Drafter, Noise, Proposal, RaggedBatch, SchedulerPolicy, StepCost, TargetOutput
+
+__all__ = [
+    "REALISED",
+    "SIGNALS",
+    "TREATMENTS",
+    "Clock",
+    "Costs",
+    "Recording",
+    "best_threshold",
+    "differences",
+    "measure_costs",
+    "overlap",
+    "qualities",
+    "realise",
+    "record",
+    "signals_of",
+    "simulate",
+    "threshold_for",
+    "treated",
+]
+
+SIGNALS = ("head", "margin", "entropy", "ngram", "ngram-token", "oracle")
+REALISED = ("head", "margin", "entropy", "ngram")
+"""Signals that a scheduler can really be given: none knows the drafted token or the target's law."""
+TREATMENTS = ("raw", "STS", "online")
+LONGEST = 32  # tokens of an earlier occurrence that count
+THRESHOLDS = tuple(k / 20 for k in range(20))
+DRAWS = 200  # of the bootstrap
+Floats = NDArray[np.float64]
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def continuations(tokens: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
+    """Length of the longest end of the text that occurred before (at most LONGEST; 0: its last token is new), and what
+    followed each of those occurrences. int64 [n], n > 1"""
+    last = len(tokens) - 1
+    ends, length = np.arange(last), 0
+    while length < LONGEST:
+        longer = ends[ends >= length]
+        longer = longer[tokens[longer - length] == tokens[last - length]]
+        if not len(longer):
+            break
+        ends, length = longer, length + 1
+    return length, tokens[ends + 1]
+
+
+def ngram_signals(history: Sequence[int], drafts: Sequence[int]) -> tuple[list[float], list[float]]:
+    """``ngram`` and ``ngram-token`` of each draft."""
+    text = np.array([*history, *drafts], dtype=np.int64)
+    likeliest, drafted = [], []
+    for j, token in enumerate(drafts):
+        length, followers = continuations(text[: len(history) + j])
+        trust = (length + 1) / (length + 2) / len(followers)
+        likeliest.append(float(trust * np.unique(followers, return_counts=True)[1].max()))
+        drafted.append(float(trust * (followers == token).sum()))
+    return likeliest, drafted
+
+
+def margin_signal(law: Tensor) -> list[float]:
+    """Probabilities [K, S] -> K"""
+    best = law.topk(2, -1).values
+    found: list[float] = (best[:, 0] / best.sum(-1)).tolist()
+    return found
+
+
+def entropy_signal(law: Tensor) -> list[float]:
+    """Probabilities [K, S] -> K"""
+    found: list[float] = torch.special.entr(law).sum(-1).neg().exp().tolist()
+    return found
+
+
+def overlap(p: Tensor, q: Tensor) -> list[float]:
+    """``oracle``: the laws of target and drafter, [K, V] each -> K"""
+    found: list[float] = torch.minimum(p, q).sum(-1).clamp(max=1).tolist()
+    return found
+
+
+def law_of(proposal: Proposal) -> Tensor:
+    """Probabilities of the first row's drafts, by the columns they are kept in, [K, S]."""
+    assert proposal.law is not None, "a draft that was not sampled has no law to read a signal off"
+    return proposal.law.columns(torch.arange(proposal.tokens.shape[1]))[0].float()  # type: ignore[attr-defined]
+
+
+def signals_of(
+    proposal: Proposal, history: Sequence[int], names: Sequence[str] = SIGNALS[:-1]
+) -> dict[str, list[float]]:
+    """All but the oracle, for the first row's drafts."""
+    drafts = proposal.tokens[0, : int(proposal.lengths[0])].tolist()
+    found: dict[str, list[float]] = {}
+    if "head" in names and proposal.confidence is not None:
+        found["head"] = proposal.confidence[0, : len(drafts)].tolist()
+    if "margin" in names:
+        found["margin"] = margin_signal(law_of(proposal))[: len(drafts)]
+    if "entropy" in names:
+        found["entropy"] = entropy_signal(law_of(proposal))[: len(drafts)]
+    if "ngram" in names or "ngram-token" in names:
+        found["ngram"], found["ngram-token"] = ngram_signals(history, drafts)
+    return {name: found[name] for name in names if name in found}
+
+
+# ------------------------------------------------------------------------------------------------ recording
+
+
+class Wrapped:
+    """A drafter that drafts what another one does."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.drafter, self.taps, self.block = drafter, drafter.taps, drafter.block
+
+    def open(self, slot: int, capacity: int) -> None:
+        self.drafter.open(slot, capacity)
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+        return self.drafter.propose(slots, last, context, limit, noise)
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        self.drafter.observe(batch, features)
+
+    def close(self, slot: int) -> None:
+        self.drafter.close(slot)
+
+
+class Listener(Wrapped):
+    """Keeps the last proposal, and what its signals say."""
+
+    heard: tuple[Proposal, dict[str, list[float]]] | None = None
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+        proposal = super().propose(slots, last, context, limit, noise)
+        self.heard = (proposal, signals_of(proposal, context.history[0])) if int(proposal.lengths[0]) else None
+        return proposal
+
+
+class Signalled(Wrapped):
+    """Has one signal for its confidence, as it is or scaled."""
+
+    def __init__(self, drafter: Drafter, signal: str, scaling: Scaling | None) -> None:
+        super().__init__(drafter)
+        self._signal, self._scaling = signal, scaling
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+        proposal = super().propose(slots, last, context, limit, noise)
+        if not int(proposal.lengths[0]):
+            return proposal
+        (values,) = signals_of(proposal, context.history[0], [self._signal]).values()
+        if self._scaling is not None:
+            values = self._scaling.adjust(values)
+        rest = proposal.tokens.shape[1] - len(values)
+        confidence = torch.tensor([values + [0.0] * rest])
+        return Proposal(proposal.tokens, proposal.lengths, proposal.law, confidence)
+
+
+class Overheard:
+    """A target whose last logits can be read again."""
+
+    logits: Tensor
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def forward(self, *args: Any) -> TargetOutput:
+        output: TargetOutput = self._target.forward(*args)
+        self.logits = output.logits.clone()
+        return output
+
+
+class Witness(Recorder):
+    """Keeps the signals of every round, in the order of the rounds."""
+
+    def __init__(self, policy: SchedulerPolicy, listener: Listener, target: Overheard) -> None:
+        super().__init__(policy)
+        self._listener, self._target = listener, target
+        self.signals: list[dict[str, list[float]]] = []
+
+    def plan(self, rows: int) -> int:
+        self._listener.heard = None
+        return super().plan(rows)
+
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        if self._ready:
+            self.signals.append({} if self._listener.heard is None else self._complete(*self._listener.heard))
+        super().observe(cost, accepted)
+
+    def _complete(self, proposal: Proposal, signals: dict[str, list[float]]) -> dict[str, list[float]]:
+        count = int(proposal.lengths[0])
+        assert proposal.law is not None
+        q = proposal.law.dense(torch.arange(count)).float()
+        return signals | {"oracle": overlap(self._target.logits[:count].float().softmax(-1), q)}
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Rounds at temperature 1 with all drafts verified, in the order in which they were decoded."""
+
+    signals: dict[str, Floats]  # [n, K] each; NaN past a round's drafts
+    verified: NDArray[np.int64]  # [n]
+    accepted: NDArray[np.int64]  # [n]
+    committed: NDArray[np.int64]  # [n]
+    prompt: NDArray[np.int64]  # [n]   number of the prompt
+    domain: NDArray[np.int64]  # [n]
+    fitting: NDArray[np.bool_]  # [n]  of a prompt to fit on; the others are measured on
+
+    def only(self, rows: NDArray[Any]) -> Recording:
+        """Some of the rounds, by mask or index."""
+        signals = {name: values[rows] for name, values in self.signals.items()}
+        rest = (self.verified, self.accepted, self.committed, self.prompt, self.domain, self.fitting)
+        return Recording(signals, *(values[rows] for values in rest))
+
+
+def record(
+    llm: LLM,
+    questions: Sequence[tuple[Question, bool]],
+    params: SamplingParams,
+    tell: Callable[[float], None] = lambda share: None,
+) -> Recording:
+    """Answer each question, which is one to fit on or not, under ``params`` with seeds of its own. ``llm`` must be new,
+    and its drafter one that samples its drafts; the confidences of its checkpoint's calibration are left out."""
+    drop_calibration(llm.drafter)
+    llm.drafter = listener = Listener(llm.drafter)
+    llm.target = overheard = Overheard(llm.target)  # type: ignore[assignment]
+    llm.policy = witness = Witness(llm.policy, listener, overheard)
+    places = {domain: number for number, domain in enumerate(dict.fromkeys(q.domain for q, _ in questions))}
+    rows: list[tuple[dict[str, list[float]], tuple[int, ...], bool]] = []
+    for number, (question, fitting) in enumerate(questions):
+        witness.signals.clear()
+        answer = ask(llm, witness, question.prompt, with_seed(params, number))
+        for signals, one in zip(witness.signals, answer.rounds, strict=False):  # those that count come first
+            if one.verified:
+                facts = one.verified, one.accepted, one.committed, number, places[question.domain]
+                rows.append((signals, facts, fitting))
+        tell((number + 1) / len(questions))
+    width = max((facts[0] for _, facts, _ in rows), default=0)
+    names = [name for name in SIGNALS if rows and name in rows[0][0]]
+    table = np.array([facts for _, facts, _ in rows], dtype=np.int64).reshape(-1, 5)
+    found = {name: np.array([padded(signals[name][:width], width) for signals, _, _ in rows]) for name in names}
+    for values in found.values():
+        values[np.arange(width) >= table[:, :1]] = np.nan
+    return Recording(found, *table.T, np.array([fitting for _, _, fitting in rows]))
+
+
+def padded(values: Sequence[float], width: int) -> list[float]:
+    return [*values, *[float("nan")] * (width - len(values))]
+
+
+def with_seed(params: SamplingParams, number: int) -> SamplingParams:
+    return replace(params, seed=((params.seed or 0) << 40) + number)
+
+
+def drop_calibration(drafter: Any) -> None:
+    """What the checkpoint's file says of its confidences is not what is to be measured."""
+    if hasattr(drafter, "calibration"):
+        drafter.calibration = None
+
+
+# ------------------------------------------------------------------------------------------------ treatments
+
+
+def treated(recording: Recording, name: str, treatment: str) -> tuple[Floats, Scaling | None]:
+    """A signal as probabilities [n, K], and the scaling that made them so.
+
+    ``STS`` is fitted on the prompts to fit on (with a shift where a temperature alone leaves more than 1 % of error);
+    ``online`` runs through all rounds in order, and says each before it learns from it.
+    """
+    values = recording.signals[name]
+    if treatment == "raw":
+        return values, None
+    if treatment == "STS":
+        own = recording.only(recording.fitting)
+        logits = calibration.logits_of(torch.from_numpy(own.signals[name]))
+        scaling = calibration.fit(logits, torch.from_numpy(own.verified), torch.from_numpy(own.accepted), shift=None)
+        return scaling.apply(calibration.logits_of(torch.from_numpy(values))).numpy(), scaling
+    correction, found = OnlineCorrection(), np.full_like(values, np.nan)
+    for row, (verified, accepted) in enumerate(zip(recording.verified, recording.accepted, strict=True)):
+        said = values[row, :verified].tolist()
+        found[row, :verified] = correction.adjust(said)
+        correction = correction.update(said, int(verified), int(accepted))
+    return found, None
+
+
+# ------------------------------------------------------------------------------------------------ quality
+
+
+def reached(recording: Recording) -> NDArray[np.bool_]:
+    """Places whose draft was verified and whose forerunners were all accepted, [n, K]."""
+    width = next(iter(recording.signals.values())).shape[1]
+    place = np.arange(width)
+    found: NDArray[np.bool_] = (place < recording.verified[:, None]) & (place <= recording.accepted[:, None])
+    return found
+
+
+def _areas(confidence: Floats, verified: NDArray[Any], accepted: NDArray[Any]) -> dict[str, float]:
+    """Areas under the curve, of some rounds."""
+    place = np.arange(confidence.shape[1])
+    outcome = accepted[:, None] > place
+    offered = verified[:, None] > place
+    came = offered & (accepted[:, None] >= place)
+    survival = np.cumprod(confidence, 1)
+    areas = [_auc(confidence[came[:, j], j], outcome[came[:, j], j]) for j in place]
+    weights = [int(came[:, j].sum()) for j in place]
+    known = [(area, weight) for area, weight in zip(areas, weights, strict=True) if not np.isnan(area)]
+    return {
+        "auc": _auc(confidence[came], outcome[came]),
+        "auc_first": areas[0],
+        "auc_within": sum(a * w for a, w in known) / max(1, sum(w for _, w in known)),
+        "survival_auc": _auc(survival[offered], outcome[offered]),
+    }
+
+
+def _errors(confidence: Floats, verified: NDArray[Any], accepted: NDArray[Any]) -> dict[str, list[float]]:
+    """Calibration errors, each with what true probabilities would show over as many outcomes."""
+    place = np.arange(confidence.shape[1])
+    outcome = accepted[:, None] > place
+    offered = verified[:, None] > place
+    came = offered & (accepted[:, None] >= place)
+    found = {}
+    for name, values, where in (("ece", confidence, came), ("survival_ece", np.cumprod(confidence, 1), offered)):
+        said, true = torch.from_numpy(values[where]), torch.from_numpy(outcome[where])
+        found[name] = [calibration.calibration_error(said, true), calibration.error_of_chance(said)]
+    return found
+
+
+def _auc(values: Floats, outcomes: NDArray[np.bool_]) -> float:
+    return calibration.area_under_curve(torch.from_numpy(values), torch.from_numpy(outcomes))
+
+
+def qualities(recording: Recording, draws: int = DRAWS) -> list[dict[str, Any]]:
+    """Each signal under each treatment on the prompts that nothing was fitted on.
+
+    ``auc`` of confidences where they were reached (``auc_first``: at the first position, which every round reaches;
+    ``auc_within``: the mean over positions of the area at each) and ``survival_auc``, with 95 % intervals from drawing
+    prompts again; ``ece`` and ``survival_ece`` over 15 bins of equal mass, with the error that chance explains.
+    """
+    measured = recording.only(~recording.fitting)
+    picks = resamples(measured, draws)
+    rows = []
+    for name in recording.signals:
+        for treatment in TREATMENTS:
+            confidence = treated(recording, name, treatment)[0][~recording.fitting]
+            value = _areas(confidence, measured.verified, measured.accepted)
+            drawn = [_areas(confidence[p], measured.verified[p], measured.accepted[p]) for p in picks]
+            areas = {k: [v, *interval([one[k] for one in drawn])] for k, v in value.items()}
+            errors = _errors(confidence, measured.verified, measured.accepted)
+            rows.append({"signal": name, "treatment": treatment, **areas, **errors})
+    return rows
+
+
+def differences(recording: Recording, against: str = "head", draws: int = DRAWS) -> list[dict[str, Any]]:
+    """How much larger each raw signal's area under the curve is than that of ``against``, on the same prompts."""
+    measured = recording.only(~recording.fitting)
+    if against not in measured.signals:
+        return []
+    came = reached(measured)
+
+    def area(name: str, rows: NDArray[np.int64]) -> float:
+        some = came[rows]
+        outcome = measured.accepted[rows][:, None] > np.arange(came.shape[1])
+        return _auc(measured.signals[name][rows][some], outcome[some])
+
+    everything, picks = np.arange(len(measured.verified)), resamples(measured, draws)
+    base, drawn = area(against, everything), [area(against, p) for p in picks]
+    return [
+        {
+            "signal": name,
+            "against": against,
+            "auc": [
+                area(name, everything) - base,
+                *interval([area(name, p) - one for p, one in zip(picks, drawn, strict=True)]),
+            ],
+        }
+        for name in measured.signals
+        if name != against
+    ]
+
+
+def resamples(recording: Recording, draws: int, seed: int = 0) -> list[NDArray[np.int64]]:
+    """Rounds of prompts that were drawn again within their domain; a prompt's rounds stay together."""
+    generator = np.random.default_rng(seed)
+    of_prompt = {int(p): np.flatnonzero(recording.prompt == p) for p in np.unique(recording.prompt)}
+    domains = [np.unique(recording.prompt[recording.domain == d]) for d in np.unique(recording.domain)]
+    return [
+        np.concatenate([of_prompt[int(p)] for prompts in domains for p in generator.choice(prompts, len(prompts))])
+        for _ in range(draws)
+    ]
+
+
+def interval(values: Sequence[float]) -> list[float]:
+    return [float(x) for x in np.nanquantile(values, [0.025, 0.975])]
+
+
+# ------------------------------------------------------------------------------------------------ what it earns
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Median seconds of the parts of a round, and of a plain step."""
+
+    draft: float
+    bookkeeping: float
+    verify: tuple[float, ...]  # of 1, 2, ... tokens: the row's own and its drafts
+    plain: float
+
+
+class Clock(Recorder):
+    """Keeps what rounds cost; with ``vary`` it verifies 0, 1, ..., K drafts in turns, whatever they are."""
+
+    def __init__(self, policy: SchedulerPolicy, vary: bool = False) -> None:
+        super().__init__(policy)
+        self.costs: list[StepCost] = []
+        self._vary, self._turn = vary, 0
+
+    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+        if self._vary:
+            self._turn += 1
+            lengths = lengths.minimum(torch.full_like(lengths, self._turn % (int(lengths.max()) + 1)))
+        return super().choose(None, lengths)
+
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        if self._ready:
+            self.costs.append(cost)
+        super().observe(cost, accepted)
+
+
+def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: SamplingParams) -> Costs:
+    """Of two new LLMs, one without a drafter, in turns on the same prompts."""
+    clocks = Clock(plain.policy), Clock(llm.policy, vary=True)
+    plain.policy, llm.policy = clocks
+    for turn in range(2):  # the first only warms up
+        for clock in clocks:
+            clock.costs.clear()
+        for number, question in enumerate(questions if turn else questions[:1]):
+            for one, clock in zip((plain, llm), clocks, strict=True):
+                ask(one, clock, question.prompt, with_seed(params, number))
+    steps, rounds = clocks[0].costs, [cost for cost in clocks[1].costs if cost.draft > 0]
+    by_tokens: dict[int, list[float]] = {}
+    for cost in rounds:
+        by_tokens.setdefault(cost.tokens, []).append(cost.verify)
+    medians = [median(by_tokens[tokens]) for tokens in sorted(by_tokens) if tokens <= llm.drafter.block + 1]
+    return Costs(
+        median(cost.draft for cost in rounds),
+        median(cost.bookkeeping for cost in rounds),
+        tuple(np.maximum.accumulate(medians).tolist()),
+        median(cost.draft + cost.verify + cost.bookkeeping for cost in steps),
+    )
+
+
+def simulate(recording: Recording, confidence: Floats, threshold: float, costs: Costs) -> dict[str, float]:
+    """The recorded rounds, cut at the first confidence under a threshold, at measured costs.
+
+    An approximation: cut short, decoding would have gone on from other places than the recorded ones. A round's end
+    by the end of its text is kept where it is not cut off.
+    """
+    place = np.arange(confidence.shape[1])
+    offered = place < recording.verified[:, None]
+    verified = np.logical_and.accumulate(offered & (confidence >= threshold), 1).sum(1)
+    cut = verified < recording.verified
+    accepted = np.minimum(recording.accepted, verified)
+    committed = np.where(cut, accepted + 1, recording.committed)
+    seconds = len(verified) * (costs.draft + costs.bookkeeping) + np.array(costs.verify)[verified].sum()
+    return {
+        "threshold": threshold,
+        "acceptance_length": float(committed.mean()),
+        "acceptance_rate": float(accepted.sum() / max(1, verified.sum())),
+        "verify_rate": float(verified.sum() / recording.verified.sum()),
+        "speedup": float(committed.sum() * costs.plain / seconds),
+    }
+
+
+def best_threshold(recording: Recording, confidence: Floats, costs: Costs) -> float:
+    """That of the largest simulated speed-up on the prompts to fit on; of equals the smallest."""
+    own = recording.only(recording.fitting)
+    speed = [simulate(own, confidence[recording.fitting], t, costs)["speedup"] for t in THRESHOLDS]
+    return THRESHOLDS[int(np.argmax(speed))]
+
+
+def threshold_for(recording: Recording, confidence: Floats, share: float) -> float:
+    """That which comes nearest to verifying ``share`` of the drafts, on the prompts to fit on."""
+    own, values = recording.only(recording.fitting), confidence[recording.fitting]
+    place = np.arange(values.shape[1])
+    offered = place < own.verified[:, None]
+    tried = np.unique(np.quantile(values[offered], np.linspace(0, 1, 201)))
+    kept = [np.logical_and.accumulate(offered & (values >= t), 1).sum() / offered.sum() for t in tried]
+    return float(tried[int(np.argmin(np.abs(np.array(kept) - share)))])
+
+
+def realise(
+    plain: LLM,
+    drafter: Drafter,
+    choices: Mapping[str, tuple[str, Scaling | None, bool, float] | None],
+    questions: Sequence[Question],
+    params: SamplingParams,
+    tell: Callable[[float], None] = lambda share: None,
+    draws: int = 2000,
+) -> list[dict[str, Any]]:
+    """Real decoding under the ``threshold`` policy, all choices and plain decoding in turns on the same prompts.
+
+    ``choices`` by label: signal, scaling, whether to follow drift, threshold; None: all drafts verified.
+    """
+    sides = {"plain": plain.with_drafter("none")}
+    drop_calibration(drafter)
+    for label, choice in choices.items():
+        if choice is None:
+            sides[label] = plain.with_drafter(Wrapped(drafter))
+            continue
+        signal, scaling, follow, threshold = choice
+        options = {"threshold": threshold, "follow_drift": follow}
+        wrapped = Signalled(drafter, signal, scaling)
+        sides[label] = plain.with_drafter(wrapped, policy="threshold", policy_options=options)
+    recorders = {label: Recorder(llm.policy) for label, llm in sides.items()}
+    samples: dict[str, dict[str, list[Sample]]] = {}
+    for label, llm in sides.items():
+        llm.policy = recorders[label]
+        ask(llm, recorders[label], questions[0].prompt, params)  # first touches are nobody's speed
+    for number, question in enumerate(questions):
+        of_domain = samples.setdefault(question.domain, {label: [] for label in sides})
+        for label, llm in sides.items():
+            answer = ask(llm, recorders[label], question.prompt, with_seed(params, number))
+            of_domain[label].append(Sample(len(answer.token_ids), answer.seconds, answer.rounds))
+        tell((number + 1) / len(questions))
+    rows = []
+    for label, choice in choices.items():
+        depth = max((r.verified for own in samples.values() for s in own[label] for r in s.rounds), default=0)
+        counts = [Counts.of(own[label], own["plain"], depth) for own in samples.values()]
+        row = row_of(label, params.temperature, MACRO, counts, draws)
+        rows.append(
+            {
+                "label": label,
+                "threshold": None if choice is None else choice[3],
+                "prompts": row.prompts,
+                "rounds": row.rounds,
+                **{
+                    name: [one.value, one.low, one.high]
+                    for name in ("acceptance_length", "acceptance_rate", "verify_rate", "speedup")
+                    for one in [getattr(row, name)]
+                },
+            }
+        )
+    return rows

@@ -1,0 +1,600 @@
+"""The study of drafters on the embedded target: one command a table, results as JSON, tables and diagrams in a page.
+
+    python benchmarks/study.py table1 --answers runs/embedded-answers/regenerate [--out runs/study]
+    python benchmarks/study.py all --answers runs/embedded-answers/regenerate
+    python benchmarks/study.py report --into docs/study.md
+
+Tables: table1, depth, blocks, heads, thresholds, reliability, efficiency, signals. ``--answers`` is an artefact of
+``outrider train regenerate``; its held-out prompts are what everything is measured on. Every drafter is trained once,
+in a folder of its own under ``--out``/runs, by the settings of its recipe and with what the table changes in them; an
+interrupted run goes on where it stopped, and tables share what they have in common. ``--trained NAME=DIR`` takes over a
+run made elsewhere by the same settings (``dspark``, ``dspark-seed1``, ...: see ``plan``).
+
+``plan`` lists which drafters a table needs and which are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import signals as measured_signals
+import study_report
+import torch
+from signals import Clock, Costs, Recording
+from support import facts, say
+
+from outrider.calibration import Scaling
+from outrider.config import SamplingParams
+from outrider.errors import InvalidRequest, OutriderError
+from outrider.evaluation import drafter as evaluation
+from outrider.evaluation.comparison import MACRO, Evaluation
+from outrider.evaluation.intervals import Estimate
+from outrider.llm import LLM
+from outrider.rounds import Question, ask, read_questions
+from outrider.training import calibrate, run
+from outrider.weights import read_json, write_json
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+RESULTS = Path(__file__).parent / "results" / "study"
+PACKAGED = "draft_model"
+WITHOUT_WEIGHTS = ("ngram", "suffix")
+TRAINED = ("dspark", "dflash", "eagle3", "draft-model")
+DEPTHS, BLOCKS, TEXTS = (1, 2, 5), (4, 8, 12, 16), (375, 1500)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+ASIDE = {"looks", "look_prompts", "look_tokens", "dtype"}  # settings that say nothing of the trained weights
+EXAMPLE = "--answers runs/embedded-answers/regenerate"
+
+
+# ------------------------------------------------------------------------------------------------ drafters
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A drafter to be trained: a recipe, and what is changed in it."""
+
+    recipe: str
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the drafter's options
+    suffix: str = ""
+    seed: int = 0
+    texts: int | None = None  # of the answers, evenly from all domains; None: all
+
+    @property
+    def name(self) -> str:
+        parts = [self.recipe, self.suffix, f"seed{self.seed}" if self.seed else ""]
+        return "-".join(part for part in [*parts, f"texts{self.texts}" if self.texts else ""] if part)
+
+    def config(self, steps: int | None) -> run.Config:
+        """Its recipe's settings, perhaps with other ``steps``. The draft model has no recipe: DSpark's, with its own
+        loss."""
+        if self.recipe == "draft-model":
+            base = _recipe("dspark") | {"kind": "draft_model", "drafter": {"layers": 1}}
+        else:
+            base = _recipe(self.recipe)
+        options = {**base["drafter"], **self.changes}
+        return run.Config(**{**base, "drafter": options, "steps": steps or base["steps"], "seed": self.seed})
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """What a recipe says of its training run: recipes have the steps that take them equally long."""
+    settings: dict[str, Any] = tomllib.loads((RECIPES / f"embedded-{name}.toml").read_text())["run"]
+    return settings
+
+
+def seeded(seeds: int, kinds: Sequence[str] = TRAINED) -> list[Trained]:
+    return [Trained(recipe, seed=seed) for recipe in kinds for seed in range(seeds)]
+
+
+DSPARK = Trained("dspark")
+NO_MARKOV = {"markov_rank": 0}
+LAYERS = _recipe("dspark")["drafter"]["layers"]
+BY_DEPTH = [DSPARK if n == LAYERS else Trained("dspark", {"layers": n}, f"layers{n}") for n in DEPTHS]
+BY_BLOCK = [Trained("dspark", {"block_size": n}, f"block{n}") for n in BLOCKS] + [
+    Trained("dspark", {"block_size": n, **NO_MARKOV}, f"block{n}-none") for n in BLOCKS
+]
+BY_HEAD = [DSPARK, Trained("dspark", {"markov_head": "rnn"}, "rnn"), Trained("dspark", NO_MARKOV, "none")]
+BY_TEXTS = [*(Trained("dspark", texts=n) for n in TEXTS), DSPARK]
+
+
+def needed(table: str, seeds: int, kinds: Sequence[str] = TRAINED) -> list[Trained]:
+    """The trained drafters of a table."""
+    return {"table1": seeded(seeds, kinds), "depth": BY_DEPTH, "blocks": BY_BLOCK, "heads": BY_HEAD}.get(
+        table, BY_TEXTS if table == "efficiency" else [DSPARK]
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the study
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where everything lies, and how much of it is wanted."""
+
+    answers: Path
+    out: Path
+    results: Path = RESULTS
+    target: str = "embedded"
+    steps: int | None = None  # None: as the recipes say
+    seeds: int = 3
+    kinds: tuple[str, ...] = TRAINED  # of table1
+    limit: int | None = None  # held-out prompts of each domain
+    max_tokens: int = 128
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    rounds: int = 10_000  # to calibrate on, for each temperature
+    realised: int | None = None  # prompts that signals are really scheduled by
+    draws: int = measured_signals.DRAWS  # resamples of the signals' intervals
+    trained: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def held_out(self) -> Path:
+        return self.answers / "held_out.jsonl"
+
+    def questions(self) -> list[Question]:
+        """Held-out prompts of all domains in turns, at most ``limit`` of each."""
+        domains: dict[str, list[Question]] = {}
+        for question in read_questions(self.held_out):
+            own = domains.setdefault(question.domain, [])
+            if self.limit is None or len(own) < self.limit:
+                own.append(question)
+        longest = max(len(own) for own in domains.values())
+        return [own[i] for i in range(longest) for own in domains.values() if i < len(own)]
+
+    # -------------------------------------------------------------------------------------------- training
+
+    def checkpoint(self, drafter: Trained) -> Path:
+        """The trained drafter's checkpoint; trains it if it is not there, or not finished."""
+        folder, config = self.out / "runs" / drafter.name, drafter.config(self.steps)
+        if drafter.name in self.trained and not (folder / "drafter").exists():
+            _take_over(self.trained[drafter.name], folder, config)
+        if not (folder / "drafter").exists():
+            _begin(folder, config)
+            say(f"training {drafter.name}: {config.steps} steps of {config.batch} texts")
+            run.learn(config, self._texts(drafter.texts), folder, self.target, watch=_tell(drafter.name), say=say)
+        _check(folder / "drafter", config)
+        return folder / "drafter"
+
+    def _texts(self, count: int | None) -> Path:
+        """The answers, or a folder with the first ``count`` of them, the domains in turns."""
+        if count is None:
+            return self.answers
+        folder = self.out / f"answers-{count}"
+        if not (folder / "held_out.jsonl").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            domains: dict[str, list[str]] = {}
+            for line in (self.answers / "train.jsonl").read_text().split("\n"):
+                if line:
+                    domains.setdefault(json.loads(line).get("domain", ""), []).append(line)
+            longest = max(map(len, domains.values()))
+            lines = [own[i] for i in range(longest) for own in domains.values() if i < len(own)]
+            (folder / "train.jsonl").write_text("\n".join(lines[:count]) + "\n")
+            shutil.copyfile(self.held_out, folder / "held_out.jsonl")
+        return folder
+
+    # -------------------------------------------------------------------------------------------- measuring
+
+    def compare(
+        self, table: str, drafters: Sequence[str], temperatures: Sequence[float], thresholds: Sequence[float] = ()
+    ) -> Evaluation:
+        """Drafters and plain decoding in turns on the held-out prompts; what was measured is not measured again."""
+        config = evaluation.Config(
+            temperatures=tuple(temperatures), max_tokens=self.max_tokens, limit=self.limit, thresholds=tuple(thresholds)
+        )
+        machine = facts()["machine"]
+        return evaluation.evaluate(
+            config,
+            drafters,
+            [self.held_out],
+            self.target,
+            self.out / "eval" / table,
+            machine=machine,
+            progress=_progress(table),
+        )
+
+    def write(self, table: str, rows: list[dict[str, Any]], **more: Any) -> None:
+        """One table's figures, with what they were measured with."""
+        settings = {
+            "steps": DSPARK.config(self.steps).steps,
+            "limit": self.limit,
+            "max_tokens": self.max_tokens,
+            "target": self.target,
+        }
+        write_json(self.results / f"{table}.json", {**facts(), "settings": settings, "rows": rows, **more})
+        say(f"{table}: {len(rows)} rows in {self.results / table}.json")
+
+
+def _take_over(source: Path, folder: Path, wanted: run.Config) -> None:
+    """Copy a run made elsewhere: its checkpoint, and its log where there is one."""
+    checkpoint = source if (source / "config.json").exists() else source / "drafter"
+    if not (checkpoint / "config.json").exists():
+        raise InvalidRequest(f"--trained: {source} holds no drafter; expected a checkpoint or a folder of `train run`")
+    _check(checkpoint, wanted)
+    log = source / "state" / "log.jsonl"
+    if log.exists():
+        (folder / "state").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, folder / "state" / "log.jsonl")
+    shutil.copytree(checkpoint, folder / "drafter")
+
+
+def _begin(folder: Path, wanted: run.Config) -> None:
+    """Note what a run is made with, or see that it was begun with the same."""
+    file = folder / "settings.json"
+    if file.exists():
+        _same(read_json(file), wanted, folder)
+    write_json(file, wanted.model_dump(mode="json"))
+
+
+def _check(checkpoint: Path, wanted: run.Config) -> None:
+    file = checkpoint / "provenance.json"
+    _same(read_json(file).get("config", {}) if file.exists() else {}, wanted, checkpoint)
+
+
+def _same(found: Mapping[str, Any], wanted: run.Config, where: Path) -> None:
+    """Raises InvalidRequest where something was trained by other settings than are wanted."""
+    expected = {k: v for k, v in wanted.model_dump(mode="json").items() if k not in run.Config.free | ASIDE}
+    other = [name for name, value in expected.items() if found.get(name, value) != value]
+    if other or not found:
+        told = ", ".join(f"{name} {found.get(name)!r} instead of {expected[name]!r}" for name in other)
+        raise InvalidRequest(
+            f"{where} was trained with {told or 'settings it does not tell'}; give another --out, or the --steps and "
+            "recipes it was trained with"
+        )
+
+
+def _tell(name: str) -> Callable[[Any, int], None]:
+    def watch(step: Any, steps: int) -> None:
+        if step.step % 50 == 0 or step.step == steps:
+            say(f"  {name}: step {step.step} of {steps}, loss {step.loss:.3f}")
+
+    return watch
+
+
+def _progress(table: str) -> Callable[[str, float], None]:
+    told = perf_counter()
+
+    def tell(text: str, done: float) -> None:
+        nonlocal told
+        if perf_counter() - told > 20:
+            told = perf_counter()
+            say(f"  {table}: {text}, {done:.0%}")
+
+    return tell
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def table1(study: Study) -> None:
+    """DSpark, DFlash, EAGLE-3, a draft model, n-gram and suffix: acceptance length and speed-up (paper: table 1)."""
+    drafters = needed("table1", study.seeds, study.kinds)
+    paths = [str(study.checkpoint(drafter)) for drafter in drafters]
+    packaged = [PACKAGED] if study.target == "embedded" else []
+    found = study.compare("table1", [*paths, *packaged, *WITHOUT_WEIGHTS], study.temperatures)
+    kinds = {drafter.name: (drafter.recipe, drafter.seed) for drafter in drafters}
+    kinds |= {PACKAGED: ("packaged draft model", 0)}
+    rows = [
+        {"kind": kinds.get(row.drafter, (row.drafter, 0))[0], "seed": kinds.get(row.drafter, ("", 0))[1], **_row(row)}
+        for row in found.rows
+    ]
+    pairs = [
+        {**asdict(one), "acceptance_length": _estimate(one.acceptance_length)}
+        for one in found.differences
+        if one.domain == MACRO and _same_seed(kinds.get(one.drafter, ("", 0)), kinds.get(one.other, ("", 0)))
+    ]
+    study.write("table1", rows, differences=pairs, over_seeds=_over_seeds(rows))
+
+
+def _same_seed(one: tuple[str, int], other: tuple[str, int]) -> bool:
+    return one[0] == "dspark" and (other[1] == one[1] or (other[0] not in TRAINED and one[1] == 0))
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean acceptance length and its standard deviation over seeds, by kind, temperature and domain."""
+    groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kind"], row["temperature"], row["domain"]), []).append(row)
+    found = []
+    for (kind, temperature, domain), own in groups.items():
+        line: dict[str, Any] = {"kind": kind, "temperature": temperature, "domain": domain, "seeds": len(own)}
+        for name in ("acceptance_length", "speedup"):
+            values = [row[name][0] for row in own if row[name][0] is not None]
+            line[name] = [mean(values), stdev(values) if len(values) > 1 else None] if values else [None, None]
+        found.append(line)
+    return found
+
+
+def _row(row: Any) -> dict[str, Any]:
+    names = ("acceptance_length", "acceptance_rate", "speedup")
+    facts = {name: getattr(row, name) for name in ("drafter", "temperature", "domain", "prompts", "rounds")}
+    return {
+        **facts,
+        **{name: _estimate(getattr(row, name)) for name in names},
+        "conditional": [one.value for one in row.conditional],
+    }
+
+
+def _estimate(one: Estimate) -> list[float | None]:
+    return [one.value, one.low, one.high]
+
+
+def family(table: str, label: Callable[[Trained], dict[str, Any]]) -> Callable[[Study], None]:
+    """A table of DSpark's variants at temperature 1: what is accepted, and what a round costs."""
+
+    def make(study: Study) -> None:
+        drafters = needed(table, study.seeds)
+        paths = {drafter.name: study.checkpoint(drafter) for drafter in drafters}
+        found = study.compare(table, [str(path) for path in paths.values()], (1.0,))
+        costs = latency(study, paths)
+        by_name = {drafter.name: label(drafter) for drafter in drafters}
+        rows = [{**by_name[row.drafter], **_row(row), "milliseconds": costs[row.drafter]} for row in found.rows]
+        study.write(table, rows)
+
+    make.__doc__ = {
+        "depth": "DSpark of 1, 2 and 5 layers (paper: figure 3).",
+        "blocks": "Blocks of 4, 8, 12 and 16, with and without the Markov head (paper: figure 4).",
+        "heads": "Markov head, recurrent head, none: acceptance and time of a draft (paper: figure 4).",
+    }[table]
+    return make
+
+
+def latency(study: Study, paths: Mapping[str, Path], prompts: int = 6) -> dict[str, dict[str, float]]:
+    """Median milliseconds of the parts of a round, all drafters in turns on the same prompts."""
+    plain = LLM(study.target, "none", max_rows=1)
+    sides = {name: plain.with_drafter(str(path)) for name, path in paths.items()}
+    clocks = {name: Clock(llm.policy) for name, llm in sides.items()}
+    params = SamplingParams(max_tokens=study.max_tokens, temperature=1.0, rule="rejection", seed=3)
+    for name, llm in sides.items():
+        llm.policy = clocks[name]
+        ask(llm, clocks[name], study.questions()[0].prompt, params)
+        clocks[name].costs.clear()
+    for question in study.questions()[:prompts]:
+        for name, llm in sides.items():
+            ask(llm, clocks[name], question.prompt, params)
+    parts = ("draft", "verify", "bookkeeping")
+    return {
+        name: {part: 1e3 * median(getattr(cost, part) for cost in clock.costs if cost.draft > 0) for part in parts}
+        for name, clock in clocks.items()
+    }
+
+
+depth = family("depth", lambda drafter: {"layers": drafter.changes.get("layers", LAYERS)})
+blocks = family(
+    "blocks",
+    lambda drafter: {
+        "block": drafter.changes["block_size"],
+        "head": "none" if "markov_rank" in drafter.changes else "Markov",
+    },
+)
+heads = family("heads", lambda drafter: {"head": {"rnn": "RNN", "none": "none"}.get(drafter.suffix, "Markov")})
+
+
+def thresholds(study: Study) -> None:
+    """DSpark cut at the first confidence under a threshold (paper: figure 5)."""
+    found = study.compare("thresholds", [str(study.checkpoint(DSPARK))], (1.0,), THRESHOLDS)
+    rows = [
+        {name: _estimate(value) if isinstance(value := getattr(point, name), Estimate) else value for name in _SWEPT}
+        for point in found.sweep
+    ]
+    full = [_row(row) for row in found.rows if row.domain == MACRO or len(found.rows) == 1]
+    study.write("thresholds", rows, full=full)
+
+
+_SWEPT = ("drafter", "temperature", "threshold", "acceptance_length", "acceptance_rate", "verify_rate", "speedup")
+
+
+def reliability(study: Study) -> None:
+    """Are DSpark's confidences what they say, raw and scaled? (paper: figure 6)"""
+    checkpoint, out = study.checkpoint(DSPARK), study.out / "reliability"
+    config = calibrate.Config(
+        rules=("rejection",), temperatures=study.temperatures, rounds=study.rounds, max_tokens=study.max_tokens
+    )
+    if not out.exists():
+        calibrate.calibrate(config, checkpoint, [study.held_out], out, study.target, progress=_progress("reliability"))
+    elif read_json(out / "provenance.json")["arguments"]["rounds"] != study.rounds:
+        raise InvalidRequest(f"{out} was made with another --rounds; delete it or give another --out")
+    rows = read_json(out / "report.json")["buckets"]
+    study.write("reliability", rows)
+
+
+def efficiency(study: Study) -> None:
+    """How acceptance grows with the texts seen: along the runs, and from fewer texts at the same number of steps."""
+    drafters = needed("efficiency", study.seeds)
+    paths = {drafter.name: study.checkpoint(drafter) for drafter in drafters}
+    found = study.compare("efficiency", [str(path) for path in paths.values()], (1.0,))
+    texts = {drafter.name: drafter.texts for drafter in drafters}
+    rows = [{"texts": texts[row.drafter] or _count(study.answers / "train.jsonl"), **_row(row)} for row in found.rows]
+    growth = {}
+    for log in sorted((study.out / "runs").glob("*/state/log.jsonl")):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        looks = [line for line in lines if "acceptance_length" in line]
+        if looks:
+            growth[log.parent.parent.name] = [[line["step"], line["acceptance_length"]] for line in looks]
+    study.write("efficiency", rows, growth=growth, batch=DSPARK.config(study.steps).batch)
+
+
+def _count(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
+def signals(study: Study) -> None:
+    """Trained head, top-2 margin, entropy, n-gram statistics, oracle: AUC, ECE and throughput, raw and corrected."""
+    checkpoint = str(study.checkpoint(DSPARK))
+    folder = study.out / "signals"
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = LLM(study.target, "none", max_rows=1)
+    params = SamplingParams(max_tokens=study.max_tokens, temperature=1.0, rule="rejection", seed=1)
+    seen: dict[str, int] = {}
+    questions = []
+    for question in study.questions():
+        seen[question.domain] = seen.get(question.domain, 0) + 1
+        questions.append((question, seen[question.domain] % 2 == 1))
+    key = repr((params, questions))
+    recording = _kept(
+        folder / "recorded.pt",
+        key,
+        lambda: asdict(measured_signals.record(plain.with_drafter(checkpoint), questions, params, _share("recorded"))),
+    )
+    recording = Recording(**recording)
+    fitting, others = [q for q, fit in questions if fit], recording.only(~recording.fitting)
+
+    def measure_costs() -> dict[str, Any]:
+        sides = plain.with_drafter("none"), plain.with_drafter(checkpoint)
+        return asdict(measured_signals.measure_costs(*sides, fitting[:6], params))
+
+    costs = Costs(**_kept(folder / "costs.pt", key, measure_costs))
+    simulated: list[dict[str, Any]] = []
+    choices: dict[str, tuple[str, Scaling | None, bool, float] | None] = {"all drafts verified": None}
+    for name in recording.signals:
+        for treatment in measured_signals.TREATMENTS:
+            confidence, scaling = measured_signals.treated(recording, name, treatment)
+            thresholds = {
+                "best": measured_signals.best_threshold(recording, confidence, costs),
+                "half": measured_signals.threshold_for(recording, confidence, 0.5),
+            }
+            for chosen, threshold in thresholds.items():
+                found = measured_signals.simulate(others, confidence[~recording.fitting], threshold, costs)
+                simulated.append({"signal": name, "treatment": treatment, "chosen": chosen, **found})
+            if name in measured_signals.REALISED:
+                choices[f"{name}, {treatment}"] = (name, scaling, treatment == "online", thresholds["half"])
+    full = measured_signals.simulate(others, np.ones_like(confidence[~recording.fitting]), 0.0, costs)
+    measure = [question for question, fit in questions if not fit][: study.realised]
+
+    def realise() -> list[dict[str, Any]]:
+        drafter = plain.with_drafter(checkpoint).drafter
+        return measured_signals.realise(plain, drafter, choices, measure, params, _share("realised"), 10 * study.draws)
+
+    realised = _kept(folder / "realised.pt", key + repr((measure, choices)), realise)
+    say("signals: quality")
+    study.write(
+        "signals",
+        measured_signals.qualities(recording, study.draws),
+        differences=measured_signals.differences(recording, draws=study.draws),
+        simulated=simulated,
+        all_verified=full,
+        realised=realised,
+        costs=asdict(costs),
+        rounds={"fitting": int(recording.fitting.sum()), "measured": int((~recording.fitting).sum())},
+        places=int(measured_signals.reached(others).sum()),
+        prompts=len(questions),
+    )
+
+
+def _kept(file: Path, key: str, make: Callable[[], Any]) -> Any:
+    """What was made before of the same ``key``, else what is made now."""
+    if file.exists():
+        kept = torch.load(file, weights_only=False)  # a file of our own
+        if kept["key"] == key:
+            return kept["value"]
+    value = make()
+    torch.save({"key": key, "value": value}, file)
+    return value
+
+
+def _share(what: str) -> Callable[[float], None]:
+    """Progress, each tenth of the way."""
+    told = 0.0
+
+    def tell(share: float) -> None:
+        nonlocal told
+        if share - told >= 0.1:
+            told = share
+            say(f"  signals: {what} {share:.0%}")
+
+    return tell
+
+
+TABLES: dict[str, Callable[[Study], None]] = {
+    "table1": table1,
+    "depth": depth,
+    "blocks": blocks,
+    "heads": heads,
+    "thresholds": thresholds,
+    "reliability": reliability,
+    "efficiency": efficiency,
+    "signals": signals,
+}
+
+
+def plan(study: Study) -> None:
+    """Which trained drafters each table needs, and which are there."""
+    for table in TABLES:
+        names = [drafter.name for drafter in needed(table, study.seeds, study.kinds)]
+        there = [name for name in names if (study.out / "runs" / name / "drafter").exists()]
+        print(f"{table}: {len(there)} of {len(names)} trained; {', '.join(names)}")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def _pair(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR, got {text!r}")
+    return name, Path(path)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=[*TABLES, "all", "plan", "report"])
+    parser.add_argument("--answers", type=Path, help="an artefact of `outrider train regenerate`")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="runs and measurements (%(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where figures are written (%(default)s)")
+    parser.add_argument("--into", type=Path, help="report: the page to write tables into; without it they are printed")
+    parser.add_argument("--target", default="embedded")
+    parser.add_argument("--trained", type=_pair, action="append", default=[], metavar="NAME=DIR", help="a finished run")
+    parser.add_argument("--seeds", type=int, default=3, help="of table1 (%(default)s)")
+    parser.add_argument("--kind", action="append", choices=TRAINED, help="of table1; may be repeated (all)")
+    parser.add_argument("--steps", type=int, help="of each training run (as its recipe says)")
+    parser.add_argument("--limit", type=int, help="held-out prompts of each domain (all)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10_000, help="reliability: of each temperature (%(default)s)")
+    parser.add_argument("--realised", type=int, help="signals: prompts of real schedules (all that are measured on)")
+    parser.add_argument(
+        "--temperature", type=float, action="append", help="table1, reliability: may be repeated (0, 1)"
+    )
+    parser.add_argument("--threads", type=int, help="of torch and the native core")
+    options = parser.parse_args(words)
+    if options.table == "report":
+        study_report.report(options.results, options.into)
+        return
+    if options.answers is None:
+        parser.error(f"{options.table} needs {EXAMPLE}")
+    if options.threads:
+        os.environ["OUTRIDER_THREADS"] = str(options.threads)
+        torch.set_num_threads(options.threads)
+    study = Study(
+        answers=options.answers,
+        out=options.out,
+        results=options.results,
+        target=options.target,
+        steps=options.steps,
+        seeds=options.seeds,
+        kinds=tuple(dict.fromkeys(options.kind or TRAINED)),
+        limit=options.limit,
+        max_tokens=options.max_tokens,
+        temperatures=tuple(options.temperature or (0.0, 1.0)),
+        rounds=options.rounds,
+        realised=options.realised,
+        trained=dict(options.trained),
+    )
+    try:
+        if not study.held_out.exists():
+            raise InvalidRequest(f"--answers: {study.held_out} does not exist; expected {EXAMPLE}")
+        for name in TABLES if options.table == "all" else [options.table]:
+            plan(study) if name == "plan" else TABLES[name](study)
+    except OutriderError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
