@@ -6,7 +6,7 @@ Rounds: each step of the engine, less the time inside the drafter's and the targ
 on random weights of 110M parameters (vocabulary 32,000). Drafts are guesses drawn from laws made beforehand, so that no
 second model disturbs the caches; nearly all are rejected.
 
-Verification: ``process`` and ``verify`` over eight places of logits; fresh logits and fresh laws of the drafts each time.
+Verification: ``process`` and ``verify`` over eight places of logits; fresh logits and fresh laws each time.
 """
 
 from __future__ import annotations

@@ -411,6 +411,7 @@ CARD = """# The embedded models
 
 Two small causal language models that share one tokenizer, shipped with Outrider so that everything runs offline.
 They exist to show and to test speculative decoding; they know little and are wrong often. Do not rely on their text.
+Three trained drafters for the target lie beside them (`dspark`, `dflash`, `eagle3`), each with a card of its own.
 
 | | target | draft model |
 |---|---|---|

@@ -42,6 +42,7 @@ def _embedded() -> list[dict[str, Any]]:
         folder = resolve_model(name)
         card = read_json(folder.parent / "facts.json")
         facts = card[part]
+        measured = {key: facts[key] for key in ("held_out_loss", "acceptance_length") if key in facts}
         rows.append(
             {
                 "name": name,
@@ -49,8 +50,8 @@ def _embedded() -> list[dict[str, Any]]:
                 "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
                 "tokens_seen": facts["tokens_seen"],
                 "licence": card.get("licence", "Apache-2.0"),
-                "domains": sorted(facts["held_out_loss"]),
-                "held_out_loss": facts["held_out_loss"],
+                "domains": sorted({domain for figures in measured.values() for domain in figures}),
+                **measured,
             }
         )
     return rows
@@ -85,7 +86,7 @@ def _embedded_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="embedded models")
     for name in ("name", "parameters", "MB", "tokens seen"):
         table.add_column(name, no_wrap=True)
-    for name in ("licence", "held-out loss, nats a token"):
+    for name in ("licence", "on held-out text"):
         table.add_column(name)
     for row in rows:
         table.add_row(
@@ -94,9 +95,16 @@ def _embedded_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['tokens_seen']:,}",
             row["licence"],
-            ", ".join(f"{domain} {loss:.2f}" for domain, loss in row["held_out_loss"].items()),
+            _told(row),
         )
     return table
+
+
+def _told(row: dict[str, Any]) -> str:
+    loss = "held_out_loss" in row
+    figures = row["held_out_loss"] if loss else row["acceptance_length"]
+    what = "nats a token" if loss else "tokens a round"
+    return ", ".join(f"{domain} {value:.2f}" for domain, value in figures.items()) + f" ({what})"
 
 
 def _catalogue_table(catalogues: dict[str, dict[str, str | None]]) -> Table:
