@@ -1,6 +1,6 @@
 """What a round costs outside the two models: the loop around a target pass, and a verification over a large vocabulary.
 
-    python benchmarks/bookkeeping.py [--rounds 200] [--vocabulary 152000] [--json FILE]
+    python benchmarks/bookkeeping.py rounds | verification [--count 100] [--vocabulary 152000] [--json FILE]
 
 Rounds: each step of the engine, less the time inside the drafter's and the target's calls, on the embedded target and
 on random weights of 110M parameters (vocabulary 32,000). Drafts are guesses drawn from laws made beforehand, so that no
@@ -180,22 +180,18 @@ def measure_verification(vocabulary: int, count: int) -> Iterator[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200, help="of each kind")
+    parser.add_argument("what", choices=["rounds", "verification"])
+    parser.add_argument("--count", type=int, default=100, help="measurements of each kind")
     parser.add_argument("--vocabulary", type=int, default=152_000, help="of the verification")
-    parser.add_argument("--only", choices=["rounds", "verification"], help="one half")
     add_json(parser)
     options = parser.parse_args()
-    result: dict[str, Any] = {**facts(), "vocabulary": options.vocabulary}
-    if options.only != "verification":
-        result["rounds"] = list(measure_rounds(options.rounds))
-    if options.only != "rounds":
-        result["verification"] = list(measure_verification(options.vocabulary, max(5, options.rounds // 10)))
-    for half in ("rounds", "verification"):
-        if half in result and options.json != "-":
-            keys = list(result[half][0])
-            print(table([key.replace("_", " ") for key in keys], ([row[key] for key in keys] for row in result[half])))
-            print()
-    write_json(options.json, result)
+    if options.what == "rounds":
+        rows = list(measure_rounds(options.count))
+    else:
+        rows = list(measure_verification(options.vocabulary, options.count))
+    if options.json != "-":
+        print(table([key.replace("_", " ") for key in rows[0]], (list(row.values()) for row in rows)))
+    write_json(options.json, {**facts(), "vocabulary": options.vocabulary, "rows": rows})
 
 
 if __name__ == "__main__":

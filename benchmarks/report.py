@@ -141,6 +141,29 @@ def bench(result: Result) -> tuple[str, str, str]:
     return f"`outrider bench`, {result['model']}", "", table(header, rows)
 
 
+def perplexity(result: Result) -> tuple[str, str, str]:
+    rows = [
+        [row["domain"], row["tokens"], row["dtype"], f"{row['perplexity']:.2f}", f"{row['bits_per_token']:.4f}"]
+        + [f"{100 * row['change']:+.2f}", " to ".join(f"{100 * bound:+.2f}" for bound in row["change_ci95"])]
+        for row in result["rows"]
+    ]
+    header = ["domain", "tokens", "dtype", "perplexity", "bits a token", "change, %", "95 %"]
+    text = f"Held-out text in pieces of at most {result['window']} tokens."
+    return f"Perplexity by dtype, {result['model']}", text, table(header, rows)
+
+
+def rounds(result: Result) -> tuple[str, str, str]:
+    rows = [[*list(row.values())[:-1], percent(row["share"])] for row in result["rows"]]
+    header = ["target", "sampling", "drafts", "pass, us", "outside both models, us", "share"]
+    return "Outside the models: rounds", "", table(header, rows)
+
+
+def verification(result: Result) -> tuple[str, str, str]:
+    header = ["logits", "sampling", "process, ms", "verify, ms", "both, ms"]
+    title = f"Outside the models: verifying 7 drafts, vocabulary {result['vocabulary']:,}"
+    return title, "", table(header, (list(row.values()) for row in result["rows"]))
+
+
 KINDS: list[tuple[set[str], Callable[[Result], tuple[str, str, str]]]] = [
     ({"milliseconds", "bandwidth_share", "rows"}, profile),
     ({"contender", "new_tokens"}, passes),
@@ -148,6 +171,9 @@ KINDS: list[tuple[set[str], Callable[[Result], tuple[str, str, str]]]] = [
     ({"kernel", "microseconds"}, kernels),
     ({"different", "drafter"}, lossless),
     ({"speedup", "drafter"}, bench),
+    ({"perplexity", "dtype"}, perplexity),
+    ({"outside_us", "share"}, rounds),
+    ({"process_ms", "verify_ms"}, verification),
 ]
 """What the rows of a result have, and what shows it."""
 

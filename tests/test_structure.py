@@ -23,7 +23,10 @@ FROZEN = Path(__file__).parent / "data" / "command_line.json"
 # A module imports only from floors below its own. A package name stands for every module in it.
 FLOORS: list[tuple[str, ...]] = [
     ("types", "config", "core", "errors", "lessons", "registry"),
-    ("sampling", "noise", "acceptance", "calibration", "costs", "losses", "chat_template", "figures", "drift"),
+    (
+        *("sampling", "noise", "truncation", "acceptance", "calibration", "drift"),
+        *("costs", "losses", "chat_template", "figures"),
+    ),
     (
         *("layers", "weights", "attention", "tokenizer", "decoder"),
         *("backends", "memory", "checkpoints", "drafting", "learning"),
@@ -43,7 +46,7 @@ INSIDE: dict[str, set[str]] = {
     "types": {"config", "errors"},
     "config": {"errors"},
     "registry": {"errors"},
-    "sampling": {"noise"},
+    "sampling": {"noise", "truncation"},
     "acceptance": {"noise", "sampling"},
     "drift": {"calibration"},
     "decoder": {"layers", "weights"},  # a Llama-like decoder is layers filled from files
