@@ -52,6 +52,7 @@ __all__ = [
     "record",
     "signals_of",
     "simulate",
+    "simulate_blind",
     "threshold_for",
     "treated",
 ]
@@ -505,6 +506,17 @@ def simulate(recording: Recording, confidence: Floats, threshold: float, costs: 
         "verify_rate": float(verified.sum() / recording.verified.sum()),
         "speedup": float(committed.sum() * costs.plain / seconds),
     }
+
+
+def simulate_blind(recording: Recording, costs: Costs) -> list[dict[str, Any]]:
+    """Without any signal: the first k drafts of every round are verified, k = 1, 2, ..."""
+    width = next(iter(recording.signals.values())).shape[1]
+    sure = np.arange(width) < np.arange(1, width + 1)[:, None]
+    shape = recording.verified.shape[0], width
+    return [
+        {"drafts": k + 1, **simulate(recording, np.broadcast_to(sure[k].astype(float), shape), 0.5, costs)}
+        for k in range(width)
+    ]
 
 
 def best_threshold(recording: Recording, confidence: Floats, costs: Costs) -> float:

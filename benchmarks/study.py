@@ -457,16 +457,18 @@ def signals(study: Study) -> None:
     for name in recording.signals:
         for treatment in measured_signals.TREATMENTS:
             confidence, scaling = measured_signals.treated(recording, name, treatment)
-            thresholds = {
-                "best": measured_signals.best_threshold(recording, confidence, costs),
-                "half": measured_signals.threshold_for(recording, confidence, 0.5),
+            survival = np.cumprod(confidence, 1)
+            cuts = {
+                "best": (confidence, measured_signals.best_threshold(recording, confidence, costs)),
+                "half": (confidence, measured_signals.threshold_for(recording, confidence, 0.5)),
+                "half by survival": (survival, measured_signals.threshold_for(recording, survival, 0.5)),
             }
-            for chosen, threshold in thresholds.items():
-                found = measured_signals.simulate(others, confidence[~recording.fitting], threshold, costs)
+            for chosen, (values, threshold) in cuts.items():
+                found = measured_signals.simulate(others, values[~recording.fitting], threshold, costs)
                 simulated.append({"signal": name, "treatment": treatment, "chosen": chosen, **found})
             if name in measured_signals.REALISED:
-                choices[f"{name}, {treatment}"] = (name, scaling, treatment == "online", thresholds["half"])
-    full = measured_signals.simulate(others, np.ones_like(confidence[~recording.fitting]), 0.0, costs)
+                choices[f"{name}, {treatment}"] = (name, scaling, treatment == "online", cuts["half"][1])
+    blind = measured_signals.simulate_blind(others, costs)
     measure = [question for question, fit in questions if not fit][: study.realised]
 
     def realise() -> list[dict[str, Any]]:
@@ -480,7 +482,7 @@ def signals(study: Study) -> None:
         measured_signals.qualities(recording, study.draws),
         differences=measured_signals.differences(recording, draws=study.draws),
         simulated=simulated,
-        all_verified=full,
+        blind=blind,
         realised=realised,
         costs=asdict(costs),
         rounds={"fitting": int(recording.fitting.sum()), "measured": int((~recording.fitting).sum())},

@@ -178,16 +178,22 @@ def signals(result: Result) -> str:
         parts.append(
             f"Calibration error of {title} / what chance explains of it:\n\n{table(['signal', *treatments], lines)}"
         )
-    full = result["all_verified"]
+    blind = [[f"none, {one['drafts']} drafts", "", "", *_simulated(one)] for one in result["blind"]]
     header = ["signal", "", "threshold", "acceptance length", "accepted / verified", "verified / drafted", "speed-up"]
-    for chosen, title in (("half", "that verifies half of the drafts"), ("best", "of the largest speed-up")):
-        lines = [["all drafts verified", "", "", *_simulated(full)]] + [
+    titles = {
+        "half": "cut at the first confidence under the threshold that verifies half of the drafts",
+        "half by survival": "cut at the first survival under the threshold that verifies half of the drafts",
+        "best": "cut at the first confidence under the threshold of the largest speed-up",
+    }
+    for chosen, title in titles.items():
+        lines = blind + [
             [one["signal"], one["treatment"], f"{one['threshold']:.3g}", *_simulated(one)]
             for one in result["simulated"]
             if one["chosen"] == chosen
         ]
-        text = f"Simulated from the recorded rounds, at the threshold {title} on the prompts to fit on"
-        parts.append(f"{text}:\n\n{table(header, lines)}")
+        parts.append(
+            f"Simulated from the recorded rounds, {title} (found on the other half):\n\n{table(header, lines)}"
+        )
     costs = result["costs"]
     verify = ", ".join(f"{1e3 * x:.2f}" for x in costs["verify"])
     parts.append(

@@ -63,7 +63,8 @@ def _command() -> str:
         if word == "--json":
             next(given, None)
         elif not word.startswith("--json="):
-            words.append(Path(word).name if Path(word).is_absolute() else word)
+            name, equals, value = word.rpartition("=")
+            words.append(name + equals + (Path(value).name if Path(value).is_absolute() else value))
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 

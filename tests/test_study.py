@@ -136,6 +136,11 @@ def test_simulated_rounds_by_hand() -> None:
     assert found["speedup"] == pytest.approx(5 * 2.5 / (3 * 1.5 + 3 + 2 + 5))
     whole = signals.simulate(recording, confidence, 0.0, costs)
     assert whole["acceptance_length"] == pytest.approx(7 / 3) and whole["verify_rate"] == 1
+    blind = signals.simulate_blind(recording, costs)
+    assert [one["acceptance_length"] for one in blind] == pytest.approx([5 / 3, 6 / 3, 7 / 3])
+    assert {k: v for k, v in blind[-1].items() if k not in ("drafts", "threshold")} == {
+        k: v for k, v in whole.items() if k != "threshold"
+    }
     threshold = signals.threshold_for(recording, confidence, 4 / 9)
     assert signals.simulate(recording, confidence, threshold, costs)["verify_rate"] == pytest.approx(4 / 9)
 
