@@ -23,7 +23,7 @@ from outrider.weights import write_tensors
 
 __all__ = ["PackedFile"]
 
-SLOW = 1.0  # seconds of packing from which a file pays
+SLOW = 0.3  # seconds of packing from which a file pays
 DTYPES = ("int8", "int4")
 
 
