@@ -161,7 +161,7 @@ def _calibration(history: Mapping[str, Any]) -> str:
     lines = [f"| {b['title']} | {b['rounds']:,} | {b['before']:.1%} | {b['after']:.1%} |" for b in buckets]
     return (
         "## Calibration\n\nExpected calibration error of the survival of drafts, on prompts that the scaling was not "
-        "fitted on.\n\n| | rounds | before | after |\n|---|---|---|---|\n" + "\n".join(lines)
+        "fitted on.\n\n| | survivals | before | after |\n|---|---|---|---|\n" + "\n".join(lines)
     )
 
 
