@@ -325,7 +325,7 @@ def test_models_lists_what_is_here() -> None:
     result = outrider("models", "--json", "-")
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
-    assert {"embedded", "embedded-draft"} == {entry["name"] for entry in found["embedded"]}
+    assert {"embedded", "embedded-draft", "embedded-dspark"} <= {entry["name"] for entry in found["embedded"]}
     assert found["catalogues"]["drafter"]["suffix"] is None
     assert found["catalogues"]["backend"]["reference"] is None
     assert found["native"]["built"] == (found["catalogues"]["backend"]["native"] is None)
