@@ -21,11 +21,11 @@ import torch
 from support import add_json, facts, say, table, write_json
 
 from outrider.errors import InvalidRequest
-from outrider.rounds import EMBEDDED_PROMPTS, read_questions
+from outrider.rounds import read_questions
 from outrider.targets import load_target
 from outrider.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
-from outrider.weights import resolve_model
+from outrider.weights import EMBEDDED_PROMPTS, resolve_model
 
 DTYPES = ["float32", "bfloat16", "int8", "int4"]
 DRAWS = 2000  # resamples of an interval

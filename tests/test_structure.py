@@ -64,7 +64,7 @@ PARTS = {  # a package's modules may import those that are there to be shared
     "cli": {"common"},
     "drafting": {"cache", "drawing", "net", "trained"},
     "evaluation": {"comparison", "intervals", "replay"},
-    "learning": {"attention", "fresh", "frozen", "stack", "warm"},
+    "learning": {"attention", "fresh", "frozen", "net", "stack", "warm"},
     "training": {
         *("artefact", "progress", "questions", "server"),  # what stages share
         *("data", "features", "report", "teacher", "trainer"),  # learning

@@ -13,7 +13,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,7 @@ import torch
 from outrider import __version__
 from outrider.config import SamplingParams
 from outrider.types import Output
-from outrider.weights import EMBEDDED, read_json, resolve_model, write_json
+from outrider.weights import EMBEDDED, EMBEDDED_PROMPTS, cache_folder, read_json, resolve_model, write_json
 
 __all__ = ["EMBEDDED_DRAFTERS", "fastest"]
 
@@ -33,7 +32,6 @@ PLAIN = "none"
 WITHOUT_FILES = ("suffix",)
 TOKENS = 48  # of an answer
 TEMPERATURES = (0.0, 1.0)
-PROMPTS = Path(__file__).parent / "embedded" / "prompts"
 
 
 class _LLM(Protocol):
@@ -46,7 +44,7 @@ def fastest(llm: _LLM, dtype: str, backend: str) -> str:
     """The name of a packaged drafter, ``suffix`` or ``none``; measured, or remembered from before."""
     candidates = [PLAIN, *WITHOUT_FILES, *(name for name, model in EMBEDDED_DRAFTERS.items() if _there(model))]
     key = _key(candidates, dtype, backend)
-    path = _folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     with suppress(ValueError, KeyError):  # missing or damaged: it is only a measurement
         kept = read_json(path)
         if kept["key"] == key and kept["fastest"] in candidates:
@@ -61,7 +59,8 @@ def fastest(llm: _LLM, dtype: str, backend: str) -> str:
 def _measure(llm: _LLM, candidates: Sequence[str]) -> dict[str, float]:
     """Speed-up over plain decoding: the geometric mean over one prompt a domain, greedy and sampled, in turns."""
     sides = {name: llm.with_drafter(name) for name in candidates}
-    prompts = [json.loads(file.read_text().split("\n", 1)[0])["turns"][0] for file in sorted(PROMPTS.glob("*.jsonl"))]
+    files = sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
+    prompts = [json.loads(file.read_text().split("\n", 1)[0])["turns"][0] for file in files]
     for side in sides.values():  # first touches are nobody's speed
         side.generate(prompts[0], SamplingParams(max_tokens=8))
     logarithms = dict.fromkeys(candidates, 0.0)
@@ -98,8 +97,3 @@ def _key(candidates: Sequence[str], dtype: str, backend: str) -> Mapping[str, An
 
 def _size(model: str) -> int:
     return sum(file.stat().st_size for file in resolve_model(model).glob("*.safetensors"))
-
-
-def _folder() -> Path:
-    """``$XDG_CACHE_HOME/outrider/choices``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / "choices"

@@ -27,7 +27,6 @@ from outrider.tokenizer import Tokenizer
 from outrider.types import SchedulerPolicy, StepCost
 
 __all__ = [
-    "EMBEDDED_PROMPTS",
     "Answer",
     "Observed",
     "Question",
@@ -39,8 +38,6 @@ __all__ = [
     "read_questions",
     "recorded",
 ]
-
-EMBEDDED_PROMPTS = Path(__file__).parent / "embedded" / "prompts"
 
 
 # ------------------------------------------------------------------------------------------------ questions

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,12 @@ from outrider.errors import CheckpointError, InvalidRequest, nearest
 
 __all__ = [
     "DTYPES",
+    "EMBEDDED_PROMPTS",
     "LazyWeights",
     "TensorFiles",
+    "cache_folder",
     "load_dtype",
+    "new_folder",
     "read_config",
     "read_json",
     "replace_file",
@@ -50,6 +55,7 @@ EMBEDDED = {
     "embedded-dflash": "dflash",
     "embedded-eagle3": "eagle3",
 }
+EMBEDDED_PROMPTS = Path(__file__).parent / "embedded" / "prompts"
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt"]
 CHUNK = 64 << 20  # bytes read through one memory map
 
@@ -117,6 +123,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     return {**config, "generation_config": read_json(generation) if generation.exists() else {}}
+
+
+def cache_folder(name: str) -> Path:
+    """Where what was measured or made once on this machine is kept: ``$XDG_CACHE_HOME/outrider/NAME``, by default
+    under ``~/.cache``. It may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / name
 
 
 # ------------------------------------------------------------------------------------------------ tensors
@@ -271,3 +283,18 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A directory that is filled under a temporary name and gets its own when it is complete; where filling it raises,
+    nothing is left behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes private folders
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

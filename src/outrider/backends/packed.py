@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from outrider.core import native
-from outrider.weights import write_tensors
+from outrider.weights import cache_folder, write_tensors
 
 __all__ = ["PackedFile"]
 
@@ -35,7 +34,7 @@ class PackedFile:
         self.path: Path | None = None
         if identity is not None and dtype in DTYPES:
             key = json.dumps([identity, dtype, isa, _build()])
-            self.path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+            self.path = cache_folder("packed") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
 
     def read_into(self, regions: Sequence[Tensor]) -> bool:
         """Fill a stack's memory. False, and all of it zero as before, where there is no such file or a damaged one."""
@@ -88,8 +87,3 @@ def _build() -> str:
     """A hash of the compiled core: another build may pack in another way."""
     with open(native.__file__, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _folder() -> Path:
-    """``$XDG_CACHE_HOME/outrider/packed``, by default under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / "packed"

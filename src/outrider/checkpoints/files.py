@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -19,7 +16,7 @@ from outrider.calibration import Calibration
 from outrider.checkpoints.decoder import file_name
 from outrider.checkpoints.draft import ChainDesign, DraftCheckpoint, ModuleDesign
 from outrider.errors import CheckpointError, nearest
-from outrider.weights import TensorFiles, read_json, resolve_model, write_json, write_tensors
+from outrider.weights import TensorFiles, new_folder, read_json, resolve_model, write_json, write_tensors
 
 __all__ = ["FORMATS", "Format", "load", "load_calibration", "read_header", "recognise", "save", "tensor_names"]
 
@@ -117,9 +114,7 @@ def save(
         raise CheckpointError(f"cannot write format {to!r}; {nearest(to, writers)}")
     config = _format(to).write(checkpoint)
     names = tensor_names(checkpoint)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
+    with new_folder(target) as partial:
         write_json(partial / "config.json", dict(sorted(config.items())))
         write_tensors(
             partial / "model.safetensors", {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
@@ -128,11 +123,6 @@ def save(
         if checkpoint.calibration is not None:
             write_json(partial / calibration.FILE, checkpoint.calibration.to_json())
         check(partial)
-        partial.chmod(0o755)  # mkdtemp makes private folders
-        os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return target
 
 

@@ -16,6 +16,7 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.llm import LLM
 from outrider.types import Output
+from outrider.weights import EMBEDDED_PROMPTS
 
 __all__ = [
     "BenchRow",
@@ -26,8 +27,6 @@ __all__ = [
     "repeated_ngrams",
     "run_bench",
 ]
-
-EMBEDDED_PROMPTS = Path(__file__).parent.parent / "embedded" / "prompts"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,8 +31,8 @@ from outrider.evaluation.comparison import (
     row_of,
 )
 from outrider.llm import LLM
-from outrider.rounds import EMBEDDED_PROMPTS, Question, Recorder, Round, ask, read_questions, recorded
-from outrider.weights import read_json, resolve_model, write_json
+from outrider.rounds import Question, Recorder, Round, ask, read_questions, recorded
+from outrider.weights import EMBEDDED_PROMPTS, read_json, resolve_model, write_json
 
 __all__ = ["Config", "evaluate"]
 

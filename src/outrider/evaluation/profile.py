@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from outrider.layers import weight_shapes
 from outrider.targets import load_backend, load_target
 from outrider.targets.random import random_target
 from outrider.types import Memory, RaggedBatch, TargetModel
-from outrider.weights import read_json, write_json
+from outrider.weights import cache_folder, read_json, write_json
 
 __all__ = [
     "Cell",
@@ -368,10 +367,9 @@ def describe(machine: Mapping[str, Any]) -> str:
 
 
 def costs_path(key: CostKey) -> Path:
-    """Where a table is kept: ``$XDG_CACHE_HOME/outrider/costs``, by default under ``~/.cache``."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where a table is kept."""
     where = hashlib.sha256(f"{key.machine} {key.threads}".encode()).hexdigest()[:8]
-    return root / "outrider" / "costs" / f"{key.model}-{key.dtype}-{key.backend}-{where}.json"
+    return cache_folder("costs") / f"{key.model}-{key.dtype}-{key.backend}-{where}.json"
 
 
 def save_costs(table: CostTable) -> Path:

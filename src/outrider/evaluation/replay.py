@@ -25,10 +25,10 @@ from outrider.drafting import TrainedDrafter
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
+from outrider.weights import EMBEDDED_PROMPTS
 
 __all__ = ["Acceptance", "Prompts", "Transcript", "least_score", "replay", "sample_prompts", "transcribe"]
 
-EMBEDDED_PROMPTS = Path(__file__).parent.parent / "embedded" / "prompts"
 PROMPT_TOKENS = 128  # of each prompt; drafting does not get better with longer ones
 RANDOM_PROMPTS = (8, 12, 16, 24)  # lengths, where no tokenizer says what text is
 MARGIN = 1.25

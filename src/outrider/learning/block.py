@@ -23,8 +23,8 @@ from outrider.checkpoints.draft import MarkovHead
 from outrider.config import LayerConfig, build
 from outrider.learning.attention import BlockAttention
 from outrider.learning.fresh import draft_decoder, mask_token, new_checkpoint
-from outrider.learning.frozen import Frozen
-from outrider.learning.stack import LearnedLayer, LearnedStack, Norm, linear
+from outrider.learning.net import TrainableNet
+from outrider.learning.stack import LearnedLayer, Norm, linear
 from outrider.learning.warm import Layers, start_warm
 from outrider.lessons import FeatureBatch, Loss, TokenBatch
 from outrider.losses import divergence, negative_log_acceptance, position_weights
@@ -48,19 +48,16 @@ class BlockLoss:
     """The most blocks learnt from one text in one epoch."""
 
 
-class TrainableBlock(nn.Module):
-    """See ``outrider.lessons.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
+class TrainableBlock(TrainableNet):
+    """A block over injected context, and the heads its design asks for."""
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel, loss: BlockLoss) -> None:
-        super().__init__()
+        super().__init__(checkpoint, target)
         design = checkpoint.design
         assert isinstance(design, BlockDesign)
         self.design, self.weights = design, loss
-        self.taps = checkpoint.layers_for(target.spec)
-        checkpoint.check_target(target.spec, self.taps)
-        config = checkpoint.stack(head=False)
+        config = self.stack.config
         width, rank = config.hidden_size, design.markov_rank
-        self.stack = LearnedStack(config)
         self.fc = linear(len(self.taps) * target.spec.hidden_size, width)
         self.hidden_norm = Norm(width, config.norm_eps)
         self.markov = nn.ModuleDict()
@@ -74,15 +71,7 @@ class TrainableBlock(nn.Module):
         self.confidence = None
         if design.confidence:
             self.confidence = linear(width + (rank if design.confidence_with_markov else 0), 1, bias=True)
-        self.frozen = Frozen(checkpoint, target)
         self.frozen.fill(self)
-
-    def forward(self, batch: FeatureBatch) -> Loss:
-        return self.loss(batch)
-
-    def snapshot(self) -> DraftCheckpoint:
-        """The drafter as it stands, ready to be saved or run. Where weights are spread over processes, all must ask."""
-        return self.frozen.checkpoint(self)
 
     def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
         """Anchors: answer tokens that another one follows. Rows: the places in their reach."""
@@ -241,7 +230,7 @@ class DSparkTraining:
         checkpoint = new_checkpoint(design, decoder, target.spec, taps, self.taps)
         module = TrainableBlock(checkpoint, target, build(BlockLoss, self.loss, f"loss of {design.kind}"))
         if self.warm and layers is not None:
-            start_warm(module.stack, module.fc.weight, module.hidden_norm, module.taps, layers)
+            start_warm(module, module.hidden_norm, layers)
         return module
 
 

@@ -21,8 +21,8 @@ from outrider.checkpoints import ChainDesign, DraftCheckpoint, ModuleDesign
 from outrider.config import build
 from outrider.learning.attention import ChainAttention
 from outrider.learning.fresh import draft_decoder, new_checkpoint
-from outrider.learning.frozen import Frozen
-from outrider.learning.stack import LearnedStack, Norm, linear
+from outrider.learning.net import TrainableNet
+from outrider.learning.stack import Norm, linear
 from outrider.learning.warm import Layers, start_warm
 from outrider.lessons import FeatureBatch, Loss, TokenBatch
 from outrider.losses import divergence
@@ -44,18 +44,15 @@ class ChainLoss:
     """The most places of a text, in one epoch, at which drafting is learnt; None: all of them."""
 
 
-class TrainableChain(nn.Module):
-    """See ``outrider.lessons.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
+class TrainableChain(TrainableNet):
+    """A layer that is fed the target's features, then its own states."""
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel, loss: ChainLoss) -> None:
-        super().__init__()
+        super().__init__(checkpoint, target)
         assert isinstance(checkpoint.design, (ChainDesign, ModuleDesign))
         self.design, self.weights = checkpoint.design, loss
-        self.taps = checkpoint.layers_for(target.spec)
-        checkpoint.check_target(target.spec, self.taps)
-        config = checkpoint.stack(head=False)
+        config = self.stack.config
         width, tapped = config.hidden_size, target.spec.hidden_size
-        self.stack = LearnedStack(config)
         self.hidden_norm, self.embed_norm = Norm(width, config.norm_eps), Norm(width, config.norm_eps)
         self.feature_norms, self.feature_norm = nn.ModuleList(), None
         if isinstance(self.design, ChainDesign):
@@ -66,15 +63,7 @@ class TrainableChain(nn.Module):
                 self.feature_norms.extend(Norm(tapped, config.norm_eps) for _ in self.taps)
         else:
             self.fc = linear(2 * width, width)
-        self.frozen = Frozen(checkpoint, target)
         self.frozen.fill(self)
-
-    def forward(self, batch: FeatureBatch) -> Loss:
-        return self.loss(batch)
-
-    def snapshot(self) -> DraftCheckpoint:
-        """The drafter as it stands, ready to be saved or run. Where weights are spread over processes, all must ask."""
-        return self.frozen.checkpoint(self)
 
     def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
         """Anchors: places whose features a chain starts from. Rows: the places it passes through."""
@@ -180,7 +169,7 @@ class Eagle3Training:
         checkpoint = new_checkpoint(ChainDesign(depth=self.depth), decoder, target.spec, taps, taps=3)
         module = TrainableChain(checkpoint, target, build(ChainLoss, self.loss, "loss of eagle3"))
         if self.warm and layers is not None:
-            start_warm(module.stack, module.fc.weight, module.hidden_norm, module.taps, layers)
+            start_warm(module, module.hidden_norm, layers)
         return module
 
 
@@ -211,5 +200,5 @@ class MTPTraining:
         checkpoint = new_checkpoint(ModuleDesign(depth=self.depth), decoder, target.spec, (tap,), taps=1)
         module = TrainableChain(checkpoint, target, build(ChainLoss, self.loss, "loss of mtp"))
         if self.warm and layers is not None:
-            start_warm(module.stack, module.fc.weight, None, module.taps, layers)  # its layer has a norm of its own
+            start_warm(module, None, layers)  # its layer has a norm of its own
         return module

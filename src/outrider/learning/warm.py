@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from outrider.config import StackConfig
-from outrider.learning.stack import LearnedStack, Norm
+from outrider.learning.net import TrainableNet
+from outrider.learning.stack import Norm
 
 __all__ = ["Layers", "start_warm"]
 
@@ -21,15 +22,14 @@ Layers = tuple[StackConfig, Mapping[str, Tensor]]
 """A target's stack and its weights by canonical name."""
 
 
-def start_warm(
-    stack: LearnedStack, fc: Tensor, context_norm: Norm | None, taps: tuple[int, ...], target: Layers
-) -> None:
-    """Fill ``stack``, ``fc`` [D, n D] and the norm that stands for the first layer's, where there is one, from the
+def start_warm(net: TrainableNet, context_norm: Norm | None, target: Layers) -> None:
+    """Fill the net's layers, its fc and the norm that stands for the first layer's, where there is one, from the
     target's layers, wherever shapes agree: its last ones, if the drafter reads the layer in front of them.
 
     Targets with other norms than a Llama's are left alone: their layers mean something else here.
     """
     config, weights = target
+    stack, fc, taps = net.stack, net.fc.weight, net.taps
     width, count = fc.shape[0], len(config.layers)
     if config.sandwich_norms or config.norm_offset or width != config.hidden_size:
         return
@@ -49,11 +49,9 @@ def start_warm(
 
 
 def _copy(parameter: Tensor, weight: Tensor) -> None:
+    """EAGLE-3's first layer is twice as wide: what the target knows is its second half, the state's."""
     if parameter.shape == weight.shape:
         parameter.copy_(weight)
-    elif parameter.ndim == 2 and parameter.shape == (
-        weight.shape[0],
-        2 * weight.shape[1],
-    ):  # EAGLE-3: [embedding; state]
+    elif parameter.ndim == 2 and tuple(parameter.shape) == (weight.shape[0], 2 * weight.shape[1]):
         parameter.zero_()
         parameter[:, weight.shape[1] :] = weight

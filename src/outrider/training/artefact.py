@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -388,6 +388,11 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     replace_file(path, write)
 
 
-def write_state(path: Path, state: Any, save: Callable[[Any, Path], Any] = torch.save) -> None:
+def write_state(path: Path, state: Any) -> None:
     """A resumable state (tensors in plain containers), whole or not at all; read it with ``weights_only=True``."""
-    replace_file(path, lambda temporary: save(state, temporary))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+
+    replace_file(path, write)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
@@ -27,7 +26,6 @@ from outrider.config import RULES, Rule, SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.llm import LLM
 from outrider.rounds import (
-    EMBEDDED_PROMPTS,
     Observed,
     Question,
     Recorder,
@@ -37,7 +35,7 @@ from outrider.rounds import (
     read_questions,
     recorded,
 )
-from outrider.weights import resolve_model, write_json
+from outrider.weights import EMBEDDED_PROMPTS, new_folder, resolve_model, write_json
 
 __all__ = ["Bucket", "Config", "Report", "calibrate"]
 
@@ -272,9 +270,7 @@ def _bucket(
 
 def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: Config, out: Path) -> None:
     """The whole artefact, or nothing: it appears under its name when it is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with new_folder(out) as partial:
         folder = partial / "drafter"
         folder.mkdir()
         parents = {}
@@ -298,11 +294,6 @@ def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: C
             "content": _digest(folder.iterdir()),
         }
         write_json(partial / "provenance.json", provenance)
-        partial.chmod(0o755)  # mkdtemp makes private folders
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -6,7 +6,6 @@ what an interrupted run goes on from. Under torchrun every process calls ``run``
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -39,7 +38,7 @@ from outrider.training.progress import Progress
 from outrider.training.report import read_log, write_report
 from outrider.training.teacher import Teacher, Teaches
 from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
-from outrider.weights import read_config, resolve_model
+from outrider.weights import new_folder, read_config, resolve_model, write_json
 
 __all__ = ["Config", "Evaluator", "learn", "over_fit", "processes", "run", "save_drafter", "trainable"]
 
@@ -289,20 +288,13 @@ def save_drafter(drafter: Any, folder: Path, form: str, provenance: Mapping[str,
             drafter = Frozen(drafter, llm.target).filled(drafter)
         checkpoints.save(drafter, folder, form, provenance)
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with new_folder(folder) as partial:
         drafter.save_pretrained(partial)
         for name in TOKENIZER_FILES:
             source = resolve_model(llm.model) / name
             if source.exists():
                 shutil.copyfile(source, partial / name)
-        (partial / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        partial.chmod(0o755)
-        os.rename(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_json(partial / "provenance.json", dict(provenance))
 
 
 @dataclass

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from outrider.errors import OutriderError
 from outrider.lessons import Loss, TrainableDrafter
+from outrider.training.artefact import write_state
 from outrider.training.data import Deal
 from outrider.training.teacher import Teaches
 
@@ -216,16 +216,9 @@ class Trainer:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         module, optimizer = get_state_dict(self.module, self.optimizer, options=whole)
         if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.state.with_suffix(".partial")
             try:
-                with partial.open("wb") as file:
-                    torch.save({"step": self.done, "module": module, "optimizer": optimizer}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, self.state)
+                write_state(self.state, {"step": self.done, "module": module, "optimizer": optimizer})
             except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                partial.unlink(missing_ok=True)
                 raise TrainingFailed(
                     f"cannot save step {self.done} to {self.state}: {error}. The state before it is intact; make room "
                     "and run the same command again"
