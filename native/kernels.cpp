@@ -1,6 +1,7 @@
 // Compiled once per instruction set: the compiler's flags and OUTRIDER_ISA (a name) make the difference.
 #include "attention.hpp"
 #include "gemm.hpp"
+#include "masses.hpp"
 #include "race.hpp"
 #include "rows.hpp"
 #include "shortlist.hpp"
@@ -25,8 +26,8 @@ static double read_sum(const char* data, size_t bytes) {
 extern const Kernels table;
 const Kernels table = {
     OUTRIDER_TEXT(OUTRIDER_ISA), kPanel, operand_bytes, gemm, prepare, rms_norm, accumulate, activate, rotate,
-    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max, sum_exp, race,
-    count_from, collect, dot_rows, read_sum,
+    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max, race,
+    exps, excess, fold_max, count_from, collect, dot_rows, read_sum,
 };
 
 }  // namespace outrider::OUTRIDER_ISA

@@ -103,9 +103,12 @@ struct Kernels {
   void (*softcap)(float* x, int64_t count, float cap);
   // Rows of logits: see race.hpp.
   int64_t (*find_max)(const float* x, int64_t n, float* largest);
-  double (*sum_exp)(const float* x, int64_t n, float shift);
   float (*race)(const float* x, int64_t n, float divisor, uint64_t key, uint64_t first, const int64_t* ids,
                 float* scores, float* peak);
+  // Rows of logits as probabilities: see masses.hpp.
+  double (*exps)(const float* x, int64_t n, float divisor, float shift, float scale, float* out);
+  double (*excess)(float* p, const float* q, int64_t n, float weight);
+  void (*fold_max)(const float* x, int64_t blocks, int64_t length, float* out);
   // A few of many: see shortlist.hpp.
   int64_t (*count_from)(const float* x, int64_t n, float bound);
   int64_t (*collect)(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* places);

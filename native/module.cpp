@@ -20,6 +20,7 @@
 #include "markov.hpp"
 #include "sampler.hpp"
 #include "stack.hpp"
+#include "verdict.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -34,7 +35,6 @@ using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu
 using IntRows = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using IntsOut = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using IntRowsOut = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using DoublesOut = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using RowsOut = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void expect_shape(const char* name, int64_t rows, int64_t width, int64_t want_rows, int64_t want_width) {
@@ -152,6 +152,89 @@ void markov_draft(MarkovHead& head, const Rows& base, const std::optional<Rows>&
   block.logits = ids && logits ? logits->data() : nullptr;
   nb::gil_scoped_release released;
   head.draft(block);
+}
+
+using Doubles = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A step's laws as Python hands them over.
+struct LawArrays {
+  const std::optional<Rows>& logits;
+  const std::optional<IntRows>& ids;
+  const std::optional<Vector>& divisors;
+  const std::optional<Ints>& top_k;
+  const std::optional<Doubles>&top_p, &min_p;
+
+  Laws checked() const {
+    Laws laws;
+    laws.logits = logits->data();
+    laws.places = logits->shape(0);
+    laws.width = logits->shape(1);
+    if (!laws.width) throw std::invalid_argument("a law needs at least one token");
+    if (ids) expect_shape("ids", ids->shape(0), ids->shape(1), laws.places, laws.width);
+    if (divisors) expect_choices(*logits, divisors->size());
+    if (top_k && !(top_p && min_p && !ids)) throw std::invalid_argument("limits are three, and not of listed tokens");
+    if (top_k) {
+      expect_choices(*logits, top_k->size());
+      expect_choices(*logits, top_p->size());
+      expect_choices(*logits, min_p->size());
+      laws.top_k = top_k->data();
+      laws.top_p = top_p->data();
+      laws.min_p = min_p->data();
+    }
+    laws.ids = ids ? ids->data() : nullptr;
+    laws.divisors = divisors ? divisors->data() : nullptr;
+    return laws;
+  }
+};
+
+void verdict_of(const std::optional<Rows>& logits, const std::optional<IntRows>& ids,
+                const std::optional<Vector>& divisors, const std::optional<Ints>& top_k,
+                const std::optional<Doubles>& top_p, const std::optional<Doubles>& min_p,
+                const std::optional<Rows>& draft_logits, const std::optional<IntRows>& draft_ids,
+                const std::optional<Vector>& draft_divisors, const std::optional<Ints>& draft_top_k,
+                const std::optional<Doubles>& draft_top_p, const std::optional<Doubles>& draft_min_p,
+                const IntRows& control, const IntRows& tokens, uint64_t accept, uint64_t own, uint64_t keys,
+                const IntRowsOut& out) {
+  if (!logits) throw std::invalid_argument("the target's logits are missing");
+  VerdictTask task;
+  task.target = LawArrays{logits, ids, divisors, top_k, top_p, min_p}.checked();
+  Laws drafter;
+  if (draft_logits) {
+    drafter = LawArrays{draft_logits, draft_ids, draft_divisors, draft_top_k, draft_top_p, draft_min_p}.checked();
+    task.drafter = &drafter;
+  }
+  task.rows = tokens.shape(0);
+  task.drafts = tokens.shape(1);
+  expect_shape("control", control.shape(0), control.shape(1), task.rows, kVerdictColumns);
+  expect_shape("out", out.shape(0), out.shape(1), task.rows, task.drafts + 2);
+  task.control = reinterpret_cast<const VerdictRow*>(control.data());
+  task.tokens = tokens.data();
+  for (int64_t b = 0; b < task.rows; b++) {
+    const VerdictRow& row = task.control[b];
+    const bool drafted = !task.drafter || row.keep == 0 ||
+                         (row.drafted >= 0 && row.drafted + row.keep <= drafter.places);
+    if (row.keep < 0 || row.keep > task.drafts || row.start < 0 || row.start + row.keep >= task.target.places || !drafted)
+      throw std::invalid_argument("row " + std::to_string(b) + " keeps more drafts than there are, or than have laws");
+    if (row.rule < 0 || row.rule > static_cast<int64_t>(Rule::block))
+      throw std::invalid_argument("no such rule: " + std::to_string(row.rule));
+  }
+  task.purposes = {accept, own, keys};
+  task.out = out.data();
+  nb::gil_scoped_release released;
+  verdict(task);
+}
+
+nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> kept(const Vector& logits, int64_t top_k, double top_p, double min_p) {
+  if (!logits.size() || top_k < 1) throw std::invalid_argument("a law needs at least one token, and keeps at least one");
+  auto columns = std::make_unique<std::vector<int64_t>>();
+  {
+    nb::gil_scoped_release released;
+    *columns = kept_columns(find_kernels(), logits.data(), logits.size(), {top_k, top_p, min_p});
+  }
+  int64_t* data = columns->data();
+  const size_t size = columns->size();
+  nb::capsule owner(columns.release(), [](void* p) noexcept { delete static_cast<std::vector<int64_t>*>(p); });
+  return {data, {size}, owner};
 }
 
 double read_bandwidth(size_t bytes, int repeats) {
@@ -355,13 +438,6 @@ NB_MODULE(_native, m) {
           argmax(logits.data(), logits.shape(0), logits.shape(1), out.data());
         },
         "logits"_a.noconvert(), "out"_a.noconvert(), "Where each row's largest entry first stands.");
-  m.def("logsumexp",
-        [](const Rows& logits, const DoublesOut& out) {
-          expect_choices(logits, out.size());
-          nb::gil_scoped_release released;
-          logsumexp(logits.data(), logits.shape(0), logits.shape(1), out.data());
-        },
-        "logits"_a.noconvert(), "out"_a.noconvert());
   m.def("gumbel_argmax",
         [](const Rows& logits, const Ints& keys, const IntsOut& out, const std::optional<Vector>& divisors,
            const std::optional<IntRows>& ids) {
@@ -376,6 +452,14 @@ NB_MODULE(_native, m) {
         "logits"_a.noconvert(), "keys"_a.noconvert(), "out"_a.noconvert(), "divisors"_a.noconvert() = nb::none(),
         "ids"_a.noconvert() = nb::none(),
         "The column of each row's largest logit / divisor + Gumbel value, exactly as outrider.noise defines it.");
+  m.def("verdict", &verdict_of, "logits"_a.noconvert(), "ids"_a.noconvert().none(), "divisors"_a.noconvert().none(),
+        "top_k"_a.noconvert().none(), "top_p"_a.noconvert().none(), "min_p"_a.noconvert().none(),
+        "draft_logits"_a.noconvert().none(), "draft_ids"_a.noconvert().none(), "draft_divisors"_a.noconvert().none(),
+        "draft_top_k"_a.noconvert().none(), "draft_top_p"_a.noconvert().none(), "draft_min_p"_a.noconvert().none(),
+        "control"_a.noconvert(), "tokens"_a.noconvert(), "accept"_a, "own"_a, "keys"_a, "out"_a.noconvert(),
+        "Verifies a step's drafts: outrider.acceptance says what is what.");
+  m.def("kept", &kept, "logits"_a.noconvert(), "top_k"_a, "top_p"_a, "min_p"_a,
+        "The columns that top-k, top-p and min-p leave of one row of logits, ascending.");
   m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "repeats"_a = 3,
         "Best bytes per second of `repeats` sweeps by all threads over fresh memory.");
   m.def("threads", [] { return shared_pool()->threads(); });

@@ -1,4 +1,4 @@
-// Rows of logits: largest entry, sums of exponentials, and Gumbel races (outrider.noise defines the noise).
+// Rows of logits: largest entry, and Gumbel races (outrider.noise defines the noise).
 #pragma once
 
 #include "simd.hpp"
@@ -41,19 +41,6 @@ static int64_t find_max(const float* x, int64_t n, float* largest) {
   for (i = 0; i < n; i++)
     if (x[i] == best) return i;
   return 0;
-}
-
-static double sum_exp(const float* x, int64_t n, float shift) {
-  F sum = set(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) sum = sum + exp(load(x + i) - set(shift));
-  double total = reduce_add(sum);
-  if (i < n) {
-    alignas(64) float rest[kLanes];
-    for (int l = 0; l < kLanes; l++) rest[l] = i + l < n ? x[i + l] : -INFINITY;
-    total += reduce_add(exp(load(rest) - set(shift)));
-  }
-  return total;
 }
 
 // scores[i] = x[i] / divisor + a float32 Gumbel value of (key, token), token = ids[i] or first + i. The noise is off by

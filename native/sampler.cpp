@@ -7,40 +7,14 @@
 #include <vector>
 
 #include "kernels.hpp"
-#include "threadpool.hpp"
+#include "mix.hpp"
 
 namespace outrider {
 
 namespace {
 
-constexpr int64_t kPiece = 4096;          // entries looked at together; sums are merged piece by piece
-constexpr int64_t kWorthSharing = 65536;  // entries below which waking other threads costs more than it saves
-
-// Calls job(row, first, count, piece) for every piece of every row, on as many threads as pay.
-template <class Job>
-void for_pieces(int64_t rows, int64_t width, Job&& job) {
-  const int64_t pieces = (width + kPiece - 1) / kPiece;
-  const auto some = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int64_t begin = i % pieces * kPiece;
-      job(i / pieces, begin, std::min(kPiece, width - begin), i);
-    }
-  };
-  if (rows * width < kWorthSharing) return some(0, rows * pieces);
-  const auto pool = shared_pool();
-  pool->run([&](int thread) {
-    pool->deal(thread, rows * pieces, [&](int64_t i) { some(i, i + 1); });
-  });
-}
-
-uint64_t mix64(uint64_t x) {
-  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
-  x = (x ^ x >> 27) * 0x94D049BB133111EB;
-  return x ^ x >> 31;
-}
-
 double gumbel(uint64_t key, uint64_t token) {
-  const double word = static_cast<double>(mix64(key + (token + 1) * 0x9E3779B97F4A7C15));
+  const double word = static_cast<double>(mix64(key + (token + 1) * kGamma));
   const double u = std::min((word + 0.5) * 0x1p-64, 1.0 - 0x1p-53);
   return -std::log(-std::log1p(-u));
 }
@@ -64,10 +38,10 @@ struct Race {
 
 void argmax(const float* logits, int64_t rows, int64_t width, int64_t* out) {
   const Kernels& k = find_kernels();
-  const int64_t pieces = (width + kPiece - 1) / kPiece;
+  const int64_t pieces = piece_count(width);
   std::vector<float> best(rows * pieces);
   std::vector<int64_t> place(rows * pieces);
-  for_pieces(rows, width, [&](int64_t row, int64_t first, int64_t count, int64_t piece) {
+  for_pieces(true, rows, width, [&](int64_t row, int64_t first, int64_t count, int64_t piece) {
     place[piece] = first + k.find_max(logits + row * width + first, count, &best[piece]);
   });
   for (int64_t row = 0; row < rows; row++) {
@@ -76,32 +50,13 @@ void argmax(const float* logits, int64_t rows, int64_t width, int64_t* out) {
   }
 }
 
-void logsumexp(const float* logits, int64_t rows, int64_t width, double* out) {
-  const Kernels& k = find_kernels();
-  const int64_t pieces = (width + kPiece - 1) / kPiece;
-  std::vector<float> shift(rows * pieces);
-  std::vector<double> sum(rows * pieces);
-  for_pieces(rows, width, [&](int64_t row, int64_t first, int64_t count, int64_t piece) {
-    const float* x = logits + row * width + first;
-    k.find_max(x, count, &shift[piece]);
-    sum[piece] = std::isinf(shift[piece]) ? 0.0 : k.sum_exp(x, count, shift[piece]);
-  });
-  for (int64_t row = 0; row < rows; row++) {
-    const float most = *std::max_element(shift.begin() + row * pieces, shift.begin() + (row + 1) * pieces);
-    double total = 0.0;
-    for (int64_t p = row * pieces; p < (row + 1) * pieces; p++)
-      total += sum[p] == 0.0 ? 0.0 : sum[p] * std::exp(static_cast<double>(shift[p]) - most);
-    out[row] = std::isinf(most) ? most : most + std::log(total);
-  }
-}
-
 void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* divisors,
-                   const int64_t* ids, int64_t* out) {
+                   const int64_t* ids, int64_t* out, bool share) {
   const Kernels& k = find_kernels();
-  const int64_t pieces = (width + kPiece - 1) / kPiece;
+  const int64_t pieces = piece_count(width);
   std::vector<Race> races(rows * pieces);
   const auto divisor = [&](int64_t row) { return divisors ? divisors[row] : 1.0f; };
-  for_pieces(rows, width, [&](int64_t row, int64_t first, int64_t count, int64_t piece) {
+  for_pieces(share, rows, width, [&](int64_t row, int64_t first, int64_t count, int64_t piece) {
     Race& race = races[piece];
     float scores[kPiece];
     race.best = k.race(logits + row * width + first, count, divisor(row), static_cast<uint64_t>(keys[row]),

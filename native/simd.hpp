@@ -144,10 +144,11 @@ constexpr int kPanel = kLanes * kVectors;
 // 2^n for whole n in [-126, 127].
 static inline F power_of_two(F n) { return as_float(shift_left<23>(to_int(n) + 127)); }
 
-// exp to about one unit in the last place (Cephes' expf); exactly 0 below -87.3 and exactly 1 at 0.
+// exp to about one unit in the last place (Cephes' expf); exactly 0 below -87.3, exactly 1 at 0, NaN for NaN (the order
+// of the operands sees to that).
 static inline F exp(F x) {
   const Mask tiny = less(x, set(-87.3f));
-  x = min(max(x, set(-87.3f)), set(88.0f));
+  x = min(set(88.0f), max(set(-87.3f), x));
   const F n = round(x * set(1.44269504088896341f));
   F r = fma(n, set(-0.693359375f), x);
   r = fma(n, set(2.12194440e-4f), r);

@@ -39,6 +39,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from outrider.core import native
+from outrider.errors import OutriderError
+from outrider.noise import RowNoise, purpose_word
 from outrider.sampling import Categorical
 from outrider.types import Context, Law, Noise, Proposal, Verification
 
@@ -99,10 +102,11 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
     ones each kept draft. keep int64 [B], at most ``proposal.lengths``. The rule is each request's ``effective_rule``.
     ``proposal.law`` needs no places for rows at the end that keep nothing. Results are on the CPU.
     """
-    whole = Round.of(target, proposal, keep)
+    if _for_the_core(target, proposal.law) and isinstance(noise, RowNoise):
+        return _verdict(target, proposal, keep, context, noise)
     if target.is_greedy:
-        accepted, own = match(whole, _array(target.argmax()))
-        return _verification(whole.tokens, accepted, own)
+        return _verify_greedy(target.argmax().tolist(), proposal.tokens.tolist(), keep.tolist())
+    whole = Round.of(target, proposal, keep)
     rules = [p.effective_rule if p.temperature else "coupled" for p in context.params]  # cheapest for a sure token
     positions = np.array([len(tokens) for tokens in context.history], np.int64)
     accepted, own = np.zeros((2, len(rules)), np.int64)
@@ -128,6 +132,71 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
         after = torch.from_numpy(positions[rows] + accepted[rows])
         own[rows] = _array(law.pick(noise.uniform(torch.from_numpy(rows), after, "own")))
     return _verification(whole.tokens, accepted, own)
+
+
+# ------------------------------------------------------------------------------------------------ in the core
+
+_RULES = {"coupled": 0, "rejection": 1, "block": 2}
+
+
+def _for_the_core(target: Categorical, law: Law | None) -> bool:
+    """Whether the compiled core can read the laws: logits, in float32 on a CPU."""
+    return (
+        native is not None
+        and target.core_form is not None
+        and (law is None or (isinstance(law, Categorical) and law.core_form is not None))
+    )
+
+
+def _verdict(target: Categorical, proposal: Proposal, keep: Tensor, context: Context, noise: RowNoise) -> Verification:
+    """The same in one call. It looks at laws place by place and stops where the verdict is clear."""
+    counts, drafts = keep.tolist(), proposal.tokens.shape[1]
+    control, start = [], 0
+    for b, (params, history, count) in enumerate(zip(context.params, context.history, counts, strict=True)):
+        rule = _RULES[params.effective_rule] if params.temperature else 0  # cheapest for a sure token
+        seed, round = noise.rows[b]
+        control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
+        start += count + 1
+    assert len(target) == start, "one law for each kept draft and one more for each row"
+    out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
+    law = (None,) * 6 if proposal.law is None else proposal.law.core_form  # type: ignore[attr-defined]
+    tokens = np.ascontiguousarray(proposal.tokens.numpy())
+    try:
+        native.verdict(
+            *target.core_form,
+            *law,
+            np.array(control),
+            tokens,
+            _ACCEPT,
+            _OWN,
+            _TOKENS,
+            out.numpy(),  # type: ignore[misc]
+        )
+    except ValueError as error:
+        raise OutriderError(str(error)) from error
+    accepted = out[:, 0]
+    return Verification(accepted, out[:, 1:], accepted + 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+_ACCEPT, _OWN, _TOKENS = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
+
+
+def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -> Verification:
+    """Drafts that are the target's own choice stay. draws [R], drafts [B, K]; plain lists are quickest for so few."""
+    accepted, tokens, start = [], [], 0
+    for row, count in zip(drafts, keep, strict=True):
+        same = 0
+        while same < count and row[same] == draws[start + same]:
+            same += 1
+        accepted.append(same)
+        tokens.append([*row[:same], draws[start + same], *row[same:]])
+        start += count + 1
+    counts = torch.tensor(accepted)
+    return Verification(counts, torch.tensor(tokens), counts + 1)
 
 
 def truncate(tokens: Sequence[int], accepted: int, stop_ids: Collection[int], budget: int) -> tuple[list[int], int]:

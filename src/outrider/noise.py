@@ -37,7 +37,7 @@ from outrider.config import Rule
 from outrider.core import native
 from outrider.errors import OutriderError
 
-__all__ = ["GAMMA", "RowNoise", "gumbel", "gumbel_argmax", "mix64"]
+__all__ = ["GAMMA", "RowNoise", "gumbel", "gumbel_argmax", "mix64", "purpose_word"]
 
 GAMMA = 0x9E3779B97F4A7C15
 MIX1, MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -80,6 +80,13 @@ def _word(value: int | str) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
+def purpose_word(purpose: str, tokens: bool = False) -> int:
+    """What stands for a purpose in the keys of ``RowNoise``: of its uniform numbers, or of its token keys; an empty
+    purpose of token keys is the one that rows under ``coupled`` share."""
+    kind = "tokens" if tokens else "uniform"
+    return _word(f"{kind} {purpose}".rstrip())
+
+
 class RowNoise:
     """The noise of one step's rows (``types.Noise``).
 
@@ -95,30 +102,37 @@ class RowNoise:
     """
 
     def __init__(self, seeds: Sequence[int], rounds: Sequence[int], rules: Sequence[Rule]) -> None:
-        self._rows = list(zip(seeds, rounds, (rule == "coupled" for rule in rules), strict=True))
-        self._streams: dict[str, _Words] = {}
+        self.rules = rules
+        # Of each row the word of its seed and what is absorbed of its round.
+        self.rows = [
+            (_word(seed), 0 if rule == "coupled" else round + 1)
+            for seed, round, rule in zip(seeds, rounds, rules, strict=True)
+        ]
+        self._streams: dict[int, _Words] = {}
 
     def uniform(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
         """float64 in (0, 1), one for each (row, position): odd multiples of 2**-53. int64 [n], int64 [n] -> [n]."""
-        name = "uniform " + purpose
-        bits = self._words(name, name, rows, positions) >> np.uint64(12)
+        word = purpose_word(purpose)
+        bits = self._words(word, word, rows, positions) >> np.uint64(12)
         return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-52)
 
     def token_keys(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
         """int64 [n]: the keys of ``gumbel``, one for each (row, position). int64 [n], int64 [n] -> [n]."""
-        return torch.from_numpy(self._words("tokens " + purpose, "tokens", rows, positions).view(np.int64))
+        return torch.from_numpy(self._words(purpose_word(purpose, True), _SHARED, rows, positions).view(np.int64))
 
-    def _words(self, name: str, shared: str, rows: Tensor, positions: Tensor) -> _Words:
-        """One word for each (row, position) of the stream ``name``; of ``shared`` in rows under ``coupled``."""
-        stream = self._streams.get(name)
+    def _words(self, own: int, shared: int, rows: Tensor, positions: Tensor) -> _Words:
+        """One word for each (row, position) of the stream ``own``; of ``shared`` in rows under ``coupled``."""
+        stream = self._streams.get(own)
         if stream is None:  # Python's integers are quicker than arrays of so few
-            own, common = _word(name), _word(shared)
             starts = [
-                _absorb_one(_absorb_one(_word(seed), 0 if coupled else round + 1), common if coupled else own)
-                for seed, round, coupled in self._rows
+                _absorb_one(_absorb_one(seed, round), shared if rule == "coupled" else own)
+                for (seed, round), rule in zip(self.rows, self.rules, strict=True)
             ]
-            stream = self._streams[name] = np.array(starts, np.uint64)
+            stream = self._streams[own] = np.array(starts, np.uint64)
         return _absorb(stream[rows.cpu().numpy()], positions.cpu().numpy().view(np.uint64))
+
+
+_SHARED = purpose_word("", True)
 
 
 # ------------------------------------------------------------------------------------------------ Gumbel values

@@ -19,6 +19,7 @@ Legend: R places (rows of logits), V vocabulary, S columns of a law (V, or as ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +29,12 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.noise import gumbel_argmax
-from outrider.truncation import kept_tokens, log_sum_exp
+from outrider.truncation import Limits, limited
 from outrider.types import Context
 
 __all__ = ["Categorical", "process"]
 
-_SPARSE_SHARE = 4  # keep only the kept tokens where they are at most one in so many
+_COLD = 1e-3  # a temperature under which a quotient may overflow
 
 
 # ------------------------------------------------------------------------------------------------ the law
@@ -46,9 +47,12 @@ class Categorical:
     stands for token ``ids[r, s]``. Everything else follows from the form: ``at``, ``lookup`` and ``dense`` read the
     very law that ``draw`` and ``pick`` sample. Tensors are kept, not copied: their owner must not write to them while
     the law is in use.
+
+    A law that ``process`` made is ``raw`` at first, logits and ``limits``: the compiled core verifies drafts from that
+    and works out no place that it need not look at. Whoever asks for anything else gets one of the three forms.
     """
 
-    __slots__ = ("_logits", "_probabilities", "ids", "tokens", "vocab_size")
+    __slots__ = ("_ids", "_logits", "_probabilities", "limits", "raw", "tokens", "vocab_size")
 
     def __init__(
         self,
@@ -58,13 +62,17 @@ class Categorical:
         probabilities: Tensor | None = None,
         ids: Tensor | None = None,
         tokens: Tensor | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Give ``tokens`` int64 [R], or else ``logits`` or ``probabilities`` [R, S]; S = V unless ``ids`` int64 [R, S]
-        name the columns: ascending in each row, distinct, V (with no mass) where a row has fewer."""
+        name the columns: ascending in each row, distinct, V (with no mass) where a row has fewer. ``limits`` are of
+        dense ``logits``."""
         self.vocab_size = vocab_size
         self.tokens = tokens
-        self.ids = ids
-        self._logits = logits
+        self.raw = logits if limits is not None else None
+        self.limits = limits
+        self._ids = ids
+        self._logits = logits if limits is None else None
         self._probabilities = probabilities
 
     @staticmethod
@@ -78,15 +86,45 @@ class Categorical:
         return Categorical(logits.shape[1], logits=logits)
 
     def __len__(self) -> int:
+        if self.raw is not None:
+            return len(self.raw)
         return len(self._columns if self.tokens is None else self.tokens)
+
+    @property
+    def core_form(self) -> tuple[Any, ...] | None:
+        """What the compiled core reads a law from: logits, ids, temperatures, top_k, top_p, min_p, arrays or None. None
+        where these are not float32 numbers on a CPU."""
+        logits, limits = (self._logits, None) if self.raw is None else (self.raw, self.limits)
+        if logits is None or logits.dtype != torch.float32 or logits.device.type != "cpu":
+            return None
+        ids = None if self._ids is None else self._ids.numpy()
+        values = np.ascontiguousarray(logits.numpy())
+        if limits is None:
+            return values, ids, None, None, None, None
+        temperatures = None if limits.temperatures is None else limits.temperatures.astype(np.float32)
+        return values, ids, temperatures, limits.top_k, limits.top_p, limits.min_p
 
     @property
     def is_greedy(self) -> bool:
         """Every place is certain (a batch that mixes greedy and sampled rows is not)."""
         return self.tokens is not None
 
+    def _settle(self) -> None:
+        """From raw logits to a form."""
+        if self.raw is not None:
+            assert self.limits is not None
+            self._logits, self._ids = limited(self.raw, self.limits)
+            self.raw = self.limits = None
+
+    @property
+    def ids(self) -> Tensor | None:
+        """int64 [R, S]: the tokens of the columns; None: column v is token v."""
+        self._settle()
+        return self._ids
+
     @property
     def _columns(self) -> Tensor:
+        self._settle()
         columns = self._probabilities if self._logits is None else self._logits
         assert columns is not None
         return columns
@@ -105,6 +143,7 @@ class Categorical:
     @property
     def logits(self) -> Tensor:
         """[R, S], by column, up to a constant per row; not of certain tokens."""
+        self._settle()
         if self._logits is None:
             self._logits = self._columns.log()
         return self._logits
@@ -172,7 +211,10 @@ class Categorical:
 
     def take(self, places: Tensor) -> Categorical:
         """The laws at these places, in this order. int64 [n]."""
-        taken = (x if x is None else x[places] for x in (self._logits, self._probabilities, self.ids, self.tokens))
+        if self.raw is not None and self.limits is not None:
+            limits = self.limits.take(places.cpu().numpy())
+            return Categorical(self.vocab_size, logits=self.raw[places], limits=limits)
+        taken = (x if x is None else x[places] for x in (self._logits, self._probabilities, self._ids, self.tokens))
         logits, probabilities, ids, tokens = taken
         return Categorical(self.vocab_size, logits=logits, probabilities=probabilities, ids=ids, tokens=tokens)
 
@@ -267,15 +309,23 @@ def process(
                 _penalise(logits, places, p, context.history[row] + drafts, context.prompt_lengths[row], follows)
         if greedy:
             return Categorical.greedy(_argmax(logits), size)
-    mine = slice(None) if place_rows is None else place_rows
-    if any(p.temperature not in (0, 1) for p in params):
-        logits = _temper(logits, np.array([p.temperature or 1.0 for p in params])[mine])
     # A greedy row among sampled ones is a row with top_k = 1: ties at the cut go to the lowest id there too.
     k = [1 if p.temperature == 0 else min(p.top_k or size, size) for p in params]
-    if all(n == size for n in k) and all(p.top_p == 1 and p.min_p == 0 for p in params):
+    temperature = [p.temperature or 1.0 for p in params]
+    cuts = any(n < size or p.top_p < 1 or p.min_p > 0 for n, p in zip(k, params, strict=True))
+    if not cuts and all(t == 1 for t in temperature):
         return Categorical.of(logits)
-    limits = np.array([k, [p.top_p for p in params], [p.min_p for p in params]])[:, mine]
-    return _cut(logits, limits[0].astype(np.int64), limits[1], limits[2])
+    mine = slice(None) if place_rows is None else place_rows
+    temperatures = np.array(temperature)[mine] if any(t != 1 for t in temperature) else None
+    if temperatures is not None and temperatures.min() < _COLD:
+        logits, temperatures = _chill(logits, temperatures), None
+    limits = Limits(
+        temperatures,
+        np.array(k)[mine] if cuts else None,
+        np.array([p.top_p for p in params])[mine] if cuts else None,
+        np.array([p.min_p for p in params])[mine] if cuts else None,
+    )
+    return Categorical(size, logits=logits, limits=limits)
 
 
 def _add_bias(logits: Tensor, places: npt.NDArray[np.int64], params: SamplingParams) -> None:
@@ -314,41 +364,7 @@ def _penalise(
     logits[index] = values - torch.from_numpy(amount).to(values)
 
 
-def _temper(logits: Tensor, temperature: npt.NDArray[np.float64]) -> Tensor:
-    """logits / temperature, place by place."""
-    divisor = torch.from_numpy(temperature).to(logits)[:, None]
-    if temperature.min() < 1e-3:  # keep the quotient finite; elsewhere the shift is 0 and changes no bit
-        logits = logits - torch.where(divisor < 1e-3, logits.amax(1, keepdim=True), 0)
-    return logits / divisor
-
-
-# ------------------------------------------------------------------------------------------------ top-k, top-p, min-p
-
-
-def _cut(
-    logits: Tensor, k: npt.NDArray[np.int64], p: npt.NDArray[np.float64], min_p: npt.NDArray[np.float64]
-) -> Categorical:
-    """Steps 5 to 7. k, p, min_p: one per place; k = V, p = 1, min_p = 0 cut nothing."""
-    size = logits.shape[1]
-    cut = np.flatnonzero((k < size) | (p < 1) | (min_p > 0))
-    if not len(cut):  # the rows whose law is cut have no place here
-        return Categorical.of(logits)
-    rows = logits.cpu().numpy()
-    totals = np.zeros(len(rows))
-    if ((k == size) & (p < 1)).any():
-        totals = log_sum_exp(logits).cpu().numpy()
-    kept = [kept_tokens(rows[r], int(k[r]), float(p[r]), float(min_p[r]), float(totals[r])) for r in cut]
-    width = max(len(ids) for ids in kept)
-    if len(cut) < len(rows) or width * _SPARSE_SHARE > size:
-        dense = np.full_like(rows, -np.inf) if len(cut) == len(rows) else rows.copy()
-        dense[cut] = -np.inf
-        for r, ids in zip(cut, kept, strict=True):
-            dense[r, ids] = rows[r, ids]
-        return Categorical.of(torch.from_numpy(dense).to(logits.device))
-    columns = np.full((len(rows), width), size)
-    values = np.full((len(rows), width), -np.inf, rows.dtype)
-    for r, ids in zip(cut, kept, strict=True):
-        columns[r, : len(ids)] = ids
-        values[r, : len(ids)] = rows[r, ids]
-    device = logits.device
-    return Categorical(size, logits=torch.from_numpy(values).to(device), ids=torch.from_numpy(columns).to(device))
+def _chill(logits: Tensor, temperatures: npt.NDArray[np.float64]) -> Tensor:
+    """logits / temperature where that might overflow: cold rows are shifted first, so that their largest is 0."""
+    divisor = torch.from_numpy(temperatures).to(logits)[:, None]
+    return (logits - torch.where(divisor < _COLD, logits.amax(1, keepdim=True), 0)) / divisor

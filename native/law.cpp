@@ -1,0 +1,268 @@
+#include "law.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+
+#include "sampler.hpp"
+
+namespace outrider {
+
+namespace {
+
+constexpr int64_t kBlocks = 16;      // values summarised by their maximum when few of many are wanted
+constexpr int kBinsPerUnit = 8, kBins = 24 * kBinsPerUnit + 1;  // of logits below the largest; the last takes the rest
+constexpr double kAlmost = 1.0 - 4 * 0x1p-23;  // a mass that misses p by the rounding of its logits has reached it
+
+template <class T>
+using Scratch = std::unique_ptr<T[]>;
+template <class T>
+Scratch<T> scratch(int64_t n) {
+  return std::make_unique_for_overwrite<T[]>(static_cast<size_t>(n));
+}
+
+struct Candidate {
+  float value;
+  int64_t column;
+  bool operator<(const Candidate& other) const {
+    return value != other.value ? value > other.value : column < other.column;
+  }
+};
+
+std::vector<Candidate> from(const Kernels& k, const float* x, int64_t n, float bound) {
+  const Scratch<int32_t> places = scratch<int32_t>(n);
+  const int64_t count = k.collect(x, nullptr, 0.0f, n, bound, places.get());
+  std::vector<Candidate> found(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; i++) found[i] = {x[places[i]], places[i]};
+  return found;
+}
+
+// The `count` largest, in order.
+std::vector<Candidate> largest(const Kernels& k, const float* x, int64_t n, int64_t count) {
+  const int64_t length = n / kBlocks;
+  float bound = -std::numeric_limits<float>::infinity();
+  if (length >= 4 * count) {  // each block's maximum is a value of the row: `count` of them bound it
+    std::vector<float> most(static_cast<size_t>(length));
+    k.fold_max(x, kBlocks, length, most.data());
+    std::nth_element(most.begin(), most.begin() + count - 1, most.end(), std::greater<float>());
+    bound = most[count - 1];
+  }
+  std::vector<Candidate> found = from(k, x, n, bound);
+  std::nth_element(found.begin(), found.begin() + count - 1, found.end());
+  found.resize(static_cast<size_t>(count));
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+// Everything down to the column with which the mass reaches p. The mass of every eighth of a unit of logits says where
+// that is; only what lies in the last one is put in order.
+std::vector<Candidate> nucleus(const Kernels& k, const float* x, int64_t n, float peak, double p) {
+  const Scratch<float> weight = scratch<float>(n);
+  k.exps(x, n, 1.0f, peak, 1.0f, weight.get());
+  const auto bin_of = [peak](float value) {
+    const float below = (peak - value) * kBinsPerUnit;
+    return below < kBins - 1 ? static_cast<int>(below) : kBins - 1;
+  };
+  double mass[kBins] = {};
+  for (int64_t i = 0; i < n; i++) mass[bin_of(x[i])] += weight[i];
+  double whole = 0.0;
+  for (double part : mass) whole += part;
+  const double goal = p * kAlmost * whole;
+  double above = 0.0;
+  int last = 0;
+  while (last < kBins - 1 && above + mass[last] < goal) above += mass[last++];
+  const float floor =
+      last == kBins - 1 ? -std::numeric_limits<float>::infinity() : peak - static_cast<float>(last + 2) / kBinsPerUnit;
+  std::vector<Candidate> found = from(k, x, n, floor), edge;
+  const auto inside = std::stable_partition(found.begin(), found.end(),
+                                            [&](const Candidate& one) { return bin_of(one.value) < last; });
+  for (auto one = inside; one != found.end(); ++one)
+    if (bin_of(one->value) == last) edge.push_back(*one);
+  found.erase(inside, found.end());
+  std::sort(edge.begin(), edge.end());
+  for (const Candidate& one : edge) {
+    if (above >= goal) break;
+    above += std::exp(static_cast<double>(one.value) - peak);
+    found.push_back(one);
+  }
+  return found;
+}
+
+}  // namespace
+
+std::vector<int64_t> kept_columns(const Kernels& k, const float* x, int64_t n, const Limits& limits) {
+  float peak;
+  const int64_t likeliest = k.find_max(x, n, &peak);
+  if (limits.top_k <= 1) return {likeliest};
+  std::vector<Candidate> found;
+  if (limits.top_k < n) {
+    found = largest(k, x, n, limits.top_k);
+    if (limits.top_p < 1.0) {
+      double whole = 0.0, before = 0.0;
+      for (const Candidate& one : found) whole += std::exp(static_cast<double>(one.value) - peak);
+      size_t count = 0;
+      while (count < found.size() && before < limits.top_p * kAlmost * whole)
+        before += std::exp(static_cast<double>(found[count++].value) - peak);
+      found.resize(count);
+    }
+  } else if (limits.top_p < 1.0) {
+    found = nucleus(k, x, n, peak, limits.top_p);
+  } else {
+    found = from(k, x, n, peak + static_cast<float>(std::log(limits.min_p)) - 0.1f);
+  }
+  std::vector<int64_t> columns;
+  columns.reserve(found.size());
+  for (const Candidate& one : found)
+    if (limits.min_p <= 0.0 || std::exp(static_cast<double>(one.value) - peak) >= limits.min_p)
+      columns.push_back(one.column);
+  std::sort(columns.begin(), columns.end());
+  return columns;
+}
+
+// ------------------------------------------------------------------------------------------------ one law
+
+Law::Law(const Kernels& kernels, const Laws& laws, int64_t place, bool share)
+    : kernels_(kernels),
+      x_(laws.logits + place * laws.width),
+      ids_(laws.ids ? laws.ids + place * laws.width : nullptr),
+      count_(laws.width),
+      divisor_(laws.divisors ? laws.divisors[place] : 1.0f),
+      share_(share) {
+  if (laws.top_k) cut({laws.top_k[place], laws.top_p[place], laws.min_p[place]});
+  const int64_t parts = piece_count(count_);
+  std::vector<float> most(static_cast<size_t>(parts));
+  pieces([&](int64_t first, int64_t count, int64_t piece) { kernels_.find_max(x_ + first, count, &most[piece]); });
+  const float largest = *std::max_element(most.begin(), most.end());
+  if (!std::isfinite(largest)) return;  // not sound
+  peak_ = largest / divisor_;
+  Masses sums(static_cast<size_t>(parts));
+  pieces([&](int64_t first, int64_t count, int64_t piece) {
+    sums[piece] = kernels_.exps(x_ + first, count, divisor_, peak_, 1.0f, nullptr);
+  });
+  for (double part : sums) sum_ += part;
+}
+
+void Law::cut(const Limits& limits) {
+  if (limits.top_k >= count_ && limits.top_p >= 1.0 && limits.min_p <= 0.0) return;
+  const float* row = x_;
+  if (divisor_ != 1.0f) {  // what is equal after rounding counts as equal
+    own_.resize(static_cast<size_t>(count_));
+    for (int64_t i = 0; i < count_; i++) own_[i] = x_[i] / divisor_;
+    row = own_.data();
+  }
+  own_ids_ = kept_columns(kernels_, row, count_, limits);
+  std::vector<float> left(own_ids_.size());
+  for (size_t i = 0; i < left.size(); i++) left[i] = row[own_ids_[i]];
+  own_ = std::move(left);
+  x_ = own_.data();
+  ids_ = own_ids_.data();
+  count_ = static_cast<int64_t>(own_.size());
+  divisor_ = 1.0f;
+}
+
+template <class Job>
+void Law::pieces(Job&& job) const {
+  for_pieces(share_, 1, count_, [&](int64_t, int64_t first, int64_t count, int64_t piece) { job(first, count, piece); });
+}
+
+double Law::at(int64_t token) const {
+  int64_t column = token;
+  if (ids_) {
+    column = std::lower_bound(ids_, ids_ + count_, token) - ids_;
+    if (column == count_ || ids_[column] != token) return 0.0;
+  }
+  const float z = x_[column] / divisor_;
+  return std::exp(static_cast<double>(z) - peak_) / sum_;
+}
+
+int64_t Law::draw(uint64_t key) const {
+  const auto word = static_cast<int64_t>(key);
+  int64_t column;
+  gumbel_argmax(x_, 1, count_, &word, &divisor_, ids_, &column, share_);
+  return token(column);
+}
+
+int64_t Law::pick(double u) const {
+  const Scratch<float> all = scratch<float>(count_);
+  Masses sums(static_cast<size_t>(piece_count(count_)));
+  pieces([&](int64_t first, int64_t count, int64_t piece) {
+    sums[piece] = kernels_.exps(x_ + first, count, divisor_, peak_, 1.0f, all.get() + first);
+  });
+  return search(all.get(), sums, sum_, u);
+}
+
+int64_t Law::pick_excess(double u, double weight, const Law* other, int64_t draft) const {
+  const Scratch<float> all = scratch<float>(count_);
+  const Masses sums = fill_excess(weight, other, draft, all.get());
+  double total = 0.0;
+  for (double part : sums) total += part;
+  return total > 0.0 ? search(all.get(), sums, total, u) : pick(u);
+}
+
+double Law::excess(double weight, const Law* other, int64_t draft) const {
+  if (!other) return weight * (1.0 - at(draft));
+  const Scratch<float> all = scratch<float>(count_);
+  double total = 0.0;
+  for (double part : fill_excess(weight, other, draft, all.get())) total += part;
+  return total;
+}
+
+Law::Masses Law::fill_excess(double weight, const Law* other, int64_t draft, float* out) const {
+  Masses sums(static_cast<size_t>(piece_count(count_)));
+  pieces([&](int64_t first, int64_t count, int64_t piece) {
+    float taken[kPiece];
+    masses(first, count, out + first);
+    if (other)
+      other->masses_of(*this, first, count, taken);
+    else
+      for (int64_t i = 0; i < count; i++) taken[i] = token(first + i) == draft ? 2.0f : 0.0f;  // more than it has
+    sums[piece] = kernels_.excess(out + first, taken, count, static_cast<float>(weight));
+  });
+  return sums;
+}
+
+void Law::masses(int64_t first, int64_t count, float* out) const {
+  kernels_.exps(x_ + first, count, divisor_, peak_, static_cast<float>(1.0 / sum_), out);
+}
+
+// This law's probabilities of the tokens in some columns of another.
+void Law::masses_of(const Law& whose, int64_t first, int64_t count, float* out) const {
+  if (!ids_ && !whose.ids_) return masses(first, count, out);
+  float logits[kPiece];
+  if (!ids_) {
+    for (int64_t i = 0; i < count; i++) logits[i] = x_[whose.ids_[first + i]];
+  } else {
+    std::fill(logits, logits + count, -std::numeric_limits<float>::infinity());
+    const int64_t* mine = std::lower_bound(ids_, ids_ + count_, whose.token(first));
+    for (int64_t i = 0; i < count && mine != ids_ + count_;) {
+      const int64_t theirs = whose.token(first + i);
+      if (*mine == theirs) logits[i++] = x_[mine++ - ids_];
+      else if (*mine < theirs) ++mine;
+      else i = whose.ids_ ? i + 1 : *mine - first;  // the columns between are none of mine
+    }
+  }
+  kernels_.exps(logits, count, divisor_, peak_, static_cast<float>(1.0 / sum_), out);
+}
+
+int64_t Law::search(const float* masses, const Masses& sums, double total, double u) const {
+  double left = std::min(u, 1.0 - 0x1p-50) * total;
+  size_t piece = 0;
+  while (piece + 1 < sums.size() && left >= sums[piece]) left -= sums[piece++];
+  int64_t found = -1;
+  for (int64_t i = static_cast<int64_t>(piece) * kPiece; i < std::min(count_, static_cast<int64_t>(piece + 1) * kPiece); i++) {
+    if (masses[i] <= 0.0f) continue;  // never a token of no mass
+    found = i;
+    if (left < masses[i]) break;
+    left -= masses[i];
+  }
+  // Rounding may leave the piece that was found without an end, or without mass: then its neighbours' nearest mass.
+  for (int64_t i = static_cast<int64_t>(piece) * kPiece - 1; found < 0 && i >= 0; i--)
+    if (masses[i] > 0.0f) found = i;
+  for (int64_t i = 0; found < 0 && i < count_; i++)
+    if (masses[i] > 0.0f) found = i;
+  return token(found < 0 ? 0 : found);
+}
+
+}  // namespace outrider
