@@ -10,7 +10,9 @@ in a folder of its own under ``--out``/runs, by the settings of its recipe and w
 interrupted run goes on where it stopped, and tables share what they have in common. ``--trained NAME=DIR`` takes over a
 run made elsewhere by the same settings (``dspark``, ``dspark-seed1``, ...: see ``plan``).
 
-``plan`` lists which drafters a table needs and which are there.
+``plan`` lists which drafters a table needs and which are there. ``train`` trains those that are missing and measures
+nothing; two processes with ``--threads 1`` share that work, and two cores do it faster so. ``--features``, an artefact
+of ``outrider train features``, saves the target's passes.
 """
 
 from __future__ import annotations
@@ -18,10 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 from time import perf_counter
@@ -32,6 +32,7 @@ import signals as measured_signals
 import study_report
 import torch
 from signals import Clock, Costs, Recording
+from study_drafters import DSPARK, LAYERS, TRAINED, Trained, Workshop, needed
 from support import facts, say
 
 from outrider.calibration import Scaling
@@ -42,89 +43,24 @@ from outrider.evaluation.comparison import MACRO, Evaluation
 from outrider.evaluation.intervals import Estimate
 from outrider.llm import LLM
 from outrider.rounds import Question, ask, read_questions
-from outrider.training import calibrate, run
+from outrider.training import calibrate
 from outrider.weights import read_json, write_json
 
-RECIPES = Path(__file__).parent.parent / "recipes"
 RESULTS = Path(__file__).parent / "results" / "study"
 PACKAGED = "draft_model"
 WITHOUT_WEIGHTS = ("ngram", "suffix")
-TRAINED = ("dspark", "dflash", "eagle3", "draft-model")
-DEPTHS, BLOCKS, TEXTS = (1, 2, 5), (4, 8, 12, 16), (375, 1500)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-ASIDE = {"looks", "look_prompts", "look_tokens", "dtype"}  # settings that say nothing of the trained weights
 EXAMPLE = "--answers runs/embedded-answers/regenerate"
-
-
-# ------------------------------------------------------------------------------------------------ drafters
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A drafter to be trained: a recipe, and what is changed in it."""
-
-    recipe: str
-    changes: Mapping[str, Any] = field(default_factory=dict)  # of the drafter's options
-    suffix: str = ""
-    seed: int = 0
-    texts: int | None = None  # of the answers, evenly from all domains; None: all
-
-    @property
-    def name(self) -> str:
-        parts = [self.recipe, self.suffix, f"seed{self.seed}" if self.seed else ""]
-        return "-".join(part for part in [*parts, f"texts{self.texts}" if self.texts else ""] if part)
-
-    def config(self, steps: int | None) -> run.Config:
-        """Its recipe's settings, perhaps with other ``steps``. The draft model has no recipe: DSpark's, with its own
-        loss."""
-        if self.recipe == "draft-model":
-            base = _recipe("dspark") | {"kind": "draft_model", "drafter": {"layers": 1}}
-        else:
-            base = _recipe(self.recipe)
-        options = {**base["drafter"], **self.changes}
-        return run.Config(**{**base, "drafter": options, "steps": steps or base["steps"], "seed": self.seed})
-
-
-def _recipe(name: str) -> dict[str, Any]:
-    """What a recipe says of its training run: recipes have the steps that take them equally long."""
-    settings: dict[str, Any] = tomllib.loads((RECIPES / f"embedded-{name}.toml").read_text())["run"]
-    return settings
-
-
-def seeded(seeds: int, kinds: Sequence[str] = TRAINED) -> list[Trained]:
-    return [Trained(recipe, seed=seed) for recipe in kinds for seed in range(seeds)]
-
-
-DSPARK = Trained("dspark")
-NO_MARKOV = {"markov_rank": 0}
-LAYERS = _recipe("dspark")["drafter"]["layers"]
-BY_DEPTH = [DSPARK if n == LAYERS else Trained("dspark", {"layers": n}, f"layers{n}") for n in DEPTHS]
-BY_BLOCK = [Trained("dspark", {"block_size": n}, f"block{n}") for n in BLOCKS] + [
-    Trained("dspark", {"block_size": n, **NO_MARKOV}, f"block{n}-none") for n in BLOCKS
-]
-BY_HEAD = [DSPARK, Trained("dspark", {"markov_head": "rnn"}, "rnn"), Trained("dspark", NO_MARKOV, "none")]
-BY_TEXTS = [*(Trained("dspark", texts=n) for n in TEXTS), DSPARK]
-
-
-def needed(table: str, seeds: int, kinds: Sequence[str] = TRAINED) -> list[Trained]:
-    """The trained drafters of a table."""
-    return {"table1": seeded(seeds, kinds), "depth": BY_DEPTH, "blocks": BY_BLOCK, "heads": BY_HEAD}.get(
-        table, BY_TEXTS if table == "efficiency" else [DSPARK]
-    )
 
 
 # ------------------------------------------------------------------------------------------------ the study
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Workshop):
     """Where everything lies, and how much of it is wanted."""
 
-    answers: Path
-    out: Path
     results: Path = RESULTS
-    target: str = "embedded"
-    steps: int | None = None  # None: as the recipes say
     seeds: int = 3
     kinds: tuple[str, ...] = TRAINED  # of table1
     limit: int | None = None  # held-out prompts of each domain
@@ -133,11 +69,6 @@ class Study:
     rounds: int = 10_000  # to calibrate on, for each temperature
     realised: int | None = None  # prompts that signals are really scheduled by
     draws: int = measured_signals.DRAWS  # resamples of the signals' intervals
-    trained: Mapping[str, Path] = field(default_factory=dict)
-
-    @property
-    def held_out(self) -> Path:
-        return self.answers / "held_out.jsonl"
 
     def questions(self) -> list[Question]:
         """Held-out prompts of all domains in turns, at most ``limit`` of each."""
@@ -149,38 +80,9 @@ class Study:
         longest = max(len(own) for own in domains.values())
         return [own[i] for i in range(longest) for own in domains.values() if i < len(own)]
 
-    # -------------------------------------------------------------------------------------------- training
-
-    def checkpoint(self, drafter: Trained) -> Path:
-        """The trained drafter's checkpoint; trains it if it is not there, or not finished."""
-        folder, config = self.out / "runs" / drafter.name, drafter.config(self.steps)
-        if drafter.name in self.trained and not (folder / "drafter").exists():
-            _take_over(self.trained[drafter.name], folder, config)
-        if not (folder / "drafter").exists():
-            _begin(folder, config)
-            say(f"training {drafter.name}: {config.steps} steps of {config.batch} texts")
-            run.learn(config, self._texts(drafter.texts), folder, self.target, watch=_tell(drafter.name), say=say)
-        _check(folder / "drafter", config)
-        return folder / "drafter"
-
-    def _texts(self, count: int | None) -> Path:
-        """The answers, or a folder with the first ``count`` of them, the domains in turns."""
-        if count is None:
-            return self.answers
-        folder = self.out / f"answers-{count}"
-        if not (folder / "held_out.jsonl").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            domains: dict[str, list[str]] = {}
-            for line in (self.answers / "train.jsonl").read_text().split("\n"):
-                if line:
-                    domains.setdefault(json.loads(line).get("domain", ""), []).append(line)
-            longest = max(map(len, domains.values()))
-            lines = [own[i] for i in range(longest) for own in domains.values() if i < len(own)]
-            (folder / "train.jsonl").write_text("\n".join(lines[:count]) + "\n")
-            shutil.copyfile(self.held_out, folder / "held_out.jsonl")
-        return folder
-
-    # -------------------------------------------------------------------------------------------- measuring
+    def needed(self, tables: Iterable[str]) -> list[Trained]:
+        """The trained drafters of some tables."""
+        return [drafter for table in tables for drafter in needed(table, self.seeds, self.kinds)]
 
     def compare(
         self, table: str, drafters: Sequence[str], temperatures: Sequence[float], thresholds: Sequence[float] = ()
@@ -210,52 +112,6 @@ class Study:
         }
         write_json(self.results / f"{table}.json", {**facts(), "settings": settings, "rows": rows, **more})
         say(f"{table}: {len(rows)} rows in {self.results / table}.json")
-
-
-def _take_over(source: Path, folder: Path, wanted: run.Config) -> None:
-    """Copy a run made elsewhere: its checkpoint, and its log where there is one."""
-    checkpoint = source if (source / "config.json").exists() else source / "drafter"
-    if not (checkpoint / "config.json").exists():
-        raise InvalidRequest(f"--trained: {source} holds no drafter; expected a checkpoint or a folder of `train run`")
-    _check(checkpoint, wanted)
-    log = source / "state" / "log.jsonl"
-    if log.exists():
-        (folder / "state").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(log, folder / "state" / "log.jsonl")
-    shutil.copytree(checkpoint, folder / "drafter")
-
-
-def _begin(folder: Path, wanted: run.Config) -> None:
-    """Note what a run is made with, or see that it was begun with the same."""
-    file = folder / "settings.json"
-    if file.exists():
-        _same(read_json(file), wanted, folder)
-    write_json(file, wanted.model_dump(mode="json"))
-
-
-def _check(checkpoint: Path, wanted: run.Config) -> None:
-    file = checkpoint / "provenance.json"
-    _same(read_json(file).get("config", {}) if file.exists() else {}, wanted, checkpoint)
-
-
-def _same(found: Mapping[str, Any], wanted: run.Config, where: Path) -> None:
-    """Raises InvalidRequest where something was trained by other settings than are wanted."""
-    expected = {k: v for k, v in wanted.model_dump(mode="json").items() if k not in run.Config.free | ASIDE}
-    other = [name for name, value in expected.items() if found.get(name, value) != value]
-    if other or not found:
-        told = ", ".join(f"{name} {found.get(name)!r} instead of {expected[name]!r}" for name in other)
-        raise InvalidRequest(
-            f"{where} was trained with {told or 'settings it does not tell'}; give another --out, or the --steps and "
-            "recipes it was trained with"
-        )
-
-
-def _tell(name: str) -> Callable[[Any, int], None]:
-    def watch(step: Any, steps: int) -> None:
-        if step.step % 50 == 0 or step.step == steps:
-            say(f"  {name}: step {step.step} of {steps}, loss {step.loss:.3f}")
-
-    return watch
 
 
 def _progress(table: str) -> Callable[[str, float], None]:
@@ -530,7 +386,7 @@ TABLES: dict[str, Callable[[Study], None]] = {
 def plan(study: Study) -> None:
     """Which trained drafters each table needs, and which are there."""
     for table in TABLES:
-        names = [drafter.name for drafter in needed(table, study.seeds, study.kinds)]
+        names = [drafter.name for drafter in study.needed([table])]
         there = [name for name in names if (study.out / "runs" / name / "drafter").exists()]
         print(f"{table}: {len(there)} of {len(names)} trained; {', '.join(names)}")
 
@@ -547,7 +403,7 @@ def _pair(text: str) -> tuple[str, Path]:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=[*TABLES, "all", "plan", "report"])
+    parser.add_argument("table", choices=[*TABLES, "all", "train", "plan", "report"])
     parser.add_argument("--answers", type=Path, help="an artefact of `outrider train regenerate`")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="runs and measurements (%(default)s)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where figures are written (%(default)s)")
@@ -556,7 +412,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--trained", type=_pair, action="append", default=[], metavar="NAME=DIR", help="a finished run")
     parser.add_argument("--seeds", type=int, default=3, help="of table1 (%(default)s)")
     parser.add_argument("--kind", action="append", choices=TRAINED, help="of table1; may be repeated (all)")
-    parser.add_argument("--steps", type=int, help="of each training run (as its recipe says)")
+    parser.add_argument("--steps", type=int, help="of DSpark; the others' in proportion (as recipes say)")
+    parser.add_argument("--features", type=Path, help="what the target makes of the answers, where that was kept")
     parser.add_argument("--limit", type=int, help="held-out prompts of each domain (all)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10_000, help="reliability: of each temperature (%(default)s)")
@@ -588,12 +445,16 @@ def main(words: Sequence[str] | None = None) -> None:
         rounds=options.rounds,
         realised=options.realised,
         trained=dict(options.trained),
+        features=options.features,
     )
     try:
         if not study.held_out.exists():
             raise InvalidRequest(f"--answers: {study.held_out} does not exist; expected {EXAMPLE}")
-        for name in TABLES if options.table == "all" else [options.table]:
-            plan(study) if name == "plan" else TABLES[name](study)
+        if options.table in ("plan", "train"):
+            plan(study) if options.table == "plan" else study.train(study.needed(TABLES))
+        else:
+            for name in TABLES if options.table == "all" else [options.table]:
+                TABLES[name](study)
     except OutriderError as error:
         raise SystemExit(f"error: {error}") from None
 
