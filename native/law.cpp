@@ -1,6 +1,7 @@
 #include "law.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -12,8 +13,9 @@ namespace outrider {
 
 namespace {
 
-constexpr int64_t kBlocks = 16;      // values summarised by their maximum when few of many are wanted
-constexpr int kBinsPerUnit = 8, kBins = 24 * kBinsPerUnit + 1;  // of logits below the largest; the last takes the rest
+constexpr int64_t kBlocks = 16;  // values summarised by their maximum when few of many are wanted
+constexpr int kBinsPerUnit = 32, kBins = 24 * kBinsPerUnit + 1;  // of logits below the largest; the last takes the rest
+constexpr int64_t kFew = 4;  // a row is listed where at most one column in so many is left
 constexpr double kAlmost = 1.0 - 4 * 0x1p-23;  // a mass that misses p by the rounding of its logits has reached it
 
 template <class T>
@@ -56,49 +58,74 @@ std::vector<Candidate> largest(const Kernels& k, const float* x, int64_t n, int6
   return found;
 }
 
-// Everything down to the column with which the mass reaches p. The mass of every eighth of a unit of logits says where
-// that is; only what lies in the last one is put in order.
-std::vector<Candidate> nucleus(const Kernels& k, const float* x, int64_t n, float peak, double p) {
+// Adds the mass of each bin of logits below the peak. Several sums a bin, so that additions need not wait for each other.
+template <class Bin>
+std::array<double, kBins> masses_by_bin(const float* x, const float* weight, int64_t n, Bin&& bin_of) {
+  constexpr int kSums = 4;
+  std::array<std::array<double, kSums>, kBins> part{};
+  for (int64_t i = 0; i < n; i++) part[bin_of(x[i])][i % kSums] += weight[i];
+  std::array<double, kBins> mass;
+  for (int bin = 0; bin < kBins; bin++) mass[bin] = (part[bin][0] + part[bin][1]) + (part[bin][2] + part[bin][3]);
+  return mass;
+}
+
+// The columns down to the one with which the mass reaches p, ascending. The mass of narrow bins of logits says in which
+// bin that is; only what lies there is put in order.
+std::vector<int64_t> nucleus(const Kernels& k, const float* x, int64_t n, float peak, double p) {
   const Scratch<float> weight = scratch<float>(n);
   k.exps(x, n, 1.0f, peak, 1.0f, weight.get());
   const auto bin_of = [peak](float value) {
     const float below = (peak - value) * kBinsPerUnit;
     return below < kBins - 1 ? static_cast<int>(below) : kBins - 1;
   };
-  double mass[kBins] = {};
-  for (int64_t i = 0; i < n; i++) mass[bin_of(x[i])] += weight[i];
-  double whole = 0.0;
+  const std::array<double, kBins> mass = masses_by_bin(x, weight.get(), n, bin_of);
+  double whole = 0.0, above = 0.0;
   for (double part : mass) whole += part;
   const double goal = p * kAlmost * whole;
-  double above = 0.0;
   int last = 0;
   while (last < kBins - 1 && above + mass[last] < goal) above += mass[last++];
-  const float floor =
-      last == kBins - 1 ? -std::numeric_limits<float>::infinity() : peak - static_cast<float>(last + 2) / kBinsPerUnit;
-  std::vector<Candidate> found = from(k, x, n, floor), edge;
-  const auto inside = std::stable_partition(found.begin(), found.end(),
-                                            [&](const Candidate& one) { return bin_of(one.value) < last; });
-  for (auto one = inside; one != found.end(); ++one)
-    if (bin_of(one->value) == last) edge.push_back(*one);
-  found.erase(inside, found.end());
+  std::vector<Candidate> edge;
+  for (int64_t i = 0; i < n; i++)
+    if (bin_of(x[i]) == last) edge.push_back({x[i], i});
   std::sort(edge.begin(), edge.end());
-  for (const Candidate& one : edge) {
-    if (above >= goal) break;
-    above += std::exp(static_cast<double>(one.value) - peak);
-    found.push_back(one);
+  size_t count = 0;
+  while (count < edge.size() && above < goal) above += std::exp(static_cast<double>(edge[count++].value) - peak);
+  std::vector<int64_t> columns;
+  if (!count) {  // rounding: the bins above hold it all
+    for (int64_t i = 0; i < n; i++)
+      if (bin_of(x[i]) < last) columns.push_back(i);
+    return columns;
   }
-  return found;
+  const Candidate& lowest = edge[count - 1];
+  const Scratch<int32_t> places = scratch<int32_t>(n);
+  const int64_t reached = k.collect(x, nullptr, 0.0f, n, lowest.value, places.get());
+  columns.reserve(static_cast<size_t>(reached));
+  for (int64_t i = 0; i < reached; i++)
+    if (x[places[i]] > lowest.value || places[i] <= lowest.column) columns.push_back(places[i]);
+  return columns;
 }
 
 }  // namespace
+
+bool damaged(const float* x, int64_t n) {
+  int wrong = 0;
+  for (int64_t i = 0; i < n; i++) wrong |= !(x[i] < std::numeric_limits<float>::infinity());
+  return wrong;
+}
 
 std::vector<int64_t> kept_columns(const Kernels& k, const float* x, int64_t n, const Limits& limits) {
   float peak;
   const int64_t likeliest = k.find_max(x, n, &peak);
   if (limits.top_k <= 1) return {likeliest};
-  std::vector<Candidate> found;
-  if (limits.top_k < n) {
-    found = largest(k, x, n, limits.top_k);
+  std::vector<int64_t> columns;
+  if (limits.top_k >= n && limits.top_p < 1.0) {
+    columns = nucleus(k, x, n, peak, limits.top_p);
+  } else {
+    std::vector<Candidate> found;
+    if (limits.top_k < n)
+      found = largest(k, x, n, limits.top_k);
+    else
+      found = from(k, x, n, peak + static_cast<float>(std::log(limits.min_p)) - 0.1f);
     if (limits.top_p < 1.0) {
       double whole = 0.0, before = 0.0;
       for (const Candidate& one : found) whole += std::exp(static_cast<double>(one.value) - peak);
@@ -107,17 +134,12 @@ std::vector<int64_t> kept_columns(const Kernels& k, const float* x, int64_t n, c
         before += std::exp(static_cast<double>(found[count++].value) - peak);
       found.resize(count);
     }
-  } else if (limits.top_p < 1.0) {
-    found = nucleus(k, x, n, peak, limits.top_p);
-  } else {
-    found = from(k, x, n, peak + static_cast<float>(std::log(limits.min_p)) - 0.1f);
+    columns.reserve(found.size());
+    for (const Candidate& one : found) columns.push_back(one.column);
+    std::sort(columns.begin(), columns.end());
   }
-  std::vector<int64_t> columns;
-  columns.reserve(found.size());
-  for (const Candidate& one : found)
-    if (limits.min_p <= 0.0 || std::exp(static_cast<double>(one.value) - peak) >= limits.min_p)
-      columns.push_back(one.column);
-  std::sort(columns.begin(), columns.end());
+  if (limits.min_p > 0.0)
+    std::erase_if(columns, [&](int64_t i) { return std::exp(static_cast<double>(x[i]) - peak) < limits.min_p; });
   return columns;
 }
 
@@ -146,6 +168,7 @@ Law::Law(const Kernels& kernels, const Laws& laws, int64_t place, bool share)
 
 void Law::cut(const Limits& limits) {
   if (limits.top_k >= count_ && limits.top_p >= 1.0 && limits.min_p <= 0.0) return;
+  if (damaged(x_, count_)) return;  // not sound either, as it is
   const float* row = x_;
   if (divisor_ != 1.0f) {  // what is equal after rounding counts as equal
     own_.resize(static_cast<size_t>(count_));
@@ -153,11 +176,18 @@ void Law::cut(const Limits& limits) {
     row = own_.data();
   }
   own_ids_ = kept_columns(kernels_, row, count_, limits);
-  std::vector<float> left(own_ids_.size());
-  for (size_t i = 0; i < left.size(); i++) left[i] = row[own_ids_[i]];
+  const bool listed = static_cast<int64_t>(own_ids_.size()) * kFew <= count_;
+  std::vector<float> left;
+  if (listed) {
+    left.reserve(own_ids_.size());
+    for (int64_t column : own_ids_) left.push_back(row[column]);
+  } else {
+    left.assign(static_cast<size_t>(count_), -std::numeric_limits<float>::infinity());
+    for (int64_t column : own_ids_) left[column] = row[column];
+  }
   own_ = std::move(left);
   x_ = own_.data();
-  ids_ = own_ids_.data();
+  ids_ = listed ? own_ids_.data() : nullptr;
   count_ = static_cast<int64_t>(own_.size());
   divisor_ = 1.0f;
 }

@@ -16,7 +16,11 @@ struct Limits {
   double top_p = 1.0, min_p = 0.0;
 };
 
+// Whether there is NaN or +inf among the logits.
+bool damaged(const float* x, int64_t n);
+
 // The columns that limits leave of a row of logits (after temperature), ascending; the lowest stay where some are equal.
+// Not of damaged logits.
 std::vector<int64_t> kept_columns(const Kernels& kernels, const float* x, int64_t n, const Limits& limits);
 
 // Rows of logits, and what is asked of each. Rows of listed tokens are not cut.

@@ -226,6 +226,8 @@ void verdict_of(const std::optional<Rows>& logits, const std::optional<IntRows>&
 
 nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> kept(const Vector& logits, int64_t top_k, double top_p, double min_p) {
   if (!logits.size() || top_k < 1) throw std::invalid_argument("a law needs at least one token, and keeps at least one");
+  if (damaged(logits.data(), static_cast<int64_t>(logits.size())))
+    throw std::invalid_argument("logits must be numbers, got NaN or inf; the weights or the input are damaged");
   auto columns = std::make_unique<std::vector<int64_t>>();
   {
     nb::gil_scoped_release released;

@@ -59,6 +59,21 @@ class Judge {
     sound_ = sound_ && law->sound();
     return *law;
   }
+  // The laws of all drafts at once: threads share them where they are too narrow to be shared themselves.
+  void look_at_all() {
+    const int64_t count = 2 * control_.keep, width = task_.target.width;
+    if (!share_ || !task_.drafter || width >= kWorthSharing || count * width < kWorthSharing / 2) return;
+    const auto pool = shared_pool();
+    pool->run([&](int thread) {
+      pool->deal(thread, count, [&](int64_t i) {
+        const int64_t depth = i / 2;
+        if (i % 2)
+          drafters_[depth] = std::make_unique<Law>(kernels_, *task_.drafter, control_.drafted + depth, false);
+        else
+          targets_[depth] = std::make_unique<Law>(kernels_, task_.target, control_.start + depth, false);
+      });
+    });
+  }
   static double ratio(const Law& p, const Law* q, int64_t token) {
     return p.at(token) / std::max(q ? q->at(token) : 1.0, kTiny);
   }
@@ -96,6 +111,7 @@ class Judge {
   // From the longest prefix to the shortest: the first that passes is kept, and shorter ones need no residual.
   void block() {
     const int64_t keep = control_.keep;
+    look_at_all();
     std::vector<double> weight(static_cast<size_t>(keep) + 1, 1.0);
     for (int64_t i = 0; i < keep; i++) {
       const Law& p = target(i);

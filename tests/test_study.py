@@ -25,6 +25,7 @@ from outrider.types import Proposal
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import signals  # noqa: E402
 import study  # noqa: E402
+import study_drafters  # noqa: E402
 from signals import Costs, Recording  # noqa: E402
 
 WORDS = ("def add(a, b):\n    return a + b\n", "It was the best of times", "Question: how many?\nAnswer: 3")
@@ -215,6 +216,26 @@ def test_runs_by_other_settings_are_refused(answers: Path, elsewhere: Path, tmp_
         study_of(answers, tmp_path, elsewhere, steps=6).checkpoint(study.DSPARK)
     with pytest.raises(InvalidRequest, match="holds no drafter"):
         study_of(answers, tmp_path, tmp_path).checkpoint(study.DSPARK)
+
+
+def test_processes_share_the_training(answers: Path, elsewhere: Path, tmp_path: Path) -> None:
+    mine = study_of(answers, tmp_path, elsewhere)
+    folder = tmp_path / "study" / "runs" / "dspark"
+    with study_drafters.alone(folder) as first, study_drafters.alone(folder) as second:
+        assert first and not second
+        mine.train([study.DSPARK])
+        assert not (folder / "drafter").exists()  # left to the process that has it
+    mine.train([study.DSPARK, study.DSPARK])
+    assert (folder / "drafter" / "config.json").exists()
+
+
+def test_steps_are_in_proportion_to_the_recipes() -> None:
+    full = {kind: study_drafters.Trained(kind).config(None).steps for kind in study.TRAINED}
+    half = {kind: study_drafters.Trained(kind).config(full["dspark"] // 2).steps for kind in study.TRAINED}
+    assert all(2 * half[kind] == steps for kind, steps in full.items())
+    blocks = {drafter.config(None).drafter["block_size"]: drafter.config(None) for drafter in study.needed("blocks", 1)}
+    drafts = [size * config.drafter["loss"]["anchors"] for size, config in blocks.items()]
+    assert max(drafts) - min(drafts) < 16  # whole anchors
 
 
 def test_every_drafter_has_one_name_and_tables_share_what_they_can() -> None:

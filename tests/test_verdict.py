@@ -194,11 +194,19 @@ def chi_square(counts: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("rows", [1, 12])
-def test_damaged_logits_are_refused(rule: Any, value: float, rows: int) -> None:
-    case = Case(1, 6000, [SamplingParams(temperature=1.0, rule=rule)] * rows, 2, near=0.3)
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}, {"min_p": 0.1, "temperature": 0.5}])
+def test_damaged_logits_are_refused(rule: Any, value: float, rows: int, options: dict[str, Any]) -> None:
+    params = SamplingParams(**{"temperature": 1.0, "rule": rule, **options})
+    case = Case(1, 6000, [params] * rows, 2, near=0.3)
     case.base[-1, 0, 4567] = value
     with pytest.raises(OutriderError, match="damaged"):
         case.verify()
+
+
+def test_cuts_of_damaged_logits_are_refused() -> None:
+    for value in (math.nan, math.inf):
+        with pytest.raises(OutriderError, match="damaged"):
+            kept_tokens(np.array([1, value, 0], np.float32), 2, 1.0, 0.0)
 
 
 def test_arguments_are_checked() -> None:

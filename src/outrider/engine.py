@@ -168,11 +168,12 @@ class Engine:
             ends = torch.tensor([len(c.request.history) - 1 for c in commits], dtype=torch.int64)
             self.memory.rewind(batch.slots[: rows.complete], ends)
         if sum(kept) < len(batch.tokens):
-            first = batch.offsets.tolist()
-            index = torch.tensor([first[b] + i for b, n in enumerate(kept) for i in range(n)], dtype=torch.int64)
-            offsets = torch.tensor([0, *kept], dtype=torch.int64).cumsum(0)
-            batch = RaggedBatch(batch.tokens[index], batch.positions[index], batch.slots, offsets)
-            features = None if features is None else features[index]
+            first, tokens, positions = batch.offsets.tolist(), batch.tokens.tolist(), batch.positions.tolist()
+            if features is not None:  # slices: an index would wake all threads for a few rows
+                parts = [features[at : at + n] for at, n in zip(first, kept, strict=False)]
+                features = parts[0] if len(parts) == 1 else torch.cat(parts)
+            new = [tokens[at : at + n] for at, n in zip(first, kept, strict=False)]
+            batch = RaggedBatch.pack(new, [positions[at] for at in first[: len(kept)]], batch.slots.tolist())
         self.drafter.observe(batch, features)
 
     def _finish(self, request: Request, reason: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from outrider.core import native
+from outrider.errors import OutriderError
 
 __all__ = ["Limits", "kept_tokens", "limited"]
 
@@ -75,7 +76,10 @@ def kept_tokens(logits: npt.NDArray[np.floating], k: int, p: float, min_p: float
     if k >= size and p >= 1 and min_p <= 0:
         return np.arange(size)
     if native is not None and logits.dtype == np.float32:
-        columns: npt.NDArray[np.int64] = native.kept(np.ascontiguousarray(logits), min(k, size), p, min_p)
+        try:
+            columns: npt.NDArray[np.int64] = native.kept(np.ascontiguousarray(logits), min(k, size), p, min_p)
+        except ValueError as error:
+            raise OutriderError(str(error)) from error
         return columns
     return _kept(logits, k, p, min_p)
 

@@ -54,7 +54,7 @@ class NativeMemory:
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
         """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
-        self.cache.rewind(slots, lengths)
+        self.cache.rewind(slots.numpy(), lengths.numpy())
 
     def close(self, slot: int) -> None:
         """Give a slot back."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, command, human, write_json
+from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, command, human, measuring, write_json
 from outrider.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -72,11 +71,6 @@ def calibrate(
     chosen = [known for known in RULES if known in (rule or RULES)]
     if rule and len(chosen) < len(set(rule)):
         raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {', '.join(rule)}")
-    if draft_tokens == 0:
-        raise InvalidRequest("--draft-tokens must be at least 1, got 0: without drafts there is nothing to calibrate")
-    wrong = [t for t in temperature or () if not 0 <= t <= 100]
-    if wrong:
-        raise InvalidRequest(f"--temperature must be between 0 (greedy) and 100, got {wrong[0]}")
     config = Config(
         rules=tuple(chosen),
         temperatures=tuple(temperature or (0.0, 0.7, 1.0)),
@@ -86,9 +80,7 @@ def calibrate(
         shift=shift,
         chat=chat,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("loading", total=1.0)
+    with measuring(console, draft_tokens, temperature) as progress:
         report = run(
             config,
             drafter,
@@ -97,7 +89,7 @@ def calibrate(
             target,
             dtype=dtype,
             backend=backend,
-            progress=lambda text, done: shown.update(task, description=text, completed=done),
+            progress=progress,
         )
     for bucket in report.buckets:
         console.print(_table(bucket))

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest, OutriderError
@@ -247,6 +248,25 @@ def write_json(json_file: str | None, value: Any) -> None:
         sys.stdout.flush()
     else:
         Path(json_file).write_text(text)
+
+
+@contextmanager
+def measuring(
+    console: Console, draft_tokens: int | None, temperatures: Sequence[float] | None
+) -> Iterator[Callable[[str, float], None]]:
+    """A bar for a long measurement: call what is given with a description and the share that is done.
+
+    Raises InvalidRequest for options that say nothing can be measured.
+    """
+    if draft_tokens == 0:
+        raise InvalidRequest("--draft-tokens must be at least 1, got 0: without drafts there is nothing to measure")
+    wrong = [value for value in temperatures or () if not 0 <= value <= 100]
+    if wrong:
+        raise InvalidRequest(f"--temperature must be between 0 (greedy) and 100, got {wrong[0]:g}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task("loading", total=1.0)
+        yield lambda text, done: shown.update(task, description=text, completed=done)
 
 
 def output_record(output: Output) -> dict[str, Any]:

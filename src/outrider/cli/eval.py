@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, command, human, write_json
+from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, command, human, measuring, write_json
 from outrider.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -80,12 +79,9 @@ def evaluate(
     console = human(json)
     if rule not in RULES:
         raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {rule!r}; {nearest(rule, RULES)}")
-    if draft_tokens == 0:
-        raise InvalidRequest("--draft-tokens must be at least 1, got 0: without drafts there is nothing to evaluate")
-    for name, values, most in (("temperature", temperature, 100), ("threshold", threshold, 1)):
-        wrong = [value for value in values or () if not 0 <= value <= most]
-        if wrong:
-            raise InvalidRequest(f"--{name} must be between 0 and {most}, got {wrong[0]:g}")
+    wrong = [value for value in threshold or () if not 0 <= value <= 1]
+    if wrong:
+        raise InvalidRequest(f"--threshold must be between 0 and 1, got {wrong[0]:g}")
     config = Config(
         temperatures=tuple(dict.fromkeys(temperature or (0.0, 1.0))),
         rule=rule,  # type: ignore[arg-type]
@@ -97,9 +93,7 @@ def evaluate(
         chat=chat,
         seed=seed,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
-        task = shown.add_task("loading", total=1.0)
+    with measuring(console, draft_tokens, temperature) as progress:
         found = run(
             config,
             drafter,
@@ -109,7 +103,7 @@ def evaluate(
             dtype=dtype,
             backend=backend,
             machine=machine(),
-            progress=lambda text, done: shown.update(task, description=text, completed=done),
+            progress=progress,
         )
     console.print(_acceptance(found))
     console.print(_positions(found))

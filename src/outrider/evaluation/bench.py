@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.llm import LLM
+from outrider.rounds import read_questions
 from outrider.types import Output
 from outrider.weights import EMBEDDED_PROMPTS
 
@@ -49,27 +49,12 @@ class BenchRow:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """First turns of a JSON Lines file with ``turns``. Raises InvalidRequest naming the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"cannot read prompts from {path}: {error}") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            turns = json.loads(line)["turns"]
-            if not isinstance(turns, list) or not isinstance(turns[0], str):
-                raise TypeError
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise InvalidRequest(
-                f'{path} line {number}: expected a JSON object {{"turns": ["..."]}}, got {line[:60]!r}'
-            ) from error
-        prompts.append(turns[0])
-    if not prompts:
-        raise InvalidRequest(f"{path} holds no prompts: expected JSON Lines with `turns`")
-    return prompts
+    """The prompts of a JSON Lines file as texts. Raises InvalidRequest naming the line."""
+    prompts = [question.prompt for question in read_questions(path)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts):
+        raise InvalidRequest(f"{path} holds token ids; expected JSON Lines with `text` or `turns`")
+    return texts
 
 
 def embedded_prompt_sets() -> dict[str, list[str]]:

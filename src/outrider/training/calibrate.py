@@ -7,10 +7,9 @@ after. At temperature 0 the rules are one and the same, and so are their rounds.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -35,6 +34,7 @@ from outrider.rounds import (
     read_questions,
     recorded,
 )
+from outrider.training.artefact import file_hash, files_hash
 from outrider.weights import EMBEDDED_PROMPTS, new_folder, resolve_model, write_json
 
 __all__ = ["Bucket", "Config", "Report", "calibrate"]
@@ -278,7 +278,7 @@ def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: C
             source = resolve_model(drafter)
             for file in sorted(path for path in source.iterdir() if path.is_file()):
                 shutil.copyfile(file, folder / file.name)
-            parents["drafter"] = _digest(path for path in source.iterdir() if path.name != calibration.FILE)
+            parents["drafter"] = files_hash(path for path in source.iterdir() if path.name != calibration.FILE)
         write_json(folder / calibration.FILE, report.calibration.to_json())
         write_json(partial / "report.json", report.to_json())
         if figures.available():
@@ -290,16 +290,7 @@ def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: C
             "torch": torch.__version__,
             "arguments": {"drafter": str(drafter), "target": report.target, **config.model_dump(mode="json")},
             "seconds": round(report.seconds, 1),
-            "parents": parents | {file.name: _digest([file]) for file in files},
-            "content": _digest(folder.iterdir()),
+            "parents": parents | {file.name: file_hash(file) for file in files},
+            "content": files_hash(folder.iterdir()),
         }
         write_json(partial / "provenance.json", provenance)
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    """One hash of some files' names and contents."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in paths if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()

@@ -27,9 +27,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
-from outrider import registry
-from outrider.config import build
 from outrider.errors import InvalidRequest, nearest
+from outrider.training import run
 from outrider.training.artefact import Artefact
 from outrider.training.stages import STAGES, make, opened
 from outrider.weights import resolve_model
@@ -115,12 +114,8 @@ def _short(value: Any) -> str:
 
 def _check_drafter(config: BaseModel, where: str) -> None:
     """Refuse options of a kind of drafter now, not after hours of answering."""
-    kind, options = getattr(config, "kind", None), getattr(config, "drafter", None)
-    if isinstance(kind, str) and isinstance(options, Mapping):
-        training = getattr(registry.find("drafter", kind), "Training", None)
-        if training is None:
-            raise InvalidRequest(f"{where}: drafter {kind!r} cannot be trained; see `outrider models`")
-        build(training, options, f"{where} drafter {kind!r}")
+    if isinstance(config, run.Config):
+        run.options_of(config.kind, config.drafter, f"{where} ")
 
 
 def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None) -> Recipe:

@@ -40,7 +40,7 @@ from outrider.training.teacher import Teacher, Teaches
 from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
 from outrider.weights import new_folder, read_config, resolve_model, write_json
 
-__all__ = ["Config", "Evaluator", "learn", "over_fit", "processes", "run", "save_drafter", "trainable"]
+__all__ = ["Config", "Evaluator", "learn", "options_of", "over_fit", "processes", "run", "save_drafter", "trainable"]
 
 ACCEPTED = 0.9  # of the drafts on a text that was learnt by heart
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -91,13 +91,19 @@ class Config(BaseModel):
     """Write events for TensorBoard, where it is installed."""
 
 
+def options_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:
+    """How a new drafter of a kind starts (its class's ``Training``), with the options of a run's ``drafter``; ``where``
+    begins messages. Raises InvalidRequest."""
+    kinds: dict[str, Any] = {name: registry.find("drafter", name) for name in registry.names("drafter")}
+    trained = {name: made.Training for name, made in kinds.items() if hasattr(made, "Training")}
+    if kind not in trained:
+        raise InvalidRequest(f"{where}drafter {kind!r} cannot be trained; {nearest(kind, trained)}")
+    return build(trained[kind], drafter, f"{where}drafter {kind!r}")
+
+
 def trainable(config: Config, llm: LLM) -> nn.Module:
     """A new drafter of the kind, for this target. Raises InvalidRequest."""
-    kinds: dict[str, Any] = {name: registry.find("drafter", name) for name in registry.names("drafter")}
-    trained = {name: kind.Training for name, kind in kinds.items() if hasattr(kind, "Training")}
-    if config.kind not in trained:
-        raise InvalidRequest(f"drafter {config.kind!r} cannot be trained; {nearest(config.kind, trained)}")
-    options: Any = build(trained[config.kind], config.drafter, f"drafter {config.kind!r}")
+    options = options_of(config.kind, config.drafter)
     torch.manual_seed(config.seed)
     folder = resolve_model(llm.model)
     module: nn.Module = options.start(llm.target, read_config(folder), llm.tokenizer.vocabulary, load_layers(folder))
@@ -219,7 +225,8 @@ def _silent(text: str) -> None: ...
 
 
 def over_fit(module: nn.Module, teacher: Teaches, texts: Sequence[Text], plan: Plan, most: int = 400) -> str:
-    """The sanity gate: one text, the same blocks again and again, until they are all but always accepted.
+    """The sanity gate: one text, the same blocks again and again, until they are all but always accepted: by the
+    target's law, or, for losses that teach the tokens themselves, by a target that is sure of the text's own.
 
     Returns what to tell people. Raises TrainingFailed where ``most`` steps do not suffice.
     """
@@ -233,7 +240,8 @@ def over_fit(module: nn.Module, teacher: Teaches, texts: Sequence[Text], plan: P
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        accepted = float(loss.parts["acceptance"] / loss.weight)
+        by_law, by_heart = loss.parts["acceptance"] / loss.weight, torch.exp(-loss.parts["cross_entropy"] / loss.weight)
+        accepted = max(float(by_law), float(by_heart))
         if accepted > ACCEPTED:
             seconds = time.monotonic() - began
             return f"one text over-fitted in {step + 1} steps, {seconds:.0f} s: {accepted:.0%} of its drafts accepted"
