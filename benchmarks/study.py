@@ -196,7 +196,7 @@ def family(table: str, label: Callable[[Trained], dict[str, Any]]) -> Callable[[
 
     make.__doc__ = {
         "depth": "DSpark of 1, 2 and 5 layers (paper: figure 3).",
-        "blocks": "Blocks of 4, 8, 12 and 16, with and without the Markov head (paper: figure 4).",
+        "blocks": "Blocks of 4, 8, 12 and 16 (paper: figure 4).",
         "heads": "Markov head, recurrent head, none: acceptance and time of a draft (paper: figure 4).",
     }[table]
     return make
@@ -223,13 +223,7 @@ def latency(study: Study, paths: Mapping[str, Path], prompts: int = 6) -> dict[s
 
 
 depth = family("depth", lambda drafter: {"layers": drafter.changes.get("layers", LAYERS)})
-blocks = family(
-    "blocks",
-    lambda drafter: {
-        "block": drafter.changes["block_size"],
-        "head": "none" if "markov_rank" in drafter.changes else "Markov",
-    },
-)
+blocks = family("blocks", lambda drafter: {"block": drafter.changes["block_size"]})
 heads = family("heads", lambda drafter: {"head": {"rnn": "RNN", "none": "none"}.get(drafter.suffix, "Markov")})
 
 

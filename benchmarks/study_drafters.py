@@ -80,9 +80,7 @@ def _of_block(size: int) -> dict[str, Any]:
     return {"block_size": size, "loss": {**loss, "anchors": drafts // size}}
 
 
-BY_BLOCK = [Trained("dspark", _of_block(n), f"block{n}") for n in BLOCKS] + [
-    Trained("dspark", {**_of_block(n), **NO_MARKOV}, f"block{n}-none") for n in BLOCKS
-]
+BY_BLOCK = [Trained("dspark", _of_block(n), f"block{n}") for n in BLOCKS]
 BY_HEAD = [DSPARK, Trained("dspark", {"markov_head": "rnn"}, "rnn"), Trained("dspark", NO_MARKOV, "none")]
 BY_TEXTS = [*(Trained("dspark", texts=n) for n in TEXTS), DSPARK]
 

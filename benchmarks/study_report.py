@@ -224,7 +224,7 @@ def _simulated(one: Mapping[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[Result], str]] = {
     "table1": table1,
     "depth": variants("layers"),
-    "blocks": variants("block", "head"),
+    "blocks": variants("block"),
     "heads": variants("head"),
     "thresholds": thresholds,
     "reliability": reliability,

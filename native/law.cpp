@@ -203,6 +203,7 @@ double Law::at(int64_t token) const {
     column = std::lower_bound(ids_, ids_ + count_, token) - ids_;
     if (column == count_ || ids_[column] != token) return 0.0;
   }
+  if (column < 0 || column >= count_) return 0.0;
   const float z = x_[column] / divisor_;
   return std::exp(static_cast<double>(z) - peak_) / sum_;
 }
@@ -262,7 +263,10 @@ void Law::masses_of(const Law& whose, int64_t first, int64_t count, float* out) 
   if (!ids_ && !whose.ids_) return masses(first, count, out);
   float logits[kPiece];
   if (!ids_) {
-    for (int64_t i = 0; i < count; i++) logits[i] = x_[whose.ids_[first + i]];
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t id = whose.ids_[first + i];  // past the vocabulary where a row lists fewer tokens than others
+      logits[i] = id < count_ ? x_[id] : -std::numeric_limits<float>::infinity();
+    }
   } else {
     std::fill(logits, logits + count, -std::numeric_limits<float>::infinity());
     const int64_t* mine = std::lower_bound(ids_, ids_ + count_, whose.token(first));
@@ -281,14 +285,15 @@ int64_t Law::search(const float* masses, const Masses& sums, double total, doubl
   size_t piece = 0;
   while (piece + 1 < sums.size() && left >= sums[piece]) left -= sums[piece++];
   int64_t found = -1;
-  for (int64_t i = static_cast<int64_t>(piece) * kPiece; i < std::min(count_, static_cast<int64_t>(piece + 1) * kPiece); i++) {
+  const int64_t first = static_cast<int64_t>(piece) * kPiece, end = std::min(count_, first + kPiece);
+  for (int64_t i = first; i < end; i++) {
     if (masses[i] <= 0.0f) continue;  // never a token of no mass
     found = i;
     if (left < masses[i]) break;
     left -= masses[i];
   }
   // Rounding may leave the piece that was found without an end, or without mass: then its neighbours' nearest mass.
-  for (int64_t i = static_cast<int64_t>(piece) * kPiece - 1; found < 0 && i >= 0; i--)
+  for (int64_t i = first - 1; found < 0 && i >= 0; i--)
     if (masses[i] > 0.0f) found = i;
   for (int64_t i = 0; found < 0 && i < count_; i++)
     if (masses[i] > 0.0f) found = i;

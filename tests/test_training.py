@@ -157,9 +157,11 @@ def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) 
     assert (tmp_path / kind / "state" / "log.jsonl").read_bytes() == log
 
 
-def test_one_text_can_be_learnt_by_heart(answers: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dspark", "dflash"])  # one learns the target's law, the other the text's tokens
+def test_one_text_can_be_learnt_by_heart(kind: str, answers: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    options = SMALL | {"sanity": True, "steps": 1, "drafter": {"markov_rank": 16, "target_layers": [2, 5]}}
+    drafter = {"dspark": {"markov_rank": 16}, "dflash": {"loss": {"cross_entropy": 1.0, "total_variation": 0.0}}}[kind]
+    options = SMALL | {"kind": kind, "sanity": True, "steps": 1, "drafter": {**drafter, "target_layers": [2, 5]}}
     learn(Config(**options), answers, tmp_path / "out", "embedded", dtype="float32", say=said.append)
     assert "over-fitted" in said[0]
 

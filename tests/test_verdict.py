@@ -81,12 +81,15 @@ class Case:
         context = Context(plain, self.context.history, self.context.prompt_lengths)
         return process(self.draft_logits.reshape(-1, width), context, self.rows)
 
-    def verify(self, law: Callable[[Categorical], Any] = lambda law: law) -> Verification:
+    def verify(self, law: Callable[[Categorical], Any] = lambda law: law, settled: bool = False) -> Verification:
         counts = self.keep.tolist()
         logits = torch.cat([self.base[b, : n + 1] for b, n in enumerate(counts)])
         rows = torch.tensor([b for b, n in enumerate(counts) for _ in range(n + 1)])
         depth = torch.tensor([i for n in counts for i in range(n + 1)])
         target = process(logits, self.context, rows, depth, drafted=self.tokens)
+        if settled:
+            target = target.take(torch.arange(len(target)))
+            assert target.ids is None or target.ids.shape[1] < target.vocab_size
         proposal = Proposal(self.tokens, torch.full_like(self.keep, self.tokens.shape[1]), law(self.draft_law()))
         return verify(target, proposal, self.keep, self.context, self.noise)
 
@@ -124,6 +127,16 @@ def test_rows_of_all_kinds_together(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(20):
         case = Case(seed, 50, kinds, 4, near=0.3)
         expect_equal(*in_turn(monkeypatch, case.verify))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_laws_that_were_settled_before(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a cut law list different numbers of tokens, and are padded."""
+    params = SamplingParams(temperature=1.0, rule=rule, top_p=0.7)
+    for seed in range(4):
+        case = Case(seed, 1000, [params] * 3, 5, near=0.3)
+        for law in (lambda law: law, lambda law: None, sparse):
+            expect_equal(*in_turn(monkeypatch, lambda case=case, law=law: case.verify(law, settled=True)))
 
 
 def test_a_row_is_judged_as_it_is_alone() -> None:

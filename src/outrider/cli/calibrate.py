@@ -9,7 +9,17 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, command, human, measuring, write_json
+from outrider.cli.common import (
+    Backend,
+    DraftTokens,
+    Dtype,
+    JsonFile,
+    check_measurement,
+    command,
+    human,
+    progress_bar,
+    write_json,
+)
 from outrider.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -71,6 +81,7 @@ def calibrate(
     chosen = [known for known in RULES if known in (rule or RULES)]
     if rule and len(chosen) < len(set(rule)):
         raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {', '.join(rule)}")
+    check_measurement(draft_tokens, temperature)
     config = Config(
         rules=tuple(chosen),
         temperatures=tuple(temperature or (0.0, 0.7, 1.0)),
@@ -80,7 +91,7 @@ def calibrate(
         shift=shift,
         chat=chat,
     )
-    with measuring(console, draft_tokens, temperature) as progress:
+    with progress_bar(console) as progress:
         report = run(
             config,
             drafter,

@@ -250,19 +250,18 @@ def write_json(json_file: str | None, value: Any) -> None:
         Path(json_file).write_text(text)
 
 
-@contextmanager
-def measuring(
-    console: Console, draft_tokens: int | None, temperatures: Sequence[float] | None
-) -> Iterator[Callable[[str, float], None]]:
-    """A bar for a long measurement: call what is given with a description and the share that is done.
-
-    Raises InvalidRequest for options that say nothing can be measured.
-    """
+def check_measurement(draft_tokens: int | None, temperatures: Sequence[float] | None) -> None:
+    """Raises InvalidRequest for options with which nothing can be measured."""
     if draft_tokens == 0:
         raise InvalidRequest("--draft-tokens must be at least 1, got 0: without drafts there is nothing to measure")
     wrong = [value for value in temperatures or () if not 0 <= value <= 100]
     if wrong:
         raise InvalidRequest(f"--temperature must be between 0 (greedy) and 100, got {wrong[0]:g}")
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """A bar for long work: call what is given with a description and the share that is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task("loading", total=1.0)

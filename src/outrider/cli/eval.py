@@ -9,7 +9,17 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, command, human, measuring, write_json
+from outrider.cli.common import (
+    Backend,
+    DraftTokens,
+    Dtype,
+    JsonFile,
+    check_measurement,
+    command,
+    human,
+    progress_bar,
+    write_json,
+)
 from outrider.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -79,6 +89,7 @@ def evaluate(
     console = human(json)
     if rule not in RULES:
         raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {rule!r}; {nearest(rule, RULES)}")
+    check_measurement(draft_tokens, temperature)
     wrong = [value for value in threshold or () if not 0 <= value <= 1]
     if wrong:
         raise InvalidRequest(f"--threshold must be between 0 and 1, got {wrong[0]:g}")
@@ -93,7 +104,7 @@ def evaluate(
         chat=chat,
         seed=seed,
     )
-    with measuring(console, draft_tokens, temperature) as progress:
+    with progress_bar(console) as progress:
         found = run(
             config,
             drafter,

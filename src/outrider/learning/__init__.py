@@ -2,6 +2,7 @@
 
 from outrider.learning.block import BlockLoss, DFlashTraining, DSparkTraining, TrainableBlock
 from outrider.learning.chain import ChainLoss, Eagle3Training, MTPTraining, TrainableChain
+from outrider.learning.fresh import training_of
 from outrider.learning.frozen import Frozen
 from outrider.learning.model import DraftModelTraining, TrainableModel
 
@@ -17,4 +18,5 @@ __all__ = [
     "TrainableBlock",
     "TrainableChain",
     "TrainableModel",
+    "training_of",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from outrider import registry
 from outrider.checkpoints import DraftCheckpoint, TargetFacts
 from outrider.checkpoints.draft import Design
-from outrider.errors import InvalidRequest
+from outrider.config import build
+from outrider.errors import InvalidRequest, nearest
 from outrider.types import TargetSpec
 
-__all__ = ["draft_decoder", "mask_token", "new_checkpoint", "spread_taps"]
+__all__ = ["draft_decoder", "mask_token", "new_checkpoint", "spread_taps", "training_of"]
 
 COPIED = ("rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings", "hidden_act")
 
@@ -84,3 +86,14 @@ def mask_token(given: int | None, spec: TargetSpec, tokens: Mapping[str, int]) -
     if not unused:
         raise InvalidRequest("the tokenizer uses every id and names no mask token; set mask_token_id to a rare one")
     return min(unused)
+
+
+def training_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:
+    """How a new drafter of a kind starts (its class's ``Training``), with the options of a run's ``drafter``; ``where``
+    begins messages. Raises InvalidRequest."""
+    registry.find("drafter", kind)  # an unknown name has an error of its own
+    kinds: dict[str, Any] = {name: registry.find("drafter", name) for name in registry.names("drafter")}
+    trained = {name: made.Training for name, made in kinds.items() if hasattr(made, "Training")}
+    if kind not in trained:
+        raise InvalidRequest(f"{where}drafter {kind!r} cannot be trained; {nearest(kind, trained)}")
+    return build(trained[kind], drafter, f"{where}drafter {kind!r}")

@@ -79,11 +79,6 @@ def _hash_of(named: Iterable[tuple[str, Path]]) -> str:
     return digest.hexdigest()
 
 
-def files_hash(paths: Iterable[Path]) -> str:
-    """SHA-256 over names and bytes of the files among ``paths``."""
-    return _hash_of((path.name, path) for path in paths if path.is_file())
-
-
 def content_hash(folder: Path, content: Sequence[str]) -> str:
     """SHA-256 over names and bytes of an artefact's ``content``: files, and all files below directories.
 

@@ -34,7 +34,7 @@ from outrider.rounds import (
     read_questions,
     recorded,
 )
-from outrider.training.artefact import file_hash, files_hash
+from outrider.training.artefact import content_hash, file_hash
 from outrider.weights import EMBEDDED_PROMPTS, new_folder, resolve_model, write_json
 
 __all__ = ["Bucket", "Config", "Report", "calibrate"]
@@ -278,7 +278,9 @@ def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: C
             source = resolve_model(drafter)
             for file in sorted(path for path in source.iterdir() if path.is_file()):
                 shutil.copyfile(file, folder / file.name)
-            parents["drafter"] = files_hash(path for path in source.iterdir() if path.name != calibration.FILE)
+            parents["drafter"] = content_hash(
+                source, [path.name for path in source.iterdir() if path.name != calibration.FILE]
+            )
         write_json(folder / calibration.FILE, report.calibration.to_json())
         write_json(partial / "report.json", report.to_json())
         if figures.available():
@@ -291,6 +293,6 @@ def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: C
             "arguments": {"drafter": str(drafter), "target": report.target, **config.model_dump(mode="json")},
             "seconds": round(report.seconds, 1),
             "parents": parents | {file.name: file_hash(file) for file in files},
-            "content": files_hash(folder.iterdir()),
+            "content": content_hash(folder, [path.name for path in folder.iterdir()]),
         }
         write_json(partial / "provenance.json", provenance)

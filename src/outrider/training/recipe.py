@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from outrider.errors import InvalidRequest, nearest
-from outrider.training import run
+from outrider.learning import training_of
 from outrider.training.artefact import Artefact
 from outrider.training.stages import STAGES, make, opened
 from outrider.weights import resolve_model
@@ -114,8 +114,9 @@ def _short(value: Any) -> str:
 
 def _check_drafter(config: BaseModel, where: str) -> None:
     """Refuse options of a kind of drafter now, not after hours of answering."""
-    if isinstance(config, run.Config):
-        run.options_of(config.kind, config.drafter, f"{where} ")
+    kind, options = getattr(config, "kind", None), getattr(config, "drafter", None)
+    if isinstance(kind, str) and isinstance(options, Mapping):
+        training_of(kind, options, f"{where} ")
 
 
 def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None) -> Recipe:

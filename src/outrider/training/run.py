@@ -24,11 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from torch import nn
 
-from outrider import checkpoints, registry
+from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
-from outrider.config import SamplingParams, build
-from outrider.errors import ArtefactError, InvalidRequest, nearest
-from outrider.learning import Frozen
+from outrider.config import SamplingParams
+from outrider.errors import ArtefactError, InvalidRequest
+from outrider.learning import Frozen, training_of
 from outrider.llm import LLM
 from outrider.targets import load_layers
 from outrider.training.artefact import Artefact, begin, open_artefact
@@ -40,7 +40,7 @@ from outrider.training.teacher import Teacher, Teaches
 from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
 from outrider.weights import new_folder, read_config, resolve_model, write_json
 
-__all__ = ["Config", "Evaluator", "learn", "options_of", "over_fit", "processes", "run", "save_drafter", "trainable"]
+__all__ = ["Config", "Evaluator", "learn", "over_fit", "processes", "run", "save_drafter", "trainable"]
 
 ACCEPTED = 0.9  # of the drafts on a text that was learnt by heart
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -91,19 +91,9 @@ class Config(BaseModel):
     """Write events for TensorBoard, where it is installed."""
 
 
-def options_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:
-    """How a new drafter of a kind starts (its class's ``Training``), with the options of a run's ``drafter``; ``where``
-    begins messages. Raises InvalidRequest."""
-    kinds: dict[str, Any] = {name: registry.find("drafter", name) for name in registry.names("drafter")}
-    trained = {name: made.Training for name, made in kinds.items() if hasattr(made, "Training")}
-    if kind not in trained:
-        raise InvalidRequest(f"{where}drafter {kind!r} cannot be trained; {nearest(kind, trained)}")
-    return build(trained[kind], drafter, f"{where}drafter {kind!r}")
-
-
 def trainable(config: Config, llm: LLM) -> nn.Module:
     """A new drafter of the kind, for this target. Raises InvalidRequest."""
-    options = options_of(config.kind, config.drafter)
+    options = training_of(config.kind, config.drafter)
     torch.manual_seed(config.seed)
     folder = resolve_model(llm.model)
     module: nn.Module = options.start(llm.target, read_config(folder), llm.tokenizer.vocabulary, load_layers(folder))
