@@ -211,7 +211,7 @@ def test_the_command_prints_tables_and_json(tiny_model_dir: Path, prompts: list[
     ("options", "message"),
     [
         (["--rule", "blok"], "did you mean 'block'"),
-        (["--temperature", "-1"], "--temperature must be between 0 and 100"),
+        (["--temperature", "-1"], "--temperature must be between 0 (greedy) and 100"),
         (["--threshold", "2"], "--threshold must be between 0 and 1"),
         (["--draft-tokens", "0"], "--draft-tokens must be at least 1"),
         (["--prompts", "nowhere.jsonl"], "cannot read prompts"),
