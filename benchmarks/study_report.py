@@ -246,7 +246,8 @@ def draw(name: str, result: Result, folder: Path) -> Path | None:
         for row in rows:
             if not row.get("seed"):
                 title = f"{row['domain']}, temperature {row['temperature']:g}"
-                panels.setdefault(title, {})[row["drafter"]] = row["conditional"]
+                reached = [(share, share, share) for share in row["conditional"] if share is not None]
+                panels.setdefault(title, {})[row["drafter"]] = reached
         figures.draw_positions({k: v for k, v in panels.items() if MACRO in k or len(panels) == 1}, path)
     elif name == "thresholds":
         points = [{k: v[0] if isinstance(v, list) else v for k, v in row.items()} for row in rows]

@@ -211,6 +211,17 @@ def test_signals_and_their_page(answers: Path, elsewhere: Path, tmp_path: Path) 
     assert page.read_text() == text
 
 
+def test_tables_of_drafters_have_their_diagram(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"drafter": name, "domain": domain, "temperature": 1.0, "layers": 1, "conditional": [0.5, 0.25, None]}
+        for name in ("dspark", "dspark-layers1")
+        for domain in ("code", "prose", "macro average")
+    ]
+    path = study.study_report.draw("depth", {"rows": rows}, tmp_path)
+    assert path is not None and path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_runs_by_other_settings_are_refused(answers: Path, elsewhere: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="steps 5 instead of 6"):
         study_of(answers, tmp_path, elsewhere, steps=6).checkpoint(study.DSPARK)
