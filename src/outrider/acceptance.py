@@ -102,8 +102,9 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
     ones each kept draft. keep int64 [B], at most ``proposal.lengths``. The rule is each request's ``effective_rule``.
     ``proposal.law`` needs no places for rows at the end that keep nothing. Results are on the CPU.
     """
-    if _for_the_core(target, proposal.law) and isinstance(noise, RowNoise):
-        return _verdict(target, proposal, keep, context, noise)
+    forms = _for_the_core(target, proposal.law)
+    if forms and isinstance(noise, RowNoise):
+        return _verdict(forms, proposal, keep, context, noise)
     if target.is_greedy:
         return _verify_greedy(target.argmax().tolist(), proposal.tokens.tolist(), keep.tolist())
     whole = Round.of(target, proposal, keep)
@@ -134,57 +135,6 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
     return _verification(whole.tokens, accepted, own)
 
 
-# ------------------------------------------------------------------------------------------------ in the core
-
-_RULES = {"coupled": 0, "rejection": 1, "block": 2}
-
-
-def _for_the_core(target: Categorical, law: Law | None) -> bool:
-    """Whether the compiled core can read the laws: logits, in float32 on a CPU."""
-    return (
-        native is not None
-        and target.core_form is not None
-        and (law is None or (isinstance(law, Categorical) and law.core_form is not None))
-    )
-
-
-def _verdict(target: Categorical, proposal: Proposal, keep: Tensor, context: Context, noise: RowNoise) -> Verification:
-    """The same in one call. It looks at laws place by place and stops where the verdict is clear."""
-    counts, drafts = keep.tolist(), proposal.tokens.shape[1]
-    control, start = [], 0
-    for b, (params, history, count) in enumerate(zip(context.params, context.history, counts, strict=True)):
-        rule = _RULES[params.effective_rule] if params.temperature else 0  # cheapest for a sure token
-        seed, round = noise.rows[b]
-        control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
-        start += count + 1
-    assert len(target) == start, "one law for each kept draft and one more for each row"
-    out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
-    law = (None,) * 6 if proposal.law is None else proposal.law.core_form  # type: ignore[attr-defined]
-    tokens = np.ascontiguousarray(proposal.tokens.numpy())
-    try:
-        native.verdict(
-            *target.core_form,
-            *law,
-            np.array(control),
-            tokens,
-            _ACCEPT,
-            _OWN,
-            _TOKENS,
-            out.numpy(),  # type: ignore[misc]
-        )
-    except ValueError as error:
-        raise OutriderError(str(error)) from error
-    accepted = out[:, 0]
-    return Verification(accepted, out[:, 1:], accepted + 1)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-_ACCEPT, _OWN, _TOKENS = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
-
-
 def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -> Verification:
     """Drafts that are the target's own choice stay. draws [R], drafts [B, K]; plain lists are quickest for so few."""
     accepted, tokens, start = [], [], 0
@@ -206,6 +156,49 @@ def truncate(tokens: Sequence[int], accepted: int, stop_ids: Collection[int], bu
     length = min(accepted + 1, budget)
     length = next((i + 1 for i, token in enumerate(tokens[:length]) if token in stop_ids), length)
     return list(tokens[:length]), min(accepted, length)
+
+
+# ------------------------------------------------------------------------------------------------ in the core
+
+_RULES = {"coupled": 0, "rejection": 1, "block": 2}
+
+
+def _for_the_core(target: Categorical, law: Law | None) -> tuple[Any, ...]:
+    """The laws as the compiled core reads them, logits in float32 on a CPU; empty where it cannot."""
+    mine = target.core_form if native is not None else None
+    if mine is None:
+        return ()
+    drafter = (None,) * 6 if law is None else law.core_form if isinstance(law, Categorical) else None
+    return () if drafter is None else (*mine, *drafter)
+
+
+def _verdict(
+    forms: tuple[Any, ...], proposal: Proposal, keep: Tensor, context: Context, noise: RowNoise
+) -> Verification:
+    """``verify`` in one call. It looks at laws place by place and stops where the verdict is clear."""
+    counts, drafts = keep.tolist(), proposal.tokens.shape[1]
+    control, start = [], 0
+    for b, (params, history, count) in enumerate(zip(context.params, context.history, counts, strict=True)):
+        rule = _RULES[params.effective_rule] if params.temperature else 0  # cheapest for a sure token
+        seed, round = noise.rows[b]
+        control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
+        start += count + 1
+    assert len(forms[0]) == start, "one law for each kept draft and one more for each row"
+    out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
+    tokens = np.ascontiguousarray(proposal.tokens.numpy())
+    try:
+        native.verdict(*forms, np.array(control), tokens, _ACCEPT, _OWN, _TOKENS, out.numpy())
+    except ValueError as error:
+        raise OutriderError(str(error)) from error
+    accepted = out[:, 0]
+    return Verification(accepted, out[:, 1:], accepted + 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+_ACCEPT, _OWN, _TOKENS = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
 
 
 # ------------------------------------------------------------------------------------------------ coupled and greedy
