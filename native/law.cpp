@@ -13,9 +13,12 @@ namespace outrider {
 
 namespace {
 
+constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr int64_t kBlocks = 16;  // values summarised by their maximum when few of many are wanted
 constexpr int kBinsPerUnit = 32, kBins = 24 * kBinsPerUnit + 1;  // of logits below the largest; the last takes the rest
-constexpr int64_t kFew = 4;  // a row is listed where at most one column in so many is left
+constexpr float kDepths[] = {12, 8, 5, 3};  // logits below the largest down to which a small nucleus is looked for
+constexpr int64_t kNarrow = 32;  // such a nucleus is among at most one column in so many
+constexpr int64_t kFew = 4;  // a row is listed where about one column in so many is left, or fewer
 constexpr double kAlmost = 1.0 - 4 * 0x1p-23;  // a mass that misses p by the rounding of its logits has reached it
 
 template <class T>
@@ -25,84 +28,111 @@ Scratch<T> scratch(int64_t n) {
   return std::make_unique_for_overwrite<T[]>(static_cast<size_t>(n));
 }
 
-struct Candidate {
-  float value;
-  int64_t column;
-  bool operator<(const Candidate& other) const {
-    return value != other.value ? value > other.value : column < other.column;
-  }
-};
+int bin_of(float value, float peak) {
+  return static_cast<int>(std::min((peak - value) * kBinsPerUnit, static_cast<float>(kBins - 1)));
+}
 
-std::vector<Candidate> from(const Kernels& k, const float* x, int64_t n, float bound) {
+// exp(x - peak), summed.
+double mass_of(const Kernels& k, const float* x, int64_t n, float peak) {
+  double mass = 0.0;
+  for (int64_t i = 0; i < n; i += kPiece) mass += k.exps(x + i, std::min(kPiece, n - i), 1.0f, peak, 1.0f, nullptr);
+  return mass;
+}
+
+// The mass of each bin of logits below the peak. Several sums a bin, so that additions need not wait for each other.
+std::array<double, kBins> masses_by_bin(const Kernels& k, const float* x, int64_t n, float peak) {
+  constexpr int kSums = 4;
+  std::array<std::array<double, kSums>, kBins> part{};
+  float weight[kPiece];
+  int bin[kPiece];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t count = std::min(kPiece, n - first);
+    k.exps(x + first, count, 1.0f, peak, 1.0f, weight);
+    for (int64_t i = 0; i < count; i++) bin[i] = bin_of(x[first + i], peak);
+    for (int64_t i = 0; i < count; i++) part[bin[i]][i % kSums] += weight[i];
+  }
+  std::array<double, kBins> mass;
+  for (int b = 0; b < kBins; b++) mass[b] = (part[b][0] + part[b][1]) + (part[b][2] + part[b][3]);
+  return mass;
+}
+
+// The last of the candidates, put in order, that is needed for a mass; the last of all where they have less.
+Place last_needed(std::vector<Place> some, float peak, double goal) {
+  std::sort(some.begin(), some.end());
+  double mass = 0.0;
+  size_t count = 0;
+  do mass += std::exp(static_cast<double>(some[count++].value) - peak);
+  while (count < some.size() && mass < goal);
+  return some[count - 1];
+}
+
+// The same of a whole row: the mass of narrow bins of logits says in which bin it is; only what lies there is put in
+// order.
+Place last_of_all(const Kernels& k, const float* x, int64_t n, float peak, double goal) {
+  const std::array<double, kBins> mass = masses_by_bin(k, x, n, peak);
+  double above = 0.0;
+  int last = 0;
+  while (last < kBins - 1 && above + mass[last] < goal) above += mass[last++];
+  std::vector<Place> edge;
+  int bin[kPiece];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t count = std::min(kPiece, n - first);
+    for (int64_t i = 0; i < count; i++) bin[i] = bin_of(x[first + i], peak);
+    for (int64_t i = 0; i < count; i++)
+      if (bin[i] == last) edge.push_back({x[first + i], first + i});
+  }
+  return edge.empty() ? Place{kNothing, n} : last_needed(std::move(edge), peak, goal - above);
+}
+
+// The same with p of the row's mass as goal. Where few tokens hold that, only they are looked at.
+Place last_of_nucleus(const Kernels& k, const float* x, int64_t n, float peak, double p) {
+  const double goal = p * mass_of(k, x, n, peak);
+  for (float depth : kDepths) {
+    const float bound = peak - depth;
+    const int64_t count = k.count_from(x, n, bound);
+    if (count * kNarrow > n) continue;
+    const Scratch<int32_t> places = scratch<int32_t>(count);
+    const Scratch<float> values = scratch<float>(count);
+    k.collect(x, nullptr, 0.0f, n, bound, places.get());
+    for (int64_t i = 0; i < count; i++) values[i] = x[places[i]];
+    if (mass_of(k, values.get(), count, peak) < goal) break;
+    Place last = last_of_all(k, values.get(), count, peak, goal);
+    if (last.column < count) last.column = places[last.column];
+    return last;
+  }
+  return last_of_all(k, x, n, peak, goal);
+}
+
+std::vector<Place> from(const Kernels& k, const float* x, int64_t n, float bound) {
   const Scratch<int32_t> places = scratch<int32_t>(n);
   const int64_t count = k.collect(x, nullptr, 0.0f, n, bound, places.get());
-  std::vector<Candidate> found(static_cast<size_t>(count));
+  std::vector<Place> found(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; i++) found[i] = {x[places[i]], places[i]};
   return found;
 }
 
-// The `count` largest, in order.
-std::vector<Candidate> largest(const Kernels& k, const float* x, int64_t n, int64_t count) {
+// The `count` largest, the last of them at the end.
+std::vector<Place> largest(const Kernels& k, const float* x, int64_t n, int64_t count) {
   const int64_t length = n / kBlocks;
-  float bound = -std::numeric_limits<float>::infinity();
+  float bound = kNothing;
   if (length >= 4 * count) {  // each block's maximum is a value of the row: `count` of them bound it
     std::vector<float> most(static_cast<size_t>(length));
     k.fold_max(x, kBlocks, length, most.data());
     std::nth_element(most.begin(), most.begin() + count - 1, most.end(), std::greater<float>());
     bound = most[count - 1];
   }
-  std::vector<Candidate> found = from(k, x, n, bound);
+  std::vector<Place> found = from(k, x, n, bound);
   std::nth_element(found.begin(), found.begin() + count - 1, found.end());
   found.resize(static_cast<size_t>(count));
-  std::sort(found.begin(), found.end());
   return found;
 }
 
-// Adds the mass of each bin of logits below the peak. Several sums a bin, so that additions need not wait for each other.
-template <class Bin>
-std::array<double, kBins> masses_by_bin(const float* x, const float* weight, int64_t n, Bin&& bin_of) {
-  constexpr int kSums = 4;
-  std::array<std::array<double, kSums>, kBins> part{};
-  for (int64_t i = 0; i < n; i++) part[bin_of(x[i])][i % kSums] += weight[i];
-  std::array<double, kBins> mass;
-  for (int bin = 0; bin < kBins; bin++) mass[bin] = (part[bin][0] + part[bin][1]) + (part[bin][2] + part[bin][3]);
-  return mass;
-}
-
-// The columns down to the one with which the mass reaches p, ascending. The mass of narrow bins of logits says in which
-// bin that is; only what lies there is put in order.
-std::vector<int64_t> nucleus(const Kernels& k, const float* x, int64_t n, float peak, double p) {
-  const Scratch<float> weight = scratch<float>(n);
-  k.exps(x, n, 1.0f, peak, 1.0f, weight.get());
-  const auto bin_of = [peak](float value) {
-    const float below = (peak - value) * kBinsPerUnit;
-    return below < kBins - 1 ? static_cast<int>(below) : kBins - 1;
-  };
-  const std::array<double, kBins> mass = masses_by_bin(x, weight.get(), n, bin_of);
-  double whole = 0.0, above = 0.0;
-  for (double part : mass) whole += part;
-  const double goal = p * kAlmost * whole;
-  int last = 0;
-  while (last < kBins - 1 && above + mass[last] < goal) above += mass[last++];
-  std::vector<Candidate> edge;
-  for (int64_t i = 0; i < n; i++)
-    if (bin_of(x[i]) == last) edge.push_back({x[i], i});
-  std::sort(edge.begin(), edge.end());
-  size_t count = 0;
-  while (count < edge.size() && above < goal) above += std::exp(static_cast<double>(edge[count++].value) - peak);
-  std::vector<int64_t> columns;
-  if (!count) {  // rounding: the bins above hold it all
-    for (int64_t i = 0; i < n; i++)
-      if (bin_of(x[i]) < last) columns.push_back(i);
-    return columns;
-  }
-  const Candidate& lowest = edge[count - 1];
-  const Scratch<int32_t> places = scratch<int32_t>(n);
-  const int64_t reached = k.collect(x, nullptr, 0.0f, n, lowest.value, places.get());
-  columns.reserve(static_cast<size_t>(reached));
-  for (int64_t i = 0; i < reached; i++)
-    if (x[places[i]] > lowest.value || places[i] <= lowest.column) columns.push_back(places[i]);
-  return columns;
+// The last of those at least `share` times as likely as the likeliest.
+Place last_likely(const Kernels& k, const float* x, int64_t n, float peak, double share) {
+  Place last{peak, 0};
+  for (const Place& one : from(k, x, n, peak + static_cast<float>(std::log(share)) - 0.1f))
+    if (std::exp(static_cast<double>(one.value) - peak) >= share) last = std::max(last, one);
+  return last;
 }
 
 }  // namespace
@@ -113,33 +143,34 @@ bool damaged(const float* x, int64_t n) {
   return wrong;
 }
 
-std::vector<int64_t> kept_columns(const Kernels& k, const float* x, int64_t n, const Limits& limits) {
+Place last_kept(const Kernels& k, const float* x, int64_t n, const Limits& limits) {
   float peak;
   const int64_t likeliest = k.find_max(x, n, &peak);
-  if (limits.top_k <= 1) return {likeliest};
-  std::vector<int64_t> columns;
-  if (limits.top_k >= n && limits.top_p < 1.0) {
-    columns = nucleus(k, x, n, peak, limits.top_p);
-  } else {
-    std::vector<Candidate> found;
-    if (limits.top_k < n)
-      found = largest(k, x, n, limits.top_k);
-    else
-      found = from(k, x, n, peak + static_cast<float>(std::log(limits.min_p)) - 0.1f);
+  if (limits.top_k <= 1) return {peak, likeliest};
+  Place last{kNothing, n};
+  if (peak == kNothing) return last;
+  if (limits.top_k < n) {
+    std::vector<Place> found = largest(k, x, n, limits.top_k);
+    last = found.back();
     if (limits.top_p < 1.0) {
-      double whole = 0.0, before = 0.0;
-      for (const Candidate& one : found) whole += std::exp(static_cast<double>(one.value) - peak);
-      size_t count = 0;
-      while (count < found.size() && before < limits.top_p * kAlmost * whole)
-        before += std::exp(static_cast<double>(found[count++].value) - peak);
-      found.resize(count);
+      double mass = 0.0;
+      for (const Place& one : found) mass += std::exp(static_cast<double>(one.value) - peak);
+      last = last_needed(std::move(found), peak, limits.top_p * kAlmost * mass);
     }
-    columns.reserve(found.size());
-    for (const Candidate& one : found) columns.push_back(one.column);
-    std::sort(columns.begin(), columns.end());
+  } else if (limits.top_p < 1.0) {
+    last = last_of_nucleus(k, x, n, peak, limits.top_p * kAlmost);
   }
-  if (limits.min_p > 0.0)
-    std::erase_if(columns, [&](int64_t i) { return std::exp(static_cast<double>(x[i]) - peak) < limits.min_p; });
+  if (limits.min_p > 0.0) last = std::min(last, last_likely(k, x, n, peak, limits.min_p));
+  return last;
+}
+
+std::vector<int64_t> columns_to(const Kernels& k, const float* x, int64_t n, const Place& last) {
+  const Scratch<int32_t> places = scratch<int32_t>(n);
+  const int64_t count = k.collect(x, nullptr, 0.0f, n, last.value, places.get());
+  std::vector<int64_t> columns;
+  columns.reserve(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; i++)
+    if (x[places[i]] > last.value || places[i] <= last.column) columns.push_back(places[i]);
   return columns;
 }
 
@@ -175,15 +206,17 @@ void Law::cut(const Limits& limits) {
     for (int64_t i = 0; i < count_; i++) own_[i] = x_[i] / divisor_;
     row = own_.data();
   }
-  own_ids_ = kept_columns(kernels_, row, count_, limits);
-  const bool listed = static_cast<int64_t>(own_ids_.size()) * kFew <= count_;
+  const Place last = last_kept(kernels_, row, count_, limits);
+  const bool listed = kernels_.count_from(row, count_, last.value) * kFew <= count_;
   std::vector<float> left;
   if (listed) {
+    own_ids_ = columns_to(kernels_, row, count_, last);
     left.reserve(own_ids_.size());
     for (int64_t column : own_ids_) left.push_back(row[column]);
   } else {
-    left.assign(static_cast<size_t>(count_), -std::numeric_limits<float>::infinity());
-    for (int64_t column : own_ids_) left[column] = row[column];
+    left.resize(static_cast<size_t>(count_));
+    for (int64_t i = 0; i < count_; i++) left[i] = row[i] < last.value ? kNothing : row[i];
+    for (int64_t i = last.column + 1; i < count_; i++) left[i] = row[i] > last.value ? row[i] : kNothing;
   }
   own_ = std::move(left);
   x_ = own_.data();
@@ -265,10 +298,10 @@ void Law::masses_of(const Law& whose, int64_t first, int64_t count, float* out) 
   if (!ids_) {
     for (int64_t i = 0; i < count; i++) {
       const int64_t id = whose.ids_[first + i];  // past the vocabulary where a row lists fewer tokens than others
-      logits[i] = id < count_ ? x_[id] : -std::numeric_limits<float>::infinity();
+      logits[i] = id < count_ ? x_[id] : kNothing;
     }
   } else {
-    std::fill(logits, logits + count, -std::numeric_limits<float>::infinity());
+    std::fill(logits, logits + count, kNothing);
     const int64_t* mine = std::lower_bound(ids_, ids_ + count_, whose.token(first));
     for (int64_t i = 0; i < count && mine != ids_ + count_;) {
       const int64_t theirs = whose.token(first + i);

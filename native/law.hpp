@@ -19,9 +19,19 @@ struct Limits {
 // Whether there is NaN or +inf among the logits.
 bool damaged(const float* x, int64_t n);
 
-// The columns that limits leave of a row of logits (after temperature), ascending; the lowest stay where some are equal.
-// Not of damaged logits.
-std::vector<int64_t> kept_columns(const Kernels& kernels, const float* x, int64_t n, const Limits& limits);
+// A column of a row, in the order of likelihood: the lowest columns first where logits are equal.
+struct Place {
+  float value;
+  int64_t column;
+  bool operator<(const Place& other) const {
+    return value != other.value ? value > other.value : column < other.column;
+  }
+};
+
+// The last column that limits leave of a row of logits (after temperature): all up to it are left. Not of damaged logits.
+Place last_kept(const Kernels& kernels, const float* x, int64_t n, const Limits& limits);
+// All columns up to that one, ascending.
+std::vector<int64_t> columns_to(const Kernels& kernels, const float* x, int64_t n, const Place& last);
 
 // Rows of logits, and what is asked of each. Rows of listed tokens are not cut.
 struct Laws {

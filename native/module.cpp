@@ -231,7 +231,9 @@ nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> kept(const Vector& logits, int64_t 
   auto columns = std::make_unique<std::vector<int64_t>>();
   {
     nb::gil_scoped_release released;
-    *columns = kept_columns(find_kernels(), logits.data(), logits.size(), {top_k, top_p, min_p});
+    const Kernels& kernels = find_kernels();
+    const auto size = static_cast<int64_t>(logits.size());
+    *columns = columns_to(kernels, logits.data(), size, last_kept(kernels, logits.data(), size, {top_k, top_p, min_p}));
   }
   int64_t* data = columns->data();
   const size_t size = columns->size();

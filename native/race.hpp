@@ -38,7 +38,10 @@ static int64_t find_max(const float* x, int64_t n, float* largest) {
   }
   for (; i < n; i++) best = x[i] > best ? x[i] : best;
   *largest = best;
-  for (i = 0; i < n; i++)
+  for (i = 0; i + kLanes <= n; i += kLanes)
+    for (uint32_t hits = reaching(load(x + i), best); hits; hits &= hits - 1)
+      if (const int64_t place = i + __builtin_ctz(hits); x[place] == best) return place;
+  for (; i < n; i++)
     if (x[i] == best) return i;
   return 0;
 }

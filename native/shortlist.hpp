@@ -6,12 +6,10 @@
 
 namespace outrider::OUTRIDER_ISA {
 
-constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
-
 // How many of x reach the bound.
 static int64_t count_from(const float* x, int64_t n, float bound) {
   int64_t count = 0, i = 0;
-  for (; i + kLanes <= n; i += kLanes) count += __builtin_popcount(~bits(less(load(x + i), set(bound))) & kAllLanes);
+  for (; i + kLanes <= n; i += kLanes) count += __builtin_popcount(reaching(load(x + i), bound));
   for (; i < n; i++) count += !(x[i] < bound);
   return count;
 }
@@ -21,7 +19,7 @@ static int64_t collect(const float* x, const float* extra, float weight, int64_t
   int64_t count = 0, i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const F v = extra ? fma(load(extra + i), set(weight), load(x + i)) : load(x + i);
-    for (uint32_t hits = ~bits(less(v, set(bound))) & kAllLanes; hits; hits &= hits - 1)
+    for (uint32_t hits = reaching(v, bound); hits; hits &= hits - 1)
       places[count++] = static_cast<int32_t>(i + __builtin_ctz(hits));
   }
   for (; i < n; i++)

@@ -190,4 +190,7 @@ static inline float from_bf16(uint16_t a) {
   return value;
 }
 
+// The lanes that are not below the bound, a bit each.
+static inline uint32_t reaching(F a, float bound) { return ~bits(less(a, set(bound))) & ((1u << kLanes) - 1); }
+
 }  // namespace outrider::OUTRIDER_ISA

@@ -59,14 +59,15 @@ class Judge {
     sound_ = sound_ && law->sound();
     return *law;
   }
-  // The laws of all drafts at once: threads share them where they are too narrow to be shared themselves.
-  void look_at_all() {
-    const int64_t count = 2 * control_.keep, width = task_.target.width;
-    if (!share_ || !task_.drafter || width >= kWorthSharing || count * width < kWorthSharing / 2) return;
+  // The laws of some drafts at once: threads share them where one law's passes are not worth sharing, or are cut.
+  void look_at(int64_t first, int64_t last) {
+    const int64_t count = 2 * (last - first), width = task_.target.width;
+    if (!share_ || !task_.drafter || count * width < kWorthSharing / 2) return;
+    if (width >= kWorthSharing && !task_.target.top_k) return;
     const auto pool = shared_pool();
     pool->run([&](int thread) {
       pool->deal(thread, count, [&](int64_t i) {
-        const int64_t depth = i / 2;
+        const int64_t depth = first + i / 2;
         if (i % 2)
           drafters_[depth] = std::make_unique<Law>(kernels_, *task_.drafter, control_.drafted + depth, false);
         else
@@ -91,6 +92,7 @@ class Judge {
 
   void reject() {
     for (int64_t i = 0; i < control_.keep; i++) {
+      if (task_.target.top_k) look_at(i, i + 1);
       const Law& p = target(i);
       const Law* q = drafter(i);
       if (!sound_) return;
@@ -111,7 +113,7 @@ class Judge {
   // From the longest prefix to the shortest: the first that passes is kept, and shorter ones need no residual.
   void block() {
     const int64_t keep = control_.keep;
-    look_at_all();
+    look_at(0, keep);
     std::vector<double> weight(static_cast<size_t>(keep) + 1, 1.0);
     for (int64_t i = 0; i < keep; i++) {
       const Law& p = target(i);
@@ -121,11 +123,13 @@ class Judge {
     }
     if (!keep || uniform(task_.purposes.accept, keep - 1) < weight[keep]) return take_all();
     for (int64_t i = keep - 1; i > 0; i--) {
+      const double u = uniform(task_.purposes.accept, i - 1);
+      if (u >= weight[i]) continue;  // the mass is at most the weight, and so is mass / (mass + 1 - weight)
       const Law& p = target(i);
       const Law* q = drafter(i);
       const double mass = p.excess(weight[i], q, tokens_[i]), all = mass + (1.0 - weight[i]);
       // Both vanish where the weight is 1 and p = q: then the next draft is accepted for certain, and with it this one.
-      if (uniform(task_.purposes.accept, i - 1) < (all > 0.0 ? mass / all : 0.0)) return finish(i, weight[i], p, q);
+      if (u < (all > 0.0 ? mass / all : 0.0)) return finish(i, weight[i], p, q);
     }
     const Law& p = target(0);
     finish(0, 1.0, p, drafter(0));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead
+from outrider.drafting import Drawing
 from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.registry import find
 from outrider.sampling import Categorical
@@ -537,3 +539,43 @@ def test_blocks_in_one_call_are_those_drawn_step_by_step(name: str, params: Samp
     if params.temperature:
         places = torch.tensor([0, 1, 2, 3, 4, 5, 6])
         torch.testing.assert_close(quick.law.dense(places), steps.law.dense(places), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SAMPLED, SamplingParams(temperature=1.0, top_p=0.8)], ids=repr)
+@pytest.mark.parametrize("name", ["dflash", "masks-only"])
+def test_blocks_without_a_head_are_drawn_at_once_as_step_by_step(
+    name: str, params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = make_target()
+    drafter = make_drafter(make_checkpoint(BLOCKS[name], target=target), target)
+    session, history, proposals = Session(target, drafter, 3), random_tokens(20, 3), []
+    session.observe([history[:-1], history[:7], history[:4]], [0, 0, 0])
+    for stepwise in (False, True):
+        monkeypatch.setattr(Drawing, "penalised", stepwise)
+        histories = [history, history[:8], history[:5]]
+        proposals.append(propose(drafter, session.slots, histories, limit=[4, 0, 2], params=params))
+    quick, steps = proposals
+    assert torch.equal(quick.lengths, steps.lengths) and quick.lengths.tolist() == [4, 0, 2]
+    assert torch.equal(quick.tokens, steps.tokens) and torch.equal(quick.confidence, steps.confidence)
+    assert (quick.law is None) == (steps.law is None) == (params.temperature == 0)
+    if quick.law is not None:
+        places = torch.tensor([0, 1, 2, 3, 8, 9])
+        assert torch.equal(quick.law.dense(places), steps.law.dense(places))
+
+
+def test_a_penalty_makes_drafts_wait_for_those_before_them() -> None:
+    target = make_target()
+    drafter = make_drafter(make_checkpoint(BLOCKS["dflash"], target=target), target)
+    session, history = Session(target, drafter, 1), random_tokens(20, 3)
+    session.observe([history[:-1]], [0])
+    free, penalised = (
+        propose(drafter, session.slots, [history], params=SamplingParams(temperature=5.0, presence_penalty=amount))
+        for amount in (0.0, 2.0)
+    )
+    drafts = penalised.tokens[0].tolist()
+    laws = penalised.law.dense(torch.arange(len(drafts)))
+    plain = free.law.dense(torch.arange(len(drafts)))
+    new = next(k for k in range(1, len(drafts)) if drafts[k - 1] not in history)
+    other = next(v for v in range(VOCABULARY) if v not in history and v not in drafts)
+    lost = laws[new, drafts[new - 1]] / laws[new, other] / (plain[new, drafts[new - 1]] / plain[new, other])
+    assert lost.item() == pytest.approx(math.exp(-2.0 / 5.0), rel=1e-4)

@@ -98,6 +98,9 @@ class DSparkDrafter(TrainedDrafter):
             tokens, margins, law = self.head.draft(base, hidden, anchors, drawing.keys(), drawing.temperatures)
             drawing.record(tokens, margins, law)
             before = self.head.before(anchors, tokens)
+        elif not self.design.markov_rank and not drawing.penalised:
+            drawing.draw_all(base)
+            before = []
         else:
             before = self._draft_stepwise(drawing, anchors, hidden, base)
         confidence = self.head.confidence(hidden, before)

@@ -43,6 +43,19 @@ class Drawing:
         self._logits.append(logits)
         return drawn
 
+    def draw_all(self, logits: Tensor) -> None:
+        """All drafts at once, where none depends on those before it. [n, K, Vd]"""
+        count, drafts, _ = logits.shape
+        rows = self.rows.repeat_interleave(drafts)
+        self._whole = process(self._net.spread(logits.flatten(0, 1)), self._context, rows)
+        self.tokens[self.rows] = self._whole.draw(self.keys().flatten()).view(count, drafts)
+        self._logits = list(logits.unbind(1))
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a row's law depends on the tokens drafted before it by an option of its request."""
+        return any(p.penalised for p in self._context.params)
+
     @property
     def plain(self) -> bool:
         """Whether no option moves a logit or cuts a law: each is a softmax over its temperature, or certain."""
