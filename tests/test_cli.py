@@ -46,6 +46,21 @@ def llm(tiny_model_dir: Path) -> LLM:
 # ------------------------------------------------------------------------------------------------ generate
 
 
+def test_json_without_a_file_prints(model: list[str]) -> None:
+    flags = [*model, "--max-tokens", "4", "--seed", "3"]
+    records = [
+        json.loads(outrider("generate", *arguments).stdout)["token_ids"]
+        for arguments in (
+            [PROMPT, *flags, "--json", "-"],
+            [PROMPT, *flags, "--json"],
+            [PROMPT, "--json", *flags],
+            [*flags, "--json", "--", PROMPT],
+        )
+    ]
+    assert records == records[:1] * 4
+    assert "--rows" in outrider("profile", "--json", "--rowz", "1").stderr
+
+
 def test_json_goes_to_stdout_alone_and_equals_the_library(model: list[str], llm: LLM) -> None:
     result = outrider("generate", PROMPT, *model, "--drafter", "suffix", "--max-tokens", "24", "--json", "-")
     assert result.exit_code == 0, result.output

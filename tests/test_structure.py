@@ -61,7 +61,7 @@ INSIDE: dict[str, set[str]] = {
 PARTS = {  # a package's modules may import those that are there to be shared
     "backends": {"packed"},
     "checkpoints": {"decoder", "draft"},
-    "cli": {"common"},
+    "cli": {"command", "common"},
     "drafting": {"cache", "drawing", "net", "trained"},
     "evaluation": {"comparison", "intervals", "replay"},
     "learning": {"attention", "fresh", "frozen", "net", "stack", "warm"},

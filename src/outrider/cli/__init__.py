@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from outrider import __version__
+from outrider.cli.command import make_command
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -38,9 +39,7 @@ class _OnUse(Mapping[str, Any]):
         found = getattr(import_module(module), function)
         if isinstance(found, typer.Typer):  # a group of its own
             return typer.main.get_group(found)
-        single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        single.command(name)(found)
-        return typer.main.get_command(single)
+        return make_command(name, found)
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMMANDS)

@@ -74,7 +74,9 @@ Seed = Annotated[
 ]
 JsonFile = Annotated[
     str | None,
-    _option(_OUTPUT, "--json", metavar="FILE", help="Write the result as JSON; '-' prints it, and only it, on stdout."),
+    _option(
+        _OUTPUT, "--json", metavar="FILE", help="Write the result as JSON; '-', or no FILE, prints only that on stdout."
+    ),
 ]
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
+from outrider.cli.command import make_command
 from outrider.cli.common import JsonFile, command, human, write_json
 
 if TYPE_CHECKING:
@@ -247,9 +248,7 @@ class _OnUse(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name not in ("recipe", *STAGES):
             raise KeyError(name)
-        single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        single.command(name)(recipe if name == "recipe" else _stage_command(name))
-        return typer.main.get_command(single)
+        return make_command(name, recipe if name == "recipe" else _stage_command(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(("recipe", *STAGES))

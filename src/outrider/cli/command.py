@@ -1,0 +1,30 @@
+"""Commands made from functions, when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+__all__ = ["make_command"]
+
+
+class _Command(TyperCommand):
+    """A command whose ``--json`` may stand alone, last or before another option: it then prints, as ``--json -``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        filled: list[str] = []
+        for arg, following in pairwise([*args[:end], "--"]):
+            alone = arg == "--json" and following.startswith("-") and following != "-"
+            filled += [arg, "-"] if alone else [arg]
+        return super().parse_args(ctx, filled + args[end:])
+
+
+def make_command(name: str, function: Callable[..., Any]) -> Any:
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    single.command(name, cls=_Command)(function)
+    return typer.main.get_command(single)
