@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "threadpool.hpp"
 
@@ -10,6 +11,14 @@ namespace outrider {
 
 constexpr int64_t kPiece = 4096;          // entries looked at together; sums are merged piece by piece
 constexpr int64_t kWorthSharing = 65536;  // entries below which waking other threads costs more than it saves
+
+// Room for numbers that are written before they are read.
+template <class T>
+using Scratch = std::unique_ptr<T[]>;
+template <class T>
+Scratch<T> scratch(int64_t n) {
+  return std::make_unique_for_overwrite<T[]>(static_cast<size_t>(n));
+}
 
 constexpr int64_t piece_count(int64_t width) { return (width + kPiece - 1) / kPiece; }
 
