@@ -25,7 +25,7 @@ constexpr int kIdleYields = 500;     // between jobs: another pass may follow at
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 constexpr microseconds kPatience{150};    // the least the caller waits for a worker before it lets it go
-constexpr int kWorth = 16;              // waiting in vain may take one part in so many of all time
+constexpr int kWorth = 16;                // waiting in vain may take one part in so many of all time
 constexpr milliseconds kLongestRest{1000};
 
 void pause() {
