@@ -66,7 +66,7 @@ class Guesses:
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
         count = int(limit[0])
         places = torch.arange(count)
-        law = self._law.take(places)
+        law = self._law if count == len(self._law) else self._law.take(places)  # an index would wake PyTorch's threads
         start = len(context.history[0])
         tokens = law.draw(noise.token_keys(torch.zeros_like(places), places + start, "draft"))
         return Proposal(tokens[None], limit.clone(), None if law.is_greedy else law)
