@@ -12,7 +12,6 @@ namespace outrider {
 
 namespace {
 
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr int64_t kBlocks = 16;  // values summarised by their maximum when few of many are wanted
 constexpr int kBinsPerUnit = 32, kBins = 24 * kBinsPerUnit + 1;  // of logits below the largest; the last takes the rest
 constexpr float kDepths[] = {12, 8, 5, 3};  // logits below the largest down to which a small nucleus is looked for

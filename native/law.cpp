@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "sampler.hpp"
 
@@ -10,7 +9,6 @@ namespace outrider {
 
 namespace {
 
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 constexpr int64_t kFew = 4;  // a row is listed where about one column in so many is left, or fewer
 
 }  // namespace

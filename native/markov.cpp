@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <limits>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -21,8 +20,6 @@ constexpr int kSteps = 12;                     // of interpolation in the search
 constexpr float kRounding = 2e-5f;            // relative slack of the bound
 constexpr int64_t kLonger = 2;                // times the shortlist's length: what a greedy draft may look at
 constexpr float kUp = 1.0f + 1e-6f;
-
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
 // out[i] = row rows[i] of w times z.
 void products(ThreadPool& pool, const Kernels& kernels, const RowMajor& w, const float* z,

@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 
 #include "threadpool.hpp"
 
 namespace outrider {
 
+constexpr float kNothing = -std::numeric_limits<float>::infinity();  // a logit without probability
 constexpr int64_t kPiece = 4096;          // entries looked at together; sums are merged piece by piece
 constexpr int64_t kWorthSharing = 65536;  // entries below which waking other threads costs more than it saves
 
