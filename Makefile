@@ -13,6 +13,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 NATIVE := $(wildcard CMakeLists.txt native/*)
+PACKAGES := $(wildcard src/outrider/*/__init__.py src/outrider/*/*/__init__.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -55,14 +56,14 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	  OUTRIDER_NATIVE=$(SANITIZED) $(BIN)/pytest -p no:cacheprovider $(SANITIZED_TESTS)
-SANITIZED_TESTS ?= tests/test_native.py tests/test_native_kernels.py tests/test_verdict.py tests/test_dspark.py tests/test_noise.py
+SANITIZED_TESTS ?= tests/test_native.py tests/test_native_kernels.py tests/test_native_verification.py tests/test_dspark.py tests/test_rng.py
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests docs recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Python files are used where they lie, so only these make a new installation necessary.
-$(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE)
+# Python files are used where they lie; only new packages and the native sources make a new installation necessary.
+$(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE) $(PACKAGES)
 	@echo "installing outrider and building its native core"
 	$(PIP) install -c constraints.txt --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'import outrider._native' 2> $(VENV)/native.log || { rm -rf build; \

@@ -3,10 +3,10 @@
     python benchmarks/bookkeeping.py rounds | verification [--count 100] [--vocabulary 152000] [--json FILE]
 
 Rounds: each step of the engine, less the time inside the drafter's and the target's calls, on the embedded target and
-on random weights of 110M parameters (vocabulary 32,000). Drafts are guesses drawn from laws made beforehand, so that no
+on random weights of 110M parameters (vocabulary 32,000). Drafts are guesses drawn from distributions made beforehand, so that no
 second model disturbs the caches; nearly all are rejected.
 
-Verification: ``process`` and ``verify`` over eight places of logits; fresh logits and fresh laws each time.
+Verification: ``process`` and ``verify`` over eight places of logits; fresh logits and fresh distributions each time.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 from support import add_json, facts, table, write_json
 from torch import Tensor
 
-from outrider.acceptance import verify
 from outrider.config import SamplingParams
-from outrider.engine import Engine
-from outrider.noise import RowNoise
-from outrider.policies.fixed import FixedConfig, FixedPolicy
-from outrider.sampling import process
-from outrider.targets import load_backend, load_target
-from outrider.targets.random import random_target
-from outrider.types import Context, Noise, Proposal, RaggedBatch, StepCost, TargetModel
+from outrider.engine.engine import Engine
+from outrider.models.loading import load_backend, load_target
+from outrider.models.random import random_target
+from outrider.sampling.distribution import process
+from outrider.sampling.rng import RowRng
+from outrider.sampling.verification import verify
+from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+from outrider.types import Context, Proposal, RaggedBatch, Rng, StepCost, TargetModel
 
 K = 7  # drafts of a round
 PROMPT = 64  # tokens
@@ -50,9 +50,9 @@ WAYS = {  # how tokens are chosen
 
 
 class Guesses:
-    """A drafter without a model: drafts from one law, prepared beforehand, whatever was said."""
+    """A drafter without a model: drafts from one distribution, prepared beforehand, whatever was said."""
 
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, vocabulary: int, params: SamplingParams, drafts: int) -> None:
         self.block = drafts
@@ -63,13 +63,15 @@ class Guesses:
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         count = int(limit[0])
         places = torch.arange(count)
-        law = self._law if count == len(self._law) else self._law.take(places)  # an index would wake PyTorch's threads
+        distribution = (
+            self._law if count == len(self._law) else self._law.take(places)
+        )  # an index would wake PyTorch's threads
         start = len(context.history[0])
-        tokens = law.draw(noise.token_keys(torch.zeros_like(places), places + start, "draft"))
-        return Proposal(tokens[None], limit.clone(), None if law.is_greedy else law)
+        tokens = distribution.draw(rng.token_keys(torch.zeros_like(places), places + start, "draft"))
+        return Proposal(tokens[None], limit.clone(), None if distribution.is_greedy else distribution)
 
     def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
         """Nothing to learn."""
@@ -151,15 +153,15 @@ def verification(
     for turn in range(count):
         logits = make(K + 1, vocabulary, generator)
         near = logits[:K] + 0.3 * torch.randn(K, vocabulary, generator=generator)
-        noise = RowNoise([turn], [1], [params.effective_rule])
-        law = process(near, context, *(place[:K] for place in places))
-        drafts = law.draw(noise.token_keys(places[0][:K], PROMPT + places[1][:K], "draft"))[None]
+        rng = RowRng([turn], [1], [params.effective_rule])
+        distribution = process(near, context, *(place[:K] for place in places))
+        drafts = distribution.draw(rng.token_keys(places[0][:K], PROMPT + places[1][:K], "draft"))[None]
         again = process(near, context, *(place[:K] for place in places))  # nothing of the draw is kept in it
-        proposal = Proposal(drafts, keep, None if law.is_greedy else again)
+        proposal = Proposal(drafts, keep, None if distribution.is_greedy else again)
         began = perf_counter()
-        laws = process(logits, context, *places, drafted=drafts)
+        distributions = process(logits, context, *places, drafted=drafts)
         processed = perf_counter()
-        verify(laws, proposal, keep, context, noise)
+        verify(distributions, proposal, keep, context, rng)
         times["verify"].append(perf_counter() - processed)
         times["process"].append(processed - began)
     return {name: 1e3 * median(seconds) for name, seconds in times.items()}

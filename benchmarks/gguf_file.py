@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.decoder import PARTS
-from outrider.targets.random import RandomWeights, Shape
-from outrider.weights import TensorFiles, read_config, read_json, resolve_model
+from outrider.files import read_config, read_json, resolve_model
+from outrider.models.decoder import PARTS
+from outrider.models.random import RandomWeights, Shape
+from outrider.models.weights import TensorFiles
 
 __all__ = ["TYPES", "write_gguf", "write_random_gguf"]
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from outrider.checkpoints import BlockDesign, DraftCheckpoint, TargetFacts
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
-from outrider.noise import RowNoise
-from outrider.targets import load_backend
-from outrider.targets.random import SHAPES, random_target
+from outrider.models.loading import load_backend
+from outrider.models.random import SHAPES, random_target
+from outrider.sampling.rng import RowRng
 from outrider.types import Context, RaggedBatch, TargetModel
 
 TAPS = (2, 6, 10)
@@ -59,8 +59,8 @@ def checkpoint(shape: str, kind: str, bias: float) -> DraftCheckpoint:
         if not tensor.required or name == "d2t":
             continue
         sizes_ = [size or sizes.vocab_size for size in tensor.sizes]
-        noise = torch.randn(sizes_, generator=generator)
-        tensors[name] = torch.ones(sizes_) if len(sizes_) == 1 and "bias" not in name else noise * sizes_[-1] ** -0.5
+        rng = torch.randn(sizes_, generator=generator)
+        tensors[name] = torch.ones(sizes_) if len(sizes_) == 1 and "bias" not in name else rng * sizes_[-1] ** -0.5
     tensors["markov.w1.weight"] *= RANK**0.5
     tensors["markov.w2.weight"] *= bias
     return replace(made, tensors=tensors)
@@ -71,12 +71,12 @@ class Rounds:
 
     def __init__(self, target: TargetModel, drafter: DSparkDrafter, context: int, temperature: float) -> None:
         self.target, self.drafter = target, drafter
-        self.memory = target.new_memory(1, context + 64)
+        self.memory = target.new_cache(1, context + 64)
         self.slot = self.memory.open()
         drafter.open(0, context + 64)
         self.history = torch.randint(5, target.spec.vocab_size, (context + 1,)).tolist()
         batch = RaggedBatch.pack([self.history[:-1]], [0], [self.slot])
-        drafter.observe(batch, target.forward(batch, self.memory, drafter.taps).features)
+        drafter.observe(batch, target.forward(batch, self.memory, drafter.aux_layers).features)
         self.context, self.turn = context, 0
         self.params = SamplingParams(temperature=temperature, seed=1)
         self.head_seconds = 0.0
@@ -100,14 +100,14 @@ class Rounds:
         """Seconds of draft, of the head's part in it, and of the target's pass."""
         self.turn += 1
         self.head_seconds = 0.0
-        noise = RowNoise([1], [self.turn], ["rejection"])
+        rng = RowRng([1], [self.turn], ["rejection"])
         context = Context([self.params], [self.history], [1])
         last = torch.tensor([5 + self.turn * 37 % 1000])  # another anchor each time
         began = perf_counter()
-        proposal = self.drafter.propose(torch.tensor([0]), last, context, torch.tensor([DRAFTS]), noise)
+        proposal = self.drafter.propose(torch.tensor([0]), last, context, torch.tensor([DRAFTS]), rng)
         drafted = perf_counter()
         batch = RaggedBatch.pack([[int(last), *proposal.tokens[0].tolist()]], [self.context], [self.slot])
-        self.target.forward(batch, self.memory, self.drafter.taps)
+        self.target.forward(batch, self.memory, self.drafter.aux_layers)
         end = perf_counter()
         self.memory.rewind(batch.slots, torch.tensor([self.context]))
         return drafted - began, self.head_seconds, end - drafted

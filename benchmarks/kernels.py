@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from support import add_json, facts, interleaved, ratio_of_pairs, say, table, write_json
 from torch import Tensor
 
+from outrider.backends.layers import rope_config
 from outrider.config import LayerConfig, StackConfig
-from outrider.evaluation.profile import weight_bytes
-from outrider.layers import rope_config
+from outrider.evaluation.pass_times import weight_bytes
+from outrider.models.random import RandomWeights
 from outrider.registry import find
-from outrider.targets.random import RandomWeights
 from outrider.types import RaggedBatch, Stack
 
 LINEARS = {"head": (32_000, 2048), "down": (4096, 14_336)}
@@ -64,7 +64,7 @@ def load(config: StackConfig, dtype: str, backend: str) -> Stack:
 
 def new_pass(stack: Stack, tokens: int, context: int, width: int) -> Callable[[], None]:
     """A pass over ``tokens`` new tokens behind ``context`` cached ones, without logits, forgotten at once."""
-    memory = stack.new_memory(1, context + tokens)
+    memory = stack.new_cache(1, context + tokens)
     slot = memory.open()
     for start in range(0, context, 512):
         chunk = [0] * min(512, context - start)

@@ -3,7 +3,7 @@
     python benchmarks/lossless.py --prompts prompts/*.jsonl --limit 200 --dtype float32 --dtype int8 [--json FILE]
 
 Every prompt is answered plainly, one at a time, and by every drafter, ``--rows`` prompts together: greedily, and at
-temperature 1 under shared noise ("coupled", a seed per prompt). The exit code is 1 if any answer differs.
+temperature 1 under shared rng ("coupled", a seed per prompt). The exit code is 1 if any answer differs.
 """
 
 from __future__ import annotations

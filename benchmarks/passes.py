@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from support import add_json, facts, interleaved, ratio_of_pairs, say, table, write_json
 
-from outrider.evaluation.profile import Cell, cache_bytes, read_probe, weight_bytes
-from outrider.targets import load_backend
-from outrider.targets.random import SHAPES, random_target
+from outrider.evaluation.pass_times import Cell, cache_bytes, read_probe, weight_bytes
+from outrider.models.loading import load_backend
+from outrider.models.random import SHAPES, random_target
 from outrider.types import RaggedBatch
 
 Pass = Callable[[], Any]
@@ -30,7 +30,7 @@ Contender = tuple[str, Callable[[int], Pass]]  # name, and what makes a pass of 
 
 def outrider(shape: str, dtype: str, context: int, backend: str) -> Iterator[Contender]:
     target = random_target(shape, dtype, load_backend(backend, dtype))
-    memory = target.new_memory(1, context + 64)
+    memory = target.new_cache(1, context + 64)
     slot = memory.open()
     for start in range(0, context, 512):
         chunk = [0] * min(512, context - start)

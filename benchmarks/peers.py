@@ -33,8 +33,8 @@ import torch
 from support import add_json, facts, prompt_sets, say, seconds_of, settle, table, write_json
 
 from outrider import LLM, SamplingParams
-from outrider.evaluation.bench import bootstrap_ratio, repeated_ngrams
-from outrider.weights import resolve_model
+from outrider.evaluation.speedup import bootstrap_ratio, repeated_ngrams
+from outrider.files import resolve_model
 
 Answer = Callable[[list[int], int], list[int]]
 """Prompt ids and how many tokens to write -> their ids."""

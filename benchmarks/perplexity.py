@@ -21,11 +21,11 @@ import torch
 from support import add_json, facts, say, table, write_json
 
 from outrider.errors import InvalidRequest
-from outrider.rounds import read_questions
-from outrider.targets import load_target
-from outrider.tokenizer import Tokenizer
+from outrider.evaluation.recording import read_questions
+from outrider.files import EMBEDDED_PROMPTS, resolve_model
+from outrider.models.loading import load_target
+from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
-from outrider.weights import EMBEDDED_PROMPTS, resolve_model
 
 DTYPES = ["float32", "bfloat16", "int8", "int4"]
 DRAWS = 2000  # resamples of an interval
@@ -51,7 +51,7 @@ def documents(path: Path, tokenizer: Tokenizer, window: int) -> list[list[int]]:
 @torch.inference_mode()
 def surprise(target: TargetModel, pieces: Sequence[Sequence[int]]) -> np.ndarray:
     """-log p of each piece's tokens but the first, summed, in nats: float64 [pieces]."""
-    memory = target.new_memory(1, max(map(len, pieces)))
+    memory = target.new_cache(1, max(map(len, pieces)))
     sums = []
     for piece in pieces:
         slot = memory.open()

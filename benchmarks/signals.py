@@ -1,13 +1,13 @@
 """What tells best whether a draft will be accepted? Signals recorded in real rounds, their quality, and what they earn.
 
     head          the trained confidence head
-    margin        q1 / (q1 + q2) of the draft law's two likeliest tokens: the sigmoid of their logits' difference
-    entropy       exp(-H) of the draft law: 1 over the number of tokens it hesitates between
+    margin        q1 / (q1 + q2) of the draft distribution's two likeliest tokens: the sigmoid of their logits' difference
+    entropy       exp(-H) of the draft distribution: 1 over the number of tokens it hesitates between
     ngram         how predictable the text is by itself: share of the most frequent token that followed the longest
                   earlier occurrence of its end, times Laplace's (m + 1) / (m + 2) for an occurrence of m tokens
     ngram-token   the same of the token that was drafted. It sees that token, so no scheduler may use it under
                   rejection sampling (a token would be kept for being likely); it shows what that rule costs
-    oracle        sum_x min(p(x), q(x)): the very probability of acceptance, which takes the target's own law
+    oracle        sum_x min(p(x), q(x)): the very probability of acceptance, which takes the target's own distribution
 
 Selection: what is said of position j is said given that the drafts before it were accepted. So confidences are measured
 over the rounds that came to position j, and their products (survivals) over all rounds that verified it.
@@ -27,14 +27,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from outrider import calibration
-from outrider.calibration import Scaling
 from outrider.config import SamplingParams
-from outrider.drift import OnlineCorrection
+from outrider.engine.llm import LLM
 from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
-from outrider.llm import LLM
-from outrider.rounds import Question, Recorder, ask
-from outrider.types import Context, Drafter, Noise, Proposal, RaggedBatch, SchedulerPolicy, StepCost, TargetOutput
+from outrider.evaluation.recording import Question, Recorder, ask
+from outrider.scheduling import calibration
+from outrider.scheduling.calibration import Scaling
+from outrider.scheduling.online_correction import OnlineCorrection
+from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, SchedulerPolicy, StepCost, TargetOutput
 
 __all__ = [
     "REALISED",
@@ -59,7 +59,7 @@ __all__ = [
 
 SIGNALS = ("head", "margin", "entropy", "ngram", "ngram-token", "oracle")
 REALISED = ("head", "margin", "entropy", "ngram")
-"""Signals that a scheduler can really be given: none knows the drafted token or the target's law."""
+"""Signals that a scheduler can really be given: none knows the drafted token or the target's distribution."""
 TREATMENTS = ("raw", "STS", "online")
 LONGEST = 32  # tokens of an earlier occurrence that count
 THRESHOLDS = tuple(k / 20 for k in range(20))
@@ -96,29 +96,29 @@ def ngram_signals(history: Sequence[int], drafts: Sequence[int]) -> tuple[list[f
     return likeliest, drafted
 
 
-def margin_signal(law: Tensor) -> list[float]:
+def margin_signal(distribution: Tensor) -> list[float]:
     """Probabilities [K, S] -> K"""
-    best = law.topk(2, -1).values
+    best = distribution.topk(2, -1).values
     found: list[float] = (best[:, 0] / best.sum(-1)).tolist()
     return found
 
 
-def entropy_signal(law: Tensor) -> list[float]:
+def entropy_signal(distribution: Tensor) -> list[float]:
     """Probabilities [K, S] -> K"""
-    found: list[float] = torch.special.entr(law).sum(-1).neg().exp().tolist()
+    found: list[float] = torch.special.entr(distribution).sum(-1).neg().exp().tolist()
     return found
 
 
 def overlap(p: Tensor, q: Tensor) -> list[float]:
-    """``oracle``: the laws of target and drafter, [K, V] each -> K"""
+    """``oracle``: the distributions of target and drafter, [K, V] each -> K"""
     found: list[float] = torch.minimum(p, q).sum(-1).clamp(max=1).tolist()
     return found
 
 
 def law_of(proposal: Proposal) -> Tensor:
     """Probabilities of the first row's drafts, by the columns they are kept in, [K, S]."""
-    assert proposal.law is not None, "a draft that was not sampled has no law to read a signal off"
-    return proposal.law.columns(torch.arange(proposal.tokens.shape[1]))[0].float()  # type: ignore[attr-defined]
+    assert proposal.distribution is not None, "a draft that was not sampled has no distribution to read a signal off"
+    return proposal.distribution.columns(torch.arange(proposal.tokens.shape[1]))[0].float()  # type: ignore[attr-defined]
 
 
 def signals_of(
@@ -145,13 +145,13 @@ class Wrapped:
     """A drafter that drafts what another one does."""
 
     def __init__(self, drafter: Drafter) -> None:
-        self.drafter, self.taps, self.block = drafter, drafter.taps, drafter.block
+        self.drafter, self.aux_layers, self.block = drafter, drafter.aux_layers, drafter.block
 
     def open(self, slot: int, capacity: int) -> None:
         self.drafter.open(slot, capacity)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
-        return self.drafter.propose(slots, last, context, limit, noise)
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        return self.drafter.propose(slots, last, context, limit, rng)
 
     def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
         self.drafter.observe(batch, features)
@@ -165,8 +165,8 @@ class Listener(Wrapped):
 
     heard: tuple[Proposal, dict[str, list[float]]] | None = None
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
-        proposal = super().propose(slots, last, context, limit, noise)
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        proposal = super().propose(slots, last, context, limit, rng)
         self.heard = (proposal, signals_of(proposal, context.history[0])) if int(proposal.lengths[0]) else None
         return proposal
 
@@ -178,8 +178,8 @@ class Signalled(Wrapped):
         super().__init__(drafter)
         self._signal, self._scaling = signal, scaling
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
-        proposal = super().propose(slots, last, context, limit, noise)
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        proposal = super().propose(slots, last, context, limit, rng)
         if not int(proposal.lengths[0]):
             return proposal
         (values,) = signals_of(proposal, context.history[0], [self._signal]).values()
@@ -187,7 +187,7 @@ class Signalled(Wrapped):
             values = self._scaling.adjust(values)
         rest = proposal.tokens.shape[1] - len(values)
         confidence = torch.tensor([values + [0.0] * rest])
-        return Proposal(proposal.tokens, proposal.lengths, proposal.law, confidence)
+        return Proposal(proposal.tokens, proposal.lengths, proposal.distribution, confidence)
 
 
 class Overheard:
@@ -226,8 +226,8 @@ class Witness(Recorder):
 
     def _complete(self, proposal: Proposal, signals: dict[str, list[float]]) -> dict[str, list[float]]:
         count = int(proposal.lengths[0])
-        assert proposal.law is not None
-        q = proposal.law.dense(torch.arange(count)).float()
+        assert proposal.distribution is not None
+        q = proposal.distribution.dense(torch.arange(count)).float()
         return signals | {"oracle": overlap(self._target.logits[:count].float().softmax(-1), q)}
 
 

@@ -35,16 +35,16 @@ from signals import Clock, Costs, Recording
 from study_drafters import DSPARK, LAYERS, TRAINED, Trained, Workshop, needed
 from support import facts, say
 
-from outrider.calibration import Scaling
 from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest, OutriderError
-from outrider.evaluation import drafter as evaluation
+from outrider.evaluation import drafter_quality as evaluation
 from outrider.evaluation.comparison import MACRO, Evaluation
 from outrider.evaluation.intervals import Estimate
-from outrider.llm import LLM
-from outrider.rounds import Question, ask, read_questions
-from outrider.training import calibrate
-from outrider.weights import read_json, write_json
+from outrider.evaluation.recording import Question, ask, read_questions
+from outrider.files import read_json, write_json
+from outrider.scheduling.calibration import Scaling
+from outrider.training import fit_calibration
 
 RESULTS = Path(__file__).parent / "results" / "study"
 PACKAGED = "draft_model"
@@ -244,11 +244,13 @@ _SWEPT = ("drafter", "temperature", "threshold", "acceptance_length", "acceptanc
 def reliability(study: Study) -> None:
     """Are DSpark's confidences what they say, raw and scaled? (paper: figure 6)"""
     checkpoint, out = study.checkpoint(DSPARK), study.out / "reliability"
-    config = calibrate.Config(
+    config = fit_calibration.Config(
         rules=("rejection",), temperatures=study.temperatures, rounds=study.rounds, max_tokens=study.max_tokens
     )
     if not out.exists():
-        calibrate.calibrate(config, checkpoint, [study.held_out], out, study.target, progress=_progress("reliability"))
+        fit_calibration.calibrate(
+            config, checkpoint, [study.held_out], out, study.target, progress=_progress("reliability")
+        )
     elif read_json(out / "provenance.json")["arguments"]["rounds"] != study.rounds:
         raise InvalidRequest(f"{out} was made with another --rounds; delete it or give another --out")
     rows = read_json(out / "report.json")["buckets"]

@@ -19,8 +19,8 @@ from typing import Any
 from support import say
 
 from outrider.errors import InvalidRequest
+from outrider.files import read_json, write_json
 from outrider.training import run
-from outrider.weights import read_json, write_json
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TRAINED = ("dspark", "dflash", "eagle3", "draft-model")

@@ -13,8 +13,8 @@ from typing import Any
 
 from support import table
 
-from outrider import figures
-from outrider.weights import read_json
+from outrider.evaluation import plots
+from outrider.files import read_json
 
 __all__ = ["report"]
 
@@ -238,7 +238,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
 
 def draw(name: str, result: Result, folder: Path) -> Path | None:
     """The diagram of a table that has one; None without matplotlib."""
-    if not figures.available():
+    if not plots.available():
         return None
     path, rows = folder / f"{name}.png", result["rows"]
     if name in ("table1", "depth", "blocks", "heads", "efficiency"):
@@ -248,13 +248,13 @@ def draw(name: str, result: Result, folder: Path) -> Path | None:
                 title = f"{row['domain']}, temperature {row['temperature']:g}"
                 reached = [(share, share, share) for share in row["conditional"] if share is not None]
                 panels.setdefault(title, {})[row["drafter"]] = reached
-        figures.draw_positions({k: v for k, v in panels.items() if MACRO in k or len(panels) == 1}, path)
+        plots.draw_positions({k: v for k, v in panels.items() if MACRO in k or len(panels) == 1}, path)
     elif name == "thresholds":
         points = [{k: v[0] if isinstance(v, list) else v for k, v in row.items()} for row in rows]
         keys = ("threshold", "acceptance_length", "acceptance_rate", "verify_rate", "speedup")
-        figures.draw_sweep({"temperature 1": {"dspark": {k: [p[k] for p in points] for k in keys}}}, path)
+        plots.draw_sweep({"temperature 1": {"dspark": {k: [p[k] for p in points] for k in keys}}}, path)
     elif name == "reliability":
-        figures.draw_reliability({f"temperature {row['temperature']:g}": row["curves"] for row in rows}, path)
+        plots.draw_reliability({f"temperature {row['temperature']:g}": row["curves"] for row in rows}, path)
     else:
         return None
     return path

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from outrider.evaluation.bench import embedded_prompt_sets, machine, read_prompts
+from outrider.evaluation.speedup import embedded_prompt_sets, machine, read_prompts
 
 __all__ = [
     "add_json",

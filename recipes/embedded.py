@@ -250,12 +250,12 @@ def next_token_loss(model: Qwen3ForCausalLM, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def distillation_loss(teacher: Qwen3ForCausalLM) -> Callable[[Qwen3ForCausalLM, Tensor], Tensor]:
-    """KL(target || draft): the draft imitates the target's law, which is what acceptance asks for."""
+def distillation_loss(target_runner: Qwen3ForCausalLM) -> Callable[[Qwen3ForCausalLM, Tensor], Tensor]:
+    """KL(target || draft): the draft imitates the target's distribution, which is what acceptance asks for."""
 
     def loss(model: Qwen3ForCausalLM, tokens: Tensor) -> Tensor:
         with torch.no_grad():
-            wanted = teacher(input_ids=tokens[:, :-1]).logits.flatten(0, 1).float().log_softmax(-1)
+            wanted = target_runner(input_ids=tokens[:, :-1]).logits.flatten(0, 1).float().log_softmax(-1)
         got = model(input_ids=tokens[:, :-1]).logits.flatten(0, 1).float().log_softmax(-1)
         return F.kl_div(got, wanted, log_target=True, reduction="batchmean")
 
@@ -338,11 +338,11 @@ def held_out_losses(model: Qwen3ForCausalLM, corpus: Corpus) -> dict[str, float]
 
 
 @torch.inference_mode()
-def held_out_overlap(model: Qwen3ForCausalLM, teacher: Qwen3ForCausalLM, corpus: Corpus) -> dict[str, float]:
+def held_out_overlap(model: Qwen3ForCausalLM, target_runner: Qwen3ForCausalLM, corpus: Corpus) -> dict[str, float]:
     """Expected acceptance of one drafted token at temperature 1: the mean of sum_x min(p, q)."""
     result = {}
     for domain, tokens in corpus.held_out():
-        p = teacher(input_ids=tokens[:, :-1]).logits.softmax(-1)
+        p = target_runner(input_ids=tokens[:, :-1]).logits.softmax(-1)
         q = model(input_ids=tokens[:, :-1]).logits.softmax(-1)
         result[domain] = round(torch.minimum(p, q).sum(-1).mean().item(), 4)
     return result

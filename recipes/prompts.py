@@ -20,7 +20,7 @@ from pathlib import Path
 
 from embedded import BOXED, DOMAINS, documents
 
-from outrider.evaluation.bench import embedded_prompt_sets
+from outrider.evaluation.speedup import embedded_prompt_sets
 
 HERE = Path(__file__).parent
 SHORTEST, LONGEST = 40, 700  # characters

@@ -21,9 +21,9 @@ from pydantic import BaseModel
 from outrider.errors import ArtefactError
 from outrider.training import regenerate as stage
 from outrider.training.artefact import Journal, begin, open_artefact, read_lines
+from outrider.training.conversations import Question
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
-from outrider.training.questions import Question
 from outrider.training.regenerate import Config, regenerate
 from outrider.training.stages import STAGES, Order, Stage
 from outrider.training.stages import make as make_stage
@@ -224,7 +224,7 @@ def test_answers_depend_on_nothing_but_prompt_and_seed(prompts: Path, tiny_model
 def test_a_conversation_goes_on_from_the_targets_own_answer(
     prompts: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    from outrider.tokenizer import Tokenizer
+    from outrider.tokenization.tokenizer import Tokenizer
 
     regenerate(SMALL, prompts, tmp_path / "answers", str(tiny_model_dir))
     tokenizer = Tokenizer(tiny_model_dir)

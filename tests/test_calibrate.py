@@ -14,14 +14,14 @@ from typer.testing import CliRunner, Result
 
 from outrider import checkpoints
 from outrider.backends.reference import ReferenceBackend
-from outrider.calibration import Calibration, Scaling
 from outrider.cli import app
 from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.evaluation.convert import convert
-from outrider.llm import LLM
+from outrider.evaluation.conversion import convert
 from outrider.registry import find
-from outrider.training.calibrate import Config, calibrate
+from outrider.scheduling.calibration import Calibration, Scaling
+from outrider.training.fit_calibration import Config, calibrate
 
 HALF = {(rule, t): Scaling((2.0,), (-1.0,)) for rule in ("rejection", "block", "coupled") for t in (0.0, 1.0)}
 SMALL = Config(temperatures=(0.0, 1.0), rules=("rejection", "block"), rounds=60, max_tokens=24, bins=5)

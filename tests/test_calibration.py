@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outrider.calibration import (
+from outrider.config import SamplingParams
+from outrider.errors import CheckpointError
+from outrider.scheduling.calibration import (
     Calibration,
     Scaling,
     area_under_curve,
@@ -24,9 +26,7 @@ from outrider.calibration import (
     reliability,
     survival_quality,
 )
-from outrider.config import SamplingParams
-from outrider.drift import OnlineCorrection
-from outrider.errors import CheckpointError
+from outrider.scheduling.online_correction import OnlineCorrection
 from outrider.types import Context, Proposal
 
 ROUNDS, K = 12_000, 4

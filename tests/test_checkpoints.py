@@ -198,12 +198,12 @@ def test_detection_reads_the_config_and_not_the_path(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from outrider.checkpoints import files
+    from outrider.checkpoints import directory
 
     def fail(*arguments: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(files, "write_tensors", fail)
+    monkeypatch.setattr(directory, "write_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save(complete("vanilla"), tmp_path / "out", "deepspec", {})
     assert list(tmp_path.iterdir()) == []

@@ -17,8 +17,8 @@ from typer.testing import CliRunner, Result
 from outrider.cli import COMMANDS, app
 from outrider.cli.common import output_record
 from outrider.config import SamplingParams
-from outrider.llm import LLM
-from outrider.tokenizer import Tokenizer
+from outrider.engine.llm import LLM
+from outrider.tokenization.tokenizer import Tokenizer
 
 PROMPT = TEXTS[2]
 
@@ -248,7 +248,7 @@ def test_an_unforeseen_error_is_one_line_unless_asked(model: list[str], monkeypa
     def broken(*args: object, **options: object) -> None:
         raise ZeroDivisionError("deep inside")
 
-    monkeypatch.setattr("outrider.llm.LLM.__init__", broken)
+    monkeypatch.setattr("outrider.engine.llm.LLM.__init__", broken)
     result = outrider("generate", "x", *model)
     assert result.exit_code == 1
     assert "unexpected ZeroDivisionError: deep inside; OUTRIDER_DEBUG=1" in result.stderr

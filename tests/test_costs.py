@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.costs import CostKey, CostPoint, CostTable, isotonic
 from outrider.errors import InvalidRequest
+from outrider.scheduling.costs import CostKey, CostPoint, CostTable, isotonic
 
 KEY = CostKey("llama-768x12", "float32", "native", "some processor", 2)
 
@@ -50,16 +50,16 @@ def test_a_cost_that_is_linear_is_known_everywhere(tokens: int, rows: int, each:
     assert measured.steps_per_second(tokens, rows, rows * each) == pytest.approx(1 / got)
 
 
-noise = st.floats(1e-4, 1e-1)
+rng = st.floats(1e-4, 1e-1)
 noisy_tables = st.builds(
     lambda single, several: table(
         *((m, 1, c, s) for (m, c), s in single.items()), *((m * r, r, c * r, s) for (m, r, c), s in several.items())
     ),
     st.dictionaries(
-        st.tuples(st.sampled_from([1, 2, 3, 8, 20]), st.sampled_from([0, 100, 5000])), noise, min_size=1, max_size=12
+        st.tuples(st.sampled_from([1, 2, 3, 8, 20]), st.sampled_from([0, 100, 5000])), rng, min_size=1, max_size=12
     ),
     st.dictionaries(
-        st.tuples(st.sampled_from([1, 3]), st.sampled_from([2, 5, 16]), st.sampled_from([0, 700])), noise, max_size=8
+        st.tuples(st.sampled_from([1, 3]), st.sampled_from([2, 5, 16]), st.sampled_from([0, 700])), rng, max_size=8
     ),
 )
 

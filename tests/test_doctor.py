@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from outrider import checkpoints
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
 from outrider.cli import app
-from outrider.evaluation.doctor import Report, examine
+from outrider.evaluation.diagnosis import Report, examine
 from outrider.evaluation.replay import Prompts, Transcript, replay, transcribe
 from outrider.registry import find
 
@@ -184,7 +184,7 @@ def test_the_anchor_layout_that_works_is_named(tmp_path: Path, taught: DraftChec
 
 
 def test_layers_that_only_fit_when_counted_from_one(folder: Path, target: Any) -> None:
-    """The taps of speculators in DeepSpec's key: the last layer is refused, and the reading that works is found."""
+    """The aux_layers of speculators in DeepSpec's key: the last layer is refused, and the reading that works is found."""
     change(folder, target_layer_ids=[1, 3, 4])
     report = diagnose(folder, target)
     assert report.best.reading == "layers one lower" and report.best.checkpoint.target_layers == LAYERS_READ

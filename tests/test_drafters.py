@@ -22,9 +22,9 @@ from outrider.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from outrider.drafters.ngram import NgramConfig, NgramDrafter
 from outrider.drafters.suffix import SuffixAutomaton, SuffixConfig, SuffixDrafter
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
-from outrider.noise import RowNoise
-from outrider.sampling import process
-from outrider.types import Context, Drafter, Noise, Proposal, RaggedBatch, TargetModel, TargetOutput, TargetSpec
+from outrider.sampling.distribution import process
+from outrider.sampling.rng import RowRng
+from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec
 
 V = 5
 
@@ -76,11 +76,11 @@ class PrefixModel:
             state = (state * 31 + token + 7) % 997
         return 2 * self._table[state]
 
-    def new_memory(self, slots: int, capacity: int) -> PrefixMemory:
+    def new_cache(self, slots: int, capacity: int) -> PrefixMemory:
         return PrefixMemory(slots, capacity)
 
     def forward(
-        self, batch: RaggedBatch, memory: PrefixMemory, taps: Sequence[int] = (), logits_at: Tensor | None = None
+        self, batch: RaggedBatch, memory: PrefixMemory, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
     ) -> TargetOutput:
         self.passes.append(len(batch.tokens))
         rows = []
@@ -172,8 +172,8 @@ def rows_of(indices: Sequence[int]) -> list[Row]:
     return [Row(ROWS[i].seed, ROWS[i].params, ROWS[i].prompt_length, ROWS[i].slot) for i in indices]
 
 
-def noise_of(rows: Sequence[Row]) -> RowNoise:
-    return RowNoise([r.seed for r in rows], [r.round for r in rows], [r.params.effective_rule for r in rows])
+def noise_of(rows: Sequence[Row]) -> RowRng:
+    return RowRng([r.seed for r in rows], [r.round for r in rows], [r.params.effective_rule for r in rows])
 
 
 def context_of(rows: Sequence[Row]) -> Context:
@@ -183,7 +183,7 @@ def context_of(rows: Sequence[Row]) -> Context:
 def observe(drafter: Drafter, tokens: Sequence[Sequence[int]], starts: Sequence[int], rows: Sequence[Row]) -> None:
     """What passed through the target, with features that are a function of the token where the drafter reads any."""
     batch = RaggedBatch.pack(tokens, starts, [row.slot for row in rows])
-    drafter.observe(batch, FEATURES[batch.tokens].repeat(1, len(drafter.taps)) if drafter.taps else None)
+    drafter.observe(batch, FEATURES[batch.tokens].repeat(1, len(drafter.aux_layers)) if drafter.aux_layers else None)
 
 
 def start(drafter: Drafter, rows: Sequence[Row], chunk: int = 8, capacity: int = 400) -> None:
@@ -195,13 +195,13 @@ def start(drafter: Drafter, rows: Sequence[Row], chunk: int = 8, capacity: int =
         row.history.append(random.Random(row.seed).randrange(V))
 
 
-def propose(drafter: Drafter, rows: Sequence[Row], limit: Sequence[int], noise: Noise | None = None) -> Proposal:
+def propose(drafter: Drafter, rows: Sequence[Row], limit: Sequence[int], rng: Rng | None = None) -> Proposal:
     return drafter.propose(
         torch.tensor([r.slot for r in rows]),
         torch.tensor([r.history[-1] for r in rows]),
         context_of(rows),
         torch.tensor(limit),
-        noise or noise_of(rows),
+        rng or noise_of(rows),
     )
 
 
@@ -238,7 +238,7 @@ class Draft:
 
     tokens: list[int]
     confidence: list[float] | None
-    laws: list[list[float]] | None
+    distributions: list[list[float]] | None
 
 
 def drafts_of(proposal: Proposal) -> list[Draft]:
@@ -250,7 +250,7 @@ def drafts_of(proposal: Proposal) -> list[Draft]:
             Draft(
                 proposal.tokens[b, :length].tolist(),
                 None if proposal.confidence is None else proposal.confidence[b, :length].tolist(),
-                None if proposal.law is None else proposal.law.dense(places).tolist(),
+                None if proposal.distribution is None else proposal.distribution.dense(places).tolist(),
             )
         )
     return drafts
@@ -279,7 +279,7 @@ each = pytest.mark.parametrize("name", registry.names("drafter"))
 @each
 def test_shapes_and_bounds(name: str) -> None:
     drafter = make(name)
-    assert isinstance(drafter.taps, tuple) and drafter.block >= 0
+    assert isinstance(drafter.aux_layers, tuple) and drafter.block >= 0
     rows = rows_of(range(4))
     start(drafter, rows)
     for step in range(len(LIMITS)):
@@ -291,13 +291,13 @@ def test_shapes_and_bounds(name: str) -> None:
         assert all(0 <= n <= min(most, width) for n, most in zip(proposal.lengths.tolist(), limit, strict=True))
         if proposal.confidence is not None:
             assert proposal.confidence.shape == (4, width) and proposal.confidence.dtype == torch.float32
-        if proposal.law is not None:
-            assert len(proposal.law) == 4 * width
+        if proposal.distribution is not None:
+            assert len(proposal.distribution) == 4 * width
         for draft in drafts_of(proposal):
             assert all(0 <= token < VOCABULARY for token in draft.tokens)
             assert all(0 <= c <= 1 for c in draft.confidence or [])
-            for token, law in zip(draft.tokens, draft.laws or [], strict=False):
-                assert law[token] > 0 and sum(law) == pytest.approx(1)
+            for token, distribution in zip(draft.tokens, draft.distributions or [], strict=False):
+                assert distribution[token] > 0 and sum(distribution) == pytest.approx(1)
         commit(drafter, rows, proposal)
 
 
@@ -327,8 +327,8 @@ def same(a: Draft, b: Draft, where: str) -> None:
     assert a.tokens == b.tokens, where
     if a.confidence is not None and b.confidence is not None:
         assert a.confidence == pytest.approx(b.confidence, abs=1e-6), where
-    if a.laws is not None and b.laws is not None:  # a batch of greedy rows alone has no law
-        assert torch.allclose(torch.tensor(a.laws), torch.tensor(b.laws)), where
+    if a.distributions is not None and b.distributions is not None:  # a batch of greedy rows alone has no distribution
+        assert torch.allclose(torch.tensor(a.distributions), torch.tensor(b.distributions)), where
 
 
 @each
@@ -383,12 +383,12 @@ def test_a_longer_limit_only_adds(name: str) -> None:
 
 
 class FutureNoise:
-    """The same noise, but of another seed from given positions on."""
+    """The same rng, but of another seed from given positions on."""
 
     def __init__(self, rows: Sequence[Row], depth: int) -> None:
         self._here = noise_of(rows)
         rules = [r.params.effective_rule for r in rows]
-        self._there = RowNoise([r.seed + 77 for r in rows], [r.round for r in rows], rules)
+        self._there = RowRng([r.seed + 77 for r in rows], [r.round for r in rows], rules)
         self._from = torch.tensor([len(r.history) + depth for r in rows])
 
     def uniform(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
@@ -405,7 +405,7 @@ class FutureNoise:
 
 
 def anticipates(make_drafter: Callable[[], Drafter]) -> tuple[bool, bool]:
-    """(whether a length, confidence or law up to token j moves with the tokens from j on, whether any token moved)."""
+    """(whether a length, confidence or distribution up to token j moves with the tokens from j on, whether any token moved)."""
     moved = False
     for seed in range(3):
 
@@ -428,7 +428,7 @@ def anticipates(make_drafter: Callable[[], Drafter]) -> tuple[bool, bool]:
                     return True, True
                 if (a.confidence or [])[: depth + 1] != (b.confidence or [])[: depth + 1]:
                     return True, True
-                if (a.laws or [])[: depth + 1] != (b.laws or [])[: depth + 1]:
+                if (a.distributions or [])[: depth + 1] != (b.distributions or [])[: depth + 1]:
                     return True, True
     return False, moved
 
@@ -443,7 +443,7 @@ def test_does_not_anticipate(name: str) -> None:
 class _Coin:
     """Draws tokens evenly; ``flaw`` lets a length or a confidence peek at the token it is about."""
 
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     block = 4
 
     def __init__(self, flaw: str) -> None:
@@ -451,11 +451,11 @@ class _Coin:
 
     def open(self, slot: int, capacity: int) -> None: ...
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         columns = []
         for j in range(self.block):
             positions = torch.tensor([len(h) + j for h in context.history])
-            columns.append((noise.uniform(torch.arange(len(slots)), positions, "draft") * V).long())
+            columns.append((rng.uniform(torch.arange(len(slots)), positions, "draft") * V).long())
         tokens = torch.stack(columns, 1)
         lengths, confidence = limit, torch.full(tokens.shape, 0.5)
         if self.flaw == "length":  # drops a token it does not like
@@ -642,31 +642,35 @@ def small_drafter(model: PrefixModel, **options: Any) -> DraftModelDrafter:
 
 
 def test_draft_model_draws_each_token_from_the_law_it_reports() -> None:
-    """Recomputed without a cache: the processed logits of the whole prefix, and the row's own noise."""
+    """Recomputed without a cache: the processed logits of the whole prefix, and the row's own rng."""
     model = PrefixModel(seed=1)
     drafter, rows = small_drafter(model, draft_tokens=5), rows_of(range(4))
     start(drafter, rows)
     for step in range(len(LIMITS)):
-        proposal, noise = propose(drafter, rows, LIMITS[step]), noise_of(rows)
+        proposal, rng = propose(drafter, rows, LIMITS[step]), noise_of(rows)
         for b, draft in enumerate(drafts_of(proposal)):
             assert len(draft.tokens) == LIMITS[step][b]
             history = rows[b].history
             for j, token in enumerate(draft.tokens):
                 logits = model.logits([*history, *draft.tokens[:j]])
                 drafted = torch.tensor([draft.tokens] * 4)
-                law = process(logits[None], context_of(rows), torch.tensor([b]), torch.tensor([j]), drafted=drafted)
-                keys = noise.token_keys(torch.tensor([b]), torch.tensor([len(history) + j]), "draft")
-                assert int(law.draw(keys)) == token
-                assert draft.confidence is not None and draft.laws is not None
+                distribution = process(
+                    logits[None], context_of(rows), torch.tensor([b]), torch.tensor([j]), drafted=drafted
+                )
+                keys = rng.token_keys(torch.tensor([b]), torch.tensor([len(history) + j]), "draft")
+                assert int(distribution.draw(keys)) == token
+                assert draft.confidence is not None and draft.distributions is not None
                 assert draft.confidence[j] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
-                assert torch.allclose(torch.tensor(draft.laws[j]).double(), law.dense(torch.tensor([0]))[0].double())
+                assert torch.allclose(
+                    torch.tensor(draft.distributions[j]).double(), distribution.dense(torch.tensor([0]))[0].double()
+                )
         commit(drafter, rows, proposal)
 
 
 def test_draft_model_has_no_law_where_every_row_is_greedy() -> None:
     drafter, rows = small_drafter(PrefixModel(seed=1)), rows_of([0])
     start(drafter, rows)
-    assert propose(drafter, rows, [4]).law is None
+    assert propose(drafter, rows, [4]).distribution is None
 
 
 def test_draft_model_runs_no_token_twice() -> None:

@@ -29,11 +29,11 @@ from outrider.backends.native import NativeBackend, available
 from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
 from outrider.config import SamplingParams
+from outrider.drafters.base import Drawing
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead
-from outrider.drafting import Drawing
 from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.registry import find
-from outrider.sampling import Categorical
+from outrider.sampling.distribution import Categorical
 from outrider.types import RaggedBatch, TargetModel
 
 BLOCKS = {name: design for name, design in DESIGNS.items() if isinstance(design, BlockDesign)}
@@ -99,7 +99,7 @@ def test_drafts_and_their_laws_are_those_of_a_direct_computation(name: str) -> N
     session.observe([history[:-1]], [0])
     proposal = propose(drafter, [0], [history], params=SAMPLED)
 
-    features = features_of(target, history[:-1], drafter.taps)
+    features = features_of(target, history[:-1], drafter.aux_layers)
     hidden = dense_block(checkpoint, target.tensors["embed.weight"], features, history[-1])
     hidden = hidden if design.sample_from_anchor else hidden[1:]
     logits = hidden @ target.tensors["head.weight"].double().T
@@ -107,9 +107,11 @@ def test_drafts_and_their_laws_are_those_of_a_direct_computation(name: str) -> N
     previous = [history[-1], *drafts[:-1]]
     if design.markov_rank:
         logits = logits + dense_bias(checkpoint, previous, hidden)
-    law = (logits / SAMPLED.temperature).softmax(-1)
-    assert len(drafts) == design.drafts and proposal.law is not None
-    torch.testing.assert_close(proposal.law.dense(torch.arange(len(drafts))), law, atol=1e-6, rtol=0, check_dtype=False)
+    distribution = (logits / SAMPLED.temperature).softmax(-1)
+    assert len(drafts) == design.drafts and proposal.distribution is not None
+    torch.testing.assert_close(
+        proposal.distribution.dense(torch.arange(len(drafts))), distribution, atol=1e-6, rtol=0, check_dtype=False
+    )
     if design.confidence:
         w = checkpoint.tensors
         read = (
@@ -169,7 +171,7 @@ def test_a_row_with_missing_features_stays_plain_until_they_are_caught_up() -> N
     checkpoint = make_checkpoint(BLOCKS["gated"], target=target)
     drafter, whole = make_drafter(checkpoint, target), make_drafter(checkpoint, target)
     history = random_tokens(20, 7)
-    features = features_of(target, history[:-1], drafter.taps)
+    features = features_of(target, history[:-1], drafter.aux_layers)
     for d in (drafter, whole):
         d.open(0, 64)
     whole.observe(RaggedBatch.pack([history[:-1]], [0], [0]), features)
@@ -212,7 +214,7 @@ def test_rows_open_and_close_and_rows_beyond_the_memory_stay_plain() -> None:
         drafter.close(slot)
     drafter.open(1, 500)  # a longer context than before: a new memory
     drafter.observe(
-        RaggedBatch.pack([histories[0][:-1]], [0], [1]), features_of(target, histories[0][:-1], drafter.taps)
+        RaggedBatch.pack([histories[0][:-1]], [0], [1]), features_of(target, histories[0][:-1], drafter.aux_layers)
     )
     assert propose(drafter, [1], histories[:1]).lengths.tolist() == [5]
 
@@ -234,14 +236,17 @@ def test_a_row_drafts_the_same_alone_and_in_a_ragged_batch(name: str, params: Sa
     for b, history in enumerate(histories):
         single = make_drafter(checkpoint, target, torch.float64)
         Session(target, single, 1).observe([history[:-1]], [0])
-        alone = propose(single, [0], [history], limit=[limits[b]], params=params, noise=noise_of(1, seed=7 + b))
+        alone = propose(single, [0], [history], limit=[limits[b]], params=params, rng=noise_of(1, seed=7 + b))
         n = int(alone.lengths)
         assert n == int(together.lengths[b]) == min(limits[b], drafter.block)
         assert together.tokens[b, :n].tolist() == alone.tokens[0, :n].tolist()
         if params.temperature and n:
             k = together.tokens.shape[1]
             torch.testing.assert_close(
-                together.law.dense(torch.arange(b * k, b * k + n)), alone.law.dense(torch.arange(n)), atol=1e-9, rtol=0
+                together.distribution.dense(torch.arange(b * k, b * k + n)),
+                alone.distribution.dense(torch.arange(n)),
+                atol=1e-9,
+                rtol=0,
             )
 
 
@@ -250,12 +255,12 @@ def test_greedy_drafts_carry_no_law_and_a_mixed_batch_does() -> None:
     drafter = make_drafter(make_checkpoint(BLOCKS["vanilla"], target=target), target)
     history = random_tokens(6, 1)
     Session(target, drafter, 1).observe([history[:-1]], [0])
-    assert propose(drafter, [0], [history]).law is None
-    assert propose(drafter, [0], [history], params=SAMPLED).law is not None
+    assert propose(drafter, [0], [history]).distribution is None
+    assert propose(drafter, [0], [history], params=SAMPLED).distribution is not None
 
 
 def test_a_reduced_vocabulary_drafts_its_own_tokens_only() -> None:
-    """Laws are over the target's vocabulary, W1 is read by target ids, W2 gives draft ids."""
+    """Distributions are over the target's vocabulary, W1 is read by target ids, W2 gives draft ids."""
     target = make_target(dtype=torch.float64)
     checkpoint = make_checkpoint(BLOCKS["vanilla"], target=target, drafted=10)
     drafter = make_drafter(checkpoint, target, torch.float64)
@@ -265,34 +270,36 @@ def test_a_reduced_vocabulary_drafts_its_own_tokens_only() -> None:
     ids = checkpoint.tensors["d2t"] + torch.arange(10)
     drafts = proposal.tokens[0].tolist()
     assert set(drafts) <= set(ids.tolist())
-    laws = proposal.law.dense(torch.arange(len(drafts)))
-    assert laws.shape == (5, VOCABULARY) and not laws[:, ~checkpoint.tensors["t2d"]].any()
+    distributions = proposal.distribution.dense(torch.arange(len(drafts)))
+    assert distributions.shape == (5, VOCABULARY) and not distributions[:, ~checkpoint.tensors["t2d"]].any()
     hidden = dense_block(
-        checkpoint, target.tensors["embed.weight"], features_of(target, history[:-1], drafter.taps), history[-1]
+        checkpoint, target.tensors["embed.weight"], features_of(target, history[:-1], drafter.aux_layers), history[-1]
     )
     logits = hidden @ checkpoint.tensors["head.weight"].double().T + dense_bias(
         checkpoint, [history[-1], *drafts[:-1]], hidden
     )
-    torch.testing.assert_close(laws[:, ids], (logits / 0.8).softmax(-1), atol=1e-6, rtol=0, check_dtype=False)
+    torch.testing.assert_close(distributions[:, ids], (logits / 0.8).softmax(-1), atol=1e-6, rtol=0, check_dtype=False)
 
 
 def test_drafted_tokens_follow_the_law_they_carry() -> None:
-    """The second draft of 1,200 rounds, given the first: total variation to its law within the noise of sampling."""
+    """The second draft of 1,200 rounds, given the first: total variation to its distribution within the rng of sampling."""
     target = make_target()
     drafter = make_drafter(make_checkpoint(BLOCKS["vanilla"], target=target), target, draft_tokens=2)
     history = random_tokens(6, 1)
     session = Session(target, drafter, 8)
     session.observe([history[:-1]] * 8, [0] * 8)
-    counts, laws = torch.zeros(VOCABULARY, VOCABULARY), {}
+    counts, distributions = torch.zeros(VOCABULARY, VOCABULARY), {}
     for round in range(150):
-        proposal = propose(drafter, session.slots, [history] * 8, params=SAMPLED, noise=noise_of(8, round=round))
-        rows = proposal.law.dense(torch.arange(16)).view(8, 2, -1)
+        proposal = propose(drafter, session.slots, [history] * 8, params=SAMPLED, rng=noise_of(8, round=round))
+        rows = proposal.distribution.dense(torch.arange(16)).view(8, 2, -1)
         for b, (first, second) in enumerate(proposal.tokens.tolist()):
             counts[first, second] += 1
-            laws[first] = rows[b, 1]
+            distributions[first] = rows[b, 1]
     seen = counts.sum(1)
-    distance = sum(float((counts[t] / seen[t] - laws[t]).abs().sum() / 2 * seen[t]) for t in laws) / 1200
-    expected = sum(float((laws[t] / seen[t]).sqrt().sum() * 0.4 * seen[t]) for t in laws) / 1200
+    distance = (
+        sum(float((counts[t] / seen[t] - distributions[t]).abs().sum() / 2 * seen[t]) for t in distributions) / 1200
+    )
+    expected = sum(float((distributions[t] / seen[t]).sqrt().sum() * 0.4 * seen[t]) for t in distributions) / 1200
     assert distance < 1.3 * expected
 
 
@@ -367,7 +374,7 @@ def test_options_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", DESIGNS)
 def test_rows_of_a_batch_are_bit_identical_to_each_alone(name: str, dtype: str) -> None:
-    """Eight ragged rows in the native backend: tokens, laws and confidences; of every kind of trained drafter."""
+    """Eight ragged rows in the native backend: tokens, distributions and confidences; of every kind of trained drafter."""
     backend = NativeBackend()
     target = make_target(backend=backend, dtype=getattr(torch, dtype))
     drafted = 20 if name in ("gated", "eagle3") else VOCABULARY
@@ -387,14 +394,14 @@ def test_rows_of_a_batch_are_bit_identical_to_each_alone(name: str, dtype: str) 
     for b, history in enumerate(histories):
         single = make()
         Session(target, single, 1).observe([history[:-1]], [0])
-        alone = propose(single, [0], [history], limit=[limits[b]], params=SAMPLED, noise=noise_of(1, seed=7 + b))
+        alone = propose(single, [0], [history], limit=[limits[b]], params=SAMPLED, rng=noise_of(1, seed=7 + b))
         n = int(alone.lengths)
         assert n == int(together.lengths[b]) == limits[b]
         if n:
             assert together.tokens[b, :n].tolist() == alone.tokens[0, :n].tolist()
             assert torch.equal(together.confidence[b, :n], alone.confidence[0, :n])
             places = torch.arange(b * width, b * width + n)
-            assert torch.equal(together.law.dense(places), alone.law.dense(torch.arange(n)))
+            assert torch.equal(together.distribution.dense(places), alone.distribution.dense(torch.arange(n)))
 
 
 WIDE = 4096  # a vocabulary much larger than a shortlist
@@ -438,14 +445,14 @@ def test_a_greedy_block_takes_the_best_of_all_tokens_that_could_win(kind: str, s
     """Of the shortlist and the few outside it that the bound leaves; of the shortlist, where it leaves too many."""
     head = wide_head(kind, scale)
     base, hidden, anchors, keys = block_inputs(12, 5)
-    tokens, margins, law = head.draft(base, hidden, anchors, keys, torch.zeros(12))
+    tokens, margins, distribution = head.draft(base, hidden, anchors, keys, torch.zeros(12))
     logits = along(head, base, hidden, anchors, tokens)
     if not exact:
         likely = base >= base.topk(48, -1).values[..., -1:]
         assert not torch.equal(tokens, logits.argmax(2))
         assert (logits.gather(2, tokens[..., None]) >= logits.where(likely, -torch.inf).amax(2, keepdim=True)).all()
         return
-    assert law is None and torch.equal(tokens, logits.argmax(2))
+    assert distribution is None and torch.equal(tokens, logits.argmax(2))
     best = logits.topk(2, -1).values
     assert (margins >= best[..., 0] - best[..., 1] - 1e-4).all()
 
@@ -453,12 +460,12 @@ def test_a_greedy_block_takes_the_best_of_all_tokens_that_could_win(kind: str, s
 @pytest.mark.skipif(not available(), reason="the compiled core is not built")
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_a_sampled_block_is_drawn_from_the_law_it_reports(kind: str) -> None:
-    """The shortlist holds the largest base logits; its law is the full one, cut to it; the draw is the keys'."""
+    """The shortlist holds the largest base logits; its distribution is the full one, cut to it; the draw is the keys'."""
     head, temperatures = wide_head(kind, 0.5), torch.tensor([0.0, 0.7, 1.0, 1e-4, 2.0])
     base, hidden, anchors, keys = block_inputs(5, 4)
-    tokens, _, law = head.draft(base, hidden, anchors, keys, temperatures)
-    assert law is not None
-    ids, logits = (part.view(5, 4, 64) for part in law)
+    tokens, _, distribution = head.draft(base, hidden, anchors, keys, temperatures)
+    assert distribution is not None
+    ids, logits = (part.view(5, 4, 64) for part in distribution)
     full = along(head, base, hidden, anchors, tokens)
     assert (
         torch.equal(tokens[0], full[0].argmax(-1)) and ids[0, :, 0].equal(tokens[0]) and (ids[0, :, 1:] == WIDE).all()
@@ -470,7 +477,7 @@ def test_a_sampled_block_is_drawn_from_the_law_it_reports(kind: str) -> None:
             assert set(some.tolist()) == set(base[row, k].topk(len(some)).indices.tolist())
             expected, got = full[row, k, some], logits[row, k, : len(some)] * temperatures[row]
             torch.testing.assert_close(got - got.max(), expected - expected.max(), atol=1e-4, rtol=0)
-    place = Categorical(WIDE, ids=law[0], logits=law[1])
+    place = Categorical(WIDE, ids=distribution[0], logits=distribution[1])
     assert torch.equal(place.draw(keys.flatten()).view(5, 4), tokens)
 
 
@@ -498,13 +505,13 @@ def test_a_row_of_a_block_has_the_same_bits_alone_and_on_any_threads() -> None:
 
 @pytest.mark.skipif(not available(), reason="the compiled core is not built")
 def test_equal_logits_and_reduced_vocabularies_of_a_block() -> None:
-    """Ties go to the lowest ids; draft ids become the target's, which is what W1 and the noise go by."""
+    """Ties go to the lowest ids; draft ids become the target's, which is what W1 and the rng go by."""
     target_ids = torch.arange(1000) * 4 + 1
     head = wide_head("vanilla", 0.0, drafted=1000, target_ids=target_ids)
     base, keys, one = torch.zeros(1, 3, 1000), torch.tensor([[5, 6, 7]]), torch.ones(1)
-    tokens, _, law = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([4000]), keys, one)
-    assert law is not None and all(torch.equal(row, target_ids[:64]) for row in law[0])
-    assert torch.equal(Categorical(WIDE, ids=law[0], logits=law[1]).draw(keys[0]), tokens[0])
+    tokens, _, distribution = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([4000]), keys, one)
+    assert distribution is not None and all(torch.equal(row, target_ids[:64]) for row in distribution[0])
+    assert torch.equal(Categorical(WIDE, ids=distribution[0], logits=distribution[1]).draw(keys[0]), tokens[0])
     base[0, :, [7, 900]] = 50.0
     greedy, _, _ = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([0]), keys, one * 0)
     assert greedy.tolist() == [[29, 29, 29]]
@@ -538,7 +545,9 @@ def test_blocks_in_one_call_are_those_drawn_step_by_step(name: str, params: Samp
     torch.testing.assert_close(quick.confidence[0], steps.confidence[0])
     if params.temperature:
         places = torch.tensor([0, 1, 2, 3, 4, 5, 6])
-        torch.testing.assert_close(quick.law.dense(places), steps.law.dense(places), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            quick.distribution.dense(places), steps.distribution.dense(places), atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SAMPLED, SamplingParams(temperature=1.0, top_p=0.8)], ids=repr)
@@ -557,10 +566,10 @@ def test_blocks_without_a_head_are_drawn_at_once_as_step_by_step(
     quick, steps = proposals
     assert torch.equal(quick.lengths, steps.lengths) and quick.lengths.tolist() == [4, 0, 2]
     assert torch.equal(quick.tokens, steps.tokens) and torch.equal(quick.confidence, steps.confidence)
-    assert (quick.law is None) == (steps.law is None) == (params.temperature == 0)
-    if quick.law is not None:
+    assert (quick.distribution is None) == (steps.distribution is None) == (params.temperature == 0)
+    if quick.distribution is not None:
         places = torch.tensor([0, 1, 2, 3, 8, 9])
-        assert torch.equal(quick.law.dense(places), steps.law.dense(places))
+        assert torch.equal(quick.distribution.dense(places), steps.distribution.dense(places))
 
 
 def test_a_penalty_makes_drafts_wait_for_those_before_them() -> None:
@@ -573,9 +582,13 @@ def test_a_penalty_makes_drafts_wait_for_those_before_them() -> None:
         for amount in (0.0, 2.0)
     )
     drafts = penalised.tokens[0].tolist()
-    laws = penalised.law.dense(torch.arange(len(drafts)))
-    plain = free.law.dense(torch.arange(len(drafts)))
+    distributions = penalised.distribution.dense(torch.arange(len(drafts)))
+    plain = free.distribution.dense(torch.arange(len(drafts)))
     new = next(k for k in range(1, len(drafts)) if drafts[k - 1] not in history)
     other = next(v for v in range(VOCABULARY) if v not in history and v not in drafts)
-    lost = laws[new, drafts[new - 1]] / laws[new, other] / (plain[new, drafts[new - 1]] / plain[new, other])
+    lost = (
+        distributions[new, drafts[new - 1]]
+        / distributions[new, other]
+        / (plain[new, drafts[new - 1]] / plain[new, other])
+    )
     assert lost.item() == pytest.approx(math.exp(-2.0 / 5.0), rel=1e-4)

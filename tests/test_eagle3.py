@@ -20,13 +20,13 @@ from trained import (
 )
 
 from outrider.backends.reference import ReferenceBackend
-from outrider.checkpoints import ChainDesign, DraftCheckpoint
+from outrider.checkpoints import AutoregressiveDesign, DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from outrider.errors import InvalidRequest
 from outrider.types import RaggedBatch, TargetModel
 
-CHAINS = {name: design for name, design in DESIGNS.items() if isinstance(design, ChainDesign)}
+CHAINS = {name: design for name, design in DESIGNS.items() if isinstance(design, AutoregressiveDesign)}
 
 
 def make_drafter(checkpoint: DraftCheckpoint, target: TargetModel, dtype=torch.float64, **options) -> Eagle3Drafter:
@@ -35,7 +35,7 @@ def make_drafter(checkpoint: DraftCheckpoint, target: TargetModel, dtype=torch.f
 
 
 def dense_law(checkpoint: DraftCheckpoint, target, features: Tensor, tokens: list[int]) -> Tensor:
-    """Law of the token after ``tokens``; those past the features are drafts. One pass over everything. [V]"""
+    """Distribution of the token after ``tokens``; those past the features are drafts. One pass over everything. [V]"""
     w = {name: tensor.double() for name, tensor in checkpoint.tensors.items()}
     design, features = checkpoint.design, features.double()
     if design.norm_before_fc:
@@ -64,14 +64,14 @@ def test_drafts_follow_the_laws_of_a_direct_computation(name: str) -> None:
     session = Session(target, drafter, 1)
     session.observe([history[:-1]], [0])
     for accepted in (2, 0, 4, 1):  # rounds: each re-runs what was accepted on the target's features
-        features = features_of(target, history[:-1], drafter.taps)
-        proposal = propose(drafter, [0], [history], params=SAMPLED, noise=noise_of(1, round=len(history)))
+        features = features_of(target, history[:-1], drafter.aux_layers)
+        proposal = propose(drafter, [0], [history], params=SAMPLED, rng=noise_of(1, round=len(history)))
         drafts = proposal.tokens[0].tolist()
         assert len(drafts) == 4
-        laws = proposal.law.dense(torch.arange(4))
+        distributions = proposal.distribution.dense(torch.arange(4))
         for j in range(4):
             expected = dense_law(checkpoint, target, features, [*history, *drafts[:j]])
-            torch.testing.assert_close(laws[j], expected, atol=1e-6, rtol=0, check_dtype=False)
+            torch.testing.assert_close(distributions[j], expected, atol=1e-6, rtol=0, check_dtype=False)
         session.observe([[history[-1], *drafts[:accepted]]], [len(history) - 1])
         history += [*drafts[:accepted], accepted]
 
@@ -123,7 +123,7 @@ def test_a_row_with_missing_features_stays_plain() -> None:
     target = make_target()
     drafter = make_drafter(make_checkpoint(CHAINS["eagle3"], target=target), target, torch.float32)
     history = random_tokens(20, 7)
-    features = features_of(target, history[:-1], drafter.taps)
+    features = features_of(target, history[:-1], drafter.aux_layers)
     drafter.open(0, 64)
     drafter.observe(RaggedBatch.pack([history[8:-1]], [8], [0]), features[8:])
     assert propose(drafter, [0], [history]).lengths.tolist() == [0]
@@ -145,7 +145,7 @@ def test_a_row_drafts_the_same_alone_and_in_a_ragged_batch(params: SamplingParam
     for b, history in enumerate(histories):
         single = make_drafter(checkpoint, target)
         Session(target, single, 1).observe([history[:-1]], [0])
-        alone = propose(single, [0], [history], limit=[limits[b]], params=params, noise=noise_of(1, seed=7 + b))
+        alone = propose(single, [0], [history], limit=[limits[b]], params=params, rng=noise_of(1, seed=7 + b))
         n = int(alone.lengths)
         assert n == int(together.lengths[b]) == limits[b]
         assert together.tokens[b, :n].tolist() == alone.tokens[0, :n].tolist()

@@ -11,12 +11,12 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from outrider.config import SamplingParams
-from outrider.engine import Engine
+from outrider.engine.engine import Engine
 from outrider.errors import InvalidRequest
-from outrider.policies.fixed import FixedPolicy
-from outrider.sampling import process
-from outrider.targets.toy import ToyTarget
-from outrider.types import Context, Noise, Proposal, RaggedBatch
+from outrider.models.toy import ToyTarget
+from outrider.sampling.distribution import process
+from outrider.scheduling.fixed import FixedPolicy
+from outrider.types import Context, Proposal, RaggedBatch, Rng
 
 V = 5
 GENERATOR = torch.Generator().manual_seed(3)
@@ -27,7 +27,7 @@ DRAFT_TABLE = TABLE + torch.randn(V, V, generator=GENERATOR, dtype=torch.float64
 class MarkovDrafter:
     """Drafts from another Markov chain and checks that it is told exactly what was committed."""
 
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, table: Tensor, block: int) -> None:
         self.table, self.block = table, block
@@ -49,7 +49,7 @@ class MarkovDrafter:
             assert positions == list(range(start, start + len(tokens))), "committed tokens must be told once, in order"
             self.seen[slot].extend(tokens)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         rows = torch.arange(len(slots))
         for b, slot in enumerate(slots.tolist()):
             assert self.seen[slot] + [int(last[b])] == context.history[b], (
@@ -57,19 +57,19 @@ class MarkovDrafter:
             )
         start = torch.tensor([len(h) for h in context.history[: len(slots)]])
         depth = int(limit.max())
-        tokens, laws, x = [], [], last
+        tokens, distributions, x = [], [], last
         for j in range(depth):
             drafted = torch.stack(tokens, 1) if tokens else None
-            law = process(self.table[x], context, rows, drafted=drafted, depth=torch.full((len(slots),), j))
-            x = law.draw(noise.token_keys(rows, start + j, "draft"))
+            distribution = process(self.table[x], context, rows, drafted=drafted, depth=torch.full((len(slots),), j))
+            x = distribution.draw(rng.token_keys(rows, start + j, "draft"))
             tokens.append(x)
-            laws.append(law.dense(rows))
-        stacked = torch.stack(laws, 1).flatten(0, 1)
+            distributions.append(distribution.dense(rows))
+        stacked = torch.stack(distributions, 1).flatten(0, 1)
         return Proposal(torch.stack(tokens, 1), limit.clone(), _Dense(stacked))
 
 
 class _Dense:
-    """A law held as plain probabilities."""
+    """A distribution held as plain probabilities."""
 
     def __init__(self, probabilities: Tensor) -> None:
         self.probabilities = probabilities
@@ -134,15 +134,15 @@ def test_coupled_text_under_penalties_is_the_plain_text() -> None:
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
 def test_the_sampled_law_end_to_end(rule: str) -> None:
-    """First three tokens after [0] against the exact law: chi-square, false alarms below 1 in 10,000."""
+    """First three tokens after [0] against the exact distribution: chi-square, false alarms below 1 in 10,000."""
     count = 2000
     params = SamplingParams(max_tokens=3, temperature=1.0, rule=rule)  # type: ignore[arg-type]
     outputs = run(engine(2, rows=64), [[0]] * count, params, seeds=list(range(count)))
     p = torch.softmax(TABLE, -1)
-    law = (p[0][:, None, None] * p[:, :, None] * p[None]).flatten().numpy()
+    distribution = (p[0][:, None, None] * p[:, :, None] * p[None]).flatten().numpy()
     seen = Counter(a * V * V + b * V + c for a, b, c in outputs)
     observed = np.array([seen[i] for i in range(V**3)], dtype=float)
-    expected = law * count
+    expected = distribution * count
     big = expected >= 5
     observed = np.append(observed[big], observed[~big].sum())
     expected = np.append(expected[big], expected[~big].sum())
@@ -151,7 +151,7 @@ def test_the_sampled_law_end_to_end(rule: str) -> None:
 
 
 def test_a_drafter_that_misstates_its_law_is_caught_by_the_same_check() -> None:
-    """Negative control: drafts from one law passed off as draws from another bias the text."""
+    """Negative control: drafts from one distribution passed off as draws from another bias the text."""
 
     class Lying(MarkovDrafter):
         def propose(self, *args: object) -> Proposal:
@@ -165,9 +165,9 @@ def test_a_drafter_that_misstates_its_law_is_caught_by_the_same_check() -> None:
     params = SamplingParams(max_tokens=4, temperature=1.0, rule="rejection")
     outputs = run(loop, [[0]] * count, params, seeds=list(range(count)))
     p = torch.softmax(TABLE, -1)
-    law = (p[0][:, None] * p).flatten().numpy() * count  # the first two tokens; the second may be a draft
+    distribution = (p[0][:, None] * p).flatten().numpy() * count  # the first two tokens; the second may be a draft
     seen = Counter(a * V + b for a, b, *_ in outputs)
-    statistic = sum((seen[i] - law[i]) ** 2 / law[i] for i in range(V * V))
+    statistic = sum((seen[i] - distribution[i]) ** 2 / distribution[i] for i in range(V * V))
     assert statistic > chi2.ppf(1 - 1e-4, V * V - 1)
 
 

@@ -13,13 +13,13 @@ from typer.testing import CliRunner, Result
 
 from outrider.cli import app
 from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.evaluation import drafter as evaluation
+from outrider.evaluation import drafter_quality as evaluation
 from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
-from outrider.evaluation.drafter import Config, evaluate
+from outrider.evaluation.drafter_quality import Config, evaluate
 from outrider.evaluation.intervals import Estimate, estimate, macro, share
-from outrider.llm import LLM
-from outrider.rounds import Round
+from outrider.evaluation.recording import Round
 
 SMALL = Config(max_tokens=24, draws=200, temperatures=(0.0,))
 

@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from outrider import checkpoints
-from outrider.acceptance import Round, decide, judge, own_law
 from outrider.backends.native import available
-from outrider.checkpoints import BlockDesign, ChainDesign
+from outrider.checkpoints import AutoregressiveDesign, BlockDesign
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
-from outrider.noise import RowNoise
-from outrider.sampling import Categorical
-from outrider.targets import load_backend, load_target
+from outrider.models.loading import load_backend, load_target
+from outrider.sampling.distribution import Categorical
+from outrider.sampling.rng import RowRng
+from outrider.sampling.verification import Round, acceptance_probabilities, bonus_distribution, count_accepted
 from outrider.types import Context, Drafter, Proposal, RaggedBatch, TargetModel
 
 ROOT = Path(os.environ.get("OUTRIDER_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
@@ -77,8 +77,8 @@ def _context(history: Sequence[int]) -> Context:
     return Context([SamplingParams()], [list(history)], [len(history)])
 
 
-def _noise() -> RowNoise:
-    return RowNoise([0], [0], ["rejection"])
+def _noise() -> RowRng:
+    return RowRng([0], [0], ["rejection"])
 
 
 def _draft(drafter: Drafter, history: Sequence[int], limit: int | None = None):
@@ -171,9 +171,9 @@ def test_block(folder: Path, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", _of_kind(BlockDesign) + _of_kind(ChainDesign))
+@pytest.mark.parametrize("folder", _of_kind(BlockDesign) + _of_kind(AutoregressiveDesign))
 def test_features(folder: Path, backend: str) -> None:
-    """The target's features at the drafter's taps are those that the drafter was given."""
+    """The target's features at the drafter's aux_layers are those that the drafter was given."""
     target = _target(folder, backend)
     header = checkpoints.read_header(_json(folder / "config.json"))
     golden = _json(folder / "golden.json")
@@ -182,7 +182,7 @@ def test_features(folder: Path, backend: str) -> None:
         if "context_ids" not in case:
             continue
         ids = case["context_ids"].tolist()
-        memory = target.new_memory(1, len(ids))
+        memory = target.new_cache(1, len(ids))
         output = target.forward(RaggedBatch.pack([ids], [0], [memory.open()]), memory, layers)
         assert output.features is not None
         _close(output.features, case["target_features"])
@@ -207,10 +207,10 @@ def _generate(
     stops = set(run["stop_token_ids"] or ())
     threshold = run["confidence_threshold"]
     cut_at_stop = "accepted_draft_lengths" in run
-    memory = target.new_memory(1, len(prompt) + new + 2 * drafter.block)
+    memory = target.new_cache(1, len(prompt) + new + 2 * drafter.block)
     slot = memory.open()
     drafter.open(0, len(prompt) + new + drafter.block)
-    output = target.forward(RaggedBatch.pack([prompt], [0], [slot]), memory, drafter.taps)
+    output = target.forward(RaggedBatch.pack([prompt], [0], [slot]), memory, drafter.aux_layers)
     assert output.features is not None
     _observe(drafter, prompt, 0, output.features)
     history = [*prompt, int(output.logits[-1].argmax())]
@@ -229,7 +229,7 @@ def _generate(
             assert proposal.confidence is not None
             keep = int((proposal.confidence[0, :keep] >= threshold).long().cumprod(0).sum())
         drafts = proposal.tokens[0, :keep].tolist()
-        output = target.forward(RaggedBatch.pack([[history[-1], *drafts]], [start], [slot]), memory, drafter.taps)
+        output = target.forward(RaggedBatch.pack([[history[-1], *drafts]], [start], [slot]), memory, drafter.aux_layers)
         own = output.logits.argmax(-1).tolist()
         accepted = 0
         while accepted < keep and drafts[accepted] == own[accepted]:
@@ -284,7 +284,7 @@ def _chain_drafter(folder: Path, backend: str) -> Eagle3Drafter:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", _of_kind(ChainDesign))
+@pytest.mark.parametrize("folder", _of_kind(AutoregressiveDesign))
 def test_chain(folder: Path, backend: str) -> None:
     """Fused features, hidden states, logits and drafts."""
     drafter = _chain_drafter(folder, backend)
@@ -345,7 +345,7 @@ def _training_time_test(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None
         drafter.open(0, 256)
 
 
-@pytest.mark.parametrize("folder", _of_kind(ChainDesign))
+@pytest.mark.parametrize("folder", _of_kind(AutoregressiveDesign))
 def test_runs_of_chains(folder: Path) -> None:
     _reproduces(_chain_drafter(folder, "reference"), _target(folder, "reference"), folder)
 
@@ -371,12 +371,12 @@ def test_sampled_verification(case: dict[str, Tensor]) -> None:
     """The rejection rule keeps what the peer's keeps under the same uniforms, and draws from the same residual."""
     drafts = case["draft_tokens"]
     size = case["target_probs"].shape[1]
-    law = Categorical(size, probabilities=case["draft_probs"])
-    proposal = Proposal(drafts[None], torch.tensor([len(drafts)]), law)
+    distribution = Categorical(size, probabilities=case["draft_probs"])
+    proposal = Proposal(drafts[None], torch.tensor([len(drafts)]), distribution)
     target = Categorical(size, probabilities=case["target_probs"])
     checked = Round.of(target, proposal, torch.tensor([len(drafts)]))
-    judgement = judge(checked, np.array([False]))
-    accepted = decide(judgement, case["uniforms"].double().numpy()[None])
+    probabilities = acceptance_probabilities(checked, np.array([False]))
+    accepted = count_accepted(probabilities, case["uniforms"].double().numpy()[None])
     assert accepted.tolist() == case["accepted"].tolist()
-    own = own_law(checked, judgement, accepted).dense(torch.tensor([0]))[0]
+    own = bonus_distribution(checked, probabilities, accepted).dense(torch.tensor([0]))[0]
     _close(own, case["next_token_distribution"])

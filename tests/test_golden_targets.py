@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from outrider.models.loading import load_target
 from outrider.registry import TARGETS
-from outrider.targets import load_target
 from outrider.types import RaggedBatch
 
 GOLDEN = Path(os.environ.get("OUTRIDER_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
@@ -32,12 +32,12 @@ def test_a_target_gives_its_golden_numbers(folder: Path) -> None:
     assert cases
     for case in cases:
         ids, greedy = (golden[f"{case}.{name}"].tolist() for name in ("input_ids", "greedy_ids"))
-        memory = target.new_memory(1, len(ids) + len(greedy))
+        memory = target.new_cache(1, len(ids) + len(greedy))
         slot = memory.open()
-        output = target.forward(RaggedBatch.pack([ids], [0], [slot]), memory, taps=range(-1, layers - 1))
+        output = target.forward(RaggedBatch.pack([ids], [0], [slot]), memory, aux_layers=range(-1, layers - 1))
         torch.testing.assert_close(output.logits, golden[f"{case}.logits"], atol=1e-4, rtol=0)
         assert output.features is not None
-        hidden = output.features.view(len(ids), layers, -1).transpose(0, 1)  # the last layer's row is not tapped
+        hidden = output.features.view(len(ids), layers, -1).transpose(0, 1)  # the last layer's row is not auxiliary
         torch.testing.assert_close(hidden, golden[f"{case}.hidden"][:-1], atol=1e-4, rtol=0)
         unembedded = target.unembed(golden[f"{case}.final_norm"])
         torch.testing.assert_close(unembedded, golden[f"{case}.logits"], atol=1e-4, rtol=0)

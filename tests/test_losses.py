@@ -1,4 +1,4 @@
-"""The fused measures of two laws, against their definitions and autograd."""
+"""The fused measures of two distributions, against their definitions and autograd."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outrider.losses import divergence, negative_log_acceptance, position_weights
+from outrider.training.networks.losses import divergence, negative_log_acceptance, position_weights
 
 
-def plain(logits: Tensor, laws: Tensor, places: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain(logits: Tensor, distributions: Tensor, places: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The definitions, in float64."""
-    p, log_q = laws[places].double(), logits.double().log_softmax(-1)
+    p, log_q = distributions[places].double(), logits.double().log_softmax(-1)
     hard = torch.where(tokens >= 0, -log_q.gather(1, tokens.clamp(min=0)[:, None])[:, 0], 0)
     outside = (1 - p.sum(-1)).clamp(min=0)
     return hard, (p - log_q.exp()).abs().sum(-1) + outside, -(p * log_q).sum(-1)
@@ -20,11 +20,13 @@ def plain(logits: Tensor, laws: Tensor, places: Tensor, tokens: Tensor) -> tuple
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(2, 700), st.integers(0, 2**31), st.booleans())
-def test_the_fused_measures_are_their_definitions(n: int, laws: int, vocab: int, seed: int, reduced: bool) -> None:
+def test_the_fused_measures_are_their_definitions(
+    n: int, distributions: int, vocab: int, seed: int, reduced: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(n, vocab, generator=generator)).requires_grad_()
-    given_laws = torch.randn(laws, vocab, generator=generator).softmax(-1) * (0.7 if reduced else 1.0)
-    places = torch.randint(laws, (n,), generator=generator)
+    given_laws = torch.randn(distributions, vocab, generator=generator).softmax(-1) * (0.7 if reduced else 1.0)
+    places = torch.randint(distributions, (n,), generator=generator)
     tokens = torch.randint(-1 if reduced else 0, vocab, (n,), generator=generator)
     weights = torch.randn(3, n, generator=generator)
 

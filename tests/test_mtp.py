@@ -38,9 +38,9 @@ def test_drafts_follow_the_laws_of_a_direct_computation(depth: int) -> None:
     session = Session(target, drafter, 1)
     session.observe([history[:-1]], [0])
     for accepted in (1, 0, depth):
-        proposal = propose(drafter, [0], [history], params=SAMPLED, noise=noise_of(1, round=len(history)))
+        proposal = propose(drafter, [0], [history], params=SAMPLED, rng=noise_of(1, round=len(history)))
         drafts = proposal.tokens[0].tolist()
-        states = list(features_of(target, history[:-1], drafter.taps).double())
+        states = list(features_of(target, history[:-1], drafter.aux_layers).double())
         for j in range(depth):
             tokens = [*history, *drafts[:j]]
             embedded = norm(target.tensors["embed.weight"].double()[tokens[1:]], w["embed_norm.weight"])
@@ -48,9 +48,9 @@ def test_drafts_follow_the_laws_of_a_direct_computation(depth: int) -> None:
             entered = both @ w["fc.weight"].T
             out = dense_layer(w, norm(entered, w["layers.0.input_norm.weight"]), entered)[-1]
             logits = norm(out, w["norm.weight"]) @ target.tensors["head.weight"].double().T
-            law = (logits / SAMPLED.temperature).softmax(-1)
+            distribution = (logits / SAMPLED.temperature).softmax(-1)
             torch.testing.assert_close(
-                proposal.law.dense(torch.tensor([j]))[0], law, atol=1e-6, rtol=0, check_dtype=False
+                proposal.distribution.dense(torch.tensor([j]))[0], distribution, atol=1e-6, rtol=0, check_dtype=False
             )
             states.append(out)
         session.observe([[history[-1], *drafts[:accepted]]], [len(history) - 1])

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from outrider.backends.layers import weight_shapes
 from outrider.backends.native import NativeBackend, available
 from outrider.backends.reference import ReferenceBackend
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.errors import CacheFull, InvalidRequest, OutriderError
-from outrider.layers import weight_shapes
 from outrider.types import RaggedBatch, StackOutput
 
 pytestmark = pytest.mark.skipif(not available(), reason="the compiled core is not built")
@@ -67,12 +67,12 @@ PROMPTS = [list(range(1, 71)), [5], [7, 9, 11, 13, 150]]
 STEPS = [[3, 4], [100], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 
-def two_passes(made: Any, taps: Sequence[int] = (-1, 0, 1)) -> tuple[Tensor, Tensor, Tensor]:
+def two_passes(made: Any, aux_layers: Sequence[int] = (-1, 0, 1)) -> tuple[Tensor, Tensor, Tensor]:
     """A ragged prefill and a ragged step: logits, hidden states and features of all tokens."""
-    memory = made.new_memory(3, 130)
+    memory = made.new_cache(3, 130)
     slots = [memory.open() for _ in PROMPTS]
-    first = made.forward(RaggedBatch.pack(PROMPTS, [0, 0, 0], slots), memory, taps=taps)
-    second = made.forward(RaggedBatch.pack(STEPS, [len(p) for p in PROMPTS], slots), memory, taps=taps)
+    first = made.forward(RaggedBatch.pack(PROMPTS, [0, 0, 0], slots), memory, aux_layers=aux_layers)
+    second = made.forward(RaggedBatch.pack(STEPS, [len(p) for p in PROMPTS], slots), memory, aux_layers=aux_layers)
     assert memory.lengths.tolist() == [len(p) + len(s) for p, s in zip(PROMPTS, STEPS, strict=True)]
     return tuple(torch.cat([getattr(o, part) for o in (first, second)]) for part in ("logits", "hidden", "features"))
 
@@ -122,17 +122,17 @@ CONFIGS = {
 def test_float32_is_as_exact_as_torch(name: str, isa: str) -> None:
     config, bias = CONFIGS[name]
     weights = random_weights(config, bias)
-    taps = range(-1, len(config.layers))
-    exact = two_passes(ReferenceBackend().load(config, weights, torch.float64), taps)
-    torch32 = two_passes(ReferenceBackend().load(config, weights, torch.float32), taps)
-    ours = two_passes(NativeBackend(isa).load(config, weights, torch.float32), taps)
+    aux_layers = range(-1, len(config.layers))
+    exact = two_passes(ReferenceBackend().load(config, weights, torch.float64), aux_layers)
+    torch32 = two_passes(ReferenceBackend().load(config, weights, torch.float32), aux_layers)
+    ours = two_passes(NativeBackend(isa).load(config, weights, torch.float32), aux_layers)
     for got, baseline, truth in zip(ours, torch32, exact, strict=True):
         assert error(got, truth) <= 2 * error(baseline, truth) + 1e-7
 
 
 def rows_of(made: Any, tokens: list[int], cuts: Sequence[int], crowd: bool) -> Tensor:
     """Logits of every token, prefilled in pieces that end at ``cuts``; ``crowd`` adds other rows to every pass."""
-    memory = made.new_memory(3, len(tokens) + 8)
+    memory = made.new_cache(3, len(tokens) + 8)
     slots = [memory.open() for _ in range(3)]
     logits = []
     for begin, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
@@ -227,7 +227,7 @@ def test_stacks_of_any_shape(shape: tuple[StackConfig, bool], lengths: list[int]
     prompts = [[(5 * i + 3 * b) % config.vocab_size for i in range(n)] for b, n in enumerate(lengths)]
 
     def run(made: Any, cut: int) -> Tensor:
-        memory = made.new_memory(len(prompts), 48)
+        memory = made.new_cache(len(prompts), 48)
         slots = [memory.open() for _ in prompts]
         heads, tails = [p[:cut] for p in prompts], [p[cut:] for p in prompts]
         first = made.forward(RaggedBatch.pack(heads, [0] * len(prompts), slots), memory).logits
@@ -268,7 +268,7 @@ def test_block_attention_projected_context_and_hidden_input() -> None:
     context, block = torch.randn(2, 23, 64), torch.randn(1, 7, 64)
     outputs = []
     for made in pair(config):
-        memory = made.new_memory(2, 64)
+        memory = made.new_cache(2, 64)
         slots = [memory.open(), memory.open()]
         lengths = [20, 3]
         given = torch.cat([context[0, :20], context[1, :3]])
@@ -287,9 +287,9 @@ def test_wide_input() -> None:
     hidden, residual = torch.randn(5, 128), torch.randn(5, 64)
     outputs = []
     for made in pair(config):
-        memory = made.new_memory(1, 16)
+        memory = made.new_cache(1, 16)
         batch = RaggedBatch.pack([[0] * 5], [0], [memory.open()])
-        outputs.append(made.forward(batch, memory, hidden=hidden, residual=residual, taps=(0,)))
+        outputs.append(made.forward(batch, memory, hidden=hidden, residual=residual, aux_layers=(0,)))
     assert error(outputs[1].logits, outputs[0].logits) < 1e-6
     assert error(outputs[1].features, outputs[0].features) < 1e-6
 
@@ -299,7 +299,7 @@ def test_embed_and_unembed_are_the_ends_of_a_pass() -> None:
     reference, made = pair(config)
     tokens = torch.tensor([[3, 202], [0, 7]])
     assert error(made.embed(tokens), reference.embed(tokens)) < 1e-7
-    memory = made.new_memory(1, 8)
+    memory = made.new_cache(1, 8)
     output = made.forward(RaggedBatch.pack([[3, 202, 0]], [0], [memory.open()]), memory)
     assert torch.equal(made.unembed(output.hidden), output.logits)
     assert made.unembed(output.hidden.view(1, 3, 64)).shape == (1, 3, 203)
@@ -307,7 +307,7 @@ def test_embed_and_unembed_are_the_ends_of_a_pass() -> None:
 
 def test_logits_only_where_asked() -> None:
     made = small()
-    memory = made.new_memory(1, 8)
+    memory = made.new_cache(1, 8)
     slot = memory.open()
     batch = RaggedBatch.pack([[3, 4, 5, 6]], [0], [slot])
     everything = made.forward(batch, memory)
@@ -315,13 +315,13 @@ def test_logits_only_where_asked() -> None:
     some = made.forward(batch, memory, logits_at=torch.tensor([3, 0, 0]))
     assert torch.equal(some.logits, everything.logits[[3, 0, 0]])
     memory.rewind(torch.tensor([slot]), torch.tensor([0]))
-    none = made.forward(batch, memory, logits_at=torch.tensor([], dtype=torch.int64), taps=(1,))
+    none = made.forward(batch, memory, logits_at=torch.tensor([], dtype=torch.int64), aux_layers=(1,))
     assert none.logits.shape == (0, 203) and none.hidden.shape == (0, 64) and none.features.shape == (4, 64)
 
 
 def test_rewound_tokens_leave_no_trace() -> None:
     made = small()
-    memory = made.new_memory(2, 64)
+    memory = made.new_cache(2, 64)
     slot = memory.open()
     made.forward(RaggedBatch.pack([[3, 4, 5, 6, 7, 8, 9]], [0], [slot]), memory)
     memory.rewind(torch.tensor([slot]), torch.tensor([2]))
@@ -339,11 +339,11 @@ def test_rewound_tokens_leave_no_trace() -> None:
 
 def test_empty_batches_and_rows() -> None:
     made = small()
-    memory = made.new_memory(2, 8)
+    memory = made.new_cache(2, 8)
     slots = [memory.open(), memory.open()]
     nothing = made.forward(RaggedBatch.pack([], [], []), memory)
     assert nothing.logits.shape == (0, 203)
-    output = made.forward(RaggedBatch.pack([[], [5]], [0, 0], slots), memory, taps=(0,))
+    output = made.forward(RaggedBatch.pack([[], [5]], [0, 0], slots), memory, aux_layers=(0,))
     assert output.logits.shape == (1, 203) and memory.lengths.tolist() == [0, 1]
     made.project(torch.empty(0, 64), RaggedBatch.pack([], [], []), memory)
     assert made.embed(torch.empty(0, dtype=torch.int64)).shape == (0, 64)
@@ -352,7 +352,7 @@ def test_empty_batches_and_rows() -> None:
 
 def test_a_slot_can_be_filled_to_the_brim() -> None:
     made = small()
-    memory = made.new_memory(1, 70)
+    memory = made.new_cache(1, 70)
     slot = memory.open()
     tokens = list(range(70))
     whole = made.forward(RaggedBatch.pack([tokens], [0], [slot]), memory)
@@ -385,7 +385,7 @@ def bad(batch: RaggedBatch, **parts: Tensor) -> RaggedBatch:
         ({"slots": torch.tensor([7])}, {}, "slot 7 is not open"),
         ({"offsets": torch.tensor([0, 2])}, {}, "offsets"),
         ({"slots": torch.tensor([0, 0]), "offsets": torch.tensor([0, 2, 3])}, {}, "twice"),
-        ({}, {"taps": (2,)}, "tap 2"),
+        ({}, {"aux_layers": (2,)}, " 2"),
         ({}, {"logits_at": torch.tensor([3])}, "logits_at holds 3"),
         ({}, {"hidden": torch.zeros(3, 65)}, r"hidden has shape \[3, 65\], expected \[3, 64\]"),
         ({}, {"hidden": torch.zeros(64, 3).t()}, "hidden is float32 .* not contiguous"),
@@ -394,7 +394,7 @@ def bad(batch: RaggedBatch, **parts: Tensor) -> RaggedBatch:
 )
 def test_wrong_input_is_refused_with_a_reason(change: dict[str, Any], options: dict[str, Any], message: str) -> None:
     made = small()
-    memory = made.new_memory(2, 8)
+    memory = made.new_cache(2, 8)
     batch = RaggedBatch.pack([[1, 2, 3]], [0], [memory.open()])
     with pytest.raises(InvalidRequest, match=message):
         made.forward(bad(batch, **change), memory, **options)
@@ -413,7 +413,7 @@ def test_unknown_dtype_and_instruction_set() -> None:
 
 def test_outputs_are_plain_float32() -> None:
     made = small()
-    memory = made.new_memory(1, 8)
-    output: StackOutput = made.forward(RaggedBatch.pack([[1]], [0], [memory.open()]), memory, taps=(0,))
+    memory = made.new_cache(1, 8)
+    output: StackOutput = made.forward(RaggedBatch.pack([[1]], [0], [memory.open()]), memory, aux_layers=(0,))
     for tensor in (output.hidden, output.logits, output.features):
         assert tensor is not None and tensor.dtype is torch.float32 and tensor.is_contiguous()

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from outrider import noise
 from outrider.backends.native import NativeBackend, available
 from outrider.config import StackConfig
+from outrider.sampling import rng as rng_module
 
 if not available():
     pytest.skip("the compiled core is not built", allow_module_level=True)
@@ -69,7 +69,7 @@ def test_a_product_is_exact_but_for_its_format(isa: str, dtype: str, rows: int, 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_int4_is_worth_its_bits(isa: str) -> None:
-    """16 levels per 32 normal weights leave about 8 % of noise; per channel it would be over 15 %."""
+    """16 levels per 32 normal weights leave about 8 % of rng; per channel it would be over 15 %."""
     config = StackConfig(vocab_size=0, hidden_size=256, layers=())
     assert config.vocab_size == 0
     x, w = torch.randn(64, 512), torch.randn(96, 512)
@@ -104,9 +104,9 @@ def down_product(x: Tensor, w: Tensor, isa: str) -> Tensor:
         "layers.0.down.weight": zero(width, 32),
     }
     made = NativeBackend(isa).load(config, weights, "int4")
-    memory = made.new_memory(len(x), 1)
+    memory = made.new_cache(len(x), 1)
     batch = RaggedBatch.pack([[0]] * len(x), [0] * len(x), [memory.open() for _ in x])
-    features = made.forward(batch, memory, hidden=x, residual=zero(len(x), width), taps=(0,)).features
+    features = made.forward(batch, memory, hidden=x, residual=zero(len(x), width), aux_layers=(0,)).features
     assert features is not None
     return features
 
@@ -144,28 +144,28 @@ def test_races_have_the_winner_that_float64_defines(width: int, scale: float) ->
     logits[1, ::2] = -torch.inf
     if width == 1:
         logits[:] = 0.0
-    expected = (logits.double() + noise.gumbel(keys, None, width)).argmax(1)
+    expected = (logits.double() + rng_module.gumbel(keys, None, width)).argmax(1)
     assert torch.equal(gumbel_argmax(logits, keys), expected)
     divisors = torch.tensor([0.7, 1.0, 2.5])
-    tempered = (logits / divisors[:, None]).double() + noise.gumbel(keys, None, width)
+    tempered = (logits / divisors[:, None]).double() + rng_module.gumbel(keys, None, width)
     assert torch.equal(gumbel_argmax(logits, keys, divisors=divisors), tempered.argmax(1))
 
 
 def test_races_over_some_tokens_meet_the_noise_of_the_full_row() -> None:
     logits, keys = torch.randn(4, 300), random_keys(4)
     ids = torch.stack([torch.randperm(1000)[:300].sort().values for _ in range(4)])
-    expected = (logits.double() + noise.gumbel(keys, ids, 1000)).argmax(1)
+    expected = (logits.double() + rng_module.gumbel(keys, ids, 1000)).argmax(1)
     assert torch.equal(gumbel_argmax(logits, keys, ids=ids), expected)
-    assert torch.equal(gumbel_argmax(logits, keys, ids=ids), noise.gumbel_argmax(logits, keys, ids))
+    assert torch.equal(gumbel_argmax(logits, keys, ids=ids), rng_module.gumbel_argmax(logits, keys, ids))
 
 
 def test_races_draw_from_the_softmax() -> None:
     """A chi-square of 40,000 draws from 8 tokens stays under the 1e-4 quantile of its 7 degrees of freedom."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, 0.5, 1.5, -torch.inf])
     draws = gumbel_argmax(logits.expand(40_000, 8).contiguous(), random_keys(40_000))
-    counts, law = torch.bincount(draws, minlength=8).double(), logits.double().softmax(0) * 40_000
+    counts, distribution = torch.bincount(draws, minlength=8).double(), logits.double().softmax(0) * 40_000
     assert counts[7] == 0
-    assert float(((counts - law)[:7] ** 2 / law[:7]).sum()) < 29.9
+    assert float(((counts - distribution)[:7] ** 2 / distribution[:7]).sum()) < 29.9
 
 
 def test_races_refuse_damaged_logits() -> None:
@@ -199,10 +199,10 @@ def test_samplers_check_their_arguments() -> None:
 @pytest.mark.parametrize("isa", [*ISAS, "avx512" if "avx512_vnni" in ISAS else "portable"])
 def test_the_environment_names_the_instruction_set(isa: str) -> None:
     code = (
-        "import torch\nfrom outrider import _native, noise\n"
+        "import torch\nfrom outrider import _native\nfrom outrider.sampling import rng\n"
         "logits, keys, out = torch.randn(2, 3000), torch.tensor([5, -6]), torch.empty(2, dtype=torch.int64)\n"
         "_native.gumbel_argmax(logits, keys, out)\n"
-        "assert torch.equal(out, (logits.double() + noise.gumbel(keys, None, 3000)).argmax(1))\n"
+        "assert torch.equal(out, (logits.double() + rng.gumbel(keys, None, 3000)).argmax(1))\n"
         "print(_native.Stack(_native.StackSpec()).isa, _native.threads())"
     )
     run = subprocess.run(

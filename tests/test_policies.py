@@ -11,8 +11,8 @@ from torch import Tensor
 from outrider import registry
 from outrider.config import build
 from outrider.errors import InvalidRequest
-from outrider.policies.fixed import FixedConfig, FixedPolicy
-from outrider.policies.threshold import ThresholdConfig, ThresholdPolicy
+from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+from outrider.scheduling.threshold import ThresholdConfig, ThresholdPolicy
 from outrider.types import SchedulerPolicy, StepCost
 
 OPTIONS: dict[str, dict[str, object]] = {"fixed": {"draft_tokens": 3}, "threshold": {"draft_tokens": 6}}

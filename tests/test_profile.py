@@ -12,12 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from outrider.backends.layers import check_weights
 from outrider.cli import app
 from outrider.config import LayerConfig, RopeConfig, StackConfig
-from outrider.costs import CostKey, CostPoint, CostTable
 from outrider.errors import InvalidRequest
-from outrider.evaluation import profile as module
-from outrider.evaluation.profile import (
+from outrider.evaluation import pass_times as module
+from outrider.evaluation.pass_times import (
     Cell,
     cache_bytes,
     costs_path,
@@ -29,10 +29,10 @@ from outrider.evaluation.profile import (
     time_passes,
     weight_bytes,
 )
-from outrider.layers import check_weights
-from outrider.targets import load_backend
-from outrider.targets.random import SHAPES, RandomWeights, Shape, random_target
-from outrider.types import Memory, RaggedBatch, TargetModel, TargetOutput
+from outrider.models.loading import load_backend
+from outrider.models.random import SHAPES, RandomWeights, Shape, random_target
+from outrider.scheduling.costs import CostKey, CostPoint, CostTable
+from outrider.types import KVCache, RaggedBatch, TargetModel, TargetOutput
 
 MACHINE = {"cpu": "test processor", "cores": 2}
 TINY = Shape(64, 2, 4, 2, 128, 300, tied=True, head_dim=16)
@@ -63,10 +63,10 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def new_memory(self, slots: int, capacity: int) -> Memory:
-        return self.target.new_memory(slots, capacity)
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        return self.target.new_cache(slots, capacity)
 
-    def forward(self, batch: RaggedBatch, memory: Memory, **options: Any) -> TargetOutput:
+    def forward(self, batch: RaggedBatch, memory: KVCache, **options: Any) -> TargetOutput:
         lengths, starts = batch.lengths.tolist(), batch.positions[batch.offsets[:-1]].tolist()
         assert len(set(lengths)) == len(set(starts)) == 1
         assert memory.lengths[batch.slots].tolist() == starts, "every pass starts where the context ends"
@@ -198,7 +198,7 @@ def test_a_loaded_model_is_profiled_and_its_context_is_a_limit() -> None:
 
 def test_a_profile_leaves_the_model_as_it_was() -> None:
     target = tiny_target()
-    memory, batch = target.new_memory(1, 8), RaggedBatch.pack([[1, 2, 3]], [0], [0])
+    memory, batch = target.new_cache(1, 8), RaggedBatch.pack([[1, 2, 3]], [0], [0])
     memory.open()
     before = target.forward(batch, memory).logits.clone()
     measure(target, [Cell(1, 1, 10), Cell(5, 1, 10)], 1, lambda: 1.0)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from outrider.backends.layers import check_weights, rope_config, weight_shapes
 from outrider.backends.reference import ReferenceBackend, ReferenceStack
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.errors import CheckpointError
-from outrider.layers import check_weights, rope_config, weight_shapes
 from outrider.types import RaggedBatch
 
 ROPE = RopeConfig((1.0, 0.3, 0.05, 0.0), scale=1.1)
@@ -150,10 +150,10 @@ TOKENS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])
 @pytest.mark.parametrize("name", ["plain", "rich"])
 def test_a_causal_pass(name: str, biases: bool) -> None:
     stack, weights = make(name, biases=biases)
-    memory = stack.new_memory(2, 16)
+    memory = stack.new_cache(2, 16)
     memory.open()
     batch = RaggedBatch.pack([TOKENS.tolist()], [0], [memory.open()])
-    output = stack.forward(batch, memory, taps=(1, -1, 0))
+    output = stack.forward(batch, memory, aux_layers=(1, -1, 0))
     x = weights["embed.weight"][TOKENS] * stack.config.embedding_scale
     hidden, logits, layers = naive(stack.config, weights, x, torch.ones(11, 11, dtype=torch.bool).tril())
     close(output.hidden, hidden)
@@ -167,7 +167,7 @@ def test_a_causal_pass(name: str, biases: bool) -> None:
 def test_a_block_sees_itself_whole_and_the_projected_context(name: str) -> None:
     """DSpark's pass: keys and values of given hidden states, then a block whose attention is not causal; twice."""
     stack, weights = make(name)
-    memory = stack.new_memory(1, 16)
+    memory = stack.new_cache(1, 16)
     slot = memory.open()
     context = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = weights["embed.weight"][TOKENS[:4]] * stack.config.embedding_scale
@@ -187,11 +187,11 @@ def test_a_block_sees_itself_whole_and_the_projected_context(name: str) -> None:
 def test_a_double_width_input() -> None:
     """EAGLE-3's pass: layer 0 attends with an input of its own, and the residual stream is given besides."""
     stack, weights = make("wide")
-    memory = stack.new_memory(1, 16)
+    memory = stack.new_cache(1, 16)
     generator = torch.Generator().manual_seed(2)
     wide, residual = (torch.randn(6, width, dtype=torch.float64, generator=generator) for width in (48, 24))
     batch = RaggedBatch.pack([[0] * 6], [0], [memory.open()])
-    output = stack.forward(batch, memory, hidden=wide, residual=residual, taps=(0, -1))
+    output = stack.forward(batch, memory, hidden=wide, residual=residual, aux_layers=(0, -1))
     hidden, logits, layers = naive(
         stack.config, weights, residual, torch.ones(6, 6, dtype=torch.bool).tril(), wide=wide
     )
@@ -202,7 +202,7 @@ def test_a_double_width_input() -> None:
 
 def test_logits_only_where_they_are_asked_for() -> None:
     stack, _ = make("plain")
-    memory = stack.new_memory(1, 16)
+    memory = stack.new_cache(1, 16)
     slot = memory.open()
     batch = RaggedBatch.pack([TOKENS.tolist()], [0], [slot])
     whole = stack.forward(batch, memory)
@@ -216,9 +216,9 @@ def test_logits_only_where_they_are_asked_for() -> None:
 
 def test_empty_batches_and_rows() -> None:
     stack, _ = make("rich")
-    memory = stack.new_memory(2, 16)
+    memory = stack.new_cache(2, 16)
     slots = [memory.open(), memory.open()]
-    assert stack.forward(RaggedBatch.pack([], [], []), memory, taps=(0,)).logits.shape == (0, 17)
+    assert stack.forward(RaggedBatch.pack([], [], []), memory, aux_layers=(0,)).logits.shape == (0, 17)
     assert stack.forward(RaggedBatch.pack([[]], [0], slots[:1]), memory).logits.shape == (0, 17)
     stack.project(torch.empty(0, 24), RaggedBatch.pack([[], []], [0, 0], slots), memory)
     one = stack.forward(RaggedBatch.pack([[], [1, 2]], [0, 0], slots), memory)
@@ -230,7 +230,7 @@ def test_long_passes_equal_single_steps(length: int) -> None:
     """Few, many and very many new tokens take different ways through attention."""
     stack, _ = make("rich")
     tokens = torch.randint(17, (length,), generator=torch.Generator().manual_seed(3)).tolist()
-    memory = stack.new_memory(2, 640)
+    memory = stack.new_cache(2, 640)
     a, b = memory.open(), memory.open()
     whole = stack.forward(RaggedBatch.pack([tokens], [0], [a]), memory).logits
     stack.forward(RaggedBatch.pack([tokens[: length - 2]], [0], [b]), memory)
@@ -244,7 +244,7 @@ def test_long_passes_equal_single_steps(length: int) -> None:
 def test_any_order_of_passes_and_rewinds_equals_no_cache(data: st.DataObject, name: str) -> None:
     """Rows grow by chunks of any size and forget any tail; logits are always those of the sequence from scratch."""
     stack, _ = SHARED[name]
-    memory = stack.new_memory(3, 12)
+    memory = stack.new_cache(3, 12)
     slots = [memory.open() for _ in range(3)]
     held: list[list[int]] = [[], [], []]
     for _ in range(data.draw(st.integers(1, 4))):
@@ -265,7 +265,7 @@ SHARED = {name: make(name) for name in ("plain", "rich")}
 
 
 def from_scratch(stack: ReferenceStack, tokens: list[int]) -> Tensor:
-    memory = stack.new_memory(1, 12)
+    memory = stack.new_cache(1, 12)
     logits = stack.forward(RaggedBatch.pack([tokens], [0], [memory.open()]), memory).logits
     assert logits is not None
     return logits
@@ -273,7 +273,7 @@ def from_scratch(stack: ReferenceStack, tokens: list[int]) -> Tensor:
 
 def test_a_slot_that_is_used_again_starts_empty() -> None:
     stack, _ = SHARED["plain"]
-    memory = stack.new_memory(1, 12)
+    memory = stack.new_cache(1, 12)
     slot = memory.open()
     stack.forward(RaggedBatch.pack([[1, 2, 3, 4, 5]], [0], [slot]), memory)
     memory.close(slot)
@@ -286,7 +286,7 @@ def test_a_slot_that_is_used_again_starts_empty() -> None:
 def test_lower_precision_stays_near(dtype: str) -> None:
     exact, weights = make("rich")
     stack = ReferenceBackend().load(exact.config, weights, dtype)
-    memory, other = stack.new_memory(1, 16), exact.new_memory(1, 16)
+    memory, other = stack.new_cache(1, 16), exact.new_cache(1, 16)
     batch = RaggedBatch.pack([TOKENS.tolist()], [0], [memory.open()])
     other.open()
     mine, theirs = stack.forward(batch, memory).logits, exact.forward(batch, other).logits

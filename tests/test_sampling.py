@@ -1,4 +1,4 @@
-"""Sampling: the law against a naive one and against Transformers' processors, and the forms a law may take."""
+"""Sampling: the distribution against a naive one and against Transformers' processors, and the forms a distribution may take."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
-from outrider.noise import RowNoise
-from outrider.sampling import Categorical, process
+from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.rng import RowRng
 from outrider.types import Context
 
 PROMPT, OUTPUT = [1, 4, 4, 7], [2, 4, 9, 9, 9]
@@ -30,8 +30,8 @@ def context(*params: SamplingParams) -> Context:
     return Context(params, [PROMPT + OUTPUT] * n, [len(PROMPT)] * n)
 
 
-def rows_of(law: Categorical) -> Tensor:
-    return law.dense(torch.arange(len(law)))
+def rows_of(distribution: Categorical) -> Tensor:
+    return distribution.dense(torch.arange(len(distribution)))
 
 
 def naive(logits: Tensor, params: SamplingParams, prompt: list[int], output: list[int]) -> np.ndarray:
@@ -84,7 +84,7 @@ def options(i: int) -> SamplingParams:
     return SamplingParams(**{"temperature": 1.0, **GRID[i]})
 
 
-# ------------------------------------------------------------------------------------------------ the law
+# ------------------------------------------------------------------------------------------------ the distribution
 
 
 @pytest.mark.parametrize("size", [12, 700, 40001])
@@ -113,8 +113,10 @@ def test_ties_go_to_the_lowest_ids(i: int, size: int) -> None:
 def test_flat_rows() -> None:
     """All tokens equal: top-p keeps the fewest that reach p, from the lowest id on; it asks for more until it does."""
     for top_p, kept in ((0.5, 2000), (0.25, 1000), (0.0001, 1)):
-        law = process(torch.zeros(1, 4000, dtype=torch.float64), context(SamplingParams(temperature=1.0, top_p=top_p)))
-        row = rows_of(law)[0]
+        distribution = process(
+            torch.zeros(1, 4000, dtype=torch.float64), context(SamplingParams(temperature=1.0, top_p=top_p))
+        )
+        row = rows_of(distribution)[0]
         assert row[:kept] == pytest.approx(1 / kept) and row[kept:].sum() == 0
 
 
@@ -141,8 +143,8 @@ def test_large_nuclei(shape: str) -> None:
 @pytest.mark.parametrize("i", range(len(GRID)))
 def test_float32_law_is_near_the_exact_one(i: int) -> None:
     logits = randn(6, 3000, seed=i) * 3
-    law = process(logits, context(*[options(i)] * 6))
-    found = rows_of(law)
+    distribution = process(logits, context(*[options(i)] * 6))
+    found = rows_of(distribution)
     assert found.dtype == torch.float32
     for r in range(6):
         np.testing.assert_allclose(found[r], naive(logits[r], options(i), PROMPT, OUTPUT), rtol=2e-5, atol=1e-9)
@@ -175,15 +177,15 @@ def test_against_transformers() -> None:
 
 
 def test_rows_of_every_kind_in_one_batch() -> None:
-    """Each place as it would be alone: a mixed batch changes the form of the law, never the law."""
+    """Each place as it would be alone: a mixed batch changes the form of the distribution, never the distribution."""
     logits = randn(2 * len(GRID), 500, seed=3) * 2
     params = [options(i) for i in range(len(GRID))]
     owner = torch.arange(len(GRID)).repeat_interleave(2)
-    law = process(logits, context(*params), owner)
+    distribution = process(logits, context(*params), owner)
     for r, b in enumerate(owner.tolist()):
         alone = process(logits[r : r + 1], context(params[b]))
-        torch.testing.assert_close(rows_of(law)[r], rows_of(alone)[0].float(), rtol=1e-6, atol=0)
-        assert law.argmax()[r] == alone.argmax()[0]
+        torch.testing.assert_close(rows_of(distribution)[r], rows_of(alone)[0].float(), rtol=1e-6, atol=0)
+        assert distribution.argmax()[r] == alone.argmax()[0]
 
 
 def test_drafted_tokens_count_for_penalties() -> None:
@@ -206,18 +208,18 @@ def test_bias_on_an_unknown_token_is_refused() -> None:
 
 
 def test_a_row_sums_alone() -> None:
-    """Bit for bit the same law and the same cut with other rows around it: coupled text must not know its company."""
+    """Bit for bit the same distribution and the same cut with other rows around it: coupled text must not know its company."""
     logits = randn(9, 30011, seed=6) * 2
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=0.9, top_p=0.9)):
-        law = process(logits, context(*[params] * 9))
-        crowd = law.logits if law.ids is None else law._spread()
+        distribution = process(logits, context(*[params] * 9))
+        crowd = distribution.logits if distribution.ids is None else distribution._spread()
         for r in range(9):
             alone = process(logits[r : r + 1].clone(), context(params))
             assert torch.equal(alone._spread()[0], crowd[r])
-            assert torch.equal(rows_of(alone)[0] > 0, rows_of(law)[r] > 0)
+            assert torch.equal(rows_of(alone)[0] > 0, rows_of(distribution)[r] > 0)
 
 
-# ------------------------------------------------------------------------------------------------ forms of a law
+# ------------------------------------------------------------------------------------------------ forms of a distribution
 
 
 def forms(size: int = 40) -> dict[str, Categorical]:
@@ -245,47 +247,50 @@ def test_forms_are_what_they_should_be() -> None:
 
 @pytest.mark.parametrize("name", forms())
 def test_methods_agree(name: str) -> None:
-    law = forms()[name]
-    places, full = torch.tensor([3, 0, 3, 6]), rows_of(law)
-    assert len(law) == 7
+    distribution = forms()[name]
+    places, full = torch.tensor([3, 0, 3, 6]), rows_of(distribution)
+    assert len(distribution) == 7
     torch.testing.assert_close(full.sum(1), torch.ones(7))
-    assert torch.equal(law.dense(places), full[places])
+    assert torch.equal(distribution.dense(places), full[places])
     for token in range(40):
-        assert torch.equal(law.at(torch.full((7,), token)), full[:, token])
-        assert torch.equal(law.at(torch.full((4,), token), places), full[places, token])
+        assert torch.equal(distribution.at(torch.full((7,), token)), full[:, token])
+        assert torch.equal(distribution.at(torch.full((4,), token), places), full[places, token])
     ids = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(1))
     ids[1, 3] = 40  # no token
     padded = torch.nn.functional.pad(full, (0, 1))
-    assert torch.equal(law.lookup(places, ids), padded[places].gather(1, ids))
-    values, columns = law.columns(places)
+    assert torch.equal(distribution.lookup(places, ids), padded[places].gather(1, ids))
+    values, columns = distribution.columns(places)
     assert columns is None or torch.equal(padded[places].gather(1, columns), values)
-    assert torch.equal(law.argmax(), full.argmax(1))
-    assert torch.equal(rows_of(law.take(places)), full[places])
+    assert torch.equal(distribution.argmax(), full.argmax(1))
+    assert torch.equal(rows_of(distribution.take(places)), full[places])
 
 
 def test_concatenate_and_stack() -> None:
     made = forms()
     for names in product(made, repeat=2):
-        laws = [made[name] for name in names]
-        joined = Categorical.concatenate(laws)
-        want = torch.cat([rows_of(law) for law in laws])
+        distributions = [made[name] for name in names]
+        joined = Categorical.concatenate(distributions)
+        want = torch.cat([rows_of(distribution) for distribution in distributions])
         torch.testing.assert_close(rows_of(joined), want, rtol=1e-6, atol=0)
         torch.testing.assert_close(
-            rows_of(Categorical.stack(laws)), want.view(2, 7, 40).transpose(0, 1).reshape(14, 40), rtol=1e-6, atol=0
+            rows_of(Categorical.stack(distributions)),
+            want.view(2, 7, 40).transpose(0, 1).reshape(14, 40),
+            rtol=1e-6,
+            atol=0,
         )
         assert joined.is_greedy == (names == ("greedy", "greedy"))
 
 
 def test_draw_does_not_know_the_form() -> None:
-    """The same key gives the same token from a sparse law, a dense one with zeros, alone or among others."""
+    """The same key gives the same token from a sparse distribution, a dense one with zeros, alone or among others."""
     n = 400
     logits = randn(n, 300, seed=10) * 2
     few = SamplingParams(temperature=0.9, top_k=20, top_p=0.9)
     sparse = process(logits, context(*[few] * n))
     dense = Categorical.of(sparse._spread())
     assert sparse.ids is not None and dense.ids is None
-    noise = RowNoise([3], [0], ["coupled"])
-    keys = noise.token_keys(torch.zeros(n, dtype=torch.int64), torch.arange(n), "own")
+    rng = RowRng([3], [0], ["coupled"])
+    keys = rng.token_keys(torch.zeros(n, dtype=torch.int64), torch.arange(n), "own")
     drawn = sparse.draw(keys)
     assert torch.equal(drawn, dense.draw(keys))
     assert torch.equal(drawn[5:6], sparse.take(torch.tensor([5])).draw(keys[5:6]))
@@ -297,28 +302,28 @@ def test_draw_does_not_know_the_form() -> None:
 
 @pytest.mark.parametrize("name", forms())
 def test_pick_inverts_the_distribution_function(name: str) -> None:
-    law = forms()[name]
-    below = rows_of(law).double().cumsum(1)
+    distribution = forms()[name]
+    below = rows_of(distribution).double().cumsum(1)
     for u in (1e-15, 0.1, 0.5, 0.77, 1 - 1e-9, 1 - 2.0**-53):
-        picked = law.pick(torch.full((7,), u, dtype=torch.float64))
-        assert (law.at(picked) > 0).all()
+        picked = distribution.pick(torch.full((7,), u, dtype=torch.float64))
+        assert (distribution.at(picked) > 0).all()
         chosen = below.gather(1, picked[:, None])[:, 0]
         share = u * below[:, -1]
-        assert (chosen >= share - 1e-6).all() and (chosen - law.at(picked) <= share + 1e-6).all()
+        assert (chosen >= share - 1e-6).all() and (chosen - distribution.at(picked) <= share + 1e-6).all()
 
 
 @pytest.mark.parametrize("how", ["draw", "pick"])
 @pytest.mark.parametrize("name", forms(8))
 def test_samples_follow_the_law(name: str, how: str) -> None:
-    law, n = forms(8)[name].take(torch.zeros(20000, dtype=torch.int64)), 20000
-    noise = RowNoise([77], [0], ["block"])
+    distribution, n = forms(8)[name].take(torch.zeros(20000, dtype=torch.int64)), 20000
+    rng = RowRng([77], [0], ["block"])
     zeros, index = torch.zeros(n, dtype=torch.int64), torch.arange(n)
     found = (
-        law.draw(noise.token_keys(zeros, index, "own"))
+        distribution.draw(rng.token_keys(zeros, index, "own"))
         if how == "draw"
-        else law.pick(noise.uniform(zeros, index, "own"))
+        else distribution.pick(rng.uniform(zeros, index, "own"))
     )
-    want = law.dense(torch.tensor([0]))[0].double()
+    want = distribution.dense(torch.tensor([0]))[0].double()
     counts = torch.bincount(found, minlength=8)
     assert counts[want == 0].sum() == 0
     possible = want > 0
@@ -332,5 +337,5 @@ def test_places_of_uncut_rows_among_rows_that_are_cut() -> None:
     params = [SamplingParams(temperature=1.0, top_p=0.5), SamplingParams(temperature=1.0)]
     context = Context(params, [[0], [0]], [1, 1])
     logits = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-    law = process(logits, context, torch.tensor([1, 1]))
-    assert torch.equal(law.dense(torch.arange(2)), torch.softmax(logits, -1))
+    distribution = process(logits, context, torch.tensor([1, 1]))
+    assert torch.equal(distribution.dense(torch.arange(2)), torch.softmax(logits, -1))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from outrider.errors import InvalidRequest, OutriderError
-from outrider.tokenizer import Tokenizer
+from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training import server
 from outrider.training.artefact import read_lines
 from outrider.training.prompts import Config as PromptsConfig

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from outrider.acceptance import Round, judge
 from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.llm import LLM
-from outrider.rounds import read_questions
-from outrider.sampling import Categorical
+from outrider.evaluation.recording import read_questions
+from outrider.sampling.distribution import Categorical
+from outrider.sampling.verification import Round, acceptance_probabilities
 from outrider.training.run import save_drafter, trainable
 from outrider.types import Proposal
 
@@ -60,13 +60,13 @@ def test_only_the_signal_that_says_so_sees_the_drafted_token() -> None:
 
 
 def test_margin_and_entropy_of_known_laws() -> None:
-    law = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
-    assert signals.margin_signal(law) == pytest.approx([2 / 3, 1 / 2, 1])
-    assert signals.entropy_signal(law) == pytest.approx([2**-1.5, 1 / 4, 1])
+    distribution = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
+    assert signals.margin_signal(distribution) == pytest.approx([2 / 3, 1 / 2, 1])
+    assert signals.entropy_signal(distribution) == pytest.approx([2**-1.5, 1 / 4, 1])
 
 
 def test_the_oracle_is_the_probability_with_which_the_rule_accepts() -> None:
-    """The mean over the drafter's law of what the rule decides by."""
+    """The mean over the drafter's distribution of what the rule decides by."""
     generator = torch.Generator().manual_seed(0)
     p, q = torch.rand(2, 6, generator=generator, dtype=torch.float64).softmax(-1) ** 3
     p, q = p / p.sum(), q / q.sum()
@@ -74,7 +74,7 @@ def test_the_oracle_is_the_probability_with_which_the_rule_accepts() -> None:
     accepted = 0.0
     for token in range(6):
         proposal = Proposal(torch.tensor([[token]]), torch.tensor([1]), Categorical(6, probabilities=q[None]), None)
-        judged = judge(Round.of(target, proposal, torch.tensor([1])), np.array([False]))
+        judged = acceptance_probabilities(Round.of(target, proposal, torch.tensor([1])), np.array([False]))
         accepted += float(q[token]) * judged.probability[0, 0]
     assert signals.overlap(p[None], q[None]) == pytest.approx([accepted])
 

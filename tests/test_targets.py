@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from outrider.errors import CacheFull, CheckpointError, InvalidRequest, UnknownKind
-from outrider.targets import load_target
-from outrider.targets.huggingface import HuggingFaceTarget
-from outrider.targets.toy import ToyTarget
+from outrider.models.huggingface import HuggingFaceTarget
+from outrider.models.loading import load_target
+from outrider.models.toy import ToyTarget
 from outrider.types import RaggedBatch, TargetModel
 
 SMALL: dict[str, Any] = dict(
@@ -92,7 +92,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tra
 
 
 def one_row(target: TargetModel, ids: list[int], **options: Any) -> tuple[Tensor, Tensor | None]:
-    memory = target.new_memory(1, 64)
+    memory = target.new_cache(1, 64)
     output = target.forward(RaggedBatch.pack([ids], [0], [memory.open()]), memory, **options)
     return output.logits, output.features
 
@@ -107,9 +107,9 @@ def test_logits_and_taps_equal_transformers(name: str, saved: Any) -> None:
     target = load_target(directory, backend="reference")
     assert isinstance(target, HuggingFaceTarget) == (name in ADAPTED)
     theirs = model(torch.tensor([IDS]), output_hidden_states=True)
-    logits, features = one_row(target, IDS, taps=(1, -1, 0))
+    logits, features = one_row(target, IDS, aux_layers=(1, -1, 0))
     torch.testing.assert_close(logits, theirs.logits[0], atol=1e-4, rtol=1e-5)
-    expected = torch.cat([theirs.hidden_states[tap + 1][0] for tap in (1, -1, 0)], -1)
+    expected = torch.cat([theirs.hidden_states[aux_layer + 1][0] for aux_layer in (1, -1, 0)], -1)
     torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -118,13 +118,13 @@ def test_logits_and_taps_equal_transformers(name: str, saved: Any) -> None:
 def test_cached_chunked_and_ragged_passes_equal_whole_ones(name: str, saved: Any) -> None:
     target = load_target(saved[name][0], dtype="float64", backend="reference")
     near = dict(atol=1e-5 if name == "gemma2" else 1e-9, rtol=0)  # Gemma 2's softmax is float32 in Transformers
-    whole = one_row(target, IDS, taps=(0,))
-    other = one_row(target, IDS[::-1], taps=(0,))
-    memory = target.new_memory(3, 32)
+    whole = one_row(target, IDS, aux_layers=(0,))
+    other = one_row(target, IDS[::-1], aux_layers=(0,))
+    memory = target.new_cache(3, 32)
     memory.open()
     a, b = memory.open(), memory.open()
-    first = target.forward(RaggedBatch.pack([IDS[:9], IDS[:3:-1]], [0, 0], [b, a]), memory, taps=(0,))
-    second = target.forward(RaggedBatch.pack([IDS[3::-1], IDS[9:10]], [16, 9], [a, b]), memory, taps=(0,))
+    first = target.forward(RaggedBatch.pack([IDS[:9], IDS[:3:-1]], [0, 0], [b, a]), memory, aux_layers=(0,))
+    second = target.forward(RaggedBatch.pack([IDS[3::-1], IDS[9:10]], [16, 9], [a, b]), memory, aux_layers=(0,))
     assert memory.lengths.tolist() == [0, 20, 10]
     for mine, theirs in zip(whole, (first.logits[:9], first.features[:9]), strict=True):
         torch.testing.assert_close(theirs, mine[:9], **near)
@@ -144,7 +144,7 @@ def test_embed_and_unembed_are_those_of_the_pass(name: str, saved: Any) -> None:
     hidden = model.base_model(torch.tensor([IDS])).last_hidden_state[0]
     torch.testing.assert_close(target.unembed(hidden), one_row(target, IDS)[0], atol=1e-4, rtol=1e-5)
     if name != "gpt2":  # its layers get learned positions besides
-        torch.testing.assert_close(target.embed(torch.tensor(IDS)), one_row(target, IDS, taps=(-1,))[1])
+        torch.testing.assert_close(target.embed(torch.tensor(IDS)), one_row(target, IDS, aux_layers=(-1,))[1])
 
 
 def test_spec_comes_from_the_files(saved: Any, tmp_path: Path) -> None:
@@ -200,7 +200,9 @@ def test_shards_load_like_one_file(saved: Any, tmp_path: Path) -> None:
 
 def test_bfloat16_stays_near_float32(saved: Any) -> None:
     exact = one_row(load_target(saved["qwen3"][0], backend="reference"), IDS)[0]
-    rounded, features = one_row(load_target(saved["qwen3"][0], dtype="bfloat16", backend="reference"), IDS, taps=(0,))
+    rounded, features = one_row(
+        load_target(saved["qwen3"][0], dtype="bfloat16", backend="reference"), IDS, aux_layers=(0,)
+    )
     theirs = saved["qwen3"][1].bfloat16()(torch.tensor([IDS])).logits[0].float()
     saved["qwen3"][1].float()
     assert rounded.dtype is torch.float32 and features is not None and features.dtype is torch.bfloat16
@@ -211,17 +213,17 @@ def test_bfloat16_stays_near_float32(saved: Any) -> None:
 def test_taps_that_are_refused(name: str, saved: Any) -> None:
     target = load_target(saved[name][0], backend="reference")
     with pytest.raises(InvalidRequest, match="layer 2 is the last one"):
-        one_row(target, IDS, taps=(2,))
-    with pytest.raises(InvalidRequest, match="tap 3 is no layer"):
-        one_row(target, IDS, taps=(3,))
-    with pytest.raises(InvalidRequest, match="tap -2 is no layer"):
-        one_row(target, IDS, taps=(-2,))
+        one_row(target, IDS, aux_layers=(2,))
+    with pytest.raises(InvalidRequest, match="aux_layer 3 is no layer"):
+        one_row(target, IDS, aux_layers=(3,))
+    with pytest.raises(InvalidRequest, match="aux_layer -2 is no layer"):
+        one_row(target, IDS, aux_layers=(-2,))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
     target = load_target(saved[name][0], backend="reference")
-    memory = target.new_memory(1, 8)
+    memory = target.new_cache(1, 8)
     slot = memory.open()
     with pytest.raises(CacheFull, match="all 1 slots are in use"):
         memory.open()
@@ -291,9 +293,9 @@ def test_toy_reads_its_table_and_its_memory() -> None:
     table = torch.randn(4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     toy = ToyTarget(table, eos_token_ids=(3,))
     assert isinstance(toy, TargetModel) and toy.spec.vocab_size == 4 and toy.spec.eos_token_ids == (3,)
-    memory = toy.new_memory(2, 8)
+    memory = toy.new_cache(2, 8)
     a, b = memory.open(), memory.open()
-    output = toy.forward(RaggedBatch.pack([[2, 1, 3], [1]], [0, 0], [b, a]), memory, taps=(0,))
+    output = toy.forward(RaggedBatch.pack([[2, 1, 3], [1]], [0, 0], [b, a]), memory, aux_layers=(0,))
     assert torch.equal(output.logits, torch.stack([table[0, 2], table[2, 1], table[1, 3], table[0, 1]]))
     assert output.features is not None and output.features.argmax(-1).tolist() == [2, 1, 3, 1]
     memory.rewind(torch.tensor([b]), torch.tensor([2]))

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from outrider.tokenization.tokenizer import Detokenizer, StopMatcher, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_training_settings_in_the_file_do_not_cut_prompts(tmp_path: Path) -> Non
 def test_a_usual_directory_needs_no_transformers_and_no_torch(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, byte_level_bpe())
     code = (
-        "import sys; from outrider.tokenizer import Tokenizer; t = Tokenizer(sys.argv[1]); t.encode('hi');"
+        "import sys; from outrider.tokenization.tokenizer import Tokenizer; t = Tokenizer(sys.argv[1]); t.encode('hi');"
         "t.apply_chat([{'role': 'user', 'content': 'hi'}]);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

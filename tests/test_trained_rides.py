@@ -8,7 +8,7 @@ from trained import DESIGNS, VOCABULARY, make_checkpoint, make_target, random_to
 
 from outrider.backends.reference import ReferenceBackend
 from outrider.config import SamplingParams, build
-from outrider.engine import Engine
+from outrider.engine.engine import Engine
 from outrider.registry import find
 from outrider.types import Drafter, TargetModel
 

@@ -17,10 +17,10 @@ from torch import nn
 
 from outrider import LLM, SamplingParams, checkpoints
 from outrider.errors import ArtefactError, InvalidRequest
-from outrider.lessons import FeatureBatch, Loss
-from outrider.training.data import Deal, Text, pack, read_texts
+from outrider.training.dataset import Text, TextSampler, pack, read_texts
 from outrider.training.features import Config as FeaturesConfig
 from outrider.training.features import features
+from outrider.training.networks.batch import FeatureBatch, Loss
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.regenerate import Config as RegenerateConfig
@@ -157,7 +157,9 @@ def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) 
     assert (tmp_path / kind / "state" / "log.jsonl").read_bytes() == log
 
 
-@pytest.mark.parametrize("kind", ["dspark", "dflash"])  # one learns the target's law, the other the text's tokens
+@pytest.mark.parametrize(
+    "kind", ["dspark", "dflash"]
+)  # one learns the target's distribution, the other the text's tokens
 def test_one_text_can_be_learnt_by_heart(kind: str, answers: Path, tmp_path: Path) -> None:
     said: list[str] = []
     drafter = {"dspark": {"markov_rank": 16}, "dflash": {"loss": {"cross_entropy": 1.0, "total_variation": 0.0}}}[kind]
@@ -241,7 +243,7 @@ def test_a_run_refuses_changed_answers(stage: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_state(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from outrider.learning import TrainableBlock
+    from outrider.training.networks import TrainableBlock
 
     true_loss, calls = TrainableBlock.loss, []
 
@@ -314,15 +316,15 @@ def test_what_cannot_be_trained_is_refused() -> None:
 
 def test_every_text_comes_once_an_epoch_whatever_the_processes() -> None:
     some = [Text(str(i), "", tuple(range(3 + i)), 1) for i in range(10)]
-    deal = Deal(some, batch=4, pack_tokens=12, seed=5)
-    seen = [text.id for step in range(5) for part in deal.packs(step) for text in part]
-    shared = [[t.id for r in range(3) for part in deal.packs(step, r, 3) for t in part] for step in range(5)]
-    counts = {len(deal.packs(0, rank, 3)) for rank in range(3)}
+    sampler = TextSampler(some, batch=4, pack_tokens=12, seed=5)
+    seen = [text.id for step in range(5) for part in sampler.packs(step) for text in part]
+    shared = [[t.id for r in range(3) for part in sampler.packs(step, r, 3) for t in part] for step in range(5)]
+    counts = {len(sampler.packs(0, rank, 3)) for rank in range(3)}
 
     assert sorted(seen[:20]) == sorted([str(i) for i in range(10)] * 2)
-    assert all(sorted(shared[s]) == sorted(t.id for p in deal.packs(s) for t in p) for s in range(5))
+    assert all(sorted(shared[s]) == sorted(t.id for p in sampler.packs(s) for t in p) for s in range(5))
     assert len(counts) == 1
-    assert all(sum(len(t.tokens) for t in part) <= 12 for s in range(5) for part in deal.packs(s) if len(part) > 1)
+    assert all(sum(len(t.tokens) for t in part) <= 12 for s in range(5) for part in sampler.packs(s) if len(part) > 1)
 
 
 def test_a_pack_knows_what_the_target_wrote() -> None:

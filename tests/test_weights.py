@@ -14,16 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.targets import load_target
-from outrider.weights import (
-    LazyWeights,
-    TensorFiles,
-    load_dtype,
-    read_config,
-    resolve_model,
-    write_json,
-    write_tensors,
-)
+from outrider.files import read_config, resolve_model, write_json
+from outrider.models.loading import load_target
+from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, write_tensors
 
 CONFIG: dict[str, Any] = dict(
     model_type="llama",
@@ -206,7 +199,7 @@ def test_tensors_are_read_exactly_and_only_when_asked_for(tmp_path: Path) -> Non
 def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(100, 7)
     write_tensors(tmp_path / "model.safetensors", {"x": tensor})
-    monkeypatch.setattr("outrider.weights.CHUNK", 9 * 28)
+    monkeypatch.setattr("outrider.models.weights.CHUNK", 9 * 28)
     assert torch.equal(TensorFiles(tmp_path).read("x", torch.float32), tensor)
 
 
@@ -222,8 +215,8 @@ def test_files_are_replaced_whole(tmp_path: Path) -> None:
 
 MEASURE = """
 import re, sys, torch
-import outrider.backends.reference, outrider.targets.llama, safetensors
-from outrider.targets import load_target
+import outrider.backends.reference, outrider.models.llama, safetensors
+from outrider.models.loading import load_target
 status = lambda key: int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 before = status("VmRSS")

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import silu
 
+from outrider.backends.layers import weight_shapes
 from outrider.backends.reference import ReferenceBackend
-from outrider.checkpoints import BlockDesign, ChainDesign, DraftCheckpoint, ModuleDesign, TargetFacts
-from outrider.checkpoints.decoder import decoder_stack, file_name
+from outrider.checkpoints import AutoregressiveDesign, BlockDesign, DraftCheckpoint, ModuleDesign, TargetFacts
+from outrider.checkpoints.stack_format import decoder_stack, file_name
 from outrider.config import SamplingParams
-from outrider.decoder import DecoderTarget, make_spec
-from outrider.layers import weight_shapes
-from outrider.noise import RowNoise
+from outrider.models.decoder import DecoderTarget, make_spec
+from outrider.sampling.rng import RowRng
 from outrider.types import Backend, Context, Drafter, Proposal, RaggedBatch, TargetModel
 
 VOCABULARY, WIDTH, LAYERS = 64, 32, 5
@@ -71,9 +71,9 @@ DESIGNS = {
     "rnn": replace(BLOCK, markov_head="rnn"),
     "dflash": BlockDesign(5, 63),
     "masks-only": BlockDesign(5, 63, sample_from_anchor=False),
-    "eagle3": ChainDesign(4),
-    "eagle3-residual": ChainDesign(4, norm_before_residual=True, norm_before_fc=True),
-    "eagle3.1": ChainDesign(4, norm_each_before_fc=True, norm_output=True),
+    "eagle3": AutoregressiveDesign(4),
+    "eagle3-residual": AutoregressiveDesign(4, norm_before_residual=True, norm_before_fc=True),
+    "eagle3.1": AutoregressiveDesign(4, norm_each_before_fc=True, norm_output=True),
     "mtp": ModuleDesign(3),
 }
 
@@ -125,8 +125,8 @@ def _random(shapes: dict[str, tuple[int | None, ...]], seed: int) -> dict[str, T
     tensors = {}
     for name, sizes in shapes.items():
         shape = [size or VOCABULARY for size in sizes]
-        noise = torch.randn(shape, generator=generator)
-        tensors[name] = noise * 0.1 + 1 if len(shape) == 1 and "bias" not in name else noise * shape[-1] ** -0.5
+        rng = torch.randn(shape, generator=generator)
+        tensors[name] = rng * 0.1 + 1 if len(shape) == 1 and "bias" not in name else rng * shape[-1] ** -0.5
     return tensors
 
 
@@ -137,8 +137,8 @@ def context_of(histories: Sequence[Sequence[int]], params: SamplingParams | None
     return Context([params or SamplingParams()] * len(histories), [list(h) for h in histories], [1] * len(histories))
 
 
-def noise_of(rows: int, *, round: int = 0, seed: int = 7) -> RowNoise:
-    return RowNoise([seed + i for i in range(rows)], [round] * rows, ["rejection"] * rows)
+def noise_of(rows: int, *, round: int = 0, seed: int = 7) -> RowRng:
+    return RowRng([seed + i for i in range(rows)], [round] * rows, ["rejection"] * rows)
 
 
 def propose(
@@ -148,14 +148,14 @@ def propose(
     *,
     limit: Sequence[int] | None = None,
     params: SamplingParams | None = None,
-    noise: RowNoise | None = None,
+    rng: RowRng | None = None,
 ) -> Proposal:
     return drafter.propose(
         torch.tensor(slots),
         torch.tensor([h[-1] for h in histories]),
         context_of(histories, params),
         torch.tensor(limit if limit is not None else [drafter.block] * len(slots)),
-        noise or noise_of(len(slots)),
+        rng or noise_of(len(slots)),
     )
 
 
@@ -164,7 +164,7 @@ class Session:
 
     def __init__(self, target: TargetModel, drafter: Drafter, rows: int, capacity: int = 128) -> None:
         self.target, self.drafter, self.capacity = target, drafter, capacity
-        self.memory = target.new_memory(rows, capacity)
+        self.memory = target.new_cache(rows, capacity)
         self.slots = [self.memory.open() for _ in range(rows)]
         for slot in self.slots:
             drafter.open(slot, capacity)
@@ -174,7 +174,7 @@ class Session:
     ) -> None:
         """Run tokens through the target, and show them to the drafter."""
         batch = RaggedBatch.pack(tokens, starts, self.slots if slots is None else slots)
-        output = self.target.forward(batch, self.memory, self.drafter.taps)
+        output = self.target.forward(batch, self.memory, self.drafter.aux_layers)
         self.drafter.observe(batch, output.features)
 
 
@@ -182,9 +182,9 @@ def random_tokens(count: int, seed: int) -> list[int]:
     return torch.randint(0, VOCABULARY - 1, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def features_of(target: TargetModel, tokens: list[int], taps: tuple[int, ...]) -> Tensor:
-    memory = target.new_memory(1, len(tokens))
-    output = target.forward(RaggedBatch.pack([tokens], [0], [memory.open()]), memory, taps)
+def features_of(target: TargetModel, tokens: list[int], aux_layers: tuple[int, ...]) -> Tensor:
+    memory = target.new_cache(1, len(tokens))
+    output = target.forward(RaggedBatch.pack([tokens], [0], [memory.open()]), memory, aux_layers)
     assert output.features is not None
     return output.features
 

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # Imported on use: `outrider --help` and the command line's own errors should not wait for torch.
     if name == "LLM":
-        from outrider.llm import LLM
+        from outrider.engine.llm import LLM
 
         return LLM
     if name == "SamplingParams":

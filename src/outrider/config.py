@@ -101,7 +101,7 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether the law depends on the tokens so far."""
+        """Whether the distribution depends on the tokens so far."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 

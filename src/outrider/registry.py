@@ -1,7 +1,8 @@
 """The catalogues: a name, and where its class is, imported on use.
 
 Outside packages add kinds through entry points named ``outrider.targets``, ``outrider.drafters``,
-``outrider.policies``, ``outrider.backends`` and ``outrider.memories``; a built-in name cannot be replaced.
+``outrider.trainers``, ``outrider.policies``, ``outrider.backends`` and ``outrider.kv_caches``; a built-in name
+cannot be replaced.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from typing import Any
 
 from outrider.errors import UnknownKind, nearest
 
-__all__ = ["BACKENDS", "DRAFTERS", "MEMORIES", "POLICIES", "TARGETS", "find", "names"]
+__all__ = ["BACKENDS", "DRAFTERS", "KV_CACHES", "POLICIES", "TARGETS", "TRAINERS", "find", "names"]
 
 TARGETS = {  # Hugging Face's model_type -> class
-    "llama": "outrider.targets.llama:LlamaTarget",
-    "mistral": "outrider.targets.llama:LlamaTarget",
-    "qwen2": "outrider.targets.llama:LlamaTarget",
-    "qwen3": "outrider.targets.llama:LlamaTarget",
-    "gemma3": "outrider.targets.gemma3:Gemma3Target",
-    "gemma3_text": "outrider.targets.gemma3:Gemma3Target",
-    "gemma4": "outrider.targets.gemma4:Gemma4Target",
-    "gemma4_text": "outrider.targets.gemma4:Gemma4Target",
-    "huggingface": "outrider.targets.huggingface:HuggingFaceTarget",
-    "toy": "outrider.targets.toy:ToyTarget",
+    "llama": "outrider.models.llama:LlamaTarget",
+    "mistral": "outrider.models.llama:LlamaTarget",
+    "qwen2": "outrider.models.llama:LlamaTarget",
+    "qwen3": "outrider.models.llama:LlamaTarget",
+    "gemma3": "outrider.models.gemma3:Gemma3Target",
+    "gemma3_text": "outrider.models.gemma3:Gemma3Target",
+    "gemma4": "outrider.models.gemma4:Gemma4Target",
+    "gemma4_text": "outrider.models.gemma4:Gemma4Target",
+    "huggingface": "outrider.models.huggingface:HuggingFaceTarget",
+    "toy": "outrider.models.toy:ToyTarget",
 }
 DRAFTERS = {
     "none": "outrider.drafters.none:NoDrafter",
@@ -37,24 +38,39 @@ DRAFTERS = {
     "dspark": "outrider.drafters.dspark:DSparkDrafter",
     "dflash": "outrider.drafters.dspark:DFlashDrafter",
 }
+TRAINERS = {  # drafter -> how a new one starts, and its network with gradients; inference never imports these
+    "draft_model": "outrider.training.networks.draft_model_network:DraftModelTraining",
+    "eagle3": "outrider.training.networks.autoregressive_network:Eagle3Training",
+    "mtp": "outrider.training.networks.autoregressive_network:MTPTraining",
+    "dspark": "outrider.training.networks.block_network:DSparkTraining",
+    "dflash": "outrider.training.networks.block_network:DFlashTraining",
+}
 POLICIES = {
-    "fixed": "outrider.policies.fixed:FixedPolicy",
-    "threshold": "outrider.policies.threshold:ThresholdPolicy",
+    "fixed": "outrider.scheduling.fixed:FixedPolicy",
+    "threshold": "outrider.scheduling.threshold:ThresholdPolicy",
 }
 BACKENDS = {
     "reference": "outrider.backends.reference:ReferenceBackend",
     "native": "outrider.backends.native:NativeBackend",
 }
-MEMORIES = {
-    "contiguous": "outrider.memory.contiguous:ContiguousMemory",
+KV_CACHES = {
+    "contiguous": "outrider.kv_cache.contiguous:ContiguousCache",
 }
-_CATALOGUES = {"target": TARGETS, "drafter": DRAFTERS, "policy": POLICIES, "backend": BACKENDS, "memory": MEMORIES}
+_CATALOGUES = {
+    "target": TARGETS,
+    "drafter": DRAFTERS,
+    "trainer": TRAINERS,
+    "policy": POLICIES,
+    "backend": BACKENDS,
+    "kv_cache": KV_CACHES,
+}
 _GROUPS = {
     "target": "targets",
     "drafter": "drafters",
+    "trainer": "trainers",
     "policy": "policies",
     "backend": "backends",
-    "memory": "memories",
+    "kv_cache": "kv_caches",
 }
 
 
@@ -64,7 +80,7 @@ def _outside(catalogue: str) -> dict[str, str]:
 
 
 def names(catalogue: str) -> list[str]:
-    """Known names of one catalogue: ``target``, ``drafter``, ``policy``, ``backend`` or ``memory``."""
+    """Known names of one catalogue: ``target``, ``drafter``, ``trainer``, ``policy``, ``backend``, ``kv_cache``."""
     return sorted({**_outside(catalogue), **_CATALOGUES[catalogue]})
 
 

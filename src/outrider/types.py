@@ -2,7 +2,7 @@
 
 Shape legend, used in names and docstrings everywhere:
 B rows in a step   K drafted tokens at most   T packed tokens   R rows of logits   V vocabulary   D model width
-F feature width (= taps x D)   H heads   Hkv key/value heads   Dh head width   N training tokens
+F feature width (= aux_layers x D)   H heads   Hkv key/value heads   Dh head width   N training tokens
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from outrider.config import SamplingParams, StackConfig
 __all__ = [
     "Backend",
     "Context",
+    "Distribution",
     "Drafter",
     "Event",
-    "Law",
+    "KVCache",
     "Mask",
-    "Memory",
-    "Noise",
     "Output",
     "Piece",
     "Proposal",
     "RaggedBatch",
     "RequestStats",
+    "Rng",
     "SchedulerPolicy",
     "Stack",
     "StackOutput",
@@ -79,7 +79,7 @@ class TargetOutput:
     """What one target pass gives."""
 
     logits: Tensor  # float [R, V]          of the packed tokens asked for (``logits_at``; all T of them by default)
-    features: Tensor | None  # [T, F]       raw residual after each tapped layer, before the final norm
+    features: Tensor | None  # [T, F]       raw residual after each auxiliary layer, before the final norm
     hidden: Tensor | None = None  # [R, D]  what ``unembed`` made the logits of, where the target can tell
 
 
@@ -92,8 +92,8 @@ class StackOutput:
     features: Tensor | None  # [T, F]
 
 
-class Law(Protocol):
-    """The law of the next token at each of R places, as it is really sampled from (float32 or float64)."""
+class Distribution(Protocol):
+    """The distribution of the next token at each of R places, as it is really sampled from (float32 or float64)."""
 
     def __len__(self) -> int: ...
     def at(self, tokens: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ class Proposal:
 
     tokens: Tensor  # int64 [B, K]        entries past ``lengths[b]`` are meaningless
     lengths: Tensor  # int64 [B]          0 <= lengths <= limit
-    law: Law | None = None
-    # The law each token was really drawn from: place b * K + j is token (b, j); None = deterministic.
+    distribution: Distribution | None = None
+    # The distribution each token was really drawn from: place b * K + j is token (b, j); None = deterministic.
     # (lengths[b] >= j) may depend on tokens[b, :j] only.
     confidence: Tensor | None = None  # float32 [B, K]  P(token j accepted | those before were); from tokens[b, :j] only
 
@@ -151,7 +151,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a law may depend on besides logits: each row's request and its committed tokens."""
+    """What a distribution may depend on besides logits: each row's request and its committed tokens."""
 
     params: Sequence[SamplingParams]  # B
     history: Sequence[list[int]]  # B lists: prompt and output so far, the last committed token included
@@ -244,8 +244,8 @@ class TargetSpec:
 # ------------------------------------------------------------------------------------------------ contracts
 
 
-class Noise(Protocol):
-    """Randomness as an argument, keyed by (request seed, round, position, purpose); see ``outrider.noise``.
+class Rng(Protocol):
+    """Randomness as an argument, keyed by (request seed, round, position, purpose); see ``outrider.sampling.rng``.
 
     ``position`` counts the sequence's tokens from 0, so the token that follows ``history`` has position
     ``len(history)``. A row never depends on its neighbours.
@@ -256,12 +256,12 @@ class Noise(Protocol):
         ...
 
     def token_keys(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
-        """int64 [n]: the key from which a Gumbel value for every token id is derived (``noise.gumbel``)."""
+        """int64 [n]: the key from which a Gumbel value for every token id is derived (``rng.gumbel``)."""
         ...
 
 
 @runtime_checkable
-class Memory(Protocol):
+class KVCache(Protocol):
     """The cache of a layer stack: append, then take back exactly."""
 
     capacity: int  # tokens a slot can hold
@@ -283,15 +283,15 @@ class Stack(Protocol):
 
     config: StackConfig
 
-    def new_memory(self, slots: int, capacity: int) -> Memory: ...
+    def new_cache(self, slots: int, capacity: int) -> KVCache: ...
     def forward(
         self,
         batch: RaggedBatch,
-        memory: Memory,
+        memory: KVCache,
         *,
         hidden: Tensor | None = None,
         residual: Tensor | None = None,
-        taps: Sequence[int] = (),
+        aux_layers: Sequence[int] = (),
         logits_at: Tensor | None = None,
         mask: Mask = "causal",
     ) -> StackOutput:
@@ -300,12 +300,12 @@ class Stack(Protocol):
 
         ``hidden`` [T, D] replaces the embedding of ``batch.tokens``. Where the config sets ``input_width``
         (EAGLE-3), ``hidden`` [T, input width] is layer 0's attention input as it is, already normalised, and
-        ``residual`` [T, D] the residual stream. ``taps`` are 0-based layers (any of them here), -1 the input.
+        ``residual`` [T, D] the residual stream. ``aux_layers`` are 0-based layers (any of them here), -1 the input.
         ``logits_at`` int64 [R] indexes the packed tokens; None = all, empty = none.
         """
         ...
 
-    def project(self, hidden: Tensor, batch: RaggedBatch, memory: Memory) -> None:
+    def project(self, hidden: Tensor, batch: RaggedBatch, memory: KVCache) -> None:
         """Write every layer's keys and values of ``hidden`` [T, D] without running the layers (DSpark's context)."""
         ...
 
@@ -319,7 +319,7 @@ class Backend(Protocol):
     name: str
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> Stack:
-        """``weights`` by the canonical names of ``outrider.layers``; may keep or repack them."""
+        """``weights`` by the canonical names of ``outrider.backends.layers``; may keep or repack them."""
         ...
 
 
@@ -329,11 +329,11 @@ class TargetModel(Protocol):
 
     spec: TargetSpec
 
-    def new_memory(self, slots: int, capacity: int) -> Memory: ...
+    def new_cache(self, slots: int, capacity: int) -> KVCache: ...
     def forward(
-        self, batch: RaggedBatch, memory: Memory, taps: Sequence[int] = (), logits_at: Tensor | None = None
+        self, batch: RaggedBatch, memory: KVCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
     ) -> TargetOutput:
-        """One pass. ``taps`` are 0-based layers, -1 the embedding output; the last layer is refused."""
+        """One pass. ``aux_layers`` are 0-based layers, -1 the embedding output; the last layer is refused."""
         ...
 
     def embed(self, tokens: Tensor) -> Tensor: ...  # int64 [...] -> [..., D]
@@ -344,14 +344,14 @@ class TargetModel(Protocol):
 class Drafter(Protocol):
     """Proposes; is told what became of it. A slot is a row for its whole life, the engine's number for it."""
 
-    taps: tuple[int, ...]  # target layers whose features it reads; () for none
+    aux_layers: tuple[int, ...]  # target layers whose features it reads; () for none
     block: int  # the most tokens it can propose
 
     def open(self, slot: int, capacity: int) -> None:
         """Reserve ``slot`` for a sequence of up to ``capacity`` tokens. Nothing is read yet."""
         ...
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         """Draft up to ``limit[b]`` tokens after ``last[b]``. slots, last, limit: int64 [B]."""
         ...
 

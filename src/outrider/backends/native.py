@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.backends.packed import PackedFile
+from outrider.backends.layers import check_weights
+from outrider.backends.packed_weights import PackedFile
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
-from outrider.layers import check_weights
 from outrider.types import Mask, RaggedBatch, StackOutput
 
-__all__ = ["NativeBackend", "NativeMarkovHead", "NativeMemory", "NativeStack", "available"]
+__all__ = ["NativeBackend", "NativeCache", "NativeMarkovHead", "NativeStack", "available"]
 
 DTYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -34,7 +34,7 @@ def available() -> bool:
     return _native is not None
 
 
-class NativeMemory:
+class NativeCache:
     """The core's cache: contiguous per slot, blocked by absolute positions. Untouched pages cost no memory."""
 
     def __init__(self, cache: Any) -> None:
@@ -129,9 +129,9 @@ class NativeStack:
         self.config, self.core, self.dtype = config, core, dtype
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
 
-    def new_memory(self, slots: int, capacity: int) -> NativeMemory:
+    def new_cache(self, slots: int, capacity: int) -> NativeCache:
         """A cache of ``slots`` sequences of up to ``capacity`` tokens."""
-        return NativeMemory(self.core.new_cache(slots, capacity))
+        return NativeCache(self.core.new_cache(slots, capacity))
 
     def forward(
         self,
@@ -140,7 +140,7 @@ class NativeStack:
         *,
         hidden: Tensor | None = None,
         residual: Tensor | None = None,
-        taps: Sequence[int] = (),
+        aux_layers: Sequence[int] = (),
         logits_at: Tensor | None = None,
         mask: Mask = "causal",
     ) -> StackOutput:
@@ -149,13 +149,13 @@ class NativeStack:
         rows = count if logits_at is None else len(logits_at)
         last = torch.empty(rows, self._width)
         logits = torch.empty(rows, self._vocabulary) if self._vocabulary else None
-        features = torch.empty(count, len(taps) * self._width) if taps else None
+        features = torch.empty(count, len(aux_layers) * self._width) if aux_layers else None
         try:
             self.core.forward(
                 memory.cache,
                 *_place(batch),
                 mask == "causal",
-                list(taps),
+                list(aux_layers),
                 None if hidden is None else hidden.detach().float().numpy(),
                 None if residual is None else residual.detach().float().numpy(),
                 None if logits_at is None else logits_at.numpy(),
@@ -170,7 +170,7 @@ class NativeStack:
     def chain(self, batch: RaggedBatch, memory: Any, keys: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         """Draft in one call: run the batch, then one token a row at a time, each drawn from the pass before it.
 
-        keys int64 [B, K] of ``noise.gumbel``, temperatures float32 [B] (0 = the largest logit) -> tokens int64 [B, K],
+        keys int64 [B, K] of ``rng.gumbel``, temperatures float32 [B] (0 = the largest logit) -> tokens int64 [B, K],
         logits [B * K, V] before temperature, place b * K + j. The last token drawn is not run.
         """
         drawn = torch.empty_like(keys)
@@ -219,7 +219,7 @@ class NativeMarkovHead:
     """Drafts a block in one call, from a shortlist of the tokens whose base logits are largest.
 
     Greedy drafts are the largest of all corrected logits all the same: a bound shows whether a token outside the
-    shortlist could win, and then it is computed. Sampled ones are drawn from the law of the shortlist.
+    shortlist could win, and then it is computed. Sampled ones are drawn from the distribution of the shortlist.
     n rows, K drafts, Vd draft vocabulary, S entries of a shortlist.
     """
 
@@ -230,7 +230,7 @@ class NativeMarkovHead:
         self, base: Tensor, mixed: Tensor | None, anchors: Tensor, keys: Tensor, temperatures: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """base [n, K, Vd] logits, mixed [n, K, r or 3 r] of the hidden states with its bias (None: vanilla), anchors
-        int64 [n], keys int64 [n, K] of ``noise.gumbel``, temperatures float32 [n] (0 = the largest logit).
+        int64 [n], keys int64 [n, K] of ``rng.gumbel``, temperatures float32 [n] (0 = the largest logit).
 
         -> target ids int64 [n, K]; how far the largest corrected logit stands above the second, float32 [n, K]; and,
         where rows are sampled, what each draft was drawn from: target ids int64 [n * K, S], ascending (the vocabulary's
@@ -238,10 +238,10 @@ class NativeMarkovHead:
         """
         count = keys.numel()
         tokens, margins = torch.empty_like(keys), torch.empty(keys.shape)
-        law = None
+        distribution = None
         if bool(temperatures.any()):
             size = self.core.shortlist
-            law = torch.empty(count, size, dtype=torch.int64), torch.empty(count, size)
+            distribution = torch.empty(count, size, dtype=torch.int64), torch.empty(count, size)
         try:
             self.core.draft(
                 base.reshape(count, -1).numpy(),
@@ -251,11 +251,11 @@ class NativeMarkovHead:
                 temperatures.numpy(),
                 tokens.numpy(),
                 margins.numpy(),
-                *((None, None) if law is None else (law[0].numpy(), law[1].numpy())),
+                *((None, None) if distribution is None else (distribution[0].numpy(), distribution[1].numpy())),
             )
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
-        return tokens, margins, law
+        return tokens, margins, distribution
 
 
 # ------------------------------------------------------------------------------------------------ loading

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from outrider.attention import Pass, attend
+from outrider.backends.layers import check_weights, weight_shapes
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.errors import InvalidRequest, nearest
-from outrider.layers import check_weights, weight_shapes
+from outrider.kv_cache.attention import Pass, attend
 from outrider.registry import find
-from outrider.types import Mask, Memory, RaggedBatch, StackOutput
+from outrider.types import KVCache, Mask, RaggedBatch, StackOutput
 
 __all__ = ["ReferenceBackend", "ReferenceStack"]
 
@@ -42,7 +42,7 @@ class ReferenceBackend:
     name = "reference"
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> ReferenceStack:
-        """``weights`` by the canonical names of ``outrider.layers``, read one by one; they are left as they are."""
+        """``weights`` by the canonical names of ``outrider.backends.layers``, read one by one; they are left as they are."""
         key = str(dtype).removeprefix("torch.")
         if key not in DTYPES:
             raise InvalidRequest(f"the reference backend has no dtype {key!r}; {nearest(key, DTYPES)}")
@@ -202,12 +202,12 @@ class ReferenceStack:
 
     # -------------------------------------------------------------------------------------------- contract
 
-    def new_memory(self, slots: int, capacity: int) -> Memory:
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
         """A cache of ``slots`` sequences of up to ``capacity`` tokens, keys and values [Hkv, capacity, Dh]."""
         for rotary in self._rotaries.values():
             rotary.grow(capacity)
         shapes = [(layer.num_kv_heads, capacity, layer.head_dim) for layer in self.config.layers]
-        memory: Memory = find("memory", "contiguous")(slots, capacity, [(s, s) for s in shapes], self.dtype)
+        memory: KVCache = find("kv_cache", "contiguous")(slots, capacity, [(s, s) for s in shapes], self.dtype)
         return memory
 
     @torch.inference_mode()
@@ -218,7 +218,7 @@ class ReferenceStack:
         *,
         hidden: Tensor | None = None,
         residual: Tensor | None = None,
-        taps: Sequence[int] = (),
+        aux_layers: Sequence[int] = (),
         logits_at: Tensor | None = None,
         mask: Mask = "causal",
     ) -> StackOutput:
@@ -230,14 +230,14 @@ class ReferenceStack:
         if self.config.input_width:
             assert hidden is not None and residual is not None, "a stack with input_width needs hidden and residual"
             wide, x = x, residual.to(self.dtype)
-        tapped = {-1: x}
+        auxiliary = {-1: x}
         for index, layer in enumerate(self._layers):
             x = self._run_layer(index, layer, x, wide, angles[layer.rotary], step)
             wide = None
-            if index in taps:
-                tapped[index] = x
+            if index in aux_layers:
+                auxiliary[index] = x
         step.finish()
-        features = torch.cat([tapped[tap] for tap in taps], -1) if taps else None
+        features = torch.cat([auxiliary[aux_layer] for aux_layer in aux_layers], -1) if aux_layers else None
         last = self._norm(x if logits_at is None else x.index_select(0, logits_at))
         return StackOutput(last, None if self._head is None else self.unembed(last), features)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from outrider.checkpoints.decoder import GEMMA4, known_keys, refuse_unknown, require, require_layers
-from outrider.checkpoints.draft import BlockDesign, ChainDesign, DraftCheckpoint, TargetFacts
+from outrider.checkpoints.checkpoint import AutoregressiveDesign, BlockDesign, DraftCheckpoint, TargetFacts
+from outrider.checkpoints.stack_format import GEMMA4, known_keys, refuse_unknown, require, require_layers
 from outrider.errors import CheckpointError
 
 __all__ = ["matches", "read", "write"]
@@ -72,8 +72,8 @@ def _block(config: Mapping[str, Any]) -> BlockDesign:
     )
 
 
-def _chain(config: Mapping[str, Any]) -> ChainDesign:
-    return ChainDesign(depth=require(config, "ttt_length"))
+def _chain(config: Mapping[str, Any]) -> AutoregressiveDesign:
+    return AutoregressiveDesign(depth=require(config, "ttt_length"))
 
 
 def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
         if design.confidence:
             config["confidence_head_with_markov"] = design.confidence_with_markov
         return config
-    if design != ChainDesign(depth=design.depth):
+    if design != AutoregressiveDesign(depth=design.depth):
         raise CheckpointError(
             "DeepSpec's EAGLE-3 has none of this drafter's norm options; it can only be written as speculators"
         )

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from outrider.checkpoints.decoder import known_keys, refuse_unknown, require, require_layers, spread_layers
-from outrider.checkpoints.draft import BlockDesign, ChainDesign, DraftCheckpoint, TargetFacts
+from outrider.checkpoints.checkpoint import AutoregressiveDesign, BlockDesign, DraftCheckpoint, TargetFacts
+from outrider.checkpoints.stack_format import known_keys, refuse_unknown, require, require_layers, spread_layers
 from outrider.errors import CheckpointError, nearest
 
 __all__ = ["matches", "read"]
@@ -48,7 +48,7 @@ def _read_chain(config: Mapping[str, Any]) -> DraftCheckpoint:
         raise CheckpointError("norm_output: false (logits from a state that was not normalised) is not supported")
     named = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
     return DraftCheckpoint(
-        design=ChainDesign(norm_each_before_fc=bool(config.get("fc_norm"))),
+        design=AutoregressiveDesign(norm_each_before_fc=bool(config.get("fc_norm"))),
         decoder={key: value for key, value in config.items() if key not in CHAIN_KEYS | EXTRAS},
         target_layers=None if named is None else tuple(layer - 1 for layer in named),
         target=TargetFacts(hidden_size=config.get("target_hidden_size") or require(config, "hidden_size")),

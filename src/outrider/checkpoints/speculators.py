@@ -8,8 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from outrider.checkpoints.decoder import known_keys, refuse_unknown, require, require_layers
-from outrider.checkpoints.draft import BlockDesign, ChainDesign, Design, DraftCheckpoint, ModuleDesign, TargetFacts
+from outrider.checkpoints.checkpoint import (
+    AutoregressiveDesign,
+    BlockDesign,
+    Design,
+    DraftCheckpoint,
+    ModuleDesign,
+    TargetFacts,
+)
+from outrider.checkpoints.stack_format import known_keys, refuse_unknown, require, require_layers
 from outrider.errors import CheckpointError, nearest
 
 __all__ = ["matches", "read", "write"]
@@ -98,7 +105,7 @@ def read(config: Mapping[str, Any]) -> DraftCheckpoint:
 
 def _design(kind: str, config: Mapping[str, Any], section: Mapping[str, Any], decoder: Mapping[str, Any]) -> Design:
     if kind == "eagle3":
-        return ChainDesign(
+        return AutoregressiveDesign(
             depth=_speculative_tokens(section),
             norm_before_residual=bool(config.get("norm_before_residual")),
             norm_before_fc=bool(config.get("norm_before_fc")),
@@ -168,7 +175,7 @@ def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
         "target_hidden_size": None if target.hidden_size == checkpoint.hidden_size else target.hidden_size,
         "tie_word_embeddings": False,
     }
-    if isinstance(design, ChainDesign):
+    if isinstance(design, AutoregressiveDesign):
         return config | {
             "eagle_aux_hidden_state_layer_ids": layers,
             "norm_before_residual": design.norm_before_residual,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from outrider.checkpoints.decoder import known_keys, refuse_unknown, require, require_layers, spread_layers
-from outrider.checkpoints.draft import BlockDesign, DraftCheckpoint, TargetFacts
+from outrider.checkpoints.checkpoint import BlockDesign, DraftCheckpoint, TargetFacts
+from outrider.checkpoints.stack_format import known_keys, refuse_unknown, require, require_layers, spread_layers
 
 __all__ = ["matches", "read"]
 

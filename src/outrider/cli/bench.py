@@ -54,8 +54,8 @@ def bench(
 
     [cyan]outrider bench --drafter ngram --drafter suffix --prompts gsm8k.jsonl --temperature 0 --json out.json[/cyan]
     """
-    from outrider.evaluation.bench import embedded_prompt_sets, read_prompts, run_bench
-    from outrider.llm import LLM
+    from outrider.engine.llm import LLM
+    from outrider.evaluation.speedup import embedded_prompt_sets, read_prompts, run_bench
 
     sets = {path.stem: read_prompts(path) for path in prompts} if prompts else embedded_prompt_sets()
     plain = LLM(model, "none", dtype=dtype, backend=backend, max_rows=concurrency)

@@ -23,8 +23,8 @@ from outrider.cli.common import (
 from outrider.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from outrider.calibration import Quality
-    from outrider.training.calibrate import Bucket
+    from outrider.scheduling.calibration import Quality
+    from outrider.training.fit_calibration import Bucket
 
 __all__ = ["calibrate"]
 
@@ -73,9 +73,9 @@ def calibrate(
     [cyan]outrider calibrate runs/dspark/drafter runs/calibrated --target ./my-model --prompts held_out.jsonl[/cyan]
     """
     from outrider.config import RULES
-    from outrider.figures import available
-    from outrider.training.calibrate import Config
-    from outrider.training.calibrate import calibrate as run
+    from outrider.evaluation.plots import available
+    from outrider.training.fit_calibration import Config
+    from outrider.training.fit_calibration import calibrate as run
 
     console = human(json)
     chosen = [known for known in RULES if known in (rule or RULES)]

@@ -12,7 +12,7 @@ from outrider.errors import CheckpointError, InvalidRequest
 
 if TYPE_CHECKING:
     from outrider.config import SamplingParams
-    from outrider.llm import LLM
+    from outrider.engine.llm import LLM
 
 __all__ = ["chat"]
 

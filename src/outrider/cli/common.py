@@ -23,7 +23,7 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest, OutriderError
 
 if TYPE_CHECKING:
-    from outrider.llm import LLM
+    from outrider.engine.llm import LLM
     from outrider.types import Output
 
 __all__ = [
@@ -95,7 +95,7 @@ class ModelOptions:
 
     def load(self) -> LLM:
         """Raises CheckpointError and its kin for what cannot be loaded."""
-        from outrider.llm import LLM
+        from outrider.engine.llm import LLM
 
         if self.backend == "auto" and find_spec("outrider._native") is None:
             note("the native core is not built here: plain PyTorch runs, slower (`make native` builds it)")

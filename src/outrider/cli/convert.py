@@ -27,7 +27,9 @@ def convert(
     ] = None,
     target_layer: Annotated[
         list[int] | None,
-        typer.Option("--target-layer", help="A layer it taps, from 0, where the file names none. May be repeated."),
+        typer.Option(
+            "--target-layer", help="A layer it aux_layers, from 0, where the file names none. May be repeated."
+        ),
     ] = None,
     unverified: Annotated[bool, typer.Option("--unverified", help="Write without measuring acceptance.")] = False,
     dtype: Dtype = "auto",
@@ -43,11 +45,11 @@ def convert(
 
     [cyan]outrider convert my-dspark for-vllm --to speculators --target Qwen/Qwen3-4B[/cyan]
     """
-    from outrider.evaluation.convert import convert as write
-    from outrider.evaluation.convert import named_target
+    from outrider.evaluation.conversion import convert as write
+    from outrider.evaluation.conversion import named_target
     from outrider.evaluation.replay import sample_prompts
-    from outrider.targets import load_backend, load_target
-    from outrider.weights import resolve_model
+    from outrider.files import resolve_model
+    from outrider.models.loading import load_backend, load_target
 
     folder = resolve_model(target) if target is not None else named_target(source)
     layers = tuple(target_layer) if target_layer else None

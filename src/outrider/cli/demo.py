@@ -21,7 +21,7 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from outrider.llm import LLM
+    from outrider.engine.llm import LLM
     from outrider.types import Output, Piece
 
 __all__ = ["demo"]
@@ -77,7 +77,7 @@ def demo(
 
     [cyan]outrider demo --temperature 0 --drafter suffix --json demo.json[/cyan]
     """
-    from outrider.evaluation.bench import embedded_prompt_sets
+    from outrider.evaluation.speedup import embedded_prompt_sets
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     console = human(json)
@@ -123,7 +123,7 @@ def _run(llm: LLM, prompt: str, params: SamplingParams) -> Run:
 
 
 def _row(domain: str, pairs: list[tuple[Run, Run]]) -> Row:
-    from outrider.evaluation.bench import repeated_ngrams
+    from outrider.evaluation.speedup import repeated_ngrams
 
     plain = median(p.tokens_per_second for p, _ in pairs)
     fast = median(s.tokens_per_second for _, s in pairs)

@@ -13,7 +13,7 @@ from outrider.cli.common import Backend, Dtype, JsonFile, command, human, write_
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from outrider.evaluation.doctor import Report
+    from outrider.evaluation.diagnosis import Report
 
 __all__ = ["doctor"]
 
@@ -29,7 +29,9 @@ def doctor(
     ] = None,
     target_layer: Annotated[
         list[int] | None,
-        typer.Option("--target-layer", help="A layer it taps, from 0, where the file names none. May be repeated."),
+        typer.Option(
+            "--target-layer", help="A layer it aux_layers, from 0, where the file names none. May be repeated."
+        ),
     ] = None,
     dtype: Dtype = "auto",
     backend: Backend = "auto",
@@ -47,10 +49,10 @@ def doctor(
 
     [cyan]outrider doctor my-drafter --target Qwen/Qwen3-4B --json -[/cyan]
     """
-    from outrider.evaluation.doctor import examine
+    from outrider.evaluation.diagnosis import examine
     from outrider.evaluation.replay import sample_prompts
-    from outrider.targets import load_backend, load_target
-    from outrider.weights import read_json, resolve_model
+    from outrider.files import read_json, resolve_model
+    from outrider.models.loading import load_backend, load_target
 
     layers = tuple(target_layer) if target_layer else None
     if target is None:

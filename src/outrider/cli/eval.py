@@ -81,10 +81,10 @@ def evaluate(
     """
     from outrider.config import RULES
     from outrider.errors import nearest
-    from outrider.evaluation.bench import machine
-    from outrider.evaluation.drafter import Config
-    from outrider.evaluation.drafter import evaluate as run
-    from outrider.figures import available
+    from outrider.evaluation.drafter_quality import Config
+    from outrider.evaluation.drafter_quality import evaluate as run
+    from outrider.evaluation.plots import available
+    from outrider.evaluation.speedup import machine
 
     console = human(json)
     if rule not in RULES:

@@ -23,7 +23,7 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from outrider.llm import LLM
+    from outrider.engine.llm import LLM
 
 __all__ = ["generate"]
 
@@ -91,7 +91,7 @@ def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, j
 
 
 def _many(model: ModelOptions, params: SamplingParams, file: Path, chat: bool, json: str | None) -> None:
-    from outrider.evaluation.bench import read_prompts
+    from outrider.evaluation.speedup import read_prompts
 
     console = human(json)
     prompts = read_prompts(file)

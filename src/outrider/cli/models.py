@@ -35,7 +35,7 @@ def models(json: JsonFile = None) -> None:
 
 def _embedded() -> list[dict[str, Any]]:
     """Facts of the packaged models, from the card that their recipe wrote."""
-    from outrider.weights import EMBEDDED, read_json, resolve_model
+    from outrider.files import EMBEDDED, read_json, resolve_model
 
     rows = []
     for name, part in EMBEDDED.items():
@@ -68,7 +68,7 @@ def _catalogues() -> dict[str, dict[str, str | None]]:
             return str(error)
         return None
 
-    kinds = ("target", "drafter", "policy", "backend", "memory")
+    kinds = ("target", "drafter", "policy", "backend", "kv_cache")
     return {kind: {name: missing(kind, name) for name in registry.names(kind)} for kind in kinds}
 
 

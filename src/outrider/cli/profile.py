@@ -11,7 +11,7 @@ from rich.table import Table
 from outrider.cli.common import Backend, JsonFile, Model, command, human, write_json
 
 if TYPE_CHECKING:
-    from outrider.evaluation.profile import Profile, Timing
+    from outrider.evaluation.pass_times import Profile, Timing
 
 __all__ = ["profile"]
 
@@ -59,9 +59,9 @@ def profile(
 
     [cyan]outrider profile --shape llama-110m --dtype float32 --dtype int8 --context 256 --json costs.json[/cyan]
     """
-    from outrider.evaluation.bench import machine
-    from outrider.evaluation.profile import grid, run_profile, save_costs
-    from outrider.targets import load_backend
+    from outrider.evaluation.pass_times import grid, run_profile, save_costs
+    from outrider.evaluation.speedup import machine
+    from outrider.models.loading import load_backend
 
     console = human(json)
     native = load_backend(backend).name == "native"

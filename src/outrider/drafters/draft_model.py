@@ -16,9 +16,8 @@ from torch import Tensor
 from outrider import registry
 from outrider.config import SamplingParams
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
-from outrider.learning import DraftModelTraining
-from outrider.sampling import Categorical, process
-from outrider.types import Context, Memory, Noise, Proposal, RaggedBatch, TargetModel
+from outrider.sampling.distribution import Categorical, process
+from outrider.types import Context, KVCache, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
 
@@ -59,14 +58,13 @@ class DraftModelDrafter:
     """
 
     Config = DraftModelConfig
-    Training = DraftModelTraining
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, model: TargetModel, draft_tokens: int) -> None:
         self.block = draft_tokens
         self.model = model
         self._rows: dict[int, _Row] = {}
-        self._memory: Memory = model.new_memory(1, 1)
+        self._memory: KVCache = model.new_cache(1, 1)
         self._slots = 1
         self._chain: Callable[..., tuple[Tensor, Tensor]] | None = getattr(model, "chain", None)
 
@@ -110,7 +108,7 @@ class DraftModelDrafter:
             place = self._memory.open()
         self._rows[slot] = _Row(capacity, place)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         """Rows draft together. A row near the end of the draft model's context drafts less, past it nothing.
 
         Confidence is the draft model's largest probability before sampling options: it is known before the token is.
@@ -128,7 +126,7 @@ class DraftModelDrafter:
         order = sorted((b for b, n in enumerate(lengths) if n), key=lambda b: -lengths[b])
         missing = self._catch_up([rows[b] for b in order], [context.history[b] for b in order])
         if self._chain is not None and min(lengths) == width and all(map(_plain, context.params[: len(rows)])):
-            return self._draft_at_once(missing, context, width, noise)
+            return self._draft_at_once(missing, context, width, rng)
         live = [sum(lengths[b] > j for b in order) for j in range(width)]
         index, places, positions = torch.tensor(
             [order, [rows[b].place for b in order], [starts[b] for b in order]], dtype=torch.int64
@@ -136,7 +134,7 @@ class DraftModelDrafter:
         offsets = torch.arange(len(order) + 1)
         penalised = any(context.params[b].penalised for b in order)
         seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts that count for penalties
-        laws: list[Categorical] = []
+        distributions: list[Categorical] = []
         drafts: list[Tensor] = []
         sureness: list[Tensor] = []
 
@@ -146,10 +144,10 @@ class DraftModelDrafter:
             if j:
                 batch = RaggedBatch(drafts[-1][:n], live_positions - 1, places[:n], offsets[: n + 1])
                 logits = self.model.forward(batch, self._memory).logits
-            law = process(logits, context, live_index, torch.full((n,), j), drafted=seen)
-            keys = None if law.is_greedy else noise.token_keys(live_index, live_positions, "draft")
-            laws.append(law)
-            drafts.append(law.argmax() if keys is None else law.draw(keys))
+            distribution = process(logits, context, live_index, torch.full((n,), j), drafted=seen)
+            keys = None if distribution.is_greedy else rng.token_keys(live_index, live_positions, "draft")
+            distributions.append(distribution)
+            drafts.append(distribution.argmax() if keys is None else distribution.draw(keys))
             sureness.append(_largest_probability(logits))
             if penalised:
                 seen[live_index, j] = drafts[-1]
@@ -157,11 +155,11 @@ class DraftModelDrafter:
         for b in order:
             rows[b].ahead = lengths[b] - 1  # the final draft is never run
         grid = _grid(len(rows), order, live)
-        greedy = all(law.is_greedy for law in laws)
+        greedy = all(distribution.is_greedy for distribution in distributions)
         return Proposal(
             torch.cat(drafts)[grid],
             torch.tensor(lengths, dtype=torch.int64),
-            None if greedy else Categorical.concatenate(laws).take(grid.flatten()),
+            None if greedy else Categorical.concatenate(distributions).take(grid.flatten()),
             torch.cat(sureness)[grid],
         )
 
@@ -202,7 +200,7 @@ class DraftModelDrafter:
         return missing
 
     def _draft_at_once(
-        self, missing: Sequence[tuple[_Row, list[int]]], context: Context, width: int, noise: Noise
+        self, missing: Sequence[tuple[_Row, list[int]]], context: Context, width: int, rng: Rng
     ) -> Proposal:
         """All rows draft ``width`` tokens in one call of the backend; the same drafts, without Python in between."""
         assert self._chain is not None
@@ -211,16 +209,16 @@ class DraftModelDrafter:
         positions = [len(context.history[b]) + j for b in range(count) for j in range(width)]
         temperatures = [p.temperature for p in context.params[:count]]
         if any(temperatures):
-            keys = noise.token_keys(rows, torch.tensor(positions, dtype=torch.int64), "draft").view(count, width)
+            keys = rng.token_keys(rows, torch.tensor(positions, dtype=torch.int64), "draft").view(count, width)
         else:
             keys = torch.zeros(count, width, dtype=torch.int64)
         batch = self._batch(missing)
         tokens, logits = self._chain(batch, self._memory, keys, torch.tensor(temperatures, dtype=torch.float32))
         for row, _ in missing:
             row.ahead = width - 1
-        law = process(logits, context, rows) if any(temperatures) else None
+        distribution = process(logits, context, rows) if any(temperatures) else None
         lengths = torch.full((count,), width, dtype=torch.int64)
-        return Proposal(tokens, lengths, law, _largest_probability(logits).view(count, width))
+        return Proposal(tokens, lengths, distribution, _largest_probability(logits).view(count, width))
 
     def _run(self, chunks: Sequence[tuple[_Row, list[int]]], logits: bool = False) -> Tensor:
         """Append tokens to the rows' memory. -> logits [B, V] after each chunk, or none."""
@@ -238,7 +236,7 @@ class DraftModelDrafter:
 
     def _renew(self, slots: int, capacity: int) -> None:
         """A larger memory. Rows that are open start it empty and catch up when they next draft."""
-        self._memory, self._slots = self.model.new_memory(slots, capacity), slots
+        self._memory, self._slots = self.model.new_cache(slots, capacity), slots
         for row in self._rows.values():
             row.place, row.cached, row.ahead = self._memory.open(), 0, 0
 
@@ -252,7 +250,7 @@ def _largest_probability(logits: Tensor) -> Tensor:
 
 
 def _plain(params: SamplingParams) -> bool:
-    """Whether the law is softmax(logits / temperature), or the largest logit: what a backend can draw by itself."""
+    """Whether the distribution is softmax(logits / temperature), or the largest logit: what a backend can draw by itself."""
     cut = params.top_k or params.top_p != 1 or params.min_p or params.penalised or params.logit_bias
     return not cut and (params.temperature == 0 or params.temperature >= 1e-3)
 

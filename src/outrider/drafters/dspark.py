@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from outrider.checkpoints import BlockDesign, DraftCheckpoint
-from outrider.drafting import Drawing, TrainedDrafter, linear, rms_norm, rowwise
+from outrider.drafters.base import Drawing, TrainedDrafter, linear, rms_norm, rowwise
 from outrider.errors import InvalidRequest
-from outrider.learning import DFlashTraining, DSparkTraining
-from outrider.types import Backend, Context, Noise, Proposal, RaggedBatch, TargetModel
+from outrider.types import Backend, Context, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead"]
 
@@ -40,7 +39,7 @@ class DSparkConfig:
     """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
 
     shortlist: int = 1024
-    """Tokens of the largest base logits that a sampled draft is drawn from, with its law; on the native core."""
+    """Tokens of the largest base logits that a sampled draft is drawn from, with its distribution; on the native core."""
 
     def __post_init__(self) -> None:
         for name in ("draft_tokens", "block_size", "shortlist"):
@@ -53,7 +52,6 @@ class DSparkDrafter(TrainedDrafter):
     """Drafts a block in one pass of its layers, then corrects it token by token."""
 
     Config = DSparkConfig
-    Training = DSparkTraining
     kinds = ("dspark", "dflash")
 
     def __init__(
@@ -85,18 +83,18 @@ class DSparkDrafter(TrainedDrafter):
         if full:
             self._absorb(full)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         """All rows in one pass. A row with missing features drafts nothing."""
         named = slots.tolist()
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
-        drawing = Drawing(self.net, context, noise, lengths)
+        drawing = Drawing(self.net, context, rng, lengths)
         anchors = last[drawing.rows]
         hidden, base = self.run_block([named[b] for b in drawing.rows.tolist()], anchors, max(lengths))
         if self.head.core is not None and drawing.plain:
-            tokens, margins, law = self.head.draft(base, hidden, anchors, drawing.keys(), drawing.temperatures)
-            drawing.record(tokens, margins, law)
+            tokens, margins, distribution = self.head.draft(base, hidden, anchors, drawing.keys(), drawing.temperatures)
+            drawing.record(tokens, margins, distribution)
             before = self.head.before(anchors, tokens)
         elif not self.design.markov_rank and not drawing.penalised:
             drawing.draw_all(base)
@@ -108,7 +106,7 @@ class DSparkDrafter(TrainedDrafter):
         return self.calibrated(proposal, context)
 
     def _draft_stepwise(self, drawing: Drawing, anchors: Tensor, hidden: Tensor, base: Tensor) -> list[Tensor]:
-        """Draw draft after draft from its full law. -> W1 of the token before each"""
+        """Draw draft after draft from its full distribution. -> W1 of the token before each"""
         previous, state, before = anchors, self.head.start(len(anchors)), []
         for k in range(hidden.shape[1]):
             state, embedding, latent = self.head.step(state, previous, hidden[:, k])
@@ -158,7 +156,6 @@ class DSparkDrafter(TrainedDrafter):
 class DFlashDrafter(DSparkDrafter):
     """The same with no Markov head and no confidence head: every draft is its own slot's likeliest token."""
 
-    Training = DFlashTraining
     kinds = ("dflash", "dspark")
 
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.checkpoints import ChainDesign, DraftCheckpoint
-from outrider.drafting import ChainDrafter, linear, rms_norm
+from outrider.checkpoints import AutoregressiveDesign, DraftCheckpoint
+from outrider.drafters.base import AutoregressiveDrafter, linear, rms_norm
 from outrider.errors import InvalidRequest
-from outrider.learning import Eagle3Training
 from outrider.types import Backend, TargetModel
 
 __all__ = ["Eagle3Config", "Eagle3Drafter"]
@@ -39,11 +38,10 @@ class Eagle3Config:
             raise InvalidRequest(f"drafter eagle3: draft_tokens must be at least 1, got {self.draft_tokens}")
 
 
-class Eagle3Drafter(ChainDrafter):
+class Eagle3Drafter(AutoregressiveDrafter):
     """Drafts a chain; its self-fed keys and values are taken back, and accepted tokens re-run on true features."""
 
     Config = Eagle3Config
-    Training = Eagle3Training
     kinds = ("eagle3",)
 
     def __init__(
@@ -57,22 +55,22 @@ class Eagle3Drafter(ChainDrafter):
         max_rows: int,
     ) -> None:
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows)
-        assert isinstance(checkpoint.design, ChainDesign)
+        assert isinstance(checkpoint.design, AutoregressiveDesign)
         self.design, tensors = checkpoint.design, checkpoint.tensors
         self.feeds_normed = self.design.norm_output
         self._fc = linear(backend, tensors["fc.weight"], dtype)
         gains = {name.removesuffix(".weight"): gain.float() for name, gain in tensors.items() if gain.ndim == 1}
         self._embed_norm, self._hidden_norm = gains["embed_norm"], gains["hidden_norm"]
-        self._feature_norm: Tensor | None = None  # [F]: one gain, or those of the tapped layers side by side
+        self._feature_norm: Tensor | None = None  # [F]: one gain, or those of the auxiliary layers side by side
         if self.design.norm_before_fc:
             self._feature_norm = gains["feature_norm"]
         elif self.design.norm_each_before_fc:
-            self._feature_norm = torch.cat([gains[f"feature_norms.{i}"] for i in range(len(self.taps))])
+            self._feature_norm = torch.cat([gains[f"feature_norms.{i}"] for i in range(len(self.aux_layers))])
 
     def condition(self, features: Tensor) -> Tensor:
         """[T, F] -> [T, D]"""
         if self._feature_norm is not None:
-            groups = len(self.taps) if self.design.norm_each_before_fc else 1
+            groups = len(self.aux_layers) if self.design.norm_each_before_fc else 1
             gain = self._feature_norm.view(groups, -1)
             features = rms_norm(features.unflatten(1, (groups, -1)), gain, self.net.stack.config.norm_eps).flatten(1)
         return self._fc(features)

@@ -3,7 +3,7 @@
 DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2, equations 21 to 23: the state of position i and the
 embedding of token i + 1, both normalised, are concatenated and projected (M_k), pass one decoder layer (TRM_k), and
 the target's own head reads the result. Files put the embedding's columns first. A state here is the target's residual
-stream at one tapped layer; the report's last layer is refused as a tap everywhere (it is ambiguous), so modules are
+stream at one auxiliary layer; the report's last layer is refused as a aux_layer everywhere (it is ambiguous), so modules are
 trained on the layer before it, or any other.
 
 T packed tokens, D width.
@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from outrider.checkpoints import DraftCheckpoint
-from outrider.drafting import ChainDrafter, linear, rms_norm
+from outrider.drafters.base import AutoregressiveDrafter, linear, rms_norm
 from outrider.errors import InvalidRequest
-from outrider.learning import MTPTraining
 from outrider.types import Backend, TargetModel
 
 __all__ = ["MTPConfig", "MTPDrafter"]
@@ -42,11 +41,10 @@ class MTPConfig:
             raise InvalidRequest(f"drafter mtp: draft_tokens must be at least 1, got {self.draft_tokens}")
 
 
-class MTPDrafter(ChainDrafter):
+class MTPDrafter(AutoregressiveDrafter):
     """Drafts with the module that was trained beside the target."""
 
     Config = MTPConfig
-    Training = MTPTraining
     kinds = ("mtp",)
 
     def __init__(
@@ -65,7 +63,7 @@ class MTPDrafter(ChainDrafter):
         self._embed_norm, self._hidden_norm = (tensors[f"{name}_norm.weight"].float() for name in ("embed", "hidden"))
 
     def condition(self, features: Tensor) -> Tensor:
-        """The tapped state itself. [T, D] -> [T, D]"""
+        """The auxiliary state itself. [T, D] -> [T, D]"""
         return features
 
     def fuse(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from outrider.errors import InvalidRequest
-from outrider.types import Context, Noise, Proposal, RaggedBatch, TargetModel
+from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["NgramConfig", "NgramDrafter"]
 
@@ -51,7 +51,7 @@ class NgramDrafter:
     """Copies the continuation of the most recent earlier occurrence of the row's longest known n-gram."""
 
     Config = NgramConfig
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, config: NgramConfig) -> None:
         self.block = config.draft_tokens
@@ -65,8 +65,8 @@ class NgramDrafter:
     def open(self, slot: int, capacity: int) -> None:
         self._rows[slot] = _Index()
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
-        """Deterministic (no law). Confidence is Laplace's rule of succession on the copy: it has agreed with the
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        """Deterministic (no distribution). Confidence is Laplace's rule of succession on the copy: it has agreed with the
         text m tokens in a row, so it is right once more with probability (m + 1) / (m + 2)."""
         drafts: list[list[int]] = []
         confidence: list[list[float]] = []

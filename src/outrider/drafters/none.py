@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from outrider.types import Context, Noise, Proposal, RaggedBatch, TargetModel
+from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["NoConfig", "NoDrafter"]
 
@@ -21,7 +21,7 @@ class NoDrafter:
     """Proposes nothing."""
 
     Config = NoConfig
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
     block = 0
 
     @classmethod
@@ -31,7 +31,7 @@ class NoDrafter:
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         return Proposal.empty(len(slots))
 
     def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from outrider.errors import InvalidRequest
-from outrider.types import Context, Noise, Proposal, RaggedBatch, TargetModel
+from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["SuffixAutomaton", "SuffixConfig", "SuffixDrafter"]
 
@@ -216,12 +216,12 @@ class _Row:
 class SuffixDrafter:
     """Drafts from the row's own text or from earlier outputs, whichever is surer of its first token.
 
-    Deterministic: the frequencies are a confidence, not a law. Which outputs were stored before changes what is
+    Deterministic: the frequencies are a confidence, not a distribution. Which outputs were stored before changes what is
     proposed, never what is written.
     """
 
     Config = SuffixConfig
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, config: SuffixConfig) -> None:
         self.block = config.draft_tokens
@@ -241,7 +241,7 @@ class SuffixDrafter:
     def open(self, slot: int, capacity: int) -> None:
         self._rows[slot] = _Row()
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, noise: Noise) -> Proposal:
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         drafts: list[list[int]] = []
         confidence: list[list[float]] = []
         for b, (slot, most) in enumerate(zip(slots.tolist(), limit.tolist(), strict=True)):

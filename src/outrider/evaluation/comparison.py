@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from outrider import calibration
 from outrider.evaluation.intervals import Estimate, Picks, estimate, macro, share
-from outrider.rounds import Round, observed
+from outrider.evaluation.recording import Round, observed
+from outrider.scheduling import calibration
 
 __all__ = [
     "MACRO",

@@ -1,6 +1,6 @@
 """What a trained drafter would have had accepted along the target's own text, without decoding it again.
 
-The target writes its greedy text once, and its laws and features are kept; any number of drafters, or readings of one
+The target writes its greedy text once, and its distributions and features are kept; any number of drafters, or readings of one
 checkpoint, then draft at the same places. Two numbers come out at each place:
 
 greedy    how many drafts equal the text: what greedy decoding would accept there
@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.drafting import TrainedDrafter
+from outrider.drafters.base import TrainedDrafter
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.tokenizer import Tokenizer
+from outrider.files import EMBEDDED_PROMPTS
+from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
-from outrider.weights import EMBEDDED_PROMPTS
 
 __all__ = ["Acceptance", "Prompts", "Transcript", "least_score", "replay", "sample_prompts", "transcribe"]
 
@@ -146,7 +146,7 @@ def transcribe(
     for prompt in prompts:
         if not 0 <= min(prompt) <= max(prompt) < size:
             raise CheckpointError(f"a prompt has token {max(prompt)}, the target's vocabulary ends at {size - 1}")
-    memory = target.new_memory(len(prompts), max(len(p) for p in prompts) + new_tokens + 1)
+    memory = target.new_cache(len(prompts), max(len(p) for p in prompts) + new_tokens + 1)
     slots = [memory.open() for _ in prompts]
     tokens, parts = [list(prompt) for prompt in prompts], [[] for _ in prompts]  # type: ignore[var-annotated]
     chunks, logits = [list(prompt) for prompt in prompts], [[] for _ in prompts]  # type: ignore[var-annotated]
@@ -171,7 +171,7 @@ def transcribe(
 
 @torch.inference_mode()
 def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
-    """Draft along the transcripts. ``drafter.taps`` must be among their layers; its slots 0, 1, ... must be free.
+    """Draft along the transcripts. ``drafter.aux_layers`` must be among their layers; its slots 0, 1, ... must be free.
 
     ``longest``: drafts of the drafter among several that drafts most, so that all are asked at the same places.
     """
@@ -180,7 +180,7 @@ def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: 
     if not any(places):
         raise InvalidRequest(f"the texts are too short to draft {drafts} tokens; ask for more new tokens")
     greedy, expected = [], []
-    features = [torch.cat([t.features[layer] for layer in drafter.taps], -1) for t in transcripts]
+    features = [torch.cat([t.features[layer] for layer in drafter.aux_layers], -1) for t in transcripts]
     for slot, transcript in enumerate(transcripts):
         drafter.open(slot, len(transcript.tokens))
     for step in range(max(len(p) for p in places)):
@@ -195,8 +195,8 @@ def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: 
         logits = drafter.follow(slots, path[:, :drafts])[0]
         for (t, _, end), own, tokens in zip(rows, logits, path, strict=True):
             own = drafter.net.spread(own).float()
-            law = t.logits[end - t.prompt_length + 1 :][:drafts].float()
-            shared = torch.minimum(own.softmax(-1), law.softmax(-1)).sum(-1)
+            distribution = t.logits[end - t.prompt_length + 1 :][:drafts].float()
+            shared = torch.minimum(own.softmax(-1), distribution.softmax(-1)).sum(-1)
             expected.append(shared.cumprod(0).sum())
             greedy.append((own.argmax(-1) == tokens[1:]).float().cumprod(0).sum())
     for slot in range(len(transcripts)):
@@ -206,16 +206,16 @@ def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: 
 
 def least_score(transcripts: Sequence[Transcript], drafts: int) -> float:
     """The score a drafter must pass to count as one: MARGIN times that of drafting every token from the texts' mean
-    law, which knows nothing of the place."""
-    laws = [t.logits.float().softmax(-1) for t in transcripts]
-    mean = torch.cat(laws).mean(0)
-    shared = float(torch.cat([torch.minimum(law, mean).sum(-1) for law in laws]).mean())
+    distribution, which knows nothing of the place."""
+    distributions = [t.logits.float().softmax(-1) for t in transcripts]
+    mean = torch.cat(distributions).mean(0)
+    shared = float(torch.cat([torch.minimum(distribution, mean).sum(-1) for distribution in distributions]).mean())
     tokens = torch.tensor([token for t in transcripts for token in t.tokens[t.prompt_length :]])
     guessed = float((tokens == mean.argmax()).float().mean())
     return MARGIN * sum(guessed**j + shared**j for j in range(1, drafts + 1)) / 2
 
 
 def _places(transcript: Transcript, drafts: int) -> list[int]:
-    """Positions of the last token before a draft that the text is long enough to judge."""
+    """Positions of the last token before a draft that the text is long enough to acceptance_probabilities."""
     first, last = transcript.prompt_length, len(transcript.tokens) - drafts - 1
     return list(range(first, last + 1, max(1, (last + 1 - first) // PLACES)))

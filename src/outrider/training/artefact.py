@@ -31,7 +31,7 @@ from pydantic import BaseModel
 
 from outrider import __version__
 from outrider.errors import ArtefactError
-from outrider.weights import read_json, replace_file, resolve_model, write_json
+from outrider.files import read_json, replace_file, resolve_model, write_json
 
 try:
     import fcntl

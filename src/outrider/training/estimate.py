@@ -1,7 +1,7 @@
 """What a recipe will cost, before anything is begun: prompts are counted, target and drafter tried for some seconds.
 
 Time is an upper bound in one respect (every answer as long as ``max_tokens`` allows) and a guess in another (the trial
-is short, and other programs may run beside it). Memory is what this process needed in the trial, and the room for keys
+is short, and other programs may run beside it). KVCache is what this process needed in the trial, and the room for keys
 and values.
 """
 
@@ -17,14 +17,14 @@ from statistics import mean
 from time import perf_counter
 from typing import Any
 
-from outrider.llm import LLM
-from outrider.training import data, prompts, regenerate
+from outrider.engine.llm import LLM
+from outrider.files import read_config, resolve_model
+from outrider.training import dataset, prompts, regenerate
 from outrider.training.artefact import open_artefact
-from outrider.training.questions import Question
+from outrider.training.conversations import Question
 from outrider.training.recipe import Recipe
 from outrider.training.stages import STAGES
-from outrider.training.teacher import Teacher
-from outrider.weights import read_config, resolve_model
+from outrider.training.target_runner import TargetRunner
 
 __all__ = ["Estimate", "estimate"]
 
@@ -46,7 +46,7 @@ class Estimate:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain dataset."""
         return asdict(self)
 
 
@@ -195,11 +195,11 @@ class _Trial:
         texts = []
         for number in range(max(1, config.pack_tokens // length)):
             tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
-            texts.append(data.Text(str(number), "", tokens, length // 3))
-        teacher = Teacher(self._llm.target, length)
+            texts.append(dataset.Text(str(number), "", tokens, length // 3))
+        target_runner = TargetRunner(self._llm.target, length)
         for _ in range(2):  # the first one warms up
             began = perf_counter()
-            loss = module(teacher.batch(texts, module, 0))
+            loss = module(target_runner.batch(texts, module, 0))
             (loss.total / loss.weight).backward()
             seconds = perf_counter() - began
         parameters = sum(parameter.numel() for parameter in module.parameters())

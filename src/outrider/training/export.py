@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict
 
 from outrider import __version__, checkpoints
 from outrider.checkpoints import DraftCheckpoint
-from outrider.learning import Frozen
-from outrider.targets import load_target
+from outrider.files import read_json, write_json
+from outrider.models.loading import load_target
 from outrider.training.artefact import Artefact
+from outrider.training.networks import Frozen
 from outrider.training.progress import duration
-from outrider.weights import read_json, write_json
 
 __all__ = ["Config", "card", "export"]
 

@@ -21,14 +21,15 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor
 
+from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.lessons import FeatureBatch, TrainableDrafter
-from outrider.llm import LLM
+from outrider.files import read_json, write_json
+from outrider.models.weights import write_tensors
 from outrider.training.artefact import Artefact, begin, open_artefact
-from outrider.training.data import Text, pack, read_texts
+from outrider.training.dataset import Text, pack, read_texts
+from outrider.training.networks.batch import FeatureBatch, TrainableDrafter
 from outrider.training.progress import Progress
 from outrider.types import RaggedBatch, TargetModel
-from outrider.weights import read_json, write_json, write_tensors
 
 __all__ = ["CachedTeacher", "Config", "features"]
 
@@ -57,7 +58,7 @@ class Config(BaseModel):
 def features(config: Config, answers: Path, out: Path, target: str, *, console: Console | None = None) -> Artefact:
     """Run the target over an artefact of answers, from where an earlier run stopped.
 
-    Raises ArtefactError for answers that do not fit; InvalidRequest for a layer that cannot be tapped, or a target that
+    Raises ArtefactError for answers that do not fit; InvalidRequest for a layer that cannot be auxiliary, or a target that
     does not tell its last state.
     """
     parent = open_artefact(answers, "regenerate", target)
@@ -88,7 +89,7 @@ def features(config: Config, answers: Path, out: Path, target: str, *, console: 
 
 @torch.inference_mode()
 def _read(target: TargetModel, texts: Sequence[Text], config: Config) -> Iterator[dict[str, Tensor]]:
-    memory = target.new_memory(1, max(len(text.tokens) for text in texts))
+    memory = target.new_cache(1, max(len(text.tokens) for text in texts))
     slot, dtype = memory.open(), DTYPES[config.keep]
     for text in texts:
         batch = RaggedBatch.pack([text.tokens], [0], [slot])
@@ -100,16 +101,16 @@ def _read(target: TargetModel, texts: Sequence[Text], config: Config) -> Iterato
 
 
 class CachedTeacher:
-    """Reads what ``features`` kept in place of running the target. See ``teacher.Teacher``."""
+    """Reads what ``features`` kept in place of running the target. See ``target_runner.TargetRunner``."""
 
-    def __init__(self, target: TargetModel, folder: Path, taps: tuple[int, ...], length: int) -> None:
+    def __init__(self, target: TargetModel, folder: Path, aux_layers: tuple[int, ...], length: int) -> None:
         """Raises InvalidRequest where the cache was made for other layers or another length."""
         self._target, self._folder = target, folder
         index: dict[str, Any] = read_json(folder / "index.json")
-        if tuple(index["layers"]) != taps or index["length"] != length:
+        if tuple(index["layers"]) != aux_layers or index["length"] != length:
             raise InvalidRequest(
                 f"{folder} holds features of layers {index['layers']}, {index['length']} tokens a text; the drafter "
-                f"reads layers {list(taps)}, {length} tokens; make the features again, or train online"
+                f"reads layers {list(aux_layers)}, {length} tokens; make the features again, or train online"
             )
         self._places: dict[str, tuple[str, int]] = {key: (name, at) for key, (name, at) in index["places"].items()}
         self._files: dict[str, Any] = {}

@@ -28,10 +28,10 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from outrider.errors import InvalidRequest, nearest
-from outrider.learning import training_of
+from outrider.files import resolve_model
 from outrider.training.artefact import Artefact
+from outrider.training.networks import training_of
 from outrider.training.stages import STAGES, make, opened
-from outrider.weights import resolve_model
 
 __all__ = ["Recipe", "changed", "configure", "read_recipe", "run_recipe"]
 

@@ -1,7 +1,7 @@
 """Stage ``regenerate``: the target answers every prompt, with its own sampling settings.
 
 A drafter has to foresee what its target says, so it learns from the target's own answers; those of a data set would
-teach it somebody else's. Each answer is a function of target, prompt, settings and seed alone: noise is keyed by the
+teach it somebody else's. Each answer is a function of target, prompt, settings and seed alone: rng is keyed by the
 prompt's id, so neither order nor batching nor a killed process changes a token (bit for bit on the native core).
 
 Written are ``train.jsonl`` and ``held_out.jsonl``, lines ``{"id", "domain", "prompt": [token ids], "answer": [token
@@ -20,18 +20,18 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
-from outrider.admission import Request
 from outrider.config import SamplingParams
-from outrider.decoder import end_tokens, sampling_defaults
-from outrider.engine import Engine
+from outrider.engine.engine import Engine
+from outrider.engine.llm import LLM
+from outrider.engine.rows import Request
 from outrider.errors import ArtefactError
-from outrider.llm import LLM
-from outrider.tokenizer import Tokenizer
+from outrider.files import read_config, resolve_model
+from outrider.models.decoder import end_tokens, sampling_defaults
+from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training.artefact import Artefact, Journal, begin, file_hash, open_artefact, read_lines, write_lines
+from outrider.training.conversations import Ask, Question, Settings, Talks
 from outrider.training.progress import Progress
-from outrider.training.questions import Ask, Question, Settings, Talks
 from outrider.training.server import Server
-from outrider.weights import read_config, resolve_model
 
 __all__ = ["Config", "engine", "regenerate", "sampling"]
 

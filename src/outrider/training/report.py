@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from outrider import figures
+from outrider.evaluation import plots
 
 __all__ = ["read_log", "write_report"]
 
@@ -28,7 +28,7 @@ def write_report(
 ) -> None:
     """``report.html``, and ``report.png`` where matplotlib is installed, in ``out``, of the lines of a log."""
     picture = out / "report.png"
-    if figures.available():
+    if plots.available():
         _plot(lines, picture)
     seconds, tokens = sum(line["seconds"] for line in lines), sum(line["tokens"] for line in lines)
     looks = [line for line in lines if "acceptance_length" in line]

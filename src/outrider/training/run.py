@@ -27,18 +27,18 @@ from torch import nn
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
 from outrider.errors import ArtefactError, InvalidRequest
-from outrider.learning import Frozen, training_of
-from outrider.llm import LLM
-from outrider.targets import load_layers
+from outrider.files import new_folder, read_config, resolve_model, write_json
+from outrider.models.loading import load_layers
 from outrider.training.artefact import Artefact, begin, open_artefact
-from outrider.training.data import Deal, Text, read_texts
+from outrider.training.dataset import Text, TextSampler, read_texts
 from outrider.training.features import CachedTeacher
+from outrider.training.networks import Frozen, training_of
 from outrider.training.progress import Progress
 from outrider.training.report import read_log, write_report
-from outrider.training.teacher import Teacher, Teaches
+from outrider.training.target_runner import FeatureSource, TargetRunner
 from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
-from outrider.weights import new_folder, read_config, resolve_model, write_json
 
 __all__ = ["Config", "Evaluator", "learn", "over_fit", "processes", "run", "save_drafter", "trainable"]
 
@@ -157,11 +157,11 @@ def learn(
     plan = _plan(config, steps)
     work, finished = out / "state", out / "drafter"
     module = trainable(config, llm)
-    teacher: Teaches = Teacher(llm.target, length)
+    target_runner: FeatureSource = TargetRunner(llm.target, length)
     if features is not None:
-        teacher = CachedTeacher(llm.target, features, module.taps, length)  # type: ignore[arg-type]
+        target_runner = CachedTeacher(llm.target, features, module.aux_layers, length)  # type: ignore[arg-type]
     if config.sanity and rank == 0 and not (work / "state.pt").exists():
-        say(over_fit(trainable(config, llm), teacher, texts, plan))
+        say(over_fit(trainable(config, llm), target_runner, texts, plan))
     evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if config.looks else None
     board = _board(config, out) if rank == 0 else None
 
@@ -169,8 +169,8 @@ def learn(
         drafter = module.snapshot()  # type: ignore[operator]
         return evaluator(drafter) if evaluator is not None and rank == 0 else {}
 
-    deal = Deal(texts, config.batch, config.pack_tokens, config.seed)
-    trainer = Trainer(module, teacher, deal, plan, work, config.sharding)
+    sampler = TextSampler(texts, config.batch, config.pack_tokens, config.seed)
+    trainer = Trainer(module, target_runner, sampler, plan, work, config.sharding)
     every = max(1, steps // config.looks) if config.looks else 0
     with Progress(console, f"{config.kind}, steps", steps, trainer.resume()) as progress:
         for step in trainer.run(every, look):
@@ -214,14 +214,16 @@ def _facts(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _silent(text: str) -> None: ...
 
 
-def over_fit(module: nn.Module, teacher: Teaches, texts: Sequence[Text], plan: Plan, most: int = 400) -> str:
+def over_fit(
+    module: nn.Module, target_runner: FeatureSource, texts: Sequence[Text], plan: Plan, most: int = 400
+) -> str:
     """The sanity gate: one text, the same blocks again and again, until they are all but always accepted: by the
-    target's law, or, for losses that teach the tokens themselves, by a target that is sure of the text's own.
+    target's distribution, or, for losses that teach the tokens themselves, by a target that is sure of the text's own.
 
     Returns what to tell people. Raises TrainingFailed where ``most`` steps do not suffice.
     """
     text = min(texts, key=lambda text: abs(len(text.tokens) - text.prompt_length - 24))
-    batch = teacher.batch([text], module, 0)  # type: ignore[arg-type]
+    batch = target_runner.batch([text], module, 0)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(module.parameters(), lr=max(plan.learning_rate, 1e-3), weight_decay=0.0)
     accepted, began = 0.0, time.monotonic()
     for step in range(most):

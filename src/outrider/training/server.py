@@ -14,8 +14,8 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from outrider.errors import InvalidRequest, OutriderError
-from outrider.tokenizer import Tokenizer
-from outrider.training.questions import Question, Settings
+from outrider.tokenization.tokenizer import Tokenizer
+from outrider.training.conversations import Question, Settings
 
 __all__ = ["Server"]
 

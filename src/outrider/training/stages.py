@@ -135,14 +135,14 @@ STAGES: dict[str, Stage] = {  # in the order of a whole run
         optional=frozenset({"features"}),
     ),
     "calibrate": Stage(
-        "outrider.training.calibrate:calibrate",
+        "outrider.training.fit_calibration:calibrate",
         _calibrate,
         {"drafter": ("run",), "answers": ("regenerate",)},
         (DRAFTER, "report.json"),
         aside=True,
     ),
     "eval": Stage(
-        "outrider.evaluation.drafter:evaluate",
+        "outrider.evaluation.drafter_quality:evaluate",
         _evaluate,
         {"drafter": CALIBRATED, "answers": ("regenerate",)},
         ("evaluation.json",),

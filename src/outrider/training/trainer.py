@@ -1,6 +1,6 @@
-"""The training loop. It knows a drafter only by ``wanted`` and ``loss``, a target only by what the teacher reads.
+"""The training loop. It knows a drafter only by ``wanted`` and ``loss``, a target only by what the target_runner reads.
 
-One step: some packs of texts, each read by the teacher and learnt from; gradients are sums, divided once by the step's
+One step: some packs of texts, each read by the target_runner and learnt from; gradients are sums, divided once by the step's
 whole weight, so neither the packs nor the number of processes change what a step does. Everything random follows from
 (seed, step), so a run that was killed goes on as if nothing had happened.
 """
@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from outrider.errors import OutriderError
-from outrider.lessons import Loss, TrainableDrafter
 from outrider.training.artefact import write_state
-from outrider.training.data import Deal
-from outrider.training.teacher import Teaches
+from outrider.training.dataset import TextSampler
+from outrider.training.networks.batch import Loss, TrainableDrafter
+from outrider.training.target_runner import FeatureSource
 
 __all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "rank_and_world"]
 
@@ -80,10 +80,22 @@ class Trainer:
     """Trains one drafter in one folder: ``state.pt`` to go on from, ``log.jsonl`` for people."""
 
     def __init__(
-        self, module: nn.Module, teacher: Teaches, deal: Deal, plan: Plan, folder: Path, sharding: Sharding = "ddp"
+        self,
+        module: nn.Module,
+        target_runner: FeatureSource,
+        sampler: TextSampler,
+        plan: Plan,
+        folder: Path,
+        sharding: Sharding = "ddp",
     ) -> None:
         """``module`` is a ``TrainableDrafter``. In a process group it is wrapped as ``sharding`` says."""
-        self.module, self.teacher, self.deal, self.plan, self.folder = module, teacher, deal, plan, folder
+        self.module, self.target_runner, self.sampler, self.plan, self.folder = (
+            module,
+            target_runner,
+            sampler,
+            plan,
+            folder,
+        )
         self.rank, self.world = rank_and_world()
         self.wrapped = self._wrap(sharding)
         decayed = [p for p in module.parameters() if p.ndim > 1]
@@ -124,8 +136,8 @@ class Trainer:
         began, rate = time.monotonic(), self.plan.rate(self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        packs = self.deal.packs(self.done, self.rank, self.world)
-        epoch = self.deal.epoch(self.done)
+        packs = self.sampler.packs(self.done, self.rank, self.world)
+        epoch = self.sampler.epoch(self.done)
         sums: dict[str, Tensor] = {}
         for index, texts in enumerate(packs):
             with self._syncing(last=index == len(packs) - 1):
@@ -151,7 +163,7 @@ class Trainer:
 
     def _learn(self, texts: Any, epoch: int, counted: bool) -> Loss:
         """Forward and backward through one pack."""
-        batch = self.teacher.batch(texts, cast(TrainableDrafter, self.module), epoch)
+        batch = self.target_runner.batch(texts, cast(TrainableDrafter, self.module), epoch)
         with torch.autocast(batch.features.device.type, dtype=torch.bfloat16, enabled=self.plan.bfloat16):
             loss: Loss = self.wrapped(batch)
         (loss.total if counted else loss.total * 0).backward()

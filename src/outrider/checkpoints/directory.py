@@ -1,0 +1,174 @@
+"""Between a directory and a ``DraftCheckpoint``: which format it is, its tensors read and checked, or written whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from safetensors import safe_open
+from torch import Tensor
+
+from outrider.checkpoints.checkpoint import AutoregressiveDesign, DraftCheckpoint, ModuleDesign
+from outrider.checkpoints.stack_format import file_name
+from outrider.errors import CheckpointError, nearest
+from outrider.files import new_folder, read_json, resolve_model, write_json
+from outrider.models.weights import TensorFiles, write_tensors
+from outrider.scheduling import calibration
+from outrider.scheduling.calibration import Calibration
+
+__all__ = ["FORMATS", "Format", "load", "load_calibration", "read_header", "recognise", "save", "tensor_names"]
+
+FORMATS = {  # name -> module with the functions of ``Format``
+    "speculators": "outrider.checkpoints.speculators",
+    "deepspec": "outrider.checkpoints.deepspec",
+    "zlab": "outrider.checkpoints.zlab",
+    "specforge": "outrider.checkpoints.specforge",
+}
+
+
+class Format(Protocol):
+    """What a format's module provides; those that can be written have ``write`` too."""
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is of this format, told by its content."""
+        ...
+
+    def read(self, config: Mapping[str, Any]) -> DraftCheckpoint:
+        """A checkpoint still without tensors. Raises CheckpointError."""
+        ...
+
+    def write(self, checkpoint: DraftCheckpoint) -> dict[str, Any]:
+        """The config.json of a checkpoint. Raises CheckpointError for what the format cannot say."""
+        ...
+
+
+def recognise(config: Mapping[str, Any]) -> str | None:
+    """The format of a config.json, None where it is none of these."""
+    return next((name for name in FORMATS if _format(name).matches(config)), None)
+
+
+def read_header(config: Mapping[str, Any]) -> DraftCheckpoint:
+    """The checkpoint a config.json describes, without tensors. Raises CheckpointError."""
+    name = recognise(config)
+    if name is None:
+        kinds = config.get("architectures") or config.get("model_type")
+        raise CheckpointError(
+            f"config.json describes {kinds!r}, which is no drafter; expected one of {', '.join(sorted(FORMATS))}"
+        )
+    return _format(name).read(config)
+
+
+def load(folder: str | Path) -> DraftCheckpoint:
+    """Read a drafter's directory (or hub id), tensors in the dtype they are stored in.
+
+    Raises CheckpointError for a tensor that is missing, unknown, of another shape, or not finite, and for a
+    calibration.json that is none.
+    """
+    path = resolve_model(folder)
+    checkpoint = read_header(read_json(path / "config.json"))
+    stored = _StoredTensors(path)
+    shapes = checkpoint.shapes()
+    in_file = {_plain(name): name for name in stored.shapes}
+    names = tensor_names(checkpoint)
+    known = {file: neutral for neutral, file in names.items()}
+    for plain, name in in_file.items():
+        if plain not in known:
+            raise CheckpointError(f"unexpected tensor {name!r}; {nearest(plain, known)}")
+    tensors = {}
+    for neutral, shape in shapes.items():
+        file = names[neutral]
+        if file not in in_file:
+            if shape.required:
+                raise CheckpointError(f"tensor {file!r} is missing; expected shape {list(shape.sizes)}")
+            continue
+        name = in_file[file]
+        if stored.shapes[name] != shape.sizes:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(stored.shapes[name])}, but the config says {list(shape.sizes)}"
+            )
+        tensors[neutral] = stored.stored(name)
+    checkpoint = replace(checkpoint, tensors=tensors, calibration=load_calibration(path))
+    checkpoint.check_tensors({neutral: in_file.get(file, file) for neutral, file in names.items()})
+    return checkpoint
+
+
+def save(
+    checkpoint: DraftCheckpoint,
+    folder: str | Path,
+    to: str,
+    provenance: Mapping[str, Any],
+    check: Callable[[Path], None] = lambda written: None,
+) -> Path:
+    """Write a directory in a format, whole or not at all: it appears under its name when it is complete.
+
+    ``check`` is shown the complete directory before that; where it raises, nothing is left behind.
+    Raises CheckpointError where the folder exists, the format is not written here, or it cannot hold this drafter.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; give a new directory")
+    writers = [name for name in FORMATS if hasattr(_format(name), "write")]
+    if to not in writers:
+        raise CheckpointError(f"cannot write format {to!r}; {nearest(to, writers)}")
+    config = _format(to).write(checkpoint)
+    names = tensor_names(checkpoint)
+    with new_folder(target) as partial:
+        write_json(partial / "config.json", dict(sorted(config.items())))
+        write_tensors(
+            partial / "model.safetensors", {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
+        )
+        write_json(partial / "provenance.json", dict(provenance))
+        if checkpoint.calibration is not None:
+            write_json(partial / calibration.FILE, checkpoint.calibration.to_json())
+        check(partial)
+    return target
+
+
+def tensor_names(checkpoint: DraftCheckpoint) -> dict[str, str]:
+    """Neutral name -> name in a file, for every weight the checkpoint may hold."""
+    sandwich = checkpoint.stack(head=False).sandwich_norms
+    names = {neutral: file_name(neutral, sandwich=sandwich) for neutral in checkpoint.shapes()}
+    if isinstance(checkpoint.design, AutoregressiveDesign):  # its two norms stand where a plain layer's input norm does
+        names |= {
+            "hidden_norm.weight": "layers.0.hidden_norm.weight",
+            "embed_norm.weight": "layers.0.input_layernorm.weight",
+        }
+    if isinstance(checkpoint.design, ModuleDesign):
+        module = {
+            "fc": "input_proj",
+            "hidden_norm": "hidden_layernorm",
+            "embed_norm": "token_layernorm",
+            "norm": "final_layernorm",
+        }
+        names = {neutral: file.replace("layers.0.", "mtp_layers.0.") for neutral, file in names.items()}
+        names |= {f"{neutral}.weight": f"mtp_layers.0.{file}.weight" for neutral, file in module.items()}
+    return names
+
+
+def load_calibration(folder: Path) -> Calibration | None:
+    """What a drafter's directory says of its confidences, if anything. Raises CheckpointError."""
+    file = folder / calibration.FILE
+    return Calibration.from_json(read_json(file), str(file)) if file.exists() else None
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what some exporters put around it."""
+    name = name.removeprefix("model.")
+    if name.startswith("midlayer."):
+        return "layers.0." + name.removeprefix("midlayer.")
+    return name.removeprefix("logit_head.")
+
+
+def _format(name: str) -> Format:
+    return cast(Format, import_module(FORMATS[name]))
+
+
+class _StoredTensors(TensorFiles):
+    """Tensors exactly as they are stored."""
+
+    def stored(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return cast(Tensor, file.get_tensor(name))

@@ -1,0 +1,104 @@
+"""Drafting token by token with a small stack that reads the target's features, then its own hidden states.
+
+Position i of the draft memory stands for the target's features at position i together with token i + 1: the token is
+known one step later than the features, so the final pair of a row is run again when it is certain.
+n rows, T packed tokens, F feature width, D width, K drafts, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from outrider.drafters.base.draft_sampling import Drawing
+from outrider.drafters.base.trained import TrainedDrafter
+from outrider.types import Context, Proposal, RaggedBatch, Rng
+
+__all__ = ["AutoregressiveDrafter", "AutoregressiveState"]
+
+
+@dataclass(frozen=True, slots=True)
+class AutoregressiveState:
+    """Where the chains of some rows stand."""
+
+    places: Tensor  # int64 [n]       slots of the draft memory
+    positions: Tensor  # int64 [n]    of the next input
+    hidden: Tensor  # [n, D]          what the next input is made of
+    logits: Tensor  # [n, Vd]         of the next draft
+
+
+class AutoregressiveDrafter(TrainedDrafter):
+    """The part that EAGLE-3 and multi-token prediction have in common. They differ in what enters the stack."""
+
+    feeds_normed = False
+    """Whether the state fed back is the one after the final norm."""
+
+    @abstractmethod
+    def condition(self, features: Tensor) -> Tensor:
+        """The state a chain starts from. [T, F] -> [T, D]"""
+
+    @abstractmethod
+    def fuse(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``hidden`` and ``residual`` of ``Stack.forward``, from a state and the token that follows it."""
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        """Take in the features of committed tokens; they become keys and values when they are needed, or many."""
+        full = self.cache.add(batch, features)
+        if full:
+            waiting = self.cache.take_pairs(full, None)
+            hidden, residual = self.fuse(waiting.batch.tokens, self.condition(waiting.features))
+            nothing = waiting.batch.offsets[:0]
+            self.net.stack.forward(
+                waiting.batch, self.cache.memory, hidden=hidden, residual=residual, logits_at=nothing
+            )
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        """All rows together, one pass a draft. A row with missing features drafts nothing."""
+        named = slots.tolist()
+        lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
+        if not any(lengths):
+            return Proposal.empty(len(named))
+        drawing = Drawing(self.net, context, rng, lengths)
+        rows = [named[b] for b in drawing.rows.tolist()]
+        state = self.begin(rows, last[drawing.rows])
+        for _ in range(max(lengths) - 1):
+            state = self.feed(state, drawing.draw(state.logits))
+        drawing.draw(state.logits)
+        self.rewind(rows)
+        return self.calibrated(drawing.proposal(drawing.margins()), context)
+
+    def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See ``TrainedDrafter.follow``."""
+        state = self.begin(slots, path[:, 0])
+        logits = [state.logits]
+        for tokens in path.T[1:]:
+            state = self.feed(state, tokens)
+            logits.append(state.logits)
+        self.rewind(slots)
+        return torch.stack(logits, 1), None
+
+    def begin(self, slots: list[int], last: Tensor) -> AutoregressiveState:
+        """Run what waits, up to the rows' last tokens, on the target's features. int64 [n]"""
+        waiting = self.cache.take_pairs(slots, last.tolist())
+        return self._run(waiting.batch, self.condition(waiting.features), waiting.batch.offsets[1:] - 1)
+
+    def feed(self, state: AutoregressiveState, tokens: Tensor) -> AutoregressiveState:
+        """Go on with a draft of each row and the stack's own state. int64 [n]"""
+        rows = torch.arange(len(tokens) + 1)
+        return self._run(RaggedBatch(tokens, state.positions, state.places, rows), state.hidden, rows[:-1])
+
+    def rewind(self, slots: list[int]) -> None:
+        """Take back the keys and values of everything that is not committed."""
+        self.cache.memory.rewind(self.cache.places(slots), self.cache.held(slots))
+
+    def _run(self, batch: RaggedBatch, hidden: Tensor, ends: Tensor) -> AutoregressiveState:
+        fused, residual = self.fuse(batch.tokens, hidden)
+        aux_layers = () if self.feeds_normed else (len(self.net.stack.config.layers) - 1,)
+        output = self.net.stack.forward(
+            batch, self.cache.memory, hidden=fused, residual=residual, aux_layers=aux_layers, logits_at=ends
+        )
+        state = output.hidden if output.features is None else output.features[ends]
+        return AutoregressiveState(batch.slots, batch.positions[ends] + 1, state, self.net.logits(output))

@@ -1,0 +1,36 @@
+"""Any drafter's own signal, n-gram statistics for instance, as a probability that was measured."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from outrider.scheduling.calibration import Calibration
+from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng
+
+__all__ = ["CalibratedDrafter"]
+
+
+class CalibratedDrafter:
+    """Drafts what another drafter drafts, with its confidences put right."""
+
+    def __init__(self, drafter: Drafter, calibration: Calibration) -> None:
+        self.drafter, self.calibration = drafter, calibration
+        self.aux_layers, self.block = drafter.aux_layers, drafter.block
+
+    def open(self, slot: int, capacity: int) -> None:
+        self.drafter.open(slot, capacity)
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        return self.calibration.calibrated(self.drafter.propose(slots, last, context, limit, rng), context)
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+        self.drafter.observe(batch, features)
+
+    def close(self, slot: int) -> None:
+        self.drafter.close(slot)
+
+    def forget(self) -> None:
+        """Pass it on to a drafter that remembers."""
+        forget = getattr(self.drafter, "forget", None)
+        if forget is not None:
+            forget()

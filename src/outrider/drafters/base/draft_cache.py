@@ -1,0 +1,165 @@
+"""The draft memory of committed tokens, and the features that wait to enter it.
+
+T packed tokens, F feature width, n rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from outrider.errors import CacheFull
+from outrider.types import Context, KVCache, RaggedBatch, Stack
+
+__all__ = ["DraftCache", "Waiting"]
+
+BACKLOG = 64  # committed tokens of a row that may wait unread, so that plain decoding costs the drafter next to nothing
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence: ``held`` tokens are in the draft memory, those after them wait with their features."""
+
+    place: int  # slot in the draft memory; -1: none was left
+    capacity: int
+    held: int = 0
+    tokens: list[int] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)  # together as long as ``tokens``
+
+    @property
+    def end(self) -> int:
+        """Committed tokens the drafter knows the features of, from the start without a hole."""
+        return self.held + len(self.tokens)
+
+    def joined(self) -> Tensor:
+        """[waiting, F]"""
+        if len(self.features) > 1:
+            self.features = [torch.cat(self.features)]
+        return self.features[0]
+
+    def truncate(self, end: int) -> None:
+        """Forget the waiting tokens from position ``end`` on."""
+        left = max(0, end - self.held)
+        self.features = [self.joined()[:left]] if left else []
+        self.tokens = self.tokens[:left]
+
+    def drop(self, count: int) -> None:
+        """The first ``count`` waiting tokens are held now."""
+        self.features = [self.joined()[count:]] if count < len(self.tokens) else []
+        self.tokens = self.tokens[count:]
+        self.held += count
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Waiting tokens of some rows, packed: what a drafter turns into keys and values."""
+
+    batch: RaggedBatch  # slots are those of the draft memory
+    features: Tensor  # [T, F]
+
+
+class DraftCache:
+    """The draft memory of committed tokens: it grows by what the target accepted, and by nothing else.
+
+    Features wait until the row drafts again (or BACKLOG of them are there), so that rows decoded plainly cost next to
+    nothing. A row whose features are missing somewhere (a prefix hit in the target alone) drafts nothing until a
+    catch-up pass has shown them from ``end_of`` on.
+    """
+
+    def __init__(self, stack: Stack, scratch: int, rows: int) -> None:
+        """``scratch``: places past the committed tokens that a proposal uses. ``rows``: sequences at a time."""
+        self._stack, self._scratch, self._slots = stack, scratch, rows
+        self._rows: dict[int, _Row] = {}
+        self.memory: KVCache = stack.new_cache(1, scratch)
+
+    def open(self, slot: int, capacity: int) -> None:
+        """Reserve room. A row beyond those the memory was made for stays plain."""
+        if not self._rows and self.memory.capacity < capacity + self._scratch:
+            self.memory = self._stack.new_cache(self._slots, capacity + self._scratch)
+        try:
+            place = self.memory.open()
+        except CacheFull:
+            place = -1
+        self._rows[slot] = _Row(place, self.memory.capacity - self._scratch if place >= 0 else 0)
+
+    def close(self, slot: int) -> None:
+        """Give a row's room back."""
+        row = self._rows.pop(slot)
+        if row.place >= 0:
+            self.memory.close(row.place)
+
+    def end_of(self, slot: int) -> int:
+        """Tokens of the row, from its start, whose features were seen: where a catch-up pass must begin."""
+        return self._rows[slot].end
+
+    def add(self, batch: RaggedBatch, features: Tensor | None) -> list[int]:
+        """Note committed tokens. Returns the slots whose waiting tokens should be taken now."""
+        if features is None:
+            return []
+        full = []
+        tokens, offsets = batch.tokens.tolist(), batch.offsets.tolist()
+        for slot, begin, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
+            row = self._rows[slot]
+            start = int(batch.positions[begin]) if begin < end else row.end
+            if begin == end or start > row.end or start + end - begin > row.capacity:
+                continue  # nothing new, or behind a hole that is still to be filled
+            self._truncate(row, start)
+            row.tokens += tokens[begin:end]
+            row.features.append(features[begin:end].clone())  # the target may use its buffer again
+            if len(row.tokens) >= BACKLOG:
+                full.append(slot)
+        return full
+
+    def lengths(self, slots: Sequence[int], context: Context, limit: Sequence[int], most: int) -> list[int]:
+        """How many tokens each row may draft: none where features of committed tokens are missing."""
+        lengths = []
+        for b, (slot, wanted) in enumerate(zip(slots, limit, strict=True)):
+            row, known = self._rows[slot], len(context.history[b]) - 1
+            self._truncate(row, known)  # a round may have been committed in part only
+            ready = row.place >= 0 and row.end == known > 0
+            lengths.append(max(0, min(wanted, most)) if ready else 0)
+        return lengths
+
+    def take(self, slots: Sequence[int]) -> Waiting | None:
+        """All waiting tokens of some rows; from now on they count as held."""
+        rows = [row for slot in slots if (row := self._rows[slot]).tokens]
+        if not rows:
+            return None
+        batch = RaggedBatch.pack([row.tokens for row in rows], [row.held for row in rows], [row.place for row in rows])
+        features = torch.cat([row.joined() for row in rows])
+        for row in rows:
+            row.drop(len(row.tokens))
+        return Waiting(batch, features)
+
+    def take_pairs(self, slots: Sequence[int], last: Sequence[int] | None) -> Waiting:
+        """Waiting features of some rows, each with the token that *follows* it; all but the final pair count as held.
+
+        The final pair stays: its token is in doubt until it is committed. ``last``: the tokens that follow the rows'
+        final features; None leaves the final pairs out.
+        """
+        rows = [self._rows[slot] for slot in slots]
+        ends = [[]] * len(rows) if last is None else [[token] for token in last]
+        tokens = [[*row.tokens[1:], *end] for row, end in zip(rows, ends, strict=True)]
+        batch = RaggedBatch.pack(tokens, [row.held for row in rows], [row.place for row in rows])
+        features = torch.cat([row.joined()[: len(following)] for row, following in zip(rows, tokens, strict=True)])
+        for row in rows:
+            row.drop(len(row.tokens) - 1)
+        return Waiting(batch, features)
+
+    def places(self, slots: Sequence[int]) -> Tensor:
+        """int64 [n]: the rows' slots in the draft memory."""
+        return torch.tensor([self._rows[slot].place for slot in slots], dtype=torch.int64)
+
+    def held(self, slots: Sequence[int]) -> Tensor:
+        """int64 [n]: tokens of the rows that the draft memory holds."""
+        return torch.tensor([self._rows[slot].held for slot in slots], dtype=torch.int64)
+
+    def _truncate(self, row: _Row, end: int) -> None:
+        if end < row.end:
+            row.truncate(end)
+        if end < row.held:
+            row.held = end
+            self.memory.rewind(torch.tensor([row.place]), torch.tensor([end]))

@@ -1,0 +1,103 @@
+"""What ``drafter="auto"`` means for a target that comes with drafters: the one that measures fastest on this machine.
+
+Some seconds of answers count_accepted, greedy and sampled, plain decoding among the candidates: whoever is slower than plain in
+either is not chosen. The answer is kept with what it depends on, and asked for again when any of that changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+import torch
+
+from outrider import __version__
+from outrider.config import SamplingParams
+from outrider.files import EMBEDDED, EMBEDDED_PROMPTS, cache_folder, read_json, resolve_model, write_json
+from outrider.types import Output
+
+__all__ = ["EMBEDDED_DRAFTERS", "fastest"]
+
+EMBEDDED_DRAFTERS = {"draft_model": "embedded-draft"} | {
+    name.removeprefix("embedded-"): name for name in EMBEDDED if name not in ("embedded", "embedded-draft")
+}
+"""Kind of drafter -> the packaged one of the packaged target."""
+PLAIN = "none"
+WITHOUT_FILES = ("suffix",)
+TOKENS = 48  # of an answer
+TEMPERATURES = (0.0, 1.0)
+
+
+class _LLM(Protocol):
+    def with_drafter(self, drafter: str) -> _LLM: ...
+    def forget(self) -> None: ...
+    def generate(self, prompts: Any, params: Any = None) -> list[Output]: ...
+
+
+def fastest(llm: _LLM, dtype: str, backend: str) -> str:
+    """The name of a packaged drafter, ``suffix`` or ``none``; measured, or remembered from before."""
+    candidates = [PLAIN, *WITHOUT_FILES, *(name for name, model in EMBEDDED_DRAFTERS.items() if _there(model))]
+    key = _key(candidates, dtype, backend)
+    path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
+    with suppress(ValueError, KeyError):  # missing or damaged: it is only a measurement
+        kept = read_json(path)
+        if kept["key"] == key and kept["fastest"] in candidates:
+            return str(kept["fastest"])
+    speedups = _measure(llm, candidates)
+    best = max(speedups, key=lambda name: speedups[name])
+    with suppress(OSError):
+        write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
+    return best
+
+
+def _measure(llm: _LLM, candidates: Sequence[str]) -> dict[str, float]:
+    """Speed-up over plain decoding: the lesser of greedy and sampled, each the geometric mean over one prompt a domain,
+    in turns. Greedy text of small models repeats itself, and flatters whoever copies."""
+    sides = {name: llm.with_drafter(name) for name in candidates}
+    files = sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
+    prompts = [json.loads(file.read_text().split("\n", 1)[0])["turns"][0] for file in files]
+    for side in sides.values():  # first touches are nobody's speed
+        side.generate(prompts[0], SamplingParams(max_tokens=8))
+    least = dict.fromkeys(candidates, math.inf)
+    for temperature in TEMPERATURES:
+        params = SamplingParams(max_tokens=TOKENS, temperature=temperature, seed=1, ignore_eos=True)
+        logarithms = dict.fromkeys(candidates, 0.0)
+        for prompt in prompts:
+            seconds = {}
+            for name, side in sides.items():
+                side.forget()
+                seconds[name] = side.generate(prompt, params)[0].stats.seconds
+            for name in candidates:
+                logarithms[name] += math.log(seconds[PLAIN] / seconds[name]) / len(prompts)
+        least = {name: min(least[name], logarithms[name]) for name in candidates}
+    return {name: round(math.exp(value), 3) for name, value in least.items()}
+
+
+def _there(model: str) -> bool:
+    with suppress(ValueError):
+        return (resolve_model(model) / "config.json").is_file()
+    return False
+
+
+def _key(candidates: Sequence[str], dtype: str, backend: str) -> Mapping[str, Any]:
+    """What a measurement depends on."""
+    return {
+        "outrider": __version__,
+        "measured": {"temperatures": list(TEMPERATURES), "tokens": TOKENS, "counts": "the least"},
+        "candidates": list(candidates),
+        "bytes": {name: _size(EMBEDDED_DRAFTERS[name]) for name in candidates if name in EMBEDDED_DRAFTERS},
+        "dtype": dtype,
+        "backend": backend,
+        "machine": [platform.machine(), platform.processor(), os.cpu_count() or 1],
+        "threads": [torch.get_num_threads(), os.environ.get("OUTRIDER_THREADS", "")],
+    }
+
+
+def _size(model: str) -> int:
+    return sum(file.stat().st_size for file in resolve_model(model).glob("*.safetensors"))

@@ -1,0 +1,157 @@
+"""Who joins a step: waiting requests take free slots in order, long prompts enter in chunks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from outrider.config import SamplingParams
+from outrider.sampling.rng import RowRng
+from outrider.types import Context, Proposal, RaggedBatch, RequestStats
+
+__all__ = ["Admission", "Candidates", "Request", "Rows"]
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence on its way: what was asked, what is there so far, and how much of it the target has seen."""
+
+    index: int
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    history: list[int]  # prompt and output; the last one is the token to go on from
+    prompt_length: int
+    pending: int  # tokens at the end of ``history`` that the target has not run yet
+    slot: int = -1
+    finish_reason: str | None = None
+    round: int = 0
+    started: float = 0.0
+    stats: RequestStats = field(default_factory=RequestStats)
+
+    @property
+    def output(self) -> list[int]:
+        return self.history[self.prompt_length :]
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be committed."""
+        return self.params.max_tokens - (len(self.history) - self.prompt_length)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """One target pass: the batch, and for each row of logits its packed token, its row and the drafts before it."""
+
+    batch: RaggedBatch
+    wanted: Tensor  # int64 [R]
+    rows: Tensor  # int64 [R]
+    depth: Tensor  # int64 [R]
+
+
+class Rows:
+    """The requests of one step, in order: ready to draft, then finishing their prompt, then in its middle."""
+
+    def __init__(self, requests: list[Request], chunks: list[int]) -> None:
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].pending > 1, requests[i].pending > chunks[i]))
+        self.requests = [requests[i] for i in order]
+        self.chunks = [chunks[i] for i in order]
+        self.ready = sum(r.pending == 1 and r.round > 0 for r in self.requests)
+        self.complete = sum(r.pending == c for r, c in zip(self.requests, self.chunks, strict=True))
+        verified = self.requests[: self.complete]
+        self.context = Context(
+            [r.params for r in verified], [r.history for r in verified], [r.prompt_length for r in verified]
+        )
+        self.rng = RowRng(
+            [r.seed for r in verified], [r.round for r in verified], [r.params.effective_rule for r in verified]
+        )
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 [ready]"""
+        return torch.tensor([r.slot for r in self.requests[: self.ready]], dtype=torch.int64)
+
+    @property
+    def last(self) -> Tensor:
+        """int64 [ready]: the token each row goes on from."""
+        return torch.tensor([r.history[-1] for r in self.requests[: self.ready]], dtype=torch.int64)
+
+    def limits(self, drafts: int, capacity: int) -> list[int]:
+        """No draft past the request's budget (the target adds one of its own) or the slot's room. [ready]"""
+        return [min(drafts, r.left - 1, capacity - len(r.history)) for r in self.requests[: self.ready]]
+
+    def pad(self, proposal: Proposal) -> Proposal:
+        """The same proposal with no drafts for the rows that finish their prompt in this step."""
+        extra = self.complete - len(proposal.lengths)
+        if extra == 0:
+            return proposal
+        tokens, lengths = proposal.tokens, proposal.lengths
+        return Proposal(
+            torch.cat([tokens, tokens.new_zeros(extra, tokens.shape[1])]),
+            torch.cat([lengths, lengths.new_zeros(extra)]),
+            proposal.distribution,
+            proposal.confidence,
+        )
+
+    def candidates(self, proposal: Proposal, keep: list[int]) -> Candidates:
+        """What the target runs: each row's next chunk, then the drafts to check; and where logits are wanted."""
+        drafted = proposal.tokens.tolist()
+        tokens: list[int] = []
+        positions: list[int] = []
+        offsets = [0]
+        wanted: list[int] = []
+        rows: list[int] = []
+        depth: list[int] = []
+        for b, (request, chunk) in enumerate(zip(self.requests, self.chunks, strict=True)):
+            start = len(request.history) - request.pending
+            tokens += request.history[start : start + chunk]
+            if b < self.complete:
+                n = keep[b] + 1
+                wanted += range(len(tokens) - 1, len(tokens) - 1 + n)
+                rows += [b] * n
+                depth += range(n)
+                tokens += drafted[b][: n - 1]
+            positions += range(start, start + len(tokens) - offsets[-1])
+            offsets.append(len(tokens))
+        slots = [request.slot for request in self.requests]
+        # One allocation for all: at small models each small tensor costs as much as a layer.
+        parts = (tokens, positions, slots, offsets, wanted, rows, depth)
+        packed = torch.tensor([i for part in parts for i in part], dtype=torch.int64).split(
+            [len(part) for part in parts]
+        )
+        return Candidates(RaggedBatch(*packed[:4]), *packed[4:])
+
+
+class Admission:
+    """First come, first served, up to ``max_rows`` rows and ``chunk`` prompt tokens in a step."""
+
+    def __init__(self, max_rows: int, chunk: int) -> None:
+        self.max_rows, self.chunk = max_rows, chunk
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    def next(self, open_slot: Callable[[Request], int]) -> Rows:
+        """Admit what fits and share out the step's prompt tokens; rows that decode always take part."""
+        while self.waiting and len(self.running) < self.max_rows:
+            request = self.waiting.popleft()
+            request.slot = open_slot(request)
+            self.running.append(request)
+        budget = self.chunk
+        requests, chunks = [], []
+        for request in self.running:
+            chunk = request.pending if request.pending == 1 else min(request.pending, budget)
+            if chunk:
+                requests.append(request)
+                chunks.append(chunk)
+                budget -= chunk if request.pending > 1 else 0
+        return Rows(requests, chunks)

@@ -1,0 +1,189 @@
+"""A drafter from one format to another, proved before it appears under its name.
+
+A conversion that went wrong does not crash either: it drafts badly. So what was written is read back, compared bit for
+bit, and drafted with on the target's own text beside the original; only then does the directory get its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider import __version__, checkpoints
+from outrider.checkpoints import DraftCheckpoint
+from outrider.errors import CheckpointError
+from outrider.evaluation.replay import Acceptance, Prompts, least_score, replay, transcribe
+from outrider.files import read_json, resolve_model
+from outrider.models.weights import TensorFiles
+from outrider.registry import find
+from outrider.types import Backend, TargetModel
+
+__all__ = ["Conversion", "convert", "named_target"]
+
+SAME = 1e-3  # accepted drafts a round two copies of one drafter may differ by (rounding of a shared head)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was written, and how it drafts."""
+
+    folder: Path
+    kind: str
+    source_format: str
+    format: str
+    acceptance: Acceptance | None  # None: not measured
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        measured = self.acceptance
+        return {
+            "folder": str(self.folder),
+            "kind": self.kind,
+            "from": self.source_format,
+            "to": self.format,
+            "verified": measured is not None,
+            "greedy_acceptance_length": None if measured is None else round(measured.greedy_length, 4),
+            "expected_acceptance_length": None if measured is None else round(measured.expected_length, 4),
+        }
+
+
+def named_target(source: str | Path) -> Path | None:
+    """The directory of the target a checkpoint names, where it is on this machine: beside it, or as a path."""
+    folder = resolve_model(source)
+    name = checkpoints.read_header(read_json(folder / "config.json")).target.name
+    if not name:
+        return None
+    found = [path for path in (folder.parent / name, Path(name)) if (path / "config.json").exists()]
+    return found[0] if found else None
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str,
+    *,
+    target: TargetModel | None = None,
+    target_folder: Path | None = None,
+    target_layers: tuple[int, ...] | None = None,
+    prompts: Prompts | None = None,
+    backend: Backend | None = None,
+    new_tokens: int = 48,
+) -> Conversion:
+    """Write ``source`` as ``to`` (deepspec or speculators). With ``target`` and ``prompts`` it is measured.
+
+    ``target_folder`` fills in what the source leaves to its target: its name, its layers, embedding and head.
+    Raises CheckpointError for what the format cannot hold, for a copy that does not draft as the original does, and
+    (on natural prompts) for an original that drafts no better than guessing.
+    """
+    original = checkpoints.load(source)
+    if target_layers is not None:
+        original = replace(original, target_layers=target_layers)
+    filled = original if target_folder is None else _fill(original, target_folder, to, target)
+    measured: list[Acceptance] = []
+
+    def check(written: Path) -> None:
+        copy = checkpoints.load(written)
+        _compare(filled, copy)
+        if target is not None and prompts is not None:
+            measured.append(_drafts_alike(filled, copy, target, prompts, backend, new_tokens))
+
+    folder = resolve_model(source)
+    provenance = {
+        "made_by": f"outrider {__version__} convert",
+        "source": str(source),
+        "source_format": original.format,
+        "source_sha256": {name: _digest(folder / name) for name in ("config.json", "model.safetensors")},
+        "arguments": {
+            "to": to,
+            "target": str(target_folder) if target_folder else None,
+            "target_layers": target_layers,
+        },
+        "verified_by_acceptance": target is not None and prompts is not None,
+    }
+    path = checkpoints.save(filled, destination, to, provenance, check)
+    return Conversion(path, original.kind, original.format, to, measured[0] if measured else None)
+
+
+def _fill(checkpoint: DraftCheckpoint, folder: Path, to: str, target: TargetModel | None) -> DraftCheckpoint:
+    """What the file leaves to the target: its name and sizes, and for DeepSpec embedding and head too."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config") or config
+    facts = checkpoint.target
+    facts = replace(
+        facts,
+        num_layers=facts.num_layers or text.get("num_hidden_layers"),
+        name=facts.name or folder.name,
+        architecture=facts.architecture or (config.get("architectures") or [None])[0],
+    )
+    layers = checkpoint.target_layers
+    if layers is None and target is not None:
+        layers = checkpoint.layers_for(target.spec)
+    checkpoint = replace(checkpoint, target=facts, target_layers=layers)
+    missing = [name for name in ("embed.weight", "head.weight") if name not in checkpoint.tensors]
+    if to != "deepspec" or not missing:
+        return checkpoint
+    files = TensorFiles(folder)
+    tensors = dict(checkpoint.tensors)
+    for name, endings in (
+        ("embed.weight", ("embed_tokens.weight",)),
+        ("head.weight", ("lm_head.weight", "embed_tokens.weight")),  # the latter where they are tied
+    ):
+        if name in missing:
+            found = [file for ending in endings for file in files.shapes if file.endswith(ending)]
+            if not found:
+                raise CheckpointError(f"{folder} has no tensor named like {endings[0]!r} to take the {name} from")
+            tensors[name] = files.read(found[0], next(iter(checkpoint.tensors.values())).dtype)
+    return replace(checkpoint, tensors=tensors)
+
+
+def _compare(wanted: DraftCheckpoint, copy: DraftCheckpoint) -> None:
+    """Raise CheckpointError for anything that was lost on the way."""
+    for what in ("design", "target_layers", "draft_vocab_size", "decoder", "calibration"):
+        if getattr(wanted, what) != getattr(copy, what):
+            raise CheckpointError(f"the copy's {what} came back as {getattr(copy, what)}, not {getattr(wanted, what)}")
+    for name, tensor in wanted.tensors.items():
+        other = copy.tensors.get(name)
+        if other is None or other.dtype != tensor.dtype or not torch.equal(other, tensor):
+            raise CheckpointError(f"the copy's tensor {name!r} is not the original's, bit for bit")
+
+
+def _drafts_alike(
+    original: DraftCheckpoint,
+    copy: DraftCheckpoint,
+    target: TargetModel,
+    prompts: Prompts,
+    backend: Backend | None,
+    new_tokens: int,
+) -> Acceptance:
+    """Draft with both along the target's text. Raises CheckpointError where they differ, or neither drafts at all."""
+    layers = original.layers_for(target.spec)
+    texts = transcribe(target, prompts.ids, layers, new_tokens)
+    kind = find("drafter", original.kind)
+    engine = backend or find("backend", "reference")()
+    both = []
+    for checkpoint in (original, copy):
+        options = kind.Config(model="", target_layers=layers)
+        drafter = kind(checkpoint, target, engine, config=options, dtype=target.spec.dtype, max_rows=len(texts))
+        both.append(replay(drafter, texts))
+    before, after = both
+    if abs(before.score - after.score) > SAME:
+        raise CheckpointError(
+            f"the copy drafts differently: {after.score:.3f} accepted drafts a round, the original {before.score:.3f}"
+        )
+    if prompts.natural and after.score < least_score(texts, original.design.drafts):
+        raise CheckpointError(
+            f"hardly a draft is accepted ({after.score:.2f} a round, no better than guessing), of the original too: "
+            "nothing was written; `outrider doctor` finds out why, --unverified converts all the same"
+        )
+    return after
+
+
+def _digest(path: Path) -> str | None:
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,372 @@
+"""What is wrong with a drafter's checkpoint, found by reading it, then by measuring it.
+
+A wrong value in a drafter's config does not crash: acceptance falls. So every reading of the file that people confuse
+(layers counted from 0 or from 1, whether the anchor's slot predicts, another mask token, the target's own rotary
+positions, where the residual starts) is drafted with on the same text, and the one that works is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from outrider import checkpoints
+from outrider.backends.layers import rope_config
+from outrider.checkpoints import AutoregressiveDesign, BlockDesign, DraftCheckpoint
+from outrider.drafters.base import TrainedDrafter
+from outrider.errors import CheckpointError, IncompatibleDrafter
+from outrider.evaluation.replay import Acceptance, Prompts, Transcript, least_score, replay, transcribe
+from outrider.files import read_json, resolve_model
+from outrider.registry import find
+from outrider.types import Backend, TargetModel
+
+__all__ = ["Finding", "Measured", "Report", "examine", "measure"]
+
+Level = Literal["fault", "suspicious"]
+
+BETTER = 3.0  # standard errors by which another reading must beat the file's own ...
+WORTH = 0.02  # ... and the accepted drafts a round it must add
+SMALL_VOCABULARY = 1024  # every token is tried as the mask
+NO_PROMPTS = Prompts([], "", natural=True)
+MASKS = (151669, 4)  # mask tokens of released drafters (Qwen3, Gemma 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong, or may be."""
+
+    level: Level
+    about: (
+        str  # "tensors", "config", "vocabulary", "layers", "last layer", "anchor", "mask token", "rope", "dtype", ...
+    )
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One reading of the checkpoint."""
+
+    reading: str
+    about: str  # what the file has wrong if this is the reading that works
+    checkpoint: DraftCheckpoint
+    acceptance: Acceptance
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a checkpoint is, what it expects, what is wrong with it, and which reading of it works."""
+
+    checkpoint: DraftCheckpoint | None  # None: not readable
+    findings: tuple[Finding, ...]
+    measured: tuple[Measured, ...] = ()
+    best: Measured | None = None
+    prompts: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        return not any(finding.level == "fault" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, measured readings in the order they were tried."""
+        return {
+            "healthy": self.healthy,
+            "is": None if self.checkpoint is None else _identity(self.checkpoint),
+            "expects": None if self.checkpoint is None else _expectations(self.checkpoint),
+            "findings": [{"level": f.level, "about": f.about, "message": f.message} for f in self.findings],
+            "prompts": self.prompts,
+            "measured": [
+                {
+                    "reading": m.reading,
+                    "greedy_acceptance_length": round(m.acceptance.greedy_length, 4),
+                    "expected_acceptance_length": round(m.acceptance.expected_length, 4),
+                    "places": len(m.acceptance.greedy),
+                }
+                for m in self.measured
+            ],
+            "works": None if self.best is None else self.best.reading,
+        }
+
+
+def examine(
+    folder: str | Path,
+    target: TargetModel | None = None,
+    *,
+    target_config: Mapping[str, Any] | None = None,
+    prompts: Prompts = NO_PROMPTS,
+    target_layers: tuple[int, ...] | None = None,
+    backend: Backend | None = None,
+    new_tokens: int = 48,
+) -> Report:
+    """Read a drafter's directory; with a target and prompts, measure it too. Never raises for what it finds.
+
+    ``target_config``: the target's config.json, for its rotary positions. ``target_layers``: for files that name none.
+    On prompts that are not natural a measured fault is only suspicious: the drafter may be at a loss there itself.
+    """
+    try:
+        checkpoint = checkpoints.load(folder)
+    except CheckpointError as error:
+        return Report(None, (Finding("fault", _about(str(error)), str(error)),))
+    findings = [*_doubts(checkpoint, read_json(resolve_model(folder) / "config.json"))]
+    if target_layers is not None:
+        checkpoint = replace(checkpoint, target_layers=target_layers)
+    if target is None:
+        return Report(checkpoint, tuple(findings))
+    if checkpoint.target_layers is None:
+        checkpoint = replace(checkpoint, target_layers=checkpoint.layers_for(target.spec))
+    if target_config is not None:
+        findings += _rope_doubts(checkpoint, target_config)
+    readings = _readings(checkpoint, target, target_config)
+    layers = sorted({layer for _, _, reading in readings for layer in reading.target_layers or ()})
+    layers = [layer for layer in layers if -1 <= layer < target.spec.num_layers - 1]
+    if not layers:
+        findings.append(Finding("fault", "layers", f"none of the layers {checkpoint.target_layers} can be auxiliary"))
+        return Report(checkpoint, tuple(findings))
+    transcripts = transcribe(target, prompts.ids, layers, new_tokens)
+    longest = max(candidate.design.drafts for _, _, candidate in readings)
+    measured: list[Measured] = []
+    for reading, about, candidate in readings:
+        try:
+            acceptance = measure(candidate, target, transcripts, backend, longest)
+        except IncompatibleDrafter as error:
+            if reading == AS_WRITTEN:
+                findings.append(Finding("fault", _about(str(error)), str(error)))
+            continue
+        measured.append(Measured(reading, about, candidate, acceptance))
+    if measured and measured[0].reading == AS_WRITTEN and isinstance(checkpoint.design, BlockDesign):
+        measured += _other_masks(measured[0], target, transcripts, backend, longest)
+    best = _best(measured, least_score(transcripts, longest))
+    findings += _verify_native(measured, best, "fault" if prompts.natural else "suspicious")
+    return Report(checkpoint, tuple(findings), tuple(measured), best, prompts.source)
+
+
+def measure(
+    checkpoint: DraftCheckpoint,
+    target: TargetModel,
+    transcripts: Sequence[Transcript],
+    backend: Backend | None = None,
+    longest: int = 0,
+) -> Acceptance:
+    """Acceptance of one checkpoint along transcripts (see ``replay``). Raises IncompatibleDrafter."""
+    return replay(_drafter(checkpoint, target, backend, len(transcripts)), transcripts, longest)
+
+
+def _drafter(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend | None, rows: int) -> TrainedDrafter:
+    kind: type[TrainedDrafter] = find("drafter", checkpoint.kind)
+    engine = backend or find("backend", "reference")()
+    return kind(checkpoint, target, engine, config=kind.Config(model=""), dtype=target.spec.dtype, max_rows=rows)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _identity(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+    tensors = checkpoint.tensors
+    return {
+        "kind": checkpoint.kind,
+        "format": checkpoint.format,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "layers": len(checkpoint.stack(head=False).layers),
+        "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}),
+        "own_embedding": "embed.weight" in tensors,
+        "own_head": "head.weight" in tensors,
+        "design": {name: getattr(checkpoint.design, name) for name in checkpoint.design.__dataclass_fields__},
+    }
+
+
+def _expectations(checkpoint: DraftCheckpoint) -> dict[str, Any]:
+    facts = checkpoint.target
+    return {
+        "target": facts.name,
+        "architecture": facts.architecture,
+        "hidden_size": facts.hidden_size,
+        "num_layers": facts.num_layers,
+        "vocab_size": checkpoint.vocab_size,
+        "draft_vocab_size": checkpoint.draft_vocab_size,
+        "target_layers": None if checkpoint.target_layers is None else list(checkpoint.target_layers),
+        "drafts": checkpoint.design.drafts,
+    }
+
+
+def _about(message: str) -> str:
+    """What an error is about, for people who sort reports."""
+    for word, about in (
+        ("last layer", "last layer"),
+        ("embedding differs", "target"),
+        ("vocabulary", "vocabulary"),
+        ("d2t", "vocabulary"),
+        ("mask_token_id", "mask token"),
+        ("rope", "rope"),
+        ("layer", "layers"),
+        ("another target", "target"),
+        ("tensor", "tensors"),
+        ("safetensors", "tensors"),
+    ):
+        if word in message:
+            return about
+    return "config"
+
+
+def _doubts(checkpoint: DraftCheckpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """What looks wrong without a target."""
+    design, facts, layers = checkpoint.design, checkpoint.target, checkpoint.target_layers
+    if layers is None:
+        yield Finding("suspicious", "layers", "the file names no target layers: EAGLE-3's convention is assumed")
+    else:
+        if facts.num_layers is not None and facts.num_layers - 1 in layers:
+            yield Finding(
+                "fault",
+                "last layer",
+                f"it aux_layers the target's last layer ({facts.num_layers - 1}), which libraries report before or after the "
+                "final norm: either this file counts layers from 1, or it was trained on an ambiguous state",
+            )
+        if list(layers) != sorted(set(layers)):
+            yield Finding("suspicious", "layers", f"its target layers are not in increasing order: {list(layers)}")
+    if isinstance(design, BlockDesign) and checkpoint.format == "speculators" and "sample_from_anchor" not in config:
+        yield Finding(
+            "suspicious",
+            "anchor",
+            f"no sample_from_anchor: {design.sample_from_anchor} is assumed, other tools say false",
+        )
+    claimed = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    stored = {str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values() if t.is_floating_point()}
+    if claimed and stored != {claimed}:
+        yield Finding(
+            "suspicious", "dtype", f"config.json says {claimed}, the tensors are {' and '.join(sorted(stored))}"
+        )
+    elif len(stored) > 1:
+        yield Finding("suspicious", "dtype", f"its tensors are of several dtypes: {' and '.join(sorted(stored))}")
+    rope = {**checkpoint.decoder, **(checkpoint.decoder.get("rope_parameters") or {})}
+    if "rope_theta" not in rope and "full_attention" not in rope:
+        yield Finding("suspicious", "rope", "the config names no rope_theta: 10000 is assumed")
+    for name, tensor in checkpoint.tensors.items():
+        if tensor.is_floating_point() and tensor.ndim == 2 and not bool(tensor.any()):
+            yield Finding("suspicious", "tensors", f"{name} is all zeros: was it ever trained?")
+
+
+def _rope_doubts(checkpoint: DraftCheckpoint, target_config: Mapping[str, Any]) -> Iterator[Finding]:
+    own, theirs = _rope(checkpoint.decoder, checkpoint), _rope(target_config, checkpoint)
+    if theirs is not None and own != theirs:
+        yield Finding("suspicious", "rope", "its rotary frequencies are not the target's")
+
+
+def _rope(config: Mapping[str, Any], checkpoint: DraftCheckpoint) -> tuple[float, ...] | None:
+    """Frequencies that a config gives for a head of the drafter's width."""
+    config = config.get("text_config") or config
+    try:
+        found = rope_config(config, checkpoint.stack(head=False).layers[0].head_dim, "full_attention")
+    except CheckpointError:
+        return None
+    return (*found.inverse_frequencies, found.scale)
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+AS_WRITTEN = "as the file says"
+
+
+def _readings(
+    checkpoint: DraftCheckpoint, target: TargetModel, target_config: Mapping[str, Any] | None
+) -> list[tuple[str, str, DraftCheckpoint]]:
+    """The file's own reading first, then the ones it is confused with: (what is read otherwise, about, checkpoint)."""
+    last, layers = target.spec.num_layers - 1, checkpoint.target_layers or ()
+    shifts = []
+    for step, words in ((0, ""), (-1, "layers one lower"), (1, "layers one higher")):
+        moved = tuple(layer + step for layer in layers)
+        if step == 0 or all(-1 <= layer < last for layer in moved):
+            shifts.append((words, replace(checkpoint, target_layers=moved)))
+    readings = [(words or AS_WRITTEN, "layers", shifted) for words, shifted in shifts]
+    design = checkpoint.design
+    if isinstance(design, BlockDesign) and design.block_size > 1:
+        other = replace(design, sample_from_anchor=not design.sample_from_anchor)
+        layout = "the anchor's slot predicts" if other.sample_from_anchor else "only masks predict"
+        for words, shifted in shifts:
+            about = "anchor and layers" if words else "anchor"
+            readings.append((f"{layout}, {words}" if words else layout, about, replace(shifted, design=other)))
+    if isinstance(design, AutoregressiveDesign):
+        other_chain = replace(design, norm_before_residual=not design.norm_before_residual)
+        words = "the residual starts " + ("after" if other_chain.norm_before_residual else "before") + " the norm"
+        readings.append((words, "norm_before_residual", replace(checkpoint, design=other_chain)))
+    if target_config is not None:
+        theirs = dict(target_config.get("text_config") or target_config)
+        if _rope(theirs, checkpoint) not in (None, _rope(checkpoint.decoder, checkpoint)):
+            keys = ("rope_parameters", "rope_theta", "rope_scaling")
+            decoder = {key: value for key, value in checkpoint.decoder.items() if key not in keys}
+            decoder |= {key: theirs[key] for key in keys if key in theirs}
+            readings.append(("the target's rotary positions", "rope", replace(checkpoint, decoder=decoder)))
+    return readings
+
+
+def _other_masks(
+    written: Measured, target: TargetModel, transcripts: Sequence[Transcript], backend: Backend | None, longest: int
+) -> list[Measured]:
+    """Other tokens as the mask: all of a small vocabulary, else those that released drafters use, and the last one."""
+    checkpoint, design = written.checkpoint, written.checkpoint.design
+    assert isinstance(design, BlockDesign)
+    size = checkpoint.vocab_size
+    few = [token for token in (*MASKS, size - 1) if token < size]
+    tokens = [t for t in dict.fromkeys(range(size) if size <= SMALL_VOCABULARY else few) if t != design.mask_token_id]
+    drafter: Any = _drafter(checkpoint, target, backend, len(transcripts))
+    quick = transcripts if len(tokens) <= len(few) else [_short(t, drafter.block) for t in transcripts[:2]]
+    scores = []
+    for token in tokens:
+        drafter.design = replace(design, mask_token_id=token)
+        scores.append((replay(drafter, quick).score, token))
+    found = []
+    for _, token in sorted(scores, reverse=True)[:2]:
+        drafter.design = other = replace(design, mask_token_id=token)
+        masked = replace(checkpoint, design=other)
+        found.append(Measured(f"mask token {token}", "mask token", masked, replay(drafter, transcripts, longest)))
+    return found
+
+
+def _short(transcript: Transcript, drafts: int) -> Transcript:
+    """Its first few places: enough to sort candidates."""
+    kept = transcript.prompt_length + drafts + 4
+    return replace(transcript, tokens=transcript.tokens[:kept])
+
+
+def _best(measured: Sequence[Measured], least: float) -> Measured | None:
+    """The reading that works: the file's own unless another is better beyond doubt; None where none drafts at all."""
+    if not measured:
+        return None
+    first, *others = measured
+    best = max(measured, key=lambda m: m.acceptance.score)
+    if first.reading == AS_WRITTEN and best is not first:
+        gain, errors = best.acceptance.advantage(first.acceptance)
+        if errors < BETTER or gain < WORTH:
+            best = first
+    return best if best.acceptance.score > least else None
+
+
+def _verify_native(measured: Sequence[Measured], best: Measured | None, level: Level) -> Iterator[Finding]:
+    if not measured:
+        return
+    first = measured[0]
+    if best is None:
+        yield Finding(
+            level,
+            "target",
+            f"hardly a draft is accepted ({first.acceptance.score:.2f} a round), however the file is read: no better "
+            "than guessing; it was made for another target, or it is damaged",
+        )
+    elif best.reading != AS_WRITTEN:
+        was = f"{first.acceptance.score:.2f}" if first.reading == AS_WRITTEN else "none"
+        yield Finding(
+            level,
+            best.about,
+            f"the file says otherwise, but it works with: {best.reading} ({best.acceptance.score:.2f} accepted drafts "
+            f"a round instead of {was}); {_remedy(best.checkpoint)}",
+        )
+
+
+def _remedy(checkpoint: DraftCheckpoint) -> str:
+    design, layers = checkpoint.design, list(checkpoint.target_layers or ())
+    parts = [f"target layers {layers}, counted from 0"]
+    if isinstance(design, BlockDesign):
+        parts += [
+            f"sample_from_anchor {str(design.sample_from_anchor).lower()}",
+            f"mask_token_id {design.mask_token_id}",
+        ]
+    return "right are " + ", ".join(parts)

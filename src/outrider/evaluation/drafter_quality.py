@@ -1,0 +1,324 @@
+"""``eval``: drafters side by side on the same prompts, with plain decoding between them.
+
+Every prompt is answered plainly and then with each drafter, in turns (A B C A B C), alone and by a drafter that
+remembers nothing. A text ends at its end-of-text token; ``outrider.evaluation.recording`` says which rounds count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from outrider import __version__, registry
+from outrider.config import Rule, SamplingParams
+from outrider.engine.llm import LLM
+from outrider.errors import InvalidRequest
+from outrider.evaluation import plots
+from outrider.evaluation.comparison import (
+    MACRO,
+    Counts,
+    Evaluation,
+    Sample,
+    Samples,
+    SweepPoint,
+    confidence_of,
+    difference_of,
+    row_of,
+)
+from outrider.evaluation.recording import Question, Recorder, Round, ask, read_questions, recorded
+from outrider.files import EMBEDDED_PROMPTS, read_json, resolve_model, write_json
+
+__all__ = ["Config", "evaluate"]
+
+PLAIN = "plain"
+WARM_UP = 8  # tokens nobody times
+Progress = Callable[[str, float], None]
+"""What is being done, and the share that is done."""
+T = TypeVar("T")
+
+
+class Config(BaseModel):
+    """What is measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    temperatures: tuple[float, ...] = Field(default=(0.0, 1.0), min_length=1)
+    """0 is greedy."""
+    rule: Rule = "rejection"
+    """How drafts are verified; the literature's acceptance lengths are of ``rejection``."""
+    max_tokens: int = Field(default=128, ge=2)
+    """Most new tokens of an answer."""
+    draft_tokens: int | None = Field(default=None, ge=1)
+    """Drafts of a round; as many as each drafter gives by default."""
+    limit: int | None = Field(default=None, ge=1)
+    """Prompts of each set; None: all."""
+    repeats: int = Field(default=1, ge=1)
+    """Times each prompt is answered, with another seed each time."""
+    thresholds: tuple[float, ...] = ()
+    """Confidences under which a draft is cut, to be swept through."""
+    chat: bool = False
+    """Write the turns of prompts into the target's chat template."""
+    seed: int = 1
+    """Other seeds give other sampled answers."""
+    draws: int = Field(default=2000, ge=100)
+    """Resamples of a bootstrap interval."""
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+Side = tuple[LLM, Recorder]
+
+
+def _measure(
+    sides: Mapping[str, Side],
+    questions: Sequence[Question],
+    params: SamplingParams,
+    repeats: int,
+    tell: Callable[[float], None],
+) -> Samples:
+    """Every side answers every prompt, in turns."""
+    for llm, recorder in sides.values():  # first touches are nobody's speed
+        ask(llm, recorder, questions[0].prompt, replace(params, max_tokens=WARM_UP))
+    samples: Samples = {name: [Sample(0, 0.0, [])] * len(questions) for name in sides}
+    for turn in range(repeats):
+        for number, question in enumerate(questions):
+            seeded = replace(params, seed=((params.seed or 0) << 40) + (turn << 20) + number)
+            for name, (llm, recorder) in sides.items():
+                answer = ask(llm, recorder, question.prompt, seeded)
+                samples[name][number] += Sample(len(answer.token_ids), answer.seconds, answer.rounds)
+            tell((turn * len(questions) + number + 1) / (repeats * len(questions)))
+    return samples
+
+
+class _Parts:
+    """Finished measurements in a directory, so that an interrupted evaluation goes on where it was."""
+
+    def __init__(self, folder: Path | None, facts: Mapping[str, Any]) -> None:
+        self._folder, self._facts = folder, facts
+
+    def get(self, what: Mapping[str, Any], measure: Callable[[], Samples]) -> Samples:
+        """``what`` has been measured already, or is now."""
+        key = hashlib.sha256(json.dumps({**self._facts, **what}, sort_keys=True).encode()).hexdigest()[:16]
+        file = None if self._folder is None else self._folder / f"{key}.json"
+        if file is not None and file.exists():
+            return {
+                name: [Sample(s["tokens"], s["seconds"], [_round(r) for r in s["rounds"]]) for s in samples]
+                for name, samples in read_json(file).items()
+            }
+        samples = measure()
+        if file is not None:
+            write_json(file, {name: [asdict(sample) for sample in own] for name, own in samples.items()})
+        return samples
+
+
+def _round(value: dict[str, Any]) -> Round:
+    confidence = value.pop("confidence")
+    return Round(None if confidence is None else tuple(confidence), **value)
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+
+def evaluate(
+    config: Config,
+    drafters: Sequence[str],
+    prompts: Sequence[Path],
+    target: str = "embedded",
+    out: Path | None = None,
+    *,
+    dtype: str = "auto",
+    backend: str = "auto",
+    machine: Mapping[str, Any] | None = None,
+    progress: Progress = lambda text, done: None,
+) -> Evaluation:
+    """Compare drafters (names or directories) on prompt sets; the packaged prompts where there are none.
+
+    ``out`` is given evaluation.json, the diagrams, and ``parts/``: what was measured, which a second call with the same
+    arguments does not measure again. Raises InvalidRequest for a drafter or a prompt set named twice.
+    """
+    plain = LLM(target, "none", dtype=dtype, backend=backend, max_rows=1)
+    sides: dict[str, Side] = {PLAIN: (plain, recorded(plain))}
+    for drafter in drafters:
+        name = _label(drafter)
+        if name in sides:
+            raise InvalidRequest(f"drafter {name} was given twice; two drafters need two names")
+        llm = plain.with_drafter(drafter, draft_tokens=config.draft_tokens)
+        sides[name] = llm, recorded(llm)
+    domains = _domains(prompts or sorted(EMBEDDED_PROMPTS.glob("*.jsonl")), plain if config.chat else None, config)
+    facts = {
+        "outrider": __version__,
+        "target": target,
+        "drafters": {_label(drafter): _content(drafter) for drafter in drafters},
+        "dtype": dtype,
+        "backend": backend,
+        "machine": dict(machine or {}),
+        "config": config.model_dump(mode="json"),
+    }
+    parts = _Parts(None if out is None else out / "parts", {k: v for k, v in facts.items() if k != "config"})
+    names = [name for name in sides if name != PLAIN]
+    found = Evaluation(facts, [], [], [], [])
+    jobs = len(config.temperatures) * len(domains) * (1 + len(names) * bool(config.thresholds))
+    done = 0
+
+    def measured(temperature: float, domain: str, who: str, those: Mapping[str, Side], repeats: int) -> Samples:
+        nonlocal done
+        at, questions = done, domains[domain]
+        params = SamplingParams(
+            max_tokens=config.max_tokens, temperature=temperature, rule=config.rule, seed=config.seed
+        )
+        what = {
+            "params": asdict(params),
+            "repeats": repeats,
+            "draft_tokens": config.draft_tokens,
+            "prompts": [asdict(question) for question in questions],
+            "sides": list(those),
+            "who": who,
+        }
+        text = f"{who}, {domain}, temperature {temperature:g}"
+        samples = parts.get(
+            what,
+            lambda: _measure(those, questions, params, repeats, lambda share: progress(text, (at + share) / jobs)),
+        )
+        done += 1
+        progress(text, done / jobs)
+        return samples
+
+    for temperature in config.temperatures:
+        samples = {domain: measured(temperature, domain, "drafters", sides, config.repeats) for domain in domains}
+        counts = {name: _counts(samples, name) for name in names}
+        for name in names:
+            for domain, own in _groups(counts[name]):
+                found.rows.append(row_of(name, temperature, domain, own, config.draws))
+            rounds = [r for of_domain in samples.values() for sample in of_domain[name] for r in sample.rounds]
+            confidence = confidence_of(name, temperature, rounds)
+            if confidence is not None:
+                found.confidences.append(confidence)
+        for i, name in enumerate(names):
+            for other in names[i + 1 :]:
+                both = {domain: (counts[name][domain], counts[other][domain]) for domain in domains}
+                for domain, pairs in _groups(both):
+                    found.differences.append(difference_of((name, other), temperature, domain, pairs, config.draws))
+        for name in (one.drafter for one in found.confidences if one.temperature == temperature):
+            if config.thresholds:
+                found.sweep.extend(_sweep(name, temperature, sides, list(domains), config, measured))
+    if out is not None:
+        _write(found, out)
+    return found
+
+
+def _sweep(
+    name: str,
+    temperature: float,
+    sides: Mapping[str, Side],
+    domains: Sequence[str],
+    config: Config,
+    measured: Callable[[float, str, str, Mapping[str, Side], int], Samples],
+) -> list[SweepPoint]:
+    """The same drafter under the ``threshold`` policy, in turns with plain decoding."""
+    plain, drafter = sides[PLAIN][0], sides[name][0].drafter
+    those = {PLAIN: sides[PLAIN]}
+    for threshold in config.thresholds:
+        llm = plain.with_drafter(drafter, policy="threshold", policy_options={"threshold": threshold})
+        those[f"{threshold:g}"] = llm, recorded(llm)
+    samples = {domain: measured(temperature, domain, f"thresholds of {name}", those, 1) for domain in domains}
+    points = []
+    for threshold in config.thresholds:
+        row = row_of(name, temperature, MACRO, list(_counts(samples, f"{threshold:g}").values()), config.draws)
+        points.append(
+            SweepPoint(
+                name,
+                temperature,
+                threshold,
+                row.acceptance_length,
+                row.verify_rate,
+                row.acceptance_rate,
+                row.speedup,
+            )
+        )
+    return points
+
+
+def _counts(samples: Mapping[str, Samples], name: str) -> dict[str, Counts]:
+    """One side's counts by domain, over as many positions as any of its rounds verified."""
+    depth = max((r.verified for own in samples.values() for sample in own[name] for r in sample.rounds), default=0)
+    return {domain: Counts.of(own[name], own[PLAIN], depth) for domain, own in samples.items()}
+
+
+def _groups(of_domains: Mapping[str, T]) -> Iterator[tuple[str, list[T]]]:
+    """Each domain alone, then all of them together where there are several."""
+    for domain, one in of_domains.items():
+        yield domain, [one]
+    if len(of_domains) > 1:
+        yield MACRO, list(of_domains.values())
+
+
+# ------------------------------------------------------------------------------------------------ names and files
+
+
+def _label(drafter: str) -> str:
+    """What a drafter is called: a checkpoint in a folder ``drafter`` by the folder that one lies in."""
+    path = Path(drafter)
+    return (path.resolve().parent.name if path.name == "drafter" else path.name) if path.is_dir() else drafter
+
+
+def _content(drafter: str) -> str | None:
+    """A hash of a checkpoint's files; None for a drafter without."""
+    if drafter in (*registry.names("drafter"), "auto"):
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in resolve_model(drafter).iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _domains(files: Sequence[Path], chat: LLM | None, config: Config) -> dict[str, list[Question]]:
+    """Questions by domain, at most ``limit`` of each."""
+    domains: dict[str, list[Question]] = {}
+    for file in files:
+        for question in read_questions(file, None if chat is None else chat.tokenizer):
+            domains.setdefault(question.domain, []).append(question)
+    return {domain: questions[: config.limit] for domain, questions in domains.items()}
+
+
+def _write(found: Evaluation, out: Path) -> None:
+    """The figures, and diagrams of acceptance by position, of the thresholds and of how reliable confidences are."""
+    write_json(out / "evaluation.json", found.to_json())
+    if not plots.available():
+        return
+    positions: dict[str, dict[str, list[plots.Band]]] = {}
+    for row in found.rows:
+        shares = [(_value(one.value), _value(one.low), _value(one.high)) for one in row.conditional]
+        positions.setdefault(f"{row.domain}, temperature {row.temperature:g}", {})[row.drafter] = shares
+    plots.draw_positions(positions, out / "positions.png")
+    reliable: dict[str, dict[str, plots.Curve]] = {}
+    for one in found.confidences:
+        label = f"{one.drafter}, ECE {one.pooled.ece:.1%}"
+        reliable.setdefault(f"temperature {one.temperature:g}", {})[label] = (one.predicted, one.observed)
+    if reliable:
+        plots.draw_reliability(reliable, out / "reliability.png")
+    swept: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for point in found.sweep:
+        curve = swept.setdefault(f"temperature {point.temperature:g}", {}).setdefault(point.drafter, {})
+        for name, value in (
+            ("threshold", point.threshold),
+            ("acceptance_length", _value(point.acceptance_length.value)),
+            ("acceptance_rate", _value(point.acceptance_rate.value)),
+            ("verify_rate", _value(point.verify_rate.value)),
+            ("speedup", _value(point.speedup.value)),
+        ):
+            curve.setdefault(name, []).append(value)
+    if swept:
+        plots.draw_sweep(swept, out / "sweep.png")
+
+
+def _value(one: float | None) -> float:
+    return math.nan if one is None else one

@@ -1,0 +1,179 @@
+"""Paired benchmark: a drafter against plain decoding, in turns, in one process (A B A B)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
+from outrider.errors import InvalidRequest
+from outrider.evaluation.recording import read_questions
+from outrider.files import EMBEDDED_PROMPTS
+from outrider.types import Output
+
+__all__ = [
+    "BenchRow",
+    "bootstrap_ratio",
+    "embedded_prompt_sets",
+    "machine",
+    "read_prompts",
+    "repeated_ngrams",
+    "run_bench",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One drafter on one prompt set at one temperature."""
+
+    drafter: str
+    prompts: str
+    temperature: float
+    concurrency: int
+    baseline_tokens_per_second: float
+    tokens_per_second: float
+    speedup: float
+    speedup_ci95: tuple[float, float]
+    acceptance_length: float
+    accepted_per_position: list[float]  # share of rounds that drafted position j and accepted it
+    identical: float  # share of prompts whose text equals plain decoding's
+    repeated_8grams: float  # share of the text's 8-grams that occurred before: loops are easy to draft
+    generated: int
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a JSON Lines file as texts. Raises InvalidRequest naming the line."""
+    prompts = [question.prompt for question in read_questions(path)]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts):
+        raise InvalidRequest(f"{path} holds token ids; expected JSON Lines with `text` or `turns`")
+    return texts
+
+
+def embedded_prompt_sets() -> dict[str, list[str]]:
+    """The packaged prompts by domain, from documents the embedded models were never trained on."""
+    return {path.stem: read_prompts(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
+
+
+def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
+    """Share of n-grams that occurred earlier in the same text."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def bootstrap_ratio(
+    plain: Sequence[float], fast: Sequence[float], draws: int = 2000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Ratio of summed seconds (plain / fast) and its 95 % interval, resampling prompts (pairs stay together)."""
+    a, b = np.asarray(plain), np.asarray(fast)
+    picks = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
+    ratios = a[picks].sum(1) / b[picks].sum(1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(a.sum() / b.sum()), (float(low), float(high))
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux: the platform's own name has to do
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+
+
+def _chunks(prompts: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
+
+
+def run_bench(
+    model: str,
+    drafters: Mapping[str, LLM],
+    plain: LLM,
+    prompt_sets: Mapping[str, list[str]],
+    *,
+    temperatures: Sequence[float] = (0.0, 1.0),
+    concurrency: int = 1,
+    max_tokens: int = 64,
+    repeats: int = 2,
+    seed: int = 1,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Time every drafter against ``plain`` on the same prompts, in turns; sampled text is seeded and coupled.
+
+    Each prompt (or group of ``concurrency`` prompts) is answered plain, then with the drafter, ``repeats`` times over
+    the set; its time is the median of the repeats, each of which starts with a drafter that remembers nothing.
+    The share of identical texts is a check, not an assumption.
+    """
+    rows: list[BenchRow] = []
+    for temperature in temperatures:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
+        for set_name, prompts in prompt_sets.items():
+            groups = list(_chunks(prompts, concurrency))
+            for name, llm in drafters.items():
+                progress(f"{name}, {set_name}, temperature {temperature:g}")
+                for one in (plain, llm):  # first touches and first-time imports are nobody's speed
+                    one.generate(groups[0], params)
+                sides = {"plain": plain, "fast": llm}
+                times: dict[str, list[list[float]]] = {side: [[] for _ in groups] for side in sides}
+                outputs: dict[str, list[Output]] = {}
+                for _ in range(repeats):
+                    outputs = {side: [] for side in sides}
+                    llm.forget()  # a drafter that remembers answers must not meet the same prompt twice
+                    for index, group in enumerate(groups):
+                        for side, one in sides.items():
+                            done = one.generate(group, params)
+                            times[side][index].append(max(output.stats.seconds for output in done))
+                            outputs[side].extend(done)
+                seconds = {side: [float(np.median(t)) for t in times[side]] for side in sides}
+                rows.append(_row(name, set_name, temperature, concurrency, seconds, outputs))
+    return {"model": model, "machine": machine(), "max_tokens": max_tokens, "rows": [asdict(row) for row in rows]}
+
+
+def _row(
+    name: str,
+    prompts: str,
+    temperature: float,
+    concurrency: int,
+    seconds: dict[str, list[float]],
+    outputs: dict[str, list[Output]],
+) -> BenchRow:
+    speedup, interval = bootstrap_ratio(seconds["plain"], seconds["fast"])
+    stats = [output.stats for output in outputs["fast"]]
+    rounds = sum(s.rounds for s in stats)
+    depth = max((len(s.drafted_per_position) for s in stats), default=0)
+
+    def total(counts: list[list[int]], j: int) -> int:
+        return sum(c[j] for c in counts if j < len(c))
+
+    per_position = [
+        total([s.accepted_per_position for s in stats], j) / max(1, total([s.drafted_per_position for s in stats], j))
+        for j in range(depth)
+    ]
+    generated = {side: sum(len(output.token_ids) for output in outputs[side]) for side in outputs}
+    same = [a.token_ids == b.token_ids for a, b in zip(outputs["plain"], outputs["fast"], strict=True)]
+    repeated = [repeated_ngrams(output.token_ids) for output in outputs["fast"]]
+    return BenchRow(
+        drafter=name,
+        prompts=prompts,
+        temperature=temperature,
+        concurrency=concurrency,
+        baseline_tokens_per_second=round(generated["plain"] / sum(seconds["plain"]), 2),
+        tokens_per_second=round(generated["fast"] / sum(seconds["fast"]), 2),
+        speedup=round(speedup, 3),
+        speedup_ci95=(round(interval[0], 3), round(interval[1], 3)),
+        acceptance_length=round(1 + sum(s.accepted for s in stats) / rounds, 3) if rounds else 1.0,
+        accepted_per_position=[round(share, 3) for share in per_position],
+        identical=round(float(np.mean(same)), 3),
+        repeated_8grams=round(float(np.mean(repeated)), 3),
+        generated=generated["fast"],
+    )

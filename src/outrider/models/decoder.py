@@ -1,0 +1,300 @@
+"""The target every natively read architecture shares: a spec, and a decoder stack on some backend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from outrider.backends.layers import check_weights, weight_shapes
+from outrider.config import StackConfig
+from outrider.errors import CheckpointError, InvalidRequest, nearest
+from outrider.models.weights import LazyWeights, TensorFiles, load_dtype
+from outrider.types import Backend, KVCache, RaggedBatch, Stack, TargetOutput, TargetSpec
+
+__all__ = [
+    "PARTS",
+    "SANDWICH_PARTS",
+    "DecoderTarget",
+    "TensorNames",
+    "activation",
+    "biases",
+    "check_aux_layers",
+    "end_tokens",
+    "layer_types",
+    "make_spec",
+    "refuse_quantised",
+    "refuse_set",
+    "required",
+    "sampling_defaults",
+]
+
+SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+PARTS = {
+    "input_layernorm": "input_norm",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.o_proj": "o",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.gate_proj": "gate",
+    "mlp.up_proj": "up",
+    "mlp.down_proj": "down",
+}
+SANDWICH_PARTS = {
+    **PARTS,
+    "post_attention_layernorm": "attention_out_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_out_norm",
+}
+"""Part of a layer in Hugging Face's files -> canonical part, without and with sandwich norms (Gemma)."""
+_OTHER_TOWERS = tuple(
+    prefix + tower
+    for prefix in ("", "model.")
+    for tower in ("audio_tower.", "embed_audio.", "embed_vision.", "multi_modal_projector.", "vision_tower.")
+)
+_TOPS = {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight", "norm.weight": "norm.weight"}
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """Names in Hugging Face's files to canonical ones, and back (for messages)."""
+
+    parts: Mapping[str, str]
+    tied: bool  # lm_head is a duplicate of the embedding
+    ignored: tuple[str, ...] = ()  # beginnings of names that are no part of the text model
+
+    def canonical(self, name: str) -> str | None:
+        """The canonical name; None for a tensor that is not wanted; ``name`` itself where it is unknown."""
+        if name.endswith("rotary_emb.inv_freq") or name.startswith(self.ignored) or (self.tied and "lm_head" in name):
+            return None  # old checkpoints store what follows from the config
+        inner = re.sub(r"^(model\.|language_model\.)+", "", name)
+        if inner in _TOPS:
+            return _TOPS[inner]
+        match = re.fullmatch(r"(layers\.\d+\.)(.+)\.(weight|bias)", inner)
+        if match and match[2] in self.parts:
+            return f"{match[1]}{self.parts[match[2]]}.{match[3]}"
+        return re.sub(r"^(layers\.\d+\.)layer_scalar$", r"\1scalar", inner) if "layer_scalar" in inner else name
+
+    def original(self, canonical: str) -> str:
+        """The name that Transformers writes."""
+        tops = {ours: theirs for theirs, ours in _TOPS.items()}
+        if canonical in tops:
+            return tops[canonical] if canonical == "head.weight" else f"model.{tops[canonical]}"
+        match = re.fullmatch(r"(layers\.\d+\.)(\w+)\.(weight|bias)", canonical)
+        theirs = {ours: theirs for theirs, ours in self.parts.items()}
+        if match and match[2] in theirs:
+            return f"model.{match[1]}{theirs[match[2]]}.{match[3]}"
+        return canonical
+
+
+class DecoderTarget:
+    """A target whose layers run on a backend. An architecture says how its config and its tensors' names are read."""
+
+    spec: TargetSpec
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """What the architecture assumes where a config is silent."""
+
+    def __init__(self, spec: TargetSpec, stack: Stack) -> None:
+        self.spec, self.stack = spec, stack
+
+    @classmethod
+    def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
+        """The stack that a Hugging Face config describes. Raises CheckpointError for what is not supported."""
+        raise TypeError(f"{cls.__name__} reads no config")
+
+    @classmethod
+    def tensor_names(cls, config: Mapping[str, Any]) -> TensorNames:
+        """How the tensors are called in the files."""
+        return TensorNames(PARTS, tied=bool(config.get("tie_word_embeddings")))
+
+    @classmethod
+    def optional_weights(cls, config: Mapping[str, Any]) -> set[str]:
+        """Canonical names of weights that this model has and others of its kind lack (embedding and head aside)."""
+        return biases(config, "qkvo") if config.get("attention_bias") else set()
+
+    @classmethod
+    def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
+        """Read a Hugging Face directory. Raises CheckpointError."""
+        config, names = cls._text_part(config)
+        stack_config = cls.stack_config(config)
+        weights = LazyWeights(TensorFiles(path), names.canonical, load_dtype(dtype))
+        check_weights(stack_config, weights, lambda name: weights.names.get(name) or names.original(name))
+        expected = {"embed.weight", *([] if names.tied else ["head.weight"]), *cls.optional_weights(config)}
+        for name, shape in weight_shapes(stack_config).items():
+            if not shape.required and (name in weights) != (name in expected):
+                state = "is in the files, but not" if name in weights else "is missing, but"
+                raise CheckpointError(
+                    f"tensor {names.original(name)!r} {state} in the model that config.json describes"
+                )
+        stack = backend.load(stack_config, weights, dtype)
+        return cls(make_spec(config, stack_config, load_dtype(dtype), str(path)), stack)
+
+    @classmethod
+    def layers_of(cls, path: Path, config: Mapping[str, Any]) -> tuple[StackConfig, Mapping[str, Tensor]]:
+        """A directory's stack, and its weights by canonical name in float32, each read when it is asked for."""
+        config, names = cls._text_part(config)
+        return cls.stack_config(config), LazyWeights(TensorFiles(path), names.canonical, torch.float32)
+
+    @classmethod
+    def _text_part(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], TensorNames]:
+        """The text model's own config with its defaults, and how its tensors are called."""
+        refuse_quantised(config)
+        names = cls.tensor_names({**cls.defaults, **config})
+        if "text_config" in config:
+            names, config = replace(names, ignored=_OTHER_TOWERS), _text_part(config)
+        return {**cls.defaults, **config}, names
+
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """A cache for ``slots`` sequences of up to ``capacity`` tokens."""
+        return self.stack.new_cache(slots, capacity)
+
+    def forward(
+        self, batch: RaggedBatch, memory: KVCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
+    ) -> TargetOutput:
+        """One pass; see ``outrider.types.TargetModel``. Raises InvalidRequest for a aux_layer there is not."""
+        check_aux_layers(aux_layers, self.spec.num_layers)
+        output = self.stack.forward(batch, memory, aux_layers=aux_layers, logits_at=logits_at)
+        assert output.logits is not None
+        return TargetOutput(output.logits, output.features, output.hidden)
+
+    @property
+    def chain(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """The backend's way to draft several tokens in one call, where it has one."""
+        return getattr(self.stack, "chain", None)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [...] -> [..., D], as the first layer sees it."""
+        return self.stack.embed(tokens)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """[..., D] after the final norm -> [..., V]."""
+        return self.stack.unembed(hidden)
+
+
+# ------------------------------------------------------------------------------------------------ reading configs
+
+
+def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's own config inside a multimodal one, with what is kept outside."""
+    outside = {
+        key: config[key] for key in ("generation_config", "eos_token_id", "tie_word_embeddings") if key in config
+    }
+    return {**config["text_config"], **outside, "model_type": config.get("model_type")}
+
+
+def refuse_set(config: Mapping[str, Any], *keys: str) -> None:
+    """Raise CheckpointError where a config switches on what is not supported."""
+    for key in keys:
+        if config.get(key):
+            raise CheckpointError(
+                f"config.json sets {key} to {config[key]!r}, which is not supported for this model_type"
+            )
+
+
+def required(config: Mapping[str, Any], key: str) -> int:
+    """A size that every config of the kind has. Raises CheckpointError."""
+    value = config.get(key)
+    if value is None:
+        raise CheckpointError(f"config.json has no {key!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"config.json: {key!r} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def biases(config: Mapping[str, Any], parts: Iterable[str]) -> set[str]:
+    """Canonical names of the biases of these parts of every layer."""
+    return {f"layers.{index}.{part}.bias" for index in range(required(config, "num_hidden_layers")) for part in parts}
+
+
+def layer_types(config: Mapping[str, Any], slides: Callable[[int], bool]) -> list[str]:
+    """``sliding_attention`` or ``full_attention`` for each layer; where the config is silent, ``slides(layer)`` says.
+
+    Raises CheckpointError.
+    """
+    count, kinds = required(config, "num_hidden_layers"), ("sliding_attention", "full_attention")
+    named = config.get("layer_types")
+    if named is None:
+        return [kinds[0] if slides(index) else kinds[1] for index in range(count)]
+    if not isinstance(named, list) or len(named) != count or not set(named) <= set(kinds):
+        raise CheckpointError(f"config.json: 'layer_types' must hold {count} of {' or '.join(kinds)}, got {named!r}")
+    return named
+
+
+def refuse_quantised(config: Mapping[str, Any]) -> None:
+    """Packed weights of other tools are not read. Raises CheckpointError."""
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(
+            f"this checkpoint is quantised ({method}), which is not read; "
+            "load the original weights, with dtype='int8' or 'int4' to quantise them when they are loaded"
+        )
+
+
+def activation(name: str) -> Literal["silu", "gelu_tanh", "gelu"]:
+    """Transformers' name of an activation to ours. Raises CheckpointError."""
+    if name not in _ACTIVATIONS:
+        raise CheckpointError(f"activation {name!r} is not supported; {nearest(str(name), _ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "gelu"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def make_spec(config: Mapping[str, Any], stack: StackConfig, dtype: torch.dtype, name: str) -> TargetSpec:
+    """What a drafter and the engine may know of a model: ids that end a text and sampling defaults included."""
+    return TargetSpec(
+        architecture=str(config.get("model_type", "")),
+        vocab_size=stack.vocab_size,
+        hidden_size=stack.hidden_size,
+        num_layers=len(stack.layers),
+        max_positions=stack.max_positions,
+        dtype=dtype,
+        name=name,
+        eos_token_ids=end_tokens(config),
+        defaults=sampling_defaults(config),
+    )
+
+
+def end_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ids that end a text: generation_config.json's, else config.json's."""
+    ids = config.get("generation_config", {}).get("eos_token_id")
+    if ids is None:
+        ids = config.get("eos_token_id")
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
+
+def sampling_defaults(config: Mapping[str, Any]) -> dict[str, float]:
+    """What generation_config.json says of sampling; nothing where it asks for greedy decoding."""
+    generation = config.get("generation_config", {})
+    if not generation.get("do_sample"):
+        return {}
+    return {key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None}
+
+
+def check_aux_layers(aux_layers: Sequence[int], layers: int) -> None:
+    """Raise InvalidRequest for a layer that cannot be auxiliary."""
+    for aux_layer in aux_layers:
+        if aux_layer == layers - 1:
+            raise InvalidRequest(
+                f"layer {aux_layer} is the last one and cannot be auxiliary: tools disagree whether its features are taken "
+                f"before or after the final norm; aux_layer one of -1 (the embedding) to {layers - 2}"
+            )
+        if not -1 <= aux_layer < layers:
+            raise InvalidRequest(
+                f"aux_layer {aux_layer} is no layer of this target; expected -1 (the embedding) to {layers - 2}"
+            )

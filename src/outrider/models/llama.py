@@ -1,0 +1,62 @@
+"""The Llama family: Llama, Mistral, Qwen2 and Qwen3 differ in biases, query/key norms and windows only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from outrider.backends.layers import rope_config
+from outrider.config import LayerConfig, StackConfig
+from outrider.models.decoder import DecoderTarget, activation, biases, layer_types, required
+
+__all__ = ["LlamaTarget"]
+
+
+class LlamaTarget(DecoderTarget):
+    """Pre-norm layers with grouped queries, rotary positions and gated MLPs."""
+
+    @classmethod
+    def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
+        """The stack of a Llama-family config. Raises CheckpointError."""
+        width, heads = required(config, "hidden_size"), required(config, "num_attention_heads")
+        head_dim = config.get("head_dim") or width // heads
+        rope = rope_config(config, head_dim)
+        layers = tuple(
+            LayerConfig(
+                num_heads=heads,
+                num_kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=head_dim,
+                intermediate_size=required(config, "intermediate_size"),
+                rope=rope,
+                window=config["sliding_window"] if kind == "sliding_attention" else None,
+                qk_norm=config["model_type"] == "qwen3",
+            )
+            for kind in _layer_types(config)
+        )
+        return StackConfig(
+            vocab_size=required(config, "vocab_size"),
+            hidden_size=width,
+            layers=layers,
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            activation=activation(config.get("hidden_act", "silu")),
+            max_positions=config.get("max_position_embeddings", 2048),
+        )
+
+    @classmethod
+    def optional_weights(cls, config: Mapping[str, Any]) -> set[str]:
+        """Biases: a choice for Llama and Qwen3, on queries, keys and values for Qwen2, none for Mistral."""
+        if config["model_type"] == "qwen2":
+            return biases(config, "qkv")
+        if config["model_type"] == "mistral":
+            return set()
+        mlp = ("gate", "up", "down") if config["model_type"] == "llama" and config.get("mlp_bias") else ()
+        return super().optional_weights(config) | biases(config, mlp)
+
+
+def _layer_types(config: Mapping[str, Any]) -> list[str]:
+    """Which layers have a sliding window: none of Llama's, all of Mistral's, and Qwen's where a flag switches it on."""
+    model_type = config["model_type"]
+    if model_type.startswith("qwen") and config.get("use_sliding_window"):
+        return layer_types(config, lambda index: index >= config.get("max_window_layers", 28))
+    slides = model_type == "mistral" and config.get("sliding_window") is not None
+    return layer_types({**config, "layer_types": None}, lambda index: slides)

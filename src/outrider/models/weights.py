@@ -1,0 +1,171 @@
+"""Files to tensors: Hugging Face model directories, read lazily and checked before anything is computed.
+
+Tensors come from safetensors files only (never from pickles) and no code of a checkpoint is ever run. Each tensor is
+read through a memory map that lasts only while it is copied, so loading needs one copy of the weights in memory and
+the largest single piece besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from outrider.errors import CheckpointError, InvalidRequest, nearest
+from outrider.files import read_json, replace_file
+
+__all__ = ["DTYPES", "LazyWeights", "TensorFiles", "load_dtype", "write_tensors"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    # Quantised when loaded, by backends that can: they are given float32.
+    "int8": torch.float32,
+    "int4": torch.float32,
+}
+CHUNK = 64 << 20  # bytes read through one memory map
+
+
+def load_dtype(name: str) -> torch.dtype:
+    """The dtype tensors are read in for a ``dtype`` option. Raises InvalidRequest."""
+    if name not in DTYPES:
+        raise InvalidRequest(f"unknown dtype {name!r}; {nearest(name, DTYPES)}")
+    return DTYPES[name]
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+class TensorFiles:
+    """The safetensors files of a directory: one ``model.safetensors``, or the shards that an index names.
+
+    Raises CheckpointError for files that are missing, truncated or corrupt.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        if single.exists():
+            self._scan(single)
+        elif index.exists():
+            self._scan_shards(index)
+        else:
+            raise CheckpointError(f"{directory} holds no model.safetensors{_pickles(directory)}")
+
+    def _scan_shards(self, index: Path) -> None:
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise CheckpointError(f"{index} has no weight_map")
+        for shard in sorted(set(places.values())):
+            self._scan(self.directory / Path(shard).name)
+        for name, shard in places.items():
+            if name not in self._files:
+                raise CheckpointError(f"tensor {name!r} is missing: {index.name} places it in {shard}")
+
+    def _scan(self, path: Path) -> None:
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing")
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                self._files[name] = path
+                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever one of the files does: their paths, sizes and times."""
+        states = [(path.resolve(), path.stat()) for path in sorted(set(self._files.values()))]
+        return repr([(str(path), state.st_size, state.st_mtime_ns) for path, state in states])
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A fresh tensor. Raises CheckpointError where it holds a value that is not finite."""
+        path, shape = self._files[name], self.shapes[name]
+        tensor = torch.full(shape, torch.nan, dtype=dtype)  # what is not read stays NaN, and is found below
+        if not shape:
+            with _opened(path) as file:
+                tensor.copy_(file.get_tensor(name))
+        rows = max(1, CHUNK // max(1, 4 * math.prod(shape[1:])))
+        for begin in range(0, shape[0] if shape else 0, rows):
+            with _opened(path) as file:  # a map of its own, so that pages already copied leave memory
+                tensor[begin : begin + rows] = file.get_slice(name)[begin : begin + rows]
+        # A sum meets every value once and keeps NaN and infinity: the cheapest check there is.
+        if not math.isfinite(tensor.sum(dtype=torch.promote_types(dtype, torch.float32)).item()):
+            raise CheckpointError(f"tensor {name!r} of {path} holds values that are NaN or infinite; is it damaged?")
+        return tensor
+
+
+class _opened:  # noqa: N801 (used like a function)
+    """``safe_open`` that raises CheckpointError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+
+    def __enter__(self) -> Any:
+        return self.file.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.file.__exit__(*exception)
+
+
+def _pickles(directory: Path) -> str:
+    found = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
+    if not found:
+        return ""
+    return f", only {found[0]}: pickled weights can run code and are never read; convert them to safetensors"
+
+
+class LazyWeights(Mapping[str, Tensor]):
+    """Weights by canonical name, each read from its file, converted and checked when it is asked for, and not kept.
+
+    ``rename`` maps a tensor's name in the file to its canonical name, or to None for one that is not wanted.
+    """
+
+    def __init__(self, files: TensorFiles, rename: Callable[[str], str | None], dtype: torch.dtype) -> None:
+        self.names: dict[str, str] = {}  # canonical -> in the file
+        self._files, self._dtype = files, dtype
+        for name in files.shapes:
+            canonical = rename(name)
+            if canonical is None:
+                continue
+            if canonical in self.names:
+                raise CheckpointError(f"tensors {self.names[canonical]!r} and {name!r} are the same weight")
+            self.names[canonical] = name
+        self.shapes = {canonical: files.shapes[name] for canonical, name in self.names.items()}
+
+    @property
+    def identity(self) -> str:
+        """Changes whenever one of the files does: their paths, sizes and times."""
+        return self._files.identity
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files.read(self.names[name], self._dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that a reader sees the old one or the whole new one."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace_file(
+        path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+    )

@@ -1,0 +1,330 @@
+"""Text to tokens and back: prompts of any bytes, chat templates, text that streams without breaking a character.
+
+``tokenizer.json`` is read by the ``tokenizers`` library and the chat template by sandboxed Jinja, so a usual model
+directory never waits for ``transformers``; other tokenizer files go through ``AutoTokenizer`` once. No code of the
+model directory is ever run.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import ByteLevel
+
+from outrider.errors import CheckpointError, InvalidRequest
+from outrider.tokenization.chat_template import ChatTemplate
+
+__all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
+
+_REPLACEMENT = "\ufffd"
+_LONGEST_WAIT = 8  # tokens; a character has at most 4 bytes, so what is still broken then stays broken
+_SURROGATES = re.compile(r"[\ud800-\udfff]+")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: the character that stands for each byte in a byte-level vocabulary."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+class Tokenizer:
+    """The tokenizer of one model directory. Raises CheckpointError where it has none, or a broken one."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._settings = _read_json(self.directory / "tokenizer_config.json")
+        self._fast = _load(self.directory)
+        self._fast.no_truncation()  # a file may carry the settings of its training
+        self._fast.no_padding()
+
+    # ------------------------------------------------------------------------------------------ text and tokens
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of any text.
+
+        Bytes that were not UTF-8 arrive as surrogates U+DC80 to U+DCFF (Python's ``surrogateescape``): a byte-level
+        vocabulary gets exactly those bytes, any other one U+FFFD. Other lone surrogates become U+FFFD everywhere.
+        """
+        if not _SURROGATES.search(text):
+            return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+        if not self._byte_ids:
+            return self.encode(_SURROGATES.sub(lambda m: _REPLACEMENT * len(m[0]), text), add_special_tokens)
+        ids: list[int] = []
+        start = 0
+        for match in _SURROGATES.finditer(text):
+            ids += self._fast.encode(text[start : match.start()], add_special_tokens=False).ids
+            for char in match[0]:
+                escaped = "\udc80" <= char <= "\udcff"
+                ids += [self._byte_ids[b] for b in (bytes([ord(char) - 0xDC00]) if escaped else _REPLACEMENT.encode())]
+            start = match.end()
+        ids += self._fast.encode(text[start:], add_special_tokens=False).ids
+        prefix, suffix = self._frame if add_special_tokens else ([], [])
+        return [*prefix, *ids, *suffix]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; incomplete characters read U+FFFD."""
+        return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental decoder."""
+        return Detokenizer(self)
+
+    # ------------------------------------------------------------------------------------------ vocabulary
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every entry, added tokens included."""
+        return dict(self._fast.get_vocab(with_added_tokens=True))
+
+    @property
+    def vocab_size(self) -> int:
+        """All ids are below this. A model's head may have more rows (padding), never fewer."""
+        return max(self.vocabulary.values(), default=-1) + 1
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that never show in text."""
+        return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The named ones, ``eos_token`` and its like, as the directory's settings name them."""
+        found = {}
+        for name in _SPECIAL_NAMES:
+            value = self._settings.get(name)
+            content = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(content, str):
+                found[name] = content
+        return found
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end-of-text token; a model's generation settings may name more."""
+        token = self._fast.token_to_id(self.special_tokens.get("eos_token", ""))
+        return () if token is None else (token,)
+
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether every token has the same id in both, so that ids can travel between the two models."""
+        return self is other or self.vocabulary == other.vocabulary
+
+    # ------------------------------------------------------------------------------------------ chat
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template_source is not None
+
+    def apply_chat(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the model was taught to read it; encode it with ``add_special_tokens=False``.
+
+        Raises InvalidRequest for messages that the template refuses, CheckpointError where there is no template.
+        """
+        return self._chat_template.render(list(messages), add_generation_prompt)
+
+    def encode_chat(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of the conversation."""
+        return self.encode(self.apply_chat(messages, add_generation_prompt), add_special_tokens=False)
+
+    @cached_property
+    def _template_source(self) -> str | None:
+        file = self.directory / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        value = self._settings.get("chat_template")
+        if isinstance(value, list):  # several, named: [{"name": ..., "template": ...}]
+            value = next((t.get("template") for t in value if t.get("name") == "default"), None)
+        return value if isinstance(value, str) else None
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        if self._template_source is None:
+            raise CheckpointError(
+                f"{self.directory} has no chat template: expected chat_template.jinja, or chat_template in "
+                "tokenizer_config.json; give the model a plain prompt instead"
+            )
+        return ChatTemplate(self._template_source, self.special_tokens)
+
+    # ------------------------------------------------------------------------------------------ byte level
+
+    @cached_property
+    def is_byte_level(self) -> bool:
+        """Whether the text is the tokens' bytes, one after another."""
+        return isinstance(self._fast.decoder, ByteLevel)
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        """Byte -> the token of that byte alone; empty where the vocabulary does not have all of them."""
+        if not self.is_byte_level:
+            return {}
+        ids = {byte: self.vocabulary[char] for char, byte in _ALPHABET.items() if char in self.vocabulary}
+        return ids if len(ids) == len(_ALPHABET) else {}
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What the file's post-processor puts before and after a text."""
+        bare = self._fast.encode("a", add_special_tokens=False).ids
+        framed = self._fast.encode("a").ids
+        starts = range(len(framed) - len(bare) + 1)
+        at = next((i for i in starts if framed[i : i + len(bare)] == bare), 0)
+        return framed[:at], framed[at + len(bare) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token of a byte-level vocabulary; none for an id that is not in it."""
+        token = self._fast.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes([_ALPHABET[char] for char in token])
+        except KeyError:  # an added token, written as it is
+            return token.encode()
+
+
+class Detokenizer:
+    """Text of a growing sequence: what ``push`` returns is final and never ends within a character.
+
+    Special tokens are skipped. For byte-level vocabularies the pieces and ``flush`` add up to exactly the decoding of
+    all tokens; for byte-fallback vocabularies (SentencePiece) they do wherever the bytes form characters.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = tokenizer.special_ids
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.is_byte_level else None
+        self._ids: list[int] = []  # other vocabularies: tokens already told, for context, then those still open
+        self._told = 0
+
+    def push(self, token_id: int) -> str:
+        """Text that became certain with this token; empty while a character is incomplete."""
+        if token_id in self._special:
+            return ""
+        if self._utf8 is not None:
+            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._ids.append(token_id)
+        text = self._open_text()
+        if not text or (text.endswith(_REPLACEMENT) and len(self._ids) - self._told < _LONGEST_WAIT):
+            return ""
+        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, once the sequence has ended; an incomplete character reads U+FFFD."""
+        if self._utf8 is not None:
+            return self._utf8.decode(b"", final=True)
+        text = self._open_text()
+        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        return text
+
+    def _open_text(self) -> str:
+        """Text of the open tokens, decoded after the told ones: a token's leading space depends on what precedes it."""
+        context = self._tokenizer.decode(self._ids[: self._told], skip_special_tokens=False)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=False)[len(context) :]
+
+
+class StopMatcher:
+    """Lets text through until a stop string appears, and never a part of that string.
+
+    The stop string that is complete first ends the text (the longest, if several are complete at one character), so
+    the result does not depend on how the text was cut into pieces.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        if "" in stop:
+            raise InvalidRequest("stop strings must not be empty")
+        self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop), default=0)
+        self._held = ""
+        self.matched: str | None = None
+        """The stop string that ended the text."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.matched is not None
+
+    def push(self, text: str) -> str:
+        """The text that is certain not to belong to a stop string. Nothing comes after a match."""
+        if self.matched is not None:
+            return ""
+        if not self._stop:
+            return text
+        self._held += text
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            _, at, self.matched = min(found)
+            released, self._held = self._held[:at], ""
+            return released
+        length = min(len(self._held), self._longest - 1)
+        while length and not self._may_begin(self._held[-length:]):
+            length -= 1
+        cut = len(self._held) - length
+        released, self._held = self._held[:cut], self._held[cut:]
+        return released
+
+    def flush(self) -> str:
+        """What is still held back, once the sequence has ended without a match."""
+        released, self._held = self._held, ""
+        return released
+
+    def _may_begin(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stop)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file. Raises CheckpointError."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise CheckpointError(f"{path} cannot be read: expected JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _load(directory: Path) -> FastTokenizer:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: expected a model directory with its tokenizer.json")
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        try:
+            return FastTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for a broken file
+            raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}; copy it again") from None
+    known = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+    if not any((directory / name).is_file() for name in known):
+        raise CheckpointError(
+            f"{directory} has no tokenizer: expected tokenizer.json (or one of {', '.join(known)}); "
+            "copy it from the model's source"
+        )
+    return _convert(directory)
+
+
+def _convert(directory: Path) -> FastTokenizer:
+    """Older tokenizer files, converted by ``transformers``."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a model's own files make it raise
+        raise CheckpointError(f"{directory}: transformers cannot read its tokenizer: {error}") from None
+    fast = getattr(found, "backend_tokenizer", None)
+    if not isinstance(fast, FastTokenizer):
+        raise CheckpointError(
+            f"{directory} has a {type(found).__name__}, which cannot be converted; expected a tokenizer.json"
+        )
+    return fast

@@ -1,0 +1,300 @@
+"""``calibrate``: measure a drafter's confidences on prompts it was not trained on, fit the scaling, keep it beside it.
+
+For every rule and temperature the target answers the prompts with all drafts verified. Half of the prompts (every
+second one of a domain) are what the scaling is fitted on, the other half is where its error is measured, before and
+after. At temperature 0 the rules are one and the same, and so are their rounds.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from outrider import __version__, registry
+from outrider.config import RULES, Rule, SamplingParams
+from outrider.engine.llm import LLM
+from outrider.errors import InvalidRequest
+from outrider.evaluation import plots
+from outrider.evaluation.recording import (
+    Observed,
+    Question,
+    Recorder,
+    Round,
+    ask,
+    observed,
+    read_questions,
+    recorded,
+)
+from outrider.files import EMBEDDED_PROMPTS, new_folder, resolve_model, write_json
+from outrider.scheduling import calibration
+from outrider.scheduling.calibration import Calibration, Quality, Scaling
+from outrider.training.artefact import content_hash, file_hash
+
+__all__ = ["Bucket", "Config", "Report", "calibrate"]
+
+Progress = Callable[[str, float], None]
+"""What is being done, and the share that is done."""
+
+
+class Config(BaseModel):
+    """What is measured, and how the scaling is fitted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    rules: tuple[Rule, ...] = Field(default=RULES, min_length=1)
+    """Verification rules to fit for."""
+    temperatures: tuple[float, ...] = Field(default=(0.0, 0.7, 1.0), min_length=1)
+    """Temperatures to fit for; a request gets the nearest one's."""
+    rounds: int = Field(default=10_000, ge=60)
+    """Rounds wanted for each rule and temperature: prompts are answered again, with other seeds, until there are so
+    many. Greedy answers come out the same, so at temperature 0 each prompt is answered once."""
+    max_tokens: int = Field(default=128, ge=2)
+    """Most new tokens of an answer."""
+    draft_tokens: int | None = Field(default=None, ge=1)
+    """Drafts of a round; as many as the drafter gives by default."""
+    bins: int = Field(default=calibration.BINS, ge=2)
+    """Bins of equal mass that the calibration error is taken over."""
+    shift: bool | None = None
+    """Fit a shift beside each temperature; None: only at positions that a temperature alone leaves with more than 1 %
+    of calibration error, and more than twice what chance explains."""
+    chat: bool = False
+    """Write the turns of prompts into the target's chat template."""
+    seed: int = 0
+    """Other seeds give other sampled answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One temperature under the rules that are alike there."""
+
+    rules: tuple[Rule, ...]
+    temperature: float
+    scaling: Scaling
+    fitted_on: int  # rounds
+    before: list[Quality]  # survival at each position, on the other half of the prompts
+    after: list[Quality]
+    conditional_before: list[Quality]  # the confidence itself, where the drafts before were accepted
+    conditional_after: list[Quality]
+    pooled_before: Quality  # survival at all positions together
+    pooled_after: Quality
+    curves: Mapping[str, plots.Curve]  # of all positions together, for the diagram
+
+    @property
+    def title(self) -> str:
+        return f"{'any rule' if self.temperature == 0 else ', '.join(self.rules)}, temperature {self.temperature:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A drafter's calibration and how good it is."""
+
+    drafter: str
+    target: str
+    signal: str
+    calibration: Calibration
+    buckets: list[Bucket]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "drafter": self.drafter,
+            "target": self.target,
+            "signal": self.signal,
+            "seconds": round(self.seconds, 1),
+            "buckets": [bucket.to_json() for bucket in self.buckets],
+        }
+
+
+def calibrate(
+    config: Config,
+    drafter: str | Path,
+    prompts: Sequence[Path],
+    out: Path,
+    target: str = "embedded",
+    *,
+    dtype: str = "auto",
+    backend: str = "auto",
+    progress: Progress = lambda text, done: None,
+) -> Report:
+    """Write ``out``: ``drafter/`` (a copy of the checkpoint with calibration.json), report.json, reliability.png and
+    provenance.json. For a drafter without a checkpoint, like ``ngram``, ``drafter/`` holds calibration.json alone.
+
+    ``prompts``: files of prompts or answers (see ``rounds.read_questions``), or directories with ``held_out.jsonl``;
+    the packaged ones where there are none.
+    Raises InvalidRequest for too few prompts, a drafter without confidences, or an ``out`` that exists.
+    """
+    began = perf_counter()
+    if out.exists():
+        raise InvalidRequest(f"{out} exists already; give a new directory")
+    llm = LLM(target, drafter, dtype=dtype, backend=backend, draft_tokens=config.draft_tokens, max_rows=1)
+    if hasattr(llm.drafter, "calibration"):
+        llm.drafter.calibration = None  # what the file had is not what is to be measured
+    files = _files(prompts)
+    questions = [q for file in files for q in read_questions(file, llm.tokenizer if config.chat else None)]
+    if len(questions) < 4:
+        raise InvalidRequest(f"calibration needs at least 4 prompts, to fit on half of them; got {len(questions)}")
+    halves = _halves(questions)
+    recorder = recorded(llm)
+    signal = _signal(llm)
+    kinds: list[tuple[tuple[Rule, ...], float]] = []
+    for temperature in config.temperatures:
+        kinds += [(config.rules, 0.0)] if temperature == 0 else [((rule,), temperature) for rule in config.rules]
+    buckets = []
+    for number, (rules, temperature) in enumerate(kinds):
+
+        def tell(share: float, at: int = number, rules: Sequence[str] = rules, t: float = temperature) -> None:
+            progress(f"{', '.join(rules)} at temperature {t:g}", (at + share) / len(kinds))
+
+        params = SamplingParams(max_tokens=config.max_tokens, temperature=temperature, rule=rules[0], seed=config.seed)
+        fitting, held_out = _collect(llm, recorder, halves, params, config.rounds, tell)
+        buckets.append(_bucket(rules, temperature, fitting, held_out, config.shift, config.bins))
+    made_by = f"outrider {__version__} calibrate"
+    found = Calibration(
+        {(rule, bucket.temperature): bucket.scaling for bucket in buckets for rule in bucket.rules},
+        {"made_by": made_by, "signal": signal, "target": llm.target.spec.name, "drafts": llm.drafter.block},
+    )
+    report = Report(str(drafter), target, signal, found, buckets, perf_counter() - began)
+    _write(report, drafter, files, config, out)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+def _files(prompts: Sequence[Path]) -> list[Path]:
+    if not prompts:
+        return sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
+    return [path / "held_out.jsonl" if path.is_dir() else path for path in prompts]
+
+
+def _halves(questions: Sequence[Question]) -> list[tuple[Question, bool]]:
+    """Questions of all domains in turns, and whether each is one to fit on: every second one of its domain."""
+    domains: dict[str, list[tuple[Question, bool]]] = {}
+    for question in questions:
+        own = domains.setdefault(question.domain, [])
+        own.append((question, len(own) % 2 == 0))
+    return [entry for turn in zip_longest(*domains.values()) for entry in turn if entry is not None]
+
+
+def _signal(llm: LLM) -> str:
+    """What the drafter's confidences are: ``head`` where one was trained for them."""
+    design = getattr(llm.drafter, "design", None)
+    return "head" if getattr(design, "confidence", False) else "training-free"
+
+
+def _collect(
+    llm: LLM,
+    recorder: Recorder,
+    halves: Sequence[tuple[Question, bool]],
+    params: SamplingParams,
+    wanted: int,
+    tell: Callable[[float], None],
+) -> tuple[Observed, Observed]:
+    """Rounds to fit on, and rounds to measure on: every question again and again with other seeds, greedily once.
+
+    Raises InvalidRequest where there are too few with confidences.
+    """
+    rounds: dict[bool, list[Round]] = {True: [], False: []}
+    turn, before, least = 0, -1, 0
+    while least < wanted / 2 and before < least and not (turn and params.temperature == 0):
+        before = least
+        for number, (question, fitting) in enumerate(halves):
+            seed = ((params.seed or 0) << 40) + (turn << 20) + number
+            answer = ask(llm, recorder, question.prompt, replace(params, seed=seed))
+            rounds[fitting] += [one for one in answer.rounds if one.verified and one.confidence]
+            least = min(map(len, rounds.values()))
+            tell(min(1.0, 2 * least / wanted))
+            if least >= wanted / 2:
+                break
+        turn += 1
+    if least < calibration.BINS:
+        raise InvalidRequest(
+            f"{llm.drafter_name}: only {least} rounds with confidences came out of a half of the prompts, expected "
+            f"at least {calibration.BINS}; give more prompts, and a drafter that gives confidences (`none` drafts "
+            "nothing)"
+        )
+    return observed(rounds[True]), observed(rounds[False])
+
+
+def _bucket(
+    rules: tuple[Rule, ...], temperature: float, fitting: Observed, held_out: Observed, shift: bool | None, bins: int
+) -> Bucket:
+    scaling = calibration.fit(
+        calibration.logits_of(fitting.confidence), fitting.verified, fitting.accepted, shift=shift, bins=bins
+    )
+    both = {
+        "before": held_out.confidence,
+        "after": scaling.apply(calibration.logits_of(held_out.confidence)),
+    }
+    pooled = {
+        when: calibration.pooled(confidence, held_out.verified, held_out.accepted) for when, confidence in both.items()
+    }
+    survival, conditional = (
+        {when: measure(confidence, held_out.verified, held_out.accepted, bins) for when, confidence in both.items()}
+        for measure in (calibration.survival_quality, calibration.conditional_quality)
+    )
+    curves = {}
+    for when, (probabilities, outcomes) in pooled.items():
+        found = calibration.reliability(probabilities, outcomes, bins)
+        label = f"{when}, ECE {found.error:.1%}"
+        curves[label] = (found.predicted.tolist(), found.observed.tolist())
+    return Bucket(
+        rules,
+        temperature,
+        scaling,
+        len(fitting.verified),
+        survival["before"],
+        survival["after"],
+        conditional["before"],
+        conditional["after"],
+        calibration.quality(*pooled["before"], bins),
+        calibration.quality(*pooled["after"], bins),
+        curves,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: Config, out: Path) -> None:
+    """The whole artefact, or nothing: it appears under its name when it is complete."""
+    with new_folder(out) as partial:
+        folder = partial / "drafter"
+        folder.mkdir()
+        parents = {}
+        if str(drafter) not in registry.names("drafter"):
+            source = resolve_model(drafter)
+            for file in sorted(path for path in source.iterdir() if path.is_file()):
+                shutil.copyfile(file, folder / file.name)
+            parents["drafter"] = content_hash(
+                source, [path.name for path in source.iterdir() if path.name != calibration.FILE]
+            )
+        write_json(folder / calibration.FILE, report.calibration.to_json())
+        write_json(partial / "report.json", report.to_json())
+        if plots.available():
+            plots.draw_reliability({b.title: b.curves for b in report.buckets}, partial / "reliability.png")
+        provenance = {
+            "stage": "calibrate",
+            "outrider": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "arguments": {"drafter": str(drafter), "target": report.target, **config.model_dump(mode="json")},
+            "seconds": round(report.seconds, 1),
+            "parents": parents | {file.name: file_hash(file) for file in files},
+            "content": content_hash(folder, [path.name for path in folder.iterdir()]),
+        }
+        write_json(partial / "provenance.json", provenance)

@@ -1,0 +1,38 @@
+"""What every drafter with layers of its own has in training: those layers, and what it takes from its target."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from outrider.checkpoints import DraftCheckpoint
+from outrider.training.networks.batch import FeatureBatch, Loss
+from outrider.training.networks.frozen import Frozen
+from outrider.training.networks.stack import LearnedStack
+from outrider.types import TargetModel
+
+__all__ = ["TrainableNet"]
+
+
+class TrainableNet(nn.Module):
+    """See ``outrider.training.networks.batch.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
+
+    fc: nn.Linear
+
+    def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel) -> None:
+        """Raises IncompatibleDrafter for another target's drafter."""
+        super().__init__()
+        self.aux_layers = checkpoint.layers_for(target.spec)
+        checkpoint.check_target(target.spec, self.aux_layers)
+        self.stack = LearnedStack(checkpoint.stack(head=False))
+        self.frozen = Frozen(checkpoint, target)
+
+    def forward(self, batch: FeatureBatch) -> Loss:
+        return self.loss(batch)
+
+    def loss(self, batch: FeatureBatch) -> Loss:
+        """Sums over the batch's drafts."""
+        raise NotImplementedError
+
+    def snapshot(self) -> DraftCheckpoint:
+        """The drafter as it stands, ready to be saved or run. Where weights are spread over processes, all must ask."""
+        return self.frozen.checkpoint(self)

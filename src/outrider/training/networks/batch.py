@@ -1,0 +1,65 @@
+"""What travels while drafters learn: texts, what the target makes of them, and the loss.
+
+N packed tokens, S texts, A anchors, R rows of logits, F feature width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+__all__ = ["FeatureBatch", "Loss", "TokenBatch", "TrainableDrafter"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Some training texts, packed."""
+
+    tokens: Tensor  # int64 [N]
+    offsets: Tensor  # int64 [S+1]    text s owns tokens[offsets[s]:offsets[s+1]]
+    answers: Tensor  # bool [N]       the target wrote the token: only these are learnt
+    keys: tuple[int, ...]  # S        what a text's random choices depend on, whatever batch it is in
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each text begins and ends."""
+        ends = self.offsets.tolist()
+        return list(zip(ends, ends[1:], strict=False))
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBatch:
+    """Texts, and what the target makes of them."""
+
+    texts: TokenBatch
+    anchors: Tensor  # int64 [A]       places in the pack from which drafting is learnt, ascending
+    rows: Tensor  # int64 [R]          places whose distribution the loss asks for, ascending
+    features: Tensor  # [N, F]
+    logits: Tensor  # float32 [R, V]   the target's, at ``rows``: the distribution of the token after each
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Sums over a batch; divided by ``weight`` they are means. So parts of a batch, and processes, add up exactly."""
+
+    total: Tensor  # scalar with a gradient
+    parts: dict[str, Tensor]  # scalars for people to watch
+    weight: Tensor  # scalar without a gradient
+
+
+class TrainableDrafter(Protocol):
+    """A drafter's network with gradients; a ``torch.nn.Module`` whose ``forward`` is ``loss``."""
+
+    aux_layers: tuple[int, ...]
+
+    def snapshot(self) -> Any:
+        """What it has learnt so far, to be saved: a checkpoint of a drafter, or a Hugging Face model. Where weights
+        are spread over processes, all of them must ask."""
+        ...
+
+    def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
+        """Anchors and rows of a ``FeatureBatch``: chosen by the texts' keys and the epoch alone."""
+        ...
+
+    def loss(self, batch: FeatureBatch) -> Loss: ...

@@ -1,0 +1,165 @@
+"""Who attends to whom while a drafter learns: exact masks over packed texts, without the work of the masked parts.
+
+N packed tokens, A anchors, S slots of a block, H heads, Hkv key/value heads, G = H / Hkv, Dh head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from outrider.config import LayerConfig
+from outrider.training.networks.batch import TokenBatch
+
+__all__ = ["AutoregressiveAttention", "BlockAttention"]
+
+
+@cache
+def _flex_kernel(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """One text and the blocks anchored in it."""
+
+    begin: int
+    end: int
+    anchors: Tensor  # int64 [a]   counted from ``begin``
+    first: int  # of its anchors among all
+
+
+class BlockAttention:
+    """Each slot sees its text before the anchor, and its whole block (DSpark paper, section 3.1)."""
+
+    def __init__(self, texts: TokenBatch, anchors: Tensor, slots: int) -> None:
+        self.slots, self.anchors, self.texts = slots, anchors, texts
+        bounds = torch.searchsorted(anchors, texts.offsets).tolist()
+        self._spans = [
+            _Span(begin, end, anchors[low:high] - begin, low)
+            for (begin, end), low, high in zip(texts.spans(), bounds, bounds[1:], strict=False)
+            if high > low
+        ]
+
+    def __call__(
+        self, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
+    ) -> Tensor:
+        """q [A S, H, Dh], k and v [A S, Hkv, Dh], the context's [N, Hkv, Dh] -> [A S, H, Dh]"""
+        attend = self._flex if q.is_cuda else self._by_text
+        return attend(config, q, k, v, context_k, context_v)
+
+    def _by_text(
+        self, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
+    ) -> Tensor:
+        """Text by text, so that no text is compared with another's blocks."""
+        out = []
+        slots, groups = self.slots, config.num_heads // config.num_kv_heads
+        for span in self._spans:
+            count = len(span.anchors)
+            rows = slice(span.first * slots, (span.first + count) * slots)
+            reach = int(span.anchors[-1])  # no block sees beyond the last anchor
+            seen = slice(span.begin, span.begin + reach)
+            # [Hkv, a, S G, Dh]: all queries that share keys side by side
+            queries = q[rows].view(count, slots, config.num_kv_heads, groups, -1).permute(2, 0, 1, 3, 4)
+            queries = queries.reshape(config.num_kv_heads, count, slots * groups, -1) * config.scale
+            past = queries.flatten(1, 2) @ context_k[seen].permute(1, 2, 0)
+            past = past.view(config.num_kv_heads, count, slots * groups, reach)
+            hidden = self._hidden(span.anchors, reach, config.window)
+            if config.window is None:
+                past = past.masked_fill(hidden, -torch.inf)
+            else:
+                past = past.masked_fill(hidden.repeat_interleave(groups, 1), -torch.inf)
+            own = queries @ k[rows].view(count, slots, config.num_kv_heads, -1).permute(2, 0, 3, 1)
+            weights = torch.cat([past, own], -1).float().softmax(-1).to(v.dtype)
+            mixed = (weights[..., :reach].flatten(1, 2) @ context_v[seen].transpose(0, 1)).view_as(queries)
+            values = v[rows].view(count, slots, config.num_kv_heads, -1).permute(2, 0, 1, 3)
+            mixed = mixed + weights[..., reach:] @ values
+            mixed = mixed.view(config.num_kv_heads, count, slots, groups, -1).permute(1, 2, 0, 3, 4)
+            out.append(mixed.reshape(count * slots, config.num_heads, -1))
+        return torch.cat(out)
+
+    def _hidden(self, anchors: Tensor, reach: int, window: int | None) -> Tensor:
+        """Which context places a block does not see: bool [a, 1 or S, reach]."""
+        places = torch.arange(reach)
+        hidden = (places >= anchors[:, None])[:, None]
+        if window is None:
+            return hidden
+        positions = anchors[:, None] + torch.arange(self.slots)
+        return hidden | (positions[:, :, None] - places >= window)
+
+    def _flex(
+        self, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
+    ) -> Tensor:
+        """The same mask for PyTorch's flex attention: one kernel over context and blocks together."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        device, tokens = q.device, len(context_k)
+        text = torch.bucketize(torch.arange(tokens), self.texts.offsets[1:], right=True)
+        owner = torch.arange(len(self.anchors)).repeat_interleave(self.slots)
+        position = self.anchors.repeat_interleave(self.slots) + torch.arange(self.slots).repeat(len(self.anchors))
+        # One line for every key: its text and place, or the block it belongs to.
+        key_text = torch.cat([text, torch.full_like(owner, -1)]).to(device)
+        key_place = torch.cat([torch.arange(tokens), position]).to(device)
+        key_owner = torch.cat([torch.full_like(text, -1), owner]).to(device)
+        row_text, row_anchor = text[self.anchors][owner].to(device), self.anchors[owner].to(device)
+        row_place, row_owner = position.to(device), owner.to(device)
+        window = config.window or tokens + self.slots
+
+        def visible(_batch: Any, _head: Any, row: Any, key: Any) -> Any:
+            past = (key_text[key] == row_text[row]) & (key_place[key] < row_anchor[row])
+            past = past & (row_place[row] - key_place[key] < window)
+            return past | (key_owner[key] == row_owner[row])
+
+        mask = create_block_mask(visible, None, None, len(q), tokens + len(k), device=str(device))
+        keys, values = torch.cat([context_k.to(v.dtype), k.to(v.dtype)]), torch.cat([context_v, v])
+        parts = (x.transpose(0, 1)[None] for x in (q.to(v.dtype), keys, values))
+        mixed: Tensor = _flex_kernel(q.is_cuda)(*parts, block_mask=mask, scale=config.scale, enable_gqa=True)
+        return mixed[0].transpose(0, 1)
+
+
+class AutoregressiveAttention:
+    """Step k of a chain sees the first step's keys up to where it started, and its own earlier steps: what it will find
+    in its cache when it drafts (EAGLE-3, training-time test)."""
+
+    def __init__(self, texts: TokenBatch) -> None:
+        self._texts = texts
+        self._keys: list[list[tuple[Tensor, Tensor]]] = []  # layer -> step -> keys and values [N, Hkv, Dh]
+
+    def __call__(self, layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The next step of a layer. [N, H, Dh], [N, Hkv, Dh], [N, Hkv, Dh] -> [N, H, Dh]"""
+        if layer == len(self._keys):
+            self._keys.append([])
+        steps = self._keys[layer]
+        steps.append((k, v))
+        groups = config.num_heads // config.num_kv_heads
+        out = []
+        for begin, end in self._texts.spans():
+            rows, count = slice(begin, end), end - begin
+            # [Hkv, n, G, Dh]
+            queries = q[rows].view(count, config.num_kv_heads, groups, -1).transpose(0, 1) * config.scale
+            first_k, first_v = steps[0]
+            past = (queries.flatten(1, 2) @ first_k[rows].permute(1, 2, 0)).view(*queries.shape[:3], count)
+            past = past.masked_fill(self._hidden(count, len(steps) - 1, config.window), -torch.inf)
+            later = [(step_k[rows].transpose(0, 1), step_v[rows].transpose(0, 1)) for step_k, step_v in steps[1:]]
+            own = [(queries * step_k[:, :, None]).sum(-1, keepdim=True) for step_k, _ in later]
+            weights = torch.cat([past, *own], -1).float().softmax(-1).to(v.dtype)
+            mixed = (weights[..., :count].flatten(1, 2) @ first_v[rows].transpose(0, 1)).view_as(queries)
+            for i, (_, step_v) in enumerate(later):
+                mixed = mixed + weights[..., count + i, None] * step_v[:, :, None]
+            out.append(mixed.transpose(0, 1).reshape(count, config.num_heads, -1))
+        return torch.cat(out)
+
+    @staticmethod
+    def _hidden(count: int, step: int, window: int | None) -> Tensor:
+        """bool [n, 1, n]"""
+        places = torch.arange(count)
+        hidden = places > places[:, None]
+        if window is not None:
+            hidden = hidden | (places[:, None] + step - places >= window)
+        return hidden[:, None]

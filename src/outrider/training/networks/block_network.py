@@ -1,0 +1,243 @@
+"""DSpark's network with gradients, DFlash's with both heads off, and their loss.
+
+DSpark, arXiv 2026 (DeepSeek), section 3: the block over injected context (equations 2 and 3), heads (4 to 7), loss
+(9 to 12). Texts are packed, anchors are drawn from the answers, and every block sees what it will see when it drafts.
+
+N packed tokens, A anchors, S slots of a block, K drafts of a block, n places that count, D width, F feature width,
+r Markov rank, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from outrider.checkpoints import BlockDesign, DraftCheckpoint
+from outrider.checkpoints.checkpoint import MarkovHead
+from outrider.config import LayerConfig, build
+from outrider.training.networks.base import TrainableNet
+from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
+from outrider.training.networks.block_attention import BlockAttention
+from outrider.training.networks.initial import draft_decoder, mask_token, new_checkpoint
+from outrider.training.networks.losses import divergence, negative_log_acceptance, position_weights
+from outrider.training.networks.stack import LearnedLayer, Norm, linear
+from outrider.training.networks.warm_start import Layers, start_warm
+from outrider.types import TargetModel
+
+__all__ = ["BlockLoss", "DFlashTraining", "DSparkTraining", "TrainableBlock"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLoss:
+    """What a block learns from: weights of the terms (DSpark, equation 11, and two more by name), and of the places."""
+
+    cross_entropy: float = 0.1
+    total_variation: float = 0.9
+    confidence: float = 1.0
+    soft_cross_entropy: float = 0.0
+    negative_log_acceptance: float = 0.0
+    gamma: float | None = 4.0
+    """Place k of a block weighs exp(-k / gamma)."""
+    anchors: int = 64
+    """The most blocks learnt from one text in one epoch."""
+
+
+class TrainableBlock(TrainableNet):
+    """A block over injected context, and the heads its design asks for."""
+
+    def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel, loss: BlockLoss) -> None:
+        super().__init__(checkpoint, target)
+        design = checkpoint.design
+        assert isinstance(design, BlockDesign)
+        self.design, self.weights = design, loss
+        config = self.stack.config
+        width, rank = config.hidden_size, design.markov_rank
+        self.fc = linear(len(self.aux_layers) * target.spec.hidden_size, width)
+        self.hidden_norm = Norm(width, config.norm_eps)
+        self.markov = nn.ModuleDict()
+        if rank:
+            self.markov["w1"] = linear(rank, checkpoint.vocab_size)
+            self.markov["w2"] = linear(rank, checkpoint.draft_vocab_size)
+        if rank and design.markov_head == "gated":
+            self.markov["gate"] = linear(width + rank, rank, bias=True)
+        if rank and design.markov_head == "rnn":
+            self.markov["joint"] = linear(2 * rank + width, 3 * rank, bias=True)
+        self.confidence = None
+        if design.confidence:
+            self.confidence = linear(width + (rank if design.confidence_with_markov else 0), 1, bias=True)
+        self.frozen.fill(self)
+
+    def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
+        """Anchors: answer tokens that another one follows. Rows: the places in their reach."""
+        chosen: list[int] = []
+        answers = texts.answers.tolist()
+        for key, (begin, end) in zip(texts.keys, texts.spans(), strict=True):
+            # An anchor at a text's beginning has no context at all, which no draft will ever be made from.
+            possible = [i for i in range(begin + 1, end - 1) if answers[i] and answers[i + 1]]
+            if len(possible) > self.weights.anchors:
+                possible = sorted(random.Random(f"{key} {epoch}").sample(possible, self.weights.anchors))
+            chosen += possible
+        anchors = torch.tensor(chosen, dtype=torch.int64)
+        valid = self._valid(texts, anchors)
+        return anchors, self._places(anchors)[valid].unique()
+
+    def loss(self, batch: FeatureBatch) -> Loss:
+        """Sums over all drafts of all blocks, each with its place's weight."""
+        texts, weights = batch.texts, self.weights
+        valid = self._valid(texts, batch.anchors)
+        rows = self._places(batch.anchors)[valid]
+        place = position_weights(self.design.drafts, weights.gamma).expand(valid.shape)[valid]  # [n]
+        logits, sure = self.predict(batch)
+        distributions, drafted = self.frozen.distribution(batch.logits), self.frozen.draft_ids(texts.tokens[rows + 1])
+        hard, variation, soft = divergence(logits, distributions, torch.searchsorted(batch.rows, rows), drafted)
+        terms = {
+            "cross_entropy": hard,
+            "total_variation": variation,
+            "soft_cross_entropy": soft,
+            "negative_log_acceptance": negative_log_acceptance(variation),
+        }
+        if sure is not None:
+            accepted = (1 - variation.detach() / 2).clamp(0, 1)
+            terms["confidence"] = F.binary_cross_entropy_with_logits(sure, accepted, reduction="none")
+        parts = {name: (place * term).sum() for name, term in terms.items()}
+        used = [getattr(weights, name) * part for name, part in parts.items() if getattr(weights, name)]
+        parts["acceptance"] = (place * (1 - variation / 2)).sum()
+        return Loss(torch.stack(used).sum(), {name: part.detach() for name, part in parts.items()}, place.sum())
+
+    def predict(self, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
+        """Logits of every draft that counts, block by block, and of its confidence where there is that head.
+        [n, Vd], [n]"""
+        valid = self._valid(batch.texts, batch.anchors)
+        hidden = self._block(batch)  # [A, K, D]
+        known = self._places(batch.anchors).clamp(max=len(batch.texts.tokens) - 1)
+        latent, before = self._markov(batch.texts.tokens[known], hidden)
+        logits = self.frozen.unembed(hidden[valid])
+        if latent is not None:
+            logits = logits + self.markov["w2"](latent[valid])
+        return logits, None if self.confidence is None else self._confidence(hidden, before)[valid]
+
+    # -------------------------------------------------------------------------------------------- parts
+
+    def _places(self, anchors: Tensor) -> Tensor:
+        """Where the target's distribution of each draft stands: draft k follows the token at anchor + k. int64 [A, K]"""
+        return anchors[:, None] + torch.arange(self.design.drafts)
+
+    def _valid(self, texts: TokenBatch, anchors: Tensor) -> Tensor:
+        """Drafts whose token, and all before it in the block, are the answer's. bool [A, K]"""
+        following = self._places(anchors) + 1
+        ends = texts.offsets[torch.searchsorted(texts.offsets, anchors, right=True)]
+        inside = following < ends[:, None]
+        answer = texts.answers[following.clamp(max=len(texts.tokens) - 1)]
+        return (inside & answer).cumprod(1).bool()
+
+    def _block(self, batch: FeatureBatch) -> Tensor:
+        """Hidden states of the slots that predict, after the final norm. [A, K, D]"""
+        texts, anchors, slots = batch.texts, batch.anchors, self.design.block_size
+        starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
+        context = self.hidden_norm(self.fc(batch.features))
+        context_angles = self.stack.angles(torch.arange(len(texts.tokens)) - starts)
+        tokens = torch.full((len(anchors), slots), self.design.mask_token_id)
+        tokens[:, 0] = texts.tokens[anchors]
+        attention = BlockAttention(texts, anchors, slots)
+
+        def attend(layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            own = cast(LearnedLayer, self.stack.layers[layer])
+            return attention(config, q, k, v, *own.keys_values(context, context_angles[config.rope]))
+
+        positions = (anchors - starts[anchors])[:, None] + torch.arange(slots)
+        x = self.frozen.embed(tokens.flatten())
+        _, hidden = self.stack(x, positions.flatten(), attend)
+        first = 0 if self.design.sample_from_anchor else 1
+        return hidden.view(len(anchors), slots, -1)[:, first:]
+
+    def _markov(self, previous: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What W2 makes the bias of, and W1 of the token before, along the true path. int64 [A, K] -> [A, K, r]"""
+        if not self.design.markov_rank:
+            return None, None
+        before = F.embedding(previous, cast(nn.Linear, self.markov["w1"]).weight)
+        if self.design.markov_head == "vanilla":
+            return before, before
+        if self.design.markov_head == "gated":
+            return torch.sigmoid(self.markov["gate"](torch.cat([hidden, before], -1))) * before, before
+        state, outputs = torch.zeros_like(before[:, 0]), []
+        for k in range(hidden.shape[1]):
+            joint = self.markov["joint"](torch.cat([state, before[:, k], hidden[:, k]], -1))
+            gate, candidate, out = joint.chunk(3, -1)
+            state = torch.sigmoid(gate) * state + (1 - torch.sigmoid(gate)) * torch.tanh(candidate)
+            outputs.append(torch.tanh(out))
+        return torch.stack(outputs, 1), before
+
+    def _confidence(self, hidden: Tensor, before: Tensor | None) -> Tensor:
+        """Logits. [A, K]"""
+        assert self.confidence is not None
+        states = hidden
+        if self.design.confidence_with_markov:
+            assert before is not None
+            states = torch.cat([hidden, before], -1)
+        logits: Tensor = self.confidence(states)[..., 0].float()
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class DSparkTraining:
+    """A new DSpark drafter."""
+
+    layers: int = 1
+    """Layers of the block. The paper takes 5 for targets of 36; small targets want 1 or 2."""
+    block_size: int = 7
+    """Slots of a block, and drafts of a round."""
+    target_layers: tuple[int, ...] | None = None
+    """Layers of the target it reads, counted from 0; None: ``aux_layers`` of them, spread evenly."""
+    aux_layers: int = 5
+    intermediate_size: int | None = None
+    """Width of its MLPs; None: the target's."""
+    markov_rank: int = 256
+    """0: no Markov head."""
+    markov_head: MarkovHead = "vanilla"
+    confidence: bool = True
+    confidence_with_markov: bool = True
+    mask_token_id: int | None = None
+    """Fills the slots behind the anchor; None: the tokenizer's mask token, else an id that no text uses."""
+    warm: bool = True
+    """Start from the target's layers behind the last aux_layer, where they fit; else from random weights."""
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    """Options of ``BlockLoss``."""
+
+    def start(
+        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+    ) -> TrainableBlock:
+        """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start.
+
+        Raises InvalidRequest for options that do not fit the target.
+        """
+        design = BlockDesign(
+            block_size=self.block_size,
+            mask_token_id=mask_token(self.mask_token_id, target.spec, tokens),
+            sample_from_anchor=True,
+            markov_rank=self.markov_rank,
+            markov_head=self.markov_head,
+            confidence=self.confidence,
+            confidence_with_markov=self.confidence and self.confidence_with_markov and self.markov_rank > 0,
+        )
+        decoder = draft_decoder(config, target.spec, layers=self.layers, intermediate=self.intermediate_size)
+        aux_layers = tuple(self.target_layers) if self.target_layers else None
+        checkpoint = new_checkpoint(design, decoder, target.spec, aux_layers, self.aux_layers)
+        module = TrainableBlock(checkpoint, target, build(BlockLoss, self.loss, f"loss of {design.kind}"))
+        if self.warm and layers is not None:
+            start_warm(module, module.hidden_norm, layers)
+        return module
+
+
+@dataclass(frozen=True, slots=True)
+class DFlashTraining(DSparkTraining):
+    """A new DFlash drafter: no heads, and its own loss, the cross-entropy alone."""
+
+    markov_rank: int = 0
+    confidence: bool = False
+    loss: Mapping[str, Any] = field(default_factory=lambda: {"cross_entropy": 1.0, "total_variation": 0.0})

@@ -1,0 +1,103 @@
+"""What a drafter in training takes from its target and never changes, and the way from a checkpoint and back.
+
+n rows, D width, V target vocabulary, Vd draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from outrider.checkpoints import DraftCheckpoint
+from outrider.errors import CheckpointError
+from outrider.types import TargetModel
+
+__all__ = ["Frozen"]
+
+PROBE = 2.0**-6  # small enough for a soft cap to be straight, and a power of two so that nothing is rounded
+CHUNK = 256
+
+
+class Frozen:
+    """Embedding, head and vocabulary. No parameters: neither optimiser nor checkpoint of the run sees them."""
+
+    def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel) -> None:
+        self._given, self._target = checkpoint, target
+        tensors = checkpoint.tensors
+        self._softcap = checkpoint.stack(head=True).logit_softcap
+        self._embedding = tensors["embed.weight"].float() if "embed.weight" in tensors else None
+        self._scale = checkpoint.stack(head=False).embedding_scale
+        self._ids: Tensor | None = None
+        self._draft_id: Tensor | None = None
+        if checkpoint.reduced:
+            if "d2t" not in tensors:
+                raise CheckpointError("a reduced draft vocabulary needs d2t, which the drafter to be trained lacks")
+            self._ids = tensors["d2t"].long() + torch.arange(checkpoint.draft_vocab_size)
+            self._draft_id = torch.full((checkpoint.vocab_size,), -1).scatter_(
+                0, self._ids, torch.arange(checkpoint.draft_vocab_size)
+            )
+        if "head.weight" in tensors:
+            self.head = tensors["head.weight"].float()
+        else:
+            self.head = self._probe() if self._ids is None else self._probe()[self._ids]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [n] -> [n, D]"""
+        if self._embedding is None:
+            return self._target.embed(tokens).float().clone()
+        return F.embedding(tokens, self._embedding) * self._scale
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """States after the final norm to base logits. [n, D] -> [n, Vd]"""
+        logits = F.linear(hidden, self.head)
+        return torch.tanh(logits.float() / self._softcap) * self._softcap if self._softcap else logits
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """The target's distribution at temperature 1 of the tokens that can be drafted. [n, V] -> [n, Vd]"""
+        distribution = logits.float().softmax(-1)
+        return distribution if self._ids is None else distribution[:, self._ids]
+
+    def draft_ids(self, tokens: Tensor) -> Tensor:
+        """Draft ids of target ids, -1 where there is none. int64 [n] -> [n]"""
+        return tokens if self._draft_id is None else self._draft_id[tokens]
+
+    def _probe(self) -> Tensor:
+        """The target's head as a matrix [V, D], from what it makes of unit vectors."""
+        units = torch.eye(self._target.spec.hidden_size, dtype=self._target.spec.dtype) * PROBE
+        columns = [self._target.unembed(part).float() / PROBE for part in units.split(CHUNK)]
+        return torch.cat(columns).T.contiguous()
+
+    # -------------------------------------------------------------------------------------------- weights
+
+    def fill(self, module: nn.Module) -> None:
+        """Take over the weights that the checkpoint has; a fresh one has none."""
+        tensors = self._given.tensors
+        if "fc.weight" not in tensors:
+            return
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(tensors[_neutral(name)])
+
+    def checkpoint(self, module: nn.Module) -> DraftCheckpoint:
+        """The module's weights in place of the given checkpoint's; its frozen tensors stay."""
+        learnt = {_neutral(name): _whole(parameter) for name, parameter in module.named_parameters()}
+        return replace(self._given, tensors={**self._given.tensors, **learnt})
+
+    def filled(self, checkpoint: DraftCheckpoint) -> DraftCheckpoint:
+        """With the target's embedding and head among the tensors, as DeepSpec's files have them."""
+        every = torch.arange(checkpoint.vocab_size)
+        frozen = {"embed.weight": self.embed(every) / self._scale, "head.weight": self.head}
+        return replace(checkpoint, tensors={**frozen, **checkpoint.tensors})
+
+
+def _neutral(name: str) -> str:
+    return name.removeprefix("stack.")
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A copy, gathered where it is sharded."""
+    gather = getattr(parameter, "full_tensor", None)
+    return (parameter if gather is None else gather()).detach().clone()

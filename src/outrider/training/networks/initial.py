@@ -1,0 +1,98 @@
+"""A drafter that has not learnt anything yet: its shape follows from the target's config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from outrider import registry
+from outrider.checkpoints import DraftCheckpoint, TargetFacts
+from outrider.checkpoints.checkpoint import Design
+from outrider.config import build
+from outrider.errors import InvalidRequest, nearest
+from outrider.types import TargetSpec
+
+__all__ = ["draft_decoder", "mask_token", "new_checkpoint", "spread_aux_layers", "training_of"]
+
+COPIED = ("rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings", "hidden_act")
+
+
+def draft_decoder(
+    config: Mapping[str, Any], spec: TargetSpec, *, layers: int, intermediate: int | None
+) -> dict[str, Any]:
+    """Hugging Face config of the drafter's layers: Qwen3's, in the target's width, as the peers' drafters have it.
+
+    ``config`` is the target's. Raises InvalidRequest.
+    """
+    if layers < 1:
+        raise InvalidRequest(f"layers of a drafter must be at least 1, got {layers}")
+    own = {**config, **config.get("text_config", {})}
+    heads = own.get("num_attention_heads") or max(1, spec.hidden_size // 64)
+    decoder = {key: own[key] for key in COPIED if own.get(key) is not None}
+    if "rope_parameters" in decoder and "rope_theta" not in decoder["rope_parameters"]:  # one set a layer type
+        sets = decoder["rope_parameters"]
+        decoder["rope_parameters"] = sets.get("full_attention") or next(iter(sets.values()))
+    return decoder | {
+        "model_type": "qwen3",
+        "hidden_act": decoder.get("hidden_act", "silu"),
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": intermediate or own.get("intermediate_size") or 4 * spec.hidden_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": own.get("num_key_value_heads") or heads,
+        "head_dim": own.get("head_dim") or spec.hidden_size // heads,
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention"] * layers,
+        "max_position_embeddings": spec.max_positions,
+        "vocab_size": spec.vocab_size,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+    }
+
+
+def new_checkpoint(
+    design: Design, decoder: dict[str, Any], spec: TargetSpec, target_layers: tuple[int, ...] | None, aux_layers: int
+) -> DraftCheckpoint:
+    """No tensors: embedding and head are the target's, the rest is drawn at random when training starts."""
+    return DraftCheckpoint(
+        design=design,
+        decoder=decoder,
+        target_layers=target_layers or spread_aux_layers(spec.num_layers, aux_layers),
+        target=TargetFacts(hidden_size=spec.hidden_size, num_layers=spec.num_layers, name=spec.name or None),
+        draft_vocab_size=spec.vocab_size,
+        format="fresh",
+    )
+
+
+def spread_aux_layers(layers: int, aux_layers: int) -> tuple[int, ...]:
+    """``aux_layers`` layers spread evenly from the second to the one before the last (which cannot be auxiliary)."""
+    low, high = min(1, layers - 2), layers - 2
+    if aux_layers < 1 or high < 0:
+        raise InvalidRequest(f"a target of {layers} layers cannot give features of {aux_layers} layers")
+    spread = (round(low + i * (high - low) / max(1, aux_layers - 1)) for i in range(aux_layers))
+    return tuple(dict.fromkeys(spread))
+
+
+def mask_token(given: int | None, spec: TargetSpec, tokens: Mapping[str, int]) -> int:
+    """The token that stands for what is not known yet: given, one named like a mask, or an id that no text uses.
+
+    ``tokens``: the tokenizer's entries. Raises InvalidRequest.
+    """
+    if given is not None:
+        return given
+    named = [token for token in ("<|mask|>", "<|MASK|>", "[MASK]", "<mask>") if token in tokens]
+    if named:
+        return tokens[named[0]]
+    unused = set(range(spec.vocab_size)) - set(tokens.values())
+    if not unused:
+        raise InvalidRequest("the tokenizer uses every id and names no mask token; set mask_token_id to a rare one")
+    return min(unused)
+
+
+def training_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:
+    """How a new drafter of a kind starts (the catalogue of trainers), with the options of a run's ``drafter``; ``where``
+    begins messages. Raises InvalidRequest."""
+    registry.find("drafter", kind)  # an unknown name has an error of its own
+    trained = registry.names("trainer")
+    if kind not in trained:
+        raise InvalidRequest(f"{where}drafter {kind!r} cannot be trained; {nearest(kind, trained)}")
+    return build(registry.find("trainer", kind), drafter, f"{where}drafter {kind!r}")

@@ -1,0 +1,58 @@
+"""What the target makes of training texts: its features, and its distribution where a loss asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from outrider.training.dataset import Text, pack
+from outrider.training.networks.batch import FeatureBatch, TrainableDrafter
+from outrider.types import KVCache, RaggedBatch, TargetModel
+
+__all__ = ["FeatureSource", "TargetRunner"]
+
+
+class FeatureSource(Protocol):
+    """The target itself, or what was kept of it."""
+
+    def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
+        """What a drafter learns from these texts in one epoch."""
+        ...
+
+
+class TargetRunner:
+    """The target in the same process: one pass a pack, nothing is stored."""
+
+    def __init__(self, target: TargetModel, length: int) -> None:
+        """``length``: the most tokens of a text."""
+        self._target, self._length = target, length
+        self._memory: KVCache | None = None
+        self._slots: list[int] = []
+
+    def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
+        """What a drafter learns from these texts in one epoch."""
+        packed = pack(texts)
+        anchors, rows = drafter.wanted(packed, epoch)
+        features, logits = self._read(texts, drafter.aux_layers, rows)
+        return FeatureBatch(packed, anchors, rows, features, logits)
+
+    @torch.inference_mode()
+    def _read(self, texts: Sequence[Text], aux_layers: tuple[int, ...], rows: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self._room(len(texts))
+        slots = self._slots[: len(texts)]
+        batch = RaggedBatch.pack([text.tokens for text in texts], [0] * len(texts), slots)
+        output = self._target.forward(batch, memory, aux_layers, rows)
+        memory.rewind(torch.tensor(slots), torch.zeros(len(slots), dtype=torch.int64))
+        with torch.inference_mode(False):  # what enters autograd must be an ordinary tensor
+            features = output.features
+            empty = torch.zeros(len(batch.tokens), 0)
+            return empty if features is None else features.float().clone(), output.logits.float().clone()
+
+    def _room(self, rows: int) -> KVCache:
+        if self._memory is None or len(self._slots) < rows:
+            self._memory = self._target.new_cache(rows, self._length)
+            self._slots = [self._memory.open() for _ in range(rows)]
+        return self._memory

@@ -1,0 +1,61 @@
+"""What ``auto`` means for the packaged target: measured once, remembered, measured anew when something changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from outrider import LLM
+from outrider.engine import auto
+from outrider.files import resolve_model
+
+DRAFTERS = ("dspark", "dflash", "eagle3")
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(auto, "TOKENS", 4)
+    return tmp_path / "outrider" / "choices"
+
+
+def test_the_fastest_is_measured_once(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = LLM("embedded").drafter_name
+    (file,) = kept.iterdir()
+    found = json.loads(file.read_text())
+    speedups = found["speedup_over_plain"]
+
+    assert first == found["fastest"] == max(speedups, key=lambda name: speedups[name])
+    assert set(speedups) == {"none", "suffix", "draft_model", *DRAFTERS}
+    monkeypatch.setattr(auto, "_measure", lambda llm, candidates: pytest.fail("measured again"))
+    assert LLM("embedded").drafter_name == first
+
+
+def test_plain_decoding_wins_where_nothing_is_faster(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slower = {"none": 1.0, "suffix": 0.9, "draft_model": 0.8}
+    monkeypatch.setattr(auto, "_measure", lambda llm, candidates: slower)
+    assert LLM("embedded").drafter_name == "none"
+
+
+def test_a_damaged_memory_is_measured_anew(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "_measure", lambda llm, candidates: {"none": 1.0, "suffix": 2.0})
+    LLM("embedded")
+    (file,) = kept.iterdir()
+    file.write_text("{broken")
+    assert LLM("embedded").drafter_name == "suffix"
+    assert json.loads(file.read_text())["fastest"] == "suffix"
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_packaged_drafters_draft_for_the_packaged_target(kind: str) -> None:
+    llm = LLM("embedded", kind)
+    output = llm.generate("Question: Tom has 3 boxes with 4 pens each. How many pens has he?\nAnswer:")[0]
+    assert output.stats.drafted > 0 and output.stats.accepted > 0
+    assert (resolve_model(f"embedded-{kind}") / "README.md").is_file()
+
+
+def test_packaged_drafters_are_small() -> None:
+    files = [file for kind in DRAFTERS for file in resolve_model(f"embedded-{kind}").iterdir()]
+    assert sum(file.stat().st_size for file in files) < 20_000_000

@@ -1,0 +1,306 @@
+"""Drafters with gradients: the peers' losses (skipped where the golden folder is absent), and that what is trained is
+what drafts."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from outrider import checkpoints, registry
+from outrider.config import LayerConfig, RopeConfig
+from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
+from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from outrider.drafters.mtp import MTPConfig, MTPDrafter
+from outrider.errors import InvalidRequest
+from outrider.files import read_config, resolve_model
+from outrider.models.loading import load_backend, load_layers, load_target
+from outrider.training.dataset import Text
+from outrider.training.networks import (
+    AutoregressiveLoss,
+    BlockLoss,
+    DFlashTraining,
+    DraftModelTraining,
+    DSparkTraining,
+    Eagle3Training,
+    MTPTraining,
+    TrainableAutoregressive,
+    TrainableBlock,
+)
+from outrider.training.networks.batch import FeatureBatch, TokenBatch
+from outrider.training.networks.block_attention import BlockAttention
+from outrider.training.networks.initial import mask_token, spread_aux_layers
+from outrider.training.target_runner import TargetRunner
+from outrider.types import RaggedBatch, TargetModel
+
+GOLDEN = Path(os.environ.get("OUTRIDER_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+LOSSES = GOLDEN / "loss" / "loss_golden.json"
+CASES: dict[str, dict[str, Any]] = json.loads(LOSSES.read_text())["cases"] if LOSSES.exists() else {}
+VOCABULARY = {f"t{i}": i for i in range(4096)} | {"<|mask|>": 1}
+
+
+@pytest.fixture(scope="module")
+def target() -> TargetModel:
+    return load_target("embedded", dtype="float32", backend="reference")
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return read_config(resolve_model("embedded"))
+
+
+def texts() -> list[Text]:
+    generator = torch.Generator().manual_seed(3)
+    draw = [torch.randint(2, 4096, (n,), generator=generator).tolist() for n in (23, 31, 17)]
+    return [Text(str(i), "", tuple(tokens), 5 + i) for i, tokens in enumerate(draw)]
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Weights large enough for every part to matter."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+# ------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("name", CASES or [pytest.param("", marks=pytest.mark.skip(reason=f"no {LOSSES}"))])
+def test_losses_and_gradients_are_the_peers(name: str) -> None:
+    case, batch = CASES[name], load_file(LOSSES.parent / "batch.safetensors")
+    own = load_file(LOSSES.parent / f"{name}.safetensors")
+    checkpoint = checkpoints.load(GOLDEN / case["checkpoint"])
+    folder = json.loads((GOLDEN / case["checkpoint"] / "golden.json").read_text())["target"]
+    target = load_target(GOLDEN / folder, dtype="float32", backend="reference")
+    chain = "ttt_length" in case
+    rows, length = batch["input_ids"].shape
+    inside = own["attention_mask"].bool() if chain else torch.ones(rows, length, dtype=torch.bool)
+    answers = (own if chain else batch)["loss_mask"].bool()[inside]
+    offsets = torch.tensor([0, *inside.sum(1).cumsum(0).tolist()])
+    packed = TokenBatch(batch["input_ids"][inside], offsets, answers, tuple(range(rows)))
+    module: TrainableBlock | TrainableAutoregressive
+    if chain:
+        module = TrainableAutoregressive(checkpoint, target, AutoregressiveLoss(decay=case["step_loss_decay"]))
+        anchors = torch.cat([torch.arange(begin, end - 1) for begin, end in packed.spans()])
+        features = own["target_hidden_states"][inside]
+    else:
+        loss = BlockLoss(
+            cross_entropy=case["ce_loss_alpha"],
+            total_variation=case["l1_loss_alpha"],
+            confidence=case["confidence_head_alpha"],
+            gamma=case["loss_decay_gamma"],
+        )
+        module = TrainableBlock(checkpoint, target, loss)
+        anchors = (batch["anchor_positions"] + offsets[:-1, None])[batch["block_keep_mask"]]
+        features = batch["target_hidden_states"][inside]
+    logits = batch["target_last_hidden_states"][inside] @ module.frozen.head.T
+
+    got = module.loss(FeatureBatch(packed, anchors, torch.arange(len(packed.tokens)), features, logits))
+    got.total.backward()
+    weight = float(rows * length) if chain else float(got.weight)  # the peer's EAGLE-3 divides by all places
+
+    assert float(got.total.detach()) / weight == pytest.approx(case["total_loss"], abs=1e-4)
+    for part, key in (("cross_entropy", "ce"), ("total_variation", "l1"), ("confidence", "confidence")):
+        if case.get(f"{key}_loss") and part in got.parts:
+            assert float(got.parts[part]) / weight == pytest.approx(case[f"{key}_loss"], abs=1e-4)
+    names = checkpoints.tensor_names(checkpoint)
+    seen = set()
+    for name_, parameter in module.named_parameters():
+        file = names[name_.removeprefix("stack.")]
+        assert parameter.grad is not None
+        assert float(parameter.grad.norm()) / weight == pytest.approx(case["grad_norms"][file], rel=1e-3, abs=1e-5)
+        if f"grad.{file}" in own:
+            torch.testing.assert_close(parameter.grad / weight, own[f"grad.{file}"], rtol=1e-3, atol=1e-5)
+        seen.add(file)
+    assert seen == set(case["grad_norms"])
+
+
+# ------------------------------------------------------------------------------------------------ training, drafting
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        DSparkTraining(layers=2, block_size=5, markov_rank=8),
+        DSparkTraining(block_size=4, markov_rank=8, markov_head="gated", confidence_with_markov=False),
+        DSparkTraining(block_size=4, markov_rank=8, markov_head="rnn", target_layers=(0, 6)),
+        DFlashTraining(block_size=4),
+    ],
+    ids=["vanilla", "gated", "rnn", "dflash"],
+)
+def test_a_block_in_training_is_the_block_that_drafts(
+    training: DSparkTraining, target: TargetModel, config: dict[str, Any]
+) -> None:
+    module = shaken(training.start(target, config, VOCABULARY))
+    assert isinstance(module, TrainableBlock)
+    some = texts()
+    batch = TargetRunner(target, 64).batch(some, module, epoch=0)
+    valid = module._valid(batch.texts, batch.anchors)
+    with torch.no_grad():
+        logits, sure = module.predict(batch)
+    drafter = DSparkDrafter(
+        module.snapshot(),
+        target,
+        load_backend("reference", "float32"),
+        config=DSparkConfig("", training.block_size),
+        dtype=torch.float32,
+        max_rows=1,
+    )
+
+    checked = 0
+    ends = valid.sum(1).cumsum(0).tolist()
+    for anchor, begin, end in list(zip(batch.anchors.tolist(), [0, *ends], ends, strict=False))[::5]:
+        text = next(i for i, (_, stop) in enumerate(batch.texts.spans()) if anchor < stop)
+        start = batch.texts.spans()[text][0]
+        context = list(some[text].tokens[: anchor - start])
+        drafter.open(0, 64)
+        drafter.observe(RaggedBatch.pack([context], [0], [0]), batch.features[start:anchor])
+        path = batch.texts.tokens[anchor : anchor + end - begin][None]
+        expected, confidence = drafter.follow([0], path)
+        drafter.close(0)
+        torch.testing.assert_close(logits[begin:end], expected[0], rtol=1e-3, atol=1e-3)
+        if sure is not None and confidence is not None:
+            torch.testing.assert_close(sure[begin:end], confidence[0], rtol=1e-3, atol=1e-3)
+        checked += 1
+    assert checked > 5
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+def test_a_chain_in_training_is_the_chain_that_drafts(
+    kind: str, target: TargetModel, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Eagle3Training(depth=4, target_layers=(1, 4)) if kind == "eagle3" else MTPTraining(depth=3)
+    module = shaken(training.start(target, config, VOCABULARY))
+    assert isinstance(module, TrainableAutoregressive)
+    some = texts()
+    batch = TargetRunner(target, 64).batch(some, module, epoch=0)
+    made: list[torch.Tensor] = []
+    unembed = module.frozen.unembed
+    monkeypatch.setattr(module.frozen, "unembed", lambda hidden: made.append(unembed(hidden)) or made[-1])
+    module.loss(batch)
+    make, options = (Eagle3Drafter, Eagle3Config) if kind == "eagle3" else (MTPDrafter, MTPConfig)
+    drafter = make(
+        module.snapshot(),
+        target,
+        load_backend("reference", "float32"),
+        config=options(""),
+        dtype=torch.float32,
+        max_rows=1,
+    )
+
+    steps = module.design.drafts
+    for text, (begin, end) in enumerate(batch.texts.spans()):
+        for start in range(begin + some[text].prompt_length, end - steps - 1, 4):
+            drafter.open(0, 64)
+            context = list(some[text].tokens[: start + 1 - begin])
+            drafter.observe(RaggedBatch.pack([context], [0], [0]), batch.features[begin : start + 1])
+            path = batch.texts.tokens[start + 1 : start + 1 + steps][None]
+            expected, _ = drafter.follow([0], path)
+            drafter.close(0)
+            for k in range(steps):
+                valid = batch.anchors[module._valid(batch.texts, batch.anchors, k)]
+                row = int((valid == start).nonzero()[0, 0])
+                torch.testing.assert_close(made[k][row].detach(), expected[0, k], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [DSparkTraining(markov_rank=8), Eagle3Training(depth=3), DraftModelTraining()])
+def test_a_pack_changes_nothing(training: Any, target: TargetModel, config: dict[str, Any]) -> None:
+    """Texts side by side give the sum of what each gives alone: no text sees another."""
+    torch.manual_seed(0)
+    module = training.start(target, config, VOCABULARY)
+    target_runner, some = TargetRunner(target, 64), texts()
+    together = module.loss(target_runner.batch(some, module, epoch=1))
+    alone = [module.loss(target_runner.batch([text], module, epoch=1)) for text in some]
+
+    assert float(together.weight) == pytest.approx(sum(float(loss.weight) for loss in alone))
+    assert float(together.total.detach()) == pytest.approx(sum(float(loss.total.detach()) for loss in alone), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_kernel_for_gpus_has_the_same_mask(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(5)
+    packed = TokenBatch(torch.zeros(30).long(), torch.tensor([0, 12, 30]), torch.ones(30).bool(), (0, 1))
+    anchors, slots = torch.tensor([3, 9, 14, 22]), 4
+    layer = LayerConfig(4, 2, 16, 32, RopeConfig((1.0,) * 8), window=window)
+
+    def draw(rows: int, heads: int) -> torch.Tensor:
+        return torch.randn(rows, heads, 16, generator=generator)
+
+    given = draw(16, 4), draw(16, 2), draw(16, 2), draw(30, 2), draw(30, 2)
+    attention = BlockAttention(packed, anchors, slots)
+    torch.testing.assert_close(attention._flex(layer, *given), attention._by_text(layer, *given))
+
+
+# ------------------------------------------------------------------------------------------------ choices
+
+
+def test_a_warm_start_sees_the_context_as_the_target_does(target: TargetModel, config: dict[str, Any]) -> None:
+    """Keys and values of the context are those of the target's layer behind the aux_layer."""
+    layers = load_layers("embedded")
+    assert layers is not None
+    training = DSparkTraining(layers=1, markov_rank=4, target_layers=(1, 3))
+    module = training.start(target, config, VOCABULARY, layers)
+    batch = TargetRunner(target, 64).batch(texts()[:1], module, 0)
+    config4, weights = layers[0], layers[1]
+    state = batch.features[:, -config4.hidden_size :]
+    normed = torch.nn.functional.rms_norm(state, state.shape[-1:], weights["layers.4.input_norm.weight"], 1e-6)
+    expected = (normed @ weights["layers.4.v.weight"].T).unflatten(1, (-1, 64))
+    angles = module.stack.angles(torch.arange(len(state)))[config4.layers[4].rope]
+    _, values = module.stack.layers[0].keys_values(module.hidden_norm(module.fc(batch.features)), angles)
+
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+    for kind in (Eagle3Training(target_layers=(1, 3)), MTPTraining(), DFlashTraining(layers=2, target_layers=(1, 3))):
+        module = kind.start(target, config, VOCABULARY, layers)
+        loss = module.loss(TargetRunner(target, 64).batch(texts(), module, 0))
+        assert bool(loss.total.isfinite())
+        first = max(aux_layer for aux_layer in module.aux_layers if aux_layer < 8 - len(module.stack.layers)) + 1
+        assert torch.equal(module.stack.layers[0].down.weight, weights[f"layers.{first}.down.weight"])
+
+
+def test_anchors_depend_on_the_text_and_the_epoch_alone(target: TargetModel, config: dict[str, Any]) -> None:
+    module = DSparkTraining(markov_rank=0, confidence=False, loss={"anchors": 3}).start(target, config, VOCABULARY)
+    target_runner, some = TargetRunner(target, 64), texts()
+    first = target_runner.batch(some, module, 0)
+    alone = target_runner.batch([some[1]], module, 0)
+    later = target_runner.batch(some, module, 1)
+    begin, end = first.texts.spans()[1]
+    inside = first.anchors[(first.anchors >= begin) & (first.anchors < end)] - begin
+
+    assert len(first.anchors) == 9
+    assert torch.equal(inside, alone.anchors)
+    assert not torch.equal(first.anchors, later.anchors)
+    assert all(bool(first.texts.answers[a]) for a in first.anchors)
+
+
+def test_every_trainable_kind_is_in_the_catalogue() -> None:
+    kinds = registry.names("trainer")
+    assert set(kinds) >= {"dspark", "dflash", "eagle3", "mtp", "draft_model"}
+
+
+def test_taps_and_mask_tokens(target: TargetModel) -> None:
+    assert spread_aux_layers(36, 5) == (1, 9, 18, 26, 34)
+    assert spread_aux_layers(8, 3) == (1, 4, 6)
+    assert spread_aux_layers(2, 3) == (0,)
+    with pytest.raises(InvalidRequest, match="cannot give features"):
+        spread_aux_layers(1, 3)
+    assert mask_token(None, target.spec, VOCABULARY) == 1
+    assert mask_token(7, target.spec, VOCABULARY) == 7
+    assert mask_token(None, target.spec, {"a": 0, "b": 1}) == 2
+    with pytest.raises(InvalidRequest, match="mask_token_id"):
+        mask_token(None, target.spec, {str(i): i for i in range(4096)})
+
+
+def test_wrong_options_are_refused(target: TargetModel, config: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="did you mean 'gamma'"):
+        DSparkTraining(loss={"gama": 1}).start(target, config, VOCABULARY)
+    with pytest.raises(InvalidRequest, match="layers"):
+        DSparkTraining(layers=0).start(target, config, VOCABULARY)

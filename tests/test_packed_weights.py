@@ -1,0 +1,88 @@
+"""Quantised weights kept on disk: the same bits as packing anew, and damage never trusted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from outrider.backends import packed_weights
+from outrider.backends.native import available
+from outrider.files import resolve_model
+from outrider.models.loading import load_target
+from outrider.types import RaggedBatch
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native core is not built")
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and a model small enough for tests counts as slow."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(packed_weights, "SLOW", 0.0)
+    return tmp_path / "cache" / "outrider" / "packed"
+
+
+def logits(model: Path | str, dtype: str) -> torch.Tensor:
+    target = load_target(model, dtype=dtype, backend="native")
+    memory = target.new_cache(1, 16)
+    return target.forward(RaggedBatch.pack([[5, 6, 7, 8]], [0], [memory.open()]), memory).logits
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_kept_weights_are_the_packed_ones(dtype: str, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = logits("embedded-draft", dtype)
+    (file,) = kept.iterdir()
+    written = file.stat().st_mtime_ns
+
+    def fail(*given: object) -> None:
+        raise AssertionError("packed again")
+
+    monkeypatch.setattr("outrider.backends.native._pack", fail)
+    assert torch.equal(logits("embedded-draft", dtype), first)
+    assert file.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign"])
+def test_a_damaged_file_is_replaced(damage: str, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = logits("embedded-draft", "int8")
+    (file,) = kept.iterdir()
+    whole = file.read_bytes()
+    if damage == "truncated":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif damage == "flipped":
+        file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 255]) + whole[-8:])
+    else:
+        file.write_bytes(b"something else")
+
+    assert torch.equal(logits("embedded-draft", "int8"), first)
+    monkeypatch.setattr("outrider.backends.native._pack", lambda *given: pytest.fail("packed again"))
+    assert torch.equal(logits("embedded-draft", "int8"), first)
+
+
+def test_changed_weights_are_packed_anew(kept: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(resolve_model("embedded-draft"), model)
+    before = logits(model, "int8")
+    shutil.copyfile(model / "model.safetensors", tmp_path / "copy")
+    (tmp_path / "copy").replace(model / "model.safetensors")  # another file, another time
+
+    assert torch.equal(logits(model, "int8"), before)
+    assert len(list(kept.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weights, "SLOW", 0.0)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="could not be kept"):
+        found = logits("embedded-draft", "int8")
+    assert bool(found.isfinite().all())
+
+
+def test_only_quantised_weights_of_files_are_kept(kept: Path) -> None:
+    logits("embedded-draft", "float32")
+    load_target("embedded-draft", dtype="bfloat16", backend="native")
+    assert not kept.exists()
