@@ -73,7 +73,7 @@ class Guesses:
         tokens = distribution.draw(rng.token_keys(torch.zeros_like(places), places + start, "draft"))
         return Proposal(tokens[None], limit.clone(), None if distribution.is_greedy else distribution)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Nothing to learn."""
 
     def close(self, slot: int) -> None:

@@ -71,12 +71,12 @@ class Rounds:
 
     def __init__(self, target: TargetModel, drafter: DSparkDrafter, context: int, temperature: float) -> None:
         self.target, self.drafter = target, drafter
-        self.memory = target.new_cache(1, context + 64)
-        self.slot = self.memory.open()
+        self.cache = target.new_cache(1, context + 64)
+        self.slot = self.cache.open()
         drafter.open(0, context + 64)
         self.history = torch.randint(5, target.spec.vocab_size, (context + 1,)).tolist()
         batch = RaggedBatch.pack([self.history[:-1]], [0], [self.slot])
-        drafter.observe(batch, target.forward(batch, self.memory, drafter.aux_layers).features)
+        drafter.observe(batch, target.forward(batch, self.cache, drafter.aux_layers).features)
         self.context, self.turn = context, 0
         self.params = SamplingParams(temperature=temperature, seed=1)
         self.head_seconds = 0.0
@@ -107,9 +107,9 @@ class Rounds:
         proposal = self.drafter.propose(torch.tensor([0]), last, context, torch.tensor([DRAFTS]), rng)
         drafted = perf_counter()
         batch = RaggedBatch.pack([[int(last), *proposal.tokens[0].tolist()]], [self.context], [self.slot])
-        self.target.forward(batch, self.memory, self.drafter.aux_layers)
+        self.target.forward(batch, self.cache, self.drafter.aux_layers)
         end = perf_counter()
-        self.memory.rewind(batch.slots, torch.tensor([self.context]))
+        self.cache.rewind(batch.slots, torch.tensor([self.context]))
         return drafted - began, self.head_seconds, end - drafted
 
 

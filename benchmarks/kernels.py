@@ -64,18 +64,18 @@ def load(config: StackConfig, dtype: str, backend: str) -> Stack:
 
 def new_pass(stack: Stack, tokens: int, context: int, width: int) -> Callable[[], None]:
     """A pass over ``tokens`` new tokens behind ``context`` cached ones, without logits, forgotten at once."""
-    memory = stack.new_cache(1, context + tokens)
-    slot = memory.open()
+    cache = stack.new_cache(1, context + tokens)
+    slot = cache.open()
     for start in range(0, context, 512):
         chunk = [0] * min(512, context - start)
-        stack.project(torch.randn(len(chunk), width), RaggedBatch.pack([chunk], [start], [slot]), memory)
+        stack.project(torch.randn(len(chunk), width), RaggedBatch.pack([chunk], [start], [slot]), cache)
     batch = RaggedBatch.pack([[0] * tokens], [context], [slot])
     held, none = torch.tensor([context]), batch.slots[:0]
     hidden = torch.randn(tokens, width)
 
     def run() -> None:
-        stack.forward(batch, memory, hidden=hidden, logits_at=none)
-        memory.rewind(batch.slots, held)
+        stack.forward(batch, cache, hidden=hidden, logits_at=none)
+        cache.rewind(batch.slots, held)
 
     return run
 

@@ -30,20 +30,20 @@ Contender = tuple[str, Callable[[int], Pass]]  # name, and what makes a pass of 
 
 def outrider(shape: str, dtype: str, context: int, backend: str) -> Iterator[Contender]:
     target = random_target(shape, dtype, load_backend(backend, dtype))
-    memory = target.new_cache(1, context + 64)
-    slot = memory.open()
+    cache = target.new_cache(1, context + 64)
+    slot = cache.open()
     for start in range(0, context, 512):
         chunk = [0] * min(512, context - start)
         hidden = torch.randn(len(chunk), target.spec.hidden_size)
-        target.stack.project(hidden, RaggedBatch.pack([chunk], [start], [slot]), memory)
+        target.stack.project(hidden, RaggedBatch.pack([chunk], [start], [slot]), cache)
     held = torch.tensor([context])
 
     def of(tokens: int) -> Pass:
         batch = RaggedBatch.pack([list(range(1, tokens + 1))], [context], [slot])
 
         def run() -> None:
-            target.forward(batch, memory)
-            memory.rewind(batch.slots, held)
+            target.forward(batch, cache)
+            cache.rewind(batch.slots, held)
 
         return run
 

@@ -51,12 +51,12 @@ def documents(path: Path, tokenizer: Tokenizer, window: int) -> list[list[int]]:
 @torch.inference_mode()
 def surprise(target: TargetModel, pieces: Sequence[Sequence[int]]) -> np.ndarray:
     """-log p of each piece's tokens but the first, summed, in nats: float64 [pieces]."""
-    memory = target.new_cache(1, max(map(len, pieces)))
+    cache = target.new_cache(1, max(map(len, pieces)))
     sums = []
     for piece in pieces:
-        slot = memory.open()
-        logits = target.forward(RaggedBatch.pack([piece[:-1]], [0], [slot]), memory).logits
-        memory.close(slot)
+        slot = cache.open()
+        logits = target.forward(RaggedBatch.pack([piece[:-1]], [0], [slot]), cache).logits
+        cache.release(slot)
         sums.append(torch.nn.functional.cross_entropy(logits.double(), torch.tensor(piece[1:]), reduction="sum").item())
     return np.array(sums)
 

@@ -34,7 +34,17 @@ from outrider.evaluation.recording import Question, Recorder, ask
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Scaling
 from outrider.scheduling.online_correction import OnlineCorrection
-from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, SchedulerPolicy, StepCost, TargetOutput
+from outrider.types import (
+    Context,
+    Drafter,
+    Proposal,
+    RaggedBatch,
+    Rng,
+    SchedulerPolicy,
+    StepCost,
+    StepView,
+    TargetOutput,
+)
 
 __all__ = [
     "REALISED",
@@ -153,7 +163,7 @@ class Wrapped:
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         return self.drafter.propose(slots, last, context, limit, rng)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         self.drafter.observe(batch, features)
 
     def close(self, slot: int) -> None:
@@ -215,9 +225,9 @@ class Witness(Recorder):
         self._listener, self._target = listener, target
         self.signals: list[dict[str, list[float]]] = []
 
-    def plan(self, rows: int) -> int:
+    def plan(self, step: StepView) -> Sequence[int]:
         self._listener.heard = None
-        return super().plan(rows)
+        return super().plan(step)
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         if self._ready:

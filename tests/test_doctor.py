@@ -35,7 +35,7 @@ def dense_logits(w: dict[str, Tensor], context: Tensor, seen: Tensor, block: Ten
     """The block's base logits, differentiable: context [N, C, F], seen bool [N, C], block int64 [N, S] -> [N, S, V]."""
     heads, groups, width = 4, 2, 8
     count, size = block.shape
-    memory = norm(context @ w["fc.weight"].T, w["hidden_norm.weight"])
+    cache = norm(context @ w["fc.weight"].T, w["hidden_norm.weight"])
     x = embedding[block]
     ahead = starts[:, None] + torch.arange(size)
     places = torch.cat([torch.arange(context.shape[1]).expand(count, -1), ahead], 1)
@@ -43,7 +43,7 @@ def dense_logits(w: dict[str, Tensor], context: Tensor, seen: Tensor, block: Ten
     for i in range(2):
         layer = {n.split(".")[2]: t for n, t in w.items() if n.startswith(f"layers.{i}.")}
         inner = norm(x, layer["input_norm"])
-        both = torch.cat([memory, inner], 1)
+        both = torch.cat([cache, inner], 1)
 
         def split(states: Tensor, matrix: Tensor, many: int) -> Tensor:
             return (states @ matrix.T).unflatten(-1, (many, width))

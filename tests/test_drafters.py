@@ -22,6 +22,7 @@ from outrider.drafters.draft_model import DraftModelConfig, DraftModelDrafter
 from outrider.drafters.ngram import NgramConfig, NgramDrafter
 from outrider.drafters.suffix import SuffixAutomaton, SuffixConfig, SuffixDrafter
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
+from outrider.models.loading import load_backend
 from outrider.sampling.distribution import process
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec
@@ -31,7 +32,7 @@ V = 5
 # ------------------------------------------------------------------------------------------ a language model to test on
 
 
-class PrefixMemory:
+class PrefixCache:
     """Holds the tokens themselves, so that a cache out of step shows in the logits."""
 
     def __init__(self, slots: int, capacity: int) -> None:
@@ -55,7 +56,7 @@ class PrefixMemory:
             assert row is not None and length <= len(row)
             del row[length:]
 
-    def close(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         assert self.rows[slot] is not None
         self.rows[slot] = None
 
@@ -65,6 +66,7 @@ class PrefixModel:
 
     def __init__(self, vocab_size: int = V, seed: int = 0, max_positions: int = 1000) -> None:
         self.spec = TargetSpec("prefix", vocab_size, 16, 2, max_positions, torch.float64, "prefix")
+        self.backend = load_backend("auto")
         generator = torch.Generator().manual_seed(seed)
         self._table = torch.randn(997, vocab_size, generator=generator, dtype=torch.float64)
         self._embedding = torch.randn(vocab_size, 16, generator=generator, dtype=torch.float64)
@@ -76,23 +78,23 @@ class PrefixModel:
             state = (state * 31 + token + 7) % 997
         return 2 * self._table[state]
 
-    def new_cache(self, slots: int, capacity: int) -> PrefixMemory:
-        return PrefixMemory(slots, capacity)
+    def new_cache(self, slots: int, capacity: int) -> PrefixCache:
+        return PrefixCache(slots, capacity)
 
     def forward(
-        self, batch: RaggedBatch, memory: PrefixMemory, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
+        self, batch: RaggedBatch, cache: PrefixCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
     ) -> TargetOutput:
         self.passes.append(len(batch.tokens))
         rows = []
         offsets = batch.offsets.tolist()
         for slot, first, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
-            held = memory.rows[slot]
+            held = cache.rows[slot]
             assert held is not None and first < end
             assert batch.positions[first:end].tolist() == list(range(len(held), len(held) + end - first))
             for token in batch.tokens[first:end].tolist():
                 held.append(token)
                 rows.append(self.logits(held))
-            assert len(held) <= memory.capacity
+            assert len(held) <= cache.capacity
         logits = torch.stack(rows)
         return TargetOutput(logits if logits_at is None else logits[logits_at], None)
 
@@ -464,7 +466,7 @@ class _Coin:
             confidence = tokens.float() / V
         return Proposal(tokens, lengths, None, confidence)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None: ...
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None: ...
 
     def close(self, slot: int) -> None: ...
 

@@ -152,7 +152,7 @@ def test_long_prompts_enter_the_draft_memory_before_anybody_drafts() -> None:
     drafter = make_drafter(make_checkpoint(BLOCKS["vanilla"], target=target), target)
     Session(target, drafter, 1).observe([random_tokens(100, 5)], [0])
     assert int(drafter.cache.held([0])) == 100
-    assert int(drafter.cache.memory.lengths[drafter.cache.places([0])]) == 100
+    assert int(drafter.cache.kv_cache.lengths[drafter.cache.places([0])]) == 100
 
 
 def test_only_accepted_tokens_stay() -> None:
@@ -162,7 +162,7 @@ def test_only_accepted_tokens_stay() -> None:
     history = random_tokens(9, 6)
     Session(target, drafter, 1).observe([history[:-1]], [0])
     before = propose(drafter, [0], [history])
-    assert drafter.cache.memory.lengths.tolist()[0] == 8 == drafter.cache.end_of(0)
+    assert drafter.cache.kv_cache.lengths.tolist()[0] == 8 == drafter.cache.end_of(0)
     assert torch.equal(before.tokens, propose(drafter, [0], [history]).tokens)
 
 
@@ -193,7 +193,7 @@ def test_committed_tokens_that_are_taken_back_leave_the_cache() -> None:
     history, other = random_tokens(90, 8), random_tokens(6, 9)
     session = Session(target, drafter, 1)
     session.observe([history], [0])  # absorbed at once
-    session.memory.rewind(torch.tensor([0]), torch.tensor([70]))
+    session.cache.rewind(torch.tensor([0]), torch.tensor([70]))
     session.observe([other], [70])
     again = [*history[:70], *other, 1]
     Session(target, whole, 1).observe([again[:-1]], [0])

@@ -100,7 +100,7 @@ def test_self_fed_keys_are_taken_back() -> None:
     Session(target, drafter, 1).observe([history[:-1]], [0])
     first = propose(drafter, [0], [history])
     # The last feature waits for a token that is certain: it is run again with the next ones.
-    assert drafter.cache.memory.lengths.tolist()[0] == 7 and drafter.cache.end_of(0) == 8
+    assert drafter.cache.kv_cache.lengths.tolist()[0] == 7 and drafter.cache.end_of(0) == 8
     assert torch.equal(first.tokens, propose(drafter, [0], [history]).tokens)
     other = [*history[:-1], 5]
     assert propose(drafter, [0], [other]).lengths.tolist() == [4]

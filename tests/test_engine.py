@@ -40,7 +40,7 @@ class MarkovDrafter:
     def close(self, slot: int) -> None:
         del self.seen[slot]
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         bounds = batch.offsets.tolist()
         for b, slot in enumerate(batch.slots.tolist()):
             tokens = batch.tokens[bounds[b] : bounds[b + 1]].tolist()

@@ -182,8 +182,8 @@ def test_features(folder: Path, backend: str) -> None:
         if "context_ids" not in case:
             continue
         ids = case["context_ids"].tolist()
-        memory = target.new_cache(1, len(ids))
-        output = target.forward(RaggedBatch.pack([ids], [0], [memory.open()]), memory, layers)
+        cache = target.new_cache(1, len(ids))
+        output = target.forward(RaggedBatch.pack([ids], [0], [cache.open()]), cache, layers)
         assert output.features is not None
         _close(output.features, case["target_features"])
 
@@ -207,10 +207,10 @@ def _generate(
     stops = set(run["stop_token_ids"] or ())
     threshold = run["confidence_threshold"]
     cut_at_stop = "accepted_draft_lengths" in run
-    memory = target.new_cache(1, len(prompt) + new + 2 * drafter.block)
-    slot = memory.open()
+    cache = target.new_cache(1, len(prompt) + new + 2 * drafter.block)
+    slot = cache.open()
     drafter.open(0, len(prompt) + new + drafter.block)
-    output = target.forward(RaggedBatch.pack([prompt], [0], [slot]), memory, drafter.aux_layers)
+    output = target.forward(RaggedBatch.pack([prompt], [0], [slot]), cache, drafter.aux_layers)
     assert output.features is not None
     _observe(drafter, prompt, 0, output.features)
     history = [*prompt, int(output.logits[-1].argmax())]
@@ -229,7 +229,7 @@ def _generate(
             assert proposal.confidence is not None
             keep = int((proposal.confidence[0, :keep] >= threshold).long().cumprod(0).sum())
         drafts = proposal.tokens[0, :keep].tolist()
-        output = target.forward(RaggedBatch.pack([[history[-1], *drafts]], [start], [slot]), memory, drafter.aux_layers)
+        output = target.forward(RaggedBatch.pack([[history[-1], *drafts]], [start], [slot]), cache, drafter.aux_layers)
         own = output.logits.argmax(-1).tolist()
         accepted = 0
         while accepted < keep and drafts[accepted] == own[accepted]:
@@ -244,7 +244,7 @@ def _generate(
         record["accepted_draft_lengths"].append(accepted)
         record["acceptance_lengths"].append(len(committed))
         history += committed
-        memory.rewind(torch.tensor([slot]), torch.tensor([start + accepted + 1]))
+        cache.rewind(torch.tensor([slot]), torch.tensor([start + accepted + 1]))
         _observe(drafter, [history[start], *drafts[:accepted]], start, output.features[: accepted + 1])
         done = any(token in stops for token in committed)
     drafter.close(0)

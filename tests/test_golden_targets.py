@@ -32,9 +32,9 @@ def test_a_target_gives_its_golden_numbers(folder: Path) -> None:
     assert cases
     for case in cases:
         ids, greedy = (golden[f"{case}.{name}"].tolist() for name in ("input_ids", "greedy_ids"))
-        memory = target.new_cache(1, len(ids) + len(greedy))
-        slot = memory.open()
-        output = target.forward(RaggedBatch.pack([ids], [0], [slot]), memory, aux_layers=range(-1, layers - 1))
+        cache = target.new_cache(1, len(ids) + len(greedy))
+        slot = cache.open()
+        output = target.forward(RaggedBatch.pack([ids], [0], [slot]), cache, aux_layers=range(-1, layers - 1))
         torch.testing.assert_close(output.logits, golden[f"{case}.logits"], atol=1e-4, rtol=0)
         assert output.features is not None
         hidden = output.features.view(len(ids), layers, -1).transpose(0, 1)  # the last layer's row is not auxiliary
@@ -45,5 +45,5 @@ def test_a_target_gives_its_golden_numbers(folder: Path) -> None:
         while len(text) < len(greedy):
             text.append(int(logits.argmax()))
             step = RaggedBatch.pack([text[-1:]], [len(ids) + len(text) - 1], [slot])
-            logits = target.forward(step, memory).logits[-1]
+            logits = target.forward(step, cache).logits[-1]
         assert text == greedy

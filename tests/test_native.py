@@ -69,11 +69,11 @@ STEPS = [[3, 4], [100], [1, 2, 3, 4, 5, 6, 7, 8]]
 
 def two_passes(made: Any, aux_layers: Sequence[int] = (-1, 0, 1)) -> tuple[Tensor, Tensor, Tensor]:
     """A ragged prefill and a ragged step: logits, hidden states and features of all tokens."""
-    memory = made.new_cache(3, 130)
-    slots = [memory.open() for _ in PROMPTS]
-    first = made.forward(RaggedBatch.pack(PROMPTS, [0, 0, 0], slots), memory, aux_layers=aux_layers)
-    second = made.forward(RaggedBatch.pack(STEPS, [len(p) for p in PROMPTS], slots), memory, aux_layers=aux_layers)
-    assert memory.lengths.tolist() == [len(p) + len(s) for p, s in zip(PROMPTS, STEPS, strict=True)]
+    cache = made.new_cache(3, 130)
+    slots = [cache.open() for _ in PROMPTS]
+    first = made.forward(RaggedBatch.pack(PROMPTS, [0, 0, 0], slots), cache, aux_layers=aux_layers)
+    second = made.forward(RaggedBatch.pack(STEPS, [len(p) for p in PROMPTS], slots), cache, aux_layers=aux_layers)
+    assert cache.lengths.tolist() == [len(p) + len(s) for p, s in zip(PROMPTS, STEPS, strict=True)]
     return tuple(torch.cat([getattr(o, part) for o in (first, second)]) for part in ("logits", "hidden", "features"))
 
 
@@ -132,17 +132,17 @@ def test_float32_is_as_exact_as_torch(name: str, isa: str) -> None:
 
 def rows_of(made: Any, tokens: list[int], cuts: Sequence[int], crowd: bool) -> Tensor:
     """Logits of every token, prefilled in pieces that end at ``cuts``; ``crowd`` adds other rows to every pass."""
-    memory = made.new_cache(3, len(tokens) + 8)
-    slots = [memory.open() for _ in range(3)]
+    cache = made.new_cache(3, len(tokens) + 8)
+    slots = [cache.open() for _ in range(3)]
     logits = []
     for begin, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
         if not crowd:
             batch = RaggedBatch.pack([tokens[begin:end]], [begin], [slots[1]])
-            logits.append(made.forward(batch, memory).logits)
+            logits.append(made.forward(batch, cache).logits)
             continue
-        held = int(memory.lengths[slots[0]])
+        held = int(cache.lengths[slots[0]])
         batch = RaggedBatch.pack([[9], tokens[begin:end], [1, 2, 3]], [held, begin, 0], slots)
-        logits.append(made.forward(batch, memory).logits[1 : 1 + end - begin])
+        logits.append(made.forward(batch, cache).logits[1 : 1 + end - begin])
     return torch.cat(logits)
 
 
@@ -227,11 +227,11 @@ def test_stacks_of_any_shape(shape: tuple[StackConfig, bool], lengths: list[int]
     prompts = [[(5 * i + 3 * b) % config.vocab_size for i in range(n)] for b, n in enumerate(lengths)]
 
     def run(made: Any, cut: int) -> Tensor:
-        memory = made.new_cache(len(prompts), 48)
-        slots = [memory.open() for _ in prompts]
+        cache = made.new_cache(len(prompts), 48)
+        slots = [cache.open() for _ in prompts]
         heads, tails = [p[:cut] for p in prompts], [p[cut:] for p in prompts]
-        first = made.forward(RaggedBatch.pack(heads, [0] * len(prompts), slots), memory).logits
-        second = made.forward(RaggedBatch.pack(tails, [len(h) for h in heads], slots), memory).logits
+        first = made.forward(RaggedBatch.pack(heads, [0] * len(prompts), slots), cache).logits
+        second = made.forward(RaggedBatch.pack(tails, [len(h) for h in heads], slots), cache).logits
         pieces = zip(first.split([len(h) for h in heads]), second.split([len(t) for t in tails]), strict=True)
         return torch.cat([part for pair in pieces for part in pair])
 
@@ -268,15 +268,15 @@ def test_block_attention_projected_context_and_hidden_input() -> None:
     context, block = torch.randn(2, 23, 64), torch.randn(1, 7, 64)
     outputs = []
     for made in pair(config):
-        memory = made.new_cache(2, 64)
-        slots = [memory.open(), memory.open()]
+        cache = made.new_cache(2, 64)
+        slots = [cache.open(), cache.open()]
         lengths = [20, 3]
         given = torch.cat([context[0, :20], context[1, :3]])
-        made.project(given, RaggedBatch.pack([[0] * n for n in lengths], [0, 0], slots), memory)
-        assert memory.lengths.tolist() == lengths
+        made.project(given, RaggedBatch.pack([[0] * n for n in lengths], [0, 0], slots), cache)
+        assert cache.lengths.tolist() == lengths
         batch = RaggedBatch.pack([[0] * 4, [0] * 3], lengths, slots)
-        output = made.forward(batch, memory, hidden=block[0], mask="block")
-        assert output.logits is None and memory.lengths.tolist() == [24, 6]
+        output = made.forward(batch, cache, hidden=block[0], mask="block")
+        assert output.logits is None and cache.lengths.tolist() == [24, 6]
         outputs.append(output.hidden)
     assert error(outputs[1], outputs[0].double()) < 1e-6
 
@@ -287,9 +287,9 @@ def test_wide_input() -> None:
     hidden, residual = torch.randn(5, 128), torch.randn(5, 64)
     outputs = []
     for made in pair(config):
-        memory = made.new_cache(1, 16)
-        batch = RaggedBatch.pack([[0] * 5], [0], [memory.open()])
-        outputs.append(made.forward(batch, memory, hidden=hidden, residual=residual, aux_layers=(0,)))
+        cache = made.new_cache(1, 16)
+        batch = RaggedBatch.pack([[0] * 5], [0], [cache.open()])
+        outputs.append(made.forward(batch, cache, hidden=hidden, residual=residual, aux_layers=(0,)))
     assert error(outputs[1].logits, outputs[0].logits) < 1e-6
     assert error(outputs[1].features, outputs[0].features) < 1e-6
 
@@ -299,39 +299,39 @@ def test_embed_and_unembed_are_the_ends_of_a_pass() -> None:
     reference, made = pair(config)
     tokens = torch.tensor([[3, 202], [0, 7]])
     assert error(made.embed(tokens), reference.embed(tokens)) < 1e-7
-    memory = made.new_cache(1, 8)
-    output = made.forward(RaggedBatch.pack([[3, 202, 0]], [0], [memory.open()]), memory)
+    cache = made.new_cache(1, 8)
+    output = made.forward(RaggedBatch.pack([[3, 202, 0]], [0], [cache.open()]), cache)
     assert torch.equal(made.unembed(output.hidden), output.logits)
     assert made.unembed(output.hidden.view(1, 3, 64)).shape == (1, 3, 203)
 
 
 def test_logits_only_where_asked() -> None:
     made = small()
-    memory = made.new_cache(1, 8)
-    slot = memory.open()
+    cache = made.new_cache(1, 8)
+    slot = cache.open()
     batch = RaggedBatch.pack([[3, 4, 5, 6]], [0], [slot])
-    everything = made.forward(batch, memory)
-    memory.rewind(torch.tensor([slot]), torch.tensor([0]))
-    some = made.forward(batch, memory, logits_at=torch.tensor([3, 0, 0]))
+    everything = made.forward(batch, cache)
+    cache.rewind(torch.tensor([slot]), torch.tensor([0]))
+    some = made.forward(batch, cache, logits_at=torch.tensor([3, 0, 0]))
     assert torch.equal(some.logits, everything.logits[[3, 0, 0]])
-    memory.rewind(torch.tensor([slot]), torch.tensor([0]))
-    none = made.forward(batch, memory, logits_at=torch.tensor([], dtype=torch.int64), aux_layers=(1,))
+    cache.rewind(torch.tensor([slot]), torch.tensor([0]))
+    none = made.forward(batch, cache, logits_at=torch.tensor([], dtype=torch.int64), aux_layers=(1,))
     assert none.logits.shape == (0, 203) and none.hidden.shape == (0, 64) and none.features.shape == (4, 64)
 
 
 def test_rewound_tokens_leave_no_trace() -> None:
     made = small()
-    memory = made.new_cache(2, 64)
-    slot = memory.open()
-    made.forward(RaggedBatch.pack([[3, 4, 5, 6, 7, 8, 9]], [0], [slot]), memory)
-    memory.rewind(torch.tensor([slot]), torch.tensor([2]))
-    again = made.forward(RaggedBatch.pack([[50, 51]], [2], [slot]), memory)
-    fresh = memory.open()
+    cache = made.new_cache(2, 64)
+    slot = cache.open()
+    made.forward(RaggedBatch.pack([[3, 4, 5, 6, 7, 8, 9]], [0], [slot]), cache)
+    cache.rewind(torch.tensor([slot]), torch.tensor([2]))
+    again = made.forward(RaggedBatch.pack([[50, 51]], [2], [slot]), cache)
+    fresh = cache.open()
     assert fresh != slot
-    clean = made.forward(RaggedBatch.pack([[3, 4, 50, 51]], [0], [fresh]), memory)
+    clean = made.forward(RaggedBatch.pack([[3, 4, 50, 51]], [0], [fresh]), cache)
     assert torch.equal(again.logits, clean.logits[2:])
-    memory.close(slot)
-    assert memory.open() == slot and memory.lengths.tolist() == [0, 4]
+    cache.release(slot)
+    assert cache.open() == slot and cache.lengths.tolist() == [0, 4]
 
 
 # ------------------------------------------------------------------------------------------------ edges
@@ -339,30 +339,30 @@ def test_rewound_tokens_leave_no_trace() -> None:
 
 def test_empty_batches_and_rows() -> None:
     made = small()
-    memory = made.new_cache(2, 8)
-    slots = [memory.open(), memory.open()]
-    nothing = made.forward(RaggedBatch.pack([], [], []), memory)
+    cache = made.new_cache(2, 8)
+    slots = [cache.open(), cache.open()]
+    nothing = made.forward(RaggedBatch.pack([], [], []), cache)
     assert nothing.logits.shape == (0, 203)
-    output = made.forward(RaggedBatch.pack([[], [5]], [0, 0], slots), memory, aux_layers=(0,))
-    assert output.logits.shape == (1, 203) and memory.lengths.tolist() == [0, 1]
-    made.project(torch.empty(0, 64), RaggedBatch.pack([], [], []), memory)
+    output = made.forward(RaggedBatch.pack([[], [5]], [0, 0], slots), cache, aux_layers=(0,))
+    assert output.logits.shape == (1, 203) and cache.lengths.tolist() == [0, 1]
+    made.project(torch.empty(0, 64), RaggedBatch.pack([], [], []), cache)
     assert made.embed(torch.empty(0, dtype=torch.int64)).shape == (0, 64)
     assert made.unembed(torch.empty(0, 64)).shape == (0, 203)
 
 
 def test_a_slot_can_be_filled_to_the_brim() -> None:
     made = small()
-    memory = made.new_cache(1, 70)
-    slot = memory.open()
+    cache = made.new_cache(1, 70)
+    slot = cache.open()
     tokens = list(range(70))
-    whole = made.forward(RaggedBatch.pack([tokens], [0], [slot]), memory)
-    memory.rewind(torch.tensor([slot]), torch.tensor([69]))
-    last = made.forward(RaggedBatch.pack([[69]], [69], [slot]), memory)
+    whole = made.forward(RaggedBatch.pack([tokens], [0], [slot]), cache)
+    cache.rewind(torch.tensor([slot]), torch.tensor([69]))
+    last = made.forward(RaggedBatch.pack([[69]], [69], [slot]), cache)
     assert torch.equal(last.logits[0], whole.logits[69])
     with pytest.raises(CacheFull, match="capacity of 70"):
-        made.forward(RaggedBatch.pack([[1]], [70], [slot]), memory)
+        made.forward(RaggedBatch.pack([[1]], [70], [slot]), cache)
     with pytest.raises(CacheFull, match="slots are in use"):
-        memory.open()
+        cache.open()
 
 
 def bad(batch: RaggedBatch, **parts: Tensor) -> RaggedBatch:
@@ -394,11 +394,11 @@ def bad(batch: RaggedBatch, **parts: Tensor) -> RaggedBatch:
 )
 def test_wrong_input_is_refused_with_a_reason(change: dict[str, Any], options: dict[str, Any], message: str) -> None:
     made = small()
-    memory = made.new_cache(2, 8)
-    batch = RaggedBatch.pack([[1, 2, 3]], [0], [memory.open()])
+    cache = made.new_cache(2, 8)
+    batch = RaggedBatch.pack([[1, 2, 3]], [0], [cache.open()])
     with pytest.raises(InvalidRequest, match=message):
-        made.forward(bad(batch, **change), memory, **options)
-    assert memory.lengths.tolist() == [0, 0]
+        made.forward(bad(batch, **change), cache, **options)
+    assert cache.lengths.tolist() == [0, 0]
 
 
 def test_unknown_dtype_and_instruction_set() -> None:
@@ -413,7 +413,7 @@ def test_unknown_dtype_and_instruction_set() -> None:
 
 def test_outputs_are_plain_float32() -> None:
     made = small()
-    memory = made.new_cache(1, 8)
-    output: StackOutput = made.forward(RaggedBatch.pack([[1]], [0], [memory.open()]), memory, aux_layers=(0,))
+    cache = made.new_cache(1, 8)
+    output: StackOutput = made.forward(RaggedBatch.pack([[1]], [0], [cache.open()]), cache, aux_layers=(0,))
     for tensor in (output.hidden, output.logits, output.features):
         assert tensor is not None and tensor.dtype is torch.float32 and tensor.is_contiguous()

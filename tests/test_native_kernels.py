@@ -104,9 +104,9 @@ def down_product(x: Tensor, w: Tensor, isa: str) -> Tensor:
         "layers.0.down.weight": zero(width, 32),
     }
     made = NativeBackend(isa).load(config, weights, "int4")
-    memory = made.new_cache(len(x), 1)
-    batch = RaggedBatch.pack([[0]] * len(x), [0] * len(x), [memory.open() for _ in x])
-    features = made.forward(batch, memory, hidden=x, residual=zero(len(x), width), aux_layers=(0,)).features
+    cache = made.new_cache(len(x), 1)
+    batch = RaggedBatch.pack([[0]] * len(x), [0] * len(x), [cache.open() for _ in x])
+    features = made.forward(batch, cache, hidden=x, residual=zero(len(x), width), aux_layers=(0,)).features
     assert features is not None
     return features
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from outrider.backends import native_verification
+from outrider.backends.native_verification import verify_native
 from outrider.config import SamplingParams
 from outrider.errors import OutriderError
-from outrider.sampling import verification as verification_module
 from outrider.sampling.distribution import Categorical, process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.truncation import _kept, kept_tokens
-from outrider.sampling.verification import verify
 from outrider.types import Context, Proposal, Verification
 
 _native: Any = pytest.importorskip("outrider._native")
@@ -44,7 +44,7 @@ def in_turn(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Verification]) -
     """By the core, and by the rules as they are written."""
     fast = make()
     with monkeypatch.context() as patch:
-        patch.setattr(verification_module, "_for_the_core", lambda target, distribution: False)
+        patch.setattr(native_verification, "_core_forms", lambda target, drafter: ())
         return fast, make()
 
 
@@ -95,7 +95,7 @@ class Case:
         proposal = Proposal(
             self.tokens, torch.full_like(self.keep, self.tokens.shape[1]), distribution(self.draft_law())
         )
-        return verify(target, proposal, self.keep, self.context, self.rng)
+        return verify_native(target, proposal, self.keep, self.context, self.rng)
 
 
 def sparse(distribution: Categorical) -> Categorical:
@@ -158,7 +158,7 @@ def test_a_row_is_judged_as_it_is_alone() -> None:
         context = Context([params[b]], [case.histories[b]], [2])
         distribution = process(case.draft_logits[b], context, torch.zeros(5, dtype=torch.int64))
         target = process(case.base[b, : int(keep) + 1], context, torch.zeros(int(keep) + 1, dtype=torch.int64))
-        alone = verify(target, Proposal(case.tokens[b : b + 1], keep, distribution), keep, context, rng)
+        alone = verify_native(target, Proposal(case.tokens[b : b + 1], keep, distribution), keep, context, rng)
         length = int(alone.lengths)
         assert torch.equal(alone.accepted[0], together.accepted[b])
         assert torch.equal(alone.tokens[0, :length], together.tokens[b, :length])
@@ -198,7 +198,7 @@ def test_two_tokens_follow_the_targets_law(rule: Any, deterministic: bool) -> No
         drafts, distribution = torch.tensor([[1, 3]]).repeat(rounds, 1), None  # type: ignore[assignment]
     keep = torch.full((rounds,), 2)
     target = process(base.repeat(rounds, 1), context, torch.arange(rounds).repeat_interleave(3))
-    found = verify(target, Proposal(drafts, keep, distribution), keep, context, rng)
+    found = verify_native(target, Proposal(drafts, keep, distribution), keep, context, rng)
     p = base.double().softmax(1)
     firsts = torch.bincount(found.tokens[:, 0], minlength=size).double()
     assert chi_square(firsts, p[0] * rounds) < 28.5

@@ -27,8 +27,8 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def logits(model: Path | str, dtype: str) -> torch.Tensor:
     target = load_target(model, dtype=dtype, backend="native")
-    memory = target.new_cache(1, 16)
-    return target.forward(RaggedBatch.pack([[5, 6, 7, 8]], [0], [memory.open()]), memory).logits
+    cache = target.new_cache(1, 16)
+    return target.forward(RaggedBatch.pack([[5, 6, 7, 8]], [0], [cache.open()]), cache).logits
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

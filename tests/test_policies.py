@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from outrider import registry
-from outrider.config import build
+from outrider.config import SamplingParams, build
 from outrider.errors import InvalidRequest
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
 from outrider.scheduling.threshold import ThresholdConfig, ThresholdPolicy
-from outrider.types import SchedulerPolicy, StepCost
+from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepView
 
 OPTIONS: dict[str, dict[str, object]] = {"fixed": {"draft_tokens": 3}, "threshold": {"draft_tokens": 6}}
 COST = StepCost(draft=0.002, verify=0.01, bookkeeping=0.0005, rows=4, tokens=12, context=100)
@@ -30,6 +30,10 @@ def make(name: str) -> SchedulerPolicy:
 # ------------------------------------------------------------------------------------------ the contract of all
 
 
+def view(rows: int) -> StepView:
+    return StepView([10] * rows, [RequestStats() for _ in range(rows)], [SamplingParams()] * rows)
+
+
 def anticipates(make_policy: Callable[[], SchedulerPolicy], trials: int = 20) -> bool:
     """Whether (keep[b] >= j) ever moves with confidence[b, j:], or with what lies past the draft's token j.
 
@@ -40,10 +44,10 @@ def anticipates(make_policy: Callable[[], SchedulerPolicy], trials: int = 20) ->
     def keep(confidence: Tensor, lengths: Tensor) -> Tensor:
         policy = make_policy()
         for accepted in (2, 0):
-            policy.plan(B)
+            policy.plan(view(B))
             policy.choose(torch.full((B, K), 0.8), torch.full((B,), K))
             policy.observe(COST, torch.full((B,), accepted))
-        policy.plan(B)
+        policy.plan(view(B))
         return policy.choose(confidence, lengths)
 
     for _ in range(trials):
@@ -69,8 +73,8 @@ def test_keeps_the_contract(name: str) -> None:
     policy = make(name)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
-        limit = policy.plan(B)
-        assert isinstance(limit, int) and limit >= 0
+        limit = policy.plan(view(B))
+        assert len(limit) == B and min(limit) >= 0
         lengths = torch.randint(0, K + 1, (B,), generator=generator)
         for confidence in (torch.rand(B, K, generator=generator), None):
             keep = policy.choose(confidence, lengths)
@@ -131,7 +135,7 @@ def test_an_anticipating_policy_is_caught(kind: type[FixedPolicy]) -> None:
 
 def test_fixed_keeps_what_was_drafted_up_to_k() -> None:
     policy = FixedPolicy.from_config(FixedConfig(draft_tokens=3))
-    assert policy.plan(5) == 3
+    assert policy.plan(view(5)) == [3] * 5
     assert policy.choose(torch.zeros(3, 5), torch.tensor([0, 2, 5])).tolist() == [0, 2, 3]
 
 
@@ -152,7 +156,7 @@ def test_threshold_follows_drift_without_anticipating() -> None:
     policy, sure, full = drifting(), torch.full((1, K), 0.7), torch.tensor([K])
     assert policy.choose(sure, full).tolist() == [K]
     for _ in range(60):  # what it is sure of turns out wrong
-        policy.plan(1)
+        policy.plan(view(1))
         policy.choose(sure, full)
         policy.observe(COST, [0])
     assert policy.choose(sure, full).tolist() == [0]

@@ -66,12 +66,12 @@ class Clock:
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         return self.target.new_cache(slots, capacity)
 
-    def forward(self, batch: RaggedBatch, memory: KVCache, **options: Any) -> TargetOutput:
+    def forward(self, batch: RaggedBatch, cache: KVCache, **options: Any) -> TargetOutput:
         lengths, starts = batch.lengths.tolist(), batch.positions[batch.offsets[:-1]].tolist()
         assert len(set(lengths)) == len(set(starts)) == 1
-        assert memory.lengths[batch.slots].tolist() == starts, "every pass starts where the context ends"
+        assert cache.lengths[batch.slots].tolist() == starts, "every pass starts where the context ends"
         self.passes.append((lengths[0], len(lengths), starts[0]))
-        output = self.target.forward(batch, memory, **options)
+        output = self.target.forward(batch, cache, **options)
         assert len(output.logits) == len(batch.tokens), "verification needs all logits"
         self.now += self.slowness * (1.0 + 0.01 * len(batch.tokens))
         return output
@@ -198,12 +198,12 @@ def test_a_loaded_model_is_profiled_and_its_context_is_a_limit() -> None:
 
 def test_a_profile_leaves_the_model_as_it_was() -> None:
     target = tiny_target()
-    memory, batch = target.new_cache(1, 8), RaggedBatch.pack([[1, 2, 3]], [0], [0])
-    memory.open()
-    before = target.forward(batch, memory).logits.clone()
+    cache, batch = target.new_cache(1, 8), RaggedBatch.pack([[1, 2, 3]], [0], [0])
+    cache.open()
+    before = target.forward(batch, cache).logits.clone()
     measure(target, [Cell(1, 1, 10), Cell(5, 1, 10)], 1, lambda: 1.0)
-    memory.rewind(torch.tensor([0]), torch.tensor([0]))
-    assert torch.equal(target.forward(batch, memory).logits, before)
+    cache.rewind(torch.tensor([0]), torch.tensor([0]))
+    assert torch.equal(target.forward(batch, cache).logits, before)
 
 
 def test_caches_that_are_too_large_are_left_out_and_named() -> None:

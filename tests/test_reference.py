@@ -150,10 +150,10 @@ TOKENS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])
 @pytest.mark.parametrize("name", ["plain", "rich"])
 def test_a_causal_pass(name: str, biases: bool) -> None:
     stack, weights = make(name, biases=biases)
-    memory = stack.new_cache(2, 16)
-    memory.open()
-    batch = RaggedBatch.pack([TOKENS.tolist()], [0], [memory.open()])
-    output = stack.forward(batch, memory, aux_layers=(1, -1, 0))
+    cache = stack.new_cache(2, 16)
+    cache.open()
+    batch = RaggedBatch.pack([TOKENS.tolist()], [0], [cache.open()])
+    output = stack.forward(batch, cache, aux_layers=(1, -1, 0))
     x = weights["embed.weight"][TOKENS] * stack.config.embedding_scale
     hidden, logits, layers = naive(stack.config, weights, x, torch.ones(11, 11, dtype=torch.bool).tril())
     close(output.hidden, hidden)
@@ -167,31 +167,31 @@ def test_a_causal_pass(name: str, biases: bool) -> None:
 def test_a_block_sees_itself_whole_and_the_projected_context(name: str) -> None:
     """DSpark's pass: keys and values of given hidden states, then a block whose attention is not causal; twice."""
     stack, weights = make(name)
-    memory = stack.new_cache(1, 16)
-    slot = memory.open()
+    cache = stack.new_cache(1, 16)
+    slot = cache.open()
     context = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x = weights["embed.weight"][TOKENS[:4]] * stack.config.embedding_scale
     for begin, end in ((0, 3), (3, 5)):
-        stack.project(context[begin:end], RaggedBatch.pack([[0] * (end - begin)], [begin], [slot]), memory)
-        assert memory.lengths.tolist() == [end]
+        stack.project(context[begin:end], RaggedBatch.pack([[0] * (end - begin)], [begin], [slot]), cache)
+        assert cache.lengths.tolist() == [end]
         block = RaggedBatch.pack([TOKENS[:4].tolist()], [end], [slot])
-        output = stack.forward(block, memory, mask="block")
+        output = stack.forward(block, cache, mask="block")
         hidden, logits, _ = naive(
             stack.config, weights, x, torch.ones(4, end + 4, dtype=torch.bool), context=context[:end]
         )
         close(output.hidden, hidden)
         close(output.logits, logits)
-        memory.rewind(torch.tensor([slot]), torch.tensor([end]))  # the block's own keys were scratch
+        cache.rewind(torch.tensor([slot]), torch.tensor([end]))  # the block's own keys were scratch
 
 
 def test_a_double_width_input() -> None:
     """EAGLE-3's pass: layer 0 attends with an input of its own, and the residual stream is given besides."""
     stack, weights = make("wide")
-    memory = stack.new_cache(1, 16)
+    cache = stack.new_cache(1, 16)
     generator = torch.Generator().manual_seed(2)
     wide, residual = (torch.randn(6, width, dtype=torch.float64, generator=generator) for width in (48, 24))
-    batch = RaggedBatch.pack([[0] * 6], [0], [memory.open()])
-    output = stack.forward(batch, memory, hidden=wide, residual=residual, aux_layers=(0, -1))
+    batch = RaggedBatch.pack([[0] * 6], [0], [cache.open()])
+    output = stack.forward(batch, cache, hidden=wide, residual=residual, aux_layers=(0, -1))
     hidden, logits, layers = naive(
         stack.config, weights, residual, torch.ones(6, 6, dtype=torch.bool).tril(), wide=wide
     )
@@ -202,27 +202,27 @@ def test_a_double_width_input() -> None:
 
 def test_logits_only_where_they_are_asked_for() -> None:
     stack, _ = make("plain")
-    memory = stack.new_cache(1, 16)
-    slot = memory.open()
+    cache = stack.new_cache(1, 16)
+    slot = cache.open()
     batch = RaggedBatch.pack([TOKENS.tolist()], [0], [slot])
-    whole = stack.forward(batch, memory)
-    some = stack.forward(batch, memory, logits_at=torch.tensor([10, 2]))
-    none = stack.forward(batch, memory, logits_at=torch.empty(0, dtype=torch.int64))
+    whole = stack.forward(batch, cache)
+    some = stack.forward(batch, cache, logits_at=torch.tensor([10, 2]))
+    none = stack.forward(batch, cache, logits_at=torch.empty(0, dtype=torch.int64))
     close(some.logits, whole.logits[[10, 2]])
     assert none.logits is not None and none.logits.shape == (0, 17) and none.hidden.shape == (0, 24)
-    given = stack.forward(batch, memory, hidden=stack.embed(batch.tokens))
+    given = stack.forward(batch, cache, hidden=stack.embed(batch.tokens))
     assert torch.equal(given.logits, whole.logits)
 
 
 def test_empty_batches_and_rows() -> None:
     stack, _ = make("rich")
-    memory = stack.new_cache(2, 16)
-    slots = [memory.open(), memory.open()]
-    assert stack.forward(RaggedBatch.pack([], [], []), memory, aux_layers=(0,)).logits.shape == (0, 17)
-    assert stack.forward(RaggedBatch.pack([[]], [0], slots[:1]), memory).logits.shape == (0, 17)
-    stack.project(torch.empty(0, 24), RaggedBatch.pack([[], []], [0, 0], slots), memory)
-    one = stack.forward(RaggedBatch.pack([[], [1, 2]], [0, 0], slots), memory)
-    assert memory.lengths.tolist() == [0, 2] and one.logits.shape == (2, 17)
+    cache = stack.new_cache(2, 16)
+    slots = [cache.open(), cache.open()]
+    assert stack.forward(RaggedBatch.pack([], [], []), cache, aux_layers=(0,)).logits.shape == (0, 17)
+    assert stack.forward(RaggedBatch.pack([[]], [0], slots[:1]), cache).logits.shape == (0, 17)
+    stack.project(torch.empty(0, 24), RaggedBatch.pack([[], []], [0, 0], slots), cache)
+    one = stack.forward(RaggedBatch.pack([[], [1, 2]], [0, 0], slots), cache)
+    assert cache.lengths.tolist() == [0, 2] and one.logits.shape == (2, 17)
 
 
 @pytest.mark.parametrize("length", [31, 32, 33, 600])
@@ -230,12 +230,12 @@ def test_long_passes_equal_single_steps(length: int) -> None:
     """Few, many and very many new tokens take different ways through attention."""
     stack, _ = make("rich")
     tokens = torch.randint(17, (length,), generator=torch.Generator().manual_seed(3)).tolist()
-    memory = stack.new_cache(2, 640)
-    a, b = memory.open(), memory.open()
-    whole = stack.forward(RaggedBatch.pack([tokens], [0], [a]), memory).logits
-    stack.forward(RaggedBatch.pack([tokens[: length - 2]], [0], [b]), memory)
+    cache = stack.new_cache(2, 640)
+    a, b = cache.open(), cache.open()
+    whole = stack.forward(RaggedBatch.pack([tokens], [0], [a]), cache).logits
+    stack.forward(RaggedBatch.pack([tokens[: length - 2]], [0], [b]), cache)
     for position in (length - 2, length - 1):
-        step = stack.forward(RaggedBatch.pack([[tokens[position]]], [position], [b]), memory)
+        step = stack.forward(RaggedBatch.pack([[tokens[position]]], [position], [b]), cache)
         close(step.logits[0], whole[position])
 
 
@@ -244,41 +244,41 @@ def test_long_passes_equal_single_steps(length: int) -> None:
 def test_any_order_of_passes_and_rewinds_equals_no_cache(data: st.DataObject, name: str) -> None:
     """Rows grow by chunks of any size and forget any tail; logits are always those of the sequence from scratch."""
     stack, _ = SHARED[name]
-    memory = stack.new_cache(3, 12)
-    slots = [memory.open() for _ in range(3)]
+    cache = stack.new_cache(3, 12)
+    slots = [cache.open() for _ in range(3)]
     held: list[list[int]] = [[], [], []]
     for _ in range(data.draw(st.integers(1, 4))):
         rows = data.draw(st.lists(st.sampled_from(range(3)), min_size=1, unique=True))
         kept = [data.draw(st.integers(0, len(held[row]))) for row in rows]
-        memory.rewind(torch.tensor([slots[row] for row in rows]), torch.tensor(kept))
+        cache.rewind(torch.tensor([slots[row] for row in rows]), torch.tensor(kept))
         new = [data.draw(st.lists(st.integers(0, 16), max_size=12 - n)) for n in kept]
-        output = stack.forward(RaggedBatch.pack(new, kept, [slots[row] for row in rows]), memory)
+        output = stack.forward(RaggedBatch.pack(new, kept, [slots[row] for row in rows]), cache)
         done = 0
         for row, n, chunk in zip(rows, kept, new, strict=True):
             held[row] = held[row][:n] + chunk
             close(output.logits[done : done + len(chunk)], from_scratch(stack, held[row])[n:])
             done += len(chunk)
-        assert memory.lengths.tolist() == [len(row) for row in held]
+        assert cache.lengths.tolist() == [len(row) for row in held]
 
 
 SHARED = {name: make(name) for name in ("plain", "rich")}
 
 
 def from_scratch(stack: ReferenceStack, tokens: list[int]) -> Tensor:
-    memory = stack.new_cache(1, 12)
-    logits = stack.forward(RaggedBatch.pack([tokens], [0], [memory.open()]), memory).logits
+    cache = stack.new_cache(1, 12)
+    logits = stack.forward(RaggedBatch.pack([tokens], [0], [cache.open()]), cache).logits
     assert logits is not None
     return logits
 
 
 def test_a_slot_that_is_used_again_starts_empty() -> None:
     stack, _ = SHARED["plain"]
-    memory = stack.new_cache(1, 12)
-    slot = memory.open()
-    stack.forward(RaggedBatch.pack([[1, 2, 3, 4, 5]], [0], [slot]), memory)
-    memory.close(slot)
-    assert memory.open() == slot and memory.lengths.tolist() == [0]
-    again = stack.forward(RaggedBatch.pack([[7, 8]], [0], [slot]), memory)
+    cache = stack.new_cache(1, 12)
+    slot = cache.open()
+    stack.forward(RaggedBatch.pack([[1, 2, 3, 4, 5]], [0], [slot]), cache)
+    cache.release(slot)
+    assert cache.open() == slot and cache.lengths.tolist() == [0]
+    again = stack.forward(RaggedBatch.pack([[7, 8]], [0], [slot]), cache)
     close(again.logits, from_scratch(stack, [7, 8]))
 
 
@@ -286,10 +286,10 @@ def test_a_slot_that_is_used_again_starts_empty() -> None:
 def test_lower_precision_stays_near(dtype: str) -> None:
     exact, weights = make("rich")
     stack = ReferenceBackend().load(exact.config, weights, dtype)
-    memory, other = stack.new_cache(1, 16), exact.new_cache(1, 16)
-    batch = RaggedBatch.pack([TOKENS.tolist()], [0], [memory.open()])
+    cache, other = stack.new_cache(1, 16), exact.new_cache(1, 16)
+    batch = RaggedBatch.pack([TOKENS.tolist()], [0], [cache.open()])
     other.open()
-    mine, theirs = stack.forward(batch, memory).logits, exact.forward(batch, other).logits
+    mine, theirs = stack.forward(batch, cache).logits, exact.forward(batch, other).logits
     assert mine.dtype is torch.float32
     assert (mine - theirs).norm() < theirs.norm() * (1e-6 if dtype == "float32" else 0.03)
 

@@ -171,7 +171,7 @@ METHODS = {  # what the engine calls; a class provides them, an instance the con
     "drafter": ("open", "propose", "observe", "close", "from_config"),
     "policy": ("plan", "choose", "observe", "from_config"),
     "backend": ("load",),
-    "kv_cache": ("open", "rewind", "close"),
+    "kv_cache": ("open", "reserve", "rewind", "release"),
 }
 
 

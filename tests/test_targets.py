@@ -92,8 +92,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tra
 
 
 def one_row(target: TargetModel, ids: list[int], **options: Any) -> tuple[Tensor, Tensor | None]:
-    memory = target.new_cache(1, 64)
-    output = target.forward(RaggedBatch.pack([ids], [0], [memory.open()]), memory, **options)
+    cache = target.new_cache(1, 64)
+    output = target.forward(RaggedBatch.pack([ids], [0], [cache.open()]), cache, **options)
     return output.logits, output.features
 
 
@@ -120,19 +120,19 @@ def test_cached_chunked_and_ragged_passes_equal_whole_ones(name: str, saved: Any
     near = dict(atol=1e-5 if name == "gemma2" else 1e-9, rtol=0)  # Gemma 2's softmax is float32 in Transformers
     whole = one_row(target, IDS, aux_layers=(0,))
     other = one_row(target, IDS[::-1], aux_layers=(0,))
-    memory = target.new_cache(3, 32)
-    memory.open()
-    a, b = memory.open(), memory.open()
-    first = target.forward(RaggedBatch.pack([IDS[:9], IDS[:3:-1]], [0, 0], [b, a]), memory, aux_layers=(0,))
-    second = target.forward(RaggedBatch.pack([IDS[3::-1], IDS[9:10]], [16, 9], [a, b]), memory, aux_layers=(0,))
-    assert memory.lengths.tolist() == [0, 20, 10]
+    cache = target.new_cache(3, 32)
+    cache.open()
+    a, b = cache.open(), cache.open()
+    first = target.forward(RaggedBatch.pack([IDS[:9], IDS[:3:-1]], [0, 0], [b, a]), cache, aux_layers=(0,))
+    second = target.forward(RaggedBatch.pack([IDS[3::-1], IDS[9:10]], [16, 9], [a, b]), cache, aux_layers=(0,))
+    assert cache.lengths.tolist() == [0, 20, 10]
     for mine, theirs in zip(whole, (first.logits[:9], first.features[:9]), strict=True):
         torch.testing.assert_close(theirs, mine[:9], **near)
     for mine, theirs in zip(other, (second.logits[:4], second.features[:4]), strict=True):
         torch.testing.assert_close(theirs, mine[16:], **near)
     torch.testing.assert_close(second.logits[4], whole[0][9], **near)
-    memory.rewind(torch.tensor([b]), torch.tensor([5]))
-    rest = target.forward(RaggedBatch.pack([IDS[5:]], [5], [b]), memory, logits_at=torch.tensor([14, 0]))
+    cache.rewind(torch.tensor([b]), torch.tensor([5]))
+    rest = target.forward(RaggedBatch.pack([IDS[5:]], [5], [b]), cache, logits_at=torch.tensor([14, 0]))
     torch.testing.assert_close(rest.logits, whole[0][[19, 5]], **near)
 
 
@@ -223,12 +223,12 @@ def test_taps_that_are_refused(name: str, saved: Any) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
     target = load_target(saved[name][0], backend="reference")
-    memory = target.new_cache(1, 8)
-    slot = memory.open()
+    cache = target.new_cache(1, 8)
+    slot = cache.open()
     with pytest.raises(CacheFull, match="all 1 slots are in use"):
-        memory.open()
+        cache.open()
     with pytest.raises(CacheFull, match="9 tokens does not fit a slot of 8"):
-        target.forward(RaggedBatch.pack([IDS[:9]], [0], [slot]), memory)
+        target.forward(RaggedBatch.pack([IDS[:9]], [0], [slot]), cache)
 
 
 @pytest.mark.parametrize(
@@ -293,12 +293,12 @@ def test_toy_reads_its_table_and_its_memory() -> None:
     table = torch.randn(4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     toy = ToyTarget(table, eos_token_ids=(3,))
     assert isinstance(toy, TargetModel) and toy.spec.vocab_size == 4 and toy.spec.eos_token_ids == (3,)
-    memory = toy.new_cache(2, 8)
-    a, b = memory.open(), memory.open()
-    output = toy.forward(RaggedBatch.pack([[2, 1, 3], [1]], [0, 0], [b, a]), memory, aux_layers=(0,))
+    cache = toy.new_cache(2, 8)
+    a, b = cache.open(), cache.open()
+    output = toy.forward(RaggedBatch.pack([[2, 1, 3], [1]], [0, 0], [b, a]), cache, aux_layers=(0,))
     assert torch.equal(output.logits, torch.stack([table[0, 2], table[2, 1], table[1, 3], table[0, 1]]))
     assert output.features is not None and output.features.argmax(-1).tolist() == [2, 1, 3, 1]
-    memory.rewind(torch.tensor([b]), torch.tensor([2]))
-    again = toy.forward(RaggedBatch.pack([[0, 2]], [2], [b]), memory, logits_at=torch.tensor([1]))
+    cache.rewind(torch.tensor([b]), torch.tensor([2]))
+    again = toy.forward(RaggedBatch.pack([[0, 2]], [2], [b]), cache, logits_at=torch.tensor([1]))
     assert torch.equal(again.logits, table[0, 2][None])
     assert torch.equal(toy.unembed(toy.embed(torch.tensor([2]))), table[0, 2][None])

@@ -86,7 +86,9 @@ def make_target(seed: int = 0, dtype: torch.dtype = torch.float32, backend: Back
     weights["embed.weight"] = torch.randn(VOCABULARY, WIDTH, generator=generator)
     weights["head.weight"] = torch.randn(VOCABULARY, WIDTH, generator=generator) * 0.5
     stack = (backend or ReferenceBackend()).load(config, weights, dtype)
-    target = DecoderTarget(make_spec({"model_type": "qwen3"}, config, dtype, "tiny"), stack)
+    target = DecoderTarget(
+        make_spec({"model_type": "qwen3"}, config, dtype, "tiny"), stack, backend or ReferenceBackend()
+    )
     target.tensors = weights  # type: ignore[attr-defined]
     return target
 
@@ -164,8 +166,8 @@ class Session:
 
     def __init__(self, target: TargetModel, drafter: Drafter, rows: int, capacity: int = 128) -> None:
         self.target, self.drafter, self.capacity = target, drafter, capacity
-        self.memory = target.new_cache(rows, capacity)
-        self.slots = [self.memory.open() for _ in range(rows)]
+        self.cache = target.new_cache(rows, capacity)
+        self.slots = [self.cache.open() for _ in range(rows)]
         for slot in self.slots:
             drafter.open(slot, capacity)
 
@@ -174,7 +176,7 @@ class Session:
     ) -> None:
         """Run tokens through the target, and show them to the drafter."""
         batch = RaggedBatch.pack(tokens, starts, self.slots if slots is None else slots)
-        output = self.target.forward(batch, self.memory, self.drafter.aux_layers)
+        output = self.target.forward(batch, self.cache, self.drafter.aux_layers)
         self.drafter.observe(batch, output.features)
 
 
@@ -183,8 +185,8 @@ def random_tokens(count: int, seed: int) -> list[int]:
 
 
 def features_of(target: TargetModel, tokens: list[int], aux_layers: tuple[int, ...]) -> Tensor:
-    memory = target.new_cache(1, len(tokens))
-    output = target.forward(RaggedBatch.pack([tokens], [0], [memory.open()]), memory, aux_layers)
+    cache = target.new_cache(1, len(tokens))
+    output = target.forward(RaggedBatch.pack([tokens], [0], [cache.open()]), cache, aux_layers)
     assert output.features is not None
     return output.features
 

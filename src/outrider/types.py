@@ -1,8 +1,8 @@
-"""Values that travel between the floors, and the contracts of those who send and receive them.
+"""The values that pass between packages, and the contracts (protocols) of targets, drafters, policies, backends and caches.
 
 Shape legend, used in names and docstrings everywhere:
 B rows in a step   K drafted tokens at most   T packed tokens   R rows of logits   V vocabulary   D model width
-F feature width (= aux_layers x D)   H heads   Hkv key/value heads   Dh head width   N training tokens
+F feature width (= auxiliary layers x D)   H heads   Hkv key/value heads   Dh head width   N training tokens
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ __all__ = [
     "Backend",
     "Context",
     "Distribution",
+    "DraftLoop",
     "Drafter",
     "Event",
+    "Forgets",
     "KVCache",
     "Mask",
     "Output",
@@ -30,10 +32,14 @@ __all__ = [
     "RaggedBatch",
     "RequestStats",
     "Rng",
+    "RowRecord",
     "SchedulerPolicy",
     "Stack",
     "StackOutput",
     "StepCost",
+    "StepObserver",
+    "StepRecord",
+    "StepView",
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
@@ -93,14 +99,14 @@ class StackOutput:
 
 
 class Distribution(Protocol):
-    """The distribution of the next token at each of R places, as it is really sampled from (float32 or float64)."""
+    """R distributions of the next token, each as it is really sampled from (float32 or float64)."""
 
     def __len__(self) -> int: ...
     def at(self, tokens: Tensor) -> Tensor:
-        """Probability of ``tokens[r]`` at place r. int64 [R] -> [R]."""
+        """Probability of ``tokens[r]`` in row r. int64 [R] -> [R]."""
         ...
 
-    def dense(self, places: Tensor) -> Tensor:
+    def dense(self, rows: Tensor) -> Tensor:
         """Full rows of probabilities. int64 [n] -> [n, V]."""
         ...
 
@@ -112,9 +118,10 @@ class Proposal:
     tokens: Tensor  # int64 [B, K]        entries past ``lengths[b]`` are meaningless
     lengths: Tensor  # int64 [B]          0 <= lengths <= limit
     distribution: Distribution | None = None
-    # The distribution each token was really drawn from: place b * K + j is token (b, j); None = deterministic.
+    # The distribution each token was really drawn from: row b * K + j is token (b, j); None = deterministic.
     # (lengths[b] >= j) may depend on tokens[b, :j] only.
     confidence: Tensor | None = None  # float32 [B, K]  P(token j accepted | those before were); from tokens[b, :j] only
+    parents: Tensor | None = None  # int64 [B, K]  a tree: the token each follows, -1 the row's last; None = a chain
 
     @staticmethod
     def empty(rows: int) -> Proposal:
@@ -136,22 +143,22 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What the target made of a proposal."""
+    """The result of verifying a proposal."""
 
     accepted: Tensor  # int64 [B]         drafted tokens kept
-    tokens: Tensor  # int64 [B, K+1]      accepted tokens, then one of the target's own
+    tokens: Tensor  # int64 [B, K+1]      accepted tokens, then the bonus token (the recovered one after a rejection)
     lengths: Tensor  # int64 [B]          accepted + 1
 
     @staticmethod
-    def of(accepted: Tensor, drafted: Tensor, own: Tensor) -> Verification:
-        """accepted [B], drafted [B, K], own [B]: the target's token after the accepted ones."""
-        tokens = torch.cat([drafted, own[:, None]], 1).scatter(1, accepted[:, None], own[:, None])
+    def of(accepted: Tensor, drafted: Tensor, bonus: Tensor) -> Verification:
+        """accepted [B], drafted [B, K], bonus [B]: the token after the accepted ones."""
+        tokens = torch.cat([drafted, bonus[:, None]], 1).scatter(1, accepted[:, None], bonus[:, None])
         return Verification(accepted, tokens, accepted + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a distribution may depend on besides logits: each row's request and its committed tokens."""
+    """What sampling depends on besides logits: each row's request and its committed tokens."""
 
     params: Sequence[SamplingParams]  # B
     history: Sequence[list[int]]  # B lists: prompt and output so far, the last committed token included
@@ -172,7 +179,7 @@ class RequestStats:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean tokens a round commits: accepted drafts plus the target's own token."""
+        """Mean tokens a round commits: accepted drafts plus the bonus token."""
         return (self.generated - 1) / self.rounds if self.rounds else 1.0
 
     @property
@@ -222,7 +229,7 @@ class StepCost:
     verify: float
     bookkeeping: float
     rows: int
-    tokens: int  # verified, the rows' own tokens included
+    tokens: int  # in the target pass: prompt chunks, each row's last token and its drafts
     context: int  # cached tokens over all rows
 
 
@@ -239,6 +246,40 @@ class TargetSpec:
     name: str = ""
     eos_token_ids: tuple[int, ...] = ()
     defaults: dict[str, float] = field(default_factory=dict)  # sampling defaults of generation_config.json
+
+
+@dataclass(frozen=True, slots=True)
+class StepView:
+    """What a policy may know before drafting: the past of each of the B rows that are ready to draft."""
+
+    contexts: Sequence[int]  # B: committed tokens, the prompt included
+    stats: Sequence[RequestStats]  # B: rounds, drafts and accepted drafts so far; read only
+    params: Sequence[SamplingParams]  # B
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+
+@dataclass(frozen=True, slots=True)
+class RowRecord:
+    """One row of a step, as it was committed."""
+
+    request: int  # the request's number, unique in its engine
+    limit: int  # drafts the policy allowed
+    drafted: int
+    verified: int
+    accepted: int  # drafts that are part of the text: none behind its end
+    committed: tuple[int, ...]  # new tokens: the accepted drafts, then the bonus token unless the text ended before it
+    confidence: tuple[float, ...] | None  # of each draft; None: the drafter reports none
+    first: bool  # the token that follows the prompt's own pass: it belongs to no round
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step, after its commit."""
+
+    rows: tuple[RowRecord, ...]  # those that committed tokens
+    cost: StepCost
 
 
 # ------------------------------------------------------------------------------------------------ contracts
@@ -262,20 +303,27 @@ class Rng(Protocol):
 
 @runtime_checkable
 class KVCache(Protocol):
-    """The cache of a layer stack: append, then take back exactly."""
+    """The keys and values of a layer stack: append, then take back exactly."""
 
     capacity: int  # tokens a slot can hold
     lengths: Tensor  # int64 [slots]   tokens each slot holds
 
     def open(self) -> int:
-        """Reserve a slot. Raises CacheFull."""
+        """Take a free slot. Raises CacheFull."""
+        ...
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        """Make room for ``tokens`` in a slot, those it holds included. False: there is no memory for them now; what
+        the slot holds is untouched, and the caller may release another slot and ask again."""
         ...
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
         """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``."""
         ...
 
-    def close(self, slot: int) -> None: ...
+    def release(self, slot: int) -> None:
+        """Give a slot and its memory back. A preempted row is released and computed again later."""
+        ...
 
 
 class Stack(Protocol):
@@ -287,7 +335,7 @@ class Stack(Protocol):
     def forward(
         self,
         batch: RaggedBatch,
-        memory: KVCache,
+        cache: KVCache,
         *,
         hidden: Tensor | None = None,
         residual: Tensor | None = None,
@@ -305,7 +353,7 @@ class Stack(Protocol):
         """
         ...
 
-    def project(self, hidden: Tensor, batch: RaggedBatch, memory: KVCache) -> None:
+    def project(self, hidden: Tensor, batch: RaggedBatch, cache: KVCache) -> None:
         """Write every layer's keys and values of ``hidden`` [T, D] without running the layers (DSpark's context)."""
         ...
 
@@ -314,13 +362,42 @@ class Stack(Protocol):
 
 
 class Backend(Protocol):
-    """Runs layer stacks on one kind of hardware."""
+    """Runs layer stacks on one kind of hardware, and what follows a pass on the tensors it makes."""
 
     name: str
+    device: torch.device  # where its logits, features and hidden states are
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> Stack:
         """``weights`` by the canonical names of ``outrider.backends.layers``; may keep or repack them."""
         ...
+
+    def verify(
+        self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
+    ) -> Verification:
+        """``sampling.verification.verify`` on this hardware: the same tokens from the same arguments."""
+        ...
+
+    def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:
+        """One token a row by Gumbel-max with the keys of ``Rng.token_keys``. int64 [R] -> [R]."""
+        ...
+
+
+@runtime_checkable
+class DraftLoop(Protocol):
+    """A stack or target that drafts several tokens in one call: run the batch, then a token a row at a time."""
+
+    def draft_loop(
+        self, batch: RaggedBatch, cache: KVCache, keys: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """keys int64 [B, K], temperatures float32 [B] (0 = greedy) -> tokens int64 [B, K], logits [B * K, V]."""
+        ...
+
+
+@runtime_checkable
+class Forgets(Protocol):
+    """A drafter that remembers earlier requests and can forget them."""
+
+    def forget(self) -> None: ...
 
 
 @runtime_checkable
@@ -328,10 +405,11 @@ class TargetModel(Protocol):
     """The model whose text it is."""
 
     spec: TargetSpec
+    backend: Backend
 
     def new_cache(self, slots: int, capacity: int) -> KVCache: ...
     def forward(
-        self, batch: RaggedBatch, memory: KVCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
+        self, batch: RaggedBatch, cache: KVCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
     ) -> TargetOutput:
         """One pass. ``aux_layers`` are 0-based layers, -1 the embedding output; the last layer is refused."""
         ...
@@ -355,9 +433,14 @@ class Drafter(Protocol):
         """Draft up to ``limit[b]`` tokens after ``last[b]``. slots, last, limit: int64 [B]."""
         ...
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Committed tokens that passed through the target: every prefill chunk, and of every round the
-        row's ``last`` and its accepted drafts (never the new ``last``). features [T, F] or None."""
+        row's ``last`` and its accepted drafts (never the new ``last``).
+
+        features [T, F] of ``aux_layers``, or None. hidden [C, D]: the target's state after its final norm at the
+        last token of each of the first C rows, from which the row's next token was sampled; the rows after them
+        end in the middle of their prompt. None where the target cannot tell it.
+        """
         ...
 
     def close(self, slot: int) -> None: ...
@@ -365,14 +448,14 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class SchedulerPolicy(Protocol):
-    """How much is drafted, and how much of it is checked.
+    """How much is drafted, and how much of it is verified.
 
     Non-anticipating: (keep[b] >= j) may depend on confidence[b, :j], on other rows and on the past; never on
-    confidence[b, j:]; and the tokens are not shown to it at all (DSpark, Appendix A).
+    confidence[b, j:]; and it never sees the tokens (DSpark, Appendix A).
     """
 
-    def plan(self, rows: int) -> int:
-        """The most tokens to draft per row in this step, from the past only; 0 = plain decoding."""
+    def plan(self, step: StepView) -> Sequence[int]:
+        """The most tokens to draft for each row in this step, from the past only; 0 = plain decoding. -> B"""
         ...
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
@@ -382,3 +465,10 @@ class SchedulerPolicy(Protocol):
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """What the step cost, and accepted drafts per row [B]."""
         ...
+
+
+@runtime_checkable
+class StepObserver(Protocol):
+    """Sees every step after its commit: evaluation, metrics and audits."""
+
+    def step(self, record: StepRecord) -> None: ...

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from outrider.backends.layers import check_weights
+from outrider.backends.native_verification import verify_native
 from outrider.backends.packed_weights import PackedFile
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
-from outrider.types import Mask, RaggedBatch, StackOutput
+from outrider.sampling.distribution import Categorical
+from outrider.types import Context, Distribution, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
 
 __all__ = ["NativeBackend", "NativeCache", "NativeMarkovHead", "NativeStack", "available"]
 
@@ -37,11 +39,11 @@ def available() -> bool:
 class NativeCache:
     """The core's cache: contiguous per slot, blocked by absolute positions. Untouched pages cost no memory."""
 
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-        self.capacity: int = cache.capacity
-        self.lengths: Tensor = _native.lengths(cache)  # shares memory with the core
-        self._free = list(range(cache.slots))
+    def __init__(self, core: Any) -> None:
+        self.core = core
+        self.capacity: int = core.capacity
+        self.lengths: Tensor = _native.lengths(core)  # shares memory with the core
+        self._free = list(range(core.slots))
 
     def open(self) -> int:
         """Reserve an empty slot, the lowest free one. Raises CacheFull."""
@@ -49,24 +51,29 @@ class NativeCache:
             raise CacheFull(f"all {len(self.lengths)} slots are in use; close one, or make the memory with more slots")
         slot = min(self._free)
         self._free.remove(slot)
-        self.cache.set_open(slot, True)
+        self.core.set_open(slot, True)
         return slot
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        """Whether a sequence of ``tokens`` fits: all of a slot's memory is its own from the start."""
+        return tokens <= self.capacity
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
         """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
-        self.cache.rewind(slots.numpy(), lengths.numpy())
+        self.core.rewind(slots.numpy(), lengths.numpy())
 
-    def close(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """Give a slot back."""
         assert slot not in self._free, f"slot {slot} is not open"
         self._free.append(slot)
-        self.cache.set_open(slot, False)
+        self.core.set_open(slot, False)
 
 
 class NativeBackend:
     """Makes stacks that run in the compiled core."""
 
     name = "native"
+    device = torch.device("cpu")
 
     def __init__(self, isa: str = "") -> None:
         """``isa``: avx512, avx2 or portable; empty = what OUTRIDER_ISA says, else the best this processor has."""
@@ -97,6 +104,18 @@ class NativeBackend:
             kept.write(core.packed, perf_counter() - began)
         _set_norms(core, config, weights)
         return NativeStack(config, core, key)
+
+    def verify(
+        self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
+    ) -> Verification:
+        """See ``outrider.types.Backend``."""
+        assert isinstance(target, Categorical)
+        return verify_native(target, proposal, keep, context, rng)
+
+    def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:
+        """See ``outrider.types.Backend``."""
+        assert isinstance(distribution, Categorical)
+        return distribution.draw(keys)
 
     def markov_head(
         self,
@@ -136,7 +155,7 @@ class NativeStack:
     def forward(
         self,
         batch: RaggedBatch,
-        memory: Any,
+        cache: Any,
         *,
         hidden: Tensor | None = None,
         residual: Tensor | None = None,
@@ -152,7 +171,7 @@ class NativeStack:
         features = torch.empty(count, len(aux_layers) * self._width) if aux_layers else None
         try:
             self.core.forward(
-                memory.cache,
+                cache.core,
                 *_place(batch),
                 mask == "causal",
                 list(aux_layers),
@@ -167,7 +186,7 @@ class NativeStack:
             raise _explained(error, batch, hidden, residual, logits_at) from error
         return StackOutput(last, logits, features)
 
-    def chain(self, batch: RaggedBatch, memory: Any, keys: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+    def chain(self, batch: RaggedBatch, cache: Any, keys: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         """Draft in one call: run the batch, then one token a row at a time, each drawn from the pass before it.
 
         keys int64 [B, K] of ``rng.gumbel``, temperatures float32 [B] (0 = the largest logit) -> tokens int64 [B, K],
@@ -177,16 +196,16 @@ class NativeStack:
         logits = torch.empty(keys.numel(), self._vocabulary)
         arrays = (keys, temperatures, drawn, logits)
         try:
-            self.core.chain(memory.cache, *_place(batch), *(array.numpy() for array in arrays))
+            self.core.chain(cache.core, *_place(batch), *(array.numpy() for array in arrays))
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, None, None, None) from error
         return drawn, logits
 
-    def project(self, hidden: Tensor, batch: RaggedBatch, memory: Any) -> None:
+    def project(self, hidden: Tensor, batch: RaggedBatch, cache: Any) -> None:
         """Write every layer's keys and values of ``hidden`` [T, D], taken as it is: no layer's norm is applied."""
         given = hidden.detach().float().numpy()
         try:
-            self.core.project(memory.cache, *_place(batch), given)
+            self.core.project(cache.core, *_place(batch), given)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, None, None) from error
 

@@ -21,7 +21,9 @@ from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.errors import InvalidRequest, nearest
 from outrider.kv_cache.attention import Pass, attend
 from outrider.registry import find
-from outrider.types import KVCache, Mask, RaggedBatch, StackOutput
+from outrider.sampling.distribution import Categorical
+from outrider.sampling.verification import verify
+from outrider.types import Context, Distribution, KVCache, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
 
 __all__ = ["ReferenceBackend", "ReferenceStack"]
 
@@ -40,6 +42,7 @@ class ReferenceBackend:
     """Makes stacks that run in plain PyTorch."""
 
     name = "reference"
+    device = torch.device("cpu")
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> ReferenceStack:
         """``weights`` by the canonical names of ``outrider.backends.layers``, read one by one; they are left as they are."""
@@ -48,6 +51,18 @@ class ReferenceBackend:
             raise InvalidRequest(f"the reference backend has no dtype {key!r}; {nearest(key, DTYPES)}")
         check_weights(config, weights)
         return ReferenceStack(config, weights, DTYPES[key])
+
+    def verify(
+        self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
+    ) -> Verification:
+        """See ``outrider.types.Backend``."""
+        assert isinstance(target, Categorical)
+        return verify(target, proposal, keep, context, rng)
+
+    def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:
+        """See ``outrider.types.Backend``."""
+        assert isinstance(distribution, Categorical)
+        return distribution.draw(keys)
 
 
 class Norm:
@@ -207,14 +222,14 @@ class ReferenceStack:
         for rotary in self._rotaries.values():
             rotary.grow(capacity)
         shapes = [(layer.num_kv_heads, capacity, layer.head_dim) for layer in self.config.layers]
-        memory: KVCache = find("kv_cache", "contiguous")(slots, capacity, [(s, s) for s in shapes], self.dtype)
-        return memory
+        cache: KVCache = find("kv_cache", "contiguous")(slots, capacity, [(s, s) for s in shapes], self.dtype)
+        return cache
 
     @torch.inference_mode()
     def forward(
         self,
         batch: RaggedBatch,
-        memory: Any,
+        cache: Any,
         *,
         hidden: Tensor | None = None,
         residual: Tensor | None = None,
@@ -223,7 +238,7 @@ class ReferenceStack:
         mask: Mask = "causal",
     ) -> StackOutput:
         """See ``outrider.types.Stack``."""
-        step = Pass(batch, memory, mask, self.dtype)
+        step = Pass(batch, cache, mask, self.dtype)
         angles = self._angles(batch)
         x = self.embed(batch.tokens) if hidden is None else hidden.to(self.dtype)
         wide = None  # layer 0's attention input, where it is not the residual stream
@@ -242,9 +257,9 @@ class ReferenceStack:
         return StackOutput(last, None if self._head is None else self.unembed(last), features)
 
     @torch.inference_mode()
-    def project(self, hidden: Tensor, batch: RaggedBatch, memory: Any) -> None:
+    def project(self, hidden: Tensor, batch: RaggedBatch, cache: Any) -> None:
         """Write every layer's keys and values of ``hidden`` [T, D], taken as it is: no layer's norm is applied."""
-        step = Pass(batch, memory, "causal", self.dtype)
+        step = Pass(batch, cache, "causal", self.dtype)
         angles = self._angles(batch)
         hidden = hidden.to(self.dtype)
         for index, layer in enumerate(self._layers):

@@ -64,7 +64,7 @@ class DraftModelDrafter:
         self.block = draft_tokens
         self.model = model
         self._rows: dict[int, _Row] = {}
-        self._memory: KVCache = model.new_cache(1, 1)
+        self._cache: KVCache = model.new_cache(1, 1)
         self._slots = 1
         self._chain: Callable[..., tuple[Tensor, Tensor]] | None = getattr(model, "chain", None)
 
@@ -99,13 +99,13 @@ class DraftModelDrafter:
 
     def open(self, slot: int, capacity: int) -> None:
         capacity = min(capacity, self.model.spec.max_positions)
-        if capacity > self._memory.capacity:
+        if capacity > self._cache.capacity:
             self._renew(self._slots, capacity)
         try:
-            place = self._memory.open()
+            place = self._cache.open()
         except CacheFull:
-            self._renew(2 * self._slots, self._memory.capacity)
-            place = self._memory.open()
+            self._renew(2 * self._slots, self._cache.capacity)
+            place = self._cache.open()
         self._rows[slot] = _Row(capacity, place)
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
@@ -143,11 +143,11 @@ class DraftModelDrafter:
             live_index, live_positions = index[:n], positions[:n]
             if j:
                 batch = RaggedBatch(drafts[-1][:n], live_positions - 1, places[:n], offsets[: n + 1])
-                logits = self.model.forward(batch, self._memory).logits
+                logits = self.model.forward(batch, self._cache).logits
             distribution = process(logits, context, live_index, torch.full((n,), j), drafted=seen)
             keys = None if distribution.is_greedy else rng.token_keys(live_index, live_positions, "draft")
             distributions.append(distribution)
-            drafts.append(distribution.argmax() if keys is None else distribution.draw(keys))
+            drafts.append(distribution.argmax() if keys is None else self.model.backend.sample(distribution, keys))
             sureness.append(_largest_probability(logits))
             if penalised:
                 seen[live_index, j] = drafts[-1]
@@ -163,7 +163,7 @@ class DraftModelDrafter:
             torch.cat(sureness)[grid],
         )
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Note how much of the drafts came true; run prompts as they come.
 
         A run of several tokens right behind the cache is a prompt's chunk. The single token of a plain round waits,
@@ -184,13 +184,13 @@ class DraftModelDrafter:
             self._run(chunks)
 
     def close(self, slot: int) -> None:
-        self._memory.close(self._rows.pop(slot).place)
+        self._cache.release(self._rows.pop(slot).place)
 
     def _catch_up(self, rows: Sequence[_Row], histories: Sequence[list[int]]) -> list[tuple[_Row, list[int]]]:
         """Take back what did not come true. -> the tokens the first pass must run, up to and with the last one"""
         for row, history in zip(rows, histories, strict=True):
             row.cached = min(row.cached, len(history) - 1)  # a round that never came to be observed
-        self._memory.rewind(torch.tensor([row.place for row in rows]), torch.tensor([row.cached for row in rows]))
+        self._cache.rewind(torch.tensor([row.place for row in rows]), torch.tensor([row.cached for row in rows]))
         missing = []
         for row, history in zip(rows, histories, strict=True):
             row.ahead = 0
@@ -213,7 +213,7 @@ class DraftModelDrafter:
         else:
             keys = torch.zeros(count, width, dtype=torch.int64)
         batch = self._batch(missing)
-        tokens, logits = self._chain(batch, self._memory, keys, torch.tensor(temperatures, dtype=torch.float32))
+        tokens, logits = self._chain(batch, self._cache, keys, torch.tensor(temperatures, dtype=torch.float32))
         for row, _ in missing:
             row.ahead = width - 1
         distribution = process(logits, context, rows) if any(temperatures) else None
@@ -224,7 +224,7 @@ class DraftModelDrafter:
         """Append tokens to the rows' memory. -> logits [B, V] after each chunk, or none."""
         batch = self._batch(chunks)
         wanted = batch.offsets[1:] - 1 if logits else batch.offsets[:0]
-        return self.model.forward(batch, self._memory, logits_at=wanted).logits
+        return self.model.forward(batch, self._cache, logits_at=wanted).logits
 
     @staticmethod
     def _batch(chunks: Sequence[tuple[_Row, list[int]]]) -> RaggedBatch:
@@ -236,9 +236,9 @@ class DraftModelDrafter:
 
     def _renew(self, slots: int, capacity: int) -> None:
         """A larger memory. Rows that are open start it empty and catch up when they next draft."""
-        self._memory, self._slots = self.model.new_cache(slots, capacity), slots
+        self._cache, self._slots = self.model.new_cache(slots, capacity), slots
         for row in self._rows.values():
-            row.place, row.cached, row.ahead = self._memory.open(), 0, 0
+            row.place, row.cached, row.ahead = self._cache.open(), 0, 0
 
 
 def _largest_probability(logits: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class DSparkDrafter(TrainedDrafter):
         self._fc = linear(backend, checkpoint.tensors["fc.weight"], dtype)
         self._hidden_norm = checkpoint.tensors["hidden_norm.weight"].float()
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Take in the features of committed tokens; they become keys and values when they are needed, or many."""
         full = self.cache.add(batch, features)
         if full:
@@ -140,9 +140,9 @@ class DSparkDrafter(TrainedDrafter):
         )
         wanted = torch.arange(len(slots))[:, None] * size + first + torch.arange(drafts)
         output = self.net.stack.forward(
-            batch, self.cache.memory, hidden=self.net.embed(batch.tokens), logits_at=wanted.flatten(), mask="block"
+            batch, self.cache.kv_cache, hidden=self.net.embed(batch.tokens), logits_at=wanted.flatten(), mask="block"
         )
-        self.cache.memory.rewind(places, starts)  # the block's own keys and values were scratch
+        self.cache.kv_cache.rewind(places, starts)  # the block's own keys and values were scratch
         shape = len(slots), drafts, -1
         return output.hidden.view(shape), self.net.logits(output).view(shape)
 
@@ -150,7 +150,7 @@ class DSparkDrafter(TrainedDrafter):
         waiting = self.cache.take(slots)
         if waiting is not None:
             context = rms_norm(self._fc(waiting.features), self._hidden_norm, self.net.stack.config.norm_eps)
-            self.net.stack.project(context, waiting.batch, self.cache.memory)
+            self.net.stack.project(context, waiting.batch, self.cache.kv_cache)
 
 
 class DFlashDrafter(DSparkDrafter):

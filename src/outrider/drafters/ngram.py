@@ -84,7 +84,7 @@ class NgramDrafter:
             confidence.append([(agreed + j + 1) / (agreed + j + 2) for j in range(most)])
         return Proposal.pack(drafts, confidence)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Nothing: the history that ``propose`` is shown holds every committed token."""
 
     def close(self, slot: int) -> None:

@@ -34,7 +34,7 @@ class NoDrafter:
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         return Proposal.empty(len(slots))
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Nothing to learn."""
 
     def close(self, slot: int) -> None:

@@ -253,7 +253,7 @@ class SuffixDrafter:
             confidence.append(sureness)
         return Proposal.pack(drafts, confidence)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Read prompts as they come, so that the first proposal need not, and what plain rounds commit."""
         tokens, positions, offsets = batch.tokens.tolist(), batch.positions.tolist(), batch.offsets.tolist()
         for slot, start, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):

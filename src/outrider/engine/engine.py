@@ -13,7 +13,7 @@ from outrider.config import SamplingParams
 from outrider.engine.rows import Admission, Request, Rows
 from outrider.errors import InvalidRequest
 from outrider.sampling.distribution import process
-from outrider.sampling.verification import truncate, verify
+from outrider.sampling.verification import truncate
 from outrider.types import Drafter, Proposal, RaggedBatch, SchedulerPolicy, StepCost, TargetModel
 
 __all__ = ["Commit", "Engine"]
@@ -43,7 +43,7 @@ class Engine:
     ) -> None:
         self.target, self.drafter, self.policy = target, drafter, policy
         self.capacity = capacity
-        self.memory = target.new_cache(max_rows, capacity)
+        self.cache = target.new_cache(max_rows, capacity)
         self.admission = Admission(max_rows, chunk)
 
     def add(self, index: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
@@ -88,13 +88,13 @@ class Engine:
         kept = keep.tolist()
         run = rows.candidates(proposal, kept)
         verify_began = perf_counter()
-        output = self.target.forward(run.batch, self.memory, self.drafter.aux_layers, run.wanted)  # verify
+        output = self.target.forward(run.batch, self.cache, self.drafter.aux_layers, run.wanted)  # verify
         verify_ended = perf_counter()
         commits: list[Commit] = []
         accepted = kept
         if rows.complete:
             distributions = process(output.logits, rows.context, run.rows, run.depth, drafted=proposal.tokens)
-            verification = verify(distributions, proposal, keep, rows.context, rows.rng)
+            verification = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
             accepted = verification.accepted.tolist()
             commits = self._commit(rows, kept, accepted, verification.tokens.tolist())  # commit
         self._observe(rows, run.batch, commits, output.features)
@@ -119,15 +119,14 @@ class Engine:
     # -------------------------------------------------------------------------------------------- parts of a step
 
     def _open(self, request: Request) -> int:
-        slot = self.memory.open()
+        slot = self.cache.open()
         self.drafter.open(slot, self.capacity)
         request.started = perf_counter()
         return slot
 
     def _draft(self, rows: Rows) -> Proposal:
         """Propose for the rows that are past their prompt; none when the policy or their budgets say so."""
-        most = min(self.policy.plan(rows.ready), self.drafter.block) if rows.ready else 0
-        limits = rows.limits(most, self.capacity) if most else []
+        limits = rows.limits(self.policy.plan(rows.view), self.drafter.block, self.capacity) if rows.ready else []
         if not any(limits):
             return Proposal.empty(rows.ready)
         limit = torch.tensor(limits, dtype=torch.int64)
@@ -166,7 +165,7 @@ class Engine:
             kept.append(chunk)
         if commits:
             ends = torch.tensor([len(c.request.history) - 1 for c in commits], dtype=torch.int64)
-            self.memory.rewind(batch.slots[: rows.complete], ends)
+            self.cache.rewind(batch.slots[: rows.complete], ends)
         if sum(kept) < len(batch.tokens):
             first, tokens, positions = batch.offsets.tolist(), batch.tokens.tolist(), batch.positions.tolist()
             if features is not None:  # slices: an index would wake all threads for a few rows
@@ -180,5 +179,5 @@ class Engine:
         request.finish_reason = reason
         self.admission.running.remove(request)
         self.drafter.close(request.slot)
-        self.memory.close(request.slot)
+        self.cache.release(request.slot)
         request.slot = -1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.sampling.rng import RowRng
-from outrider.types import Context, Proposal, RaggedBatch, RequestStats
+from outrider.types import Context, Proposal, RaggedBatch, RequestStats, StepView
 
 __all__ = ["Admission", "Candidates", "Request", "Rows"]
 
@@ -83,9 +83,18 @@ class Rows:
         """int64 [ready]: the token each row goes on from."""
         return torch.tensor([r.history[-1] for r in self.requests[: self.ready]], dtype=torch.int64)
 
-    def limits(self, drafts: int, capacity: int) -> list[int]:
-        """No draft past the request's budget (the target adds one of its own) or the slot's room. [ready]"""
-        return [min(drafts, r.left - 1, capacity - len(r.history)) for r in self.requests[: self.ready]]
+    @property
+    def view(self) -> StepView:
+        """What the policy may know before drafting: the past of the rows that are ready to draft."""
+        ready = self.requests[: self.ready]
+        return StepView([len(r.history) for r in ready], [r.stats for r in ready], [r.params for r in ready])
+
+    def limits(self, planned: Sequence[int], block: int, capacity: int) -> list[int]:
+        """No draft past what the drafter can propose, the request's budget (the bonus token counts) or the slot. [ready]"""
+        return [
+            min(drafts, block, r.left - 1, capacity - len(r.history))
+            for drafts, r in zip(planned, self.requests[: self.ready], strict=True)
+        ]
 
     def pad(self, proposal: Proposal) -> Proposal:
         """The same proposal with no drafts for the rows that finish their prompt in this step."""

@@ -141,9 +141,9 @@ def measure(
     """
     rows, context = max(cell.rows for cell in cells), cells[0].context
     assert all(cell.context == context for cell in cells), "one memory serves one context"
-    memory = target.new_cache(rows, context + max(cell.new_tokens for cell in cells))
-    slots = [memory.open() for _ in range(rows)]
-    _fill(target, memory, slots, context)
+    cache = target.new_cache(rows, context + max(cell.new_tokens for cell in cells))
+    slots = [cache.open() for _ in range(rows)]
+    _fill(target, cache, slots, context)
     batches = {cell: _batch(target, cell, slots) for cell in cells}
     seconds: dict[Cell, list[float]] = {cell: [] for cell in cells}
     bandwidths = []
@@ -152,24 +152,24 @@ def measure(
         for turn in range(-1, repeats):  # the first round's touches are nobody's speed
             order = shuffled.sample(list(cells), len(cells))
             bandwidth = probe()
-            _time(target, batches[order[-1]], memory)  # the probe has emptied the caches
+            _time(target, batches[order[-1]], cache)  # the probe has emptied the caches
             if turn >= 0:
                 bandwidths.append(bandwidth)
             for cell in order:
-                took = _time(target, batches[cell], memory)
+                took = _time(target, batches[cell], cache)
                 if turn >= 0:
                     seconds[cell].append(took)
                 progress()
     return seconds, bandwidths
 
 
-def _time(target: TargetModel, batch: RaggedBatch, memory: KVCache) -> float:
+def _time(target: TargetModel, batch: RaggedBatch, cache: KVCache) -> float:
     """Seconds of one pass, which is then forgotten."""
-    held = memory.lengths[batch.slots].clone()
+    held = cache.lengths[batch.slots].clone()
     began = perf_counter()
-    target.forward(batch, memory)
+    target.forward(batch, cache)
     took = perf_counter() - began
-    memory.rewind(batch.slots, held)
+    cache.rewind(batch.slots, held)
     return took
 
 
@@ -184,7 +184,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _fill(target: TargetModel, memory: KVCache, slots: Sequence[int], context: int) -> None:
+def _fill(target: TargetModel, cache: KVCache, slots: Sequence[int], context: int) -> None:
     """Put ``context`` tokens into every slot; keys and values of rng are as good as any, and much cheaper."""
     stack = getattr(target, "stack", None)
     for slot in slots:
@@ -192,9 +192,9 @@ def _fill(target: TargetModel, memory: KVCache, slots: Sequence[int], context: i
             tokens = [(7 * i) % target.spec.vocab_size for i in range(min(FILL, context - start))]
             batch = RaggedBatch.pack([tokens], [start], [slot])
             if stack is None:
-                target.forward(batch, memory, logits_at=batch.slots[:0])
+                target.forward(batch, cache, logits_at=batch.slots[:0])
             else:
-                stack.project(torch.randn(len(tokens), target.spec.hidden_size), batch, memory)
+                stack.project(torch.randn(len(tokens), target.spec.hidden_size), batch, cache)
 
 
 def _batch(target: TargetModel, cell: Cell, slots: Sequence[int]) -> RaggedBatch:

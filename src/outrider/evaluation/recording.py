@@ -24,7 +24,7 @@ from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.tokenization.tokenizer import Tokenizer
-from outrider.types import SchedulerPolicy, StepCost
+from outrider.types import SchedulerPolicy, StepCost, StepView
 
 __all__ = [
     "Answer",
@@ -122,9 +122,10 @@ class Recorder:
         self._planned = 0
         self._seen: list[tuple[tuple[float, ...] | None, int, int]] = []
 
-    def plan(self, rows: int) -> int:
-        self._ready, self._planned = rows, self.policy.plan(rows)
-        return self._planned
+    def plan(self, step: StepView) -> Sequence[int]:
+        planned = self.policy.plan(step)
+        self._ready, self._planned = len(step), planned[0] if planned else 0
+        return planned
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         keep = self.policy.choose(confidence, lengths)

@@ -146,14 +146,14 @@ def transcribe(
     for prompt in prompts:
         if not 0 <= min(prompt) <= max(prompt) < size:
             raise CheckpointError(f"a prompt has token {max(prompt)}, the target's vocabulary ends at {size - 1}")
-    memory = target.new_cache(len(prompts), max(len(p) for p in prompts) + new_tokens + 1)
-    slots = [memory.open() for _ in prompts]
+    cache = target.new_cache(len(prompts), max(len(p) for p in prompts) + new_tokens + 1)
+    slots = [cache.open() for _ in prompts]
     tokens, parts = [list(prompt) for prompt in prompts], [[] for _ in prompts]  # type: ignore[var-annotated]
     chunks, logits = [list(prompt) for prompt in prompts], [[] for _ in prompts]  # type: ignore[var-annotated]
     for _ in range(new_tokens):
         starts = [len(text) - len(chunk) for text, chunk in zip(tokens, chunks, strict=True)]
         batch = RaggedBatch.pack(chunks, starts, slots)
-        output = target.forward(batch, memory, layers, batch.offsets[1:] - 1)
+        output = target.forward(batch, cache, layers, batch.offsets[1:] - 1)
         assert output.features is not None
         chunks = []
         for row, features in enumerate(output.features.split(batch.lengths.tolist())):

@@ -49,16 +49,16 @@ class Span:
 class Pass:
     """What the layers of one forward pass share: rows, positions, and who sees whom."""
 
-    def __init__(self, batch: RaggedBatch, memory: Any, mask: Mask, dtype: torch.dtype) -> None:
-        self.batch, self.memory, self.mask, self.dtype = batch, memory, mask, dtype
-        self.rows = _rows(batch, memory)
+    def __init__(self, batch: RaggedBatch, cache: Any, mask: Mask, dtype: torch.dtype) -> None:
+        self.batch, self.cache, self.mask, self.dtype = batch, cache, mask, dtype
+        self.rows = _rows(batch, cache)
         # int64 [T]; one row alone is written without an index
         self._slots = None if len(self.rows) == 1 else batch.slots.repeat_interleave(batch.lengths)
         self._spans: dict[tuple[int | None, int], list[Span]] = {}
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Put a layer's new keys and values [T, Hkv, Dh] in their places."""
-        for cache, new in ((self.memory.keys[layer], keys), (self.memory.values[layer], values)):
+        for cache, new in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
             if self._slots is None:
                 (row,) = self.rows
                 cache[row.slot].narrow(1, row.start, row.stop - row.start).copy_(new.transpose(0, 1))
@@ -75,10 +75,10 @@ class Pass:
     def finish(self) -> None:
         """The rows now hold their new tokens."""
         for row in self.rows:
-            self.memory.lengths[row.slot] = row.stop
+            self.cache.lengths[row.slot] = row.stop
 
 
-def _rows(batch: RaggedBatch, memory: Any) -> list[Row]:
+def _rows(batch: RaggedBatch, cache: Any) -> list[Row]:
     """The rows that have new tokens, checked against the memory."""
     offsets, slots = batch.offsets.tolist(), batch.slots.tolist()
     assert len(set(slots)) == len(slots), f"a slot stands twice in one batch: {slots}"
@@ -86,7 +86,7 @@ def _rows(batch: RaggedBatch, memory: Any) -> list[Row]:
     for slot, begin, end in zip(slots, offsets, offsets[1:], strict=False):
         if begin < end:
             start = int(batch.positions[begin])
-            memory.require(slot, start, start + end - begin)
+            cache.require(slot, start, start + end - begin)
             rows.append(Row(begin, end, slot, start, start + end - begin))
     return rows
 
@@ -121,7 +121,7 @@ def _mask(start: int, stop: int, first: int, last: int, window: int | None, mask
 
 def attend(queries: Tensor, layer: int, config: LayerConfig, step: Pass) -> Tensor:
     """A layer's attention of [T, H, Dh] against its cache [slots, Hkv, capacity, Dh] -> [T, H Dh]."""
-    keys, values = step.memory.keys[layer], step.memory.values[layer]
+    keys, values = step.cache.keys[layer], step.cache.values[layer]
     outputs = []
     for span in step.spans(config):
         k, v = (cache[span.slot].narrow(1, span.first, span.last - span.first)[None] for cache in (keys, values))

@@ -53,13 +53,17 @@ class ContiguousCache:
                 "shorten the prompt or max_tokens, or open the memory with a larger capacity"
             )
 
+    def reserve(self, slot: int, tokens: int) -> bool:
+        """Whether a sequence of ``tokens`` fits: all of a slot's memory is its own from the start."""
+        return tokens <= self.capacity
+
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
         """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
         held = self.lengths[slots]
         assert bool(((lengths >= 0) & (lengths <= held)).all()), f"cannot rewind lengths {held} to {lengths}"
         self.lengths[slots] = lengths
 
-    def close(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """Give a slot back."""
         assert slot in self._open, f"slot {slot} is not open"
         self.lengths[slot] = 0

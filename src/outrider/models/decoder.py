@@ -103,8 +103,8 @@ class DecoderTarget:
     defaults: ClassVar[Mapping[str, Any]] = {}
     """What the architecture assumes where a config is silent."""
 
-    def __init__(self, spec: TargetSpec, stack: Stack) -> None:
-        self.spec, self.stack = spec, stack
+    def __init__(self, spec: TargetSpec, stack: Stack, backend: Backend) -> None:
+        self.spec, self.stack, self.backend = spec, stack, backend
 
     @classmethod
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
@@ -136,7 +136,7 @@ class DecoderTarget:
                     f"tensor {names.original(name)!r} {state} in the model that config.json describes"
                 )
         stack = backend.load(stack_config, weights, dtype)
-        return cls(make_spec(config, stack_config, load_dtype(dtype), str(path)), stack)
+        return cls(make_spec(config, stack_config, load_dtype(dtype), str(path)), stack, backend)
 
     @classmethod
     def layers_of(cls, path: Path, config: Mapping[str, Any]) -> tuple[StackConfig, Mapping[str, Tensor]]:
@@ -158,11 +158,11 @@ class DecoderTarget:
         return self.stack.new_cache(slots, capacity)
 
     def forward(
-        self, batch: RaggedBatch, memory: KVCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
+        self, batch: RaggedBatch, cache: KVCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
     ) -> TargetOutput:
         """One pass; see ``outrider.types.TargetModel``. Raises InvalidRequest for a aux_layer there is not."""
         check_aux_layers(aux_layers, self.spec.num_layers)
-        output = self.stack.forward(batch, memory, aux_layers=aux_layers, logits_at=logits_at)
+        output = self.stack.forward(batch, cache, aux_layers=aux_layers, logits_at=logits_at)
         assert output.logits is not None
         return TargetOutput(output.logits, output.features, output.hidden)
 

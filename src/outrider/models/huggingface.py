@@ -21,10 +21,10 @@ from outrider.models.decoder import check_aux_layers, end_tokens, refuse_quantis
 from outrider.models.weights import DTYPES, TensorFiles
 from outrider.types import Backend, RaggedBatch, TargetOutput, TargetSpec
 
-__all__ = ["CacheMemory", "HuggingFaceTarget"]
+__all__ = ["HuggingFaceTarget", "TransformersCache"]
 
 
-class CacheMemory(ContiguousCache):
+class TransformersCache(ContiguousCache):
     """One cache of Transformers per slot, cropped when it is rewound."""
 
     def __init__(self, slots: int, capacity: int) -> None:
@@ -50,17 +50,17 @@ class CacheMemory(ContiguousCache):
         if extra > 0:
             self.caches[slot].crop(-extra)
 
-    def close(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """Give a slot back, and its tensors."""
-        super().close(slot)
+        super().release(slot)
         self.caches[slot] = DynamicCache()
 
 
 class HuggingFaceTarget:
     """A causal language model of Transformers, one row at a time."""
 
-    def __init__(self, model: PreTrainedModel, spec: TargetSpec) -> None:
-        self.model, self.spec = model.eval().requires_grad_(False), spec
+    def __init__(self, model: PreTrainedModel, spec: TargetSpec, backend: Backend) -> None:
+        self.model, self.spec, self.backend = model.eval().requires_grad_(False), spec, backend
         self._layers = _decoder_layers(model, spec.num_layers)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -68,7 +68,7 @@ class HuggingFaceTarget:
 
     @classmethod
     def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
-        """Read a Hugging Face directory. ``backend`` is not used: Transformers brings its own layers.
+        """Read a Hugging Face directory. Transformers brings its own layers; ``backend`` verifies and samples.
 
         Raises CheckpointError, also for models whose state cannot be rewound; InvalidRequest for a quantised dtype.
         """
@@ -92,15 +92,19 @@ class HuggingFaceTarget:
             eos_token_ids=end_tokens(config),
             defaults=sampling_defaults(config),
         )
-        return cls(model, spec)
+        return cls(model, spec, backend)
 
-    def new_cache(self, slots: int, capacity: int) -> CacheMemory:
+    def new_cache(self, slots: int, capacity: int) -> TransformersCache:
         """Caches for ``slots`` sequences of up to ``capacity`` tokens."""
-        return CacheMemory(slots, capacity)
+        return TransformersCache(slots, capacity)
 
     @torch.no_grad()
     def forward(
-        self, batch: RaggedBatch, memory: CacheMemory, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
+        self,
+        batch: RaggedBatch,
+        cache: TransformersCache,
+        aux_layers: Sequence[int] = (),
+        logits_at: Tensor | None = None,
     ) -> TargetOutput:
         """One pass; see ``outrider.types.TargetModel``. Features are caught by hooks on the decoder layers."""
         check_aux_layers(aux_layers, self.spec.num_layers)
@@ -115,12 +119,12 @@ class HuggingFaceTarget:
             if begin == end:
                 continue
             start = int(batch.positions[begin])
-            memory.require(slot, start, start + end - begin)
-            memory.crop(slot, start)
+            cache.require(slot, start, start + end - begin)
+            cache.crop(slot, start)
             here = ((wanted >= begin) & (wanted < end)).nonzero().flatten()
             with self._tapping(aux_layers) as auxiliary:
-                logits[here] = self._run(batch.tokens[begin:end], memory.caches[slot], wanted[here] - begin)
-            memory.lengths[slot] = start + end - begin
+                logits[here] = self._run(batch.tokens[begin:end], cache.caches[slot], wanted[here] - begin)
+            cache.lengths[slot] = start + end - begin
             if aux_layers:
                 features.append(torch.cat([auxiliary[aux_layer] for aux_layer in aux_layers], -1))
         empty = torch.empty(0, len(aux_layers) * self.spec.hidden_size, dtype=self.spec.dtype)
@@ -191,16 +195,16 @@ class HuggingFaceTarget:
             "chunked_attention",
         }:
             raise refusal
-        memory, seen = CacheMemory(1, 8), []
-        slot = memory.open()
+        cache, seen = TransformersCache(1, 8), []
+        slot = cache.open()
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
         try:
-            whole = self.forward(RaggedBatch.pack([[1, 2, 3]], [0], [slot]), memory).logits
-            if memory.caches[slot].get_seq_length() != 3:
+            whole = self.forward(RaggedBatch.pack([[1, 2, 3]], [0], [slot]), cache).logits
+            if cache.caches[slot].get_seq_length() != 3:
                 raise refusal
-            memory.rewind(torch.tensor([slot]), torch.tensor([1]))
-            again = self.forward(RaggedBatch.pack([[2, 3]], [1], [slot]), memory).logits
+            cache.rewind(torch.tensor([slot]), torch.tensor([1]))
+            again = self.forward(RaggedBatch.pack([[2, 3]], [1], [slot]), cache).logits
         finally:
             hook.remove()
         scale = float(whole.abs().max()) * (0.05 if self.spec.dtype is torch.bfloat16 else 1e-3)

@@ -76,4 +76,4 @@ def random_target(shape: str, dtype: str, backend: Backend) -> DecoderTarget:
     sizes = SHAPES[shape]
     config = sizes.stack_config()
     stack = backend.load(config, RandomWeights(config, sizes.tied), dtype)  # type: ignore[arg-type]
-    return DecoderTarget(make_spec({"model_type": "llama"}, config, load_dtype(dtype), shape), stack)
+    return DecoderTarget(make_spec({"model_type": "llama"}, config, load_dtype(dtype), shape), stack, backend)

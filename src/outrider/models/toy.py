@@ -11,6 +11,7 @@ from torch import Tensor
 from outrider.kv_cache.attention import Pass
 from outrider.kv_cache.contiguous import ContiguousCache
 from outrider.models.decoder import check_aux_layers
+from outrider.models.loading import load_backend
 from outrider.types import RaggedBatch, TargetOutput, TargetSpec
 
 __all__ = ["ToyTarget"]
@@ -29,6 +30,7 @@ class ToyTarget:
         vocabulary = len(table)
         assert table.ndim >= 2 and set(table.shape) == {vocabulary}, f"the table's sides differ: {tuple(table.shape)}"
         self.table = table
+        self.backend = load_backend("auto")
         self.spec = TargetSpec(
             architecture="toy",
             vocab_size=vocabulary,
@@ -47,26 +49,26 @@ class ToyTarget:
     def forward(
         self,
         batch: RaggedBatch,
-        memory: ContiguousCache,
+        cache: ContiguousCache,
         aux_layers: Sequence[int] = (),
         logits_at: Tensor | None = None,
     ) -> TargetOutput:
         """Logits of the table; the features of every aux_layer are the same."""
         check_aux_layers(aux_layers, self.spec.num_layers)
-        step = Pass(batch, memory, "causal", self.table.dtype)
+        step = Pass(batch, cache, "causal", self.table.dtype)
         for row in step.rows:
-            memory.keys[0][row.slot, 0, row.start : row.stop, 0] = batch.tokens[row.begin : row.end]
+            cache.keys[0][row.slot, 0, row.start : row.stop, 0] = batch.tokens[row.begin : row.end]
         step.finish()
         slots = batch.slots.repeat_interleave(batch.lengths)
-        past = [self._token(memory, slots, batch.positions - back) for back in range(self.table.ndim - 2, -1, -1)]
+        past = [self._token(cache, slots, batch.positions - back) for back in range(self.table.ndim - 2, -1, -1)]
         logits = self.table[tuple(past)]
         features = torch.cat([self.embed(batch.tokens)] * len(aux_layers), -1) if aux_layers else None
         return TargetOutput(logits if logits_at is None else logits[logits_at], features)
 
     @staticmethod
-    def _token(memory: ContiguousCache, slots: Tensor, positions: Tensor) -> Tensor:
+    def _token(cache: ContiguousCache, slots: Tensor, positions: Tensor) -> Tensor:
         """Tokens at ``positions``, 0 before the beginning. int64 [T], int64 [T] -> [T]."""
-        return torch.where(positions < 0, 0, memory.keys[0][slots, 0, positions.clamp(min=0), 0])
+        return torch.where(positions < 0, 0, cache.keys[0][slots, 0, positions.clamp(min=0), 0])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> one-hot [..., V]."""

@@ -39,10 +39,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from outrider.core import native
-from outrider.errors import OutriderError
 from outrider.sampling.distribution import Categorical
-from outrider.sampling.rng import RowRng, purpose_word
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
 
 __all__ = [
@@ -113,9 +110,6 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
     ones each kept draft. keep int64 [B], at most ``proposal.lengths``. The rule is each request's ``effective_rule``.
     ``proposal.distribution`` needs no places for rows at the end that keep nothing. Results are on the CPU.
     """
-    forms = _for_the_core(target, proposal.distribution)
-    if forms and isinstance(rng, RowRng):
-        return _verify_native(forms, proposal, keep, context, rng)
     if target.is_greedy:
         return _verify_greedy(target.argmax().tolist(), proposal.tokens.tolist(), keep.tolist())
     whole = Round.of(target, proposal, keep)
@@ -167,55 +161,6 @@ def truncate(tokens: Sequence[int], accepted: int, stop_ids: Collection[int], bu
     length = min(accepted + 1, budget)
     length = next((i + 1 for i, token in enumerate(tokens[:length]) if token in stop_ids), length)
     return list(tokens[:length]), min(accepted, length)
-
-
-# ------------------------------------------------------------------------------------------------ in the core
-
-_RULES = {"coupled": 0, "rejection": 1, "block": 2}
-
-
-def _for_the_core(target: Categorical, distribution: Distribution | None) -> tuple[Any, ...]:
-    """The distributions as the compiled core reads them, logits in float32 on a CPU; empty where it cannot."""
-    mine = target.core_form if native is not None else None
-    if mine is None:
-        return ()
-    drafter = (
-        (None,) * 6
-        if distribution is None
-        else distribution.core_form
-        if isinstance(distribution, Categorical)
-        else None
-    )
-    return () if drafter is None else (*mine, *drafter)
-
-
-def _verify_native(
-    forms: tuple[Any, ...], proposal: Proposal, keep: Tensor, context: Context, rng: RowRng
-) -> Verification:
-    """``verify`` in one call. It looks at distributions place by place and stops where the verification is clear."""
-    counts, drafts = keep.tolist(), proposal.tokens.shape[1]
-    control, start = [], 0
-    for b, (params, history, count) in enumerate(zip(context.params, context.history, counts, strict=True)):
-        rule = _RULES[params.effective_rule] if params.temperature else 0  # cheapest for a sure token
-        seed, round = rng.rows[b]
-        control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
-        start += count + 1
-    assert len(forms[0]) == start, "one distribution for each kept draft and one more for each row"
-    out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
-    tokens = np.ascontiguousarray(proposal.tokens.numpy())
-    try:
-        native.verdict(*forms, np.array(control), tokens, _ACCEPT, _OWN, _TOKENS, out.numpy())
-    except ValueError as error:
-        raise OutriderError(str(error)) from error
-    accepted = out[:, 0]
-    return Verification(accepted, out[:, 1:], accepted + 1)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-_ACCEPT, _OWN, _TOKENS = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
 
 
 # ------------------------------------------------------------------------------------------------ coupled and greedy

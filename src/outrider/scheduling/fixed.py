@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from outrider.errors import InvalidRequest
-from outrider.types import StepCost
+from outrider.types import StepCost, StepView
 
 __all__ = ["FixedConfig", "FixedPolicy"]
 
@@ -38,8 +38,8 @@ class FixedPolicy:
     def from_config(cls, config: FixedConfig, **services: Any) -> FixedPolicy:
         return cls(config)
 
-    def plan(self, rows: int) -> int:
-        return self._draft_tokens
+    def plan(self, step: StepView) -> list[int]:
+        return [self._draft_tokens] * len(step)
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         return lengths.clamp(max=self._draft_tokens)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from outrider.errors import InvalidRequest
 from outrider.scheduling.online_correction import OnlineCorrection
-from outrider.types import StepCost
+from outrider.types import StepCost, StepView
 
 __all__ = ["ThresholdConfig", "ThresholdPolicy"]
 
@@ -53,8 +53,8 @@ class ThresholdPolicy:
     def from_config(cls, config: ThresholdConfig, **services: Any) -> ThresholdPolicy:
         return cls(config)
 
-    def plan(self, rows: int) -> int:
-        return self._draft_tokens
+    def plan(self, step: StepView) -> list[int]:
+        return [self._draft_tokens] * len(step)
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         lengths = lengths.clamp(max=self._draft_tokens)

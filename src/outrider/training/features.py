@@ -89,12 +89,12 @@ def features(config: Config, answers: Path, out: Path, target: str, *, console: 
 
 @torch.inference_mode()
 def _read(target: TargetModel, texts: Sequence[Text], config: Config) -> Iterator[dict[str, Tensor]]:
-    memory = target.new_cache(1, max(len(text.tokens) for text in texts))
-    slot, dtype = memory.open(), DTYPES[config.keep]
+    cache = target.new_cache(1, max(len(text.tokens) for text in texts))
+    slot, dtype = cache.open(), DTYPES[config.keep]
     for text in texts:
         batch = RaggedBatch.pack([text.tokens], [0], [slot])
-        output = target.forward(batch, memory, config.layers)
-        memory.rewind(torch.tensor([slot]), torch.tensor([0]))
+        output = target.forward(batch, cache, config.layers)
+        cache.rewind(torch.tensor([slot]), torch.tensor([0]))
         if output.hidden is None or output.features is None:
             raise InvalidRequest(f"{target.spec.name}: this target does not tell its last state; train online")
         yield {"features": output.features.to(dtype), "hidden": output.hidden.to(dtype)}

@@ -29,7 +29,7 @@ class TargetRunner:
     def __init__(self, target: TargetModel, length: int) -> None:
         """``length``: the most tokens of a text."""
         self._target, self._length = target, length
-        self._memory: KVCache | None = None
+        self._cache: KVCache | None = None
         self._slots: list[int] = []
 
     def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
@@ -41,18 +41,18 @@ class TargetRunner:
 
     @torch.inference_mode()
     def _read(self, texts: Sequence[Text], aux_layers: tuple[int, ...], rows: Tensor) -> tuple[Tensor, Tensor]:
-        memory = self._room(len(texts))
+        cache = self._room(len(texts))
         slots = self._slots[: len(texts)]
         batch = RaggedBatch.pack([text.tokens for text in texts], [0] * len(texts), slots)
-        output = self._target.forward(batch, memory, aux_layers, rows)
-        memory.rewind(torch.tensor(slots), torch.zeros(len(slots), dtype=torch.int64))
+        output = self._target.forward(batch, cache, aux_layers, rows)
+        cache.rewind(torch.tensor(slots), torch.zeros(len(slots), dtype=torch.int64))
         with torch.inference_mode(False):  # what enters autograd must be an ordinary tensor
             features = output.features
             empty = torch.zeros(len(batch.tokens), 0)
             return empty if features is None else features.float().clone(), output.logits.float().clone()
 
     def _room(self, rows: int) -> KVCache:
-        if self._memory is None or len(self._slots) < rows:
-            self._memory = self._target.new_cache(rows, self._length)
-            self._slots = [self._memory.open() for _ in range(rows)]
-        return self._memory
+        if self._cache is None or len(self._slots) < rows:
+            self._cache = self._target.new_cache(rows, self._length)
+            self._slots = [self._cache.open() for _ in range(rows)]
+        return self._cache

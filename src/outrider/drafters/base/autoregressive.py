@@ -44,7 +44,7 @@ class AutoregressiveDrafter(TrainedDrafter):
     def fuse(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """``hidden`` and ``residual`` of ``Stack.forward``, from a state and the token that follows it."""
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Take in the features of committed tokens; they become keys and values when they are needed, or many."""
         full = self.cache.add(batch, features)
         if full:
@@ -52,7 +52,7 @@ class AutoregressiveDrafter(TrainedDrafter):
             hidden, residual = self.fuse(waiting.batch.tokens, self.condition(waiting.features))
             nothing = waiting.batch.offsets[:0]
             self.net.stack.forward(
-                waiting.batch, self.cache.memory, hidden=hidden, residual=residual, logits_at=nothing
+                waiting.batch, self.cache.kv_cache, hidden=hidden, residual=residual, logits_at=nothing
             )
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
@@ -92,13 +92,13 @@ class AutoregressiveDrafter(TrainedDrafter):
 
     def rewind(self, slots: list[int]) -> None:
         """Take back the keys and values of everything that is not committed."""
-        self.cache.memory.rewind(self.cache.places(slots), self.cache.held(slots))
+        self.cache.kv_cache.rewind(self.cache.places(slots), self.cache.held(slots))
 
     def _run(self, batch: RaggedBatch, hidden: Tensor, ends: Tensor) -> AutoregressiveState:
         fused, residual = self.fuse(batch.tokens, hidden)
         aux_layers = () if self.feeds_normed else (len(self.net.stack.config.layers) - 1,)
         output = self.net.stack.forward(
-            batch, self.cache.memory, hidden=fused, residual=residual, aux_layers=aux_layers, logits_at=ends
+            batch, self.cache.kv_cache, hidden=fused, residual=residual, aux_layers=aux_layers, logits_at=ends
         )
         state = output.hidden if output.features is None else output.features[ends]
         return AutoregressiveState(batch.slots, batch.positions[ends] + 1, state, self.net.logits(output))

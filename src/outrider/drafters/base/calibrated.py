@@ -23,7 +23,7 @@ class CalibratedDrafter:
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         return self.calibration.calibrated(self.drafter.propose(slots, last, context, limit, rng), context)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         self.drafter.observe(batch, features)
 
     def close(self, slot: int) -> None:

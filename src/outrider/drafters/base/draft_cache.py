@@ -73,23 +73,23 @@ class DraftCache:
         """``scratch``: places past the committed tokens that a proposal uses. ``rows``: sequences at a time."""
         self._stack, self._scratch, self._slots = stack, scratch, rows
         self._rows: dict[int, _Row] = {}
-        self.memory: KVCache = stack.new_cache(1, scratch)
+        self.kv_cache: KVCache = stack.new_cache(1, scratch)
 
     def open(self, slot: int, capacity: int) -> None:
         """Reserve room. A row beyond those the memory was made for stays plain."""
-        if not self._rows and self.memory.capacity < capacity + self._scratch:
-            self.memory = self._stack.new_cache(self._slots, capacity + self._scratch)
+        if not self._rows and self.kv_cache.capacity < capacity + self._scratch:
+            self.kv_cache = self._stack.new_cache(self._slots, capacity + self._scratch)
         try:
-            place = self.memory.open()
+            place = self.kv_cache.open()
         except CacheFull:
             place = -1
-        self._rows[slot] = _Row(place, self.memory.capacity - self._scratch if place >= 0 else 0)
+        self._rows[slot] = _Row(place, self.kv_cache.capacity - self._scratch if place >= 0 else 0)
 
     def close(self, slot: int) -> None:
         """Give a row's room back."""
         row = self._rows.pop(slot)
         if row.place >= 0:
-            self.memory.close(row.place)
+            self.kv_cache.release(row.place)
 
     def end_of(self, slot: int) -> int:
         """Tokens of the row, from its start, whose features were seen: where a catch-up pass must begin."""
@@ -162,4 +162,4 @@ class DraftCache:
             row.truncate(end)
         if end < row.held:
             row.held = end
-            self.memory.rewind(torch.tensor([row.place]), torch.tensor([end]))
+            self.kv_cache.rewind(torch.tensor([row.place]), torch.tensor([end]))

@@ -22,24 +22,24 @@ class Drawing:
 
     def __init__(self, net: DraftNet, context: Context, rng: Rng, lengths: Sequence[int]) -> None:
         """``lengths`` of all B rows; those above 0 take part."""
-        self._net, self._context, self._noise = net, context, rng
+        self._net, self._context, self._rng = net, context, rng
         self._lengths = lengths
         self.rows = torch.tensor([b for b, n in enumerate(lengths) if n], dtype=torch.int64)
         self._positions = torch.tensor([len(context.history[b]) for b in self.rows.tolist()], dtype=torch.int64)
         self.tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-        self._laws: list[Categorical] = []
+        self._distributions: list[Categorical] = []
         self._logits: list[Tensor] = []
         self._whole: Categorical | None = None  # of all places, where they were drawn at once
         self._margins: Tensor | None = None
 
     def draw(self, logits: Tensor) -> Tensor:
         """The next draft of each row that takes part. [n, Vd] -> int64 [n], target ids."""
-        step, rows = len(self._laws), self.rows
+        step, rows = len(self._distributions), self.rows
         depth = torch.full_like(rows, step)
         distribution = process(self._net.spread(logits), self._context, rows, depth, drafted=self.tokens)
-        drawn = distribution.draw(self._noise.token_keys(rows, self._positions + step, "draft"))
+        drawn = self._net.backend.sample(distribution, self._rng.token_keys(rows, self._positions + step, "draft"))
         self.tokens[rows, step] = drawn
-        self._laws.append(distribution)
+        self._distributions.append(distribution)
         self._logits.append(logits)
         return drawn
 
@@ -48,7 +48,7 @@ class Drawing:
         count, drafts, _ = logits.shape
         rows = self.rows.repeat_interleave(drafts)
         self._whole = process(self._net.spread(logits.flatten(0, 1)), self._context, rows)
-        self.tokens[self.rows] = self._whole.draw(self.keys().flatten()).view(count, drafts)
+        self.tokens[self.rows] = self._net.backend.sample(self._whole, self.keys().flatten()).view(count, drafts)
         self._logits = list(logits.unbind(1))
 
     @property
@@ -76,7 +76,7 @@ class Drawing:
             return torch.zeros(len(self.rows), drafts, dtype=torch.int64)
         positions = self._positions[:, None] + torch.arange(drafts)
         rows = self.rows.repeat_interleave(drafts)
-        return self._noise.token_keys(rows, positions.flatten(), "draft").view(-1, drafts)
+        return self._rng.token_keys(rows, positions.flatten(), "draft").view(-1, drafts)
 
     def record(self, tokens: Tensor, margins: Tensor, distribution: tuple[Tensor, Tensor] | None) -> None:
         """All drafts at once, as a backend has drawn them from the keys. int64 [n, K], float32 [n, K], and the distributions of
@@ -106,7 +106,7 @@ class Drawing:
         return Proposal(self.tokens, lengths, self._law(count, drafts), confidence)
 
     def _law(self, count: int, drafts: int) -> Categorical | None:
-        distributions = self._laws if self._whole is None else [self._whole]
+        distributions = self._distributions if self._whole is None else [self._whole]
         if all(distribution.is_greedy for distribution in distributions):
             return None
         distribution = Categorical.stack(distributions) if self._whole is None else self._whole

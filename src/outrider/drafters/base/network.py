@@ -36,6 +36,7 @@ class DraftNet:
     unembed: Callable[[Tensor], Tensor]  # [..., D] -> [..., Vd]
     target_ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
     vocab_size: int
+    backend: Backend
 
     def logits(self, output: StackOutput) -> Tensor:
         """[R, Vd] of a pass through ``stack``, which has made them already where the head is its own."""
@@ -81,6 +82,7 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
         stack.unembed if own_head else target.unembed,
         ids,
         checkpoint.vocab_size,
+        backend,
     )
 
 

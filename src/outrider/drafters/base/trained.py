@@ -52,7 +52,7 @@ class TrainedDrafter(ABC):
         self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows)
 
     @abstractmethod
-    def observe(self, batch: RaggedBatch, features: Tensor | None) -> None:
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """See ``outrider.types.Drafter``."""
 
     @abstractmethod

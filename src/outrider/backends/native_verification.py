@@ -1,0 +1,63 @@
+"""Verification in the compiled core: one call a step, for float32 logits on a CPU.
+
+``sampling.verification`` defines the rules; the core computes only what a step needs. Rejection stops at the first draft
+that fails, coupled drafts at the first that differs, and ``block`` works out residuals from the longest prefix down.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from outrider.core import native
+from outrider.errors import OutriderError
+from outrider.sampling.distribution import Categorical
+from outrider.sampling.rng import RowRng, purpose_word
+from outrider.sampling.verification import verify
+from outrider.types import Context, Distribution, Proposal, Rng, Verification
+
+__all__ = ["verify_native"]
+
+_RULES = {"coupled": 0, "rejection": 1, "block": 2}
+_ACCEPT, _BONUS, _TOKENS = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
+
+
+def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
+    """``sampling.verification.verify`` with the same results; by it where the core cannot read the distributions."""
+    forms = _core_forms(target, proposal.distribution)
+    if not forms or not isinstance(rng, RowRng):
+        return verify(target, proposal, keep, context, rng)
+    counts, drafts = keep.tolist(), proposal.tokens.shape[1]
+    control, start = [], 0
+    for b, (params, history, count) in enumerate(zip(context.params, context.history, counts, strict=True)):
+        rule = _RULES[params.effective_rule] if params.temperature else 0  # the cheapest one for greedy rows
+        seed, round = rng.rows[b]
+        control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
+        start += count + 1
+    assert len(forms[0]) == start, "one distribution for each kept draft and one more for each row"
+    out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
+    tokens = np.ascontiguousarray(proposal.tokens.numpy())
+    try:
+        native.verdict(*forms, np.array(control), tokens, _ACCEPT, _BONUS, _TOKENS, out.numpy())
+    except ValueError as error:
+        raise OutriderError(str(error)) from error
+    accepted = out[:, 0]
+    return Verification(accepted, out[:, 1:], accepted + 1)
+
+
+def _core_forms(target: Categorical, drafter: Distribution | None) -> tuple[Any, ...]:
+    """Both sides' distributions as the core reads them; empty where it cannot."""
+    mine = target.core_form if native is not None else None
+    if mine is None:
+        return ()
+    if drafter is None:
+        return (*mine, *(None,) * 6)
+    theirs = drafter.core_form if isinstance(drafter, Categorical) else None
+    return () if theirs is None else (*mine, *theirs)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
