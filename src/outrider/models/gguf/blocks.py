@@ -319,7 +319,7 @@ def block_parts(kind: BlockType, blocks: Bytes, rows: int) -> BlockParts:
         raise CheckpointError(f"tensor type {kind.name} has no parts to multiply; expected {', '.join(MULTIPLIABLE)}")
     scale = torch.from_numpy(_half(blocks, 0)).view(rows, -1)
     if kind.name == "Q8_0":
-        values = torch.from_numpy(np.ascontiguousarray(blocks[:, 2:]).view(np.int8)).view(rows, -1)
+        values = torch.from_numpy(blocks[:, 2:].copy().view(np.int8)).view(rows, -1)
         return BlockParts(kind.name, values, scale, None)
     begin = kind.size - 16
     quants = np.empty((len(blocks), 32), np.uint8)

@@ -15,51 +15,24 @@ import math
 import mmap
 import os
 import re
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outrider.errors import CheckpointError
 from outrider.models.gguf.blocks import BLOCK_TYPES, BlockType, type_name
+from outrider.models.gguf.header import MAGIC, U32, Reader, damaged, what_else
 
 __all__ = ["GGUFFile", "TensorInfo", "find_gguf"]
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-HEADER_LIMIT = 128 << 20  # bytes of keys and tensor infos; vocabularies of 262k tokens take 10 to 20 MB
-ITEM_LIMIT = 4 << 20  # strings and arrays inside arrays, in one file
-NAME_LIMIT = 1 << 16  # bytes of a key's or tensor's name
-DEPTH_LIMIT = 4  # arrays of arrays
 ALIGNMENT_LIMIT = 1 << 20
 COUNT_LIMIT = 1 << 16  # keys, and tensors, in one file
 
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
-_BOOL, _STRING, _ARRAY = 7, 8, 9
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", re.DOTALL)
-
-_OTHERS: tuple[tuple[bytes, str], ...] = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run `git lfs pull`"),
-    (b"PK\x03\x04", "a zip archive (or a PyTorch checkpoint); unpack it, or convert the model to GGUF"),
-    (b"\x1f\x8b", "a gzip archive; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it"),
-    (b"\xfd7zXZ", "an xz archive; unpack it"),
-    (b"7z\xbc\xaf", "a 7-Zip archive; unpack it"),
-    (b"Salted__", "encrypted (OpenSSL); decrypt it"),
-    (b"age-encryption", "encrypted (age); decrypt it"),
-    (b"-----BEGIN ", "encrypted or signed (PGP or PEM); decrypt it"),
-    (b"\x8c\x0d\x04", "encrypted (GnuPG); decrypt it"),
-    (b"\x80\x02", "a pickle, which can run code and is never read; convert the model to GGUF"),
-    (b"lmgg", "a GGML file, older than GGUF; convert the model again with a current llama.cpp"),
-    (b"fmgg", "a GGML file, older than GGUF; convert the model again with a current llama.cpp"),
-    (b"tjgg", "a GGML file, older than GGUF; convert the model again with a current llama.cpp"),
-    (b"\0\0\0\0", "empty space where its header should be, as an interrupted download leaves; download it again"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,12 +176,12 @@ class _Part:
         self.keys: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.version = self._read_version()
-        read = _Reader(path, self.map, 8)
+        read = Reader(path, self.map, 8)
         tensors, keys = read.u64("the number of tensors"), read.u64("the number of keys")
         # The least that a key (name of 1 byte, type, value of 1) and a tensor info (with 1 dimension) take.
         read.require(keys * 14 + tensors * 33, f"{keys:,} keys and {tensors:,} tensors")
         if max(keys, tensors) > COUNT_LIMIT:
-            _damaged(path, f"it has {keys:,} keys and {tensors:,} tensors, expected at most {COUNT_LIMIT:,} of each")
+            damaged(path, f"it has {keys:,} keys and {tensors:,} tensors, expected at most {COUNT_LIMIT:,} of each")
         for _ in range(keys):
             self._read_key(read)
         self._read_infos(read, tensors)
@@ -217,16 +190,16 @@ class _Part:
         """A count among the keys; 0 where it is absent."""
         value = self.keys.get(key, 0)
         if not isinstance(value, int) or value < 0:
-            _damaged(self.path, f"{key} is {value!r}, expected a whole number")
+            damaged(self.path, f"{key} is {value!r}, expected a whole number")
         return value
 
     def _read_version(self) -> int:
         head = bytes(self.map[:64])
         if head[:4] != MAGIC:
-            raise CheckpointError(f"{self.path} is {_what(head)}; expected a GGUF file, which begins with 'GGUF'")
+            raise CheckpointError(f"{self.path} is {what_else(head)}; expected a GGUF file, which begins with 'GGUF'")
         if len(self.map) < 24:
-            _damaged(self.path, f"it has {len(self.map)} bytes, a header takes at least 24")
-        (version,) = _U32.unpack_from(head, 4)
+            damaged(self.path, f"it has {len(self.map)} bytes, a header takes at least 24")
+        (version,) = U32.unpack_from(head, 4)
         if version not in VERSIONS and int.from_bytes(head[4:8], "big") in (1, *VERSIONS):
             raise CheckpointError(
                 f"{self.path} is a big-endian GGUF file; expected little-endian: convert it with "
@@ -239,13 +212,13 @@ class _Part:
             )
         return int(version)
 
-    def _read_key(self, read: _Reader) -> None:
+    def _read_key(self, read: Reader) -> None:
         name = read.name("a key's name")
         if name in self.keys:
-            _damaged(self.path, f"key {name!r} is there twice")
+            damaged(self.path, f"key {name!r} is there twice")
         self.keys[name] = read.value(read.u32(f"the type of key {name!r}"), f"key {name!r}")
 
-    def _read_infos(self, read: _Reader, count: int) -> None:
+    def _read_infos(self, read: Reader, count: int) -> None:
         raw: list[tuple[str, tuple[int, ...], BlockType, int]] = []
         alignment = self._alignment()
         for _ in range(count):
@@ -253,22 +226,22 @@ class _Part:
             what = f"tensor {name!r}"
             dimensions = read.u32(f"the number of dimensions of {what}")
             if not 1 <= dimensions <= 4:
-                _damaged(self.path, f"{what} has {dimensions} dimensions, expected 1 to 4")
+                damaged(self.path, f"{what} has {dimensions} dimensions, expected 1 to 4")
             shape = tuple(reversed([read.u64(f"a dimension of {what}") for _ in range(dimensions)]))
             kind = self._kind(what, read.u32(f"the type of {what}"))
             offset = read.u64(f"the offset of {what}")
             if min(shape) < 1 or math.prod(shape) >= 1 << 50:
-                _damaged(self.path, f"{what} has shape {list(shape)}")
+                damaged(self.path, f"{what} has shape {list(shape)}")
             if shape[-1] % kind.values:
                 problem = f"expected a multiple of {kind.values} (the block of {kind.name})"
-                _damaged(self.path, f"rows of {what} have {shape[-1]:,} values, {problem}")
+                damaged(self.path, f"rows of {what} have {shape[-1]:,} values, {problem}")
             if offset % alignment:
-                _damaged(self.path, f"{what} begins at offset {offset}, expected a multiple of {alignment}")
+                damaged(self.path, f"{what} begins at offset {offset}, expected a multiple of {alignment}")
             raw.append((name, shape, kind, offset))
         begin = -(-read.at // alignment) * alignment
         for name, shape, kind, offset in raw:
             if name in self.tensors:
-                _damaged(self.path, f"tensor {name!r} is there twice")
+                damaged(self.path, f"tensor {name!r} is there twice")
             self.tensors[name] = TensorInfo(name, shape, kind, self.index, begin + offset)
         self._check_extents()
 
@@ -276,7 +249,7 @@ class _Part:
         alignment = self.keys.get("general.alignment", 32)
         good = isinstance(alignment, int) and not isinstance(alignment, bool) and 1 <= alignment <= ALIGNMENT_LIMIT
         if not good or alignment & (alignment - 1):
-            _damaged(self.path, f"general.alignment is {alignment!r}, expected a power of two")
+            damaged(self.path, f"general.alignment is {alignment!r}, expected a power of two")
         return int(alignment)
 
     def _kind(self, what: str, number: int) -> BlockType:
@@ -292,13 +265,13 @@ class _Part:
         end, before = 0, ""
         for info in sorted(self.tensors.values(), key=lambda info: info.begin):
             if info.begin + info.size > len(self.map):
-                _damaged(
+                damaged(
                     self.path,
                     f"tensor {info.name!r} ({info.kind.name} {list(info.shape)}) ends at byte "
                     f"{info.begin + info.size:,}, but the file has {len(self.map):,}",
                 )
             if info.begin < end:
-                _damaged(self.path, f"tensors {before!r} and {info.name!r} overlap")
+                damaged(self.path, f"tensors {before!r} and {info.name!r} overlap")
             end, before = info.begin + info.size, info.name
 
 
@@ -328,124 +301,3 @@ def _starts_with(path: Path, magic: bytes) -> bool:
             return file.read(len(magic)) == magic
     except OSError:
         return False
-
-
-def _what(head: bytes) -> str:
-    """What a file is that does not begin with ``GGUF``, and what to do about it."""
-    for magic, what in _OTHERS:
-        if head.startswith(magic):
-            return what
-    text = head.lstrip()[:1]
-    if text == b"<":
-        return "a web page (HTML or XML), as a failed download leaves; download the file again"
-    if text == b"{":
-        return "JSON text, as a failed download leaves; download the file again"
-    if head[8:9] == b"{":
-        return "a safetensors file; give the model directory that holds it"
-    return f"something else (it begins with {head[:8]!r}): encrypted, damaged or no model"
-
-
-def _damaged(path: Path, problem: str) -> NoReturn:
-    raise CheckpointError(f"{path} is damaged or incomplete: {problem}; download it again")
-
-
-# ------------------------------------------------------------------------------------------------ values
-
-
-class _Reader:
-    """Reads the header from ``at`` on; what would pass the end of the file is refused before it is read."""
-
-    def __init__(self, path: Path, data: mmap.mmap, at: int) -> None:
-        self.path, self.data, self.at = path, data, at
-        self.end = min(len(data), HEADER_LIMIT)
-        self.items = 0  # strings and arrays inside arrays so far
-
-    def require(self, size: int, what: str) -> None:
-        """Raise CheckpointError unless ``size`` more bytes are there."""
-        if size <= self.end - self.at:
-            return
-        if self.end == HEADER_LIMIT:
-            _damaged(self.path, f"{what} would make its header longer than {HEADER_LIMIT >> 20} MiB")
-        _damaged(self.path, f"{what} would take {size:,} bytes at byte {self.at:,} of {self.end:,}")
-
-    def u32(self, what: str) -> int:
-        self.require(4, what)
-        self.at += 4
-        return int(_U32.unpack_from(self.data, self.at - 4)[0])
-
-    def u64(self, what: str) -> int:
-        self.require(8, what)
-        self.at += 8
-        return int(_U64.unpack_from(self.data, self.at - 8)[0])
-
-    def text(self, what: str) -> bytes:
-        size = self.u64(f"the length of {what}")
-        self.require(size, what)
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def name(self, what: str) -> str:
-        self.require(8, what)
-        (size,) = _U64.unpack_from(self.data, self.at)
-        if not 1 <= size < NAME_LIMIT:
-            _damaged(self.path, f"{what} has {size:,} bytes, expected 1 to {NAME_LIMIT - 1:,}")
-        raw = self.text(what)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            _damaged(self.path, f"{what} is no UTF-8: {raw[:40]!r}")
-
-    def value(self, kind: int, what: str, depth: int = 0) -> Any:
-        """A value of a type by its number."""
-        if kind == _STRING:
-            return self.text(what).decode("utf-8", "replace")
-        if kind == _ARRAY:
-            return self.array(what, depth)
-        return self.numbers(kind, 1, what)[0].item()
-
-    def numbers(self, kind: int, count: int, what: str) -> NDArray[Any]:
-        """A copy, so that the file's pages can go."""
-        if kind != _BOOL and kind not in _NUMBERS:
-            _damaged(self.path, f"{what} has type {kind}, expected 0 to 12")
-        dtype = np.dtype("u1" if kind == _BOOL else _NUMBERS[kind])
-        self.require(count * dtype.itemsize, f"{count:,} values of {what}")
-        values = np.frombuffer(self.data, dtype, count, self.at).copy()
-        self.at += count * dtype.itemsize
-        if kind != _BOOL:
-            return values
-        if (values > 1).any():
-            _damaged(self.path, f"{what} is a truth value of {values.max()}, expected 0 or 1")
-        return values.astype(bool)
-
-    def array(self, what: str, depth: int) -> Any:
-        if depth >= DEPTH_LIMIT:
-            _damaged(self.path, f"{what} nests arrays deeper than {DEPTH_LIMIT}")
-        kind, count = self.u32(f"the type of {what}"), self.u64(f"the length of {what}")
-        if kind not in (_STRING, _ARRAY):
-            return self.numbers(kind, count, what)
-        self.require(count * (8 if kind == _STRING else 12), f"{count:,} values of {what}")
-        self.items += count
-        if self.items > ITEM_LIMIT:
-            _damaged(
-                self.path, f"{what} brings the strings in its keys to {self.items:,}, expected under {ITEM_LIMIT:,}"
-            )
-        if kind == _STRING:
-            return self.strings(count, what)
-        return [self.value(_ARRAY, what, depth + 1) for _ in range(count)]
-
-    def strings(self, count: int, what: str) -> list[str]:
-        """``text`` for every item, without a call for each: a vocabulary has 100,000 and more."""
-        texts, data, at, end = [], self.data, self.at, self.end
-        size_at: Callable[..., tuple[int]] = _U64.unpack_from
-        for _ in range(count):
-            if at + 8 > end:
-                self.at = at
-                self.require(8, f"the length of a string of {what}")
-            begin = at + 8
-            at = begin + size_at(data, at)[0]
-            if at > end:
-                self.at = begin
-                self.require(at - begin, f"a string of {what}")
-            texts.append(data[begin:at].decode("utf-8", "replace"))
-        self.at = at
-        return texts
