@@ -1,4 +1,4 @@
-// Work on single rows of activations: norms, conversion to operands, rotary positions, activations.
+// Operations on single rows of activations: norms, conversion and quantisation to operands, rotary positions, activations.
 #pragma once
 
 #include "ops.hpp"

@@ -168,8 +168,10 @@ def _for_the_core(target: Categorical, law: Law | None) -> tuple[Any, ...]:
     mine = target.core_form if native is not None else None
     if mine is None:
         return ()
-    drafter = (None,) * 6 if law is None else law.core_form if isinstance(law, Categorical) else None
-    return () if drafter is None else (*mine, *drafter)
+    if law is None:
+        return mine, None
+    drafter = law.core_form if isinstance(law, Categorical) else None
+    return () if drafter is None else (mine, drafter)
 
 
 def _verdict(
@@ -183,11 +185,11 @@ def _verdict(
         seed, round = noise.rows[b]
         control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
         start += count + 1
-    assert len(forms[0]) == start, "one law for each kept draft and one more for each row"
+    assert len(forms[0][0]) == start, "one law for each kept draft and one more for each row"
     out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
     tokens = np.ascontiguousarray(proposal.tokens.numpy())
     try:
-        native.verdict(*forms, np.array(control), tokens, _ACCEPT, _OWN, _TOKENS, out.numpy())
+        native.verify(*forms, np.array(control), tokens, _PURPOSES, out.numpy())
     except ValueError as error:
         raise OutriderError(str(error)) from error
     accepted = out[:, 0]
@@ -198,7 +200,7 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-_ACCEPT, _OWN, _TOKENS = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
+_PURPOSES = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
 
 
 # ------------------------------------------------------------------------------------------------ coupled and greedy
