@@ -1,8 +1,8 @@
 // Attention of one row's queries over one key/value head, in blocks of absolute positions.
 //
 // Each query keeps a running maximum m, normaliser l and sums o (online softmax, Milakov and Gimelshein 2018,
-// arXiv 1805.02867). Blocks and splits start at absolute multiples of kBlock and kSplit, and a fully masked block leaves
-// the state of a query unchanged, so a query's result depends on its own visible positions only.
+// arXiv 1805.02867). Blocks and splits start at absolute multiples of kBlock and kSplit, and a fully masked block
+// leaves the state of a query unchanged, so a query's result depends on its own visible positions only.
 #pragma once
 
 #include "gemm.hpp"

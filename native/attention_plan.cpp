@@ -1,4 +1,5 @@
-// Splits a layer's attention into units of work. The plan decides which thread computes what; results do not depend on it.
+// Splits a layer's attention into units of work. The plan decides which thread computes what; results do not depend on
+// it.
 #include <algorithm>
 
 #include "pass.hpp"

@@ -14,7 +14,7 @@ using namespace nb::literals;
 namespace {
 
 // Distributions as Python passes them: logits [R, W], then ids [R, W], temperatures, top_k, top_p and min_p [R], each
-// of these or None. A tuple, because an object of a bound class costs more than the rest of the call.
+// of the latter or None. A tuple, because this is called in every step and an object of a bound class would cost more.
 using DistributionArrays =
     std::tuple<FloatMatrix, std::optional<IntMatrix>, std::optional<FloatVector>, std::optional<IntVector>,
                std::optional<DoubleVector>, std::optional<DoubleVector>>;
@@ -135,8 +135,8 @@ void bind_sampling(nb::module_& m) {
   m.def("verify", &verify_arrays, "target"_a.noconvert(), "drafter"_a.noconvert().none(), "control"_a.noconvert(),
         "tokens"_a.noconvert(), "purposes"_a, "out"_a.noconvert(),
         "Verify a step's drafts by the rules of outrider.acceptance.\n\n"
-        "target, drafter (or None: deterministic drafts): tuples (logits float32 [R, W], ids int64 [R, W], temperatures\n"
-        "float32 [R], top_k int64 [R], top_p float64 [R], min_p float64 [R]), each but the logits may be None.\n"
+        "target, drafter (or None: deterministic drafts): tuples (logits float32 [R, W], ids int64 [R, W],\n"
+        "temperatures float32 [R], top_k int64 [R], top_p float64 [R], min_p float64 [R]), each but the logits may be None.\n"
         "control int64 [B, 7]: target row, drafter row, keep, rule (0 coupled, 1 rejection, 2 block), position, seed,\n"
         "round. tokens int64 [B, K]. purposes: the words for accept, next token and Gumbel keys. out int64 [B, K + 2]:\n"
         "the number of accepted drafts, then the drafts with the recovered or bonus token behind the accepted ones.");

@@ -139,7 +139,7 @@ void Distribution::probabilities_at(const Distribution& columns, int64_t first, 
   float logits[kPiece];
   if (!ids_) {
     for (int64_t i = 0; i < count; i++) {
-      const int64_t id = columns.ids_[first + i];  // rows with fewer tokens than others are filled with the vocabulary size
+      const int64_t id = columns.ids_[first + i];  // the vocabulary size where a row lists fewer tokens than others
       logits[i] = id < count_ ? logits_[id] : kMaskedLogit;
     }
   } else {

@@ -35,8 +35,8 @@ class Distribution {
   int64_t draw(uint64_t key) const;
   // Inverse-CDF sampling: the token at which the cumulative probability reaches u.
   int64_t sample(double u) const;
-  // The same from the residual distribution, norm(max(weight * p - q, 0)) with p this distribution and q `other`. A null
-  // `other` has all its probability on the token `draft`. Samples from p where the residual is empty.
+  // The same from the residual distribution, norm(max(weight * p - q, 0)) with p this distribution and q `other`. A
+  // null `other` has all its probability on the token `draft`. Samples from p where the residual is empty.
   int64_t sample_residual(double u, double weight, const Distribution* other, int64_t draft) const;
   // The sum of max(weight * p - q, 0).
   double residual_mass(double weight, const Distribution* other, int64_t draft) const;

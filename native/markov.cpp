@@ -117,8 +117,8 @@ void MarkovHead::draft(const MarkovBlock& block) {
 }
 
 // Takes the tokens with the largest base logits, between three quarters of the wanted length and all of it: that is
-// cheaper than an exact top-k, because any bound will do that so many logits reach. Where ties leave no such bound, takes
-// the lowest ids of those at the bound.
+// cheaper than an exact top-k, because any bound will do that so many logits reach. Where ties leave no such bound,
+// takes the lowest ids of those at the bound.
 void MarkovHead::fill_shortlist(const float* base, Shortlist& list) const {
   const int64_t width = spec_.drafted, most = spec_.shortlist, least = most - most / 4;
   if (most == width) {
@@ -131,7 +131,7 @@ void MarkovHead::fill_shortlist(const float* base, Shortlist& list) const {
   kernels_.find_max(base, width, &peak);
   if (!std::isfinite(peak)) return;
   float above = std::nextafter(peak, FLT_MAX), bound = peak - 4.0f;
-  int64_t fewer = 1, reach = kernels_.count_from(base, width, bound);  // how many reach `above` (at least 1) and `bound`
+  int64_t fewer = 1, reach = kernels_.count_from(base, width, bound);  // reach `above` (or 1), and `bound`
   for (float span = 8.0f; reach < least && bound > -FLT_MAX; span *= 2.0f) {
     above = bound;
     fewer = std::max<int64_t>(1, reach);
@@ -163,8 +163,8 @@ void MarkovHead::fill_shortlist(const float* base, Shortlist& list) const {
   std::erase_if(list.tokens, [&](int32_t v) { return base[v] < above && ties-- <= 0; });
 }
 
-// z of the next draft from the token before it, with embedding e and mixing output m. Vanilla: e. Gated: sigmoid(m) * e.
-// rnn: a gated recurrent unit whose state starts from zero in every block.
+// z of the next draft from the token before it, with embedding e and mixing output m. Vanilla: e. Gated: sigmoid(m) *
+// e. rnn: a gated recurrent unit whose state starts from zero in every block.
 void MarkovHead::compute_latent(ThreadPool& pool, const float* mixed, Row& row) const {
   const int rank = spec_.rank;
   const char* embedding = w1_.data + row.previous * w1_.row_bytes;

@@ -1,7 +1,7 @@
 // The sequential head of a block drafter (DSpark's Markov head): drafts a block token by token, in one call.
 //
-// Draft k is chosen from base[k] + W2 z_k, where z_k depends on draft k - 1. The correction W2 z_k is computed only for a
-// shortlist, the tokens with the largest base logits: all of W2 would have to be read for every draft otherwise. For
+// Draft k is chosen from base[k] + W2 z_k, where z_k depends on draft k - 1. The correction W2 z_k is computed only for
+// a shortlist, the tokens with the largest base logits: all of W2 would have to be read for every draft otherwise. For
 // greedy drafts the bound |W2[v] z| <= |W2[v]| |z| tells which tokens outside the shortlist could still be the argmax;
 // where those are few they are computed too, and the draft is the argmax over the vocabulary. Sampled drafts are drawn
 // from the distribution over the shortlist, and that is the distribution reported.
@@ -38,8 +38,8 @@ struct MarkovBlock {
   const float* temperatures;  // [n]; 0: greedy
   int64_t* tokens;            // [n, K], target ids
   float* margins;             // [n, K]: the largest corrected logit minus the second
-  // The distribution each draft was drawn from, [n, K, S]: target ids, ascending, filled up with V; logits / temperature.
-  // Greedy rows have one token with all the probability. Both null where all rows are greedy.
+  // The distribution each draft was drawn from, [n, K, S]: target ids, ascending, filled up with V; logits /
+  // temperature. Greedy rows have one token with all the probability. Both null where all rows are greedy.
   int64_t* ids;
   float* logits;
 };
@@ -47,7 +47,8 @@ struct MarkovBlock {
 class MarkovHead {
  public:
   // w1 [V, r], w2 [Vd, r]; mix: null for vanilla, [r, r] for gated (applied to the token's embedding), [3r, 2r] for rnn
-  // (applied to state and embedding). ids [Vd]: the target id of each draft id, ascending; null where they are the same.
+  // (applied to state and embedding). ids [Vd]: the target id of each draft id, ascending; null where they are the
+  // same.
   MarkovHead(MarkovSpec spec, const float* w1, const float* w2, const float* mix, const int64_t* ids);
   MarkovHead(const MarkovHead&) = delete;
 

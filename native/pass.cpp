@@ -224,7 +224,9 @@ void Pass::attention(int thread, size_t index, Pending pending) {
       for (int u = units / heads * kv; u < units / heads * (kv + 1); u++) run(u);
     });
   } else {
-    pool_.parallel_for(thread, heads * layer.parts, [&](int i) { project_head(thread, index, x, i / layer.parts, i % layer.parts); });
+    pool_.parallel_for(thread, heads * layer.parts, [&](int i) {
+      project_head(thread, index, x, i / layer.parts, i % layer.parts);
+    });
     pool_.barrier();
     pool_.parallel_for(thread, units, run);
   }
@@ -307,7 +309,9 @@ void Pass::project(const Chunk& chunk, const float* hidden) {
     const Operand x = prepare(thread, rows_, stack_.layers_[0].qkv, width, nullptr, [&](int m) {
       return hidden + (chunk_->first + m) * static_cast<size_t>(width);
     });
-    pool_.parallel_for(thread, static_cast<int>(items.size()), [&](int i) { project_head(thread, items[i][0], x, items[i][1], items[i][2]); });
+    pool_.parallel_for(thread, static_cast<int>(items.size()), [&](int i) {
+      project_head(thread, items[i][0], x, items[i][1], items[i][2]);
+    });
   });
 }
 

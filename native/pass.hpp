@@ -1,8 +1,8 @@
 // One forward pass of one chunk of a batch: the workspace, and how the work is shared between threads.
 //
 // With up to kReplicatedRows rows every thread keeps its own copy of the residual stream and prepares every operand
-// itself: that costs less than another barrier. With more rows each row is prepared by one thread, followed by a barrier.
-// The arithmetic of a row is the same either way.
+// itself: that costs less than another barrier. With more rows each row is prepared by one thread, followed by a
+// barrier. The arithmetic of a row is the same either way.
 #pragma once
 
 #include "stack.hpp"

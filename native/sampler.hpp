@@ -24,8 +24,8 @@ Scratch<T> scratch(int64_t n) {
 
 constexpr int64_t piece_count(int64_t width) { return (width + kPiece - 1) / kPiece; }
 
-// Calls job(row, first column, columns, piece) for every piece of every row; on the thread pool if `parallel` is set and
-// there is enough to do.
+// Calls job(row, first column, columns, piece) for every piece of every row; on the thread pool if `parallel` is set
+// and there is enough to do.
 template <class Job>
 void for_pieces(bool parallel, int64_t rows, int64_t width, Job&& job) {
   const int64_t pieces = piece_count(width);
@@ -44,9 +44,9 @@ void for_pieces(bool parallel, int64_t rows, int64_t width, Job&& job) {
 // The column of each row's largest logit, the lowest on ties. [rows, width] -> [rows]
 void argmax(const float* logits, int64_t rows, int64_t width, int64_t* out);
 
-// The column of each row's largest logit / temperature + Gumbel value, computed in float64 as outrider.noise defines it;
-// the lowest column on ties. ids [rows, width]: the token of each column, null where column v is token v. temperatures:
-// null for 1. Throws std::invalid_argument for NaN or +inf. `parallel`: as for `for_pieces`.
+// The column of each row's largest logit / temperature + Gumbel value, computed in float64 as outrider.noise defines
+// it; the lowest column on ties. ids [rows, width]: the token of each column, null where column v is token v.
+// temperatures: null for 1. Throws std::invalid_argument for NaN or +inf. `parallel`: as for `for_pieces`.
 void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,
                    const int64_t* ids, int64_t* out, bool parallel = true);
 

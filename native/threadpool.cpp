@@ -137,7 +137,7 @@ void ThreadPool::wait_at_barrier(bool last) {
     return;
   }
   const int cpu = current_cpu();
-  if (per_thread_[self].cpu.load(std::memory_order_relaxed) != cpu) per_thread_[self].cpu.store(cpu, std::memory_order_relaxed);
+  note_core(cpu);
   if (drop_late_.load(std::memory_order_acquire)) {
     arrive(-kMember, barrier);
     throw Dropped{};
@@ -146,11 +146,17 @@ void ThreadPool::wait_at_barrier(bool last) {
   if (++barriers_passed % kMoveEvery == 0 && core_is_shared(cpu)) move_to_free_core();
 }
 
+// Tells the other threads which core this one is on; writes only changes, to keep the cache line shared.
+void ThreadPool::note_core(int cpu) {
+  std::atomic<int>& noted = per_thread_[self].cpu;
+  if (noted.load(std::memory_order_relaxed) != cpu) noted.store(cpu, std::memory_order_relaxed);
+}
+
 // At the first barrier of a job the caller waits a moment for workers that have not joined yet, except at its end.
 void ThreadPool::wait_for_workers(bool last) {
   if (threads_ == 1) return;
   const int cpu = current_cpu();
-  if (per_thread_[0].cpu.load(std::memory_order_relaxed) != cpu) per_thread_[0].cpu.store(cpu, std::memory_order_relaxed);
+  note_core(cpu);
   const auto missing = [&] {
     const uint64_t state = state_.load(std::memory_order_acquire);
     return state < kClosed && static_cast<int>(state / kMember) < threads_;
@@ -192,7 +198,8 @@ void ThreadPool::release(uint64_t state) {
   barrier_.advance();
 }
 
-// The caller has waited in vain: it works alone until the time lost is small compared with the time since the last loss.
+// The caller has waited in vain: it works alone until the time lost is small compared with the time since the last
+// loss.
 void ThreadPool::back_off(Clock::duration lost) {
   const Clock::duration wanted = kBackOff * lost - shared_time_;
   shared_time_ = {};

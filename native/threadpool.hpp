@@ -52,8 +52,8 @@ class ThreadPool {
   // Waits until all threads of the running job are here.
   void barrier() { wait_at_barrier(false); }
 
-  // Calls item(i) for 0 <= i < count, each on one thread: every thread runs its own share in order, then takes over what
-  // slower or missing threads have left. All threads of the job must call this, with a barrier between two calls.
+  // Calls item(i) for 0 <= i < count, each on one thread: every thread runs its own share in order, then takes over
+  // what slower or missing threads have left. All threads of the job must call this, with a barrier between two calls.
   template <class Item>
   void parallel_for(int thread, int64_t count, Item&& item) {
     for (int k = 0; k < threads_; k++) {
@@ -88,6 +88,7 @@ class ThreadPool {
   void release(uint64_t state);
   void back_off(Clock::duration lost);
   bool core_is_shared(int cpu) const;
+  void note_core(int cpu);
   void move_to_free_core();
 
   const int threads_;

@@ -77,7 +77,8 @@ Candidate last_of_row(const Kernels& k, const float* x, int64_t n, float peak, d
   return last_needed(std::move(edge), peak, goal - above);
 }
 
-// The same with p of the row's whole sum as the goal (top-p). Where a few large logits reach it, only they are searched.
+// The same with p of the row's whole sum as the goal (top-p). Where a few large logits reach it, only they are
+// searched.
 Candidate last_of_nucleus(const Kernels& k, const float* x, int64_t n, float peak, double p) {
   const double goal = p * exp_sum(k, x, n, peak);
   for (float distance : kDistances) {
@@ -109,7 +110,7 @@ std::vector<Candidate> candidates_from(const Kernels& k, const float* x, int64_t
 std::vector<Candidate> largest(const Kernels& k, const float* x, int64_t n, int64_t count) {
   const int64_t length = n / kBlocks;
   float bound = kMaskedLogit;
-  if (length >= 4 * count) {  // block maxima are values of the row, so at least `count` values reach the count-th maximum
+  if (length >= 4 * count) {  // at least `count` values of the row reach the count-th largest maximum
     std::vector<float> maxima(static_cast<size_t>(length));
     k.fold_max(x, kBlocks, length, maxima.data());
     std::nth_element(maxima.begin(), maxima.begin() + count - 1, maxima.end(), std::greater<float>());

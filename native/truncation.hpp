@@ -8,8 +8,8 @@
 
 namespace outrider {
 
-// Keep at most the `top_k` most probable tokens; of these the fewest whose probability reaches `top_p`; of these the ones
-// at least `min_p` times as probable as the most probable one.
+// Keep at most the `top_k` most probable tokens; of these the fewest whose probability reaches `top_p`; of these the
+// ones at least `min_p` times as probable as the most probable one.
 struct Truncation {
   int64_t top_k = INT64_MAX;
   double top_p = 1.0, min_p = 0.0;

@@ -36,7 +36,7 @@ struct VerificationTask {
   const VerificationRow* control = nullptr;    // [B]
   const int64_t* tokens = nullptr;             // [B, K] drafted tokens
   Purposes purposes{};
-  int64_t* out = nullptr;  // [B, K + 2]: number accepted, then the drafts with the recovered or bonus token behind those
+  int64_t* out = nullptr;  // [B, K + 2]: number accepted; accepted drafts and the token that follows
 };
 
 // Throws std::invalid_argument for logits that hold NaN or infinity.
