@@ -271,9 +271,12 @@ def _byte_level(vocabulary: _Vocabulary, merges: list[tuple[str, str]], name: st
                     "expected both parts and their union; convert the model again"
                 )
     model = BPE(vocabulary.index, merges, ignore_merges=pre.ignore_merges)
-    splits = [Split(Regex(expression), "isolated") for expression in pre.expressions]
-    pre_tokenizer = InTurn([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
-    return _Assembled(model, decoders.ByteLevel(), pre_tokenizer)
+    steps = [Split(Regex(expression), "isolated") for expression in pre.expressions]
+    steps.append(ByteLevel(add_prefix_space=False, use_regex=False))
+    missing = "".join(char for char in ByteLevel.alphabet() if char not in vocabulary.index)
+    if missing:  # such a byte has no token, yet what stands before and after it must not merge
+        steps.append(Split(Regex("".join(("[", *(rf"\x{{{ord(char):x}}}" for char in missing), "]"))), "removed"))
+    return _Assembled(model, decoders.ByteLevel(), InTurn(steps))
 
 
 # ------------------------------------------------------------------------------------------------ SentencePiece
@@ -317,48 +320,57 @@ def _ranked(vocabulary: _Vocabulary, splits: Mapping[int, list[int]]) -> Iterato
     """Merges for a model that ranks pairs, so that it merges as one that ranks results by score.
 
     All pairs with one result have one score, and of two that overlap in a text the left one merges. A model with
-    ranked pairs must therefore have the pair that can stand on the left first. For xy = yz that is (x, y). Where both
+    ranked pairs must therefore have the pair first that can stand on the left: for xy = yz that is (x, y). Where both
     orders can stand, as in a run of one character, merging from the left leaves the longer part on the left.
     """
-    order = np.argsort(-vocabulary.scores, kind="stable").tolist()
-    for i in order:
-        ways = splits.get(i)
-        if ways is None:
-            continue
-        token = vocabulary.tokens[i]
-        if len(ways) > 1:
-            ways = _left_first(token, ways)
-        for at in ways:
-            yield token[:at], token[at:]
+    for group in _by_score(vocabulary, splits):
+        runs = []  # of one character, all with one score: the leftmost grows until there is no longer token
+        for i in group:
+            token, ways = vocabulary.tokens[i], splits[i]
+            if len(group) > 1 and _is_run(token):
+                runs += [(token[:at], token[at:]) for at in ways]
+            else:
+                yield from ((token[:at], token[at:]) for at in _left_first(token, ways))
+        yield from sorted(runs, key=lambda pair: (-len(pair[0]), -len(pair[1])))
+
+
+def _by_score(vocabulary: _Vocabulary, splits: Mapping[int, list[int]]) -> Iterator[list[int]]:
+    """The tokens that can come from a merge, those of one score together, best score first."""
+    candidates = np.fromiter(splits, np.int64, len(splits))
+    scores = vocabulary.scores[candidates]
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order])) + 1
+    for start, end in zip([0, *starts.tolist()], [*starts.tolist(), len(order)], strict=True):
+        yield candidates[order[start:end]].tolist()
+
+
+def _is_run(token: str) -> bool:
+    return token == token[0] * len(token)
 
 
 def _left_first(token: str, ways: list[int]) -> list[int]:
-    ways = list(ways)
+    """The lengths of a token's left parts in the order in which its pairs must rank; given longest first."""
     size = len(token)
-    for at in [at for at in ways if 2 * at < size and size - at in ways]:
-        shifts, returns = token[at:] == token[: size - at], token[size - at :] == token[:at]
-        if shifts and not returns:
-            short, long = ways.index(at), ways.index(size - at)
-            ways[short], ways[long] = ways[long], ways[short]
+    for at in ways:
+        other = size - at
+        if at < other and other in ways and token[at:] == token[:other] and token[other:] != token[:at]:
+            ways = [{at: other, other: at}.get(way, way) for way in ways]
     return ways
 
 
 def _ties(vocabulary: _Vocabulary, splits: Mapping[int, list[int]]) -> bool:
     """Whether two tokens of one score can compete for a part between them, so that no ranking of pairs is right."""
-    groups = defaultdict(list)
-    for i in splits:
-        groups[vocabulary.scores[i].item()].append(i)
-    for group in groups.values():
+    for group in _by_score(vocabulary, splits):
         if len(group) == 1:
             continue
+        parts = [(token, at) for token in (vocabulary.tokens[i] for i in group) for at in splits[vocabulary.index[token]]]
         begins = defaultdict(set)
-        for i in group:
-            for at in splits[i]:
-                begins[vocabulary.tokens[i][:at]].add(i)
-        for i in group:
-            for at in splits[i]:
-                if begins.get(vocabulary.tokens[i][at:], {i}) - {i}:
-                    return True
+        for token, at in parts:
+            begins[token[:at]].add(token)
+        for token, at in parts:
+            rivals = begins.get(token[at:], set()) - {token}
+            if rivals and not (_is_run(token) and all(map(_is_run, rivals))):
+                return True
     return False
 
 
@@ -455,12 +467,16 @@ def _assemble(
         tokenizer.pre_tokenizer = parts.pre_tokenizer
     tokenizer.add_tokens(added)
     if bos is not None or eos is not None:
-        frame = {vocabulary.tokens[i]: i for i in (bos, eos) if i is not None}
-        first = [] if bos is None else [{"SpecialToken": {"id": vocabulary.tokens[bos], "type_id": 0}}]
-        last = [] if eos is None else [{"SpecialToken": {"id": vocabulary.tokens[eos], "type_id": 0}}]
-        one, other = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}
+        first = [] if bos is None else ["bos"]
+        last = [] if eos is None else ["eos"]
         tokenizer.post_processor = TemplateProcessing(
-            single=[*first, one, *last], pair=[*first, one, *last, *first, other, *last], special_tokens=[*frame.items()]
+            single=[*first, "$A", *last],
+            pair=[*first, "$A", *last, *first, "$B:1", *last],
+            special_tokens=[
+                {"id": name, "ids": [i], "tokens": [vocabulary.tokens[i]]}
+                for name, i in (("bos", bos), ("eos", eos))
+                if i is not None
+            ],
         )
     return tokenizer
 
