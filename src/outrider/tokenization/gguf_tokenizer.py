@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -204,9 +205,11 @@ def _end_of_generation(ids: dict[str, int], index: Mapping[str, int], control: s
     control |= ending
     shown = {index[text] for text in _ALWAYS_SHOWN if text in index}
     ending |= {ids[name] for name in ("fim_pad", "fim_rep", "fim_sep", "eos", "eot", "eom") if name in ids}
-    texts = {text for text in ("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|end|>") if index.get(text) in ending}
-    calls = bool(texts & {"<|call|>", "<|calls|>"})
-    if "<|end|>" in texts and calls and texts & {"<|return|>", "<|flush|>"}:  # there it ends a message, not the answer
+    found = {
+        text for text in ("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|end|>") if index.get(text) in ending
+    }
+    calls = bool(found & {"<|call|>", "<|calls|>"})
+    if "<|end|>" in found and calls and found & {"<|return|>", "<|flush|>"}:  # there it ends a message, not the answer
         ending.discard(index["<|end|>"])
         shown.add(index["<|end|>"])
     control -= shown
@@ -271,7 +274,7 @@ def _byte_level(vocabulary: _Vocabulary, merges: list[tuple[str, str]], name: st
                     "expected both parts and their union; convert the model again"
                 )
     model = BPE(vocabulary.index, merges, ignore_merges=pre.ignore_merges)
-    steps = [Split(Regex(expression), "isolated") for expression in pre.expressions]
+    steps: list[PreTokenizer] = [Split(Regex(expression), "isolated") for expression in pre.expressions]
     steps.append(ByteLevel(add_prefix_space=False, use_regex=False))
     missing = "".join(char for char in ByteLevel.alphabet() if char not in vocabulary.index)
     if missing:  # such a byte has no token, yet what stands before and after it must not merge
@@ -339,9 +342,9 @@ def _by_score(vocabulary: _Vocabulary, splits: Mapping[int, list[int]]) -> Itera
     candidates = np.fromiter(splits, np.int64, len(splits))
     scores = vocabulary.scores[candidates]
     order = np.argsort(-scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order])) + 1
-    for start, end in zip([0, *starts.tolist()], [*starts.tolist(), len(order)], strict=True):
-        yield candidates[order[start:end]].tolist()
+    starts = [0, *(np.flatnonzero(np.diff(scores[order])) + 1).tolist(), len(order)]
+    ordered = candidates[order].tolist()
+    return (ordered[start:end] for start, end in pairwise(starts))
 
 
 def _is_run(token: str) -> bool:
@@ -363,7 +366,9 @@ def _ties(vocabulary: _Vocabulary, splits: Mapping[int, list[int]]) -> bool:
     for group in _by_score(vocabulary, splits):
         if len(group) == 1:
             continue
-        parts = [(token, at) for token in (vocabulary.tokens[i] for i in group) for at in splits[vocabulary.index[token]]]
+        parts = [
+            (token, at) for token in (vocabulary.tokens[i] for i in group) for at in splits[vocabulary.index[token]]
+        ]
         begins = defaultdict(set)
         for token, at in parts:
             begins[token[:at]].add(token)
@@ -386,7 +391,8 @@ class _ScoreMerger:
 
     def _cut(self, _: int, text: NormalizedString) -> list[NormalizedString]:
         ends = self.ends(text.normalized)
-        return [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        pieces = (text[start:end] for start, end in pairwise([0, *ends]))
+        return [piece for piece in pieces if piece is not None]
 
     def ends(self, text: str) -> list[int]:
         """Where the merged pieces of a text end."""

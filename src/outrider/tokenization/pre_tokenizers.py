@@ -1,4 +1,4 @@
-"""How each ``tokenizer.ggml.pre`` splits text before byte-pair merging: its regular expressions, as llama.cpp applies them.
+"""The regular expressions by which each ``tokenizer.ggml.pre`` splits text before byte-pair merging.
 
 The expressions of one entry are applied in turn, each within the pieces that the one before left. Matches and the text
 between them become pieces. The syntax is Oniguruma's, which ``tokenizers`` uses: ``\\s`` is Unicode white space.
@@ -94,17 +94,15 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(("exaone4", "trillion", "granite-docling", "modern-bert"), _gpt2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _digits_gpt2),
     **dict.fromkeys(("exaone", "minerva-7b", "mellum2"), _digits_gpt2),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _llama3),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), _llama3
+    ),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), _like_llama3),
     **dict.fromkeys(("glm4", "glm5"), _glm4),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "hunyuan"), _qwen2),
     **dict.fromkeys(("solar-open", "grok-2", "kormo", "f2llmv2"), _qwen2),
     "qwen35": PreTokenizer(
-        (
-            _cl100k(
-                _ONE_DIGIT, word=r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", signs=r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-            ),
-        )
+        (_cl100k(_ONE_DIGIT, word=r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", signs=r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),)
     ),
     "tekken": PreTokenizer((_o200k("", _ONE_DIGIT),), ignore_merges=True, add_bos=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _o200k_three),
