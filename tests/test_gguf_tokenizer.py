@@ -260,6 +260,9 @@ def test_chat_templates_and_names() -> None:
         ({"model": None}, "no tokenizer"),
         ({"model": "t5"}, "'t5'"),
         ({"pre": "smolm"}, "did you mean 'smollm'"),
+        ({"pre": ["qwen2"]}, "unknown pre-tokenizer"),
+        ({"eos_token_id": "x"}, "expected a token id"),
+        ({"tokens": ["\udcff"]}, "UTF-8"),
         ({"tokens": None}, "no tokenizer.ggml.tokens"),
         ({"tokens": []}, "is empty"),
         ({"tokens": [1, 2]}, "list of strings"),
@@ -269,7 +272,7 @@ def test_chat_templates_and_names() -> None:
         ({"merges": None}, "no tokenizer.ggml.merges"),
         ({"merges": ["ab"]}, "entry 0"),
         ({"merges": ["a b c"]}, "entry 0"),
-        ({"merges": ["a c"]}, "no 'ac'"),
+        ({"merges": ["a c"]}, "do not fit the vocabulary.*ac"),
         ({"scores": [float("nan")] * 261}, "NaN"),
     ],
 )

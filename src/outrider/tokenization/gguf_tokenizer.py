@@ -9,8 +9,10 @@ Source: ``src/llama-vocab.cpp`` of llama.cpp. ``transformers`` is not used: it i
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -30,6 +32,7 @@ __all__ = ["GGUFTokenizer", "read_gguf_tokenizer"]
 
 _PREFIX = "tokenizer.ggml."
 _SPACE = "\u2581"  # SentencePiece writes a space so
+_Pair = tuple[str, str]  # what merges into one token
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # token types; 1 is normal, 5 unused, 6 a byte
 _NAMED_IDS = {
     "bos": ("bos_token_id",),
@@ -132,15 +135,33 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any], pre: str | None = None) -> 
             f"the file has {got} (tokenizer.ggml.model): expected 'gpt2' or 'llama'; "
             "use a model with one of these, or a Hugging Face directory with tokenizer.json"
         )
+    with _no_garbage_collection():
+        return _build(metadata, kind, pre)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Half a million small tuples are made and kept: the collector would look at them again and again, for seconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _build(metadata: Mapping[str, Any], kind: str, pre: str | None) -> GGUFTokenizer:
     vocabulary = _Vocabulary.read(metadata, kind)
+    name: str | None = None
+    notes: tuple[str, ...] = ()
+    add_bos = True
     if kind == "gpt2":
         name, notes = _pre_name(metadata, pre)
         assembled = _byte_level(vocabulary, _merges(metadata), name)
         add_bos = PRE_TOKENIZERS[name].add_bos
     else:
-        name, notes = None, ()
         assembled = _sentence_piece(vocabulary, _flag(metadata, "add_space_prefix", True))
-        add_bos = True
     return _finish(metadata, vocabulary, assembled, kind, name, notes, add_bos)
 
 
@@ -189,7 +210,9 @@ def _named_ids(metadata: Mapping[str, Any], kind: str, index: Mapping[str, int])
     for name, keys in _NAMED_IDS.items():
         for key in keys:
             value = metadata.get(_PREFIX + key)
-            if value is not None and 0 <= int(value) < len(index):
+            if value is not None and not isinstance(value, int | np.integer):
+                raise CheckpointError(f"{_PREFIX}{key}: expected a token id, got {value!r}; download the file again")
+            if value is not None and 0 <= value < len(index):
                 found[name] = int(value)
     return {name: i for name, i in found.items() if i < len(index)}
 
@@ -233,7 +256,7 @@ def _pre_name(metadata: Mapping[str, Any], pre: str | None) -> tuple[str, tuple[
             "tokens may differ from those the model was trained on"
         )
         return "default", (note,)
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"unknown pre-tokenizer {name!r} (tokenizer.ggml.pre): {nearest(str(name), PRE_TOKENIZERS)}; "
             "if you know that the model splits text as one of these does, name it with pre=..."
@@ -241,7 +264,7 @@ def _pre_name(metadata: Mapping[str, Any], pre: str | None) -> tuple[str, tuple[
     return name, ()
 
 
-def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges(metadata: Mapping[str, Any]) -> list[_Pair]:
     """Pairs in the order in which they merge; the first of equal pairs counts."""
     lines = dict.fromkeys(_strings(metadata, "merges"))
     pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
@@ -264,16 +287,15 @@ class _Assembled:
     normalizer: normalizers.Normalizer | None = None
 
 
-def _byte_level(vocabulary: _Vocabulary, merges: list[tuple[str, str]], name: str) -> _Assembled:
+def _byte_level(vocabulary: _Vocabulary, merges: list[_Pair], name: str) -> _Assembled:
     pre = PRE_TOKENIZERS[name]
-    for pair in merges:
-        for token in (*pair, pair[0] + pair[1]):
-            if token not in vocabulary.index:
-                raise CheckpointError(
-                    f"tokenizer.ggml.merges has {' '.join(pair)!r}, but the vocabulary has no {token!r}: "
-                    "expected both parts and their union; convert the model again"
-                )
-    model = BPE(vocabulary.index, merges, ignore_merges=pre.ignore_merges)
+    try:
+        model = BPE(vocabulary.index, merges, ignore_merges=pre.ignore_merges)
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"tokenizer.ggml.merges do not fit the vocabulary: {error}; expected both parts of every pair and their "
+            "union among tokenizer.ggml.tokens; convert the model again"
+        ) from None
     steps: list[PreTokenizer] = [Split(Regex(expression), "isolated") for expression in pre.expressions]
     steps.append(ByteLevel(add_prefix_space=False, use_regex=False))
     missing = "".join(char for char in ByteLevel.alphabet() if char not in vocabulary.index)
@@ -297,7 +319,7 @@ def _sentence_piece(vocabulary: _Vocabulary, space_prefix: bool) -> _Assembled:
         model = BPE(vocabulary.index, [], ignore_merges=True, byte_fallback=True)
         pre_tokenizer = PreTokenizer.custom(_ScoreMerger(vocabulary))
     else:
-        model = BPE(vocabulary.index, list(_ranked(vocabulary, splits)), byte_fallback=True)
+        model = BPE(vocabulary.index, _ranked(vocabulary, splits), byte_fallback=True)
         pre_tokenizer = None
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if space_prefix:
@@ -308,36 +330,38 @@ def _sentence_piece(vocabulary: _Vocabulary, space_prefix: bool) -> _Assembled:
     return _Assembled(model, decoders.Sequence(steps), pre_tokenizer, normalizers.Sequence(escape))
 
 
-def _splits(vocabulary: _Vocabulary) -> dict[int, list[int]]:
-    """Token -> the lengths of its left parts, longest first, where both parts are tokens."""
+def _splits(vocabulary: _Vocabulary) -> dict[int, list[_Pair]]:
+    """Token -> the pairs of tokens that it can come from, those with the longest left part first."""
     index = vocabulary.index
     found = {}
     for i, token in enumerate(vocabulary.tokens):
-        ways = [at for at in range(len(token) - 1, 0, -1) if token[:at] in index and token[at:] in index]
-        if ways:
-            found[i] = ways
+        cuts = range(len(token) - 1, 0, -1)
+        pairs = [(left, token[at:]) for at in cuts if (left := token[:at]) in index and token[at:] in index]
+        if pairs:
+            found[i] = pairs
     return found
 
 
-def _ranked(vocabulary: _Vocabulary, splits: Mapping[int, list[int]]) -> Iterator[tuple[str, str]]:
+def _ranked(vocabulary: _Vocabulary, splits: Mapping[int, list[_Pair]]) -> list[_Pair]:
     """Merges for a model that ranks pairs, so that it merges as one that ranks results by score.
 
     All pairs with one result have one score, and of two that overlap in a text the left one merges. A model with
     ranked pairs must therefore have the pair first that can stand on the left: for xy = yz that is (x, y). Where both
     orders can stand, as in a run of one character, merging from the left leaves the longer part on the left.
     """
+    merges: list[_Pair] = []
     for group in _by_score(vocabulary, splits):
-        runs = []  # of one character, all with one score: the leftmost grows until there is no longer token
+        runs: list[_Pair] = []  # of one character, all with one score: the leftmost grows as long as a token fits
         for i in group:
-            token, ways = vocabulary.tokens[i], splits[i]
-            if len(group) > 1 and _is_run(token):
-                runs += [(token[:at], token[at:]) for at in ways]
+            if len(group) > 1 and _is_run(vocabulary.tokens[i]):
+                runs += splits[i]
             else:
-                yield from ((token[:at], token[at:]) for at in _left_first(token, ways))
-        yield from sorted(runs, key=lambda pair: (-len(pair[0]), -len(pair[1])))
+                merges += _left_first(splits[i])
+        merges += sorted(runs, key=lambda pair: (-len(pair[0]), -len(pair[1])))
+    return merges
 
 
-def _by_score(vocabulary: _Vocabulary, splits: Mapping[int, list[int]]) -> Iterator[list[int]]:
+def _by_score(vocabulary: _Vocabulary, splits: Mapping[int, list[_Pair]]) -> Iterator[list[int]]:
     """The tokens that can come from a merge, those of one score together, best score first."""
     candidates = np.fromiter(splits, np.int64, len(splits))
     scores = vocabulary.scores[candidates]
@@ -351,31 +375,36 @@ def _is_run(token: str) -> bool:
     return token == token[0] * len(token)
 
 
-def _left_first(token: str, ways: list[int]) -> list[int]:
-    """The lengths of a token's left parts in the order in which its pairs must rank; given longest first."""
-    size = len(token)
-    for at in ways:
-        other = size - at
-        if at < other and other in ways and token[at:] == token[:other] and token[other:] != token[:at]:
-            ways = [{at: other, other: at}.get(way, way) for way in ways]
-    return ways
+def _left_first(pairs: list[_Pair]) -> list[_Pair]:
+    """The pairs of one token in the order in which they must rank; given longest left part first."""
+    if len(pairs) == 1:
+        return pairs
+    ranked = list(pairs)
+    by_size = {len(left): (left, right) for left, right in pairs}
+    for short in reversed(pairs):
+        long = by_size.get(len(short[1]))
+        if long is None or len(short[0]) >= len(long[0]):
+            continue
+        if short[1] == long[0] and long[1] != short[0]:  # only the shorter left part can stand on the left
+            at, other = ranked.index(short), ranked.index(long)
+            ranked[at], ranked[other] = long, short
+    return ranked
 
 
-def _ties(vocabulary: _Vocabulary, splits: Mapping[int, list[int]]) -> bool:
+def _ties(vocabulary: _Vocabulary, splits: Mapping[int, list[_Pair]]) -> bool:
     """Whether two tokens of one score can compete for a part between them, so that no ranking of pairs is right."""
     for group in _by_score(vocabulary, splits):
         if len(group) == 1:
             continue
-        parts = [
-            (token, at) for token in (vocabulary.tokens[i] for i in group) for at in splits[vocabulary.index[token]]
-        ]
         begins = defaultdict(set)
-        for token, at in parts:
-            begins[token[:at]].add(token)
-        for token, at in parts:
-            rivals = begins.get(token[at:], set()) - {token}
-            if rivals and not (_is_run(token) and all(map(_is_run, rivals))):
-                return True
+        for i in group:
+            for left, _ in splits[i]:
+                begins[left].add(i)
+        for i in group:
+            for _, right in splits[i]:
+                rivals = begins.get(right, {i}) - {i}
+                if rivals and not all(_is_run(vocabulary.tokens[token]) for token in (i, *rivals)):
+                    return True
     return False
 
 
@@ -516,6 +545,10 @@ def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
         )
     if not isinstance(values, list | tuple | np.ndarray) or not all(isinstance(value, str) for value in values):
         raise CheckpointError(f"{_PREFIX}{name}: expected a list of strings; download the file again")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:  # bytes that were not UTF-8 arrive as surrogates
+        raise CheckpointError(f"{_PREFIX}{name}: expected UTF-8; download the file again") from None
     return list(values)
 
 
