@@ -26,7 +26,7 @@ from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.models.loading import load_backend, load_target
 from outrider.models.random import random_target
-from outrider.sampling.distribution import process
+from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.verification import verify
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy

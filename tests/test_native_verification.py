@@ -19,7 +19,8 @@ from outrider.backends import native_verification
 from outrider.backends.native_verification import verify_native
 from outrider.config import SamplingParams
 from outrider.errors import OutriderError
-from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.distribution import Categorical
+from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.truncation import _kept, kept_tokens
 from outrider.types import Context, Proposal, Verification

@@ -18,7 +18,7 @@ from outrider.engine.finisher import Finisher
 from outrider.engine.request import Commit, Request
 from outrider.engine.rows import Admission, Candidates, Rows
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, RowsFailed
-from outrider.sampling.distribution import process
+from outrider.sampling.processors import process
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import (
     Drafter,
