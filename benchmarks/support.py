@@ -65,7 +65,8 @@ def _command() -> str:
         elif not word.startswith("--json="):
             name, equals, value = word.rpartition("=")
             words.append(name + equals + (Path(value).name if Path(value).is_absolute() else value))
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    script = Path(sys.argv[0]).resolve()
+    return shlex.join(["python", f"{script.parent.name}/{script.name}", *words])
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

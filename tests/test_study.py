@@ -22,7 +22,7 @@ from outrider.sampling.verification import Round, acceptance_probabilities
 from outrider.training.run import save_drafter, trainable
 from outrider.types import Proposal
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import signals  # noqa: E402
 import study  # noqa: E402
 import study_drafters  # noqa: E402

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from support import table
+from shared import table
 
 from outrider.evaluation import plots
 from outrider.files import read_json
@@ -273,7 +273,7 @@ def where(result: Result) -> str:
 def section(name: str, results: Path, pictures: Path, beside: Path) -> str:
     file = results / f"{name}.json"
     if not file.exists():
-        return f"Not measured yet: `python benchmarks/study.py {name} --answers runs/embedded-answers/regenerate`."
+        return f"Not measured yet: `python experiments/study.py {name} --answers runs/embedded-answers/regenerate`."
     result = read_json(file)
     parts = [TABLES[name](result), where(result)]
     picture = draw(name, result, pictures)

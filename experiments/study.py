@@ -1,8 +1,8 @@
 """The study of drafters on the embedded target: one command a table, results as JSON, tables and diagrams in a page.
 
-    python benchmarks/study.py table1 --answers runs/embedded-answers/regenerate [--out runs/study]
-    python benchmarks/study.py all --answers runs/embedded-answers/regenerate
-    python benchmarks/study.py report --into docs/study.md
+    python experiments/study.py table1 --answers runs/embedded-answers/regenerate [--out runs/study]
+    python experiments/study.py all --answers runs/embedded-answers/regenerate
+    python experiments/study.py report --into docs/study.md
 
 Tables: table1, depth, blocks, heads, thresholds, reliability, efficiency, signals. ``--answers`` is an artefact of
 ``outrider train regenerate``; its held-out prompts are what everything is measured on. Every drafter is trained once,
@@ -31,9 +31,9 @@ import numpy as np
 import signals as measured_signals
 import study_report
 import torch
+from shared import facts, say
 from signals import Clock, Costs, Recording
 from study_drafters import DSPARK, LAYERS, TRAINED, Trained, Workshop, needed
-from support import facts, say
 
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
@@ -46,7 +46,7 @@ from outrider.files import read_json, write_json
 from outrider.scheduling.calibration import Scaling
 from outrider.training import fit_calibration
 
-RESULTS = Path(__file__).parent / "results" / "study"
+RESULTS = Path(__file__).parent / "results"
 PACKAGED = "draft_model"
 WITHOUT_WEIGHTS = ("ngram", "suffix")
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support import say
+from shared import say
 
 from outrider.errors import InvalidRequest
 from outrider.files import read_json, write_json
