@@ -1,7 +1,7 @@
 """What tells best whether a draft will be accepted? Signals recorded in real rounds, their quality, and what they earn.
 
     head          the trained confidence head
-    margin        q1 / (q1 + q2) of the draft distribution's two likeliest tokens: the sigmoid of their logits' difference
+    margin        q1 / (q1 + q2) of the drafter's two likeliest tokens: the sigmoid of their logits' difference
     entropy       exp(-H) of the draft distribution: 1 over the number of tokens it hesitates between
     ngram         how predictable the text is by itself: share of the most frequent token that followed the longest
                   earlier occurrence of its end, times Laplace's (m + 1) / (m + 2) for an occurrence of m tokens

@@ -267,9 +267,9 @@ def efficiency(study: Study) -> None:
     growth = {}
     for log in sorted((study.out / "runs").glob("*/state/log.jsonl")):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        looks = [line for line in lines if "acceptance_length" in line]
-        if looks:
-            growth[log.parent.parent.name] = [[line["step"], line["acceptance_length"]] for line in looks]
+        evaluated = [[line["step"], line["acceptance_length"]] for line in lines if "acceptance_length" in line]
+        if evaluated:
+            growth[log.parent.parent.name] = evaluated
     study.write("efficiency", rows, growth=growth, batch=DSPARK.config(study.steps).batch)
 
 

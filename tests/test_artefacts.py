@@ -1,4 +1,4 @@
-"""Artefacts of the training stages: what goes on, what is refused, and what a killed process or a full disk leaves."""
+"""Artefacts of the training stages: resuming, refused parents, killed processes and full disks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from outrider.training.conversations import Question
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.regenerate import Config, regenerate
-from outrider.training.stages import STAGES, Order, Stage
+from outrider.training.stages import STAGES, Stage, StageInputs
 from outrider.training.stages import make as make_stage
 
 SMALL = Config(max_tokens=24, rows=4, seed=3)
@@ -83,7 +83,7 @@ def test_a_changed_parent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="made with another parent"):
         make(tmp_path / "b", tmp_path / "a")
     (tmp_path / "a" / "result").write_text("edited")
-    with pytest.raises(ArtefactError, match="not what it was finished as"):
+    with pytest.raises(ArtefactError, match="were changed since it was finished"):
         make(tmp_path / "c", tmp_path / "a")
 
 
@@ -136,22 +136,22 @@ def test_a_changed_chat_template_is_refused_where_there_are_chats(
         regenerate(SMALL, prompts, tmp_path / "chats", str(target))
 
 
-def test_what_a_killed_stage_left_aside_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that wants a new directory of its own gets one every time."""
+def test_a_scratch_directory_of_a_killed_stage_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that needs a new directory gets an empty one every time."""
     calls = 0
 
-    def call(function: Any, order: Order) -> dict[str, Any]:
+    def call(function: Any, inputs: StageInputs) -> dict[str, Any]:
         nonlocal calls
         calls += 1
-        order.out.mkdir()
-        (order.out / "drafter").mkdir()
-        (order.out / "drafter" / "weights").write_text(f"call {calls}")
+        inputs.out.mkdir()
+        (inputs.out / "drafter").mkdir()
+        (inputs.out / "drafter" / "weights").write_text(f"call {calls}")
         if calls == 1:
             raise KeyboardInterrupt
-        (order.out / "provenance.json").write_text("its own")
+        (inputs.out / "provenance.json").write_text("its own")
         return {"calls": calls}
 
-    stage = Stage("outrider.training.prompts:make_prompts", call, {}, ("drafter",), aside=True)
+    stage = Stage("outrider.training.prompts:make_prompts", call, {}, ("drafter",), scratch=True)
     monkeypatch.setitem(STAGES, "fake", stage)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -273,7 +273,7 @@ def test_a_full_disk_is_said_and_survived(prompts: Path, tiny_model_dir: Path, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
     _, errors = child(prompts, out, tiny_model_dir, preexec_fn=limit).communicate()
-    assert b"ArtefactError: cannot write to" in errors and b"make room, then the same command goes on" in errors
+    assert b"ArtefactError: cannot write to" in errors and b"free disk space and run the same command again" in errors
     assert 0 < (out / "train.jsonl").stat().st_size <= 2000
     assert regenerate(SMALL, prompts, out, str(tiny_model_dir)).sha256 == undisturbed.sha256
 

@@ -214,7 +214,7 @@ def test_weights_that_nothing_can_save(folder: Path, target: Any) -> None:
         change_tensor(folder, name, torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
     report = diagnose(folder, target)
     assert report.best is None
-    assert any("hardly a draft is accepted" in finding.message for finding in report.findings)
+    assert any("almost no draft is accepted" in finding.message for finding in report.findings)
 
 
 def test_replay_counts_what_greedy_decoding_accepts(taught: DraftCheckpoint, target: Any) -> None:
@@ -297,7 +297,7 @@ def test_what_does_not_draft_is_not_converted(
     source = checkpoints.save(make_checkpoint(DESIGN, target=target, seed=9), tmp_path / "random", "deepspec", {})
     options = ("--to", "speculators", "--prompts", prompts_file, "--backend", "reference")
     refused = outrider("convert", source, tmp_path / "out", *options, "--target", target_folder)
-    assert refused.exit_code == 2 and "hardly a draft is accepted" in refused.stderr
+    assert refused.exit_code == 2 and "almost no draft is accepted" in refused.stderr
     unknown = outrider("convert", source, tmp_path / "out", *options)
     assert unknown.exit_code == 2 and "--target" in unknown.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["random"]  # nothing written, nothing left behind

@@ -36,7 +36,7 @@ steps = 2
 batch = 2
 length = 48
 sanity = false
-looks = 0
+eval_every = 0
 tensorboard = false
 drafter = { markov_rank = 8, intermediate_size = 64, target_layers = [2, 5], loss = { anchors = 4 } }
 
@@ -108,7 +108,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot read the recipe"):
         read_recipe(tmp_path / "b.toml")
     (tmp_path / "a.toml").write_text('target = "embedded"\n')
-    with pytest.raises(InvalidRequest, match=r"a recipe names its target, out"):
+    with pytest.raises(InvalidRequest, match=r"a recipe needs target, out"):
         read_recipe(tmp_path / "a.toml")
     assert "No such command 'rnu'" in outrider("train", "rnu").stderr
 
@@ -168,13 +168,20 @@ def test_the_whole_way_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a finished stage was made again")
 
     for stage in STAGES.values():
-        if stage.leaves:
-            monkeypatch.setattr(stage.place.replace(":", "."), never)
+        if stage.outputs:
+            monkeypatch.setattr(stage.reference.replace(":", "."), never)
     read = read_recipe(recipe)
     assert {cost.note for cost in estimate(read)} == {"finished"}
     assert {name: one.sha256 for name, one in run_recipe(read).items()} == {
         name: one["sha256"] for name, one in told["stages"].items()
     }
+    for change, message in (
+        ("run.steps=3", r"run was made with steps: 2, now 3"),
+        ("prompts.held_out=0.5", r"prompts was made with held_out"),
+        ("export.licence=mit", r"export was made with licence"),
+    ):
+        with pytest.raises(ArtefactError, match=message):
+            estimate(read_recipe(recipe, [change]))
     with pytest.raises(ArtefactError, match=r"run was made with steps: 2, now 3"):
         run_recipe(read_recipe(recipe, ["run.steps=3"]))
 

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "length": 48,
     "learning_rate": 2e-3,
     "sanity": False,
-    "looks": 0,
+    "eval_every": 0,
     "bfloat16": False,
     "tensorboard": False,
 }
@@ -141,7 +141,7 @@ def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) 
         "mtp": {"depth": 2},
         "draft_model": {"intermediate_size": 64},
     }[kind]
-    config = Config(**SMALL | {"kind": kind, "drafter": own, "steps": 12, "looks": 1, "look_tokens": 4})
+    config = Config(**SMALL | {"kind": kind, "drafter": own, "steps": 12, "eval_every": 12, "eval_tokens": 4})
     learn(config, answers, tmp_path / kind, "embedded", dtype="float32")
     curve = losses(tmp_path / kind)
     llm = LLM("embedded", str(tmp_path / kind / "drafter"), dtype="float32")
