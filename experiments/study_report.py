@@ -1,7 +1,7 @@
-"""The study's figures as tables and diagrams: what ``study.py report`` writes into a page.
+"""Tables and diagrams of the study, as ``study.py report`` writes them into a page.
 
-A page has a pair of lines for each table, ``<!-- study: NAME -->`` and ``<!-- end: NAME -->``; what stands between them
-is written anew, the prose around is left alone. Diagrams go into a folder beside the page, called like it.
+A page has a pair of lines for each table, ``<!-- study: NAME -->`` and ``<!-- end: NAME -->``; the text between them is
+replaced. Diagrams go into a folder beside the page with the page's name.
 """
 
 from __future__ import annotations

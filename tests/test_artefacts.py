@@ -49,7 +49,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, parent: Path | None = None, **options: Any) -> bool:
-    """A stage that writes one file; whether it had anything to do."""
+    """A stage that writes one file. -> whether it ran."""
     parents = {} if parent is None else {"parent": parent}
     with begin(folder, "stage", Options(**options), parents=parents) as work:
         if work.finished:
@@ -62,10 +62,10 @@ def make(folder: Path, parent: Path | None = None, **options: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ artefacts
 
 
-def test_a_finished_artefact_is_left_alone_unless_something_changed(tmp_path: Path) -> None:
+def test_a_finished_artefact_is_kept_unless_something_changed(tmp_path: Path) -> None:
     assert make(tmp_path / "a", size=2) is True
     assert make(tmp_path / "a", size=2) is False
-    assert make(tmp_path / "a", size=2, threads=8) is False  # decides nothing
+    assert make(tmp_path / "a", size=2, threads=8) is False  # does not change the result
     with pytest.raises(ArtefactError, match=r"made with size: 2, now 3\. Delete the directory"):
         make(tmp_path / "a", size=3)
     with pytest.raises(
@@ -87,7 +87,7 @@ def test_a_changed_parent_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "c", tmp_path / "a")
 
 
-def test_an_unfinished_or_foreign_directory_is_no_parent(tmp_path: Path) -> None:
+def test_an_unfinished_or_foreign_directory_is_refused(tmp_path: Path) -> None:
     with begin(tmp_path / "a", "stage", Options()):
         (tmp_path / "a" / "half").touch()
     with pytest.raises(ArtefactError, match="not finished"):
@@ -164,7 +164,7 @@ def test_a_scratch_directory_of_a_killed_stage_is_made_anew(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("tail", [b'{"id": "c", "ans', b'{"id": "c"}', b"\x00\x00\x00\x00\n", b'{"id": "\xe2\x80'])
-def test_a_journal_loses_only_the_line_that_was_being_written(tail: bytes, tmp_path: Path) -> None:
+def test_a_journal_loses_only_the_line_being_written(tail: bytes, tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     whole = '{"id": "a"}\n{"id": "b\u2028"}\n'.encode()
     path.write_bytes(whole + tail)
@@ -191,7 +191,7 @@ def child(prompts: Path, out: Path, target: Path, **options: Any) -> subprocess.
 
 
 def asked_again(prompts: Path, out: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Finish the answers in this process; ids of the questions that were asked for it."""
+    """Finish the answers in this process. -> ids of the questions that were answered."""
     asked: list[str] = []
     engine = stage.engine
 
@@ -210,8 +210,8 @@ def asked_again(prompts: Path, out: Path, target: Path, monkeypatch: pytest.Monk
     return asked
 
 
-def test_answers_depend_on_nothing_but_prompt_and_seed(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Neither on the rows answered together, nor on a drafter."""
+def test_answers_depend_on_prompt_and_seed_only(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Not on the number of rows, nor on the drafter."""
     kinds = [SMALL, SMALL.model_copy(update={"rows": 1}), SMALL.model_copy(update={"drafter": "ngram", "rows": 3})]
     made = [regenerate(c, prompts, tmp_path / f"{i}", str(tiny_model_dir)) for i, c in enumerate(kinds)]
     assert len({artefact.sha256 for artefact in made}) == 1
@@ -221,7 +221,7 @@ def test_answers_depend_on_nothing_but_prompt_and_seed(prompts: Path, tiny_model
     assert all(0 < len(line["answer"]) <= 24 for line in lines)
 
 
-def test_a_conversation_goes_on_from_the_targets_own_answer(
+def test_a_conversation_continues_from_the_targets_answer(
     prompts: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     from outrider.tokenization.tokenizer import Tokenizer
@@ -264,7 +264,7 @@ def test_a_killed_process_loses_and_repeats_nothing(
     assert asked_again(prompts, out, tiny_model_dir, monkeypatch) == []
 
 
-def test_a_full_disk_is_said_and_survived(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_stage_resumes(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     undisturbed = regenerate(SMALL, prompts, tmp_path / "undisturbed", str(tiny_model_dir))
     out = tmp_path / "full"
 
@@ -278,7 +278,7 @@ def test_a_full_disk_is_said_and_survived(prompts: Path, tiny_model_dir: Path, t
     assert regenerate(SMALL, prompts, out, str(tiny_model_dir)).sha256 == undisturbed.sha256
 
 
-def test_sampling_is_the_targets_own_where_the_recipe_is_silent(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_default_sampling_is_the_targets(tiny_model_dir: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     shutil.copytree(tiny_model_dir, target)
     assert stage.sampling(Config(), str(target)).params.temperature == 1.0

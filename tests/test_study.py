@@ -1,4 +1,4 @@
-"""The study's figures: signals with known answers, what no scheduler may know, and tables out of tiny inputs."""
+"""The study's figures: signals with known values, what a scheduler may not depend on, and tables from tiny inputs."""
 
 from __future__ import annotations
 
