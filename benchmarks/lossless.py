@@ -33,14 +33,14 @@ def choose(llm: LLM, sets: dict[str, list[str]], limit: int, max_tokens: int) ->
 def answers(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams], name: str) -> list[list[int]]:
     """Token ids of every answer. Prints progress."""
     given: list[list[int]] = []
-    group, began, told = 8 * llm.max_rows, perf_counter(), perf_counter()
+    group, began, printed = 8 * llm.max_rows, perf_counter(), perf_counter()
     for start in range(0, len(prompts), group):
         outputs = llm.generate(prompts[start : start + group], params[start : start + group])
         given += [output.token_ids for output in outputs]
-        if perf_counter() - told > 10 or len(given) == len(prompts):
+        if perf_counter() - printed > 10 or len(given) == len(prompts):
             rate = sum(map(len, given)) / (perf_counter() - began)
             say(f"  {name}: {len(given)}/{len(prompts)} prompts, {rate:.0f} tokens/s")
-            told = perf_counter()
+            printed = perf_counter()
     return given
 
 

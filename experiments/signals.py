@@ -370,8 +370,8 @@ def _errors(confidence: Floats, verified: NDArray[Any], accepted: NDArray[Any]) 
     came = offered & (accepted[:, None] >= place)
     found = {}
     for name, values, where in (("ece", confidence, came), ("survival_ece", np.cumprod(confidence, 1), offered)):
-        said, true = torch.from_numpy(values[where]), torch.from_numpy(outcome[where])
-        found[name] = [calibration.calibration_error(said, true), calibration.error_of_chance(said)]
+        predicted, outcomes = torch.from_numpy(values[where]), torch.from_numpy(outcome[where])
+        found[name] = [calibration.calibration_error(predicted, outcomes), calibration.error_of_chance(predicted)]
     return found
 
 

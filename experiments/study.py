@@ -115,12 +115,12 @@ class Study(Workshop):
 
 
 def _progress(table: str) -> Callable[[str, float], None]:
-    told = perf_counter()
+    printed = perf_counter()
 
     def tell(text: str, done: float) -> None:
-        nonlocal told
-        if perf_counter() - told > 20:
-            told = perf_counter()
+        nonlocal printed
+        if perf_counter() - printed > 20:
+            printed = perf_counter()
             say(f"  {table}: {text}, {done:.0%}")
 
     return tell
@@ -356,12 +356,12 @@ def _kept(file: Path, key: str, make: Callable[[], Any]) -> Any:
 
 def _share(what: str) -> Callable[[float], None]:
     """Print progress at every tenth."""
-    told = 0.0
+    printed = 0.0
 
     def tell(share: float) -> None:
-        nonlocal told
-        if share - told >= 0.1:
-            told = share
+        nonlocal printed
+        if share - printed >= 0.1:
+            printed = share
             say(f"  signals: {what} {share:.0%}")
 
     return tell

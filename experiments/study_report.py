@@ -77,7 +77,7 @@ def table1(result: Result) -> str:
 
 
 def variants(*columns: str) -> Callable[[Result], str]:
-    """A table of DSpark's variants, told apart by ``columns``."""
+    """A table of DSpark's variants, distinguished by ``columns``."""
 
     def make(result: Result) -> str:
         domains, lines = domains_of(result["rows"]), []
@@ -266,8 +266,8 @@ def draw(name: str, result: Result, folder: Path) -> Path | None:
 def where(result: Result) -> str:
     """Machine, versions and command."""
     machine, versions = result["machine"], result["versions"]
-    told = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "outrider") if name in versions)
-    return f"{machine['cpu']}, {machine['threads']} threads; {told}.\n\n    {result['command']}"
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "outrider") if name in versions)
+    return f"{machine['cpu']}, {machine['threads']} threads; {shown}.\n\n    {result['command']}"
 
 
 def section(name: str, results: Path, pictures: Path, beside: Path) -> str:

@@ -198,12 +198,12 @@ def asked_again(prompts: Path, out: Path, target: Path, monkeypatch: pytest.Monk
     def watched(*arguments: Any) -> Any:
         ask = engine(*arguments)
 
-        def told(todo: deque[Question]) -> Iterator[Any]:
+        def answering(todo: deque[Question]) -> Iterator[Any]:
             for answers in ask(todo):
                 asked.extend(question.id for question, _ in answers)
                 yield answers
 
-        return told
+        return answering
 
     monkeypatch.setattr(stage, "engine", watched)
     regenerate(SMALL, prompts, out, str(target))
@@ -221,9 +221,7 @@ def test_answers_depend_on_prompt_and_seed_only(prompts: Path, tiny_model_dir: P
     assert all(0 < len(line["answer"]) <= 24 for line in lines)
 
 
-def test_a_conversation_continues_from_the_targets_answer(
-    prompts: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_conversation_continues_from_the_targets_answer(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     from outrider.tokenization.tokenizer import Tokenizer
 
     regenerate(SMALL, prompts, tmp_path / "answers", str(tiny_model_dir))
@@ -233,11 +231,11 @@ def test_a_conversation_continues_from_the_targets_answer(
     assert chats
     for chat in chats:
         first, second = lines[chat["id"]], lines[f"{chat['id']}#2"]
-        said = [{"role": "user", "content": chat["turns"][0]}]
-        assert first["prompt"] == tokenizer.encode_chat(said)
+        asked = [{"role": "user", "content": chat["turns"][0]}]
+        assert first["prompt"] == tokenizer.encode_chat(asked)
         answered = {"role": "assistant", "content": tokenizer.decode(first["answer"])}
         assert second["prompt"] == tokenizer.encode_chat(
-            [*said, answered, {"role": "user", "content": chat["turns"][1]}]
+            [*asked, answered, {"role": "user", "content": chat["turns"][1]}]
         )
 
 

@@ -29,7 +29,7 @@ SMALL = Config(temperatures=(0.0, 1.0), rules=("rejection", "block"), rounds=60,
 
 @pytest.fixture(scope="module")
 def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random target with a tokenizer that nobody needs: the prompts are token ids."""
+    """A random target with an unused tokenizer: the prompts are token ids."""
     folder = save_target(tmp_path_factory.mktemp("calibrate") / "target", make_target())
     save_tokenizer(folder, byte_level_bpe())
     return folder

@@ -109,7 +109,7 @@ def folder(tmp_path: Path, taught: DraftCheckpoint) -> Path:
 
 def diagnose(folder: Path, target: Any = None) -> Report:
     config = {**DECODER, "num_hidden_layers": LAYERS}
-    prompts = Prompts(PROMPTS, "by heart", natural=True)
+    prompts = Prompts(PROMPTS, "over-fitted", natural=True)
     return examine(folder, target, target_config=config, prompts=prompts, new_tokens=24)
 
 
@@ -134,9 +134,7 @@ def test_a_healthy_checkpoint_has_no_findings(folder: Path, target: Any) -> None
     assert diagnose(folder).healthy  # without a target
 
 
-DAMAGE: dict[
-    str, tuple[Any, str, str]
-] = {  # the damage, the finding's subject, and words of its message
+DAMAGE: dict[str, tuple[Any, str, str]] = {  # the damage, the finding's subject, and words of its message
     "layers off by one": (
         lambda f: change(f, target_layer_ids=[-1, 1, 2]),
         "layers",
@@ -184,7 +182,7 @@ def test_the_working_anchor_layout_is_found(tmp_path: Path, taught: DraftCheckpo
 
 
 def test_layers_counted_from_one_are_found(folder: Path, target: Any) -> None:
-    """The aux_layers of speculators in DeepSpec's key: the last layer is refused, and the reading that works is found."""
+    """Layers as speculators counts them, in DeepSpec's key: the last layer is refused, the working reading is found."""
     change(folder, target_layer_ids=[1, 3, 4])
     report = diagnose(folder, target)
     assert report.best.reading == "layers one lower" and report.best.checkpoint.target_layers == LAYERS_READ

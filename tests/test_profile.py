@@ -164,7 +164,7 @@ def test_random_weights_fit_their_shape(name: str) -> None:
 
 
 def test_a_profile_of_random_weights_gives_figures_and_a_table() -> None:
-    told: list[float] = []
+    shares: list[float] = []
     profile = run_profile(
         "embedded",
         shape="tiny",
@@ -173,7 +173,7 @@ def test_a_profile_of_random_weights_gives_figures_and_a_table() -> None:
         repeats=2,
         backend="reference",
         machine=MACHINE,
-        progress=lambda text, done: told.append(done),
+        progress=lambda text, done: shares.append(done),
     )
     figures = json.loads(json.dumps(profile.to_json()))
     assert figures["model"] == "tiny" and figures["bandwidth_gb_s"] > 0
@@ -182,7 +182,7 @@ def test_a_profile_of_random_weights_gives_figures_and_a_table() -> None:
         assert list(row) == ["dtype", "new_tokens", "rows", "context", "milliseconds", "bandwidth_share"]
         assert row["milliseconds"] > 0 and row["bandwidth_share"] > 0
     assert {r["ratio"] for r in figures["ratio_to_one"] if r["new_tokens"] == r["rows"] == 1} == {1.0}
-    assert told == sorted(told) and told[-1] == pytest.approx(1)
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
     assert [table.key.dtype for table in profile.tables] == ["float32", "bfloat16"]
     [timing] = [t for t in profile.timings if t.cell == Cell(1, 2, 16) and t.dtype == "float32"]
     assert CostPoint(2, 2, 32, timing.seconds) in profile.tables[0].target

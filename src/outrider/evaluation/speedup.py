@@ -111,8 +111,8 @@ def run_bench(
     """Time every drafter against ``plain`` on the same prompts, alternating; sampled text is seeded and coupled.
 
     Each prompt (or group of ``concurrency`` prompts) is answered by plain decoding, then with the drafter; the whole
-    set is repeated ``repeats`` times. The time of a prompt is the median of its repeats. Drafters that store earlier text
-    are emptied before each repeat. The share of identical texts is measured, not assumed.
+    set is repeated ``repeats`` times. The time of a prompt is the median of its repeats. Drafters that store earlier
+    text are emptied before each repeat. The share of identical texts is measured, not assumed.
     """
     rows: list[BenchRow] = []
     for temperature in temperatures:

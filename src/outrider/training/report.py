@@ -32,15 +32,15 @@ def write_report(
         _plot(lines, picture)
     seconds, tokens = sum(line["seconds"] for line in lines), sum(line["tokens"] for line in lines)
     evaluated = [line for line in lines if "acceptance_length" in line]
-    last = evaluated[-1] if evaluated else {"acceptance_length": "not measured", "acceptance_lengths": {}}
+    last: Mapping[str, Any] = evaluated[-1] if evaluated else {}
     rows = {
         "steps": len(lines),
         "texts": facts.get("texts"),
         "tokens seen": f"{tokens:,}",
         "time": f"{seconds / 60:.1f} minutes, {tokens / max(seconds, 1e-9):,.0f} tokens/s",
         "last loss": f"{lines[-1]['loss']:.4f}",
-        "acceptance length on held-out prompts": last["acceptance_length"],
-        "by domain": ", ".join(f"{k} {v}" for k, v in last["acceptance_lengths"].items()),
+        "acceptance length on held-out prompts": last.get("acceptance_length", "not measured"),
+        "by domain": ", ".join(f"{k} {v}" for k, v in last.get("acceptance_lengths", {}).items()),
         "options": json.dumps(config),
     }
     table = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items())
