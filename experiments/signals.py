@@ -30,7 +30,7 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
-from outrider.evaluation.recording import Question, Recorder, ask
+from outrider.evaluation.recording import Question, Recorder, ask, recorded
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Scaling
 from outrider.scheduling.online_correction import OnlineCorrection
@@ -42,6 +42,7 @@ from outrider.types import (
     Rng,
     SchedulerPolicy,
     StepCost,
+    StepRecord,
     StepView,
     TargetOutput,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Costs",
     "Recording",
     "best_threshold",
+    "clocked",
     "differences",
     "measure_costs",
     "overlap",
@@ -201,6 +203,11 @@ class Signalled(Wrapped):
         return Proposal(proposal.tokens, proposal.lengths, proposal.distribution, confidence)
 
 
+def has_round(record: StepRecord) -> bool:
+    """Whether a step has a row that is past its prompt."""
+    return any(not row.first for row in record.rows)
+
+
 class LogitsRecorder:
     """A target that keeps its last logits."""
 
@@ -221,21 +228,16 @@ class LogitsRecorder:
 class RoundRecorder(Recorder):
     """Keeps the signals of every round, in order."""
 
-    def __init__(self, policy: SchedulerPolicy, signal_recorder: SignalRecorder, target: LogitsRecorder) -> None:
-        super().__init__(policy)
+    def __init__(self, signal_recorder: SignalRecorder, target: LogitsRecorder) -> None:
+        super().__init__()
         self._signal_recorder, self._target = signal_recorder, target
         self.signals: list[dict[str, list[float]]] = []
 
-    def plan(self, step: StepView) -> Sequence[int]:
-        self._signal_recorder.last = None
-        return super().plan(step)
-
-    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        if self._ready:
-            self.signals.append(
-                {} if self._signal_recorder.last is None else self._complete(*self._signal_recorder.last)
-            )
-        super().observe(cost, accepted)
+    def step(self, record: StepRecord) -> None:
+        last, self._signal_recorder.last = self._signal_recorder.last, None
+        if has_round(record):
+            self.signals.append({} if last is None else self._complete(*last))
+        super().step(record)
 
     def _complete(self, proposal: Proposal, signals: dict[str, list[float]]) -> dict[str, list[float]]:
         count = int(proposal.lengths[0])
@@ -274,7 +276,8 @@ def record(
     drop_calibration(llm.drafter)
     llm.drafter = signal_recorder = SignalRecorder(llm.drafter)
     llm.target = logits_recorder = LogitsRecorder(llm.target)  # type: ignore[assignment]
-    llm.policy = round_recorder = RoundRecorder(llm.policy, signal_recorder, logits_recorder)
+    round_recorder = RoundRecorder(signal_recorder, logits_recorder)
+    llm.observers.append(round_recorder)
     domains = {domain: number for number, domain in enumerate(dict.fromkeys(q.domain for q, _ in questions))}
     rows: list[tuple[dict[str, list[float]], tuple[int, ...], bool]] = []
     for number, (question, fitting) in enumerate(questions):
@@ -457,29 +460,46 @@ class Costs:
 
 
 class Clock(Recorder):
-    """Keeps the cost of rounds; with ``vary`` it verifies 0, 1, ..., K drafts in turns."""
+    """Keeps the cost of rounds."""
 
-    def __init__(self, policy: SchedulerPolicy, vary: bool = False) -> None:
-        super().__init__(policy)
+    def __init__(self) -> None:
+        super().__init__()
         self.costs: list[StepCost] = []
-        self._vary, self._turn = vary, 0
+
+    def step(self, record: StepRecord) -> None:
+        if has_round(record):
+            self.costs.append(record.cost)
+        super().step(record)
+
+
+def clocked(llm: LLM) -> Clock:
+    """Add a clock to an LLM that has not answered yet."""
+    clock = Clock()
+    llm.observers.append(clock)
+    return clock
+
+
+class VaryingPolicy:
+    """Verifies 0, 1, ..., K drafts in turns, whatever their confidences."""
+
+    def __init__(self, policy: SchedulerPolicy) -> None:
+        self._policy, self._turn = policy, 0
+
+    def plan(self, step: StepView) -> Sequence[int]:
+        return self._policy.plan(step)
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        if self._vary:
-            self._turn += 1
-            lengths = lengths.minimum(torch.full_like(lengths, self._turn % (int(lengths.max()) + 1)))
-        return super().choose(None, lengths)
+        self._turn += 1
+        return lengths.minimum(torch.full_like(lengths, self._turn % (int(lengths.max()) + 1)))
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        if self._ready:
-            self.costs.append(cost)
-        super().observe(cost, accepted)
+        self._policy.observe(cost, accepted)
 
 
 def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: SamplingParams) -> Costs:
     """Of two new LLMs, one without a drafter, in turns on the same prompts."""
-    clocks = Clock(plain.policy), Clock(llm.policy, vary=True)
-    plain.policy, llm.policy = clocks
+    llm.policy = VaryingPolicy(llm.policy)
+    clocks = clocked(plain), clocked(llm)
     for turn in range(2):  # the first only warms up
         for clock in clocks:
             clock.costs.clear()
@@ -500,9 +520,9 @@ def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: S
 
 
 def simulate(recording: Recording, confidence: Floats, threshold: float, costs: Costs) -> dict[str, float]:
-    """The recorded rounds, cut at the first confidence under a threshold, at measured costs.
+    """The recorded rounds, truncated at the first confidence under a threshold, with measured costs.
 
-    An approximation: cut short, decoding would have gone on from other places than the recorded ones. A round's end
+    An approximation: truncated rounds would have continued at other positions than the recorded ones. A round's end
     by the end of its text is kept where it is not cut off.
     """
     place = np.arange(confidence.shape[1])
@@ -572,10 +592,9 @@ def realise(
         options = {"threshold": threshold, "follow_drift": follow}
         wrapped = Signalled(drafter, signal, scaling)
         sides[label] = plain.with_drafter(wrapped, policy="threshold", policy_options=options)
-    recorders = {label: Recorder(llm.policy) for label, llm in sides.items()}
+    recorders = {label: recorded(llm) for label, llm in sides.items()}
     samples: dict[str, dict[str, list[Sample]]] = {}
     for label, llm in sides.items():
-        llm.policy = recorders[label]
         ask(llm, recorders[label], questions[0].prompt, params)  # warm up; the first call is not timed
     for number, question in enumerate(questions):
         of_domain = samples.setdefault(question.domain, {label: [] for label in sides})

@@ -32,7 +32,7 @@ import signals as measured_signals
 import study_report
 import torch
 from shared import facts, say
-from signals import Clock, Costs, Recording
+from signals import Costs, Recording, clocked
 from study_drafters import DSPARK, LAYERS, TRAINED, Trained, Workshop, needed
 
 from outrider.config import SamplingParams
@@ -206,10 +206,9 @@ def latency(study: Study, paths: Mapping[str, Path], prompts: int = 6) -> dict[s
     """Median milliseconds of the parts of a round, all drafters in turns on the same prompts."""
     plain = LLM(study.target, "none", max_rows=1)
     sides = {name: plain.with_drafter(str(path)) for name, path in paths.items()}
-    clocks = {name: Clock(llm.policy) for name, llm in sides.items()}
+    clocks = {name: clocked(llm) for name, llm in sides.items()}
     params = SamplingParams(max_tokens=study.max_tokens, temperature=1.0, rule="rejection", seed=3)
     for name, llm in sides.items():
-        llm.policy = clocks[name]
         ask(llm, clocks[name], study.questions()[0].prompt, params)
         clocks[name].costs.clear()
     for question in study.questions()[:prompts]:
