@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from outrider.config import Rule, SamplingParams
-from outrider.sampling.distribution import Categorical
+from outrider.sampling.distribution import Categorical, settled
 from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.verification import (
@@ -223,7 +223,7 @@ def test_drafter_with_sampling_options_of_its_own() -> None:
         sharper = SamplingParams(temperature=0.3, top_k=2)
         draft_only = World(3)
         draft_only.draft_table = (
-            law_after(world.draft(list(world.index)), list(world.index), sharper)._spread().double()
+            settled(law_after(world.draft(list(world.index)), list(world.index), sharper))._spread().double()
             * params.temperature
         )
         assert distance(output_law(draft_only, params, rule, KEEPS["all"]), target_law(world, params)) < EXACT
