@@ -223,7 +223,7 @@ def test_what_is_written_has_its_provenance_and_overwrites_nothing(tmp_path: Pat
     [
         ("vanilla", {"drafted": 20}, "no reduced draft vocabulary"),
         ("eagle3-residual", {}, "none of this drafter's norm options"),
-        ("mtp", {}, "DeepSpec"),
+        ("mtp", {}, "cannot hold a drafter of kind .mtp.; it can be written as: speculators, outrider"),
     ],
 )
 def test_deepspec_refuses_what_it_cannot_say(name: str, options: dict, message: str) -> None:
@@ -234,7 +234,7 @@ def test_deepspec_refuses_what_it_cannot_say(name: str, options: dict, message: 
 
 
 def test_only_written_formats_are_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot write format 'zlab'; expected one of: deepspec, speculators"):
+    with pytest.raises(CheckpointError, match="cannot write format 'zlab'; expected one of: deepspec, outrider, speculators"):
         checkpoints.save(complete("vanilla"), tmp_path / "x", "zlab", {})
 
 

@@ -27,10 +27,11 @@ from trained import (
 
 from outrider.backends.native import NativeBackend, available
 from outrider.backends.reference import ReferenceBackend
-from outrider.checkpoints import BlockDesign, DraftCheckpoint
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.drafters.base import Drawing
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.registry import find
 from outrider.sampling.distribution import Categorical

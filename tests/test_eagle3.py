@@ -20,13 +20,14 @@ from trained import (
 )
 
 from outrider.backends.reference import ReferenceBackend
-from outrider.checkpoints import AutoregressiveDesign, DraftCheckpoint
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.errors import InvalidRequest
 from outrider.types import RaggedBatch, TargetModel
 
-CHAINS = {name: design for name, design in DESIGNS.items() if isinstance(design, AutoregressiveDesign)}
+CHAINS = {name: design for name, design in DESIGNS.items() if isinstance(design, Eagle3Design)}
 
 
 def make_drafter(checkpoint: DraftCheckpoint, target: TargetModel, dtype=torch.float64, **options) -> Eagle3Drafter:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from outrider import checkpoints
 from outrider.backends.native import available
-from outrider.checkpoints import AutoregressiveDesign, BlockDesign
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.models.loading import load_backend, load_target
 from outrider.sampling.distribution import Categorical
 from outrider.sampling.rng import RowRng
@@ -171,7 +172,7 @@ def test_block(folder: Path, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", _of_kind(BlockDesign) + _of_kind(AutoregressiveDesign))
+@pytest.mark.parametrize("folder", _of_kind(BlockDesign) + _of_kind(Eagle3Design))
 def test_features(folder: Path, backend: str) -> None:
     """The target's features at the drafter's aux_layers are those that the drafter was given."""
     target = _target(folder, backend)
@@ -284,7 +285,7 @@ def _chain_drafter(folder: Path, backend: str) -> Eagle3Drafter:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", _of_kind(AutoregressiveDesign))
+@pytest.mark.parametrize("folder", _of_kind(Eagle3Design))
 def test_chain(folder: Path, backend: str) -> None:
     """Fused features, hidden states, logits and drafts."""
     drafter = _chain_drafter(folder, backend)
@@ -345,7 +346,7 @@ def _training_time_test(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None
         drafter.open(0, 256)
 
 
-@pytest.mark.parametrize("folder", _of_kind(AutoregressiveDesign))
+@pytest.mark.parametrize("folder", _of_kind(Eagle3Design))
 def test_runs_of_chains(folder: Path) -> None:
     _reproduces(_chain_drafter(folder, "reference"), _target(folder, "reference"), folder)
 

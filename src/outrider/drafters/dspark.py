@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.checkpoints import BlockDesign, DraftCheckpoint
-from outrider.drafters.base import Drawing, TrainedDrafter, linear, rms_norm, rowwise
+from outrider.checkpoints import DraftCheckpoint
+from outrider.drafters.base import CachedDrafter, Drawing, linear, rms_norm, rowwise
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import InvalidRequest
 from outrider.types import Backend, Context, Proposal, RaggedBatch, Rng, TargetModel
 
@@ -48,7 +49,7 @@ class DSparkConfig:
                 raise InvalidRequest(f"drafter dspark: {name} must be at least 1, got {value}")
 
 
-class DSparkDrafter(TrainedDrafter):
+class DSparkDrafter(CachedDrafter):
     """Drafts a block in one pass of its layers, then corrects it token by token."""
 
     Config = DSparkConfig

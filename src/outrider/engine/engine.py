@@ -97,7 +97,8 @@ class Engine:
             verification = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
             accepted = verification.accepted.tolist()
             commits = self._commit(rows, kept, accepted, verification.tokens.tolist())  # commit
-        self._observe(rows, run.batch, commits, output.features)
+        hidden = None if output.hidden is None else _last_states(output.hidden, kept, commits)
+        self._observe(rows, run.batch, commits, output.features, hidden)
         forward_seconds = (draft_ended - draft_began) + (verify_ended - verify_began)
         self.policy.observe(
             StepCost(
@@ -157,7 +158,14 @@ class Engine:
             commits.append(Commit(request, new, kept))
         return commits
 
-    def _observe(self, rows: Rows, batch: RaggedBatch, commits: list[Commit], features: Tensor | None) -> None:
+    def _observe(
+        self,
+        rows: Rows,
+        batch: RaggedBatch,
+        commits: list[Commit],
+        features: Tensor | None,
+        hidden: Tensor | None,
+    ) -> None:
         """Take the rejected drafts back, and show the drafter what was committed."""
         kept = [chunk + c.accepted for chunk, c in zip(rows.chunks, commits, strict=False)]
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
@@ -173,7 +181,7 @@ class Engine:
                 features = parts[0] if len(parts) == 1 else torch.cat(parts)
             new = [tokens[at : at + n] for at, n in zip(first, kept, strict=False)]
             batch = RaggedBatch.pack(new, [positions[at] for at in first[: len(kept)]], batch.slots.tolist())
-        self.drafter.observe(batch, features)
+        self.drafter.observe(batch, features, hidden)
 
     def _finish(self, request: Request, reason: str) -> None:
         request.finish_reason = reason
@@ -181,3 +189,13 @@ class Engine:
         self.drafter.close(request.slot)
         self.cache.release(request.slot)
         request.slot = -1
+
+
+def _last_states(hidden: Tensor, kept: Sequence[int], commits: Sequence[Commit]) -> Tensor | None:
+    """Of each committed row the state at its last accepted token. [R, D] -> [C, D]; row b has kept[b] + 1 of the R."""
+    ends, begin = [], 0
+    for keep, commit in zip(kept, commits, strict=False):
+        ends.append(begin + commit.accepted)
+        begin += keep + 1
+    parts = [hidden[end : end + 1] for end in ends]
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None

@@ -122,7 +122,7 @@ class CachedTeacher:
         kept = torch.cat([self._get(text, "features") for text in texts])
         hidden = torch.cat([self._get(text, "hidden") for text in texts])[rows]
         logits = self._target.unembed(hidden.to(self._target.spec.dtype)).float().clone()
-        return FeatureBatch(packed, anchors, rows, kept.float(), logits)
+        return FeatureBatch(packed, anchors, rows, kept.float(), logits, hidden.float())
 
     def _get(self, text: Text, name: str) -> Tensor:
         if text.id not in self._places:

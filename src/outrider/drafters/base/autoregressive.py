@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outrider.drafters.base.draft_sampling import Drawing
-from outrider.drafters.base.trained import TrainedDrafter
+from outrider.drafters.base.trained import CachedDrafter
 from outrider.types import Context, Proposal, RaggedBatch, Rng
 
 __all__ = ["AutoregressiveDrafter", "AutoregressiveState"]
@@ -30,7 +30,7 @@ class AutoregressiveState:
     logits: Tensor  # [n, Vd]         of the next draft
 
 
-class AutoregressiveDrafter(TrainedDrafter):
+class AutoregressiveDrafter(CachedDrafter):
     """The part that EAGLE-3 and multi-token prediction have in common. They differ in what enters the stack."""
 
     feeds_normed = False

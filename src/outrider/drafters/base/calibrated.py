@@ -1,17 +1,17 @@
-"""Any drafter's own signal, n-gram statistics for instance, as a probability that was measured."""
+"""Calibrates the confidences of any drafter, n-gram statistics for instance."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from outrider.scheduling.calibration import Calibration
-from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng
+from outrider.types import Context, Drafter, Forgets, Proposal, RaggedBatch, Rng
 
 __all__ = ["CalibratedDrafter"]
 
 
 class CalibratedDrafter:
-    """Drafts what another drafter drafts, with its confidences put right."""
+    """Drafts what another drafter drafts, with calibrated confidences."""
 
     def __init__(self, drafter: Drafter, calibration: Calibration) -> None:
         self.drafter, self.calibration = drafter, calibration
@@ -24,13 +24,12 @@ class CalibratedDrafter:
         return self.calibration.calibrated(self.drafter.propose(slots, last, context, limit, rng), context)
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
-        self.drafter.observe(batch, features)
+        self.drafter.observe(batch, features, hidden)
 
     def close(self, slot: int) -> None:
         self.drafter.close(slot)
 
     def forget(self) -> None:
-        """Pass it on to a drafter that remembers."""
-        forget = getattr(self.drafter, "forget", None)
-        if forget is not None:
-            forget()
+        """Forget earlier requests, where the drafter remembers any."""
+        if isinstance(self.drafter, Forgets):
+            self.drafter.forget()

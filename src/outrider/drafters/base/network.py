@@ -58,6 +58,8 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
     """
     tensors, weights = checkpoint.tensors, checkpoint.stack_weights()
     config = checkpoint.stack(head=True)
+    if not config.layers:
+        weights["norm.weight"] = torch.ones(config.hidden_size)  # an empty stack, which is never run
     equal = EQUAL[str(dtype).removeprefix("torch.")]
     own_embed = own_head = False
     if "embed.weight" in tensors:

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from outrider.checkpoints import AutoregressiveDesign, DraftCheckpoint, ModuleDesign
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import build
+from outrider.drafters.eagle3_design import Eagle3Design
+from outrider.drafters.mtp_design import MTPDesign
 from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
 from outrider.training.networks.block_attention import AutoregressiveAttention
@@ -49,13 +51,13 @@ class TrainableAutoregressive(TrainableNet):
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel, loss: AutoregressiveLoss) -> None:
         super().__init__(checkpoint, target)
-        assert isinstance(checkpoint.design, (AutoregressiveDesign, ModuleDesign))
+        assert isinstance(checkpoint.design, (Eagle3Design, MTPDesign))
         self.design, self.weights = checkpoint.design, loss
         config = self.stack.config
         width, auxiliary = config.hidden_size, target.spec.hidden_size
         self.hidden_norm, self.embed_norm = Norm(width, config.norm_eps), Norm(width, config.norm_eps)
         self.feature_norms, self.feature_norm = nn.ModuleList(), None
-        if isinstance(self.design, AutoregressiveDesign):
+        if isinstance(self.design, Eagle3Design):
             self.fc = linear(len(self.aux_layers) * auxiliary, width)
             if self.design.norm_before_fc:
                 self.feature_norm = Norm(len(self.aux_layers) * auxiliary, config.norm_eps)
@@ -112,7 +114,7 @@ class TrainableAutoregressive(TrainableNet):
 
     @property
     def _feeds_normed(self) -> bool:
-        return isinstance(self.design, AutoregressiveDesign) and self.design.norm_output
+        return isinstance(self.design, Eagle3Design) and self.design.norm_output
 
     @staticmethod
     def _valid(texts: TokenBatch, anchors: Tensor, step: int) -> Tensor:
@@ -123,7 +125,7 @@ class TrainableAutoregressive(TrainableNet):
 
     def _condition(self, features: Tensor) -> Tensor:
         """The state a chain starts from. [N, F] -> [N, D]"""
-        if isinstance(self.design, ModuleDesign):
+        if isinstance(self.design, MTPDesign):
             return features
         if self.feature_norm is not None:
             features = self.feature_norm(features)
@@ -137,7 +139,7 @@ class TrainableAutoregressive(TrainableNet):
         """The residual stream, and the attention input where it is another. [N, D], [N, D]"""
         embedded, normed = self.embed_norm(embedding), self.hidden_norm(state)
         both = torch.cat([embedded, normed], -1)
-        if isinstance(self.design, ModuleDesign):
+        if isinstance(self.design, MTPDesign):
             return self.fc(both), None
         return (normed if self.design.norm_before_residual else state), both
 
@@ -166,9 +168,7 @@ class Eagle3Training:
         """
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
         aux_layers = tuple(self.target_layers) if self.target_layers else None
-        checkpoint = new_checkpoint(
-            AutoregressiveDesign(depth=self.depth), decoder, target.spec, aux_layers, aux_layers=3
-        )
+        checkpoint = new_checkpoint(Eagle3Design(depth=self.depth), decoder, target.spec, aux_layers, aux_layers=3)
         module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of eagle3"))
         if self.warm and layers is not None:
             start_warm(module, module.hidden_norm, layers)
@@ -199,7 +199,7 @@ class MTPTraining:
         """
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
         aux_layer = target.spec.num_layers - 2 if self.target_layer is None else self.target_layer
-        checkpoint = new_checkpoint(ModuleDesign(depth=self.depth), decoder, target.spec, (aux_layer,), aux_layers=1)
+        checkpoint = new_checkpoint(MTPDesign(depth=self.depth), decoder, target.spec, (aux_layer,), aux_layers=1)
         module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of mtp"))
         if self.warm and layers is not None:
             start_warm(module, None, layers)  # its layer has a norm of its own

@@ -1,4 +1,4 @@
-"""What travels while drafters learn: texts, what the target makes of them, and the loss.
+"""Training batch and loss types.
 
 N packed tokens, S texts, A anchors, R rows of logits, F feature width, V vocabulary.
 """
@@ -37,6 +37,7 @@ class FeatureBatch:
     rows: Tensor  # int64 [R]          places whose distribution the loss asks for, ascending
     features: Tensor  # [N, F]
     logits: Tensor  # float32 [R, V]   the target's, at ``rows``: the distribution of the token after each
+    hidden: Tensor | None = None  # [R, D]  the target's state after its final norm, at ``rows``; None: it cannot tell
 
 
 @dataclass(frozen=True, slots=True)

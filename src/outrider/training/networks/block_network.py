@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from outrider.checkpoints import BlockDesign, DraftCheckpoint
-from outrider.checkpoints.checkpoint import MarkovHead
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import LayerConfig, build
+from outrider.drafters.dspark_design import BlockDesign, MarkovHead
 from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
 from outrider.training.networks.block_attention import BlockAttention

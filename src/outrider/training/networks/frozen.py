@@ -73,13 +73,14 @@ class Frozen:
     # -------------------------------------------------------------------------------------------- weights
 
     def fill(self, module: nn.Module) -> None:
-        """Take over the weights that the checkpoint has; a fresh one has none."""
+        """Copy the checkpoint's weights into the module; a new checkpoint has none."""
         tensors = self._given.tensors
-        if "fc.weight" not in tensors:
+        parameters = {_neutral(name): parameter for name, parameter in module.named_parameters()}
+        if not parameters.keys() & tensors.keys():
             return
         with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(tensors[_neutral(name)])
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
 
     def checkpoint(self, module: nn.Module) -> DraftCheckpoint:
         """The module's weights in place of the given checkpoint's; its frozen tensors stay."""

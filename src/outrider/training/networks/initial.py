@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outrider import registry
-from outrider.checkpoints import DraftCheckpoint, TargetFacts
-from outrider.checkpoints.checkpoint import Design
+from outrider.checkpoints import Design, DraftCheckpoint, TargetFacts
 from outrider.config import build
 from outrider.errors import InvalidRequest, nearest
 from outrider.types import TargetSpec
