@@ -97,7 +97,7 @@ class DSparkDrafter(CachedDrafter):
             tokens, margins, distribution = self.head.draft(base, hidden, anchors, drawing.keys(), drawing.temperatures)
             drawing.record(tokens, margins, distribution)
             before = self.head.before(anchors, tokens)
-        elif not self.design.markov_rank and not drawing.penalised:
+        elif not self.design.markov_rank:
             drawing.draw_all(base)
             before = []
         else:

@@ -31,8 +31,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    form: Literal["speculators", "deepspec"] = "speculators"
-    """speculators is what vLLM loads; deepspec holds copies of the target's embedding and head, too."""
+    form: Literal["auto", "speculators", "deepspec", "outrider"] = "auto"
+    """speculators is what vLLM loads; deepspec holds copies of the target's embedding and head, too; outrider holds
+    every kind. auto: speculators where it can hold the kind, else outrider."""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
     """What weights are stored in."""
     name: str = "drafter"
@@ -57,7 +58,8 @@ def export(config: Config, drafter: Artefact, out: Path, target: str, *, evaluat
         shape = {"kind": "draft_model"}
     else:
         checkpoint = _prepared(config, checkpoints.load(source), target)
-        checkpoints.save(checkpoint, folder, config.form, provenance)
+        form = checkpoints.default_format(checkpoint.design) if config.form == "auto" else config.form
+        checkpoints.save(checkpoint, folder, form, provenance)
         shape = _shape(checkpoint)
     name = config.target_name or (drafter.target or {}).get("name", target)
     (folder / "README.md").write_text(card(config, name, shape, history), encoding="utf-8")

@@ -85,8 +85,8 @@ class Config(BaseModel):
     """How often the acceptance length on held-out prompts is measured."""
     look_prompts: int = Field(12, ge=1)
     look_tokens: int = Field(64, ge=4)
-    form: Literal["speculators", "deepspec"] = "speculators"
-    """The format of the finished drafter."""
+    form: Literal["auto", "speculators", "deepspec", "outrider"] = "auto"
+    """The format of the finished drafter; auto: speculators where it can hold the kind, else outrider."""
     tensorboard: bool = True
     """Write events for TensorBoard, where it is installed."""
 
@@ -286,7 +286,9 @@ def save_drafter(drafter: Any, folder: Path, form: str, provenance: Mapping[str,
     if isinstance(drafter, DraftCheckpoint):
         if form == "deepspec":
             drafter = Frozen(drafter, llm.target).filled(drafter)
-        checkpoints.save(drafter, folder, form, provenance)
+        checkpoints.save(
+            drafter, folder, checkpoints.default_format(drafter.design) if form == "auto" else form, provenance
+        )
         return
     with new_folder(folder) as partial:
         drafter.save_pretrained(partial)

@@ -44,8 +44,12 @@ class Drawing:
         return drawn
 
     def draw_all(self, logits: Tensor) -> None:
-        """All drafts at once, where none depends on those before it. [n, K, Vd]"""
+        """All drafts, from logits that do not depend on the drafts before them. [n, K, Vd]"""
         count, drafts, _ = logits.shape
+        if self.penalised:  # penalties do depend on them
+            for step in range(drafts):
+                self.draw(logits[:, step])
+            return
         rows = self.rows.repeat_interleave(drafts)
         self._whole = process(self._net.spread(logits.flatten(0, 1)), self._context, rows)
         self.tokens[self.rows] = self._net.backend.sample(self._whole, self.keys().flatten()).view(count, drafts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,22 +14,31 @@ from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.drafters.base.draft_cache import DraftCache
 from outrider.drafters.base.network import load_net
-from outrider.errors import CheckpointError, nearest
+from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.registry import find
 from outrider.types import Backend, Context, Proposal, RaggedBatch, Rng, TargetModel
 
-__all__ = ["CachedDrafter", "TrainedDrafter"]
+__all__ = ["CachedDrafter", "TrainedConfig", "TrainedDrafter"]
 
 
-class _Options(Protocol):
-    @property
-    def model(self) -> str: ...
+@dataclass(frozen=True, slots=True)
+class TrainedConfig:
+    """Options that every trained drafter has. Raises InvalidRequest for values out of range."""
+
+    model: str
+    """The trained drafter: a directory or a hub id."""
+    draft_tokens: int | None = None
+    """The most tokens it proposes in a round; None: as many as it was trained for."""
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens is not None and self.draft_tokens < 1:
+            raise InvalidRequest(f"draft_tokens of a trained drafter must be at least 1, got {self.draft_tokens}")
 
 
 class TrainedDrafter(ABC):
     """A drafter whose weights are read from a checkpoint."""
 
-    Config: ClassVar[type[Any]]
+    Config: ClassVar[type[Any]] = TrainedConfig
     """Its options; ``model`` names the checkpoint, and every other has a default."""
     kinds: ClassVar[tuple[str, ...]]
     """Kinds of checkpoint it runs, the one it is listed under first."""
@@ -79,7 +89,7 @@ class TrainedDrafter(ABC):
     @classmethod
     def from_config(
         cls,
-        config: _Options,
+        config: Any,
         target: TargetModel,
         *,
         backend: Backend | None = None,

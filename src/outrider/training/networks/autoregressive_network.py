@@ -119,7 +119,7 @@ class TrainableAutoregressive(TrainableNet):
     @staticmethod
     def _valid(texts: TokenBatch, anchors: Tensor, step: int) -> Tensor:
         """Chains whose step is the answer's and still inside its text. bool [A]"""
-        ends = texts.offsets[torch.searchsorted(texts.offsets, anchors, right=True)]
+        ends = texts.ends(anchors)
         at = (anchors + step).clamp(max=len(texts.tokens) - 1)
         return (anchors + step + 1 < ends) & texts.answers[at]
 

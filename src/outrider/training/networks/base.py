@@ -17,13 +17,16 @@ class TrainableNet(nn.Module):
     """See ``outrider.training.networks.batch.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
 
     fc: nn.Linear
+    stack: LearnedStack  # where its design has layers
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel) -> None:
         """Raises IncompatibleDrafter for another target's drafter."""
         super().__init__()
         self.aux_layers = checkpoint.layers_for(target.spec)
         checkpoint.check_target(target.spec, self.aux_layers)
-        self.stack = LearnedStack(checkpoint.stack(head=False))
+        config = checkpoint.stack(head=False)
+        if config.layers:
+            self.stack = LearnedStack(config)
         self.frozen = Frozen(checkpoint, target)
 
     def forward(self, batch: FeatureBatch) -> Loss:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 __all__ = ["FeatureBatch", "Loss", "TokenBatch", "TrainableDrafter"]
@@ -26,6 +27,10 @@ class TokenBatch:
         """Where each text begins and ends."""
         ends = self.offsets.tolist()
         return list(zip(ends, ends[1:], strict=False))
+
+    def ends(self, positions: Tensor) -> Tensor:
+        """Where the text of each position ends. int64 [n] -> [n]"""
+        return self.offsets[torch.searchsorted(self.offsets, positions, right=True)]
 
 
 @dataclass(frozen=True, slots=True)

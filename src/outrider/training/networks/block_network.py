@@ -131,7 +131,7 @@ class TrainableBlock(TrainableNet):
     def _valid(self, texts: TokenBatch, anchors: Tensor) -> Tensor:
         """Drafts whose token, and all before it in the block, are the answer's. bool [A, K]"""
         following = self._places(anchors) + 1
-        ends = texts.offsets[torch.searchsorted(texts.offsets, anchors, right=True)]
+        ends = texts.ends(anchors)
         inside = following < ends[:, None]
         answer = texts.answers[following.clamp(max=len(texts.tokens) - 1)]
         return (inside & answer).cumprod(1).bool()

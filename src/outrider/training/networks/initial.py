@@ -51,11 +51,14 @@ def draft_decoder(
 def new_checkpoint(
     design: Design, decoder: dict[str, Any], spec: TargetSpec, target_layers: tuple[int, ...] | None, aux_layers: int
 ) -> DraftCheckpoint:
-    """No tensors: embedding and head are the target's, the rest is drawn at random when training starts."""
+    """Without tensors: embedding and head are the target's, the rest is initialised when training starts.
+
+    ``target_layers`` it reads, None: ``aux_layers`` of them, evenly spread.
+    """
     return DraftCheckpoint(
         design=design,
         decoder=decoder,
-        target_layers=target_layers or spread_aux_layers(spec.num_layers, aux_layers),
+        target_layers=spread_aux_layers(spec.num_layers, aux_layers) if target_layers is None else target_layers,
         target=TargetFacts(hidden_size=spec.hidden_size, num_layers=spec.num_layers, name=spec.name or None),
         draft_vocab_size=spec.vocab_size,
         format="fresh",
