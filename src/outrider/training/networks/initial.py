@@ -9,6 +9,7 @@ from outrider import registry
 from outrider.checkpoints import Design, DraftCheckpoint, TargetFacts
 from outrider.config import build
 from outrider.errors import InvalidRequest, nearest
+from outrider.files import public_name
 from outrider.types import TargetSpec
 
 __all__ = ["draft_decoder", "mask_token", "new_checkpoint", "spread_aux_layers", "training_of"]
@@ -59,7 +60,7 @@ def new_checkpoint(
         design=design,
         decoder=decoder,
         target_layers=spread_aux_layers(spec.num_layers, aux_layers) if target_layers is None else target_layers,
-        target=TargetFacts(hidden_size=spec.hidden_size, num_layers=spec.num_layers, name=spec.name or None),
+        target=TargetFacts(hidden_size=spec.hidden_size, num_layers=spec.num_layers, name=public_name(spec.name) if spec.name else None),
         draft_vocab_size=spec.vocab_size,
         format="fresh",
     )
