@@ -153,7 +153,7 @@ def test_long_prompts_enter_the_draft_memory_before_anybody_drafts() -> None:
     drafter = make_drafter(make_checkpoint(BLOCKS["vanilla"], target=target), target)
     Session(target, drafter, 1).observe([random_tokens(100, 5)], [0])
     assert int(drafter.cache.held([0])) == 100
-    assert int(drafter.cache.kv_cache.lengths[drafter.cache.places([0])]) == 100
+    assert int(drafter.cache.kv_cache.lengths[drafter.cache.cache_slots([0])]) == 100
 
 
 def test_only_accepted_tokens_stay() -> None:

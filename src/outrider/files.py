@@ -84,7 +84,7 @@ def public_name(model: str | Path) -> str:
     for part in path.parts:
         if part.startswith("models--"):  # the hub's cache: models--OWNER--NAME/snapshots/REVISION
             return part.removeprefix("models--").replace("--", "/")
-    return path.resolve().name if path.is_absolute() or name.startswith(("." ,"~")) or path.exists() else name
+    return path.resolve().name if path.is_absolute() or name.startswith((".", "~")) or path.exists() else name
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A trained drafter in memory, free of any file format: its design, its weights by neutral names, its target.
+"""A loaded drafter, whatever its file format: its design, its weights by neutral names, its target.
 
-Neutral names are the canonical ones of a decoder stack (``outrider.backends.layers``) for all weights of the stack, and:
+Neutral names: the canonical ones of a decoder stack (``outrider.backends.layers``), and
 
     embed.weight [V, D]   head.weight [Vd, D]    absent where the target's are used
     d2t int64 [Vd]   t2d bool [V]                reduced vocabulary: target id = draft id + d2t

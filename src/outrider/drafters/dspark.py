@@ -40,7 +40,7 @@ class DSparkConfig:
     """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
 
     shortlist: int = 1024
-    """Tokens of the largest base logits that a sampled draft is drawn from, with its distribution; on the native core."""
+    """On the native core: how many tokens, those of the largest base logits, a sampled draft is drawn from."""
 
     def __post_init__(self) -> None:
         for name in ("draft_tokens", "block_size", "shortlist"):
@@ -79,7 +79,7 @@ class DSparkDrafter(CachedDrafter):
         self._hidden_norm = checkpoint.tensors["hidden_norm.weight"].float()
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
-        """Take in the features of committed tokens; they become keys and values when they are needed, or many."""
+        """Keep the features of committed tokens. They become keys and values at the next draft, or when many wait."""
         full = self.cache.add(batch, features)
         if full:
             self._absorb(full)
@@ -132,18 +132,18 @@ class DSparkDrafter(CachedDrafter):
         """
         self._absorb(slots)
         size, first = self.design.block_size, 0 if self.design.sample_from_anchor else 1
-        places, starts = self.cache.places(slots), self.cache.held(slots)
+        cache_slots, starts = self.cache.cache_slots(slots), self.cache.held(slots)
         tokens = torch.full((len(slots), size), self.design.mask_token_id, dtype=torch.int64)
         tokens[:, 0] = anchors
         block = torch.arange(size)
         batch = RaggedBatch(
-            tokens.flatten(), (starts[:, None] + block).flatten(), places, torch.arange(len(slots) + 1) * size
+            tokens.flatten(), (starts[:, None] + block).flatten(), cache_slots, torch.arange(len(slots) + 1) * size
         )
         wanted = torch.arange(len(slots))[:, None] * size + first + torch.arange(drafts)
         output = self.net.stack.forward(
             batch, self.cache.kv_cache, hidden=self.net.embed(batch.tokens), logits_at=wanted.flatten(), mask="block"
         )
-        self.cache.kv_cache.rewind(places, starts)  # the block's own keys and values were scratch
+        self.cache.kv_cache.rewind(cache_slots, starts)  # the keys and values of the block itself are scratch
         shape = len(slots), drafts, -1
         return output.hidden.view(shape), self.net.logits(output).view(shape)
 
@@ -155,7 +155,7 @@ class DSparkDrafter(CachedDrafter):
 
 
 class DFlashDrafter(DSparkDrafter):
-    """The same with no Markov head and no confidence head: every draft is its own slot's likeliest token."""
+    """The same without Markov head and confidence head: each draft depends on its own slot's logits alone."""
 
     kinds = ("dflash", "dspark")
 
@@ -189,7 +189,7 @@ class SequentialHead:
             name = "markov.gate" if design.markov_head == "gated" else "markov.joint"
             weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
             self._mix = linear(backend, weight, dtype, bias)
-            if make is not None:  # the hidden states' part of the product waits for no token
+            if make is not None:  # the hidden states' part of the product depends on no token
                 if design.markov_head == "gated":
                     of_hidden, mix = weight[:, : -design.markov_rank], weight[:, -design.markov_rank :]
                 else:

@@ -40,7 +40,8 @@ class Eagle3Config:
 
 
 class Eagle3Drafter(AutoregressiveDrafter):
-    """Drafts a chain; its self-fed keys and values are taken back, and accepted tokens re-run on true features."""
+    """Drafts token by token. The keys and values of drafts are rewound; accepted tokens run again on the target's
+    features."""
 
     Config = Eagle3Config
     kinds = ("eagle3",)

@@ -3,8 +3,8 @@
 D draft width, Dt target width, F feature width. Weights beside the stack's:
 
     fc.weight [D, F]                                            features to a hidden state
-    hidden_norm.weight [D]   embed_norm.weight [D]              norms of the hidden state and of the next token's embedding
-    feature_norm.weight [F]   feature_norms.{i}.weight [Dt]     norms before fc, where the design has them
+    hidden_norm.weight [D]   embed_norm.weight [D]              of the hidden state and the next token's embedding
+    feature_norm.weight [F]   feature_norms.{i}.weight [Dt]     before fc, where the design has them
 """
 
 from __future__ import annotations

@@ -276,9 +276,7 @@ def _bucket(
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _write(
-    report: Report, drafter: str | Path, target: str, files: Sequence[Path], config: Config, out: Path
-) -> None:
+def _write(report: Report, drafter: str | Path, target: str, files: Sequence[Path], config: Config, out: Path) -> None:
     """The whole artefact, or nothing: it appears under its name when it is complete."""
     with new_folder(out) as partial:
         folder = partial / "drafter"

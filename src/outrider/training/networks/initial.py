@@ -1,4 +1,4 @@
-"""A drafter that has not learnt anything yet: its shape follows from the target's config."""
+"""A new, untrained drafter: its shape follows from the target's config."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COPIED = ("rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "max_
 def draft_decoder(
     config: Mapping[str, Any], spec: TargetSpec, *, layers: int, intermediate: int | None
 ) -> dict[str, Any]:
-    """Hugging Face config of the drafter's layers: Qwen3's, in the target's width, as the peers' drafters have it.
+    """Hugging Face config of the drafter's layers: Qwen3's, in the target's width, as in other libraries.
 
     ``config`` is the target's. Raises InvalidRequest.
     """
@@ -60,7 +60,9 @@ def new_checkpoint(
         design=design,
         decoder=decoder,
         target_layers=spread_aux_layers(spec.num_layers, aux_layers) if target_layers is None else target_layers,
-        target=TargetFacts(hidden_size=spec.hidden_size, num_layers=spec.num_layers, name=public_name(spec.name) if spec.name else None),
+        target=TargetFacts(
+            hidden_size=spec.hidden_size, num_layers=spec.num_layers, name=public_name(spec.name) if spec.name else None
+        ),
         draft_vocab_size=spec.vocab_size,
         format="fresh",
     )
@@ -92,8 +94,10 @@ def mask_token(given: int | None, spec: TargetSpec, tokens: Mapping[str, int]) -
 
 
 def training_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:
-    """How a new drafter of a kind starts (the catalogue of trainers), with the options of a run's ``drafter``; ``where``
-    begins messages. Raises InvalidRequest."""
+    """The trainer of a kind of drafter, with the options of a run's ``drafter``. Errors begin with ``where``.
+
+    Raises InvalidRequest.
+    """
     registry.find("drafter", kind)  # an unknown name has an error of its own
     trained = registry.names("trainer")
     if kind not in trained:
