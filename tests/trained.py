@@ -142,7 +142,7 @@ def context_of(histories: Sequence[Sequence[int]], params: SamplingParams | None
     return Context([params or SamplingParams()] * len(histories), [list(h) for h in histories], [1] * len(histories))
 
 
-def noise_of(rows: int, *, round: int = 0, seed: int = 7) -> RowRng:
+def rng_of(rows: int, *, round: int = 0, seed: int = 7) -> RowRng:
     return RowRng([seed + i for i in range(rows)], [round] * rows, ["rejection"] * rows)
 
 
@@ -160,7 +160,7 @@ def propose(
         torch.tensor([h[-1] for h in histories]),
         context_of(histories, params),
         torch.tensor(limit if limit is not None else [drafter.block] * len(slots)),
-        rng or noise_of(len(slots)),
+        rng or rng_of(len(slots)),
     )
 
 
