@@ -20,7 +20,14 @@ from outrider.training.run import Config, learn
 EXAMPLE = Path(__file__).parents[1] / "examples" / "medusa"
 FILES = ("medusa_drafter.py", "medusa_training.py")
 TEXTS, HELD_OUT = 24, 3
-OPTIONS: dict[str, Any] = {"steps": 40, "batch": 6, "length": 128, "learning_rate": 3e-3, "looks": 0, "sanity": False}
+OPTIONS: dict[str, Any] = {
+    "steps": 40,
+    "batch": 6,
+    "length": 128,
+    "learning_rate": 3e-3,
+    "eval_every": 0,
+    "sanity": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,12 @@ def drafter(installed: None, plain: LLM, prompts: list[str], tmp_path_factory: p
         if len(o.token_ids) > 4
     ]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    learn(Config(kind="medusa", drafter={"heads": 2}, tensorboard=False, **OPTIONS), folder, folder, "embedded")
+    learn(
+        Config(kind="medusa", drafter={"heads": 2}, tensorboard=False, bfloat16=False, **OPTIONS),
+        folder,
+        folder,
+        "embedded",
+    )
     return folder / "drafter"
 
 

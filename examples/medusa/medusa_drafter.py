@@ -46,7 +46,7 @@ class MedusaDesign(Design):
 class MedusaDrafter(TrainedDrafter):
     """Drafts all tokens of a row at once, from the state that its last token was sampled from."""
 
-    kinds = ("medusa",)
+    kinds, reads_hidden = ("medusa",), True
 
     def __init__(self, checkpoint: Any, target: Any, backend: Any, *, dtype: Any, **options: Any) -> None:
         super().__init__(checkpoint, target, backend, dtype=dtype, **options)

@@ -19,7 +19,7 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.drafters.base import CachedDrafter, Drawing, linear, rms_norm, rowwise
 from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import InvalidRequest
-from outrider.types import Backend, Context, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import Backend, BlockHead, Context, DraftsBlocks, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead"]
 
@@ -173,9 +173,9 @@ class SequentialHead:
         target_ids: Tensor | None = None,
         shortlist: int = 1024,
     ) -> None:
-        """``target_ids`` of a reduced vocabulary. A backend with a ``markov_head`` drafts whole blocks in one call."""
+        """``target_ids`` of a reduced vocabulary. A ``DraftsBlocks`` backend drafts whole blocks in one call."""
         self.design = design
-        self.core: Any = None
+        self.core: BlockHead | None = None
         self._confidence: tuple[Tensor, Tensor] | None = None
         self._mix_hidden: Callable[[Tensor], Tensor] | None = None
         if design.confidence:
@@ -184,7 +184,7 @@ class SequentialHead:
             return
         w1, w2, mix = tensors["markov.w1.weight"], tensors["markov.w2.weight"], None
         self._w1, self._w2 = w1.float(), linear(backend, w2, dtype)
-        make = getattr(backend, "markov_head", None)
+        make = backend.markov_head if isinstance(backend, DraftsBlocks) else None
         if design.markov_head != "vanilla":
             name = "markov.gate" if design.markov_head == "gated" else "markov.joint"
             weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
@@ -232,9 +232,8 @@ class SequentialHead:
         """A whole block in one call of the backend's ``core``: see ``NativeMarkovHead.draft``. base [n, K, Vd],
         hidden [n, K, D], anchors int64 [n], keys int64 [n, K], temperatures float32 [n]."""
         mixed = None if self._mix_hidden is None else self._mix_hidden(hidden.flatten(0, 1))
-        drafted: tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
-        drafted = self.core.draft(base, mixed, anchors, keys, temperatures)
-        return drafted
+        assert self.core is not None
+        return self.core.draft(base, mixed, anchors, keys, temperatures)
 
     def before(self, anchors: Tensor, tokens: Tensor) -> list[Tensor]:
         """W1 of the token before each draft, if the confidence head reads it. int64 [n], int64 [n, K] -> K of [n, r]"""

@@ -1,21 +1,23 @@
-"""Calibrates the confidences of any drafter, n-gram statistics for instance."""
+"""Any drafter's own signal, n-gram statistics for instance, as a probability that was measured."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from outrider.scheduling.calibration import Calibration
-from outrider.types import Context, Drafter, Forgets, Proposal, RaggedBatch, Rng
+from outrider.types import Context, Drafter, Forgets, Proposal, RaggedBatch, ReadsHidden, ResetsRows, Rng
 
 __all__ = ["CalibratedDrafter"]
 
 
 class CalibratedDrafter:
-    """Drafts what another drafter drafts, with calibrated confidences."""
+    """Drafts what another drafter drafts, with its confidences put right."""
 
     def __init__(self, drafter: Drafter, calibration: Calibration) -> None:
         self.drafter, self.calibration = drafter, calibration
         self.aux_layers, self.block = drafter.aux_layers, drafter.block
+        if isinstance(drafter, ReadsHidden):
+            self.reads_hidden = drafter.reads_hidden
 
     def open(self, slot: int, capacity: int) -> None:
         self.drafter.open(slot, capacity)
@@ -33,3 +35,8 @@ class CalibratedDrafter:
         """Forget earlier requests, where the drafter remembers any."""
         if isinstance(self.drafter, Forgets):
             self.drafter.forget()
+
+    def reset_rows(self) -> None:
+        """Reset the rows, where the drafter can."""
+        if isinstance(self.drafter, ResetsRows):
+            self.drafter.reset_rows()
