@@ -339,8 +339,8 @@ def test_a_written_model_is_read_back(name: str, tmp_path: Path) -> None:
     stack_config = kind.stack_config({**kind.defaults, **config})
     assert stack_config == kind.stack_config({**kind.defaults, **model.config.to_dict()})
     stack = find("backend", "reference")().load(stack_config, weights, "float32")
-    memory = stack.new_memory(1, 16)
-    logits = stack.forward(RaggedBatch.pack([IDS], [0], [memory.open()]), memory).logits
+    cache = stack.new_cache(1, 16)
+    logits = stack.forward(RaggedBatch.pack([IDS], [0], [cache.open()]), cache).logits
     with torch.no_grad():
         torch.testing.assert_close(logits, model(torch.tensor([IDS])).logits[0], rtol=1e-4, atol=1e-4)
 
@@ -348,7 +348,7 @@ def test_a_written_model_is_read_back(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantised_weights_equal_the_package(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole and by rows, rows of q and k in their order again, the parts of those that have some too."""
-    monkeypatch.setattr("outrider.models.gguf.weights.CHUNK", 640)
+    monkeypatch.setattr("outrider.models.gguf.gguf_weights.CHUNK", 640)
     model, number = build("llama"), gguf.GGMLQuantizationType[kind]
     _, weights = read_model(GGUFFile(write_model(tmp_path / "model.gguf", model, "llama", kind)))
     for key, value in model.state_dict().items():
@@ -806,6 +806,6 @@ def test_smollm2_writes_what_transformers_writes(smollm2: Path, shared: Path) ->
     for item in sorted(items, key=lambda item: len(item["prompt_token_ids"]))[:2]:
         prompt, expected = item["prompt_token_ids"], item["token_ids"]
         row = prompt + expected[:-1]
-        memory = stack.new_memory(1, len(row))
-        logits = stack.forward(RaggedBatch.pack([row], [0], [memory.open()]), memory).logits
+        cache = stack.new_cache(1, len(row))
+        logits = stack.forward(RaggedBatch.pack([row], [0], [cache.open()]), cache).logits
         assert logits[len(prompt) - 1 :].argmax(-1).tolist() == expected

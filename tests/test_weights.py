@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.files import read_config, resolve_model, write_json
+from outrider.files import read_config, write_json
 from outrider.models.loading import load_target
+from outrider.models.locations import resolve_model
 from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, write_tensors
 
 CONFIG: dict[str, Any] = dict(

@@ -14,7 +14,8 @@ from torch import Tensor
 from outrider.checkpoints.checkpoint import AutoregressiveDesign, DraftCheckpoint, ModuleDesign
 from outrider.checkpoints.stack_format import file_name
 from outrider.errors import CheckpointError, nearest
-from outrider.files import new_folder, read_json, resolve_model, write_json
+from outrider.files import new_folder, read_json, write_json
+from outrider.models.locations import resolve_model
 from outrider.models.weights import TensorFiles, write_tensors
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Calibration

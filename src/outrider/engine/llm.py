@@ -17,7 +17,7 @@ from outrider.engine.auto import EMBEDDED_DRAFTERS, fastest
 from outrider.engine.engine import Commit, Engine
 from outrider.engine.rows import Request
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
-from outrider.files import resolve_model
+from outrider.models.locations import resolve_model
 from outrider.scheduling.calibration import Calibration
 from outrider.tokenization.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from outrider.types import Backend, Drafter, Event, Output, Piece, RequestStats, TargetModel
@@ -59,7 +59,7 @@ class LLM:
         self.model = str(model) if isinstance(model, (str, Path)) else ""
         if isinstance(model, (str, Path)):
             self.target = self._load_target(str(model))
-            self.tokenizer = tokenizer or Tokenizer(resolve_model(str(model)))
+            self.tokenizer = tokenizer or self._load_tokenizer(str(model))
         elif tokenizer is None:
             raise InvalidRequest("a loaded target needs its tokenizer: LLM(target, tokenizer=...)")
         else:
@@ -213,16 +213,24 @@ class LLM:
 
         return load_target(model, dtype=self._dtype, backend=self._backend)
 
+    @staticmethod
+    def _load_tokenizer(model: str) -> Tokenizer:
+        from outrider.models.loading import load_tokenizer
+
+        return load_tokenizer(model)
+
     def _draft_backend(self) -> Backend:
         from outrider.models.loading import load_backend
 
         return load_backend(self._backend, self._dtype)
 
     def _load_draft_model(self, model: str, dtype: str) -> TargetModel:
-        from outrider.models.loading import load_target
+        from outrider.models.loading import load_target, runs_natively
 
-        if dtype == "auto":
+        if dtype == "auto" and runs_natively(model):
             dtype = "int8" if self._draft_backend().name == "native" else self._dtype
+        elif dtype == "auto":  # Transformers runs it, which has no quantised dtypes
+            dtype = "float32" if self._dtype in ("int8", "int4") else self._dtype
         return load_target(model, dtype=dtype, backend=self._backend)
 
     def _load_drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> tuple[str, Drafter]:
@@ -243,10 +251,14 @@ class LLM:
         kind = registry.find("drafter", name)
         if name == "none":
             options.pop("draft_tokens", None)
-        if "model" in options:
-            self._check_vocabulary(str(options["model"]))
+        compared = "model" in options and self._check_vocabulary(str(options["model"]))
         config = build(kind.Config, options, f"drafter {name!r}")
-        services = {"load_target": self._load_draft_model, "backend": self._draft_backend(), "max_rows": self.max_rows}
+        services = {
+            "load_target": self._load_draft_model,
+            "backend": self._draft_backend(),
+            "max_rows": self.max_rows,
+            "tokens": self.tokenizer.vocab_size if compared else None,
+        }
         return name, kind.from_config(config, self.target, **services)
 
     @staticmethod
@@ -256,18 +268,26 @@ class LLM:
             raise CheckpointError(f"{folder} holds no calibration.json; `outrider calibrate` makes one")
         return found
 
-    def _check_vocabulary(self, model: str) -> None:
-        """A draft model brings its tokenizer, which must be the target's; trained drafters have none of their own."""
-        folder = resolve_model(model)
-        if (folder / "tokenizer.json").exists() and not Tokenizer(folder).same_as(self.tokenizer):
+    def _check_vocabulary(self, model: str) -> bool:
+        """A draft model brings its tokenizer, which must be the target's; trained drafters have none of their own.
+
+        -> whether there was one. Raises IncompatibleDrafter.
+        """
+        path = resolve_model(model)
+        if not path.is_file() and not (path / "tokenizer.json").exists():
+            return False
+        if not self._load_tokenizer(model).same_as(self.tokenizer):
             raise IncompatibleDrafter(
                 f"{model} has another vocabulary than the target; a draft model must share its tokenizer"
             )
+        return True
 
     @staticmethod
     def _recognise(path: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Which kind of drafter a directory holds, told by the content of its config.json."""
         folder = resolve_model(path)
+        if folder.is_file():  # a GGUF file
+            return "draft_model", {**options, "model": path}
         try:
             config = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:

@@ -18,7 +18,8 @@ from outrider.checkpoints import AutoregressiveDesign, BlockDesign, DraftCheckpo
 from outrider.drafters.base import TrainedDrafter
 from outrider.errors import CheckpointError, IncompatibleDrafter
 from outrider.evaluation.replay import Acceptance, Prompts, Transcript, least_score, replay, transcribe
-from outrider.files import read_json, resolve_model
+from outrider.files import read_json
+from outrider.models.locations import resolve_model
 from outrider.registry import find
 from outrider.types import Backend, TargetModel
 

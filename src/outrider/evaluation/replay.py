@@ -23,7 +23,8 @@ from torch import Tensor
 
 from outrider.drafters.base import TrainedDrafter
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.files import EMBEDDED_PROMPTS
+from outrider.models.loading import load_tokenizer
+from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
 
@@ -88,7 +89,7 @@ def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> Pr
 
     Raises InvalidRequest for a file that is something else.
     """
-    tokenizer = Tokenizer(target) if (target / "tokenizer.json").exists() else None
+    tokenizer = load_tokenizer(target) if target.is_file() or (target / "tokenizer.json").exists() else None
     if file is not None:
         prompts = [
             _prompt(line, number, file, tokenizer) for number, line in enumerate(_lines(file), 1) if line.strip()

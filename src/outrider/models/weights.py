@@ -60,7 +60,7 @@ class TensorFiles:
         elif index.exists():
             self._scan_shards(index)
         else:
-            raise CheckpointError(f"{directory} holds no model.safetensors{_pickles(directory)}")
+            raise CheckpointError(f"{directory} holds no model.safetensors and no GGUF file{_pickles(directory)}")
 
     def _scan_shards(self, index: Path) -> None:
         places = read_json(index).get("weight_map")
@@ -101,6 +101,22 @@ class TensorFiles:
         if not math.isfinite(tensor.sum(dtype=torch.promote_types(dtype, torch.float32)).item()):
             raise CheckpointError(f"tensor {name!r} of {path} holds values that are NaN or infinite; is it damaged?")
         return tensor
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        shape = self.shapes[one]
+        rows = max(1, CHUNK // max(1, 4 * math.prod(shape[1:])))
+        for begin in range(0, shape[0] if shape else 0, rows):
+            with _opened(self._files[one]) as first, _opened(self._files[other]) as second:
+                mine, theirs = (
+                    file.get_slice(name)[begin : begin + rows] for file, name in ((first, one), (second, other))
+                )
+                wide = torch.promote_types(mine.dtype, theirs.dtype)
+                if not torch.equal(mine.to(wide), theirs.to(wide)):
+                    return False
+        return True
 
 
 class _opened:  # noqa: N801 (used like a function)
@@ -144,6 +160,19 @@ class LazyWeights(Mapping[str, Tensor]):
                 raise CheckpointError(f"tensors {self.names[canonical]!r} and {name!r} are the same weight")
             self.names[canonical] = name
         self.shapes = {canonical: files.shapes[name] for canonical, name in self.names.items()}
+
+    def tie(self) -> None:
+        """The config says that the embedding is the head. What the file holds decides, as in Transformers: a head that
+        equals the embedding is left out, one that differs is kept, and one without an embedding serves as both."""
+        if "head.weight" not in self.names:
+            return
+        if "embed.weight" not in self.names:
+            self.names["embed.weight"], self.shapes["embed.weight"] = (
+                self.names["head.weight"],
+                self.shapes["head.weight"],
+            )
+        if self._files.equal(self.names["embed.weight"], self.names["head.weight"]):
+            del self.names["head.weight"], self.shapes["head.weight"]
 
     @property
     def identity(self) -> str:
