@@ -198,7 +198,7 @@ class NativeStack:
         logits = torch.empty(keys.numel(), self._vocabulary)
         arrays = (keys, temperatures, drawn, logits)
         try:
-            self.core.chain(cache.core, *_arrays(batch), *(array.numpy() for array in arrays))
+            self.core.draft_loop(cache.core, *_arrays(batch), *(array.numpy() for array in arrays))
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, None, None, None) from error
         return drawn, logits

@@ -22,7 +22,7 @@ from outrider.types import Context, Distribution, Proposal, Rng, Verification
 __all__ = ["verify_native"]
 
 _RULES = {"coupled": 0, "rejection": 1, "block": 2}
-_ACCEPT, _BONUS, _TOKENS = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
+_PURPOSES = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)  # the names fix the streams
 
 
 def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
@@ -37,11 +37,11 @@ def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context
         seed, round = rng.rows[b]
         control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
         start += count + 1
-    assert len(forms[0]) == start, "one distribution for each kept draft and one more for each row"
+    assert len(forms[0][0]) == start, "one distribution for each kept draft and one more for each row"
     out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
     tokens = np.ascontiguousarray(proposal.tokens.numpy())
     try:
-        native.verdict(*forms, np.array(control), tokens, _ACCEPT, _BONUS, _TOKENS, out.numpy())
+        native.verify(*forms, np.array(control), tokens, _PURPOSES, out.numpy())
     except ValueError as error:
         raise OutriderError(str(error)) from error
     accepted = out[:, 0]
@@ -49,14 +49,14 @@ def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context
 
 
 def _core_forms(target: Categorical, drafter: Distribution | None) -> tuple[Any, ...]:
-    """Both sides' distributions as the core reads them; empty where it cannot."""
+    """Both sides' distributions as the core reads them (None: deterministic drafts); empty where it cannot."""
     mine = target.core_form if native is not None else None
     if mine is None:
         return ()
     if drafter is None:
-        return (*mine, *(None,) * 6)
+        return mine, None
     theirs = drafter.core_form if isinstance(drafter, Categorical) else None
-    return () if theirs is None else (*mine, *theirs)
+    return () if theirs is None else (mine, theirs)
 
 
 def _signed(word: int) -> int:

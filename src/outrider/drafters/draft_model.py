@@ -75,7 +75,7 @@ class DraftModelDrafter:
         self._slots = 1
         # The loop draws from all rows of the head, so it is for heads whose rows are all tokens of the target's.
         plain = self._tokens == rows == self._vocabulary
-        self._draft_loop: DraftLoop | None = model if plain and isinstance(model, DraftLoop) else None
+        self._draft_loop = model.draft_loop if plain and isinstance(model, DraftLoop) else None
 
     @classmethod
     def from_config(
@@ -228,9 +228,7 @@ class DraftModelDrafter:
         else:
             keys = torch.zeros(count, width, dtype=torch.int64)
         batch = self._batch(missing)
-        tokens, logits = self._draft_loop.draft_loop(
-            batch, self._cache, keys, torch.tensor(temperatures, dtype=torch.float32)
-        )
+        tokens, logits = self._draft_loop(batch, self._cache, keys, torch.tensor(temperatures, dtype=torch.float32))
         for row, _ in missing:
             row.ahead = width - 1
         distribution = process(logits, context, rows) if any(temperatures) else None

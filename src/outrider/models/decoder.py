@@ -246,9 +246,9 @@ def check_finite(config: Mapping[str, Any]) -> None:
     """Raise CheckpointError for a number anywhere in a config that is NaN or infinite, with its key."""
     for key, value in _numbers(config):
         if not math.isfinite(value) and key.split(".")[-1] not in MAY_BE_INFINITE:
-            file, _, inner = key.rpartition("generation_config.")
-            where = "generation_config.json" if file or key != inner else "config.json"
-            raise CheckpointError(f"{where}: {inner!r} is {value}; expected a finite number")
+            file = "generation_config" if key.startswith("generation_config.") else "config"
+            shown = key.removeprefix("generation_config.")
+            raise CheckpointError(f"{file}.json: {shown!r} is {value}; expected a finite number")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
