@@ -102,7 +102,7 @@ IDS = [3, 99, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*NATIVE, *ADAPTED])
-def test_logits_and_taps_equal_transformers(name: str, saved: Any) -> None:
+def test_logits_and_features_equal_transformers(name: str, saved: Any) -> None:
     directory, model = saved[name]
     target = load_target(directory, backend="reference")
     assert isinstance(target, HuggingFaceTarget) == (name in ADAPTED)
@@ -210,13 +210,13 @@ def test_bfloat16_stays_near_float32(saved: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_taps_that_are_refused(name: str, saved: Any) -> None:
+def test_auxiliary_layers_that_are_refused(name: str, saved: Any) -> None:
     target = load_target(saved[name][0], backend="reference")
     with pytest.raises(InvalidRequest, match="layer 2 is the last one"):
         one_row(target, IDS, aux_layers=(2,))
-    with pytest.raises(InvalidRequest, match="aux_layer 3 is no layer"):
+    with pytest.raises(InvalidRequest, match="auxiliary layer 3 is no layer"):
         one_row(target, IDS, aux_layers=(3,))
-    with pytest.raises(InvalidRequest, match="aux_layer -2 is no layer"):
+    with pytest.raises(InvalidRequest, match="auxiliary layer -2 is no layer"):
         one_row(target, IDS, aux_layers=(-2,))
 
 
@@ -289,7 +289,7 @@ def test_options_that_are_refused(saved: Any) -> None:
         load_target(saved["gpt2"][0], dtype="int4", backend="reference")
 
 
-def test_toy_reads_its_table_and_its_memory() -> None:
+def test_toy_reads_its_table_and_its_cache() -> None:
     table = torch.randn(4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     toy = ToyTarget(table, eos_token_ids=(3,))
     assert isinstance(toy, TargetModel) and toy.spec.vocab_size == 4 and toy.spec.eos_token_ids == (3,)

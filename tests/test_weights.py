@@ -75,7 +75,7 @@ def test_the_small_llama_loads(directory: Path) -> None:
 
 def test_directories_that_are_refused(tmp_path: Path, directory: Path) -> None:
     refused(tmp_path / "nowhere", "no such model directory")
-    refused(directory / "config.json", "is a file; expected a model directory")
+    refused(directory / "config.json", "is a file, but no GGUF file; expected a GGUF file, or a model directory")
     refused(tmp_path, "config.json is missing")
     (directory / "config.json").write_text("{not json")
     refused(directory, "config.json is not readable as JSON")
@@ -99,7 +99,7 @@ def test_files_that_are_refused(directory: Path) -> None:
     file.write_bytes(b"\xff" * 8 + whole[8:])
     refused(directory, "is not a complete safetensors file")
     file.unlink()
-    refused(directory, "holds no model.safetensors$")
+    refused(directory, "holds no model.safetensors and no GGUF file$")
     (directory / "pytest_model.bin").write_bytes(b"\x80\x04.")
     refused(directory, "only pytest_model.bin: pickled weights can run code and are never read")
 
@@ -156,7 +156,7 @@ def test_names_that_are_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="'nobody/nothing' is no local directory, and fetching it .* failed"):
+    with pytest.raises(CheckpointError, match="'nobody/nothing' is no local directory or GGUF file, and fetching it .* failed"):
         resolve_model("nobody/nothing")
     with pytest.raises(CheckpointError, match="failed"):
         resolve_model("not a model id!")

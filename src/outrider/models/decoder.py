@@ -15,7 +15,7 @@ from torch import Tensor
 from outrider.backends.layers import check_weights, weight_shapes
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest, nearest
-from outrider.models.weights import LazyWeights, TensorFiles, load_dtype
+from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, reading_dtype
 from outrider.types import Backend, DraftLoop, KVCache, RaggedBatch, Stack, TargetOutput, TargetSpec
 
 __all__ = [
@@ -134,7 +134,7 @@ class DecoderTarget:
     def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
         """Read a Hugging Face directory. Raises CheckpointError."""
         config, names = cls._text_part(config)
-        stack_config, weights = cls.stack_config(config), cls._weights(path, names, load_dtype(dtype))
+        stack_config, weights = cls.stack_config(config), cls._weights(path, names, reading_dtype(dtype, backend))
         check_weights(stack_config, weights, lambda name: weights.names.get(name) or names.original(name))
         expected = {"embed.weight", *([] if names.tied else ["head.weight"]), *cls.optional_weights(config)}
         for name, shape in weight_shapes(stack_config).items():

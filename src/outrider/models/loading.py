@@ -17,7 +17,7 @@ from outrider.models.decoder import check_finite
 from outrider.models.gguf import GGUFFile, nearest_dtype, read_model
 from outrider.models.gguf import read_config as read_gguf_config
 from outrider.models.locations import resolve_model
-from outrider.models.weights import load_dtype
+from outrider.models.weights import load_dtype, reading_dtype
 from outrider.registry import find, names
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Backend, TargetModel
@@ -55,7 +55,7 @@ def _load_gguf(path: Path, dtype: str, backend: str) -> TargetModel:
             dtype = "float32"
     engine = load_backend(backend, dtype)
     # A kernel that multiplies Q8_0, Q4_0 and Q4_1 as they are would be given ``weights.blocks(name)`` by its backend.
-    config, weights = read_model(file, load_dtype(dtype))
+    config, weights = read_model(file, reading_dtype(dtype, engine))
     kind = find("target", config["model_type"])
     target: TargetModel = kind.from_weights(
         {**kind.defaults, **config}, weights, dtype=dtype, backend=engine, name=str(path)

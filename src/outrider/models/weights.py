@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.files import read_json, replace_file
+from outrider.types import Backend
 
-__all__ = ["DTYPES", "LazyWeights", "TensorFiles", "load_dtype", "write_tensors"]
+__all__ = ["DTYPES", "LazyWeights", "TensorFiles", "load_dtype", "reading_dtype", "write_tensors"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -38,6 +40,11 @@ def load_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise InvalidRequest(f"unknown dtype {name!r}; {nearest(name, DTYPES)}")
     return DTYPES[name]
+
+
+def reading_dtype(dtype: str, backend: Backend) -> torch.dtype:
+    """The dtype in which a backend takes weights of a ``dtype`` option: the core packs from float32, whatever for."""
+    return torch.float32 if backend.name == "native" else load_dtype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ tensors
@@ -89,7 +96,7 @@ class TensorFiles:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A fresh tensor. Raises CheckpointError where it holds a value that is not finite."""
         path, shape = self._files[name], self.shapes[name]
-        tensor = torch.full(shape, torch.nan, dtype=dtype)  # what is not read stays NaN, and is found below
+        tensor = torch.empty(shape, dtype=dtype)
         if not shape:
             with _opened(path) as file:
                 tensor.copy_(file.get_tensor(name))
@@ -97,8 +104,7 @@ class TensorFiles:
         for begin in range(0, shape[0] if shape else 0, rows):
             with _opened(path) as file:  # a map of its own, so that pages already copied leave memory
                 tensor[begin : begin + rows] = file.get_slice(name)[begin : begin + rows]
-        # A sum meets every value once and keeps NaN and infinity: the cheapest check there is.
-        if not math.isfinite(tensor.sum(dtype=torch.promote_types(dtype, torch.float32)).item()):
+        if not _is_finite(tensor):
             raise CheckpointError(f"tensor {name!r} of {path} holds values that are NaN or infinite; is it damaged?")
         return tensor
 
@@ -117,6 +123,17 @@ class TensorFiles:
                 if not torch.equal(mine.to(wide), theirs.to(wide)):
                     return False
         return True
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum meets every value once and keeps NaN and infinity; it may also overflow, hence the second look."""
+    if tensor.dtype == torch.float32:  # numpy: no thread of torch's need wake for it
+        with np.errstate(all="ignore"):
+            if np.isfinite(tensor.numpy().sum()):
+                return True
+    elif math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()):
+        return True
+    return bool(tensor.isfinite().all())
 
 
 class _opened:  # noqa: N801 (used like a function)

@@ -111,21 +111,17 @@ class GGUFWeights(Mapping[str, Tensor]):
         info = self.file.tensors[self.names[name]]
         end = info.shape[0] if end is None else end
         width, shift = math.prod(info.shape[1:]), self._architecture.norm_shift if name.endswith("norm.weight") else 0
-        out = torch.empty((end - begin, width), dtype=self.dtype)
-        direct = out.numpy() if self.dtype == torch.float32 else None
+        out = np.empty((end - begin, width), np.float32)
         rows = max(1, CHUNK // width)
         for first in range(begin, end, rows):
             last = min(first + rows, end)
-            target = slice(first - begin, last - begin)
-            part = np.empty((last - first, width), np.float32) if direct is None else direct[target]
+            part = out[first - begin : last - begin]
             decode(info.kind, self._rows(name, info, first, last), part.reshape(-1, info.kind.values))
             self._check_finite(info, part)
             if shift:
                 part -= np.float32(shift)
-            if direct is None:
-                out[target] = torch.from_numpy(part)
         self.file.release(info.name)
-        return out.view(end - begin, *info.shape[1:])
+        return torch.from_numpy(out).view(end - begin, *info.shape[1:]).to(self.dtype)
 
     def _check_finite(self, info: TensorInfo, values: NDArray[np.float32]) -> None:
         # A sum meets every value once and keeps NaN and infinity; it may also overflow, hence the second look.
