@@ -75,8 +75,9 @@ def resolve_model(model: str | Path) -> Path:
                 "*.safetensors"
             )
         return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix.lower() == ".gguf":
-        what = "GGUF file" if path.suffix.lower() == ".gguf" else "model directory or GGUF file"
+    is_gguf = path.suffix.lower() == ".gguf" and ":" not in name
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or is_gguf:
+        what = "GGUF file" if is_gguf else "model directory or GGUF file"
         raise CheckpointError(f"no such {what}: {name}")
     return _hub(name)
 
@@ -125,7 +126,7 @@ def _ollama(name: str) -> Path:
             f"'ollama:{name}': Ollama's store was not found; expected ~/.ollama/models, or a folder named by OLLAMA_MODELS"
         )
     raise CheckpointError(
-        f"Ollama has no model {name!r} here (`ollama pull {name}` gets it); {nearest(f'ollama:{name}', known)}"
+        f"Ollama has no model {name!r} here (`ollama pull {name}` gets it); it has {', '.join(known)}"
         if known
         else f"Ollama has no models here; `ollama pull {name}` gets this one"
     )
@@ -173,6 +174,7 @@ def _lm_studio(name: str) -> Path:
     found = {}
     for shown, file in files:
         parts = shown.lower().split("/")
+        parts = [part if part in wanted else part.removesuffix("-gguf") for part in parts]
         if any(parts[i : i + len(wanted)] == wanted for i in range(len(parts))):
             found[shown] = file
     if len(found) == 1:
