@@ -113,7 +113,7 @@ def test_probabilities_of_a_padded_proposal(models: dict[int, Path]) -> None:
     rng: Rng = RowRng([1], [0], ["coupled"])
     proposal = drafter.propose(torch.tensor([0]), torch.tensor([7]), context, torch.tensor([3]), rng)
     assert proposal.distribution is not None
-    rows = proposal.distribution.probabilities()
+    rows = proposal.distribution.probabilities
     assert rows.shape == (3, 272) and not rows[:, TOKENS:].any()
     torch.testing.assert_close(rows.sum(-1), torch.ones(3))
 

@@ -333,7 +333,11 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
             "'rope_theta' must be a number above",
         ),
         ("llama", {"rope_parameters": {"rope_theta": float("nan")}}, "'rope_parameters.rope_theta' is nan; expected"),
-        ("llama", {"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "no finite frequencies follow from"),
+        (
+            "llama",
+            {"rope_parameters": {**LLAMA3, "high_freq_factor": -1.0}},
+            "'high_freq_factor' must be a number above 0",
+        ),
         ("llama", {"rms_norm_eps": float("nan")}, "config.json: 'rms_norm_eps' is nan; expected a finite number"),
         ("gpt2", {"layer_norm_epsilon": float("inf")}, "config.json: 'layer_norm_epsilon' is inf"),
         ("llama", {"num_key_value_heads": 0}, "'num_key_value_heads' must be a whole number of at least 1, got 0"),

@@ -91,8 +91,7 @@ class PackedFile:
 
         def write(temporary: Path) -> None:
             with open(temporary, "wb", buffering=0) as file:
-                for part in (len(head).to_bytes(8, "little"), head, *parts):
-                    rest = memoryview(part)
+                for rest in (memoryview(len(head).to_bytes(8, "little") + head), *parts):
                     while rest:
                         rest = rest[file.write(rest) :]
 
@@ -104,7 +103,7 @@ class PackedFile:
 
 def _parts(regions: Sequence[Tensor]) -> list[memoryview]:
     """The bytes of all regions, in chunks."""
-    views = [memoryview(region.numpy()).cast("B") for region in regions]
+    views = [region.numpy().data.cast("B") for region in regions]
     return [view[begin : begin + CHUNK] for view in views for begin in range(0, len(view), CHUNK)]
 
 

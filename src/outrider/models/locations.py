@@ -123,7 +123,7 @@ def _ollama(name: str) -> Path:
     known = [shown for store in stores for shown, _ in _ollama_names(store)]
     if not stores:
         raise CheckpointError(
-            f"'ollama:{name}': Ollama's store was not found; expected ~/.ollama/models, or a folder named by OLLAMA_MODELS"
+            f"'ollama:{name}': Ollama's store was not found; expected ~/.ollama/models, or where OLLAMA_MODELS says"
         )
     raise CheckpointError(
         f"Ollama has no model {name!r} here (`ollama pull {name}` gets it); it has {', '.join(known)}"

@@ -96,8 +96,8 @@ def trainable(config: Config, llm: LLM) -> nn.Module:
     """A new drafter of the kind, for this target. Raises InvalidRequest."""
     options = training_of(config.kind, config.drafter)
     torch.manual_seed(config.seed)
-    config, layers = model_config(llm.model), load_layers(llm.model)
-    module: nn.Module = options.start(llm.target, config, llm.tokenizer.vocabulary, layers)
+    facts, layers = model_config(llm.model), load_layers(llm.model)
+    module: nn.Module = options.start(llm.target, facts, llm.tokenizer.vocabulary, layers)
     return module
 
 
