@@ -366,7 +366,7 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
         ("llama", {"num_hidden_layers": 4}, "'model.layers.3.self_attn.q_proj.weight' is missing"),
         ("llama", {"model_type": None}, "names no model_type"),
         ("llama", {"model_type": "llama7"}, "'llama7' is not known"),
-        ("llama", {"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "code of their own, which is never run"),
+        ("llama", {"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "bring code, which is never run"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping to 50.0"),
         ("gemma4", {"enable_moe_block": True}, "enable_moe_block"),
         ("gemma4", {"hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input"),

@@ -113,7 +113,7 @@ def test_shards_that_are_refused(directory: Path) -> None:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "a.safetensors") | {"x": "b.safetensors"}}))
     refused(directory, "b.safetensors is missing")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "a.safetensors") | {"x": "a.safetensors"}}))
-    refused(directory, "tensor 'x' is missing: model.safetensors.index.json places it in a.safetensors")
+    refused(directory, "tensor 'x' is missing: model.safetensors.index.json says that it is in a.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "../a.safetensors")}))  # never leaves the folder
     load_target(directory, backend="reference")
 

@@ -130,9 +130,9 @@ class NativeBackend:
     ) -> NativeMarkovHead:
         """The sequential head of a block drafter: see ``NativeMarkovHead``.
 
-        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: what the hidden states have no part in, [r, r] gated,
+        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: the part that does not depend on hidden states, [r, r] gated,
         [3 r, 2 r] rnn; ids int64 [Vd]: the target id of each draft id, ascending, None where they are the same.
-        Kept as float32 with ``float32``, else as bfloat16: only a few rows are read, so that fewer bits save nothing.
+        Stored as float32 with ``float32``, else as bfloat16: only a few rows are read, so fewer bits save nothing.
         """
         spec = _native.MarkovSpec()
         spec.isa, spec.kind, spec.rank = self.isa, getattr(_native.MarkovKind, kind), w1.shape[1]
@@ -253,7 +253,7 @@ class NativeMarkovHead:
         """base [n, K, Vd] logits, mixed [n, K, r or 3 r] of the hidden states with its bias (None: vanilla), anchors
         int64 [n], keys int64 [n, K] of ``rng.gumbel``, temperatures float32 [n] (0 = the largest logit).
 
-        -> target ids int64 [n, K]; how far the largest corrected logit stands above the second, float32 [n, K]; and,
+        -> target ids int64 [n, K]; by how much the largest corrected logit exceeds the second, float32 [n, K]; and,
         where rows are sampled, what each draft was drawn from: target ids int64 [n * K, S], ascending (the vocabulary's
         size: no token), and logits after temperature [n * K, S].
         """
@@ -362,7 +362,7 @@ def _described(tensor: Any) -> str:
 def _explained(
     error: Exception, batch: RaggedBatch, hidden: Tensor | None, residual: Tensor | None, logits_at: Tensor | None
 ) -> OutriderError:
-    """What was wrong with a pass: the core's own words, or for an array it cannot take, which one that is."""
+    """What was wrong with a pass: the core's message, or the name of an array that it cannot take."""
     if isinstance(error, IndexError):
         return CacheFull(f"{error}; shorten the sequence, or make the cache with a larger capacity")
     if isinstance(error, ValueError):

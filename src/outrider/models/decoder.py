@@ -104,7 +104,7 @@ class TensorNames:
 
 
 class DecoderTarget:
-    """A target whose layers run on a backend. An architecture says how its config and its tensors' names are read."""
+    """A target whose layers run on a backend. An architecture says how its config and tensor names are read."""
 
     spec: TargetSpec
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -157,7 +157,7 @@ class DecoderTarget:
 
     @classmethod
     def layers_of(cls, path: Path, config: Mapping[str, Any]) -> tuple[StackConfig, Mapping[str, Tensor]]:
-        """A directory's stack, and its weights by canonical name in float32, each read when it is asked for."""
+        """A directory's stack, and its weights by canonical name in float32, each read on access."""
         config, names = cls._text_part(config)
         return cls.stack_config(config), cls._weights(path, names, torch.float32)
 
@@ -170,7 +170,7 @@ class DecoderTarget:
 
     @classmethod
     def _text_part(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], TensorNames]:
-        """The text model's own config with its defaults, and how its tensors are called."""
+        """The config of the text model with its defaults, and how its tensors are called."""
         refuse_quantised(config)
         names = cls.tensor_names({**cls.defaults, **config})
         if "text_config" in config:
@@ -203,7 +203,7 @@ class DecoderTarget:
 
 
 def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text model's own config inside a multimodal one, with what is kept outside."""
+    """The config of the text model inside a multimodal one, with the keys that stay outside."""
     outside = {
         key: config[key] for key in ("generation_config", "eos_token_id", "tie_word_embeddings") if key in config
     }

@@ -75,14 +75,14 @@ class HuggingFaceTarget:
 
     @classmethod
     def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
-        """Read a Hugging Face directory. Transformers brings its own layers; ``backend`` verifies and samples.
+        """Read a Hugging Face directory. Transformers runs the layers; ``backend`` verifies and samples.
 
         Raises CheckpointError, also for models whose state cannot be rewound; InvalidRequest for a quantised dtype.
         """
         if dtype in ("int8", "int4"):
             raise InvalidRequest(f"dtype {dtype!r} needs a natively read architecture, and {_kind(config)} is none")
         if _kind(config) not in CONFIG_MAPPING_NAMES:
-            remote = "; its files bring code of their own, which is never run" if "auto_map" in config else ""
+            remote = "; its files bring code, which is never run" if "auto_map" in config else ""
             raise CheckpointError(f"model_type {_kind(config)!r} is not known to Outrider or Transformers{remote}")
         refuse_quantised(config)
         TensorFiles(path)  # finds pickles and damaged files before Transformers does
@@ -147,7 +147,7 @@ class HuggingFaceTarget:
 
     @contextmanager
     def _catching(self, aux_layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Catch the raw residual [n, D] after each auxiliary layer, -1 the first layer's input."""
+        """Collect the raw residual [n, D] after each auxiliary layer; -1: the first layer's input."""
         auxiliary: dict[int, Tensor] = {}
 
         def catch(aux_layer: int, value: Any) -> None:
@@ -176,7 +176,7 @@ class HuggingFaceTarget:
         return embedded
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """[..., D] after the final norm -> [..., V]. Raises InvalidRequest where the model's own logits differ."""
+        """[..., D] after the final norm -> [..., V]. Raises InvalidRequest where the model's logits are more."""
         if not self._plain_head:
             raise InvalidRequest(
                 f"{self.spec.architecture} does more to its logits than a head and a soft cap, "
@@ -191,7 +191,7 @@ class HuggingFaceTarget:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Rewind once and compare, so that a model with a state of another kind is found now and not in its text."""
+        """Rewind once and compare, so that a model with another kind of state is refused at load."""
         refusal = CheckpointError(
             f"{self.spec.architecture} keeps a state that cannot be rewound (a recurrent or convolutional one?), "
             "so its drafts could not be taken back; choose a model with a plain key/value cache"

@@ -64,8 +64,8 @@ def _load_gguf(path: Path, dtype: str, backend: str) -> TargetModel:
 
 
 def load_layers(model: str | Path) -> tuple[StackConfig, Mapping[str, Tensor]] | None:
-    """A model's stack, and its float32 weights by the canonical names of ``outrider.backends.layers``, each read when
-    it is asked for.
+    """A model's stack, and its float32 weights by the canonical names of ``outrider.backends.layers``, each read on
+    access.
 
     None for a model that Transformers runs. Raises CheckpointError.
     """

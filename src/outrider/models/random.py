@@ -46,7 +46,7 @@ SHAPES = {
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """Weights of a stack, cut from one block of random numbers when they are asked for, and not kept."""
+    """Weights of a stack, cut from one block of random numbers on access, and not kept."""
 
     def __init__(self, config: StackConfig, tied: bool) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -43,7 +43,7 @@ def load_dtype(name: str) -> torch.dtype:
 
 
 def reading_dtype(dtype: str, backend: Backend) -> torch.dtype:
-    """The dtype in which a backend takes weights of a ``dtype`` option: the core packs from float32, whatever for."""
+    """The dtype in which a backend takes weights of a ``dtype`` option: the core packs every dtype from float32."""
     return torch.float32 if backend.name == "native" else load_dtype(dtype)
 
 
@@ -70,14 +70,14 @@ class TensorFiles:
             raise CheckpointError(f"{directory} holds no model.safetensors and no GGUF file{_pickles(directory)}")
 
     def _scan_shards(self, index: Path) -> None:
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
             raise CheckpointError(f"{index} has no weight_map")
-        for shard in sorted(set(places.values())):
+        for shard in sorted(set(shards.values())):
             self._scan(self.directory / Path(shard).name)
-        for name, shard in places.items():
+        for name, shard in shards.items():
             if name not in self._files:
-                raise CheckpointError(f"tensor {name!r} is missing: {index.name} places it in {shard}")
+                raise CheckpointError(f"tensor {name!r} is missing: {index.name} says that it is in {shard}")
 
     def _scan(self, path: Path) -> None:
         if not path.exists():
@@ -102,7 +102,7 @@ class TensorFiles:
                 tensor.copy_(file.get_tensor(name))
         rows = max(1, CHUNK // max(1, 4 * math.prod(shape[1:])))
         for begin in range(0, shape[0] if shape else 0, rows):
-            with _opened(path) as file:  # a map of its own, so that pages already copied leave memory
+            with _opened(path) as file:  # a new memory map, so that pages already copied are freed
                 tensor[begin : begin + rows] = file.get_slice(name)[begin : begin + rows]
         if not _is_finite(tensor):
             raise CheckpointError(f"tensor {name!r} of {path} holds values that are NaN or infinite; is it damaged?")
@@ -127,7 +127,7 @@ class TensorFiles:
 
 def _is_finite(tensor: Tensor) -> bool:
     """A sum meets every value once and keeps NaN and infinity; it may also overflow, hence the second look."""
-    if tensor.dtype == torch.float32:  # numpy: no thread of torch's need wake for it
+    if tensor.dtype == torch.float32:  # numpy: one thread, without the cost of waking torch's
         with np.errstate(all="ignore"):
             if np.isfinite(tensor.numpy().sum()):
                 return True
@@ -161,7 +161,7 @@ def _pickles(directory: Path) -> str:
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """Weights by canonical name, each read from its file, converted and checked when it is asked for, and not kept.
+    """Weights by canonical name, each read from its file, converted and checked on access, and not kept.
 
     ``rename`` maps a tensor's name in the file to its canonical name, or to None for one that is not wanted.
     """

@@ -6,7 +6,7 @@ the next multiple of ``general.alignment`` (32 where the key is absent). A strin
 UTF-8.
 
 Every count, length and offset is compared with what is left of the file before anything of that size is read or
-allocated, so a damaged file costs no more than its own header. Data stay in the memory map until they are asked for.
+allocated, so a damaged file costs no more than its own header. Tensor data are only mapped, and read on access.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ CHUNK = 1 << 17  # values decoded, checked and converted at a time: they stay in
 
 
 def read_model(file: GGUFFile, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Any], GGUFWeights]:
-    """The Hugging Face config of a file's model, and its weights by canonical name, read when they are asked for.
+    """The Hugging Face config of a file's model, and its weights by canonical name, read on access.
 
     Tensors are checked against the config: none missing, none unknown, all of the right shape and of a type that is
     read here. ``dtype``: what weights are converted to. Raises CheckpointError.
@@ -50,7 +50,7 @@ def main_type(file: GGUFFile) -> str:
 
 
 def nearest_dtype(file: GGUFFile) -> str:
-    """The core's dtype that a file's matrices run in when none is asked for.
+    """The core's dtype that a file's matrices run in by default.
 
     float32 and float64 run in float32. float16 and bfloat16 run in bfloat16, at the file's size: bfloat16 is exact,
     float16 loses 3 bits of 11, a relative error of at most 0.2 % of each weight and none in models that were trained
@@ -64,7 +64,7 @@ def nearest_dtype(file: GGUFFile) -> str:
 
 
 class GGUFWeights(Mapping[str, Tensor]):
-    """Weights by canonical name, each decoded, checked and converted when it is asked for, and not kept.
+    """Weights by canonical name, each decoded, checked and converted on access, and not kept.
 
     Raises CheckpointError for tensors that are missing, unknown, of another shape than the config says, or of a type
     that is not read here.
@@ -104,7 +104,7 @@ class GGUFWeights(Mapping[str, Tensor]):
         return len(self.names)
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows ``begin`` to ``end`` of a weight, in the dtype asked for.
+        """Rows ``begin`` to ``end`` of a weight, in ``dtype``.
 
         Raises CheckpointError where one holds a value that is not finite.
         """
