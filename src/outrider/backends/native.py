@@ -130,7 +130,7 @@ class NativeBackend:
     ) -> NativeMarkovHead:
         """The sequential head of a block drafter: see ``NativeMarkovHead``.
 
-        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: the part that does not depend on hidden states, [r, r] gated,
+        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: the part without hidden states, [r, r] gated,
         [3 r, 2 r] rnn; ids int64 [Vd]: the target id of each draft id, ascending, None where they are the same.
         Stored as float32 with ``float32``, else as bfloat16: only a few rows are read, so fewer bits save nothing.
         """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from outrider.core import native
 from outrider.errors import OutriderError
-from outrider.sampling.distribution import Categorical
+from outrider.sampling.distribution import Categorical, check_rows
 from outrider.sampling.rng import RowRng, purpose_word
 from outrider.sampling.verification import verify
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
@@ -44,6 +44,7 @@ def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context
     try:
         native.verify(*forms, np.array(control), tokens, _PURPOSES, out.numpy())
     except ValueError as error:
+        check_rows(torch.from_numpy(forms[0][0]))  # which of the target's rows, if it is them
         raise OutriderError(str(error)) from error
     accepted = out[:, 0]
     return Verification(accepted, out[:, 1:], accepted + 1)

@@ -198,6 +198,11 @@ class DraftModelDrafter:
         if chunks:
             self._run(chunks)
 
+    def reset_rows(self) -> None:
+        """Close all slots at once, with a cache made anew."""
+        self._rows.clear()
+        self._cache = self.model.new_cache(self._slots, self._cache.capacity)
+
     def close(self, slot: int) -> None:
         self._cache.release(self._rows.pop(slot).place)
 

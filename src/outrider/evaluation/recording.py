@@ -24,7 +24,7 @@ from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.tokenization.tokenizer import Tokenizer
-from outrider.types import SchedulerPolicy, StepCost, StepView
+from outrider.types import StepRecord
 
 __all__ = [
     "Answer",
@@ -102,7 +102,7 @@ def _prompt(entry: dict[str, object], tokenizer: Tokenizer | None) -> str | list
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One draft and its verification."""
+    """One draft and what verification kept of it."""
 
     confidence: tuple[float, ...] | None  # of each draft; None: the drafter has none
     planned: int  # the most drafts the policy asked for
@@ -113,34 +113,17 @@ class Round:
 
 
 class Recorder:
-    """A policy that does what another one does, and keeps what it sees."""
+    """A ``StepObserver`` that keeps every round."""
 
-    def __init__(self, policy: SchedulerPolicy) -> None:
-        self.policy = policy
+    def __init__(self) -> None:
         self._rounds: list[Round] = []
-        self._ready = 0  # rows of this step that are past their prompt: the first ones
-        self._planned = 0
-        self._seen: list[tuple[tuple[float, ...] | None, int, int]] = []
 
-    def plan(self, step: StepView) -> Sequence[int]:
-        planned = self.policy.plan(step)
-        self._ready, self._planned = len(step), planned[0] if planned else 0
-        return planned
-
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        keep = self.policy.choose(confidence, lengths)
-        sure = None if confidence is None else confidence.tolist()
-        self._seen = [
-            (None if sure is None else tuple(sure[b][:drafted]), drafted, verified)
-            for b, (drafted, verified) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True))
+    def step(self, record: StepRecord) -> None:
+        self._rounds += [
+            Round(row.confidence, row.limit, row.drafted, row.verified, row.accepted, len(row.committed))
+            for row in record.rows
+            if not row.first
         ]
-        return keep
-
-    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        for (confidence, drafted, verified), held in zip(self._seen[: self._ready], accepted, strict=False):
-            self._rounds.append(Round(confidence, self._planned, drafted, verified, held, held + 1))
-        self._ready = 0
-        self.policy.observe(cost, accepted)
 
     def take(self) -> list[Round]:
         """The rounds since it was last asked."""
@@ -150,7 +133,8 @@ class Recorder:
 
 def recorded(llm: LLM) -> Recorder:
     """Make an LLM that has answered nothing yet keep its rounds."""
-    llm.policy = recorder = Recorder(llm.policy)
+    recorder = Recorder()
+    llm.observers.append(recorder)
     return recorder
 
 

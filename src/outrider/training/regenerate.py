@@ -23,7 +23,7 @@ from rich.console import Console
 from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.engine.llm import LLM
-from outrider.engine.rows import Request
+from outrider.engine.request import Request
 from outrider.errors import ArtefactError
 from outrider.models.decoder import end_tokens, sampling_defaults
 from outrider.models.loading import load_tokenizer, model_config
@@ -169,7 +169,7 @@ def engine(config: Config, load: Callable[[], LLM], settings: Settings) -> Ask:
                 question = todo.popleft()
                 params = settings.of(question)
                 assert params.seed is not None
-                asked[engine.add(0, question.tokens, params, params.seed)] = question
+                asked[engine.submit(question.tokens, params, params.seed)] = question
             done = [commit.request for commit in engine.step() if commit.request.finish_reason is not None]
             if done:
                 yield [(asked.pop(request), request.output) for request in done]
