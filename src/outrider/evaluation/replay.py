@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.drafters.base import TrainedDrafter
+from outrider.drafters.base import CachedDrafter
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.files import EMBEDDED_PROMPTS
+from outrider.models.loading import load_tokenizer
+from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
 
@@ -88,7 +89,7 @@ def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> Pr
 
     Raises InvalidRequest for any other file.
     """
-    tokenizer = Tokenizer(target) if (target / "tokenizer.json").exists() else None
+    tokenizer = load_tokenizer(target) if target.is_file() or (target / "tokenizer.json").exists() else None
     if file is not None:
         prompts = [
             _prompt(line, number, file, tokenizer) for number, line in enumerate(_lines(file), 1) if line.strip()
@@ -170,7 +171,7 @@ def transcribe(
 
 
 @torch.inference_mode()
-def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
+def replay(drafter: CachedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
     """Draft along the transcripts. ``drafter.aux_layers`` must be among their layers; its slots 0, 1, ... must be free.
 
     ``longest``: the most drafts of any drafter to be compared, so that all draft at the same positions.

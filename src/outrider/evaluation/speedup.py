@@ -15,7 +15,7 @@ from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.evaluation.recording import read_questions
-from outrider.files import EMBEDDED_PROMPTS
+from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.types import Output
 
 __all__ = [
