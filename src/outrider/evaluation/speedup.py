@@ -1,4 +1,4 @@
-"""Paired benchmark: a drafter against plain decoding, in turns, in one process (A B A B)."""
+"""Paired benchmark: a drafter against plain decoding, alternating in one process (A B A B)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class BenchRow:
     speedup_ci95: tuple[float, float]
     acceptance_length: float
     accepted_per_position: list[float]  # share of rounds that drafted position j and accepted it
-    identical: float  # share of prompts whose text equals plain decoding's
-    repeated_8grams: float  # share of the text's 8-grams that occurred before: loops are easy to draft
+    identical: float  # share of prompts with the same text as plain decoding
+    repeated_8grams: float  # share of 8-grams that occurred before in the text: repetitive text is easy to draft
     generated: int
 
 
@@ -58,7 +58,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def embedded_prompt_sets() -> dict[str, list[str]]:
-    """The packaged prompts by domain, from documents the embedded models were never trained on."""
+    """The packaged prompts by domain, from documents that the embedded models were not trained on."""
     return {path.stem: read_prompts(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
 
 
@@ -80,13 +80,13 @@ def bootstrap_ratio(
 
 
 def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
+    """Processor and number of cores of this machine."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux: the platform's own name has to do
+        pass  # not Linux: use the platform's name
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
 
 
@@ -108,11 +108,11 @@ def run_bench(
     seed: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Time every drafter against ``plain`` on the same prompts, in turns; sampled text is seeded and coupled.
+    """Time every drafter against ``plain`` on the same prompts, alternating; sampled text is seeded and coupled.
 
-    Each prompt (or group of ``concurrency`` prompts) is answered plain, then with the drafter, ``repeats`` times over
-    the set; its time is the median of the repeats, each of which starts with a drafter that remembers nothing.
-    The share of identical texts is a check, not an assumption.
+    Each prompt (or group of ``concurrency`` prompts) is answered by plain decoding, then with the drafter; the whole
+    set is repeated ``repeats`` times. The time of a prompt is the median of its repeats. Drafters that store earlier
+    text are emptied before each repeat. The share of identical texts is measured, not assumed.
     """
     rows: list[BenchRow] = []
     for temperature in temperatures:
@@ -121,14 +121,14 @@ def run_bench(
             groups = list(_chunks(prompts, concurrency))
             for name, llm in drafters.items():
                 progress(f"{name}, {set_name}, temperature {temperature:g}")
-                for one in (plain, llm):  # first touches and first-time imports are nobody's speed
+                for one in (plain, llm):  # warm up; the first call is not timed
                     one.generate(groups[0], params)
                 sides = {"plain": plain, "fast": llm}
                 times: dict[str, list[list[float]]] = {side: [[] for _ in groups] for side in sides}
                 outputs: dict[str, list[Output]] = {}
                 for _ in range(repeats):
                     outputs = {side: [] for side in sides}
-                    llm.forget()  # a drafter that remembers answers must not meet the same prompt twice
+                    llm.forget()  # stored answers would make a repeated prompt too easy
                     for index, group in enumerate(groups):
                         for side, one in sides.items():
                             done = one.generate(group, params)
