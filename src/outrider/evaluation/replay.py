@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.drafters.base import TrainedDrafter
+from outrider.drafters.base import CachedDrafter
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.models.loading import load_tokenizer
 from outrider.models.locations import EMBEDDED_PROMPTS
@@ -171,7 +171,7 @@ def transcribe(
 
 
 @torch.inference_mode()
-def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
+def replay(drafter: CachedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
     """Draft along the transcripts. ``drafter.aux_layers`` must be among their layers; its slots 0, 1, ... must be free.
 
     ``longest``: the most drafts of any drafter to be compared, so that all draft at the same positions.
