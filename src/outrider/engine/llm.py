@@ -298,7 +298,7 @@ class _Run:
         except InvalidRequest:
             self._cancel_all()
             raise
-        self._texts = [_Text(llm.tokenizer, wanted.stop) for wanted in params]
+        self._texts = [_Text(llm.tokenizer, i, p.stop) for i, p in zip(ids, params, strict=True)]
         self.inbox: deque[Commit] = deque()
         llm._runs.update(dict.fromkeys(self.requests, self))
 
@@ -373,8 +373,8 @@ class _Run:
 class _Text:
     """Token ids of one request to released text."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: tuple[str, ...]) -> None:
+        self._detokenizer = Detokenizer(tokenizer, prompt)
         self._matcher = StopMatcher(stop)
         self.released: list[str] = []
 
