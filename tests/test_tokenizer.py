@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_a_template_may_refuse_but_never_escape(tmp_path: Path) -> None:
         with_template(tmp_path, "{{ raise_exception('user must speak first') }}").apply_chat(USER)
     with pytest.raises(InvalidRequest, match="unsafe"):
         with_template(tmp_path, "{{ ''.__class__.__mro__[1].__subclasses__() }}").apply_chat(USER)
-    with pytest.raises(InvalidRequest, match="needs role and content"):
+    with pytest.raises(InvalidRequest, match="has no attribute 'content'"):
         with_template(tmp_path, CHAT_TEMPLATE).apply_chat([{"role": "user"}])
     with pytest.raises(CheckpointError, match="does not compile"):
         with_template(tmp_path, "{% if %}").apply_chat(USER)
@@ -263,7 +264,10 @@ def piecewise(tmp_path_factory: pytest.TempPathFactory, decoder: Any, marked: st
 
 
 DECODERS = {
-    "strip": (lambda: decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]), "▁*"),
+    "strip": (
+        lambda: decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+        "▁*",
+    ),
     "strip two": (
         lambda: decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
         "▁*",
@@ -311,7 +315,7 @@ def test_a_character_that_begins_in_the_prompt_is_output(plain: Tokenizer, byte_
         byte_fallback: [byte_fallback.vocabulary[f"<0x{b:02X}>"] for b in raw],
     }
     for tokenizer, ids in spelt.items():
-        letter = tokenizer.encode("a")[0]
+        letter = tokenizer.vocabulary["a"]
         for cut in (2, 3, 4):
             assert "".join(pieces(Detokenizer(tokenizer, ids[:cut]), [*ids[cut:], letter])) == "🙂a"
             unfinished = pieces(Detokenizer(tokenizer, ids[:cut]), [letter])  # the prompt shows the U+FFFD
@@ -339,7 +343,12 @@ def test_generated_text_continues_the_prompt(tiny_model_dir: Path, tmp_path: Pat
 def test_a_tokens_time_does_not_grow_with_the_text(byte_fallback: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
     decode = Tokenizer.decode
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, **o: (lengths.append(len(ids)), decode(self, ids, **o))[1])
+
+    def counted(self: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        lengths.append(len(ids))
+        return decode(self, ids, skip_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
     word, byte = byte_fallback.vocabulary["▁the"], byte_fallback.vocabulary["<0x41>"]
     detokenizer = Detokenizer(byte_fallback, [word] * 1000)
     text = "".join(detokenizer.push(token) for token in [word, byte, byte] * 300)

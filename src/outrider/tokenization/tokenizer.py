@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.tokenization.chat_template import ChatTemplate
+from outrider.tokenization.chat_template import ChatTemplate, Message
 
 __all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
 
@@ -50,6 +50,7 @@ class Tokenizer:
         self._fast = _load(self.directory)
         self._fast.no_truncation()  # a file may carry the settings of its training
         self._fast.no_padding()
+        self._templates: dict[str, ChatTemplate] = {}
 
     # ------------------------------------------------------------------------------------------ text and tokens
 
@@ -108,9 +109,10 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """The named ones, ``eos_token`` and its like, as the directory's settings name them."""
+        older = _read_json(self.directory / "special_tokens_map.json")
         found = {}
         for name in _SPECIAL_NAMES:
-            value = self._settings.get(name)
+            value = self._settings[name] if name in self._settings else older.get(name)
             content = value.get("content") if isinstance(value, Mapping) else value
             if isinstance(content, str):
                 found[name] = content
@@ -130,37 +132,57 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template_source is not None
+        return "default" in self._template_sources
 
-    def apply_chat(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model was taught to read it; encode it with ``add_special_tokens=False``.
+    @property
+    def takes_system(self) -> bool:
+        """Whether a system message reaches the text; else ``with_system_in_user`` puts it where it does."""
+        return self._chat_template().takes_system
 
-        Raises InvalidRequest for messages that the template refuses, CheckpointError where there is no template.
+    def apply_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> str:
+        """The conversation in the form that the model was trained on; encode it with ``add_special_tokens=False``.
+
+        ``options``: see ``ChatTemplate.render``. A model with several templates uses ``tool_use`` where there are
+        tools. Raises InvalidRequest for messages that the template refuses, CheckpointError where there is no
+        template.
         """
-        return self._chat_template.render(list(messages), add_generation_prompt)
+        template = self._chat_template("default" if options.get("tools") is None else "tool_use")
+        return template.render(messages, add_generation_prompt, **options)
 
-    def encode_chat(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> list[int]:
         """Token ids of the conversation."""
-        return self.encode(self.apply_chat(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.apply_chat(messages, add_generation_prompt, **options), add_special_tokens=False)
 
     @cached_property
-    def _template_source(self) -> str | None:
-        file = self.directory / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        value = self._settings.get("chat_template")
-        if isinstance(value, list):  # several, named: [{"name": ..., "template": ...}]
-            value = next((t.get("template") for t in value if t.get("name") == "default"), None)
-        return value if isinstance(value, str) else None
+    def _template_sources(self) -> dict[str, str]:
+        """Templates by name; ``default`` is the one of most conversations."""
+        found: dict[str, str] = {}
+        values = [_read_json(self.directory / "chat_template.json"), self._settings]  # processors, then tokenizers
+        for value in (settings.get("chat_template") for settings in values):
+            if isinstance(value, str):
+                found["default"] = value
+            elif isinstance(value, list):  # several, named: [{"name": ..., "template": ...}]
+                found |= {
+                    t["name"]: t["template"]
+                    for t in value
+                    if isinstance(t, Mapping) and {"name", "template"} <= t.keys()
+                }
+        files = {"default": self.directory / "chat_template.jinja"}
+        files |= {file.stem: file for file in (self.directory / "additional_chat_templates").glob("*.jinja")}
+        return found | {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
-    @cached_property
-    def _chat_template(self) -> ChatTemplate:
-        if self._template_source is None:
+    def _chat_template(self, name: str = "default") -> ChatTemplate:
+        sources = self._template_sources
+        name = name if name in sources else "default"
+        if name not in sources:
+            named = f" named default (there are {', '.join(sorted(sources))})" if sources else ""
             raise CheckpointError(
-                f"{self.directory} has no chat template: expected chat_template.jinja, or chat_template in "
+                f"{self.directory} has no chat template{named}: expected chat_template.jinja, or chat_template in "
                 "tokenizer_config.json; give the model a plain prompt instead"
             )
-        return ChatTemplate(self._template_source, self.special_tokens)
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(sources[name], self.special_tokens)
+        return self._templates[name]
 
     # ------------------------------------------------------------------------------------------ byte level
 
@@ -225,7 +247,9 @@ class Detokenizer:
         tail = list(islice((token for token in reversed(prompt_tail) if token not in self._special), _CONTEXT))[::-1]
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.is_byte_level else None
         self._pending: list[int] = []  # byte tokens that do not form a character yet
-        self._unshown = 0  # U+FFFD at the end of the prompt's decoding: not shown again unless a character replaces them
+        self._unshown = (
+            0  # U+FFFD at the end of the prompt's decoding: not shown again unless a character replaces them
+        )
         if self._utf8 is not None:
             self._utf8.decode(b"".join(map(tokenizer.token_bytes, tail)))
             self._unshown = int(bool(self._utf8.getstate()[0]))
