@@ -30,7 +30,7 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
-from outrider.evaluation.recording import Question, Recorder, ask
+from outrider.evaluation.recording import EvalPrompt, Recorder, answer
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Scaling
 from outrider.scheduling.online_correction import OnlineCorrection
@@ -262,7 +262,7 @@ class Recording:
 
 def record(
     llm: LLM,
-    questions: Sequence[tuple[Question, bool]],
+    questions: Sequence[tuple[EvalPrompt, bool]],
     params: SamplingParams,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Recording:
@@ -276,8 +276,8 @@ def record(
     rows: list[tuple[dict[str, list[float]], tuple[int, ...], bool]] = []
     for number, (question, fitting) in enumerate(questions):
         witness.signals.clear()
-        answer = ask(llm, witness, question.prompt, with_seed(params, number))
-        for signals, one in zip(witness.signals, answer.rounds, strict=False):  # those that count come first
+        found = answer(llm, witness, question.prompt, with_seed(params, number))
+        for signals, one in zip(witness.signals, found.rounds, strict=False):  # those that count come first
             if one.verified:
                 facts = one.verified, one.accepted, one.committed, number, places[question.domain]
                 rows.append((signals, facts, fitting))
@@ -473,7 +473,7 @@ class Clock(Recorder):
         super().observe(cost, accepted)
 
 
-def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: SamplingParams) -> Costs:
+def measure_costs(plain: LLM, llm: LLM, questions: Sequence[EvalPrompt], params: SamplingParams) -> Costs:
     """Of two new LLMs, one without a drafter, in turns on the same prompts."""
     clocks = Clock(plain.policy), Clock(llm.policy, vary=True)
     plain.policy, llm.policy = clocks
@@ -482,7 +482,7 @@ def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: S
             clock.costs.clear()
         for number, question in enumerate(questions if turn else questions[:1]):
             for one, clock in zip((plain, llm), clocks, strict=True):
-                ask(one, clock, question.prompt, with_seed(params, number))
+                answer(one, clock, question.prompt, with_seed(params, number))
     steps, rounds = clocks[0].costs, [cost for cost in clocks[1].costs if cost.draft > 0]
     by_tokens: dict[int, list[float]] = {}
     for cost in rounds:
@@ -550,7 +550,7 @@ def realise(
     plain: LLM,
     drafter: Drafter,
     choices: Mapping[str, tuple[str, Scaling | None, bool, float] | None],
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     params: SamplingParams,
     tell: Callable[[float], None] = lambda share: None,
     draws: int = 2000,
@@ -573,12 +573,12 @@ def realise(
     samples: dict[str, dict[str, list[Sample]]] = {}
     for label, llm in sides.items():
         llm.policy = recorders[label]
-        ask(llm, recorders[label], questions[0].prompt, params)  # first touches are nobody's speed
+        answer(llm, recorders[label], questions[0].prompt, params)  # first touches are nobody's speed
     for number, question in enumerate(questions):
         of_domain = samples.setdefault(question.domain, {label: [] for label in sides})
         for label, llm in sides.items():
-            answer = ask(llm, recorders[label], question.prompt, with_seed(params, number))
-            of_domain[label].append(Sample(len(answer.token_ids), answer.seconds, answer.rounds))
+            found = answer(llm, recorders[label], question.prompt, with_seed(params, number))
+            of_domain[label].append(Sample(len(found.token_ids), found.seconds, found.rounds))
         tell((number + 1) / len(questions))
     rows = []
     for label, choice in choices.items():

@@ -24,13 +24,16 @@ from outrider.errors import InvalidRequest, OutriderError
 
 if TYPE_CHECKING:
     from outrider.engine.llm import LLM
+    from outrider.evaluation.recording import FailedPrompt
     from outrider.types import Output
 
 __all__ = [
+    "SOME_FAILED",
     "Backend",
     "DraftTokens",
     "Drafter",
     "Dtype",
+    "FailFast",
     "JsonFile",
     "MaxTokens",
     "Model",
@@ -46,9 +49,12 @@ __all__ = [
     "note",
     "output_record",
     "read_stdin",
+    "report_failed",
     "write_json",
 ]
 
+SOME_FAILED = 3
+"""Exit code: some prompts could not be answered, the others were."""
 _MODEL, _SAMPLING, _OUTPUT = "Model", "Sampling", "Output"
 
 
@@ -64,13 +70,19 @@ Drafter = Annotated[
 DraftTokens = Annotated[
     int | None, _option(_MODEL, "--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
 ]
-Dtype = Annotated[str, _option(_MODEL, "--dtype", help="float32, bfloat16, or 'auto'.")]
+Dtype = Annotated[str, _option(_MODEL, "--dtype", help="float32, bfloat16, int8, int4, or 'auto'.")]
 Backend = Annotated[str, _option(_MODEL, "--backend", help="native, reference, or 'auto'.")]
 MaxTokens = Annotated[int, _option(_SAMPLING, "--max-tokens", help="Most new tokens.")]
 Temperature = Annotated[float, _option(_SAMPLING, "--temperature", help="0 is greedy.")]
 Seed = Annotated[
     int | None,
     _option(_SAMPLING, "--seed", help="Makes the text reproducible: the same with any drafter, or none."),
+]
+FailFast = Annotated[
+    bool,
+    typer.Option(
+        "--fail-fast", help="Stop at the first prompt that cannot be answered, instead of going on without it."
+    ),
 ]
 JsonFile = Annotated[
     str | None,
@@ -161,7 +173,8 @@ def _bias(entry: str) -> tuple[int, float]:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command: its parameters that are option groups become their options, its errors become one line.
 
-    Exit codes: 2 for the user's input (``OutriderError``), 1 for anything unforeseen, 130 for Ctrl-C.
+    Exit codes: 2 for the user's input (``OutriderError``), 3 where some prompts of many could not be answered, 1 for
+    anything unforeseen, 130 for Ctrl-C.
     """
     groups: dict[str, type] = {}
     flat: list[Parameter] = []
@@ -215,6 +228,15 @@ def complain(message: str) -> None:
     """An error in one line, on stderr."""
     line = " ".join(message.split())
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", style="bold red", markup=False)
+
+
+def report_failed(failed: Sequence[FailedPrompt], prompts: int) -> None:
+    """Name the prompts that could not be answered, and end the command with ``SOME_FAILED`` if there are any."""
+    for one in failed:
+        complain(f"prompt {one.index + 1} ({one.file} line {one.line}): {one.error}")
+    if failed:
+        complain(f"{len(failed)} of {prompts} prompts could not be answered")
+        raise typer.Exit(SOME_FAILED)
 
 
 # ------------------------------------------------------------------------------------------------ input and output

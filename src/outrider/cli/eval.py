@@ -13,11 +13,13 @@ from outrider.cli.common import (
     Backend,
     DraftTokens,
     Dtype,
+    FailFast,
     JsonFile,
     check_measurement,
     command,
     human,
     progress_bar,
+    report_failed,
     write_json,
 )
 from outrider.errors import InvalidRequest
@@ -55,6 +57,7 @@ def evaluate(
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep/--no-sweep", help="Try the thresholds.")] = True,
     chat: Annotated[bool, typer.Option("--chat", help="Write prompts into the target's chat template.")] = False,
+    fail_fast: FailFast = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampled texts.")] = 1,
     draft_tokens: DraftTokens = None,
     dtype: Dtype = "auto",
@@ -70,7 +73,8 @@ def evaluate(
     Prompts are answered plainly and with each drafter in turns, every time from a cold start; a text ends at its
     end-of-text token. `accept` counts the target's own token of each round, `drafts` does not; `rate` is accepted over
     verified drafts. `all` is the average over prompt sets. Intervals are 95 %, from drawing prompts again; differences
-    are between drafters on the same prompts. With --out: evaluation.json and diagrams.
+    are between drafters on the same prompts. With --out: evaluation.json and diagrams. Prompts that cannot be answered
+    are left out and listed under `errors` in the JSON, and the exit code is then 3.
 
     [bold]Examples[/bold]
 
@@ -84,6 +88,7 @@ def evaluate(
     from outrider.evaluation.drafter_quality import Config
     from outrider.evaluation.drafter_quality import evaluate as run
     from outrider.evaluation.plots import available
+    from outrider.evaluation.recording import FailedPrompt
     from outrider.evaluation.speedup import machine
 
     console = human(json)
@@ -114,6 +119,7 @@ def evaluate(
             dtype=dtype,
             backend=backend,
             machine=machine(),
+            fail_fast=fail_fast,
             progress=progress,
         )
     console.print(_acceptance(found))
@@ -128,6 +134,7 @@ def evaluate(
         what = "evaluation.json and diagrams" if available() else "evaluation.json; diagrams need matplotlib"
         console.print(f"{out}: {what}", style="dim", markup=False)
     write_json(json, found.to_json())
+    report_failed([FailedPrompt(**error) for error in found.errors], found.facts["prompts"])
 
 
 def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:

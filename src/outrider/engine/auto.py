@@ -19,7 +19,15 @@ import torch
 
 from outrider import __version__
 from outrider.config import SamplingParams
-from outrider.files import EMBEDDED, EMBEDDED_PROMPTS, cache_folder, read_json, resolve_model, write_json
+from outrider.files import (
+    EMBEDDED,
+    EMBEDDED_PROMPTS,
+    cache_folder,
+    read_json,
+    read_json_lines,
+    resolve_model,
+    write_json,
+)
 from outrider.types import Output
 
 __all__ = ["EMBEDDED_DRAFTERS", "fastest"]
@@ -61,7 +69,7 @@ def _measure(llm: _LLM, candidates: Sequence[str]) -> dict[str, float]:
     in turns. Greedy text of small models repeats itself, and flatters whoever copies."""
     sides = {name: llm.with_drafter(name) for name in candidates}
     files = sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
-    prompts = [json.loads(file.read_text().split("\n", 1)[0])["turns"][0] for file in files]
+    prompts = [next(read_json_lines(file))[1]["turns"][0] for file in files]
     for side in sides.values():  # first touches are nobody's speed
         side.generate(prompts[0], SamplingParams(max_tokens=8))
     least = dict.fromkeys(candidates, math.inf)

@@ -16,7 +16,7 @@ from outrider.sampling.distribution import process
 from outrider.sampling.verification import truncate
 from outrider.types import Drafter, Proposal, RaggedBatch, SchedulerPolicy, StepCost, TargetModel
 
-__all__ = ["Commit", "Engine"]
+__all__ = ["Commit", "Engine", "check_prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,21 @@ class Commit:
     request: Request
     tokens: list[int]
     accepted: int
+
+
+def check_prompt(prompt: Sequence[int], params: SamplingParams, *, vocab_size: int, capacity: int) -> None:
+    """Raises InvalidRequest for a prompt that is empty, not in the vocabulary, or too long for ``capacity`` tokens."""
+    if not prompt:
+        raise InvalidRequest("the prompt is empty: got 0 tokens, expected at least 1")
+    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise InvalidRequest(
+            f"prompt token ids must be between 0 and {vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
+        )
+    if len(prompt) + params.max_tokens > capacity:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they pass the "
+            f"context of {capacity} tokens; shorten the prompt or lower max_tokens"
+        )
 
 
 class Engine:
@@ -49,17 +64,7 @@ class Engine:
     def add(self, index: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
         """Queue a request. Raises InvalidRequest for a prompt that is empty, too long or not in the vocabulary."""
         spec = self.target.spec
-        if not prompt:
-            raise InvalidRequest("the prompt is empty: got 0 tokens, expected at least 1")
-        if not 0 <= min(prompt) <= max(prompt) < spec.vocab_size:
-            raise InvalidRequest(
-                f"prompt token ids must be between 0 and {spec.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
-            )
-        if len(prompt) + params.max_tokens > self.capacity:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they pass the "
-                f"context of {self.capacity} tokens; shorten the prompt or lower max_tokens"
-            )
+        check_prompt(prompt, params, vocab_size=spec.vocab_size, capacity=self.capacity)
         stop_ids = frozenset() if params.ignore_eos else frozenset(spec.eos_token_ids)
         request = Request(index, params, seed, stop_ids, list(prompt), len(prompt), pending=len(prompt))
         self.admission.waiting.append(request)

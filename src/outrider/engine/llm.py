@@ -14,7 +14,7 @@ from outrider.checkpoints import load_calibration
 from outrider.config import SamplingParams, build
 from outrider.drafters.base import CalibratedDrafter
 from outrider.engine.auto import EMBEDDED_DRAFTERS, fastest
-from outrider.engine.engine import Commit, Engine
+from outrider.engine.engine import Commit, Engine, check_prompt
 from outrider.engine.rows import Request
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
 from outrider.files import resolve_model
@@ -105,6 +105,12 @@ class LLM:
     def run(self, prompt: Prompt, params: SamplingParams | None = None) -> _Run:
         """A request whose events and finished output are both wanted: ``run.events()``, then ``run.outputs()``."""
         return _Run(self, [prompt], self._params_of(params, 1))
+
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
+        """Raises InvalidRequest for a prompt that ``generate`` would refuse: empty, not in the vocabulary, too long."""
+        spec = self.target.spec
+        wanted = params or SamplingParams()
+        check_prompt(self.encode(prompt), wanted, vocab_size=spec.vocab_size, capacity=spec.max_positions)
 
     def stats(self) -> dict[str, Any]:
         """Totals since the start: counts as Prometheus names them, acceptance length and rate."""

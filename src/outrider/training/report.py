@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from outrider.evaluation import plots
+from outrider.files import read_json_lines
 
 __all__ = ["read_log", "write_report"]
 
@@ -20,7 +21,7 @@ SHOWN = ("loss", "total_variation", "cross_entropy", "soft_cross_entropy", "conf
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Lines of a trainer's log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for _, line in read_json_lines(path)]
 
 
 def write_report(
