@@ -56,7 +56,7 @@ TEMPLATES = {
     {%- endif %}
 {%- endfor %}
 {%- for message in messages %}
-    {%- if message.content is string %}{%- set content = message.content %}{%- else %}{%- set content = '' %}{%- endif %}
+    {%- set content = message.content if message.content is string else '' %}
     {%- if message.role == 'assistant' %}
         {%- set reasoning = '' %}
         {%- if message.reasoning_content is string %}

@@ -203,8 +203,8 @@ def test_one_prompt_too_long_does_not_stop_the_others(model: list[str], llm: LLM
 
 
 def test_bench_leaves_out_what_is_too_long(model: list[str], one_too_long: Path) -> None:
-    arguments = ("bench", "--prompts", one_too_long, *model, "--drafter", "ngram", "--max-tokens", "2", "--repeats", "1")
-    arguments += ("--temperature", "0", "--json", "-", "--limit")
+    arguments = ("bench", "--prompts", one_too_long, *model, "--drafter", "ngram", "--max-tokens", "2")
+    arguments += ("--repeats", "1", "--temperature", "0", "--json", "-", "--limit")
     result = outrider(*arguments, "36")
     assert result.exit_code == SOME_FAILED and "1 of 36 prompts" in result.stderr
     found = json.loads(result.stdout)

@@ -95,7 +95,7 @@ def test_a_source_may_say_what_its_lines_are(tmp_path: Path) -> None:
         ('{"question": "x", "answer": "y"}', "line 2: got the keys 'question', 'answer', expected"),
         ('{"turns": "x"}', "line 2: got the keys 'turns', expected"),
         ('{"messages": [{"content": "x"}]}', "line 2: messages: message 1 needs 'role'"),
-        ('{"messages": [{"role": "usr", "content": "x"}]}', "line 2: messages: message 1 has the role 'usr'; did you mean"),
+        ('{"messages": [{"role": "usr", "content": ""}]}', "line 2: messages: message 1 has the role 'usr'; did you"),
         ('{"conversations": [{"from": "narrator", "value": ""}]}', "line 2: conversations: message 1 has the role"),
         ('{"messages": [{"role": "user", "content": 3}]}', "line 2: messages: message 1 has no text"),
     ],

@@ -17,6 +17,7 @@ from outrider.cli.common import (
     FailFast,
     JsonFile,
     Model,
+    add_columns,
     command,
     human,
     report_failed,
@@ -115,9 +116,9 @@ def bench(
 
 def _table(result: dict[str, Any]) -> Table:
     title = f"{result['model']} on {result['machine']['cpu']}, {result['machine']['cores']} cores"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # ten columns in eighty characters
-    for name in ("drafter", "prompts", "temp", "plain/s", "tokens/s", "x", "95 %", "accept", "same", "rep."):
-        table.add_column(name, justify="left" if name in ("drafter", "prompts") else "right", no_wrap=True)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)  # ten columns in eighty characters
+    numbers = ("temp", "plain/s", "tokens/s", "x", "95 %", "accept", "same", "rep.")
+    add_columns(table, ("drafter", "prompts"), numbers)
     for row in result["rows"]:
         low, high = row["speedup_ci95"]
         colour = "green" if low > 1 else "red" if high < 1 else "yellow"

@@ -15,6 +15,7 @@ from outrider.cli.common import (
     Dtype,
     FailFast,
     JsonFile,
+    add_columns,
     check_measurement,
     command,
     human,
@@ -71,7 +72,7 @@ def evaluate(
     """Compare drafters: acceptance length, acceptance at each position, and tokens a second against plain decoding.
 
     Prompts are answered plainly and with each drafter in turns, every time from a cold start; a text ends at its
-    end-of-text token. `accept` counts the target's own token of each round, `drafts` does not; `rate` is accepted over
+    end-of-text token. `accept` counts the bonus or recovered token of each round, `drafts` does not; `rate` is accepted over
     verified drafts. `all` is the average over prompt sets. Intervals are 95 %, from drawing prompts again; differences
     are between drafters on the same prompts. With --out: evaluation.json and diagrams. Prompts that cannot be answered
     are left out and listed under `errors` in the JSON, and the exit code is then 3.
@@ -139,8 +140,7 @@ def evaluate(
 
 def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, title_justify="left")
-    for name in (*words, *numbers):
-        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
+    add_columns(table, words, numbers)
     return table
 
 
@@ -209,7 +209,7 @@ def _sweep(found: Evaluation) -> Table:
 
 def _confidences(found: Evaluation) -> Table:
     numbers = ("temp", "survivals", "ECE %", "by chance", "Brier", "AUC")
-    table = _table("Confidence: is a survival what it says?", ("drafter",), numbers)
+    table = _table("Confidence: predicted against measured survival", ("drafter",), numbers)
     for one in found.confidences:
         quality = one.pooled
         errors = f"{100 * quality.ece:.1f}", f"{100 * quality.ece_of_chance:.1f}"

@@ -218,7 +218,7 @@ def _doubts(checkpoint: DraftCheckpoint, config: Mapping[str, Any]) -> Iterator[
             yield Finding(
                 "fault",
                 "last layer",
-                f"it aux_layers the target's last layer ({facts.num_layers - 1}), which libraries report before or after the "
+                f"it reads the target's last layer ({facts.num_layers - 1}), which libraries report before or after the "
                 "final norm: either this file counts layers from 1, or it was trained on an ambiguous state",
             )
         if list(layers) != sorted(set(layers)):

@@ -2,11 +2,11 @@
 
 Which rounds count:
 
-- The token that a prompt's own pass gives belongs to no round.
-- A round whose draft had to be cut to fit the token budget does not count, nor does any after it: how far it might have
-  come is not known.
-- Where the text ends among a round's accepted drafts, the round counts up to there; the drafts behind the end of the
-  text are no text, and neither verified nor accepted. It commits no token of the target's own.
+- The token from the prompt's prefill belongs to no round.
+- A round whose draft was cut to fit the token budget does not count, nor does any after it: the number of drafts that
+  would have been accepted is not known.
+- Where the text ends among a round's accepted drafts, the round counts up to there: drafts after the end of the text
+  count as neither verified nor accepted, and there is no bonus token.
 """
 
 from __future__ import annotations
@@ -148,11 +148,13 @@ class Round:
     drafted: int
     verified: int
     accepted: int
-    committed: int  # tokens of the text: the accepted drafts and one of the target's own, unless the text ended before
+    committed: (
+        int  # tokens of the text: the accepted drafts and the bonus or recovered token, unless the text ended before
+    )
 
 
 class Recorder:
-    """A policy that does what another one does, and keeps what it sees."""
+    """A policy that delegates to another one and records the rounds."""
 
     def __init__(self, policy: SchedulerPolicy) -> None:
         self.policy = policy
@@ -168,9 +170,9 @@ class Recorder:
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         keep = self.policy.choose(confidence, lengths)
-        sure = None if confidence is None else confidence.tolist()
+        confidences = None if confidence is None else confidence.tolist()
         self._seen = [
-            (None if sure is None else tuple(sure[b][:drafted]), drafted, verified)
+            (None if confidences is None else tuple(confidences[b][:drafted]), drafted, verified)
             for b, (drafted, verified) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True))
         ]
         return keep
@@ -182,13 +184,13 @@ class Recorder:
         self.policy.observe(cost, accepted)
 
     def take(self) -> list[Round]:
-        """The rounds since it was last asked."""
+        """The rounds since the last call."""
         rounds, self._rounds = self._rounds, []
         return rounds
 
 
 def recorded(llm: LLM) -> Recorder:
-    """Make an LLM that has answered nothing yet keep its rounds."""
+    """Record the rounds of an LLM that has not answered anything yet."""
     llm.policy = recorder = Recorder(llm.policy)
     return recorder
 
@@ -203,7 +205,7 @@ class Answer:
 
 
 def answer(llm: LLM, recorder: Recorder, prompt: str | Sequence[int], params: SamplingParams) -> Answer:
-    """Answer one prompt, alone, with a drafter that remembers nothing."""
+    """Answer one prompt, alone, after the drafter has dropped what it learnt from earlier ones."""
     llm.forget()
     recorder.take()
     (output,) = llm.generate([prompt], params)
@@ -220,8 +222,8 @@ def counted(rounds: Iterable[Round], generated: int, max_tokens: int, block: int
         new = min(one.accepted + 1, generated - committed)
         committed += new
         if new <= one.accepted:
-            sure = None if one.confidence is None else one.confidence[:new]
-            one = replace(one, confidence=sure, drafted=new, verified=new, accepted=new, committed=new)
+            confidences = None if one.confidence is None else one.confidence[:new]
+            one = replace(one, confidence=confidences, drafted=new, verified=new, accepted=new, committed=new)
         kept.append(one)
     return kept
 

@@ -1,13 +1,13 @@
-"""What a trained drafter would have had accepted along the target's own text, without decoding it again.
+"""The acceptance of trained drafters along the target's own text, without decoding it again for each of them.
 
-The target writes its greedy text once, and its distributions and features are kept; any number of drafters, or readings of one
-checkpoint, then draft at the same places. Two numbers come out at each place:
+The target generates its greedy text once, and its logits and features are kept; any number of drafters, or readings of
+one checkpoint, then draft at the same positions. Two numbers come out at each position:
 
-greedy    how many drafts equal the text: what greedy decoding would accept there
-expected  sum_j prod_{i<=j} (1 - TV(p_i, q_i)) at temperature 1: what rejection sampling would, were the text sampled.
-          It moves with every logit, so it tells readings apart that draft the same tokens.
+greedy    the number of drafts that equal the text: what greedy decoding would accept there
+expected  sum_j prod_{i<=j} (1 - TV(p_i, q_i)) at temperature 1: what rejection sampling would accept in expectation.
+          It changes with every logit, so it separates readings that draft the same tokens.
 
-A round's tokens are 1 + either (the target's own comes on top).
+A round commits 1 + either of them: the bonus or recovered token comes on top.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT_TOKENS = 128  # of each prompt; drafting does not get better with longer 
 EXPECTED = '{"turns": ["..."]} or {"ids": [...]}'
 RANDOM_PROMPTS = (8, 12, 16, 24)  # lengths, where no tokenizer says what text is
 MARGIN = 1.25
-PLACES = 40  # at most so many drafts a text
+POSITIONS = 40  # drafts of one text at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +48,28 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """Accepted drafts at each place, in the same order for every drafter on the same transcripts."""
+    """Accepted drafts at each position, in the same order for every drafter on the same transcripts."""
 
-    greedy: Tensor  # float32 [places]
-    expected: Tensor  # float32 [places]
+    greedy: Tensor  # float32 [positions]
+    expected: Tensor  # float32 [positions]
 
     @property
     def greedy_length(self) -> float:
-        """Tokens of a greedy round, the target's own included."""
+        """Tokens of a greedy round, the bonus or recovered token included."""
         return 1 + float(self.greedy.mean())
 
     @property
     def expected_length(self) -> float:
-        """Tokens of a round at temperature 1, the target's own included."""
+        """Tokens of a round at temperature 1, the bonus or recovered token included."""
         return 1 + float(self.expected.mean())
 
     @property
     def score(self) -> float:
-        """Accepted drafts a round, halfway between the two: a drafter may be good at either."""
+        """Accepted drafts a round, the mean of the two: a drafter may be good at either."""
         return float((self.greedy + self.expected).mean()) / 2
 
     def advantage(self, other: Acceptance) -> tuple[float, float]:
-        """How much higher this one's score is, and how many standard errors that is (paired by place)."""
+        """How much higher this one's score is, and how many standard errors that is (paired by position)."""
         gain = (self.greedy + self.expected - other.greedy - other.expected) / 2
         error = float(gain.std()) / len(gain) ** 0.5
         return float(gain.mean()), float(gain.mean()) / error if error else 0.0
@@ -211,4 +211,4 @@ def least_score(transcripts: Sequence[Transcript], drafts: int) -> float:
 def _places(transcript: Transcript, drafts: int) -> list[int]:
     """Positions of the last token before a draft that the text is long enough to acceptance_probabilities."""
     first, last = transcript.prompt_length, len(transcript.tokens) - drafts - 1
-    return list(range(first, last + 1, max(1, (last + 1 - first) // PLACES)))
+    return list(range(first, last + 1, max(1, (last + 1 - first) // POSITIONS)))

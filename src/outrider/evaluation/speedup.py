@@ -81,7 +81,7 @@ def machine() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux: the platform's own name has to do
+        pass  # not Linux: keep the platform's name
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
 
 
@@ -123,7 +123,7 @@ def run_bench(
                 outputs: dict[str, list[Output]] = {}
                 for _ in range(repeats):
                     outputs = {side: [] for side in sides}
-                    llm.forget()  # a drafter that learns from answers must not have seen this prompt
+                    llm.forget()  # suffix statistics must not come from an earlier repeat
                     for index, group in enumerate(groups):
                         for side, one in sides.items():
                             done = one.generate(group, params)

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation to the text that a model was trained on, by sandboxed Jinja, as Transformers does it."""
+"""Chat templates: a conversation to the text that a model was trained on, as Transformers renders it."""
 
 from __future__ import annotations
 

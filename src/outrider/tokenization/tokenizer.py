@@ -1,8 +1,8 @@
-"""Text to tokens and back: prompts of any bytes, chat templates, text that streams without breaking a character.
+"""Text to tokens and back: prompts of any bytes, chat templates, streamed text that never ends within a character.
 
-``tokenizer.json`` is read by the ``tokenizers`` library and the chat template by sandboxed Jinja, so a usual model
-directory never waits for ``transformers``; other tokenizer files go through ``AutoTokenizer`` once. No code of the
-model directory is ever run.
+``tokenizer.json`` is read by the ``tokenizers`` library and the chat template by sandboxed Jinja, so most model
+directories load without ``transformers``; other tokenizer files are converted by ``AutoTokenizer``. No code of the
+model directory is run.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _ALPHABET = _byte_alphabet()
 
 
 class Tokenizer:
-    """The tokenizer of one model directory. Raises CheckpointError where it has none, or a broken one."""
+    """The tokenizer of one model directory. Raises CheckpointError where it has none, or one that cannot be read."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._settings = _read_json(self.directory / "tokenizer_config.json")
         self._fast = _load(self.directory)
-        self._fast.no_truncation()  # a file may carry the settings of its training
+        self._fast.no_truncation()  # a file may hold settings that were used in training
         self._fast.no_padding()
         self._templates: dict[str, ChatTemplate] = {}
 
@@ -103,12 +103,12 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that never show in text."""
+        """Ids that are left out of text."""
         return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        """The named ones, ``eos_token`` and its like, as the directory's settings name them."""
+        """Name -> text of ``bos_token``, ``eos_token`` and the like, from the directory's settings."""
         older = _read_json(self.directory / "special_tokens_map.json")
         found = {}
         for name in _SPECIAL_NAMES:
@@ -125,7 +125,7 @@ class Tokenizer:
         return () if token is None else (token,)
 
     def same_as(self, other: Tokenizer) -> bool:
-        """Whether every token has the same id in both, so that ids can travel between the two models."""
+        """Whether every token has the same id in both, so that one model can verify ids that the other drafted."""
         return self is other or self.vocabulary == other.vocabulary
 
     # ------------------------------------------------------------------------------------------ chat
@@ -210,7 +210,7 @@ class Tokenizer:
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
-        """What the file's post-processor puts before and after a text."""
+        """The special tokens that the file's post-processor puts before and after a text."""
         bare = self._fast.encode("a", add_special_tokens=False).ids
         framed = self._fast.encode("a").ids
         starts = range(len(framed) - len(bare) + 1)
@@ -281,7 +281,7 @@ class Detokenizer:
     # ------------------------------------------------------------------------------------------ byte tokens
 
     def _incomplete_end(self, tokens: list[int]) -> int:
-        """Where an incomplete character of byte tokens begins at the end of ``tokens``; their number where none does."""
+        """Where an incomplete character of byte tokens at the end of ``tokens`` begins; their number if none does."""
         for at in range(max(0, len(tokens) - 3), len(tokens)):
             if all(token in self._byte_of for token in tokens[at:]) and _utf8_state(self._bytes(tokens[at:])) == 0:
                 return at

@@ -130,13 +130,13 @@ def collect(config: Config) -> tuple[dict[Split, list[dict[str, Any]]], Counter[
     kept_out: set[str] = set()  # documents of files that are held out as a whole
     for source in sorted(config.sources, key=lambda s: s.split != "held_out"):  # texts of both sides are held out
         for prompt, document in read_source(source):
-            words = [prompt["text"]] if "text" in prompt else prompt["turns"][: config.turns]
-            length = sum(map(len, words))
-            if not any(word.strip() for word in words):
+            texts = [prompt["text"]] if "text" in prompt else prompt["turns"][: config.turns]
+            length = sum(map(len, texts))
+            if not any(text.strip() for text in texts):
                 dropped["empty"] += 1
             elif not config.min_characters <= length <= config.max_characters:
                 dropped["too short or too long"] += 1
-            elif (key := _key(words, prompt.get("system", ""))) in seen:
+            elif (key := _key(texts, prompt.get("system", ""))) in seen:
                 dropped["duplicates"] += 1
             else:
                 seen.add(key)
@@ -147,15 +147,15 @@ def collect(config: Config) -> tuple[dict[Split, list[dict[str, Any]]], Counter[
                 if document in kept_out:
                     chosen = "held_out"
                 if "turns" in prompt:
-                    prompt = {**prompt, "turns": words}
+                    prompt = {**prompt, "turns": texts}
                 split[chosen].append({"id": key[:16], **prompt})
     limits: dict[Split, int | None] = {"train": config.limit, "held_out": config.held_out_limit}
     return {name: _draw(split[name], config.seed, limit, dropped) for name, limit in limits.items()}, dropped
 
 
-def _key(words: list[str], system: str) -> str:
-    """Equal for texts that differ in case and white space only."""
-    return _digest("\0".join(" ".join(text.split()).casefold() for text in (system, *words)))
+def _key(texts: list[str], system: str) -> str:
+    """A hash that is equal for texts which differ only in case and white space."""
+    return _digest("\0".join(" ".join(text.split()).casefold() for text in (system, *texts)))
 
 
 def _digest(text: str) -> str:
@@ -195,10 +195,10 @@ def read_source(source: Source) -> Iterator[tuple[dict[str, Any], str | None]]:
         raise InvalidRequest(f"{source.path} holds no prompts: expected JSON Lines, each {EXPECTED}")
 
 
-def _prompt(record: Any, source: Source, place: str) -> tuple[dict[str, Any], str | None]:
+def _prompt(record: Any, source: Source, where: str) -> tuple[dict[str, Any], str | None]:
     if not isinstance(record, dict):
-        raise InvalidRequest(f"{place}: got a JSON {type(record).__name__}, expected {EXPECTED}")
-    text, turns, system = _words(record, source, place)
+        raise InvalidRequest(f"{where}: got a JSON {type(record).__name__}, expected {EXPECTED}")
+    text, turns, system = _fields(record, source, where)
     if source.form == "chat" and text is not None:
         turns, text = [text], None
     elif source.form == "text" and text is None:
@@ -211,11 +211,11 @@ def _prompt(record: Any, source: Source, place: str) -> tuple[dict[str, Any], st
     return prompt, None if document is None else str(document)
 
 
-def _words(record: Mapping[str, Any], source: Source, place: str) -> tuple[str | None, list[str], str]:
+def _fields(record: Mapping[str, Any], source: Source, where: str) -> tuple[str | None, list[str], str]:
     """(text to continue, or None; a user's turns; the system's instruction) of one line."""
     if source.field is not None:
         if not isinstance(record.get(source.field), str):
-            raise InvalidRequest(f"{place} has no text under {source.field!r}; its keys are {_keys(record)}")
+            raise InvalidRequest(f"{where} has no text under {source.field!r}; its keys are {_keys(record)}")
         return record[source.field], [], ""
     for name in ("text", "prompt"):
         if isinstance(record.get(name), str):
@@ -225,8 +225,8 @@ def _words(record: Mapping[str, Any], source: Source, place: str) -> tuple[str |
         return None, turns, ""
     for name in ("messages", "prompt", "conversations"):
         if isinstance(record.get(name), list):
-            return None, *_chat(record[name], f"{place}: {name}")
-    raise InvalidRequest(f"{place}: got the keys {_keys(record)}, expected {EXPECTED}")
+            return None, *_chat(record[name], f"{where}: {name}")
+    raise InvalidRequest(f"{where}: got the keys {_keys(record)}, expected {EXPECTED}")
 
 
 def _keys(record: Mapping[str, Any]) -> str:
@@ -234,7 +234,7 @@ def _keys(record: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "") if names else "(none)"
 
 
-def _chat(messages: list[Any], place: str) -> tuple[list[str], str]:
+def _chat(messages: list[Any], where: str) -> tuple[list[str], str]:
     """What users say, and the system's instructions together; what assistants and tools say is left out.
 
     Messages have ``role`` and ``content``, or ShareGPT's ``from`` and ``value``. Raises InvalidRequest for roles that
@@ -247,22 +247,23 @@ def _chat(messages: list[Any], place: str) -> tuple[list[str], str]:
         role = given.get("role", given.get("from"))
         if not isinstance(role, str):
             raise InvalidRequest(
-                f"{place}: message {number} needs 'role' and 'content' (or 'from' and 'value'), got {str(message)[:60]!r}"
+                f"{where}: message {number} needs 'role' and 'content' (or 'from' and 'value'), "
+                f"got {str(message)[:60]!r}"
             )
         name = role.strip().casefold()
         if name not in ROLES:
-            raise InvalidRequest(f"{place}: message {number} has the role {role!r}; {nearest(name, ROLES)}")
+            raise InvalidRequest(f"{where}: message {number} has the role {role!r}; {nearest(name, ROLES)}")
         if name in USERS | SYSTEMS:
-            (turns if name in USERS else system).append(_text(given, f"{place}: message {number}"))
+            (turns if name in USERS else system).append(_text(given, f"{where}: message {number}"))
     return turns, "\n\n".join(filter(None, system))
 
 
-def _text(message: Mapping[str, Any], place: str) -> str:
+def _text(message: Mapping[str, Any], where: str) -> str:
     """The text of a message; of OpenAI's content parts, the text parts."""
     text = message.get("content", message.get("value"))
     if isinstance(text, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in text]
         text = "".join(part for part in parts if isinstance(part, str))
     if not isinstance(text, str):
-        raise InvalidRequest(f"{place} has no text under 'content' or 'value': {str(message)[:60]!r}")
+        raise InvalidRequest(f"{where} has no text under 'content' or 'value': {str(message)[:60]!r}")
     return text

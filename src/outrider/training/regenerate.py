@@ -6,8 +6,8 @@ interruptions change no token (bit for bit on the native core).
 
 Written are ``train.jsonl`` and ``held_out.jsonl``, lines ``{"id", "domain", "prompt": [token ids], "answer": [token
 ids]}``; an answer that the target ended includes the end token. A conversation gives one line for each turn, with the
-target's earlier answers in the prompt. While the stage runs, lines are written as they are finished; at the end they are
-sorted in the order of the prompts.
+target's earlier answers in the prompt. While the stage runs, lines are written as they are finished; at the end they
+are sorted in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Config(BaseModel):
     seed: int = 0
     """Another seed gives other answers to the same prompts."""
     dtype: str = "auto"
-    """float32 (auto), bfloat16, int8 or int4: what the target will be served in."""
+    """float32 (auto), bfloat16, int8 or int4: the dtype that the target will be served in."""
     rows: int = Field(32, ge=1)
     """Prompts answered at a time; more are faster until the processor is busy."""
     drafter: str = "none"
@@ -132,7 +132,7 @@ def _templates(folder: Path) -> dict[str, str]:
 def _answer(
     prompts: list[dict[str, Any]], conversations: Conversations, answer: Answerer, path: Path, console: Console | None
 ) -> dict[str, int]:
-    """Answer one part into ``path``, as the answers come and then in order; returns its counts."""
+    """Answer one part into ``path``, as the answers finish and then in order; returns its counts."""
     with Journal(path) as journal:
         conversations.resume(journal.records)
         with Progress(console, f"answers, {path.stem}", len(prompts), conversations.finished) as progress:
