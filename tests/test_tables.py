@@ -48,8 +48,10 @@ def test_eval() -> None:
         [SweepPoint(NAME, 0.7, 0.25, *[WIDE] * 4)],
         [Confidence(NAME, 0.7, quality, [], [], [])],
     )
-    for table in ("_acceptance", "_positions", "_differences", "_sweep", "_confidences"):
+    for table in ("_acceptance", "_differences", "_sweep", "_confidences"):
         printed(getattr(evaluation, table)(found))
+    first, second = map(printed, evaluation._positions(found))
+    assert "9" in first and "16" in second and "100" in second
 
 
 def test_models_and_demo() -> None:

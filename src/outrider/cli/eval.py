@@ -33,6 +33,7 @@ __all__ = ["evaluate"]
 
 THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
 MACRO = "macro average"
+POSITIONS = 9  # columns that fit beside the words in a terminal of 80
 
 
 @command
@@ -72,8 +73,8 @@ def evaluate(
     """Compare drafters: acceptance length, acceptance at each position, and tokens a second against plain decoding.
 
     Prompts are answered plainly and with each drafter in turns, every time from a cold start; a text ends at its
-    end-of-text token. `accept` counts the bonus or recovered token of each round, `drafts` does not; `rate` is accepted over
-    verified drafts. `all` is the average over prompt sets. Intervals are 95 %, from drawing prompts again; differences
+    end-of-text token. `accept` counts the bonus or recovered token of each round, `drafts` does not; `rate` is accepted
+    over verified drafts. `all` is the average over prompt sets. Intervals are 95 %, from drawing prompts again; differences
     are between drafters on the same prompts. With --out: evaluation.json and diagrams. Prompts that cannot be answered
     are left out and listed under `errors` in the JSON, and the exit code is then 3.
 
@@ -124,7 +125,7 @@ def evaluate(
             progress=progress,
         )
     console.print(_acceptance(found))
-    console.print(_positions(found))
+    console.print(*_positions(found), sep="\n")
     if found.differences:
         console.print(_differences(found))
     if found.sweep:
@@ -172,18 +173,24 @@ def _acceptance(found: Evaluation) -> Table:
     return table
 
 
-def _positions(found: Evaluation) -> Table:
+def _positions(found: Evaluation) -> list[Table]:
+    """Acceptance at each position, in tables of at most ``POSITIONS`` columns."""
     depth = max(len(row.conditional) for row in found.rows)
-    table = _table(
-        "Drafts accepted at each position in %, where those before were (and all up to it)",
-        ("drafter", "prompts"),
-        ("temp", *(str(j + 1) for j in range(depth))),
-    )
-    for row in found.rows:
-        for name, shares in ((row.drafter, row.conditional), ("  all", row.cumulative)):
-            percent = ["-" if one.value is None else f"{100 * one.value:.0f}" for one in shares]
-            table.add_row(name, _domain(row.domain), f"{row.temperature:g}", *percent)
-    return table
+    tables = []
+    for start in range(0, depth, POSITIONS):
+        shown = range(start, min(start + POSITIONS, depth))
+        table = _table(
+            "Drafts accepted at each position in %, where those before were (and all up to it)",
+            ("drafter", "prompts"),
+            ("temp", *(str(j + 1) for j in shown)),
+        )
+        for row in found.rows:
+            for name, shares in ((row.drafter, row.conditional), ("  all", row.cumulative)):
+                values = [shares[j].value if j < len(shares) else None for j in shown]
+                percent = ["-" if value is None else f"{100 * value:.0f}" for value in values]
+                table.add_row(name, _domain(row.domain), f"{row.temperature:g}", *percent)
+        tables.append(table)
+    return tables
 
 
 def _differences(found: Evaluation) -> Table:

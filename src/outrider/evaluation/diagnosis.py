@@ -218,8 +218,8 @@ def _doubts(checkpoint: DraftCheckpoint, config: Mapping[str, Any]) -> Iterator[
             yield Finding(
                 "fault",
                 "last layer",
-                f"it reads the target's last layer ({facts.num_layers - 1}), which libraries report before or after the "
-                "final norm: either this file counts layers from 1, or it was trained on an ambiguous state",
+                f"it reads the target's last layer ({facts.num_layers - 1}), which libraries report before or after "
+                "the final norm: either this file counts layers from 1, or it was trained on an ambiguous state",
             )
         if list(layers) != sorted(set(layers)):
             yield Finding("suspicious", "layers", f"its target layers are not in increasing order: {list(layers)}")
