@@ -97,9 +97,9 @@ def rounds(target: TargetModel, params: SamplingParams, drafts: int, count: int)
     drafter = Guesses(target.spec.vocab_size, params, drafts)
     capacity = PROMPT + 1 + (count + 1) * (drafts + 1)
     engine = Engine(target, drafter, policy, max_rows=1, capacity=capacity)
-    engine.add(0, list(range(1, PROMPT + 1)), replace(params, max_tokens=capacity - PROMPT), seed=1)
+    engine.submit(list(range(1, PROMPT + 1)), replace(params, max_tokens=capacity - PROMPT), seed=1)
     outside = []
-    while len(outside) < count and len(engine.admission):
+    while len(outside) < count and engine.busy:
         began = perf_counter()
         engine.step()
         seconds, cost = perf_counter() - began, policy.seen[-1]

@@ -1,4 +1,4 @@
-// Large memory that lives as long as its owner: zeroed, 64-byte aligned, in huge pages where the system has them.
+// Large allocations: zeroed, 64-byte aligned, in huge pages where the system has them.
 #pragma once
 
 #include <cstddef>
@@ -13,13 +13,13 @@
 
 namespace outrider {
 
-// One region, zero on first touch; pages that are never touched cost nothing.
+// One mapped region. Pages are zeroed on first use; pages that are never used take no memory.
 class Region {
  public:
   Region() = default;
   explicit Region(size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage) {
 #if defined(__linux__)
-    // One page more than needed, so that a huge-page boundary lies inside.
+    // One huge page more than needed, so that the data can start at a huge-page boundary.
     mapped_ = mmap(nullptr, bytes_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped_ == MAP_FAILED) {
       mapped_ = nullptr;
@@ -62,7 +62,7 @@ class Region {
   size_t bytes_ = 0;
 };
 
-// Hands out pieces of regions and frees them together.
+// Hands out pieces of regions; all are freed together with the arena.
 class Arena {
  public:
   template <class T>
@@ -79,7 +79,7 @@ class Arena {
   }
   size_t bytes() const { return taken_; }
   size_t regions() const { return regions_.size(); }
-  // What is taken of a region. The same pieces taken in the same order lie in the same places.
+  // The used part of a region. Arenas that hand out the same sizes in the same order have the same layout.
   char* data(size_t region) const { return regions_[region].data(); }
   size_t used(size_t region) const { return used_[region]; }
 

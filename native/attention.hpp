@@ -1,8 +1,8 @@
-// Attention of one row's queries over one key/value head, block after block of absolute positions.
+// Attention of one row's queries over one key/value head, in blocks of absolute positions.
 //
 // Each query keeps a running maximum m, normaliser l and sums o (online softmax, Milakov and Gimelshein 2018,
-// arXiv 1805.02867). Blocks and splits start at absolute multiples of kBlock and kSplit and a block in which a query
-// sees nothing changes nothing, so a query's result depends on its own visible positions only.
+// arXiv 1805.02867). Blocks and splits start at absolute multiples of kBlock and kSplit, and a fully masked block
+// leaves the state of a query unchanged, so a query's result depends on its own visible positions only.
 #pragma once
 
 #include "gemm.hpp"
@@ -11,7 +11,7 @@
 namespace outrider::OUTRIDER_ISA {
 
 constexpr int kPanelsPerBlock = kBlock / kPanel;
-constexpr float kNever = -1e30f;  // maximum before the first visible position; finite, so differences stay numbers
+constexpr float kInitialMax = -1e30f;  // before the first visible position; finite, so that differences are not NaN
 
 static_assert(kBlock % kPanel == 0 && kSplit % kBlock == 0);
 
@@ -20,7 +20,7 @@ static inline size_t state_stride(int head_pad) { return head_pad + kStateTail; 
 static void attention_begin(float* state, int count, int head_pad) {
   for (int i = 0; i < count; i++, state += state_stride(head_pad)) {
     std::memset(state, 0, head_pad * sizeof(float));
-    state[head_pad] = kNever;
+    state[head_pad] = kInitialMax;
     state[head_pad + 1] = 0.0f;
   }
 }
@@ -41,7 +41,7 @@ static void attention_finish(const float* state, int head_dim, int head_pad, flo
   for (int d = 0; d < head_dim; d++) out[d] = state[d] * inverse;
 }
 
-// out[m][column] (+)= queries times one panel, for M rows; summed from zero, then added to what is there.
+// out[m][column] = M rows times one panel, or += with `add`: the product is summed from zero first, then added.
 template <class Op, int M>
 static inline void panel_product(const char* panel, const char* x, size_t x_stride, int steps, bool add, float* out,
                                  size_t out_stride) {
@@ -63,7 +63,7 @@ struct BlockTile {
   alignas(64) char weight[kTileRows][kBlock * 4];  // the probabilities as operands
 
   // Softmax of one query's scores in this block; visible are [low, high) of its kBlock positions.
-  inline void soften(int row, int64_t low, int64_t high, float* state) {
+  inline void softmax(int row, int64_t low, int64_t high, float* state) {
     float* s = score[row];
     const int head_pad = task.head_pad;
     if (low > 0 || high < kBlock)
@@ -71,7 +71,7 @@ struct BlockTile {
         if (i < low || i >= high) s[i] = -INFINITY;
     F most = load(s);
     for (int i = kLanes; i < kBlock; i += kLanes) most = max(most, load(s + i));
-    const float before = state[head_pad], here = reduce_max(most), m = here > before ? here : before;
+    const float before = state[head_pad], now = reduce_max(most), m = now > before ? now : before;
     F sum = set(0.0f);
     for (int i = 0; i < kBlock; i += kLanes) {
       const F p = exp(load(s + i) - set(m));
@@ -104,7 +104,7 @@ struct BlockTile {
       const int64_t position = task.first_position + (first + m) / task.group;
       int64_t low = task.window && position + 1 > task.window ? position + 1 - task.window : 0;
       const int64_t high = task.causal ? position + 1 : task.row_end;
-      soften(m, low - start, high - start, task.state + (first + m) * stride);
+      softmax(m, low - start, high - start, task.state + (first + m) * stride);
       if constexpr (Op::kInner == 1)
         std::memcpy(weight[m], score[m], sizeof score[m]);
       else
@@ -119,9 +119,9 @@ struct BlockTile {
   }
 
   template <int M = kTileRows>
-  inline void any(int rows, int first, int64_t start) {
+  inline void dispatch(int rows, int first, int64_t start) {
     if (rows == M) return block<M>(first, start);
-    if constexpr (M > 1) any<M - 1>(rows, first, start);
+    if constexpr (M > 1) dispatch<M - 1>(rows, first, start);
   }
 };
 
@@ -136,7 +136,7 @@ static void attend_as(const AttentionTask& task) {
       const int64_t latest = task.first_position + (first + rows - 1) / task.group;
       if (task.causal && start > latest) continue;
       if (task.window && start + kBlock <= earliest + 1 - task.window) continue;
-      tile.any(rows, first, start);
+      tile.dispatch(rows, first, start);
     }
 }
 
@@ -151,8 +151,8 @@ static void attend(DType dtype, const AttentionTask& task) {
 // Element (k, column) of a panel whose steps hold `per_step` k side by side.
 template <class T>
 static inline void put(char* base, int64_t k, int column, int per_step, T value) {
-  const int64_t place = (k / per_step * kPanel + column) * per_step + k % per_step;
-  std::memcpy(base + place * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
+  const int64_t index = (k / per_step * kPanel + column) * per_step + k % per_step;
+  std::memcpy(base + index * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
 }
 
 static void store_key(DType dtype, const float* key, int head_dim, int64_t position, char* keys) {
@@ -174,7 +174,7 @@ static void store_value(DType dtype, const float* value, int head_pad, int64_t c
       put<float>(values + panel * 4, position, d % kPanel, 1, value[d]);
     } else {
       put<uint16_t>(values + panel * 2, position, d % kPanel, 2, to_bf16(value[d]));
-      // The pair's other half is multiplied by a zero probability: whatever was there before must be finite.
+      // The next position shares this pair and is multiplied by probability 0 until it is stored: it must be finite.
       if (position % 2 == 0) put<uint16_t>(values + panel * 2, position + 1, d % kPanel, 2, 0);
     }
   }

@@ -1,4 +1,4 @@
-// Chooses the kernels at run time: the widest instruction set this processor has, or the one the user asks for.
+// Chooses the table of kernels at run time: the widest instruction set of this processor, or the one the user asks for.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

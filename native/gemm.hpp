@@ -1,7 +1,8 @@
 // y = x W^T for a few rows: each panel byte is read once, whatever the number of rows.
 //
-// A sum over K is cut into fixed chunks: each chunk is summed in registers from zero, in k order, and the chunks are
-// added in order. Tiles of rows only choose which rows share a pass over a chunk that sits in the first-level cache.
+// A sum over K is split into fixed chunks: each chunk is summed in registers from zero, in k order, and the chunks are
+// added in order. Tiles only group the rows that are multiplied with a chunk while it is in the L1 cache; they do not
+// change any sum.
 #pragma once
 
 #include "ops.hpp"
@@ -11,8 +12,7 @@ namespace outrider::OUTRIDER_ISA {
 constexpr int kChunkSteps = 128;                        // of 4 * P bytes: 16 KiB with 32 columns
 constexpr int kChunkGroups = 1024 / kGroup;             // int4: 1,024 k
 
-
-// Chunk after chunk into total[m][v]. `Tile` multiplies one chunk with M rows from zero.
+// Sums all chunks into total[m][v]. `Tile` multiplies one chunk with up to kRows rows.
 template <class Tile>
 static inline void chunked(const char* w, size_t step_bytes, const Operand& x, size_t x_step_bytes, int row, int rows,
                            int steps, int chunk, typename Tile::Acc (*total)[kVectors]) {
@@ -72,7 +72,7 @@ struct GroupTile {
                          bool first, F (*total)[kVectors]);
 };
 
-// Register tiles have a fixed number of rows each: one instance for every height up to kTileRows.
+// Register tiles have a compile-time number of rows: one instance for every number up to kTileRows.
 template <class Tile, int M = Tile::kRows>
 static inline void dispatch(int rows, const char* w, const Operand& x, int row, size_t offset, int step, int steps,
                             bool first, typename Tile::Acc (*total)[kVectors]) {
@@ -89,7 +89,7 @@ inline void GroupTile::run(int rows, const char* w, const Operand& x, int row, s
   dispatch<GroupTile>(rows, w, x, row, offset, group, groups, first, total);
 }
 
-// The accumulators of one row as float32 outputs.
+// Converts one row's accumulators to float32 outputs.
 static inline F finish(const Weights&, const Operand&, int, int, F sum) { return sum; }
 static inline F finish(const Weights& w, const Operand& x, int row, int column, I sum) {
   const F exact = to_float(sum + x.sums[static_cast<ptrdiff_t>(row) * x.sums_stride]);

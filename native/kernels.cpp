@@ -1,17 +1,17 @@
-// Compiled once per instruction set: the compiler's flags and OUTRIDER_ISA (a name) make the difference.
+// Compiled once per instruction set, with its compiler flags and its name in OUTRIDER_ISA: fills one table of kernels.
 #include "attention.hpp"
 #include "gemm.hpp"
-#include "masses.hpp"
-#include "race.hpp"
+#include "gumbel.hpp"
 #include "rows.hpp"
 #include "shortlist.hpp"
+#include "softmax.hpp"
 
 #define OUTRIDER_TEXT_(name) #name
 #define OUTRIDER_TEXT(name) OUTRIDER_TEXT_(name)
 
 namespace outrider::OUTRIDER_ISA {
 
-// Touches every byte as the kernels do; the sum keeps the loads alive.
+// Reads every byte as the kernels do, to measure bandwidth; the sum keeps the compiler from removing the loads.
 static double read_sum(const char* data, size_t bytes) {
   constexpr size_t step = 8 * sizeof(F);
   F sum[8] = {};
@@ -26,8 +26,8 @@ static double read_sum(const char* data, size_t bytes) {
 extern const Kernels table;
 const Kernels table = {
     OUTRIDER_TEXT(OUTRIDER_ISA), kPanel, operand_bytes, gemm, prepare, rms_norm, accumulate, activate, rotate,
-    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max, race,
-    exps, excess, fold_max, count_from, collect, dot_rows, read_sum,
+    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max,
+    gumbel_scores, exp_sum, residual_sum, fold_max, count_from, collect, dot_rows, read_sum,
 };
 
 }  // namespace outrider::OUTRIDER_ISA

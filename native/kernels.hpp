@@ -1,8 +1,8 @@
-// What an instruction set must provide: one table of functions, filled once per build of kernels.cpp.
+// The table of kernels that every instruction set provides; each build of kernels.cpp fills one.
 //
 // Legend: M rows of activations, K inner width, N outputs, P columns of a weight panel (Kernels::panel).
-// Every function treats rows independently and sums each of them in one fixed order, so a row's result never
-// depends on how many rows came with it, nor on which thread ran it.
+// Every function treats rows independently and sums each of them in one fixed order, so a row's result does not depend
+// on the number of rows, nor on the thread that computes it.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,11 @@ namespace outrider {
 
 enum class DType : int { f32 = 0, bf16 = 1, i8 = 2, i4 = 3 };
 
+// Functions of this header that kernels.cpp calls are static: it is compiled once per instruction set, and the linker
+// must not merge the copies.
+
 // Inner elements that share one 4-byte lane of a panel: the K step of the kernels.
-constexpr int k_per_step(DType dtype) { return dtype == DType::f32 ? 1 : dtype == DType::bf16 ? 2 : 4; }
+static constexpr int k_per_step(DType dtype) { return dtype == DType::f32 ? 1 : dtype == DType::bf16 ? 2 : 4; }
 
 constexpr int kGroup = 32;       // inner elements that share an int4 scale
 constexpr int kBlock = 64;       // positions of one softmax step; blocks start at absolute multiples of it
@@ -25,7 +28,7 @@ constexpr int kWidestRow = 4096; // of a RowMajor matrix
 constexpr int kInt8Zero = 128;   // weights are stored unsigned: q + zero
 constexpr int kInt4Zero = 8;
 
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+static constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // A [N, K] matrix as panels of P output columns, read front to back exactly once per pass.
 struct Weights {
@@ -101,17 +104,17 @@ struct Kernels {
   void (*attention_merge)(float* into, const float* from, int count, int head_pad);
   void (*attention_finish)(const float* state, int head_dim, int head_pad, float* out);
   void (*softcap)(float* x, int64_t count, float cap);
-  // Rows of logits: see race.hpp.
+  // Rows of logits: see gumbel.hpp.
   int64_t (*find_max)(const float* x, int64_t n, float* largest);
-  float (*race)(const float* x, int64_t n, float divisor, uint64_t key, uint64_t first, const int64_t* ids,
-                float* scores, float* peak);
-  // Rows of logits as probabilities: see masses.hpp.
-  double (*exps)(const float* x, int64_t n, float divisor, float shift, float scale, float* out);
-  double (*excess)(float* p, const float* q, int64_t n, float weight);
+  float (*gumbel_scores)(const float* x, int64_t n, float temperature, uint64_t key, uint64_t first, const int64_t* ids,
+                         float* scores, float* peak);
+  // Softmax and residuals: see softmax.hpp.
+  double (*exp_sum)(const float* x, int64_t n, float temperature, float shift, float scale, float* out);
+  double (*residual_sum)(float* p, const float* q, int64_t n, float weight);
   void (*fold_max)(const float* x, int64_t blocks, int64_t length, float* out);
-  // A few of many: see shortlist.hpp.
+  // The entries above a bound, and products with only those rows of a matrix: see shortlist.hpp.
   int64_t (*count_from)(const float* x, int64_t n, float bound);
-  int64_t (*collect)(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* places);
+  int64_t (*collect)(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* columns);
   void (*dot_rows)(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out);
   double (*read_sum)(const char* data, size_t bytes);
 };

@@ -14,22 +14,22 @@ namespace outrider {
 
 namespace {
 
-constexpr int64_t kRowsAtOnce = 128;          // of a matrix, for one thread
-constexpr int64_t kWorthSharing = 64 * 1024;  // products below which waking other threads costs more than it saves
-constexpr int kSteps = 12;                     // of interpolation in the search for a bound
-constexpr float kRounding = 2e-5f;            // relative slack of the bound
-constexpr int64_t kLonger = 2;                // times the shortlist's length: what a greedy draft may look at
-constexpr float kUp = 1.0f + 1e-6f;
+constexpr int64_t kRowsPerItem = 128;              // rows of a matrix that one thread takes at a time
+constexpr int64_t kParallelProducts = 64 * 1024;  // multiplications below which one thread alone is faster
+constexpr int kInterpolations = 12;               // in the search for a shortlist's bound, before it bisects
+constexpr float kRounding = 2e-5f;                // relative slack of the bound for rounding errors
+constexpr int64_t kMaxExtension = 2;              // a greedy draft's list is extended to so many shortlists at most
+constexpr float kRoundUp = 1.0f + 1e-6f;
 
 // out[i] = row rows[i] of w times z.
 void products(ThreadPool& pool, const Kernels& kernels, const RowMajor& w, const float* z,
               const std::vector<int32_t>& rows, float* out) {
   const int64_t count = static_cast<int64_t>(rows.size());
-  if (count * w.inner < kWorthSharing) return kernels.dot_rows(w, z, rows.data(), count, out);
+  if (count * w.inner < kParallelProducts) return kernels.dot_rows(w, z, rows.data(), count, out);
   pool.run([&](int thread) {
-    pool.deal(thread, (count + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t piece) {
-      const int64_t first = piece * kRowsAtOnce;
-      kernels.dot_rows(w, z, rows.data() + first, std::min(kRowsAtOnce, count - first), out + first);
+    pool.parallel_for(thread, (count + kRowsPerItem - 1) / kRowsPerItem, [&](int64_t piece) {
+      const int64_t first = piece * kRowsPerItem;
+      kernels.dot_rows(w, z, rows.data() + first, std::min(kRowsPerItem, count - first), out + first);
     });
   });
 }
@@ -37,7 +37,7 @@ void products(ThreadPool& pool, const Kernels& kernels, const RowMajor& w, const
 float norm(const float* x, int n) {
   double sum = 0.0;
   for (int i = 0; i < n; i++) sum += static_cast<double>(x[i]) * x[i];
-  return static_cast<float>(std::sqrt(sum)) * kUp;
+  return static_cast<float>(std::sqrt(sum)) * kRoundUp;
 }
 
 }  // namespace
@@ -87,50 +87,51 @@ void MarkovHead::draft(const MarkovBlock& block) {
       throw std::invalid_argument("token id " + std::to_string(block.anchors[b]) + " is outside 0 .. " +
                                   std::to_string(spec_.vocabulary - 1));
   const auto pool = shared_pool();
-  std::vector<List> lists(count);
+  std::vector<Shortlist> lists(count);
   pool->run([&](int thread) {
-    pool->deal(thread, count, [&](int64_t i) { choose(block.base + i * width, lists[i]); });
+    pool->parallel_for(thread, count, [&](int64_t i) { fill_shortlist(block.base + i * width, lists[i]); });
   });
-  for (const List& list : lists)
-    if (list.places.empty())
+  for (const Shortlist& list : lists)
+    if (list.tokens.empty())
       throw std::invalid_argument("logits must be numbers, got NaN or infinity; the weights or the input are damaged");
   for (int64_t b = 0; b < block.rows; b++) {
     Row row;
     row.previous = block.anchors[b];
-    row.input.assign(mix_.inner + w1_.inner, 0.0f);  // room for W1's padding
+    row.input.assign(mix_.inner + w1_.inner, 0.0f);  // unpacking an embedding also writes W1's padding
     row.latent.assign(w2_.inner, 0.0f);
     row.mixed.resize(mixed_width());
     const bool greedy = !(block.temperatures[b] > 0);
     for (int64_t i = b * block.drafts; i < (b + 1) * block.drafts; i++) {
       const float* base = block.base + i * width;
-      List& list = lists[i];
-      advance(*pool, block.mixed + i * mixed_width(), row);
+      Shortlist& list = lists[i];
+      compute_latent(*pool, block.mixed + i * mixed_width(), row);
       correct(*pool, base, list, row);
-      if (greedy) complete(*pool, base, list, row);
-      const int64_t place = i * spec_.shortlist;
+      if (greedy) extend(*pool, base, list, row);
+      const int64_t entry = i * spec_.shortlist;
       block.tokens[i] = row.previous =
-          draw(list, row, block.keys[i], greedy ? 0.0f : block.temperatures[b], block.ids ? block.ids + place : nullptr,
-               block.logits ? block.logits + place : nullptr);
+          draw(list, row, block.keys[i], greedy ? 0.0f : block.temperatures[b], block.ids ? block.ids + entry : nullptr,
+               block.logits ? block.logits + entry : nullptr);
       block.margins[i] = row.largest - row.second;
     }
   }
 }
 
-// The tokens of at least three quarters of the shortlist's length whose base logits are largest: a bound is searched
-// that so many reach. Where equal logits leave no such bound, the lowest ids of those at the bound are taken.
-void MarkovHead::choose(const float* base, List& list) const {
+// Takes the tokens with the largest base logits, between three quarters of the wanted length and all of it: that is
+// cheaper than an exact top-k, because any bound will do that so many logits reach. Where ties leave no such bound,
+// takes the lowest ids of those at the bound.
+void MarkovHead::fill_shortlist(const float* base, Shortlist& list) const {
   const int64_t width = spec_.drafted, most = spec_.shortlist, least = most - most / 4;
   if (most == width) {
-    list.cut = kNothing;
-    list.places.resize(width);
-    std::iota(list.places.begin(), list.places.end(), 0);
+    list.bound = kMaskedLogit;
+    list.tokens.resize(width);
+    std::iota(list.tokens.begin(), list.tokens.end(), 0);
     return;
   }
   float peak;
   kernels_.find_max(base, width, &peak);
   if (!std::isfinite(peak)) return;
   float above = std::nextafter(peak, FLT_MAX), bound = peak - 4.0f;
-  int64_t fewer = 1, reach = kernels_.count_from(base, width, bound);  // how many reach `above` (or 1), and `bound`
+  int64_t fewer = 1, reach = kernels_.count_from(base, width, bound);  // reach `above` (or 1), and `bound`
   for (float span = 8.0f; reach < least && bound > -FLT_MAX; span *= 2.0f) {
     above = bound;
     fewer = std::max<int64_t>(1, reach);
@@ -138,33 +139,33 @@ void MarkovHead::choose(const float* base, List& list) const {
     reach = kernels_.count_from(base, width, bound);
   }
   for (int tries = 0; reach > most; tries++) {
-    // The tail of many laws is nearly exponential: a few steps do. Halving finds ties and odd shapes.
+    // The count often grows exponentially as the bound falls, so a few interpolations are enough; else bisect.
     const double ratio = std::log(0.5 * (least + most) / fewer) / std::log(static_cast<double>(reach) / fewer);
-    const float share = tries < kSteps ? static_cast<float>(std::clamp(ratio, 0.02, 0.98)) : 0.5f;
-    const float middle = above + (bound - above) * share;
+    const float fraction = tries < kInterpolations ? static_cast<float>(std::clamp(ratio, 0.02, 0.98)) : 0.5f;
+    const float middle = above + (bound - above) * fraction;
     if (!(middle > bound && middle < above)) break;
-    const int64_t here = kernels_.count_from(base, width, middle);
-    if (here < least) {
+    const int64_t count = kernels_.count_from(base, width, middle);
+    if (count < least) {
       above = middle;
-      fewer = std::max<int64_t>(1, here);
+      fewer = std::max<int64_t>(1, count);
     } else {
       bound = middle;
-      reach = here;
+      reach = count;
     }
   }
-  list.places.resize(reach);
-  list.cut = bound;
-  kernels_.collect(base, nullptr, 0.0f, width, bound, list.places.data());
+  list.tokens.resize(reach);
+  list.bound = bound;
+  kernels_.collect(base, nullptr, 0.0f, width, bound, list.tokens.data());
   if (reach <= most) return;
-  list.cut = above;
-  const int64_t higher = std::count_if(list.places.begin(), list.places.end(), [&](int32_t v) { return base[v] >= above; });
-  int64_t equals = std::max<int64_t>(0, most - higher);
-  std::erase_if(list.places, [&](int32_t v) { return base[v] < above && equals-- <= 0; });
+  list.bound = above;
+  const int64_t higher = std::count_if(list.tokens.begin(), list.tokens.end(), [&](int32_t v) { return base[v] >= above; });
+  int64_t ties = std::max<int64_t>(0, most - higher);
+  std::erase_if(list.tokens, [&](int32_t v) { return base[v] < above && ties-- <= 0; });
 }
 
-// z of the next draft, from the token before it. Gated: sigmoid(m) * e. Recurrent: a gated unit whose state starts
-// from zero in every block.
-void MarkovHead::advance(ThreadPool& pool, const float* mixed, Row& row) const {
+// z of the next draft from the token before it, with embedding e and mixing output m. Vanilla: e. Gated: sigmoid(m) *
+// e. rnn: a gated recurrent unit whose state starts from zero in every block.
+void MarkovHead::compute_latent(ThreadPool& pool, const float* mixed, Row& row) const {
   const int rank = spec_.rank;
   const char* embedding = w1_.data + row.previous * w1_.row_bytes;
   float* z = row.latent.data();
@@ -189,53 +190,53 @@ void MarkovHead::advance(ThreadPool& pool, const float* mixed, Row& row) const {
       }
     }
   }
-  // What is multiplied is rounded to W2's format first.
-  row.size = norm(z, rank) * (spec_.dtype == DType::f32 ? 1.0f : 1.0f + 0x1p-8f);
+  // z is rounded to W2's format before it is multiplied, which may raise its norm.
+  row.latent_norm = norm(z, rank) * (spec_.dtype == DType::f32 ? 1.0f : 1.0f + 0x1p-8f);
 }
 
-void MarkovHead::correct(ThreadPool& pool, const float* base, const List& list, Row& row) const {
-  row.logits.resize(list.places.size());
-  products(pool, kernels_, w2_, row.latent.data(), list.places, row.logits.data());
-  for (size_t i = 0; i < list.places.size(); i++) row.logits[i] += base[list.places[i]];
+void MarkovHead::correct(ThreadPool& pool, const float* base, const Shortlist& list, Row& row) const {
+  row.logits.resize(list.tokens.size());
+  products(pool, kernels_, w2_, row.latent.data(), list.tokens, row.logits.data());
+  for (size_t i = 0; i < list.tokens.size(); i++) row.logits[i] += base[list.tokens[i]];
   const int64_t count = static_cast<int64_t>(row.logits.size());
   row.best = kernels_.find_max(row.logits.data(), count, &row.largest);
-  row.logits[row.best] = kNothing;
+  row.logits[row.best] = kMaskedLogit;
   kernels_.find_max(row.logits.data(), count, &row.second);
   row.logits[row.best] = row.largest;
 }
 
-// Makes the list hold the largest corrected logit of the whole vocabulary, unless too many tokens might be it.
-void MarkovHead::complete(ThreadPool& pool, const float* base, List& list, Row& row) const {
-  const float most = largest_norm_ * row.size;
+// Adds the tokens outside the list that could have the largest corrected logit, unless there are too many of them.
+void MarkovHead::extend(ThreadPool& pool, const float* base, Shortlist& list, Row& row) const {
+  const float most = largest_norm_ * row.latent_norm;
   const float bound = row.largest - kRounding * (1.0f + std::fabs(row.largest) + most);
-  if (list.cut + most < bound) return;
-  List longer;
-  longer.places.resize(spec_.drafted);
-  longer.places.resize(kernels_.collect(base, norms_.data(), row.size, spec_.drafted, bound, longer.places.data()));
-  if (static_cast<int64_t>(longer.places.size()) > kLonger * spec_.shortlist) return;
-  list.places = std::move(longer.places);
+  if (list.bound + most < bound) return;
+  Shortlist longer;
+  longer.tokens.resize(spec_.drafted);
+  longer.tokens.resize(kernels_.collect(base, norms_.data(), row.latent_norm, spec_.drafted, bound, longer.tokens.data()));
+  if (static_cast<int64_t>(longer.tokens.size()) > kMaxExtension * spec_.shortlist) return;
+  list.tokens = std::move(longer.tokens);
   correct(pool, base, list, row);
 }
 
-// The next draft, as a target id.
-int64_t MarkovHead::draw(const List& list, const Row& row, int64_t key, float temperature, int64_t* ids,
+// Draws the next draft and writes the distribution it came from. Returns a target id.
+int64_t MarkovHead::draw(const Shortlist& list, const Row& row, int64_t key, float temperature, int64_t* ids,
                          float* logits) const {
-  const int64_t count = static_cast<int64_t>(list.places.size());
+  const int64_t count = static_cast<int64_t>(list.tokens.size());
   if (ids) {
     std::fill(ids, ids + spec_.shortlist, static_cast<int64_t>(spec_.vocabulary));
-    std::fill(logits, logits + spec_.shortlist, kNothing);
+    std::fill(logits, logits + spec_.shortlist, kMaskedLogit);
   }
   if (temperature <= 0.0f) {
-    const int64_t token = target_id(list.places[row.best]);
+    const int64_t token = target_id(list.tokens[row.best]);
     if (ids) {
       ids[0] = token;
       logits[0] = 0.0f;
     }
     return token;
   }
-  const float shift = temperature < 1e-3f ? row.largest : 0.0f;  // keeps the quotients finite
+  const float shift = temperature < 1e-3f ? row.largest : 0.0f;  // keeps logits / temperature finite
   for (int64_t i = 0; i < count; i++) {
-    ids[i] = target_id(list.places[i]);
+    ids[i] = target_id(list.tokens[i]);
     logits[i] = (row.logits[i] - shift) / temperature;
   }
   int64_t column;

@@ -1,9 +1,10 @@
-// The sequential head of a block drafter (DSpark's Markov head): a block's drafts one after the other, in one call.
+// The sequential head of a block drafter (DSpark's Markov head): drafts a block token by token, in one call.
 //
-// Draft k is chosen from base[k] + W2 z_k, where z_k comes from the draft before it. Only a shortlist of tokens is ever
-// corrected: those whose base logits are largest. For greedy drafts |W2[v] z| <= |W2[v]| |z| shows which tokens outside
-// could win; where those are few they are computed too, and the draft is the largest of all. Sampled drafts are drawn
-// from the shortlist's law, which is the law reported. The full law would mean reading all of W2 for every draft.
+// Draft k is chosen from base[k] + W2 z_k, where z_k depends on draft k - 1. The correction W2 z_k is computed only for
+// a shortlist, the tokens with the largest base logits: all of W2 would have to be read for every draft otherwise. For
+// greedy drafts the bound |W2[v] z| <= |W2[v]| |z| tells which tokens outside the shortlist could still be the argmax;
+// where those are few they are computed too, and the draft is the argmax over the vocabulary. Sampled drafts are drawn
+// from the distribution over the shortlist, and that is the distribution reported.
 //
 // Legend: n rows, K drafts, Vd draft vocabulary, V target vocabulary, r rank, S entries of a shortlist.
 #pragma once
@@ -31,59 +32,60 @@ struct MarkovSpec {
 struct MarkovBlock {
   int64_t rows, drafts;       // n, K
   const float* base;          // [n, K, Vd]
-  const float* mixed;         // [n, K, mixed_width]: what the mixing makes of the hidden states, with its bias
+  const float* mixed;         // [n, K, mixed_width]: the mixing layer's projection of the hidden states, with its bias
   const int64_t* anchors;     // [n], target ids
   const int64_t* keys;        // [n, K]
-  const float* temperatures;  // [n]; 0: the largest
+  const float* temperatures;  // [n]; 0: greedy
   int64_t* tokens;            // [n, K], target ids
   float* margins;             // [n, K]: the largest corrected logit minus the second
-  // What each draft was drawn from, [n, K, S]: target ids, ascending, V for no token; logits over the temperature. A
-  // greedy row's is certain. Both null where all rows are greedy.
+  // The distribution each draft was drawn from, [n, K, S]: target ids, ascending, filled up with V; logits /
+  // temperature. Greedy rows have one token with all the probability. Both null where all rows are greedy.
   int64_t* ids;
   float* logits;
 };
 
 class MarkovHead {
  public:
-  // w1 [V, r], w2 [Vd, r]; mix [r, r] gated (of the token), [3r, 2r] rnn (of state and token); ids [Vd]: the target's
-  // id of each draft id, ascending, or null where they are the same.
+  // w1 [V, r], w2 [Vd, r]; mix: null for vanilla, [r, r] for gated (applied to the token's embedding), [3r, 2r] for rnn
+  // (applied to state and embedding). ids [Vd]: the target id of each draft id, ascending; null where they are the
+  // same.
   MarkovHead(MarkovSpec spec, const float* w1, const float* w2, const float* mix, const int64_t* ids);
   MarkovHead(const MarkovHead&) = delete;
 
   const MarkovSpec& spec() const { return spec_; }
-  int mixed_width() const;  // 0 where nothing is mixed
+  int mixed_width() const;  // 0 for vanilla
   void draft(const MarkovBlock& block);
 
  private:
-  struct List {                   // the tokens that a draft is chosen from
-    float cut = 0.0f;             // all others' base logits are smaller
-    std::vector<int32_t> places;  // draft ids, ascending
+  struct Shortlist {              // the tokens that a draft is chosen from
+    float bound = 0.0f;           // the base logits of all other tokens are smaller
+    std::vector<int32_t> tokens;  // draft ids, ascending
   };
-  struct Row {                    // where one row of the block stands
-    int64_t previous = 0;         // the token before, target id
-    std::vector<float> input;     // of the mixing: state (rnn), embedding of the token
-    std::vector<float> mixed;
+  struct Row {                    // state of one row of the block, updated draft by draft
+    int64_t previous = 0;         // the token before the draft, target id
+    std::vector<float> input;     // of the mixing matrix: state (rnn only), embedding of the token
+    std::vector<float> mixed;     // its output
     std::vector<float> latent;    // z
-    float size = 0.0f;            // |z|, rounded up
-    std::vector<float> logits;    // corrected, of its list
-    int64_t best = 0;             // where the largest of them first stands
+    float latent_norm = 0.0f;     // |z|, rounded up
+    std::vector<float> logits;    // corrected, one per token of the shortlist
+    int64_t best = 0;             // index of the first largest of them
     float largest = 0.0f, second = 0.0f;
   };
 
   RowMajor pack(const float* matrix, int64_t rows, int width);
-  void choose(const float* base, List& list) const;
-  void advance(ThreadPool& pool, const float* mixed, Row& row) const;
-  void correct(ThreadPool& pool, const float* base, const List& list, Row& row) const;
-  void complete(ThreadPool& pool, const float* base, List& list, Row& row) const;
-  int64_t draw(const List& list, const Row& row, int64_t key, float temperature, int64_t* ids, float* logits) const;
-  int64_t target_id(int32_t place) const { return ids_.empty() ? place : ids_[place]; }
+  void fill_shortlist(const float* base, Shortlist& list) const;
+  void compute_latent(ThreadPool& pool, const float* mixed, Row& row) const;
+  void correct(ThreadPool& pool, const float* base, const Shortlist& list, Row& row) const;
+  void extend(ThreadPool& pool, const float* base, Shortlist& list, Row& row) const;
+  int64_t draw(const Shortlist& list, const Row& row, int64_t key, float temperature, int64_t* ids, float* logits) const;
+  int64_t target_id(int32_t draft_id) const { return ids_.empty() ? draft_id : ids_[draft_id]; }
 
   MarkovSpec spec_;
   const Kernels& kernels_;
   Arena arena_;
   RowMajor w1_, w2_, mix_;
-  std::vector<int32_t> mix_rows_;  // all of them
-  std::vector<float> norms_;  // |W2[v]|, rounded up
+  std::vector<int32_t> mix_rows_;  // 0, 1, ..., mixed_width - 1
+  std::vector<float> norms_;       // |W2[v]|, rounded up
   float largest_norm_ = 0.0f;
   std::vector<int64_t> ids_;
 };

@@ -1,7 +1,7 @@
 // The inner step of a product for each number format: kTileRows x P accumulators against one slice of a panel.
 //
-// An Op says how one step reads a panel (`kBytes` for `kInner` k of P columns), how many bytes of an operand row the step
-// takes (`kOperandBytes`), and how the two are multiplied into accumulators of one vector each.
+// An Op says how one step reads a panel (`kBytes` for `kInner` k of P columns), how many bytes of an operand row the
+// step takes (`kOperandBytes`), and how the two are multiplied into accumulators of one vector each.
 #pragma once
 
 #include "kernels.hpp"
@@ -9,9 +9,9 @@
 
 namespace outrider::OUTRIDER_ISA {
 
-// Software prefetch of a panel stream, measured on Zen 4 with weights in memory. Few rows: the hardware's own is best.
-// Many rows keep the units busy for so long that requests would be made too late: ask for lines far ahead, into the
-// second level and later into the first. Past a panel's end this warms the next one.
+// Software prefetch of weight panels, tuned on Zen 4 with weights in memory. With few rows the hardware prefetcher is
+// best. With many rows the multiplications delay its requests, so prefetch far ahead into L2 and later into L1. Past
+// the end of a panel this prefetches the next one.
 constexpr int kFewRows = kTileRows / 3;
 constexpr int kNearAhead = 1024, kFarAhead = 8192;
 

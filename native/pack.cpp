@@ -49,8 +49,8 @@ size_t bytes_of_panel(DType dtype, int inner, int columns) {
   return static_cast<size_t>(inner) / k_per_step(dtype) * columns * 4;
 }
 
-// The int4 scale of one group: of a few candidates around (largest / -8), the one with the least squared error.
-// -8 .. 7 is lopsided, so the value that is largest in magnitude takes the longer side.
+// The int4 scale of one group: of a few candidates around (largest / -8), the one with the least squared error. The
+// range -8 .. 7 is asymmetric, so the value of largest magnitude is mapped to the negative side.
 float group_scale(const float* w, int count) {
   float largest = 0.0f;
   for (int i = 0; i < count; i++)

@@ -1,4 +1,4 @@
-// Matrices in the form the kernels read: panels of P output columns, quantised where asked.
+// Packs matrices into the layout that the kernels read: panels of P output columns, quantised for int8 and int4.
 #pragma once
 
 #include <cstring>
@@ -33,7 +33,7 @@ class Linear {
 
 uint16_t bf16_bits(float value);
 
-// One row of a RowMajor matrix, `inner` padded with zeros. The bfloat16 pairs of a panel lie half a panel apart.
+// One row of a RowMajor matrix, padded with zeros to `inner`. bfloat16 values half a panel apart are stored as pairs.
 void pack_row(DType dtype, const float* row, int width, int inner, int panel, char* to);
 void unpack_row(DType dtype, const char* row, int inner, int panel, float* to);
 

@@ -8,15 +8,16 @@ namespace outrider {
 
 namespace {
 
-// Bytes between rows: whole cache lines, and not a multiple of 4,096, so that rows do not share cache sets.
+// Bytes between rows: whole cache lines, but no multiple of 4,096, so that rows do not compete for the same cache sets.
 size_t row_stride(size_t bytes) {
   bytes = (bytes + 63) / 64 * 64;
   return bytes % 4096 ? bytes : bytes + 64;
 }
 
-class Carver {
+// Hands out consecutive pieces of memory; with a null base it only counts bytes.
+class BumpAllocator {
  public:
-  explicit Carver(char* base) : base_(base) {}
+  explicit BumpAllocator(char* base) : base_(base) {}
   template <class T>
   T* take(size_t count) {
     char* piece = base_ ? base_ + used_ : nullptr;
@@ -32,14 +33,14 @@ class Carver {
 
 }  // namespace
 
-Pass::Pass(Stack& stack, Cache* cache, ThreadPool& pool, const PassInput& input, const PassOutput& output)
+Pass::Pass(Stack& stack, KVCache* cache, ThreadPool& pool, const PassInput& input, const PassOutput& output)
     : stack_(stack), cache_(cache), pool_(pool), kernels_(stack.kernels_), input_(input), output_(output) {}
 
 // ------------------------------------------------------------------------------------------------ workspace
 
-void Pass::layout(int rows, size_t partial) {
+void Pass::allocate(int rows, size_t partial) {
   rows_ = rows;
-  private_ = rows <= kPrivateRows && pool_.threads() <= kPrivateThreads;
+  replicated_ = rows <= kReplicatedRows && pool_.threads() <= kReplicatedThreads;
   const StackSpec& spec = stack_.spec_;
   const int panel = kernels_.panel;
   int attention = 0, inner = 0, widest = std::max(spec.hidden, spec.input_width), head_pad = 0, queries = 0;
@@ -54,85 +55,86 @@ void Pass::layout(int rows, size_t partial) {
   space_.attention_stride = row_stride(attention * sizeof(float)) / sizeof(float);
   space_.inner_stride = row_stride(inner * sizeof(float)) / sizeof(float);
   space_.tile_stride = std::max(head_pad, 2 * panel);
-  const auto carve = [&](char* base) {
-    Carver carver(base);
+  const auto assign = [&](char* base) {
+    BumpAllocator allocator(base);
     const auto operand = [&](int count) {
       Operand to;
       to.stride = row_stride(static_cast<size_t>(widest) * sizeof(float));
-      to.data = carver.take<char>(to.stride * count);
-      to.scale = carver.take<float>(count);
+      to.data = allocator.take<char>(to.stride * count);
+      to.scale = allocator.take<float>(count);
       to.sums_stride = widest / kGroup;
-      to.sums = carver.take<int32_t>(static_cast<size_t>(to.sums_stride) * count);
+      to.sums = allocator.take<int32_t>(static_cast<size_t>(to.sums_stride) * count);
       return to;
     };
-    space_.y = carver.take<float>(space_.x_stride * rows);
-    space_.attention = carver.take<float>(space_.attention_stride * rows);
-    space_.inner = carver.take<float>(space_.inner_stride * rows);
-    space_.queries = carver.take<char>(static_cast<size_t>(queries) * sizeof(float) * rows);
-    space_.partial = carver.take<float>(partial);
-    space_.x = private_ ? nullptr : carver.take<float>(space_.x_stride * rows);
-    space_.operand = private_ ? Operand{} : operand(rows);
+    space_.y = allocator.take<float>(space_.x_stride * rows);
+    space_.attention = allocator.take<float>(space_.attention_stride * rows);
+    space_.inner = allocator.take<float>(space_.inner_stride * rows);
+    space_.queries = allocator.take<char>(static_cast<size_t>(queries) * sizeof(float) * rows);
+    space_.partial = allocator.take<float>(partial);
+    space_.x = replicated_ ? nullptr : allocator.take<float>(space_.x_stride * rows);
+    space_.operand = replicated_ ? Operand{} : operand(rows);
     space_.local.resize(pool_.threads());
     for (Workspace::Local& local : space_.local) {
-      local.x = private_ ? carver.take<float>(space_.x_stride * rows) : nullptr;
-      local.operand = private_ ? operand(rows) : Operand{};
-      local.row = carver.take<float>(widest);
-      local.tile = carver.take<float>(space_.tile_stride * rows);
-      local.state = carver.take<float>(2 * static_cast<size_t>(std::max(kQueryTile, 1)) * (head_pad + kStateTail));
+      local.x = replicated_ ? allocator.take<float>(space_.x_stride * rows) : nullptr;
+      local.operand = replicated_ ? operand(rows) : Operand{};
+      local.row = allocator.take<float>(widest);
+      local.tile = allocator.take<float>(space_.tile_stride * rows);
+      local.state = allocator.take<float>(2 * static_cast<size_t>(std::max(kQueryTile, 1)) * (head_pad + kStateTail));
     }
-    return carver.used();
+    return allocator.used();
   };
-  const size_t bytes = carve(nullptr);
+  const size_t bytes = assign(nullptr);
   if (stack_.scratch_.size() < bytes) stack_.scratch_ = Region(bytes);
-  carve(stack_.scratch_.data());
+  assign(stack_.scratch_.data());
 }
 
 float* Pass::residual(int thread, int row) const {
-  return (private_ ? space_.local[thread].x : space_.x) + row * space_.x_stride;
+  return (replicated_ ? space_.local[thread].x : space_.x) + row * space_.x_stride;
 }
 
 // ------------------------------------------------------------------------------------------------ rows
 
-void Pass::tap(int layer, int row, const float* x) const {
-  const size_t width = stack_.spec_.hidden, taps = output_.taps.size();
-  for (size_t i = 0; i < taps; i++)
-    if (output_.taps[i] == layer)
-      std::memcpy(output_.features + ((chunk_->first + row) * taps + i) * width, x, width * sizeof(float));
+void Pass::store_features(int layer, int row, const float* x) const {
+  const size_t width = stack_.spec_.hidden, count = output_.aux_layers.size();
+  for (size_t i = 0; i < count; i++)
+    if (output_.aux_layers[i] == layer)
+      std::memcpy(output_.features + ((chunk_->first + row) * count + i) * width, x, width * sizeof(float));
 }
 
-// Calls item(row) for all rows: on every thread where each has its own copy, else on one, and then all meet.
+// Calls item(row) for all rows: on every thread if rows are replicated, else on one thread each, followed by a barrier.
 template <class Item>
-void Pass::each_row(int thread, int rows, Item&& item) {
-  if (private_) {
+void Pass::for_each_row(int thread, int rows, Item&& item) {
+  if (replicated_) {
     for (int row = 0; row < rows; row++) item(row);
   } else {
-    pool_.deal(thread, rows, [&](int64_t row) { item(static_cast<int>(row)); });
+    pool_.parallel_for(thread, rows, [&](int64_t row) { item(static_cast<int>(row)); });
     pool_.barrier();
   }
 }
 
-void Pass::settle(int thread, int row, const Pending& pending) {
+// Completes the residual of one row: adds the pending output, and stores features where they are asked for.
+void Pass::add_pending(int thread, int row, const Pending& pending) {
   const StackSpec& spec = stack_.spec_;
   float* x = residual(thread, row);
   if (pending.y)
     kernels_.accumulate(x, pending.y + row * space_.x_stride, pending.gain ? pending.gain->data() : nullptr, spec.eps,
                         pending.scalar, spec.hidden, space_.local[thread].row);
-  if (pending.tap != -2 && (!private_ || thread == 0)) tap(pending.tap, row, x);
+  if (pending.layer != kNone && (!replicated_ || thread == 0)) store_features(pending.layer, row, x);
 }
 
-// Operand rows for `linear`; row(i) gives row i of the source, and is called by whoever prepares it.
+// Operand rows for `linear`. row(i) returns row i of the source; it is called by the thread that prepares row i.
 template <class Row>
 Operand Pass::prepare(int thread, int rows, const Linear& linear, int width, const float* gain, Row&& row) {
   const Weights& w = linear.weights();
-  Operand to = private_ ? space_.local[thread].operand : space_.operand;
+  Operand to = replicated_ ? space_.local[thread].operand : space_.operand;
   to.stride = row_stride(static_cast<size_t>(w.inner) * kernels_.operand_bytes(w.dtype));
-  each_row(thread, rows, [&](int i) {
+  for_each_row(thread, rows, [&](int i) {
     kernels_.prepare(w.dtype, row(i), gain, stack_.spec_.eps, width, w.inner, space_.local[thread].row, to, i);
   });
   return to;
 }
 
-// The same for rows that need no norm: float32 rows are multiplied where they are.
+// The same for rows that need no norm; with float32 weights they are used in place.
 Operand Pass::convert(int thread, const Linear& linear, float* rows, size_t stride, int width) {
   if (linear.weights().dtype == DType::f32) {
     Operand to;
@@ -144,7 +146,7 @@ Operand Pass::convert(int thread, const Linear& linear, float* rows, size_t stri
 }
 
 void Pass::project_rows(int thread, const Linear& linear, const Operand& x, float* y) {
-  pool_.deal(thread, linear.weights().panels, [&](int p) {
+  pool_.parallel_for(thread, linear.weights().panels, [&](int p) {
     kernels_.gemm(linear.weights(), x, rows_, p, p + 1, y + p * kernels_.panel, space_.x_stride);
   });
 }
@@ -171,29 +173,29 @@ void Pass::forward(const Batch& batch, const Chunk& chunk) {
     }
     plan_of_layer_.push_back(same == i ? static_cast<int>(plans_.size()) - 1 : plan_of_layer_[same]);
   }
-  layout(std::max(chunk.count, static_cast<int>(chunk.logits_token.size())), partial);
+  allocate(std::max(chunk.count, static_cast<int>(chunk.logits_token.size())), partial);
   rows_ = chunk.count;
-  pool_.run([&](int thread) { work(thread, batch); });
+  pool_.run([&](int thread) { run_layers(thread, batch); });
 }
 
-void Pass::work(int thread, const Batch& batch) {
-  enter(thread, batch.tokens + chunk_->first);
+void Pass::run_layers(int thread, const Batch& batch) {
+  load_residual(thread, batch.tokens + chunk_->first);
   Pending pending;
-  pending.tap = -1;
+  pending.layer = -1;
   for (size_t i = 0; i < stack_.layers_.size(); i++) {
     const Layer& layer = stack_.layers_[i];
     attention(thread, i, pending);
-    pending = {space_.y, stack_.spec_.sandwich ? &layer.attention_out_norm : nullptr, 1.0f, -2};
+    pending = {space_.y, stack_.spec_.sandwich ? &layer.attention_out_norm : nullptr, 1.0f, kNone};
     mlp(thread, layer, pending);
     pending = {space_.y, stack_.spec_.sandwich ? &layer.mlp_out_norm : nullptr, layer.spec.scalar, static_cast<int>(i)};
   }
-  leave(thread, pending);
+  finish(thread, pending);
 }
 
-void Pass::enter(int thread, const int64_t* tokens) {
+void Pass::load_residual(int thread, const int64_t* tokens) {
   const size_t width = stack_.spec_.hidden;
   const float* given = stack_.spec_.input_width ? input_.residual : input_.hidden;
-  each_row(thread, rows_, [&](int m) {
+  for_each_row(thread, rows_, [&](int m) {
     if (given)
       std::memcpy(residual(thread, m), given + (chunk_->first + m) * width, width * sizeof(float));
     else
@@ -208,27 +210,29 @@ void Pass::attention(int thread, size_t index, Pending pending) {
   const int width = wide ? stack_.spec_.input_width : stack_.spec_.hidden;
   const Operand x =
       prepare(thread, rows_, layer.qkv, width, wide ? nullptr : layer.input_norm.data(), [&](int m) -> const float* {
-        settle(thread, m, pending);
+        add_pending(thread, m, pending);
         return wide ? input_.hidden + (chunk_->first + m) * static_cast<size_t>(width) : residual(thread, m);
       });
   const int heads = layer.spec.kv_heads, units = static_cast<int>(plan.units.size());
   const auto run = [&](int u) {
     const AttentionUnit& unit = plan.units[u];
-    run_unit(thread, index, unit, plan.split ? space_.partial + unit.state : space_.local[thread].state, !plan.split);
+    attend(thread, index, unit, plan.split ? space_.partial + unit.state : space_.local[thread].state, !plan.split);
   };
   if (plan.by_head) {
-    pool_.deal(thread, heads, [&](int kv) {
-      for (int part = 0; part < layer.parts; part++) head(thread, index, x, kv, part);
+    pool_.parallel_for(thread, heads, [&](int kv) {
+      for (int part = 0; part < layer.parts; part++) project_head(thread, index, x, kv, part);
       for (int u = units / heads * kv; u < units / heads * (kv + 1); u++) run(u);
     });
   } else {
-    pool_.deal(thread, heads * layer.parts, [&](int i) { head(thread, index, x, i / layer.parts, i % layer.parts); });
+    pool_.parallel_for(thread, heads * layer.parts, [&](int i) {
+      project_head(thread, index, x, i / layer.parts, i % layer.parts);
+    });
     pool_.barrier();
-    pool_.deal(thread, units, run);
+    pool_.parallel_for(thread, units, run);
   }
   if (plan.split) {
     pool_.barrier();
-    pool_.deal(thread, static_cast<int>(plan.targets.size()) - 1, [&](int t) { merge_unit(layer, plan, t); });
+    pool_.parallel_for(thread, static_cast<int>(plan.targets.size()) - 1, [&](int t) { merge_splits(layer, plan, t); });
   }
   pool_.barrier();
   const Operand attended = convert(thread, layer.out, space_.attention, space_.attention_stride,
@@ -240,11 +244,11 @@ void Pass::attention(int thread, size_t index, Pending pending) {
 void Pass::mlp(int thread, const Layer& layer, Pending pending) {
   const int panel = kernels_.panel;
   const Operand x = prepare(thread, rows_, layer.gate_up, stack_.spec_.hidden, layer.mlp_norm.data(), [&](int m) {
-    settle(thread, m, pending);
+    add_pending(thread, m, pending);
     return residual(thread, m);
   });
   float* tile = space_.local[thread].tile;
-  pool_.deal(thread, layer.gate_up.weights().panels / 2, [&](int j) {
+  pool_.parallel_for(thread, layer.gate_up.weights().panels / 2, [&](int j) {
     kernels_.gemm(layer.gate_up.weights(), x, rows_, 2 * j, 2 * j + 2, tile, 2 * panel);
     for (int m = 0; m < rows_; m++)
       kernels_.activate(stack_.spec_.activation, tile + m * 2 * panel, tile + (m * 2 + 1) * panel, panel,
@@ -256,15 +260,15 @@ void Pass::mlp(int thread, const Layer& layer, Pending pending) {
   pool_.barrier();
 }
 
-// The last residual, the final norm, and the head where logits are asked for.
-void Pass::leave(int thread, Pending pending) {
-  each_row(thread, rows_, [&](int m) { settle(thread, m, pending); });
+// The last residual, the final norm, and the output head where logits are asked for.
+void Pass::finish(int thread, Pending pending) {
+  for_each_row(thread, rows_, [&](int m) { add_pending(thread, m, pending); });
   const int rows = static_cast<int>(chunk_->logits_token.size());
   if (!rows) return;
   const StackSpec& spec = stack_.spec_;
   const size_t width = spec.hidden;
-  each_row(thread, rows, [&](int r) {
-    if (!private_ || thread == 0)
+  for_each_row(thread, rows, [&](int r) {
+    if (!replicated_ || thread == 0)
       kernels_.rms_norm(residual(thread, chunk_->logits_token[r]), stack_.final_norm_.data(), spec.eps, spec.hidden,
                         output_.hidden + chunk_->logits_row[r] * width);
   });
@@ -278,7 +282,7 @@ void Pass::logits(int thread, const Operand& x, int rows, const int64_t* at) {
   const int panel = kernels_.panel;
   const int64_t vocabulary = stack_.spec_.vocabulary;
   float* tile = space_.local[thread].tile;
-  pool_.deal(thread, stack_.head_.weights().panels, [&](int64_t p) {
+  pool_.parallel_for(thread, stack_.head_.weights().panels, [&](int64_t p) {
     kernels_.gemm(stack_.head_.weights(), x, rows, static_cast<int>(p), static_cast<int>(p) + 1, tile, panel);
     const int64_t count = std::min<int64_t>(panel, vocabulary - p * panel);
     for (int r = 0; r < rows; r++) {
@@ -293,7 +297,7 @@ void Pass::logits(int thread, const Operand& x, int rows, const int64_t* at) {
 void Pass::project(const Chunk& chunk, const float* hidden) {
   chunk_ = &chunk;
   if (stack_.layers_.empty()) return;
-  layout(chunk.count, 0);
+  allocate(chunk.count, 0);
   const int width = stack_.spec_.hidden;
   std::vector<std::array<int, 3>> items;  // layer, key/value head, part
   for (size_t i = 0; i < stack_.layers_.size(); i++)
@@ -301,18 +305,20 @@ void Pass::project(const Chunk& chunk, const float* hidden) {
       for (int part = stack_.layers_[i].group; part < stack_.layers_[i].parts; part++)
         items.push_back({static_cast<int>(i), kv, part});
   pool_.run([&](int thread) {
-    // No norm comes between, so one operand serves all layers.
+    // No layer applies its norm here, so all layers can use the same operand.
     const Operand x = prepare(thread, rows_, stack_.layers_[0].qkv, width, nullptr, [&](int m) {
       return hidden + (chunk_->first + m) * static_cast<size_t>(width);
     });
-    pool_.deal(thread, static_cast<int>(items.size()), [&](int i) { head(thread, items[i][0], x, items[i][1], items[i][2]); });
+    pool_.parallel_for(thread, static_cast<int>(items.size()), [&](int i) {
+      project_head(thread, items[i][0], x, items[i][1], items[i][2]);
+    });
   });
 }
 
 void Pass::unembed(const float* hidden, int64_t rows) {
   for (int64_t done = 0; done < rows; done += kChunkRows) {
     const int count = static_cast<int>(std::min<int64_t>(kChunkRows, rows - done));
-    layout(count, 0);
+    allocate(count, 0);
     std::vector<int64_t> at(count);
     for (int r = 0; r < count; r++) at[r] = done + r;
     const size_t width = stack_.spec_.hidden;

@@ -1,20 +1,21 @@
-// One chunk of a batch on its way through the stack: who works on what, and where intermediate rows lie.
+// One forward pass of one chunk of a batch: the workspace, and how the work is shared between threads.
 //
-// Up to kPrivateRows rows every thread keeps its own copy of the residual stream and prepares every operand itself:
-// that costs less than another barrier. With more rows each is prepared by one thread, and all meet. The arithmetic
-// of a row is the same either way.
+// With up to kReplicatedRows rows every thread keeps its own copy of the residual stream and prepares every operand
+// itself: that costs less than another barrier. With more rows each row is prepared by one thread, followed by a
+// barrier. The arithmetic of a row is the same either way.
 #pragma once
 
 #include "stack.hpp"
+#include "threadpool.hpp"
 
 namespace outrider {
 
 constexpr int kChunkRows = 256;  // tokens that go through the stack together
-constexpr int kPrivateRows = 16;
-constexpr int kPrivateThreads = 8;
-constexpr int kQueryTile = 128;  // queries whose states stay in cache while keys and values stream by
+constexpr int kReplicatedRows = 16;
+constexpr int kReplicatedThreads = 8;
+constexpr int kQueryTile = 128;  // queries of one unit: their states stay in cache while keys and values are read
 
-// A piece of one row of the batch. Tokens are numbered within the chunk.
+// The part of one row of the batch that lies in a chunk. Tokens are numbered within the chunk.
 struct Segment {
   int slot;
   int64_t start;  // position of its first token
@@ -33,13 +34,13 @@ struct Chunk {
 struct AttentionUnit {
   int segment, kv_head, token, tokens;  // tokens within the segment
   int64_t begin, end;
-  size_t state = 0;  // with split plans: where its partial states lie, in floats
+  size_t state = 0;  // with split plans: offset of its partial states, in floats
 };
 
-// How a layer's attention is cut up. Units come key/value head by head, the same number for each.
+// How a layer's attention is split up. Units are ordered by key/value head, with the same number for each.
 struct AttentionPlan {
-  bool by_head = false;  // whoever projects a key/value head runs its units too: no barrier between
-  bool split = false;    // units are parts of a query's positions: merged in order after a barrier
+  bool by_head = false;  // the thread that projects a key/value head also runs its units: no barrier in between
+  bool split = false;    // units are splits of a query's positions, merged in order after a barrier
   std::vector<AttentionUnit> units;
   std::vector<int> targets;  // with split: index of the first unit of each group of queries, then the end
   size_t states = 0;         // floats
@@ -47,7 +48,7 @@ struct AttentionPlan {
 
 AttentionPlan plan_attention(const Layer& layer, const std::vector<Segment>& segments, bool causal, int threads);
 
-// Memory of one pass, carved from a region that only grows.
+// Scratch memory of one pass, inside a region that only grows.
 struct Workspace {
   struct Local {
     float *x, *row, *tile, *state;
@@ -62,45 +63,48 @@ struct Workspace {
 
 class Pass {
  public:
-  Pass(Stack& stack, Cache* cache, ThreadPool& pool, const PassInput& input, const PassOutput& output);
+  static constexpr int kNone = -2;
+
+  Pass(Stack& stack, KVCache* cache, ThreadPool& pool, const PassInput& input, const PassOutput& output);
 
   void forward(const Batch& batch, const Chunk& chunk);
   void project(const Chunk& chunk, const float* hidden);
   void unembed(const float* hidden, int64_t rows);  // to output.logits
 
  private:
-  struct Pending {  // an output not yet added to the residual stream
+  // The output of an attention or MLP block that is not yet added to the residual stream.
+  struct Pending {
     const float* y = nullptr;
     const std::vector<float>* gain = nullptr;
     float scalar = 1.0f;
-    int tap = -2;  // the layer whose residual is then complete
+    int layer = kNone;  // the layer whose residual is complete once this is added; -1: the embedding
   };
 
-  void layout(int rows, size_t partial);
-  void work(int thread, const Batch& batch);
-  void enter(int thread, const int64_t* tokens);
+  void allocate(int rows, size_t partial);
+  void run_layers(int thread, const Batch& batch);
+  void load_residual(int thread, const int64_t* tokens);
   void attention(int thread, size_t index, Pending pending);
   void mlp(int thread, const Layer& layer, Pending pending);
-  void leave(int thread, Pending pending);
-  void settle(int thread, int row, const Pending& pending);
-  void tap(int layer, int row, const float* x) const;
+  void finish(int thread, Pending pending);
+  void add_pending(int thread, int row, const Pending& pending);
+  void store_features(int layer, int row, const float* x) const;
   template <class Row>
   Operand prepare(int thread, int rows, const Linear& linear, int width, const float* gain, Row&& row);
   Operand convert(int thread, const Linear& linear, float* rows, size_t stride, int width);
   void project_rows(int thread, const Linear& linear, const Operand& x, float* y);
-  void head(int thread, size_t index, const Operand& x, int kv_head, int part);
-  void key_value(int thread, size_t index, int kv_head, int part, const float* tile);
-  void run_unit(int thread, size_t index, const AttentionUnit& unit, float* state, bool finish);
-  void merge_unit(const Layer& layer, const AttentionPlan& plan, int target);
+  void project_head(int thread, size_t index, const Operand& x, int kv_head, int part);
+  void store_key_value(int thread, size_t index, int kv_head, int part, const float* tile);
+  void attend(int thread, size_t index, const AttentionUnit& unit, float* state, bool finish);
+  void merge_splits(const Layer& layer, const AttentionPlan& plan, int target);
   void write_attention(const Layer& layer, const AttentionUnit& unit, const float* state);
   void logits(int thread, const Operand& x, int rows, const int64_t* at);
 
   template <class Item>
-  void each_row(int thread, int rows, Item&& item);
+  void for_each_row(int thread, int rows, Item&& item);
   float* residual(int thread, int row) const;
 
   Stack& stack_;
-  Cache* cache_;
+  KVCache* cache_;
   ThreadPool& pool_;
   const Kernels& kernels_;
   const PassInput& input_;
@@ -109,7 +113,7 @@ class Pass {
   Workspace space_;
   std::vector<AttentionPlan> plans_;
   std::vector<int> plan_of_layer_;
-  bool private_ = true;
+  bool replicated_ = true;  // every thread has its own copy of all rows
   int rows_ = 0;  // tokens of the chunk
 };
 

@@ -1,4 +1,5 @@
-// Work on single rows of activations: norms, conversion to operands, rotary positions, activations.
+// Operations on single rows of activations: norms, conversion and quantisation to operands, rotary positions,
+// activations.
 #pragma once
 
 #include "ops.hpp"
@@ -54,7 +55,8 @@ static inline void convert_bf16(const float* x, int n, char* out) {
 #endif
 }
 
-// The bytes of quantised values as operands: plain for Quads of four in order, int16 as k0 k2 k1 k3 where those want it.
+// The bytes of quantised values as operands: plain for Quads of four in order, int16 as k0 k2 k1 k3 where those want
+// it.
 template <bool wide>
 static inline void store_quantised(I q, char* to) {
   if constexpr (!wide) {

@@ -1,4 +1,4 @@
-// Where only a few of a vocabulary's tokens can matter: which ones, and the products of their rows alone.
+// A shortlist of a vocabulary: the logits above a bound, and matrix products with only those rows.
 #pragma once
 
 #include "kernels.hpp"
@@ -6,7 +6,7 @@
 
 namespace outrider::OUTRIDER_ISA {
 
-// How many of x reach the bound.
+// How many of x are not below the bound.
 static int64_t count_from(const float* x, int64_t n, float bound) {
   int64_t count = 0, i = 0;
   for (; i + kLanes <= n; i += kLanes) count += __builtin_popcount(reaching(load(x + i), bound));
@@ -14,21 +14,21 @@ static int64_t count_from(const float* x, int64_t n, float bound) {
   return count;
 }
 
-// Where x + weight * extra (extra may be null) reaches the bound, in ascending order. Returns how many that are.
-static int64_t collect(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* places) {
+// The indices at which x + weight * extra (extra may be null) is not below the bound, ascending. Returns their number.
+static int64_t collect(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* indices) {
   int64_t count = 0, i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const F v = extra ? fma(load(extra + i), set(weight), load(x + i)) : load(x + i);
     for (uint32_t hits = reaching(v, bound); hits; hits &= hits - 1)
-      places[count++] = static_cast<int32_t>(i + __builtin_ctz(hits));
+      indices[count++] = static_cast<int32_t>(i + __builtin_ctz(hits));
   }
   for (; i < n; i++)
-    if (!((extra ? x[i] + weight * extra[i] : x[i]) < bound)) places[count++] = static_cast<int32_t>(i);
+    if (!((extra ? x[i] + weight * extra[i] : x[i]) < bound)) indices[count++] = static_cast<int32_t>(i);
   return count;
 }
 
-// A panel's width of a row, times the same of z. bfloat16 values lie in pairs half a panel apart, so that one load gives
-// both in order, or both are multiplied at once.
+// Multiplies one panel width of a row by that of z. bfloat16 values that are half a panel apart are stored as pairs, so
+// that one load gives two vectors in order, or vdpbf16ps multiplies both at once.
 struct DotF32 {
   static constexpr int kBytes = kPanel * 4, kOperandBytes = kPanel * 4;
   static inline void prepare(const float* z, char* to) { std::memcpy(to, z, kOperandBytes); }
@@ -93,7 +93,7 @@ static inline void dot_some(const RowMajor& w, const char* z, const int32_t* row
 
 template <class Dot>
 static void dot_rows_as(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out) {
-  constexpr int kTogether = 4, kAhead = 16;
+  constexpr int kRows = 4, kAhead = 16;  // rows multiplied together, rows prefetched ahead
   alignas(64) char operand[kWidestRow * 4];
   for (int k = 0; k < w.inner; k += kPanel) Dot::prepare(z + k, operand + k / kPanel * Dot::kOperandBytes);
   const auto fetch = [&](int64_t row) {
@@ -101,14 +101,14 @@ static void dot_rows_as(const RowMajor& w, const float* z, const int32_t* rows, 
   };
   for (int64_t i = 0; i < kAhead && i < count; i++) fetch(i);
   int64_t i = 0;
-  for (; i + kTogether <= count; i += kTogether) {
-    for (int64_t next = i + kAhead; next < i + kAhead + kTogether && next < count; next++) fetch(next);
-    dot_some<Dot, kTogether>(w, operand, rows + i, out + i);
+  for (; i + kRows <= count; i += kRows) {
+    for (int64_t next = i + kAhead; next < i + kAhead + kRows && next < count; next++) fetch(next);
+    dot_some<Dot, kRows>(w, operand, rows + i, out + i);
   }
   for (; i < count; i++) dot_some<Dot, 1>(w, operand, rows + i, out + i);
 }
 
-// out[i] = row rows[i] of w times z, rounded to w's format; each summed in one order.
+// out[i] = row rows[i] of w times z (rounded to the format of w). The order of each sum does not depend on `count`.
 static void dot_rows(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out) {
   if (w.dtype == DType::f32)
     dot_rows_as<DotF32>(w, z, rows, count, out);

@@ -5,6 +5,9 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "pass.hpp"
+#include "threadpool.hpp"
+
 namespace outrider {
 
 namespace {
@@ -17,33 +20,10 @@ void expect(bool fits, const std::string& what, int64_t got_a, int64_t got_b, in
          std::to_string(want_a) + ", " + std::to_string(want_b) + "]");
 }
 
-// The format of the head: quantising it to int4 costs far more accuracy than its bytes are worth.
+// The format of the output head. With int4 weights it stays int8: int4 would cost far more accuracy than it saves time.
 DType head_dtype(DType dtype) { return dtype == DType::i4 ? DType::i8 : dtype; }
 
 }  // namespace
-
-// ------------------------------------------------------------------------------------------------ cache
-
-Cache::Cache(const StackSpec& spec, DType dtype, int panel, int slots, int64_t capacity)
-    : dtype_(dtype), slots_(slots), capacity_(capacity), padded_(round_up(capacity, kBlock)), lengths_(slots, 0),
-      opened_(slots, 0) {
-  const size_t element = dtype == DType::f32 ? 4 : 2;
-  size_t total = 0;
-  for (const LayerSpec& layer : spec.layers) {
-    const size_t head_pad = round_up(layer.head_dim, panel);
-    key_bytes_.push_back(element * padded_ * layer.head_dim);
-    head_bytes_.push_back(key_bytes_.back() + element * padded_ * head_pad);
-    kv_heads_.push_back(layer.kv_heads);
-    offsets_.push_back(total);
-    total += head_bytes_.back() * layer.kv_heads * slots;
-  }
-  memory_ = Region(total);
-}
-
-char* Cache::keys(int layer, int slot, int kv_head) const {
-  const size_t head = static_cast<size_t>(slot) * kv_heads_[layer] + kv_head;
-  return memory_.data() + offsets_[layer] + head * head_bytes_[layer];
-}
 
 // ------------------------------------------------------------------------------------------------ loading
 
@@ -102,13 +82,13 @@ void Stack::set_norm(int layer, const std::string& name, const float* gain, int6
   to->assign(gain, gain + size);
 }
 
-// `count` rows from the first column of `first_panel` on.
+// Packs `count` rows of a matrix into consecutive columns, the first of them column 0 of `first_panel`.
 void Stack::fill(Linear& linear, int first_panel, const float* rows, int64_t count, int64_t inner, const float* bias) {
   const int panel = kernels_.panel;
   const int64_t panels = (count + panel - 1) / panel;
   const auto pool = shared_pool();
   pool->run([&](int thread) {
-    pool->deal(thread, panels, [&](int64_t p) {
+    pool->parallel_for(thread, panels, [&](int64_t p) {
       linear.fill(first_panel + static_cast<int>(p), rows + p * panel * inner,
                   static_cast<int>(std::min<int64_t>(panel, count - p * panel)), bias ? bias + p * panel : nullptr);
     });
@@ -125,16 +105,17 @@ void Stack::set_linear(int layer, const std::string& name, const float* weight, 
     expect(outputs == want_outputs && inner == want_inner, "layers." + std::to_string(layer) + "." + name + ".weight",
            outputs, inner, want_outputs, want_inner);
   };
-  // Heads are stored group by group (queries, key, value), so that a key/value head's thread needs no other's output.
+  // Heads are stored group by group (queries, key, value), so that the thread that projects a key/value head also has
+  // the queries that attend to it.
   const auto fill_heads = [&](int heads, int per_group, int part) {
     shape(static_cast<int64_t>(heads) * s.head_dim, input);
     for (int h = 0; h < heads; h++) {
-      const int place = h / per_group * l.parts + part + h % per_group;
-      fill(l.qkv, place * head_panels, weight + static_cast<int64_t>(h) * s.head_dim * inner, s.head_dim, inner,
+      const int column = h / per_group * l.parts + part + h % per_group;  // in heads
+      fill(l.qkv, column * head_panels, weight + static_cast<int64_t>(h) * s.head_dim * inner, s.head_dim, inner,
            bias ? bias + static_cast<int64_t>(h) * s.head_dim : nullptr);
     }
   };
-  // Gate and up alternate panel by panel, so that a thread multiplies what it has just computed.
+  // Gate and up panels alternate, so that a thread can multiply the two as soon as it has computed them.
   const auto fill_interleaved = [&](int offset) {
     shape(s.intermediate, spec_.hidden);
     for (int64_t row = 0, p = 0; row < outputs; row += panel, p++)
@@ -176,11 +157,11 @@ void Stack::set_head(const float* weight, int64_t rows, int64_t width) {
   fill(head_, 0, weight, rows, width, nullptr);
 }
 
-// ------------------------------------------------------------------------------------------------ memory and checks
+// ------------------------------------------------------------------------------------------------ cache and checks
 
-std::shared_ptr<Cache> Stack::new_cache(int slots, int64_t capacity) {
-  if (slots < 1 || capacity < 1) refuse("a memory needs at least one slot and room for one token");
-  const std::lock_guard<std::mutex> lock(one_pass_);
+std::shared_ptr<KVCache> Stack::new_cache(int slots, int64_t capacity) {
+  if (slots < 1 || capacity < 1) refuse("a cache needs at least one slot and room for one token");
+  const std::lock_guard<std::mutex> lock(pass_mutex_);
   for (RopeTable& table : ropes_) {
     const std::vector<double>& inverse = table.spec.inverse_frequencies;
     const int64_t half = static_cast<int64_t>(inverse.size());
@@ -192,33 +173,32 @@ std::shared_ptr<Cache> Stack::new_cache(int slots, int64_t capacity) {
       }
   }
   const DType kind = spec_.dtype == DType::f32 ? DType::f32 : DType::bf16;
-  return std::make_shared<Cache>(spec_, kind, kernels_.panel, slots, capacity);
+  return std::make_shared<KVCache>(spec_, kind, kernels_.panel, slots, capacity);
 }
 
-void Stack::check(const Batch& batch, const Cache& cache, bool tokens) const {
+void Stack::check(const Batch& batch, const KVCache& cache, bool check_tokens) const {
   if (batch.offsets[0] != 0 || batch.offsets[batch.rows] != batch.count)
     refuse("offsets must run from 0 to the number of tokens (" + std::to_string(batch.count) + "), got " +
            std::to_string(batch.offsets[0]) + " to " + std::to_string(batch.offsets[batch.rows]));
   std::vector<char> seen(cache.slots(), 0);
-  Cache& state = const_cast<Cache&>(cache);
   for (int64_t b = 0; b < batch.rows; b++) {
     const int64_t slot = batch.slots[b], first = batch.offsets[b], last = batch.offsets[b + 1];
     if (last < first) refuse("offsets must not decrease");
-    if (slot < 0 || slot >= cache.slots() || !state.opened()[slot])
+    if (slot < 0 || slot >= cache.slots() || !cache.opened()[slot])
       refuse("slot " + std::to_string(slot) + " is not open");
     if (seen[slot]++) refuse("slot " + std::to_string(slot) + " appears twice in one batch");
     if (first == last) continue;
     const int64_t start = batch.positions[first];
-    if (start < 0 || start > state.lengths()[slot])
+    if (start < 0 || start > cache.lengths()[slot])
       refuse("row " + std::to_string(b) + " starts at position " + std::to_string(start) + ", but slot " +
-             std::to_string(slot) + " holds " + std::to_string(state.lengths()[slot]) + " tokens");
+             std::to_string(slot) + " holds " + std::to_string(cache.lengths()[slot]) + " tokens");
     if (start + (last - first) > cache.capacity())
       throw std::out_of_range("row " + std::to_string(b) + " reaches position " + std::to_string(start + last - first - 1) +
              ", past the capacity of " + std::to_string(cache.capacity()) + " tokens");
     for (int64_t t = first; t < last; t++)
       if (batch.positions[t] != start + (t - first)) refuse("positions must be consecutive within a row");
   }
-  if (!tokens) return;
+  if (!check_tokens) return;
   if (!spec_.embeddings) refuse("this stack has no embedding: give hidden states");
   for (int64_t t = 0; t < batch.count; t++)
     if (batch.tokens[t] < 0 || batch.tokens[t] >= spec_.embeddings)
@@ -237,6 +217,84 @@ void Stack::embed(const int64_t* tokens, int64_t count, float* out) const {
     else
       for (int d = 0; d < width; d++) out[d] = bf16_value(embedding_bf16_[row + d]) * spec_.embedding_scale;
   }
+}
+
+// ------------------------------------------------------------------------------------------------ forward passes
+
+namespace {
+
+// Splits a batch into chunks of at most kChunkRows tokens. Without the causal mask a row is never split: all of its
+// tokens attend to each other.
+std::vector<Chunk> chunks_of(const Batch& batch, bool causal) {
+  std::vector<Chunk> chunks;
+  for (int64_t b = 0; b < batch.rows; b++) {
+    for (int64_t t = batch.offsets[b]; t < batch.offsets[b + 1];) {
+      const int64_t left = batch.offsets[b + 1] - t;
+      const bool full = !chunks.empty() && (causal ? chunks.back().count >= kChunkRows
+                                                   : chunks.back().count + left > kChunkRows);
+      if (chunks.empty() || full) {
+        chunks.emplace_back();
+        chunks.back().first = t;
+      }
+      Chunk& chunk = chunks.back();
+      const int64_t count = causal ? std::min<int64_t>(left, kChunkRows - chunk.count) : left;
+      chunk.segments.push_back({static_cast<int>(batch.slots[b]), batch.positions[t], chunk.count,
+                                static_cast<int>(count)});
+      chunk.count += static_cast<int>(count);
+      t += count;
+    }
+  }
+  return chunks;
+}
+
+void set_lengths(const Batch& batch, KVCache& cache) {
+  for (int64_t b = 0; b < batch.rows; b++)
+    if (batch.offsets[b + 1] > batch.offsets[b])
+      cache.lengths()[batch.slots[b]] = batch.positions[batch.offsets[b + 1] - 1] + 1;
+}
+
+}  // namespace
+
+void Stack::forward(const Batch& batch, KVCache& cache, const PassInput& input, const PassOutput& output) {
+  const std::lock_guard<std::mutex> lock(pass_mutex_);
+  check(batch, cache, !input.hidden);
+  std::vector<Chunk> chunks = chunks_of(batch, input.causal);
+  for (int64_t r = 0; r < output.logits_rows; r++) {
+    const int64_t token = output.logits_at ? output.logits_at[r] : r;
+    if (token < 0 || token >= batch.count)
+      throw std::invalid_argument("logits_at holds " + std::to_string(token) + ", but the batch has " +
+                                  std::to_string(batch.count) + " tokens");
+    const auto after = std::upper_bound(chunks.begin(), chunks.end(), token,
+                                        [](int64_t t, const Chunk& chunk) { return t < chunk.first; });
+    Chunk& chunk = *(after - 1);
+    chunk.logits_token.push_back(static_cast<int>(token - chunk.first));
+    chunk.logits_row.push_back(r);
+  }
+  const auto pool = shared_pool();
+  Pass pass(*this, &cache, *pool, input, output);
+  for (const Chunk& chunk : chunks) pass.forward(batch, chunk);
+  set_lengths(batch, cache);
+}
+
+void Stack::project(const Batch& batch, KVCache& cache, const float* hidden) {
+  const std::lock_guard<std::mutex> lock(pass_mutex_);
+  check(batch, cache, false);
+  const auto pool = shared_pool();
+  const PassInput input;
+  const PassOutput output;
+  Pass pass(*this, &cache, *pool, input, output);
+  for (const Chunk& chunk : chunks_of(batch, true)) pass.project(chunk, hidden);
+  set_lengths(batch, cache);
+}
+
+void Stack::unembed(const float* hidden, int64_t rows, float* logits) {
+  const std::lock_guard<std::mutex> lock(pass_mutex_);
+  const auto pool = shared_pool();
+  const PassInput input;
+  PassOutput output;
+  output.logits = logits;
+  Pass pass(*this, nullptr, *pool, input, output);
+  pass.unembed(hidden, rows);
 }
 
 }  // namespace outrider

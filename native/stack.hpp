@@ -1,7 +1,7 @@
-// A decoder stack: its shape, its packed weights, and one pass over a ragged batch.
+// A decoder stack: its packed weights, and one forward pass over a ragged batch.
 //
-// Legend: B rows, T packed tokens, R rows of logits, V vocabulary, D width, H heads, Hkv key/value heads, Dh head
-// width, P panel columns. Padded widths are multiples of P and their padding stays zero.
+// Legend: B rows, T packed tokens, R rows of logits, V vocabulary, D model width, H heads, Hkv key/value heads, Dh head
+// width, P panel columns. Padded widths are multiples of P; their padding stays zero.
 #pragma once
 
 #include <memory>
@@ -11,67 +11,17 @@
 
 #include "arena.hpp"
 #include "kernels.hpp"
+#include "kv_cache.hpp"
 #include "pack.hpp"
-#include "threadpool.hpp"
+#include "stack_spec.hpp"
 
 namespace outrider {
 
-struct RopeSpec {
-  std::vector<double> inverse_frequencies;  // Dh / 2
-  double scale = 1.0;
-};
-
-struct LayerSpec {
-  int heads = 0, kv_heads = 0, head_dim = 0, intermediate = 0;
-  int rope = 0;        // index into StackSpec::ropes
-  int64_t window = 0;  // 0: unlimited
-  float attention_scale = 1.0f;
-  bool qk_norm = false, v_norm = false, value_is_key = false;
-  float scalar = 1.0f;
-};
-
-struct StackSpec {
-  DType dtype = DType::f32;
-  std::string isa;  // empty: the best, or OUTRIDER_ISA
-  int hidden = 0, input_width = 0;
-  int embeddings = 0;  // rows of the embedding; 0: none
-  int vocabulary = 0;  // rows of the head; 0: none
-  float eps = 1e-6f, embedding_scale = 1.0f, softcap = 0.0f;
-  Activation activation = Activation::silu;
-  bool sandwich = false, bias = false;  // bias: room for one on every linear of the layers
-  std::vector<RopeSpec> ropes;
-  std::vector<LayerSpec> layers;
-};
-
-// Keys and values of every layer, slot by slot; positions are appended, and a length that shrinks forgets.
-class Cache {
- public:
-  Cache(const StackSpec& spec, DType dtype, int panel, int slots, int64_t capacity);
-
-  int slots() const { return slots_; }
-  int64_t capacity() const { return capacity_; }
-  DType dtype() const { return dtype_; }
-  std::vector<int64_t>& lengths() { return lengths_; }
-  std::vector<char>& opened() { return opened_; }
-
-  char* keys(int layer, int slot, int kv_head) const;
-  char* values(int layer, int slot, int kv_head) const { return keys(layer, slot, kv_head) + key_bytes_[layer]; }
-  int64_t padded_capacity() const { return padded_; }
-
- private:
-  DType dtype_;
-  int slots_;
-  int64_t capacity_, padded_;
-  std::vector<size_t> key_bytes_, head_bytes_, offsets_;
-  std::vector<int> kv_heads_;
-  std::vector<int64_t> lengths_;
-  std::vector<char> opened_;
-  Region memory_;
-};
-
 struct Layer {
   LayerSpec spec;
-  int head_pad = 0, group = 0, parts = 0;  // parts: heads of one group in qkv (queries, key, value)
+  int head_pad = 0;  // Dh padded to P
+  int group = 0;     // query heads per key/value head
+  int parts = 0;     // heads of one group in qkv: its queries, the key, the value (unless the key is the value)
   Linear qkv, out, gate_up, down;
   std::vector<float> input_norm, mlp_norm, attention_out_norm, mlp_out_norm, q_norm, k_norm, v_norm;
 };
@@ -93,8 +43,8 @@ struct PassInput {
 };
 
 struct PassOutput {
-  std::vector<int> taps;
-  float* features = nullptr;           // [T, taps * D]
+  std::vector<int> aux_layers;         // residual after these layers; -1: the embedding
+  float* features = nullptr;           // [T, aux_layers * D]
   const int64_t* logits_at = nullptr;  // [R]; null: all
   int64_t logits_rows = 0;
   float* hidden = nullptr;             // [R, D]
@@ -105,28 +55,30 @@ class Stack {
  public:
   explicit Stack(StackSpec spec);
 
-  // Weights, one call each. Matrices are [outputs, inner] float32 rows; norms are gains, any offset added.
+  // Weights, one call each. Matrices are [outputs, inner] float32 rows; norms are gains with any offset already added.
   void set_norm(int layer, const std::string& name, const float* gain, int64_t size);
   void set_linear(int layer, const std::string& name, const float* weight, int64_t outputs, int64_t inner,
                   const float* bias);
   void set_embedding(const float* weight, int64_t rows, int64_t width);
   void set_head(const float* weight, int64_t rows, int64_t width);
 
-  std::shared_ptr<Cache> new_cache(int slots, int64_t capacity);
-  void forward(const Batch& batch, Cache& cache, const PassInput& input, const PassOutput& output);
-  void project(const Batch& batch, Cache& cache, const float* hidden);
+  std::shared_ptr<KVCache> new_cache(int slots, int64_t capacity);
+  // Checks the batch, runs it through all layers, and appends its keys and values to the cache.
+  void forward(const Batch& batch, KVCache& cache, const PassInput& input, const PassOutput& output);
+  // Appends the keys and values that every layer makes of `hidden` [T, D], without the layers' norms.
+  void project(const Batch& batch, KVCache& cache, const float* hidden);
   void unembed(const float* hidden, int64_t rows, float* logits);
   void embed(const int64_t* tokens, int64_t count, float* out) const;
 
   const StackSpec& spec() const { return spec_; }
   const Kernels& kernels() const { return kernels_; }
   size_t weight_bytes() const { return arena_.bytes(); }
-  // All packed weights, norms aside: what a stack of the same spec may be filled with instead of packing anew.
+  // All packed weights except norms: a stack of the same spec can be filled with a copy instead of packing again.
   const Arena& packed() const { return arena_; }
 
  private:
   friend class Pass;
-  void check(const Batch& batch, const Cache& cache, bool tokens) const;
+  void check(const Batch& batch, const KVCache& cache, bool check_tokens) const;
   void fill(Linear& linear, int first_panel, const float* rows, int64_t count, int64_t inner, const float* bias);
   int padded(int64_t width) const { return static_cast<int>(round_up(width, kernels_.panel)); }
 
@@ -139,7 +91,7 @@ class Stack {
   Linear head_;
   float* embedding_f32_ = nullptr;
   uint16_t* embedding_bf16_ = nullptr;
-  std::mutex one_pass_;
+  std::mutex pass_mutex_;  // one pass at a time: passes share scratch_ and the thread pool
   Region scratch_;
 };
 

@@ -16,17 +16,17 @@ namespace outrider {
 
 namespace {
 
-constexpr int kSpins = 2000;         // pauses before the first yield: tens of microseconds
-constexpr int kLook = 32;            // pauses between looks at who shares this core
-constexpr int kBarrierYields = 20;   // inside a job; on a busy machine each may cost a slice
-constexpr int kMoveEvery = 16;       // barriers between looks at whether to change cores
-constexpr int kIdleYields = 500;     // between jobs: another pass may follow at once
+constexpr int kSpins = 2000;        // pauses before the first yield: tens of microseconds
+constexpr int kPausesPerCheck = 32;  // pauses between checks of the clock and of shared cores
+constexpr int kBarrierYields = 20;  // inside a job; on a busy machine each may cost a time slice
+constexpr int kMoveEvery = 16;      // barriers between checks whether to move to another core
+constexpr int kIdleYields = 500;    // between jobs: the next pass often follows at once
 
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
-constexpr microseconds kPatience{150};    // the least the caller waits for a worker before it lets it go
-constexpr int kWorth = 16;                // waiting in vain may take one part in so many of all time
-constexpr milliseconds kLongestRest{1000};
+constexpr microseconds kMinWait{150};  // the caller waits at least this long for a worker before it drops it
+constexpr int kBackOff = 16;           // time lost by waiting in vain may be at most 1 / kBackOff of all time
+constexpr milliseconds kMaxBackOff{1000};
 
 void pause() {
 #if defined(__x86_64__)
@@ -44,8 +44,8 @@ int current_cpu() {
 #endif
 }
 
-thread_local int self = 0;           // number of this thread in the job it runs
-thread_local unsigned meetings = 0;  // barriers this thread has passed
+thread_local int self = 0;                  // number of this thread in the job it runs
+thread_local unsigned barriers_passed = 0;
 
 }  // namespace
 
@@ -54,25 +54,25 @@ void Epoch::advance() {
   if (sleepers_.load(std::memory_order_seq_cst)) value_.notify_all();
 }
 
-template <class Crowded, class Tired>
-void Epoch::wait_past(uint32_t seen, int yields, Crowded&& crowded, Tired&& tired) {
+template <class CoreIsShared, class AfterSpinning>
+void Epoch::wait_past(uint32_t seen, int yields, CoreIsShared&& core_is_shared, AfterSpinning&& after_spinning) {
   for (int i = 1; i <= kSpins; i++) {
     if (value() != seen) return;
     pause();
-    if (i % kLook == 0 && crowded()) break;
+    if (i % kPausesPerCheck == 0 && core_is_shared()) break;
   }
   for (int i = 0; i < yields; i++) {
-    tired();
+    after_spinning();
     if (value() != seen) return;
     std::this_thread::yield();
   }
-  tired();
+  after_spinning();
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   while (value_.load(std::memory_order_seq_cst) == seen) value_.wait(seen, std::memory_order_seq_cst);
   sleepers_.fetch_sub(1, std::memory_order_seq_cst);
 }
 
-ThreadPool::ThreadPool(int threads) : threads_(std::max(1, threads)), places_(threads_) {
+ThreadPool::ThreadPool(int threads) : threads_(std::max(1, threads)), per_thread_(threads_) {
 #if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0)
@@ -91,14 +91,14 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::work(int thread) {
   self = thread;
   for (uint32_t seen = 0;;) {
-    job_.wait_past(seen, kIdleYields, [this] { return crowded(current_cpu()); }, [] {});
+    job_.wait_past(seen, kIdleYields, [this] { return core_is_shared(current_cpu()); }, [] {});
     if (stop_) return;
     seen = job_.value();
     if (!join()) continue;
     try {
       call_(context_, thread);
-      meet(true);
-    } catch (const Dismissed&) {
+      wait_at_barrier(true);
+    } catch (const Dropped&) {
     }
   }
 }
@@ -108,18 +108,18 @@ void ThreadPool::run_raw(Call call, void* context) {
   self = 0;
   call_ = call;
   context_ = context;
-  impatient_.store(false, std::memory_order_relaxed);
-  for (Place& place : places_) place.taken.store(0, std::memory_order_relaxed);
+  drop_late_.store(false, std::memory_order_relaxed);
+  for (PerThread& entry : per_thread_) entry.taken.store(0, std::memory_order_relaxed);
   const Clock::time_point began = phase_began_ = Clock::now();
   const bool alone = threads_ == 1 || began < alone_until_;
   state_.store(alone ? kClosed | kMember : kMember, std::memory_order_release);
   if (!alone) job_.advance();
   call(context, 0);
-  meet(true);
-  if (!alone) together_ += phase_began_ - began;
+  wait_at_barrier(true);
+  if (!alone) shared_time_ += phase_began_ - began;
 }
 
-// Takes part in the job, if it still takes anybody.
+// Joins the running job, if it is still open.
 bool ThreadPool::join() {
   uint64_t state = state_.load(std::memory_order_acquire);
   while (state < kClosed)
@@ -127,97 +127,106 @@ bool ThreadPool::join() {
   return false;
 }
 
-void ThreadPool::meet(bool last) {
-  const uint32_t meeting = meeting_.value();
+void ThreadPool::wait_at_barrier(bool last) {
+  const uint32_t barrier = barrier_.value();
   if (self == 0) {
     wait_for_workers(last);
     const bool open = state_.load(std::memory_order_relaxed) < kClosed;
-    arrive(open ? kClosed | kArrived : kArrived, meeting);
+    arrive(open ? kClosed | kArrived : kArrived, barrier);
     phase_began_ = Clock::now();
     return;
   }
   const int cpu = current_cpu();
-  if (places_[self].cpu.load(std::memory_order_relaxed) != cpu) places_[self].cpu.store(cpu, std::memory_order_relaxed);
-  if (impatient_.load(std::memory_order_acquire)) {
-    arrive(-kMember, meeting);
-    throw Dismissed{};
+  note_core(cpu);
+  if (drop_late_.load(std::memory_order_acquire)) {
+    arrive(-kMember, barrier);
+    throw Dropped{};
   }
-  arrive(kArrived, meeting);
-  if (++meetings % kMoveEvery == 0 && crowded(cpu)) move_away();
+  arrive(kArrived, barrier);
+  if (++barriers_passed % kMoveEvery == 0 && core_is_shared(cpu)) move_to_free_core();
 }
 
-// The caller came to its job's first barrier: workers that have not begun get a moment, unless nothing is left to do.
+// Tells the other threads which core this one is on; writes only changes, to keep the cache line shared.
+void ThreadPool::note_core(int cpu) {
+  std::atomic<int>& noted = per_thread_[self].cpu;
+  if (noted.load(std::memory_order_relaxed) != cpu) noted.store(cpu, std::memory_order_relaxed);
+}
+
+// At the first barrier of a job the caller waits a moment for workers that have not joined yet, except at its end.
 void ThreadPool::wait_for_workers(bool last) {
   if (threads_ == 1) return;
   const int cpu = current_cpu();
-  if (places_[0].cpu.load(std::memory_order_relaxed) != cpu) places_[0].cpu.store(cpu, std::memory_order_relaxed);
+  note_core(cpu);
   const auto missing = [&] {
     const uint64_t state = state_.load(std::memory_order_acquire);
     return state < kClosed && static_cast<int>(state / kMember) < threads_;
   };
   if (last || !missing()) return;
-  const Clock::time_point now = Clock::now(), end = now + std::max<Clock::duration>(kPatience, now - phase_began_);
+  const Clock::time_point now = Clock::now(), end = now + std::max<Clock::duration>(kMinWait, now - phase_began_);
   while (missing()) {
-    if (Clock::now() > end) return rest(Clock::now() - now);
-    for (int i = 0; i < kLook; i++) pause();
-    if (crowded(cpu)) std::this_thread::yield();
+    if (Clock::now() > end) return back_off(Clock::now() - now);
+    for (int i = 0; i < kPausesPerCheck; i++) pause();
+    if (core_is_shared(cpu)) std::this_thread::yield();
   }
 }
 
-// Adds one's arrival, or takes away one's membership, and waits for the others unless it leaves.
-void ThreadPool::arrive(uint64_t change, uint32_t meeting) {
+// Adds this thread's arrival at the barrier and waits for the others; or removes its membership and returns.
+void ThreadPool::arrive(uint64_t change, uint32_t barrier) {
   const uint64_t state = state_.fetch_add(change, std::memory_order_acq_rel) + change;
   if (complete(state)) return release(state);
   if (change == -kMember) return;
-  const auto crowd = [cpu = current_cpu(), this] { return crowded(cpu); };
-  if (self) return meeting_.wait_past(meeting, kBarrierYields, crowd, [] {});
-  // Whoever has worked as long as the caller should be here soon. To yield now could cost a neighbour's whole slice.
-  const Clock::time_point now = Clock::now(), end = now + std::max<Clock::duration>(kPatience, now - phase_began_);
-  while (meeting_.value() == meeting && Clock::now() < end && !crowd())
-    for (int i = 0; i < kLook; i++) pause();
-  meeting_.wait_past(meeting, kBarrierYields, crowd, [&] {
-    if (impatient_.load(std::memory_order_relaxed) || meeting_.value() != meeting || Clock::now() < end) return;
-    impatient_.store(true, std::memory_order_release);
+  const auto shared = [cpu = current_cpu(), this] { return core_is_shared(cpu); };
+  if (self) return barrier_.wait_past(barrier, kBarrierYields, shared, [] {});
+  // Workers have had the caller's working time, so they should arrive soon. Yielding now could cost a whole time slice
+  // of another process.
+  const Clock::time_point now = Clock::now(), end = now + std::max<Clock::duration>(kMinWait, now - phase_began_);
+  while (barrier_.value() == barrier && Clock::now() < end && !shared())
+    for (int i = 0; i < kPausesPerCheck; i++) pause();
+  barrier_.wait_past(barrier, kBarrierYields, shared, [&] {
+    if (drop_late_.load(std::memory_order_relaxed) || barrier_.value() != barrier || Clock::now() < end) return;
+    drop_late_.store(true, std::memory_order_release);
   });
-  if (!impatient_.load(std::memory_order_relaxed)) return;
-  impatient_.store(false, std::memory_order_relaxed);
-  rest(Clock::now() - now);
+  if (!drop_late_.load(std::memory_order_relaxed)) return;
+  drop_late_.store(false, std::memory_order_relaxed);
+  back_off(Clock::now() - now);
 }
 
-// The last to arrive lets all go on. Nobody is in `deal` now.
+// The last thread to arrive starts the next phase. No thread is inside `parallel_for` now.
 void ThreadPool::release(uint64_t state) {
-  for (Place& place : places_) place.taken.store(0, std::memory_order_relaxed);
+  for (PerThread& entry : per_thread_) entry.taken.store(0, std::memory_order_relaxed);
   state_.store(state - (state & kCount), std::memory_order_release);
-  meeting_.advance();
+  barrier_.advance();
 }
 
-// The caller has waited in vain: it works alone until the loss is small beside the time since the last one.
-void ThreadPool::rest(Clock::duration lost) {
-  const Clock::duration wanted = kWorth * lost - together_;
-  together_ = {};
-  if (wanted.count() > 0) alone_until_ = Clock::now() + std::min<Clock::duration>(wanted, kLongestRest);
+// The caller has waited in vain: it works alone until the time lost is small compared with the time since the last
+// loss.
+void ThreadPool::back_off(Clock::duration lost) {
+  const Clock::duration wanted = kBackOff * lost - shared_time_;
+  shared_time_ = {};
+  if (wanted.count() > 0) alone_until_ = Clock::now() + std::min<Clock::duration>(wanted, kMaxBackOff);
 }
 
-// Workers that have shared a core for a while go to one that no thread of the pool is on; the caller's own thread is
-// not ours to move. Without this, two threads that politely yield to each other may stay on one core for good.
-void ThreadPool::move_away() {
+// Workers that share a core with another thread of the pool move to a free one. Without this, two threads that yield to
+// each other may stay on one core forever. The caller's thread belongs to the application and is never moved.
+void ThreadPool::move_to_free_core() {
 #if defined(__linux__)
   for (int core : cores_) {
-    if (crowded(core)) continue;
+    if (core_is_shared(core)) continue;
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET(core, &set);
     sched_setaffinity(0, sizeof set, &set);
-    places_[self].cpu.store(core, std::memory_order_relaxed);
+    per_thread_[self].cpu.store(core, std::memory_order_relaxed);
     return;
   }
 #endif
 }
 
-// A scheduler may put two of our threads on one core: spinning there keeps out the very thread that is waited for.
-bool ThreadPool::crowded(int cpu) const {
+// Whether another thread of the pool was last seen on this core: spinning would keep the core from the thread that is
+// waited for.
+bool ThreadPool::core_is_shared(int cpu) const {
   for (int thread = 0; thread < threads_; thread++)
-    if (thread != self && places_[thread].cpu.load(std::memory_order_relaxed) == cpu) return true;
+    if (thread != self && per_thread_[thread].cpu.load(std::memory_order_relaxed) == cpu) return true;
   return false;
 }
 
@@ -239,7 +248,7 @@ namespace {
 std::mutex pool_mutex;
 std::shared_ptr<ThreadPool>* pool = nullptr;  // never destroyed: workers must not outlive statics they use
 
-// A forked child has none of the parent's threads: it starts over with a pool of its own.
+// A forked child process has none of the parent's threads: it must make a new pool.
 void forget_pool() { pool = nullptr; }
 
 }  // namespace

@@ -137,8 +137,8 @@ def test_a_draft_model_with_another_vocabulary_is_refused(tiny_model_dir: object
 def test_drafting_in_one_call_gives_the_same_drafts(temperature: float, rule: str) -> None:
     plain = LLM(drafter="none", backend="native")
     at_once, step_by_step = plain.with_drafter("draft_model"), plain.with_drafter("draft_model")
-    assert at_once.drafter._chain is not None  # type: ignore[attr-defined]
-    step_by_step.drafter._chain = None  # type: ignore[attr-defined]
+    assert at_once.drafter._draft_loop is not None  # type: ignore[attr-defined]
+    step_by_step.drafter._draft_loop = None  # type: ignore[attr-defined]
     params = SamplingParams(max_tokens=24, temperature=temperature, seed=2, rule=rule, ignore_eos=True)  # type: ignore[arg-type]
     one, other = (llm.generate(PROMPTS, params) for llm in (at_once, step_by_step))
     assert [o.token_ids for o in one] == [o.token_ids for o in other]

@@ -385,7 +385,7 @@ def bad(batch: RaggedBatch, **parts: Tensor) -> RaggedBatch:
         ({"slots": torch.tensor([7])}, {}, "slot 7 is not open"),
         ({"offsets": torch.tensor([0, 2])}, {}, "offsets"),
         ({"slots": torch.tensor([0, 0]), "offsets": torch.tensor([0, 2, 3])}, {}, "twice"),
-        ({}, {"aux_layers": (2,)}, " 2"),
+        ({}, {"aux_layers": (2,)}, "auxiliary layer 2"),
         ({}, {"logits_at": torch.tensor([3])}, "logits_at holds 3"),
         ({}, {"hidden": torch.zeros(3, 65)}, r"hidden has shape \[3, 65\], expected \[3, 64\]"),
         ({}, {"hidden": torch.zeros(64, 3).t()}, "hidden is float32 .* not contiguous"),

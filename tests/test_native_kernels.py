@@ -148,7 +148,7 @@ def test_races_have_the_winner_that_float64_defines(width: int, scale: float) ->
     assert torch.equal(gumbel_argmax(logits, keys), expected)
     divisors = torch.tensor([0.7, 1.0, 2.5])
     tempered = (logits / divisors[:, None]).double() + rng_module.gumbel(keys, None, width)
-    assert torch.equal(gumbel_argmax(logits, keys, divisors=divisors), tempered.argmax(1))
+    assert torch.equal(gumbel_argmax(logits, keys, temperatures=divisors), tempered.argmax(1))
 
 
 def test_races_over_some_tokens_meet_the_noise_of_the_full_row() -> None:

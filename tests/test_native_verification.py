@@ -240,18 +240,14 @@ def test_arguments_are_checked() -> None:
     def call(**changes: Any) -> None:
         given = {"logits": logits, "draft": logits, "control": control, "tokens": tokens, "out": out} | changes
         native = (
-            given["logits"],
-            *none,
-            given["draft"],
-            *none,
+            (given["logits"], *none),
+            (given["draft"], *none),
             given["control"],
             given["tokens"],
-            1,
-            2,
-            3,
+            (1, 2, 3),
             given["out"],
         )
-        _native.verdict(*native)
+        _native.verify(*native)
 
     call()
     with pytest.raises(ValueError, match="out has shape"):

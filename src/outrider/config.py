@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, Literal, NoReturn, TypeVar
 
 from outrider.errors import InvalidRequest, nearest
 
@@ -13,6 +15,10 @@ __all__ = ["LayerConfig", "RopeConfig", "Rule", "SamplingParams", "StackConfig",
 
 Rule = Literal["rejection", "block", "coupled"]
 RULES: tuple[Rule, ...] = ("rejection", "block", "coupled")
+SMALLEST_TEMPERATURE = 1e-37
+"""Below it a temperature is 0, or not a normal number, in float32: greedy."""
+LARGEST_BIAS = 1e30
+"""Of a logit bias: far beyond any logit, and far from the end of float32."""
 
 T = TypeVar("T")
 
@@ -58,20 +64,22 @@ class SamplingParams:
     """Go on after the end-of-text token."""
 
     def __post_init__(self) -> None:
-        def refuse(name: str, expected: str) -> None:
+        def refuse(name: str, expected: str) -> NoReturn:
             raise InvalidRequest(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
         def number(name: str, low: float, high: float, expected: str, above: bool = False) -> None:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            value = _number(getattr(self, name))
+            if value is None or not math.isfinite(value):
                 refuse(name, f"a finite number, {expected}")
             if value < low or value > high or (above and value == low):
                 refuse(name, expected)
+            object.__setattr__(self, name, value)
 
         def whole(name: str, low: int) -> None:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            value = _whole(getattr(self, name))
+            if value is None or value < low:
                 refuse(name, f"a whole number of at least {low}")
+            object.__setattr__(self, name, value)
 
         whole("max_tokens", 1)
         whole("top_k", 0)
@@ -81,19 +89,23 @@ class SamplingParams:
         number("repetition_penalty", 0, 100, "above 0 and at most 100", above=True)
         number("presence_penalty", -2, 2, "between -2 and 2")
         number("frequency_penalty", -2, 2, "between -2 and 2")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            refuse("seed", "a whole number or None")
+        if self.temperature < SMALLEST_TEMPERATURE:  # 0 in float32, in which it would divide
+            object.__setattr__(self, "temperature", 0.0)
+        if self.seed is not None:
+            seed = _whole(self.seed)
+            if seed is None:
+                refuse("seed", "a whole number or None")
+            object.__setattr__(self, "seed", seed)
         if self.rule is not None and self.rule not in RULES:
             raise InvalidRequest(
                 f"rule must be one of {', '.join(RULES)}, got {self.rule!r}; {nearest(str(self.rule), RULES)}"
             )
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            refuse("stop", "non-empty strings")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if isinstance(self.logit_bias, Mapping):
-            object.__setattr__(self, "logit_bias", tuple((int(k), float(v)) for k, v in self.logit_bias.items()))
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        stop = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        if any(not isinstance(s, str) or not s for s in stop):
+            refuse("stop", "a non-empty string, several of them, or None")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
 
     @property
     def effective_rule(self) -> Rule:
@@ -103,6 +115,48 @@ class SamplingParams:
     def penalised(self) -> bool:
         """Whether the distribution depends on the tokens so far."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _whole(value: Any) -> int | None:
+    """A Python int of anything that is one (numpy's integers, 0-dimensional tensors of integers); None for the rest."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _number(value: Any) -> float | int | None:
+    """A Python number of anything that is one, numpy's included; None for the rest."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
+def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of a token id and a finite number or -inf (never that token). Whole numbers written as 7.0 or "7" are ids."""
+    if given is None:
+        return ()
+    pairs = given.items() if isinstance(given, Mapping) else given
+    total: dict[int, float] = {}
+    try:
+        for key, value in pairs:
+            token = int(key) if isinstance(key, str) or (isinstance(key, float) and key.is_integer()) else _whole(key)
+            amount = _number(value)
+            if token is None or token < 0 or amount is None or math.isnan(amount):
+                raise ValueError(key, value)
+            total[token] = total.get(token, 0.0) + float(amount)
+            if total[token] > LARGEST_BIAS:
+                raise ValueError(key, value)
+    except (TypeError, ValueError) as error:
+        pair = f"{error.args[0]!r}: {error.args[1]!r}" if len(error.args) == 2 else repr(given)
+        raise InvalidRequest(
+            f"logit_bias must hold token ids with a number below {LARGEST_BIAS:g} or -inf each, got {pair[:80]}"
+        ) from None
+    return tuple(total.items())
 
 
 # ------------------------------------------------------------------------------------------------ stacks
@@ -165,5 +219,3 @@ class StackConfig:
     input_width: int = 0
     """Width of layer 0's attention input, 0 = hidden_size. EAGLE-3: 2 x hidden_size."""
     max_positions: int = 2048
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
-    """Room for what one drafter alone needs to remember about its stack."""

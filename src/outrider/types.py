@@ -30,7 +30,9 @@ __all__ = [
     "Piece",
     "Proposal",
     "RaggedBatch",
+    "ReadsHidden",
     "RequestStats",
+    "ResetsRows",
     "Rng",
     "RowRecord",
     "SchedulerPolicy",
@@ -391,6 +393,20 @@ class DraftLoop(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """keys int64 [B, K], temperatures float32 [B] (0 = greedy) -> tokens int64 [B, K], logits [B * K, V]."""
         ...
+
+
+@runtime_checkable
+class ReadsHidden(Protocol):
+    """A drafter whose ``observe`` wants the target's last hidden states."""
+
+    reads_hidden: Literal[True]
+
+
+@runtime_checkable
+class ResetsRows(Protocol):
+    """A drafter that can close all of its slots at once, whatever state an interrupted call left them in."""
+
+    def reset_rows(self) -> None: ...
 
 
 @runtime_checkable

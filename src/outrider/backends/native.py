@@ -186,7 +186,7 @@ class NativeStack:
             raise _explained(error, batch, hidden, residual, logits_at) from error
         return StackOutput(last, logits, features)
 
-    def chain(self, batch: RaggedBatch, cache: Any, keys: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
+    def draft_loop(self, batch: RaggedBatch, cache: Any, keys: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         """Draft in one call: run the batch, then one token a row at a time, each drawn from the pass before it.
 
         keys int64 [B, K] of ``rng.gumbel``, temperatures float32 [B] (0 = the largest logit) -> tokens int64 [B, K],
@@ -196,7 +196,7 @@ class NativeStack:
         logits = torch.empty(keys.numel(), self._vocabulary)
         arrays = (keys, temperatures, drawn, logits)
         try:
-            self.core.chain(cache.core, *_place(batch), *(array.numpy() for array in arrays))
+            self.core.draft_loop(cache.core, *_place(batch), *(array.numpy() for array in arrays))
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, None, None, None) from error
         return drawn, logits

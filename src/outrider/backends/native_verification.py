@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outrider.core import native
 from outrider.errors import OutriderError
-from outrider.sampling.distribution import Categorical
+from outrider.sampling.distribution import Categorical, check_rows
 from outrider.sampling.rng import RowRng, purpose_word
 from outrider.sampling.verification import verify
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
@@ -22,7 +22,7 @@ from outrider.types import Context, Distribution, Proposal, Rng, Verification
 __all__ = ["verify_native"]
 
 _RULES = {"coupled": 0, "rejection": 1, "block": 2}
-_ACCEPT, _BONUS, _TOKENS = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)
+_PURPOSES = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)  # the names fix the streams
 
 
 def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
@@ -37,26 +37,27 @@ def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context
         seed, round = rng.rows[b]
         control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
         start += count + 1
-    assert len(forms[0]) == start, "one distribution for each kept draft and one more for each row"
+    assert len(forms[0][0]) == start, "one distribution for each kept draft and one more for each row"
     out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
     tokens = np.ascontiguousarray(proposal.tokens.numpy())
     try:
-        native.verdict(*forms, np.array(control), tokens, _ACCEPT, _BONUS, _TOKENS, out.numpy())
+        native.verify(*forms, np.array(control), tokens, _PURPOSES, out.numpy())
     except ValueError as error:
+        check_rows(torch.from_numpy(forms[0][0]))  # which of the target's rows, if it is them
         raise OutriderError(str(error)) from error
     accepted = out[:, 0]
     return Verification(accepted, out[:, 1:], accepted + 1)
 
 
 def _core_forms(target: Categorical, drafter: Distribution | None) -> tuple[Any, ...]:
-    """Both sides' distributions as the core reads them; empty where it cannot."""
+    """Both sides' distributions as the core reads them (None: deterministic drafts); empty where it cannot."""
     mine = target.core_form if native is not None else None
     if mine is None:
         return ()
     if drafter is None:
-        return (*mine, *(None,) * 6)
+        return mine, None
     theirs = drafter.core_form if isinstance(drafter, Categorical) else None
-    return () if theirs is None else (*mine, *theirs)
+    return () if theirs is None else (mine, theirs)
 
 
 def _signed(word: int) -> int:

@@ -21,7 +21,7 @@ from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.errors import InvalidRequest, nearest
 from outrider.kv_cache.attention import Pass, attend
 from outrider.registry import find
-from outrider.sampling.distribution import Categorical
+from outrider.sampling.distribution import Categorical, check_rows
 from outrider.sampling.verification import verify
 from outrider.types import Context, Distribution, KVCache, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
 
@@ -57,6 +57,8 @@ class ReferenceBackend:
     ) -> Verification:
         """See ``outrider.types.Backend``."""
         assert isinstance(target, Categorical)
+        if not target.is_greedy:
+            check_rows(target.logits)
         return verify(target, proposal, keep, context, rng)
 
     def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:

@@ -80,6 +80,6 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) ->
     except KeyboardInterrupt:
         pass  # the run is cancelled, the conversation goes on
     print()
-    [output] = run.outputs()
+    output = run.output()
     figures(output)
     return output.text

@@ -121,7 +121,7 @@ def _run(llm: LLM, prompt: str, params: SamplingParams) -> Run:
     began = perf_counter()
     for event in run.events():
         moments.append((perf_counter() - began, event.pieces))
-    return Run(run.outputs()[0], moments)
+    return Run(run.output(), moments)
 
 
 def _row(domain: str, pairs: list[tuple[Run, Run]]) -> Row:

@@ -79,7 +79,7 @@ def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, j
     written = 0
 
     def finish() -> None:
-        [output] = run.outputs()
+        output = run.output()
         text.write(output.text[written:] + "\n")  # an interruption may come between a piece and its writing
         text.flush()
         figures(output)

@@ -17,7 +17,7 @@ from outrider import registry
 from outrider.config import SamplingParams
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.sampling.distribution import Categorical, process
-from outrider.types import Context, KVCache, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import Context, DraftLoop, KVCache, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
 
@@ -66,7 +66,7 @@ class DraftModelDrafter:
         self._rows: dict[int, _Row] = {}
         self._cache: KVCache = model.new_cache(1, 1)
         self._slots = 1
-        self._chain: Callable[..., tuple[Tensor, Tensor]] | None = getattr(model, "chain", None)
+        self._draft_loop = model.draft_loop if isinstance(model, DraftLoop) else None
 
     @classmethod
     def from_config(
@@ -125,7 +125,7 @@ class DraftModelDrafter:
         # Longest drafts first: the rows that still draft at depth j are then a prefix.
         order = sorted((b for b, n in enumerate(lengths) if n), key=lambda b: -lengths[b])
         missing = self._catch_up([rows[b] for b in order], [context.history[b] for b in order])
-        if self._chain is not None and min(lengths) == width and all(map(_plain, context.params[: len(rows)])):
+        if self._draft_loop is not None and min(lengths) == width and all(map(_plain, context.params[: len(rows)])):
             return self._draft_at_once(missing, context, width, rng)
         live = [sum(lengths[b] > j for b in order) for j in range(width)]
         index, places, positions = torch.tensor(
@@ -183,6 +183,11 @@ class DraftModelDrafter:
         if chunks:
             self._run(chunks)
 
+    def reset_rows(self) -> None:
+        """Close all slots at once, with a cache made anew."""
+        self._rows.clear()
+        self._cache = self.model.new_cache(self._slots, self._cache.capacity)
+
     def close(self, slot: int) -> None:
         self._cache.release(self._rows.pop(slot).place)
 
@@ -203,7 +208,7 @@ class DraftModelDrafter:
         self, missing: Sequence[tuple[_Row, list[int]]], context: Context, width: int, rng: Rng
     ) -> Proposal:
         """All rows draft ``width`` tokens in one call of the backend; the same drafts, without Python in between."""
-        assert self._chain is not None
+        assert self._draft_loop is not None
         count = len(missing)
         rows = torch.arange(count).repeat_interleave(width) if count > 1 else torch.zeros(width, dtype=torch.int64)
         positions = [len(context.history[b]) + j for b in range(count) for j in range(width)]
@@ -213,7 +218,7 @@ class DraftModelDrafter:
         else:
             keys = torch.zeros(count, width, dtype=torch.int64)
         batch = self._batch(missing)
-        tokens, logits = self._chain(batch, self._cache, keys, torch.tensor(temperatures, dtype=torch.float32))
+        tokens, logits = self._draft_loop(batch, self._cache, keys, torch.tensor(temperatures, dtype=torch.float32))
         for row, _ in missing:
             row.ahead = width - 1
         distribution = process(logits, context, rows) if any(temperatures) else None

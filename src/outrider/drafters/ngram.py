@@ -87,6 +87,10 @@ class NgramDrafter:
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Nothing: the history that ``propose`` is shown holds every committed token."""
 
+    def reset_rows(self) -> None:
+        """Close all slots at once."""
+        self._rows.clear()
+
     def close(self, slot: int) -> None:
         del self._rows[slot]
 

@@ -260,6 +260,10 @@ class SuffixDrafter:
             if start < end:
                 self._rows[slot].read(positions[start], tokens[start:end])
 
+    def reset_rows(self) -> None:
+        """Close all slots at once."""
+        self._rows.clear()
+
     def close(self, slot: int) -> None:
         row = self._rows.pop(slot)
         if row.prompt_length is not None:

@@ -23,7 +23,7 @@ from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.files import read_json_lines
-from outrider.types import SchedulerPolicy, StepCost, StepView
+from outrider.types import StepRecord
 
 __all__ = [
     "Answer",
@@ -141,7 +141,7 @@ def runnable(
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One draft and its verification."""
+    """One draft and what verification kept of it."""
 
     confidence: tuple[float, ...] | None  # of each draft; None: the drafter has none
     planned: int  # the most drafts the policy asked for
@@ -154,34 +154,17 @@ class Round:
 
 
 class Recorder:
-    """A policy that delegates to another one and records the rounds."""
+    """A ``StepObserver`` that records every round."""
 
-    def __init__(self, policy: SchedulerPolicy) -> None:
-        self.policy = policy
+    def __init__(self) -> None:
         self._rounds: list[Round] = []
-        self._ready = 0  # rows of this step that are past their prompt: the first ones
-        self._planned = 0
-        self._seen: list[tuple[tuple[float, ...] | None, int, int]] = []
 
-    def plan(self, step: StepView) -> Sequence[int]:
-        planned = self.policy.plan(step)
-        self._ready, self._planned = len(step), planned[0] if planned else 0
-        return planned
-
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        keep = self.policy.choose(confidence, lengths)
-        confidences = None if confidence is None else confidence.tolist()
-        self._seen = [
-            (None if confidences is None else tuple(confidences[b][:drafted]), drafted, verified)
-            for b, (drafted, verified) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True))
+    def step(self, record: StepRecord) -> None:
+        self._rounds += [
+            Round(row.confidence, row.limit, row.drafted, row.verified, row.accepted, len(row.committed))
+            for row in record.rows
+            if not row.first
         ]
-        return keep
-
-    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        for (confidence, drafted, verified), held in zip(self._seen[: self._ready], accepted, strict=False):
-            self._rounds.append(Round(confidence, self._planned, drafted, verified, held, held + 1))
-        self._ready = 0
-        self.policy.observe(cost, accepted)
 
     def take(self) -> list[Round]:
         """The rounds since the last call."""
@@ -191,7 +174,8 @@ class Recorder:
 
 def recorded(llm: LLM) -> Recorder:
     """Record the rounds of an LLM that has not answered anything yet."""
-    llm.policy = recorder = Recorder(llm.policy)
+    recorder = Recorder()
+    llm.observers.append(recorder)
     return recorder
 
 

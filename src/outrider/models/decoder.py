@@ -15,7 +15,7 @@ from outrider.backends.layers import check_weights, weight_shapes
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.models.weights import LazyWeights, TensorFiles, load_dtype
-from outrider.types import Backend, KVCache, RaggedBatch, Stack, TargetOutput, TargetSpec
+from outrider.types import Backend, DraftLoop, KVCache, RaggedBatch, Stack, TargetOutput, TargetSpec
 
 __all__ = [
     "PARTS",
@@ -105,6 +105,8 @@ class DecoderTarget:
 
     def __init__(self, spec: TargetSpec, stack: Stack, backend: Backend) -> None:
         self.spec, self.stack, self.backend = spec, stack, backend
+        if isinstance(stack, DraftLoop):
+            self.draft_loop = stack.draft_loop
 
     @classmethod
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
@@ -165,11 +167,6 @@ class DecoderTarget:
         output = self.stack.forward(batch, cache, aux_layers=aux_layers, logits_at=logits_at)
         assert output.logits is not None
         return TargetOutput(output.logits, output.features, output.hidden)
-
-    @property
-    def chain(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
-        """The backend's way to draft several tokens in one call, where it has one."""
-        return getattr(self.stack, "chain", None)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., D], as the first layer sees it."""

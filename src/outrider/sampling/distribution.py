@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
-from outrider.errors import InvalidRequest
+from outrider.errors import InvalidRequest, RowsFailed
 from outrider.sampling.rng import gumbel_argmax
 from outrider.sampling.truncation import Limits, limited
 from outrider.types import Context
 
-__all__ = ["Categorical", "process"]
+__all__ = ["Categorical", "check_rows", "process"]
 
 _COLD = 1e-3  # a temperature under which a quotient may overflow
 
@@ -263,10 +263,27 @@ class Categorical:
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """int64 [R]: the first of the largest. numpy's is several times faster than torch's on a CPU."""
+    """int64 [R]: the first of the largest. numpy's is several times faster than torch's on a CPU.
+
+    Raises RowsFailed where the largest is no number: both libraries take NaN for the largest.
+    """
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(scores.numpy().argmax(1))
-    return scores.argmax(1)
+        values = scores.numpy()
+        found = values.argmax(1)
+        largest = values[np.arange(len(values)), found]
+        if not np.isfinite(largest).all():
+            raise RowsFailed(np.flatnonzero(~np.isfinite(largest)).tolist())
+        return torch.from_numpy(found)
+    found_there = scores.argmax(1)
+    check_rows(scores.gather(1, found_there[:, None]))
+    return found_there
+
+
+def check_rows(logits: Tensor) -> None:
+    """Raise RowsFailed for rows with NaN or +inf, or with nothing but -inf. [R, S]"""
+    finite = torch.isfinite(logits.amax(1))
+    if not bool(finite.all()):
+        raise RowsFailed(torch.nonzero(~finite)[:, 0].tolist())
 
 
 # ------------------------------------------------------------------------------------------------ logits -> distribution

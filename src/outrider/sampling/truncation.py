@@ -77,7 +77,7 @@ def kept_tokens(logits: npt.NDArray[np.floating], k: int, p: float, min_p: float
         return np.arange(size)
     if native is not None and logits.dtype == np.float32:
         try:
-            columns: npt.NDArray[np.int64] = native.kept(np.ascontiguousarray(logits), min(k, size), p, min_p)
+            columns: npt.NDArray[np.int64] = native.truncate(np.ascontiguousarray(logits), min(k, size), p, min_p)
         except ValueError as error:
             raise OutriderError(str(error)) from error
         return columns

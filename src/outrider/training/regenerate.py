@@ -24,7 +24,7 @@ from rich.console import Console
 from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.engine.llm import LLM
-from outrider.engine.rows import Request
+from outrider.engine.request import Request
 from outrider.errors import ArtefactError
 from outrider.files import read_config, resolve_model
 from outrider.models.decoder import end_tokens, sampling_defaults
@@ -174,7 +174,7 @@ def engine(config: Config, load: Callable[[], LLM], settings: Settings) -> Answe
                 turn = todo.popleft()
                 params = settings.of(turn)
                 assert params.seed is not None
-                asked[engine.add(0, turn.tokens, params, params.seed)] = turn
+                asked[engine.submit(turn.tokens, params, params.seed)] = turn
             done = [commit.request for commit in engine.step() if commit.request.finish_reason is not None]
             if done:
                 yield [(asked.pop(request), request.output) for request in done]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from outrider.scheduling.calibration import Calibration
-from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng
+from outrider.types import Context, Drafter, Forgets, Proposal, RaggedBatch, ResetsRows, Rng
 
 __all__ = ["CalibratedDrafter"]
 
@@ -24,13 +24,17 @@ class CalibratedDrafter:
         return self.calibration.calibrated(self.drafter.propose(slots, last, context, limit, rng), context)
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
-        self.drafter.observe(batch, features)
+        self.drafter.observe(batch, features, hidden)
 
     def close(self, slot: int) -> None:
         self.drafter.close(slot)
 
     def forget(self) -> None:
         """Pass it on to a drafter that remembers."""
-        forget = getattr(self.drafter, "forget", None)
-        if forget is not None:
-            forget()
+        if isinstance(self.drafter, Forgets):
+            self.drafter.forget()
+
+    def reset_rows(self) -> None:
+        """Pass it on to a drafter that can."""
+        if isinstance(self.drafter, ResetsRows):
+            self.drafter.reset_rows()

@@ -91,6 +91,11 @@ class DraftCache:
         if row.place >= 0:
             self.kv_cache.release(row.place)
 
+    def reset(self) -> None:
+        """Close all rows at once, with a cache made anew."""
+        self._rows.clear()
+        self.kv_cache = self._stack.new_cache(len(self.kv_cache.lengths), self.kv_cache.capacity)
+
     def end_of(self, slot: int) -> int:
         """Tokens of the row, from its start, whose features were seen: where a catch-up pass must begin."""
         return self._rows[slot].end

@@ -94,6 +94,10 @@ class TrainedDrafter(ABC):
     def open(self, slot: int, capacity: int) -> None:
         self.cache.open(slot, capacity)
 
+    def reset_rows(self) -> None:
+        """Close all slots at once."""
+        self.cache.reset()
+
     def close(self, slot: int) -> None:
         self.cache.close(slot)
 

@@ -1,4 +1,4 @@
-// The part of a pass that works head by head: projections to queries, keys and values, and attention.
+// QKV projection and attention: the parts of Pass that work head by head.
 #include <algorithm>
 #include <cstring>
 
@@ -8,7 +8,7 @@ namespace outrider {
 
 namespace {
 
-Operand query_rows(char* queries, size_t stride) {
+Operand query_operand(char* queries, size_t stride) {
   Operand to;
   to.data = queries;
   to.stride = stride;
@@ -17,19 +17,19 @@ Operand query_rows(char* queries, size_t stride) {
 
 }  // namespace
 
-// One head of all rows: project, norm, rotate; queries wait for attention, keys and values go to the cache.
-// `part` counts within the key/value head's group: its queries, the key, the value.
-void Pass::head(int thread, size_t index, const Operand& x, int kv_head, int part) {
+// Projects one head of all rows, then norm and rotary positions; queries go to the workspace, keys and values to the
+// cache. `part` counts the heads of a key/value head's group: its queries, the key, the value.
+void Pass::project_head(int thread, size_t index, const Operand& x, int kv_head, int part) {
   const Layer& layer = stack_.layers_[index];
   const LayerSpec& spec = layer.spec;
   const int panels = layer.head_pad / kernels_.panel, first = (kv_head * layer.parts + part) * panels;
   float* tile = space_.local[thread].tile;
   kernels_.gemm(layer.qkv.weights(), x, rows_, first, first + panels, tile, layer.head_pad);
-  if (part >= layer.group) return key_value(thread, index, kv_head, part, tile);
+  if (part >= layer.group) return store_key_value(thread, index, kv_head, part, tile);
 
   const RopeTable& rope = stack_.ropes_[spec.rope];
   const size_t half = spec.head_dim / 2, stride = layer.head_pad * sizeof(float);
-  const Operand to = query_rows(space_.queries, stride);
+  const Operand to = query_operand(space_.queries, stride);
   float* rotated = space_.local[thread].row;
   const DType kind = cache_->dtype();
   for (const Segment& segment : chunk_->segments)
@@ -44,7 +44,7 @@ void Pass::head(int thread, size_t index, const Operand& x, int kv_head, int par
     }
 }
 
-void Pass::key_value(int thread, size_t index, int kv_head, int part, const float* tile) {
+void Pass::store_key_value(int thread, size_t index, int kv_head, int part, const float* tile) {
   const Layer& layer = stack_.layers_[index];
   const LayerSpec& spec = layer.spec;
   const RopeTable& rope = stack_.ropes_[spec.rope];
@@ -74,8 +74,9 @@ void Pass::key_value(int thread, size_t index, int kv_head, int part, const floa
     }
 }
 
-// One unit's queries over its positions, split after split. With `finish` the outputs are written too.
-void Pass::run_unit(int thread, size_t index, const AttentionUnit& unit, float* state, bool finish) {
+// Attention of one unit's queries over its positions, one split after the other, into `state`. With `finish` it also
+// writes the attention output.
+void Pass::attend(int thread, size_t index, const AttentionUnit& unit, float* state, bool finish) {
   const Layer& layer = stack_.layers_[index];
   const Segment& segment = chunk_->segments[unit.segment];
   const int count = unit.tokens * layer.group, head_pad = layer.head_pad;
@@ -106,7 +107,7 @@ void Pass::run_unit(int thread, size_t index, const AttentionUnit& unit, float* 
   if (finish) write_attention(layer, unit, state);
 }
 
-void Pass::merge_unit(const Layer& layer, const AttentionPlan& plan, int target) {
+void Pass::merge_splits(const Layer& layer, const AttentionPlan& plan, int target) {
   const AttentionUnit& unit = plan.units[plan.targets[target]];
   float* state = space_.partial + unit.state;
   for (int u = plan.targets[target] + 1; u < plan.targets[target + 1]; u++)
@@ -122,83 +123,6 @@ void Pass::write_attention(const Layer& layer, const AttentionUnit& unit, const 
       kernels_.attention_finish(state, layer.spec.head_dim, layer.head_pad,
                                 space_.attention + (first + m) * space_.attention_stride + column);
     }
-}
-
-// ------------------------------------------------------------------------------------------------ batches to chunks
-
-namespace {
-
-// A causal batch goes through the stack kChunkRows tokens at a time; a row that attends to itself as a block, whole.
-std::vector<Chunk> chunks_of(const Batch& batch, bool causal) {
-  std::vector<Chunk> chunks;
-  for (int64_t b = 0; b < batch.rows; b++) {
-    for (int64_t t = batch.offsets[b]; t < batch.offsets[b + 1];) {
-      const int64_t left = batch.offsets[b + 1] - t;
-      const bool full = !chunks.empty() && (causal ? chunks.back().count >= kChunkRows
-                                                   : chunks.back().count + left > kChunkRows);
-      if (chunks.empty() || full) {
-        chunks.emplace_back();
-        chunks.back().first = t;
-      }
-      Chunk& chunk = chunks.back();
-      const int64_t count = causal ? std::min<int64_t>(left, kChunkRows - chunk.count) : left;
-      chunk.segments.push_back({static_cast<int>(batch.slots[b]), batch.positions[t], chunk.count,
-                                static_cast<int>(count)});
-      chunk.count += static_cast<int>(count);
-      t += count;
-    }
-  }
-  return chunks;
-}
-
-void commit(const Batch& batch, Cache& cache) {
-  for (int64_t b = 0; b < batch.rows; b++)
-    if (batch.offsets[b + 1] > batch.offsets[b])
-      cache.lengths()[batch.slots[b]] = batch.positions[batch.offsets[b + 1] - 1] + 1;
-}
-
-}  // namespace
-
-void Stack::forward(const Batch& batch, Cache& cache, const PassInput& input, const PassOutput& output) {
-  const std::lock_guard<std::mutex> lock(one_pass_);
-  check(batch, cache, !input.hidden);
-  std::vector<Chunk> chunks = chunks_of(batch, input.causal);
-  for (int64_t r = 0; r < output.logits_rows; r++) {
-    const int64_t token = output.logits_at ? output.logits_at[r] : r;
-    if (token < 0 || token >= batch.count)
-      throw std::invalid_argument("logits_at holds " + std::to_string(token) + ", but the batch has " +
-                                  std::to_string(batch.count) + " tokens");
-    const auto after = std::upper_bound(chunks.begin(), chunks.end(), token,
-                                        [](int64_t t, const Chunk& chunk) { return t < chunk.first; });
-    Chunk& chunk = *(after - 1);
-    chunk.logits_token.push_back(static_cast<int>(token - chunk.first));
-    chunk.logits_row.push_back(r);
-  }
-  const auto pool = shared_pool();
-  Pass pass(*this, &cache, *pool, input, output);
-  for (const Chunk& chunk : chunks) pass.forward(batch, chunk);
-  commit(batch, cache);
-}
-
-void Stack::project(const Batch& batch, Cache& cache, const float* hidden) {
-  const std::lock_guard<std::mutex> lock(one_pass_);
-  check(batch, cache, false);
-  const auto pool = shared_pool();
-  const PassInput input;
-  const PassOutput output;
-  Pass pass(*this, &cache, *pool, input, output);
-  for (const Chunk& chunk : chunks_of(batch, true)) pass.project(chunk, hidden);
-  commit(batch, cache);
-}
-
-void Stack::unembed(const float* hidden, int64_t rows, float* logits) {
-  const std::lock_guard<std::mutex> lock(one_pass_);
-  const auto pool = shared_pool();
-  const PassInput input;
-  PassOutput output;
-  output.logits = logits;
-  Pass pass(*this, nullptr, *pool, input, output);
-  pass.unembed(hidden, rows);
 }
 
 }  // namespace outrider

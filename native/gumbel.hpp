@@ -1,7 +1,8 @@
-// Rows of logits: largest entry, and Gumbel races (outrider.noise defines the noise).
+// Rows of logits: the largest entry, and scores for Gumbel-max sampling (outrider.noise defines the random numbers).
 #pragma once
 
 #include "simd.hpp"
+#include "splitmix.hpp"
 
 namespace outrider::OUTRIDER_ISA {
 
@@ -27,7 +28,7 @@ static inline F log(F x) {
   return fma(e, set(0.693359375f), m + y);
 }
 
-// The largest of n numbers and where it first stands; n >= 1.
+// The largest of n >= 1 numbers, and the index of its first occurrence.
 static int64_t find_max(const float* x, int64_t n, float* largest) {
   float best = x[0];
   int64_t i = 0;
@@ -40,19 +41,19 @@ static int64_t find_max(const float* x, int64_t n, float* largest) {
   *largest = best;
   for (i = 0; i + kLanes <= n; i += kLanes)
     for (uint32_t hits = reaching(load(x + i), best); hits; hits &= hits - 1)
-      if (const int64_t place = i + __builtin_ctz(hits); x[place] == best) return place;
+      if (const int64_t index = i + __builtin_ctz(hits); x[index] == best) return index;
   for (; i < n; i++)
     if (x[i] == best) return i;
   return 0;
 }
 
-// scores[i] = x[i] / divisor + a float32 Gumbel value of (key, token), token = ids[i] or first + i. The noise is off by
-// less than 1e-5 above -1.9, by up to 1 below that. Returns the largest score; *peak is the largest x[i] / divisor.
-static float race(const float* x, int64_t n, float divisor, uint64_t key, uint64_t first, const int64_t* ids,
-                  float* scores, float* peak) {
-  constexpr uint64_t gamma = 0x9E3779B97F4A7C15, m1 = 0xBF58476D1CE4E5B9, m2 = 0x94D049BB133111EB;
+// scores[i] = x[i] / temperature + a float32 Gumbel value of (key, token), token = ids[i] or first + i. Gumbel values
+// above -1.9 have an error below 1e-5, smaller ones of up to 1. Returns the largest score; *peak is the largest
+// x[i] / temperature, NaN where there is NaN or +inf among the logits.
+static float gumbel_scores(const float* x, int64_t n, float temperature, uint64_t key, uint64_t first,
+                           const int64_t* ids, float* scores, float* peak) {
   F most = set(-INFINITY), highest = most;
-  bool damaged = false;
+  bool invalid = false;
   for (int64_t i = 0; i < n; i += kLanes) {
     alignas(64) uint64_t word[kLanes];
     alignas(64) float logit[kLanes];
@@ -62,12 +63,8 @@ static float race(const float* x, int64_t n, float divisor, uint64_t key, uint64
       logit[l] = l < width ? x[i + l] : -INFINITY;
       word[l] = ids ? static_cast<uint64_t>(ids[l < width ? i + l : i]) : first + i + l;
     }
-    for (int l = 0; l < kLanes; l++) {
-      uint64_t w = key + (word[l] + 1) * gamma;
-      w = (w ^ w >> 30) * m1;
-      w = (w ^ w >> 27) * m2;
-      word[l] = w;  // the mixer's last step moves w by less than one part in 2^30: not visible in float32
-    }
+    // The mixer's last step changes a word by less than one part in 2^30, which float32 does not show.
+    for (int l = 0; l < kLanes; l++) word[l] = splitmix_rounds(key + (word[l] + 1) * kGamma);
     for (int l = 0; l < kLanes; l++) {
       part[0][l] = static_cast<int32_t>(word[l] >> 40);
       part[1][l] = static_cast<int32_t>(word[l] >> 16 & 0xffffff);
@@ -76,19 +73,19 @@ static float race(const float* x, int64_t n, float divisor, uint64_t key, uint64
     const F high = to_float(load_int(part[0])), mid = to_float(load_int(part[1])), low = to_float(load_int(part[2]));
     const F tiny = fma(mid, set(0x1p-48f), (low + set(0.5f)) * set(0x1p-64f));
     const F u = min(fma(high, set(0x1p-24f), tiny), set(1.0f - 0x1p-24f));
-    // -log(1 - u) with the relative precision of u: where 1 - u rounds, the quotient makes up for it.
+    // -log(1 - u) with the relative precision of u: u / (1 - rest) corrects for the rounding of rest = 1 - u.
     const F rest = set(1.0f) - u, lost = set(1.0f) - rest;
     const Mask plain = less(lost, set(0x1p-23f));
     const F exponential = select(plain, u, (set(0.0f) - log(rest)) * (u / select(plain, set(1.0f), lost)));
-    const F scaled = load(logit) / set(divisor);
+    const F scaled = load(logit) / set(temperature);
     const F score = scaled - log(exponential);
     highest = max(scaled, highest);
     most = max(score, most);
-    for (int l = 0; l < width; l++) damaged |= !(logit[l] < INFINITY);
+    for (int l = 0; l < width; l++) invalid |= !(logit[l] < INFINITY);
     store(logit, score);
     std::memcpy(scores + i, logit, width * sizeof(float));
   }
-  *peak = damaged ? NAN : reduce_max(highest);
+  *peak = invalid ? NAN : reduce_max(highest);
   return reduce_max(most);
 }
 

@@ -1,4 +1,4 @@
-// Rows of logits as probabilities: exponentials, residuals, and bounds under which few of many lie.
+// Softmax of rows of logits in parts: exponentials and their sums, residuals of two distributions, block maxima.
 #pragma once
 
 #include "simd.hpp"
@@ -6,9 +6,9 @@
 namespace outrider::OUTRIDER_ISA {
 
 template <bool divided>
-static double exps_of(const float* x, int64_t n, float divisor, float shift, float scale, float* out) {
+static double exp_sum_as(const float* x, int64_t n, float temperature, float shift, float scale, float* out) {
   const auto one = [&](F v) {
-    if constexpr (divided) v = v / set(divisor);
+    if constexpr (divided) v = v / set(temperature);
     return exp(v - set(shift)) * set(scale);
   };
   F sum = set(0.0f);
@@ -30,14 +30,14 @@ static double exps_of(const float* x, int64_t n, float divisor, float shift, flo
   return total;
 }
 
-// exp(x / divisor - shift) * scale, into `out` unless that is null. Returns the sum.
-static double exps(const float* x, int64_t n, float divisor, float shift, float scale, float* out) {
-  return divisor == 1.0f ? exps_of<false>(x, n, divisor, shift, scale, out)
-                         : exps_of<true>(x, n, divisor, shift, scale, out);
+// exp(x / temperature - shift) * scale, written to `out` unless that is null. Returns the sum.
+static double exp_sum(const float* x, int64_t n, float temperature, float shift, float scale, float* out) {
+  return temperature == 1.0f ? exp_sum_as<false>(x, n, temperature, shift, scale, out)
+                             : exp_sum_as<true>(x, n, temperature, shift, scale, out);
 }
 
-// p = max(weight * p - q, 0). Returns the sum.
-static double excess(float* p, const float* q, int64_t n, float weight) {
+// p = max(weight * p - q, 0), in place. Returns the sum.
+static double residual_sum(float* p, const float* q, int64_t n, float weight) {
   F sum = set(0.0f);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -53,7 +53,7 @@ static double excess(float* p, const float* q, int64_t n, float weight) {
   return total;
 }
 
-// out[j] = the largest of x[j], x[j + length], ..., `blocks` of them.
+// out[j] = the largest of the `blocks` values x[j], x[j + length], x[j + 2 * length], ...
 static void fold_max(const float* x, int64_t blocks, int64_t length, float* out) {
   std::memcpy(out, x, length * sizeof(float));
   for (int64_t b = 1; b < blocks; b++) {

@@ -1,4 +1,5 @@
-// Cutting a layer's attention into units of work. Results do not depend on it: only who computes what, and when.
+// Splits a layer's attention into units of work. The plan decides which thread computes what; results do not depend on
+// it.
 #include <algorithm>
 
 #include "pass.hpp"
@@ -7,7 +8,7 @@ namespace outrider {
 
 namespace {
 
-constexpr int kEnough = 4;  // items per thread from which on whoever is done early finds enough to help with
+constexpr int kUnitsPerThread = 4;  // with this many, threads that finish early can take over enough work
 
 void add_units(AttentionPlan& plan, const Layer& layer, const std::vector<Segment>& segments, bool causal) {
   const int tokens_per_unit = std::max(1, kQueryTile / layer.group);
@@ -24,7 +25,7 @@ void add_units(AttentionPlan& plan, const Layer& layer, const std::vector<Segmen
     }
 }
 
-// Every unit becomes one unit for each of its splits, with a place for its partial state.
+// Replaces every unit by one unit per split of its positions, each with its own partial state.
 void split_units(AttentionPlan& plan, const Layer& layer) {
   std::vector<AttentionUnit> whole;
   whole.swap(plan.units);
@@ -47,7 +48,7 @@ void split_units(AttentionPlan& plan, const Layer& layer) {
 
 AttentionPlan plan_attention(const Layer& layer, const std::vector<Segment>& segments, bool causal, int threads) {
   AttentionPlan plan;
-  const int heads = layer.spec.kv_heads, enough = kEnough * threads;
+  const int heads = layer.spec.kv_heads, enough = kUnitsPerThread * threads;
   add_units(plan, layer, segments, causal);
   plan.by_head = heads % threads == 0 || heads >= enough;
   const auto spans_splits = [](const AttentionUnit& unit) { return unit.end - unit.begin > kSplit; };

@@ -1,0 +1,225 @@
+// Python bindings: layer stacks and their KV caches.
+#include <memory>
+#include <vector>
+
+#include "bindings.hpp"
+#include "draft_loop.hpp"
+#include "stack.hpp"
+
+namespace outrider {
+
+using namespace nb::literals;
+
+namespace {
+
+Batch batch_of(const IntVector& tokens, const IntVector& positions, const IntVector& slots, const IntVector& offsets) {
+  if (positions.size() != tokens.size() || offsets.size() != slots.size() + 1)
+    throw std::invalid_argument("a batch needs as many positions as tokens, and one more offset than slots");
+  return {tokens.data(), positions.data(), slots.data(), offsets.data(), static_cast<int64_t>(slots.size()),
+          static_cast<int64_t>(tokens.size())};
+}
+
+// ------------------------------------------------------------------------------------------------ passes
+
+void forward(Stack& stack, KVCache& cache, const IntVector& tokens, const IntVector& positions, const IntVector& slots,
+             const IntVector& offsets, bool causal, const std::vector<int>& aux_layers,
+             const std::optional<FloatMatrix>& hidden, const std::optional<FloatMatrix>& residual,
+             const std::optional<IntVector>& logits_at, const FloatMatrixOut& hidden_out,
+             const std::optional<FloatMatrixOut>& logits, const std::optional<FloatMatrixOut>& features) {
+  const StackSpec& spec = stack.spec();
+  const Batch batch = batch_of(tokens, positions, slots, offsets);
+  PassInput input;
+  input.causal = causal;
+  if (hidden) expect_matrix("hidden", *hidden, batch.count, spec.input_width ? spec.input_width : spec.hidden);
+  if (residual) expect_matrix("residual", *residual, batch.count, spec.hidden);
+  if (spec.input_width && !(hidden && residual))
+    throw std::invalid_argument("a stack with an input width needs both hidden and residual");
+  if (!spec.input_width && residual) throw std::invalid_argument("residual is for stacks with an input width only");
+  input.hidden = data_or_null(hidden);
+  input.residual = data_or_null(residual);
+  PassOutput output;
+  output.aux_layers = aux_layers;
+  for (int layer : aux_layers)
+    if (layer < -1 || layer >= static_cast<int>(spec.layers.size()))
+      throw std::invalid_argument("auxiliary layer " + std::to_string(layer) + " is outside -1 .. " +
+                                  std::to_string(spec.layers.size() - 1));
+  if (!aux_layers.empty() && !features) throw std::invalid_argument("auxiliary layers need a features array");
+  output.logits_rows = logits_at ? logits_at->size() : batch.count;
+  output.logits_at = data_or_null(logits_at);
+  expect_matrix("hidden_out", hidden_out, output.logits_rows, spec.hidden);
+  if (logits) expect_matrix("logits", *logits, output.logits_rows, spec.vocabulary);
+  if (features) expect_matrix("features", *features, batch.count, aux_layers.size() * spec.hidden);
+  output.hidden = hidden_out.data();
+  output.logits = data_or_null(logits);
+  output.features = data_or_null(features);
+  nb::gil_scoped_release released;
+  stack.forward(batch, cache, input, output);
+}
+
+void draft(Stack& stack, KVCache& cache, const IntVector& tokens, const IntVector& positions, const IntVector& slots,
+           const IntVector& offsets, const IntMatrix& keys, const FloatVector& temperatures, const IntMatrixOut& drawn,
+           const FloatMatrixOut& logits) {
+  if (!stack.spec().vocabulary || stack.spec().input_width)
+    throw std::invalid_argument("the draft loop needs a stack that has an embedding and a head, and no input width");
+  const Batch batch = batch_of(tokens, positions, slots, offsets);
+  const int64_t steps = keys.shape(1);
+  for (int64_t b = 0; b < batch.rows; b++)
+    if (batch.offsets[b + 1] <= batch.offsets[b])
+      throw std::invalid_argument("row " + std::to_string(b) + " of the draft loop has no token");
+  expect_matrix("keys", keys, batch.rows, steps);
+  expect_shape("temperatures", temperatures.size(), 1, batch.rows, 1);
+  expect_matrix("drawn", drawn, batch.rows, steps);
+  expect_matrix("logits", logits, batch.rows * steps, stack.spec().vocabulary);
+  nb::gil_scoped_release released;
+  draft_loop(stack, cache, batch, steps, keys.data(), temperatures.data(), drawn.data(), logits.data());
+}
+
+void project(Stack& stack, KVCache& cache, const IntVector& tokens, const IntVector& positions, const IntVector& slots,
+             const IntVector& offsets, const FloatMatrix& hidden) {
+  const Batch batch = batch_of(tokens, positions, slots, offsets);
+  expect_matrix("hidden", hidden, batch.count, stack.spec().hidden);
+  if (stack.spec().input_width) throw std::invalid_argument("a stack with an input width cannot project hidden states");
+  nb::gil_scoped_release released;
+  stack.project(batch, cache, hidden.data());
+}
+
+void embed(Stack& stack, const IntVector& tokens, const FloatMatrixOut& out) {
+  expect_matrix("out", out, tokens.size(), stack.spec().hidden);
+  nb::gil_scoped_release released;
+  stack.embed(tokens.data(), tokens.size(), out.data());
+}
+
+void unembed(Stack& stack, const FloatMatrix& hidden, const FloatMatrixOut& logits) {
+  if (!stack.spec().vocabulary) throw std::invalid_argument("this stack has no head");
+  expect_matrix("hidden", hidden, hidden.shape(0), stack.spec().hidden);
+  expect_matrix("logits", logits, hidden.shape(0), stack.spec().vocabulary);
+  nb::gil_scoped_release released;
+  stack.unembed(hidden.data(), hidden.shape(0), logits.data());
+}
+
+// ------------------------------------------------------------------------------------------------ weights
+
+void set_linear(Stack& stack, int layer, const std::string& name, const FloatMatrix& weight,
+                const std::optional<FloatVector>& bias) {
+  if (bias && bias->size() != weight.shape(0))
+    throw std::invalid_argument("layers." + std::to_string(layer) + "." + name + ".bias has " +
+                                std::to_string(bias->size()) + " values, expected " + std::to_string(weight.shape(0)));
+  stack.set_linear(layer, name, weight.data(), weight.shape(0), weight.shape(1), data_or_null(bias));
+}
+
+using Bytes = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>>;
+
+std::vector<Bytes> packed(const std::shared_ptr<Stack>& stack) {
+  const Arena& arena = stack->packed();
+  std::vector<Bytes> regions;
+  for (size_t i = 0; i < arena.regions(); i++)
+    regions.emplace_back(arena.data(i), std::initializer_list<size_t>{arena.used(i)}, nb::cast(stack));
+  return regions;
+}
+
+// ------------------------------------------------------------------------------------------------ cache
+
+void rewind(KVCache& cache, const IntVector& slots, const IntVector& lengths) {
+  if (slots.size() != lengths.size()) throw std::invalid_argument("rewind needs one length for each slot");
+  for (size_t b = 0; b < slots.size(); b++) {
+    int64_t& held = cache.lengths().at(slots.data()[b]);
+    if (lengths.data()[b] < 0 || lengths.data()[b] > held)
+      throw std::invalid_argument("cannot rewind a slot of " + std::to_string(held) + " tokens to " +
+                                  std::to_string(lengths.data()[b]));
+    held = lengths.data()[b];
+  }
+}
+
+void set_open(KVCache& cache, int slot, bool open) {
+  cache.opened().at(slot) = open;
+  cache.lengths().at(slot) = 0;
+}
+
+nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>> lengths(const std::shared_ptr<KVCache>& cache) {
+  return nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>>(cache->lengths().data(), {cache->lengths().size()},
+                                                        nb::cast(cache));
+}
+
+// ------------------------------------------------------------------------------------------------ specs
+
+void bind_specs(nb::module_& m) {
+  nb::enum_<DType>(m, "DType").value("f32", DType::f32).value("bf16", DType::bf16).value("i8", DType::i8).value("i4", DType::i4);
+  nb::enum_<Activation>(m, "Activation")
+      .value("silu", Activation::silu)
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("gelu", Activation::gelu);
+  nb::class_<RopeSpec>(m, "RopeSpec")
+      .def(nb::init<>())
+      .def_rw("inverse_frequencies", &RopeSpec::inverse_frequencies)
+      .def_rw("scale", &RopeSpec::scale);
+  nb::class_<LayerSpec>(m, "LayerSpec")
+      .def(nb::init<>())
+      .def_rw("heads", &LayerSpec::heads)
+      .def_rw("kv_heads", &LayerSpec::kv_heads)
+      .def_rw("head_dim", &LayerSpec::head_dim)
+      .def_rw("intermediate", &LayerSpec::intermediate)
+      .def_rw("rope", &LayerSpec::rope)
+      .def_rw("window", &LayerSpec::window)
+      .def_rw("attention_scale", &LayerSpec::attention_scale)
+      .def_rw("qk_norm", &LayerSpec::qk_norm)
+      .def_rw("v_norm", &LayerSpec::v_norm)
+      .def_rw("value_is_key", &LayerSpec::value_is_key)
+      .def_rw("scalar", &LayerSpec::scalar);
+  nb::class_<StackSpec>(m, "StackSpec")
+      .def(nb::init<>())
+      .def_rw("dtype", &StackSpec::dtype)
+      .def_rw("isa", &StackSpec::isa)
+      .def_rw("hidden", &StackSpec::hidden)
+      .def_rw("input_width", &StackSpec::input_width)
+      .def_rw("embeddings", &StackSpec::embeddings)
+      .def_rw("vocabulary", &StackSpec::vocabulary)
+      .def_rw("eps", &StackSpec::eps)
+      .def_rw("embedding_scale", &StackSpec::embedding_scale)
+      .def_rw("softcap", &StackSpec::softcap)
+      .def_rw("activation", &StackSpec::activation)
+      .def_rw("sandwich", &StackSpec::sandwich)
+      .def_rw("bias", &StackSpec::bias)
+      .def_rw("ropes", &StackSpec::ropes)
+      .def_rw("layers", &StackSpec::layers);
+}
+
+}  // namespace
+
+void bind_stack(nb::module_& m) {
+  bind_specs(m);
+  nb::class_<KVCache>(m, "KVCache")
+      .def_prop_ro("slots", &KVCache::slots)
+      .def_prop_ro("capacity", &KVCache::capacity)
+      .def_prop_ro("dtype", &KVCache::dtype)
+      .def("rewind", &rewind, "slots"_a.noconvert(), "lengths"_a.noconvert())
+      .def("set_open", &set_open, "slot"_a, "open"_a);
+  m.def("lengths", &lengths, "cache"_a, "A tensor that shares memory with the cache's lengths.");
+  nb::class_<Stack>(m, "Stack")
+      .def(nb::init<StackSpec>())
+      .def_prop_ro("isa", [](const Stack& stack) { return std::string(stack.kernels().name); })
+      .def_prop_ro("weight_bytes", &Stack::weight_bytes)
+      .def_prop_ro("packed", &packed, "All packed weights except norms, as tensors that share memory with the stack.")
+      .def("set_norm", [](Stack& stack, int layer, const std::string& name,
+                          const FloatVector& gain) { stack.set_norm(layer, name, gain.data(), gain.size()); })
+      .def("set_linear", &set_linear, "layer"_a, "name"_a, "weight"_a, "bias"_a = nb::none())
+      .def("set_embedding", [](Stack& stack, const FloatMatrix& weight) {
+        stack.set_embedding(weight.data(), weight.shape(0), weight.shape(1));
+      })
+      .def("set_head", [](Stack& stack, const FloatMatrix& weight) {
+        stack.set_head(weight.data(), weight.shape(0), weight.shape(1));
+      })
+      .def("new_cache", &Stack::new_cache)
+      .def("forward", &forward, "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "offsets"_a.noconvert(), "causal"_a, "aux_layers"_a, "hidden"_a.noconvert().none(),
+           "residual"_a.noconvert().none(), "logits_at"_a.noconvert().none(), "hidden_out"_a.noconvert(),
+           "logits"_a.noconvert().none(), "features"_a.noconvert().none())
+      .def("draft_loop", &draft, "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "offsets"_a.noconvert(), "keys"_a.noconvert(), "temperatures"_a.noconvert(), "drawn"_a.noconvert(),
+           "logits"_a.noconvert())
+      .def("project", &project, "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "offsets"_a.noconvert(), "hidden"_a.noconvert())
+      .def("embed", &embed, "tokens"_a.noconvert(), "out"_a.noconvert())
+      .def("unembed", &unembed, "hidden"_a.noconvert(), "logits"_a.noconvert());
+}
+
+}  // namespace outrider
