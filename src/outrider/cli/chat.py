@@ -45,14 +45,14 @@ def chat(
         note("the chat template takes no system messages: the instruction goes before your first message")
     messages = list(beginning)
     note(f"{model.model}, drafter {llm.drafter_name}: {HELP}")
-    while (said := _listen()) is not None and said != "/exit":
-        if said == "/reset":
+    while (line := _listen()) is not None and line != "/exit":
+        if line == "/reset":
             messages = list(beginning)
             note("forgotten")
-        elif said.startswith("/"):
-            note(f"unknown command {said}: {HELP}")
-        elif said:
-            messages.append({"role": "user", "content": said})
+        elif line.startswith("/"):
+            note(f"unknown command {line}: {HELP}")
+        elif line:
+            messages.append({"role": "user", "content": line})
             try:
                 messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
             except InvalidRequest as error:  # the conversation has grown past the context

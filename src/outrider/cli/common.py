@@ -268,8 +268,8 @@ def human(json_file: str | None) -> Console:
     """
     if json_file is not None and json_file != "-":
         path = Path(json_file)
-        place = path if path.exists() else path.parent
-        if path.is_dir() or not os.access(place, os.W_OK):
+        parent = path if path.exists() else path.parent
+        if path.is_dir() or not os.access(parent, os.W_OK):
             raise InvalidRequest(
                 f"--json: cannot write {json_file}; expected a file in a directory that exists, or '-'"
             )
