@@ -39,7 +39,7 @@ def test_bench() -> None:
 
 
 def test_eval() -> None:
-    row = Row(NAME, 0.7, "humaneval", 9, 9, *[WIDE] * 7, [Estimate(1.0)] * 16, [Estimate(1.0)] * 16)
+    row = Row(NAME, 0.7, "humaneval", 9, 9, *[WIDE] * 7, [Estimate(1.0)] * 16, [Estimate(1.0)] * 16)  # type: ignore[arg-type, call-arg]
     quality = Quality(12345, 0.5, 0.5, 0.123, 0.1, 0.123, 0.9, 0.1)
     found = Evaluation(
         {},

@@ -74,7 +74,7 @@ def evaluate(
 
     Prompts are answered plainly and with each drafter in turns, every time from a cold start; a text ends at its
     end-of-text token. `accept` counts the bonus or recovered token of each round, `drafts` does not; `rate` is accepted
-    over verified drafts. `all` is the average over prompt sets. Intervals are 95 %, from drawing prompts again; differences
+    over verified drafts. `all` is the average over prompt sets. Intervals are 95 %, by resampling prompts; differences
     are between drafters on the same prompts. With --out: evaluation.json and diagrams. Prompts that cannot be answered
     are left out and listed under `errors` in the JSON, and the exit code is then 3.
 

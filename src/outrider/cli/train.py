@@ -26,7 +26,8 @@ STAGES = {  # those that have no command of their own elsewhere -> what their he
     "prompts": """Collect the user messages of data sets: filtered, deduplicated, split by document.
 
     FILES are JSON Lines, plain or .gz: `text` or `prompt` to be continued, `turns`, OpenAI's `messages` or ShareGPT's
-    `conversations`. Only user and system messages are taken. Lines with the same `document` stay on one side of the split.
+    `conversations`. Only user and system messages are taken. Lines with the same `document` stay on one side of the
+    split.
 
     [bold]Examples[/bold]
 
