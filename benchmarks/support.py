@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the machine, versions, medians of pairs, and tables."""
+"""Helpers of the benchmark scripts: machine and versions, medians of pairs, tables."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ PEERS = ("outrider", "torch", "transformers", "llama-cpp-python", "gguf", "openv
 
 
 def say(text: str) -> None:
-    """Progress, out of the result's way."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def facts() -> dict[str, Any]:
-    """What a figure was measured with: machine, versions, command."""
+    """Machine, versions and command of a measurement."""
     versions = {}
     for name in PEERS:
         try:
@@ -58,7 +58,7 @@ def facts() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """What was typed, without where the result goes and where files lie on this machine."""
+    """The command line, without ``--json`` and without absolute paths."""
     words, given = [], iter(sys.argv[1:])
     for word in given:
         if word == "--json":
@@ -66,7 +66,8 @@ def _command() -> str:
         elif not word.startswith("--json="):
             name, equals, value = word.rpartition("=")
             words.append(name + equals + (Path(value).name if Path(value).is_absolute() else value))
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    script = Path(sys.argv[0]).resolve()
+    return shlex.join(["python", f"{script.parent.name}/{script.name}", *words])
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +75,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(file: str | None, value: Any) -> None:
-    """Write where ``--json`` says, if it says so."""
+    """Write to the file given by ``--json``, if it is given."""
     if file is not None:
         text = json.dumps(value, indent=2) + "\n"
         sys.stdout.write(text) if file == "-" else Path(file).write_text(text)
@@ -95,14 +96,14 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def settle() -> None:
-    """Let the threads of whoever ran last stop spinning: OpenMP's wait busily for a while, on the next one's cores."""
+    """Wait until the threads of the previous call stop spinning: OpenMP threads wait busily for a while."""
     sleep(0.01)
 
 
 def interleaved(works: dict[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of each work, one a round, in turns: what the machine does meanwhile hits all alike.
+    """Seconds of each work, once per round, in turns, so that drift of the machine affects all of them.
 
-    Each is timed right after a call of its own, as in a loop of its own: threads awake, the caches not a stranger's.
+    Each is timed right after an untimed call of the same work: threads are awake, and the caches hold its data.
     """
     for _ in range(warm):
         for work in works.values():

@@ -23,7 +23,7 @@ from outrider.drafters.ngram import NgramConfig, NgramDrafter
 from outrider.drafters.suffix import SuffixAutomaton, SuffixConfig, SuffixDrafter
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.models.loading import load_backend
-from outrider.sampling.distribution import process
+from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec
 

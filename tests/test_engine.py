@@ -14,7 +14,7 @@ from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.errors import InvalidRequest
 from outrider.models.toy import ToyTarget
-from outrider.sampling.distribution import process
+from outrider.sampling.processors import process
 from outrider.scheduling.fixed import FixedPolicy
 from outrider.types import Context, Proposal, RaggedBatch, Rng
 

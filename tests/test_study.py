@@ -1,4 +1,4 @@
-"""The study's figures: signals with known answers, what no scheduler may know, and tables out of tiny inputs."""
+"""The study's figures: signals with known values, what a scheduler may not depend on, and tables from tiny inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from outrider.sampling.verification import Round, acceptance_probabilities
 from outrider.training.run import save_drafter, trainable
 from outrider.types import Proposal
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import signals  # noqa: E402
 import study  # noqa: E402
 import study_drafters  # noqa: E402
@@ -74,8 +74,8 @@ def test_the_oracle_is_the_probability_with_which_the_rule_accepts() -> None:
     accepted = 0.0
     for token in range(6):
         proposal = Proposal(torch.tensor([[token]]), torch.tensor([1]), Categorical(6, probabilities=q[None]), None)
-        judged = acceptance_probabilities(Round.of(target, proposal, torch.tensor([1])), np.array([False]))
-        accepted += float(q[token]) * judged.probability[0, 0]
+        result = acceptance_probabilities(Round.of(target, proposal, torch.tensor([1])), np.array([False]))
+        accepted += float(q[token]) * result.probability[0, 0]
     assert signals.overlap(p[None], q[None]) == pytest.approx([accepted])
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,9 +30,11 @@ __all__ = [
     "Mask",
     "Output",
     "Piece",
+    "Processor",
     "Proposal",
     "RaggedBatch",
     "ReadsHidden",
+    "RequestRows",
     "RequestStats",
     "ResetsRows",
     "Rng",
@@ -165,6 +169,25 @@ class Context:
     params: Sequence[SamplingParams]  # B
     history: Sequence[list[int]]  # B lists: prompt and output so far, the last committed token included
     prompt_lengths: Sequence[int]  # B
+    processors: Sequence[Sequence[Processor]] | None = None  # B: applied after the request's own (a grammar's mask)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRows:
+    """The rows of logits that belong to one request."""
+
+    index: npt.NDArray[np.int64]  # [n] in the logits
+    depth: npt.NDArray[np.int64]  # [n] drafted tokens each row follows
+    tokens: list[int]  # the request's history, then its drafts up to the largest depth
+    prompt_length: int
+
+
+class Processor(Protocol):
+    """Changes the logits of one request's rows in place; a row may depend on the tokens it follows alone."""
+
+    def __call__(self, logits: Tensor, rows: RequestRows) -> None:
+        """logits [R, V]"""
+        ...
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from outrider.backends.packed_weights import PackedFile
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
-from outrider.sampling.distribution import Categorical
+from outrider.sampling.distribution import Processed
 from outrider.types import Context, Distribution, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
 
 __all__ = ["NativeBackend", "NativeCache", "NativeMarkovHead", "NativeStack", "available"]
@@ -111,12 +111,12 @@ class NativeBackend:
         self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
     ) -> Verification:
         """See ``outrider.types.Backend``."""
-        assert isinstance(target, Categorical)
+        assert isinstance(target, Processed)
         return verify_native(target, proposal, keep, context, rng)
 
     def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:
         """See ``outrider.types.Backend``."""
-        assert isinstance(distribution, Categorical)
+        assert isinstance(distribution, Processed)
         return distribution.draw(keys)
 
     def markov_head(

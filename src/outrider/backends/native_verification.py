@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outrider.core import native
 from outrider.errors import OutriderError
-from outrider.sampling.distribution import Categorical, check_rows
+from outrider.sampling.distribution import Processed, check_rows
 from outrider.sampling.rng import RowRng, purpose_word
 from outrider.sampling.verification import verify
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
@@ -25,7 +25,7 @@ _RULES = {"coupled": 0, "rejection": 1, "block": 2}
 _PURPOSES = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)  # the names fix the streams
 
 
-def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
+def verify_native(target: Processed, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
     """``sampling.verification.verify`` with the same results; by it where the core cannot read the distributions."""
     forms = _core_forms(target, proposal.distribution)
     if not forms or not isinstance(rng, RowRng):
@@ -49,14 +49,14 @@ def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context
     return Verification(accepted, out[:, 1:], accepted + 1)
 
 
-def _core_forms(target: Categorical, drafter: Distribution | None) -> tuple[Any, ...]:
+def _core_forms(target: Processed, drafter: Distribution | None) -> tuple[Any, ...]:
     """Both sides' distributions as the core reads them (None: deterministic drafts); empty where it cannot."""
     mine = target.core_form if native is not None else None
     if mine is None:
         return ()
     if drafter is None:
         return mine, None
-    theirs = drafter.core_form if isinstance(drafter, Categorical) else None
+    theirs = drafter.core_form if isinstance(drafter, Processed) else None
     return () if theirs is None else (mine, theirs)
 
 

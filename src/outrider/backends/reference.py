@@ -21,7 +21,7 @@ from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.errors import InvalidRequest, nearest
 from outrider.kv_cache.attention import Pass, attend
 from outrider.registry import find
-from outrider.sampling.distribution import Categorical, check_rows
+from outrider.sampling.distribution import Processed, check_rows, settled
 from outrider.sampling.verification import verify
 from outrider.types import Context, Distribution, KVCache, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
 
@@ -58,14 +58,14 @@ class ReferenceBackend:
         self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
     ) -> Verification:
         """See ``outrider.types.Backend``."""
-        assert isinstance(target, Categorical)
+        assert isinstance(target, Processed)
         if not target.is_greedy:
-            check_rows(target.logits)
+            check_rows(settled(target).logits)
         return verify(target, proposal, keep, context, rng)
 
     def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:
         """See ``outrider.types.Backend``."""
-        assert isinstance(distribution, Categorical)
+        assert isinstance(distribution, Processed)
         return distribution.draw(keys)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from outrider import registry
 from outrider.config import SamplingParams
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
-from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.distribution import Categorical, Processed
+from outrider.sampling.processors import process
 from outrider.types import Context, DraftLoop, KVCache, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
@@ -134,7 +135,7 @@ class DraftModelDrafter:
         offsets = torch.arange(len(order) + 1)
         penalised = any(context.params[b].penalised for b in order)
         seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts that count for penalties
-        distributions: list[Categorical] = []
+        distributions: list[Processed] = []
         drafts: list[Tensor] = []
         sureness: list[Tensor] = []
 

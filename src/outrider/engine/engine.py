@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import count
-from threading import Condition, get_ident
 from time import perf_counter
 
 import torch
@@ -15,10 +13,12 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.engine.finisher import Finisher
-from outrider.engine.request import Commit, Request
+from outrider.engine.request import Commit, Request, check_request, sampling_error
 from outrider.engine.rows import Admission, Candidates, Rows
-from outrider.errors import CacheFull, InvalidRequest, OutriderError, RowsFailed
-from outrider.sampling.distribution import process
+from outrider.engine.totals import Totals
+from outrider.engine.turns import Turns
+from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.processors import process
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import (
     Drafter,
@@ -71,35 +71,16 @@ class Engine:
         self._arrivals: deque[Request] = deque()  # submitted, not yet seen by a step
         self._requests: dict[int, Request] = {}  # seen and not finished: what a repair goes by
         self._numbers = count()
-        self._books = _Books()
+        self._totals = Totals()
         self._commits: list[Commit] = []  # of the step in progress, once all of them are known
         self._whole = True  # False while a step is under way: what it leaves behind cannot be relied on
-        self._turn = Condition()
-        self._runner = 0  # the thread that runs a step; 0: none
+        self._turns = Turns()
 
     # ------------------------------------------------------------------------------------------ for any thread
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Raise InvalidRequest for a request that this target cannot run."""
-        spec = self.target.spec
-        if not prompt:
-            raise InvalidRequest("the prompt is empty: got 0 tokens, expected at least 1")
-        if not 0 <= min(prompt) <= max(prompt) < spec.vocab_size:
-            raise InvalidRequest(
-                f"prompt token ids must be between 0 and {spec.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
-            )
-        if len(prompt) + params.max_tokens > spec.max_positions:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they pass the "
-                f"context of {spec.max_positions} tokens; shorten the prompt or lower max_tokens"
-            )
-        wrong = [token for token, _ in params.logit_bias if token >= spec.vocab_size]
-        if wrong:
-            raise InvalidRequest(
-                f"logit_bias names token {wrong[0]}, but the vocabulary has ids 0 to {spec.vocab_size - 1}; remove it"
-            )
-        if sum(bias == -torch.inf for _, bias in params.logit_bias) == spec.vocab_size:
-            raise InvalidRequest("logit_bias forbids every token of the vocabulary; leave at least one")
+        """Raise InvalidRequest for a request that this engine cannot run."""
+        check_request(self.target.spec, prompt, params)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this engine has none")
 
@@ -117,11 +98,7 @@ class Engine:
         """Stop a request, wherever it is; what it has committed stays. At once, or at the end of a running step."""
         if request.finish_reason is None:
             request.cancelled = reason
-            if self._claim():
-                try:
-                    self._tidy()
-                finally:
-                    self._release()
+            self._turns.run_if_free(self._tidy)
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Until all of them have finished; where that is interrupted, they are cancelled. Raises the first error."""
@@ -142,36 +119,11 @@ class Engine:
     @property
     def totals(self) -> tuple[int, RequestStats]:
         """Requests that have finished, and their counts together."""
-        return self._books.requests, self._books.total
+        return self._totals.requests, self._totals.stats
 
     def advance(self, done: Callable[[], bool]) -> None:
         """Run steps, or wait while another thread runs them, until ``done()``."""
-        while not done():
-            if self._claim(done):
-                try:
-                    if not done():
-                        self.step()
-                finally:
-                    self._release()
-
-    def _claim(self, done: Callable[[], bool] | None = None) -> bool:
-        """Become the thread that runs steps, if there is none. With ``done``: wait for that, or until it is done."""
-        with self._turn:
-            if done is None:
-                if self._runner:
-                    return False
-            else:
-                while self._runner not in (0, get_ident()):  # an interrupt may have left this thread's own claim
-                    if done():
-                        return False
-                    self._turn.wait()
-            self._runner = get_ident()
-            return True
-
-    def _release(self) -> None:
-        with self._turn:
-            self._runner = 0
-            self._turn.notify_all()
+        self._turns.run_until(done, self.step)
 
     # ------------------------------------------------------------------------------------------ one step
 
@@ -343,7 +295,7 @@ class Engine:
         else:
             with suppress(ValueError):
                 self.admission.waiting.remove(request)
-        self._books = self._books.with_finished(request)
+        self._totals = self._totals.with_finished(request)
         self._requests.pop(request.number, None)
 
     @torch.inference_mode()  # caches that were made in a step can be changed in this mode only
@@ -368,22 +320,9 @@ class Engine:
 
         failed int64 [n]: the row of the step that each of the target's ``logits`` [n, V] belongs to.
         """
-        numbers = torch.isfinite(logits.amax(1)).tolist()
-        for b, are_numbers in zip(failed.tolist(), numbers, strict=True):
+        for b, are_numbers in zip(failed.tolist(), torch.isfinite(logits.amax(1)).tolist(), strict=True):
             request = rows.requests[b]
-            options = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature")
-            request.error = (
-                InvalidRequest(
-                    "the request's sampling options leave no token a finite logit, got "
-                    + ", ".join(f"{name}={getattr(request.params, name)!r}"[:80] for name in options)
-                    + "; allow at least one token, with smaller values"
-                )
-                if are_numbers
-                else OutriderError(
-                    f"the target's logits are NaN or infinite after {len(request.history)} tokens: its weights or its "
-                    "config are damaged, or its dtype is too narrow for it; check the files, or try dtype='float32'"
-                )
-            )
+            request.error = sampling_error(request, are_numbers)
             request.finish_reason = "error"
         self._repair()
         self._whole = True
@@ -397,7 +336,7 @@ class Engine:
         for request in list(self._requests.values()):
             request.slot = -1
             if request.finish_reason is not None:
-                self._books = self._books.with_finished(request)
+                self._totals = self._totals.with_finished(request)
                 del self._requests[request.number]
         self._commits = []
         if isinstance(self.drafter, ResetsRows):
@@ -415,32 +354,6 @@ class Engine:
             if request.output:
                 request.finisher.take(request.output, len(request.output), len(request.output) + 1)
             self.admission.waiting.append(request)
-
-
-@dataclass(frozen=True, slots=True)
-class _Books:
-    """Counts of the requests that have finished; replaced as a whole, so that none is counted twice or lost."""
-
-    requests: int = 0
-    total: RequestStats = field(default_factory=RequestStats)
-    counted: frozenset[int] = frozenset()  # the latest ones
-
-    def with_finished(self, request: Request) -> _Books:
-        new = request.stats
-        if request.number in self.counted or not new.generated:
-            return self
-        total = RequestStats()
-        for name in ("rounds", "drafted", "accepted", "generated", "seconds"):
-            setattr(total, name, getattr(self.total, name) + getattr(new, name))
-        for name in ("accepted_per_position", "drafted_per_position"):
-            setattr(total, name, _added(getattr(self.total, name), getattr(new, name)))
-        return _Books(self.requests + 1, total, frozenset((request.number,)))
-
-
-def _added(one: list[int], other: list[int]) -> list[int]:
-    """Counts by position, together."""
-    width = max(len(one), len(other))
-    return [sum(counts[j] for counts in (one, other) if j < len(counts)) for j in range(width)]
 
 
 def _last_rows(rows: Tensor, accepted: list[int]) -> Tensor:

@@ -218,6 +218,8 @@ def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt or many, as texts or token ids; arrays of one dimension are a prompt, of two are rows of ids."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, (bytes, Mapping)):
+        raise InvalidRequest(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}")
     if isinstance(prompts, (np.ndarray, Tensor)):
         return [prompts.tolist()] if prompts.ndim == 1 else list(prompts)
     try:
@@ -231,6 +233,8 @@ def _as_list(prompts: Any) -> list[Prompt]:
 def _token_ids(prompt: Any) -> list[int]:
     values = prompt.tolist() if isinstance(prompt, (np.ndarray, Tensor)) else prompt
     try:
+        if isinstance(values, (bytes, Mapping)) or any(isinstance(value, bool) for value in values):
+            raise TypeError
         ids = [value.__index__() for value in values]
     except (TypeError, AttributeError):
         raise InvalidRequest(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outrider.config import SamplingParams
 from outrider.engine.finisher import Finisher
-from outrider.types import Event, RequestStats
+from outrider.errors import InvalidRequest, OutriderError
+from outrider.types import Event, RequestStats, TargetSpec
 
-__all__ = ["Commit", "Request"]
+__all__ = ["Commit", "Request", "check_request", "sampling_error"]
 
 
 @dataclass(eq=False, slots=True)
@@ -104,6 +107,43 @@ class Commit:
         request.stats = self.stats
         request.events[self.event_index :] = [self.event]
         request.finish_reason = self.event.finish_reason
+
+
+def check_request(spec: TargetSpec, prompt: Sequence[int], params: SamplingParams) -> None:
+    """Raise InvalidRequest for a request that a target cannot run."""
+    if not prompt:
+        raise InvalidRequest("the prompt is empty: got 0 tokens, expected at least 1")
+    if not 0 <= min(prompt) <= max(prompt) < spec.vocab_size:
+        raise InvalidRequest(
+            f"prompt token ids must be between 0 and {spec.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
+        )
+    if len(prompt) + params.max_tokens > spec.max_positions:
+        raise InvalidRequest(
+            f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they pass the "
+            f"context of {spec.max_positions} tokens; shorten the prompt or lower max_tokens"
+        )
+    wrong = [token for token, _ in params.logit_bias if token >= spec.vocab_size]
+    if wrong:
+        raise InvalidRequest(
+            f"logit_bias names token {wrong[0]}, but the vocabulary has ids 0 to {spec.vocab_size - 1}; remove it"
+        )
+    if sum(bias == -math.inf for _, bias in params.logit_bias) == spec.vocab_size:
+        raise InvalidRequest("logit_bias forbids every token of the vocabulary; leave at least one")
+
+
+def sampling_error(request: Request, finite: bool) -> OutriderError:
+    """Why a request's logits cannot be sampled from. ``finite``: the target's own logits are numbers."""
+    if not finite:
+        return OutriderError(
+            f"the target's logits are NaN or infinite after {len(request.history)} tokens: its weights or its config are "
+            "damaged, or its dtype is too narrow for it; check the files, or try dtype='float32'"
+        )
+    names = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature")
+    values = ", ".join(f"{name}={getattr(request.params, name)!r}"[:80] for name in names)
+    return InvalidRequest(
+        f"the request's sampling options leave no token a finite logit, got {values}; allow at least one token, with "
+        "smaller values"
+    )
 
 
 def _counted(counts: list[int], n: int) -> list[int]:

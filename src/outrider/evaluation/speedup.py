@@ -1,4 +1,4 @@
-"""Paired benchmark: a drafter against plain decoding, in turns, in one process (A B A B)."""
+"""Paired benchmark: a drafter against plain decoding, alternating in one process (A B A B)."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class BenchRow:
     speedup_ci95: tuple[float, float]
     acceptance_length: float
     accepted_per_position: list[float]  # share of rounds that drafted position j and accepted it
-    identical: float  # share of prompts whose text equals plain decoding's
-    repeated_8grams: float  # share of the text's 8-grams that occurred before: loops are easy to draft
+    identical: float  # share of prompts with the same text as plain decoding
+    repeated_8grams: float  # share of 8-grams that occurred before in the text: repetitive text is easy to draft
     generated: int
 
 
@@ -75,13 +75,13 @@ def bootstrap_ratio(
 
 
 def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
+    """Processor and number of cores of this machine."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux: keep the platform's name
+        pass  # not Linux: use the platform's name
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
 
 
@@ -103,11 +103,11 @@ def run_bench(
     seed: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Time every drafter against ``plain`` on the same prompts, in turns; sampled text is seeded and coupled.
+    """Time every drafter against ``plain`` on the same prompts, alternating; sampled text is seeded and coupled.
 
-    Each prompt (or group of ``concurrency`` prompts) is answered plain, then with the drafter, ``repeats`` times over
-    the set; its time is the median of the repeats. Every repeat starts with an empty drafter.
-    The share of identical texts is a check, not an assumption.
+    Each prompt (or group of ``concurrency`` prompts) is answered by plain decoding, then with the drafter; the whole
+    set is repeated ``repeats`` times. The time of a prompt is the median of its repeats. Drafters that store earlier
+    text are emptied before each repeat. The share of identical texts is measured, not assumed.
     """
     rows: list[BenchRow] = []
     for temperature in temperatures:
@@ -123,7 +123,7 @@ def run_bench(
                 outputs: dict[str, list[Output]] = {}
                 for _ in range(repeats):
                     outputs = {side: [] for side in sides}
-                    llm.forget()  # suffix statistics must not come from an earlier repeat
+                    llm.forget()  # stored answers would make a repeated prompt too easy
                     for index, group in enumerate(groups):
                         for side, one in sides.items():
                             done = one.generate(group, params)

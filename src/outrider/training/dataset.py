@@ -1,4 +1,4 @@
-"""Answered prompts as training texts: read once, dealt out step by step, the same for any number of processes."""
+"""Training texts: reading answered prompts, and sampling them per step independently of the number of processes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ class Text:
 
     @property
     def key(self) -> int:
-        """What its random choices depend on: the same in any batch and on any machine."""
+        """Seed of the text's random choices: the same in any batch and on any machine."""
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:7], "big")
 
 
 def read_texts(path: Path, *, length: int, vocab_size: int) -> list[Text]:
     """Answers of ``train regenerate``: lines of {id, domain, prompt, answer}, cut to ``length`` tokens.
 
-    Texts without room for an answer of two tokens are left out. Raises InvalidRequest with the line's number.
+    Texts whose answer has fewer than two tokens within ``length`` are left out. Raises InvalidRequest with the line's
+    number.
     """
     texts = []
     expected = "an object with id, prompt and answer (token ids)"
@@ -60,7 +61,7 @@ def read_texts(path: Path, *, length: int, vocab_size: int) -> list[Text]:
 
 
 def pack(texts: Sequence[Text]) -> TokenBatch:
-    """Texts side by side."""
+    """Concatenate texts into one batch."""
     lengths = [len(text.tokens) for text in texts]
     offsets = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int64)
     tokens = torch.tensor([token for text in texts for token in text.tokens], dtype=torch.int64)
@@ -70,30 +71,30 @@ def pack(texts: Sequence[Text]) -> TokenBatch:
 
 @dataclass(frozen=True)
 class TextSampler:
-    """Which texts a step learns from, in which packs. A function of the step alone, so a run can go on anywhere."""
+    """The texts of each training step, in packs. A function of the step alone, so a run can resume at any step."""
 
     texts: Sequence[Text]
-    batch: int  # texts of a step, over all processes
-    pack_tokens: int  # the most tokens of a pack, if its first text is not longer
+    batch: int  # texts per step, over all processes
+    pack_tokens: int  # most tokens of a pack; a longer text gets a pack of its own
     seed: int
 
     def epoch(self, step: int) -> int:
-        """How often every text was seen before this step."""
+        """Full passes over the texts before this step."""
         return step * self.batch // len(self.texts)
 
     def packs(self, step: int, rank: int = 0, world: int = 1) -> list[list[Text]]:
-        """This process's packs. All processes get equally many, as collectives ask for; one with less to do has empty
-        ones at the end."""
+        """This process's packs. Every process gets the same number, as collectives require; missing ones are empty and
+        come last."""
         shares = [self._split(self._chosen(step)[r::world]) for r in range(world)]
         most = max(len(share) for share in shares)
         return shares[rank] + [[] for _ in range(most - len(shares[rank]))]
 
     def _chosen(self, step: int) -> list[Text]:
-        """``batch`` texts: every text comes once before any comes again."""
+        """``batch`` texts; every text appears once per epoch."""
         count = len(self.texts)
-        places = range(step * self.batch, (step + 1) * self.batch)
-        orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
-        return [self.texts[orders[place // count][place % count]] for place in places]
+        indices = range(step * self.batch, (step + 1) * self.batch)
+        orders = {epoch: self._order(epoch) for epoch in {index // count for index in indices}}
+        return [self.texts[orders[index // count][index % count]] for index in indices]
 
     def _order(self, epoch: int) -> list[int]:
         order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(len(self.texts)).tolist()

@@ -1,8 +1,8 @@
-"""``calibrate``: measure a drafter's confidences on prompts it was not trained on, fit the scaling, keep it beside it.
+"""``calibrate``: fit a scaling of a drafter's confidences on held-out prompts, and store it with the checkpoint.
 
-For every rule and temperature the target answers the prompts with all drafts verified. Half of the prompts (every
-second one of a domain) are what the scaling is fitted on, the other half is where its error is measured, before and
-after. At temperature 0 the rules are one and the same, and so are their rounds.
+For every rule and temperature the target answers the prompts with all drafts verified. The scaling is fitted on half of
+the prompts (every second one of a domain); its error before and after is measured on the other half. At temperature 0
+all rules are the same, so they share one measurement.
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ from outrider.training.artefact import content_hash, file_hash
 __all__ = ["Bucket", "Config", "Report", "calibrate"]
 
 Progress = Callable[[str, float], None]
-"""What is being done, and the share that is done."""
+"""Called with the current activity and the finished share."""
 
 
 class Config(BaseModel):
-    """What is measured, and how the scaling is fitted."""
+    """Options of the measurement and of the fit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     rules: tuple[Rule, ...] = Field(default=RULES, min_length=1)
     """Verification rules to fit for."""
     temperatures: tuple[float, ...] = Field(default=(0.0, 0.7, 1.0), min_length=1)
-    """Temperatures to fit for; a request gets the nearest one's."""
+    """Temperatures to fit for; a request uses the nearest one."""
     rounds: int = Field(default=10_000, ge=60)
-    """Rounds wanted for each rule and temperature: prompts are answered again, with other seeds, until there are so
-    many. Greedy answers come out the same, so at temperature 0 each prompt is answered once."""
+    """Rounds for each rule and temperature: prompts are answered again with other seeds until there are so many.
+    Greedy answers do not vary, so at temperature 0 each prompt is answered once."""
     max_tokens: int = Field(default=128, ge=2)
     """Most new tokens of an answer."""
     draft_tokens: int | None = Field(default=None, ge=1)
-    """Drafts of a round; as many as the drafter gives by default."""
+    """Drafts per round; by default as many as the drafter's block."""
     bins: int = Field(default=calibration.BINS, ge=2)
-    """Bins of equal mass that the calibration error is taken over."""
+    """Bins of equal mass for the calibration error."""
     shift: bool | None = None
-    """Fit a shift beside each temperature; None: only at positions that a temperature alone leaves with more than 1 %
-    of calibration error, and more than twice what chance explains."""
+    """Fit a shift beside each temperature. None: only at positions where a temperature alone leaves more than 1 % of
+    calibration error, and more than twice what chance explains."""
     chat: bool = False
     """Write the turns of prompts into the target's chat template."""
     seed: int = 0
@@ -75,15 +75,15 @@ class Config(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One temperature under the rules that are alike there."""
+    """The result for one temperature and the rules that share it."""
 
     rules: tuple[Rule, ...]
     temperature: float
     scaling: Scaling
     fitted_on: int  # rounds
-    before: list[Quality]  # survival at each position, on the other half of the prompts
+    before: list[Quality]  # of the survival at each position, on the other half of the prompts
     after: list[Quality]
-    conditional_before: list[Quality]  # the confidence itself, where the drafts before were accepted
+    conditional_before: list[Quality]  # of the confidence itself, where all earlier drafts were accepted
     conditional_after: list[Quality]
     pooled_before: Quality  # survival at all positions together
     pooled_after: Quality
@@ -100,7 +100,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A drafter's calibration and how good it is."""
+    """A drafter's calibration, and its quality."""
 
     drafter: str
     target: str
@@ -132,10 +132,10 @@ def calibrate(
     progress: Progress = lambda text, done: None,
 ) -> Report:
     """Write ``out``: ``drafter/`` (a copy of the checkpoint with calibration.json), report.json, reliability.png and
-    provenance.json. For a drafter without a checkpoint, like ``ngram``, ``drafter/`` holds calibration.json alone.
+    provenance.json. For a drafter without a checkpoint, such as ``ngram``, ``drafter/`` has calibration.json only.
 
-    ``prompts``: files of prompts or answers (see ``evaluation.recording.read_prompts``), or directories with
-    ``held_out.jsonl``; the packaged ones where there are none.
+    ``prompts``: files of prompts or answers (see ``recording.read_prompts``), or directories with ``held_out.jsonl``;
+    default: the packaged prompts.
     Raises InvalidRequest for too few prompts, a drafter without confidences, or an ``out`` that exists.
     """
     began = perf_counter()
@@ -143,7 +143,7 @@ def calibrate(
         raise InvalidRequest(f"{out} exists already; give a new directory")
     llm = LLM(target, drafter, dtype=dtype, backend=backend, draft_tokens=config.draft_tokens, max_rows=1)
     if hasattr(llm.drafter, "calibration"):
-        llm.drafter.calibration = None  # what the file had is not what is to be measured
+        llm.drafter.calibration = None  # measure the raw confidences
     files = _files(prompts)
     read = [prompt for file in files for prompt in read_prompts(file)]
     chosen, _ = runnable(llm, read, SamplingParams(max_tokens=config.max_tokens), chat=config.chat, fail_fast=True)
@@ -158,11 +158,11 @@ def calibrate(
     buckets = []
     for number, (rules, temperature) in enumerate(kinds):
 
-        def tell(share: float, at: int = number, rules: Sequence[str] = rules, t: float = temperature) -> None:
+        def report_share(share: float, at: int = number, rules: Sequence[str] = rules, t: float = temperature) -> None:
             progress(f"{', '.join(rules)} at temperature {t:g}", (at + share) / len(kinds))
 
         params = SamplingParams(max_tokens=config.max_tokens, temperature=temperature, rule=rules[0], seed=config.seed)
-        fitting, held_out = _collect(llm, recorder, halves, params, config.rounds, tell)
+        fitting, held_out = _collect(llm, recorder, halves, params, config.rounds, report_share)
         buckets.append(_bucket(rules, temperature, fitting, held_out, config.shift, config.bins))
     made_by = f"outrider {__version__} calibrate"
     found = Calibration(
@@ -193,7 +193,7 @@ def _halves(prompts: Sequence[EvalPrompt]) -> list[tuple[EvalPrompt, bool]]:
 
 
 def _signal(llm: LLM) -> str:
-    """What the drafter's confidences are: ``head`` where one was trained for them."""
+    """Where the confidences come from: ``head`` for a trained confidence head, else ``training-free``."""
     design = getattr(llm.drafter, "design", None)
     return "head" if getattr(design, "confidence", False) else "training-free"
 
@@ -204,11 +204,11 @@ def _collect(
     halves: Sequence[tuple[EvalPrompt, bool]],
     params: SamplingParams,
     wanted: int,
-    tell: Callable[[float], None],
+    report_share: Callable[[float], None],
 ) -> tuple[Observed, Observed]:
-    """Rounds to fit on, and rounds to measure on: every prompt again and again with other seeds, greedily once.
+    """Rounds for fitting, and rounds for measuring. Prompts are repeated with other seeds; greedily they run once.
 
-    Raises InvalidRequest where there are too few with confidences.
+    Raises InvalidRequest for too few rounds with confidences.
     """
     rounds: dict[bool, list[Round]] = {True: [], False: []}
     turn, before, least = 0, -1, 0
@@ -219,15 +219,14 @@ def _collect(
             found = answer(llm, recorder, prompt.prompt, replace(params, seed=seed))
             rounds[fitting] += [one for one in found.rounds if one.verified and one.confidence]
             least = min(map(len, rounds.values()))
-            tell(min(1.0, 2 * least / wanted))
+            report_share(min(1.0, 2 * least / wanted))
             if least >= wanted / 2:
                 break
         turn += 1
     if least < calibration.BINS:
         raise InvalidRequest(
-            f"{llm.drafter_name}: only {least} rounds with confidences came out of a half of the prompts, expected "
-            f"at least {calibration.BINS}; give more prompts, and a drafter that gives confidences (`none` drafts "
-            "nothing)"
+            f"{llm.drafter_name}: half of the prompts gave only {least} rounds with confidences, expected at least "
+            f"{calibration.BINS}; give more prompts, or a drafter that has confidences (`none` drafts nothing)"
         )
     return observed(rounds[True]), observed(rounds[False])
 
@@ -273,7 +272,7 @@ def _bucket(
 
 
 def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: Config, out: Path) -> None:
-    """The whole artefact, or nothing: it appears under its name when it is complete."""
+    """Write the artefact atomically: it appears under its name when it is complete."""
     with new_folder(out) as partial:
         folder = partial / "drafter"
         folder.mkdir()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from outrider.drafters.base.network import DraftNet, rowwise
-from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.distribution import Categorical, Processed
+from outrider.sampling.processors import process
 from outrider.types import Context, Proposal, Rng
 
 __all__ = ["Drawing"]
@@ -27,9 +28,9 @@ class Drawing:
         self.rows = torch.tensor([b for b, n in enumerate(lengths) if n], dtype=torch.int64)
         self._positions = torch.tensor([len(context.history[b]) for b in self.rows.tolist()], dtype=torch.int64)
         self.tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-        self._distributions: list[Categorical] = []
+        self._distributions: list[Processed] = []
         self._logits: list[Tensor] = []
-        self._whole: Categorical | None = None  # of all places, where they were drawn at once
+        self._whole: Processed | None = None  # of all places, where they were drawn at once
         self._margins: Tensor | None = None
 
     def draw(self, logits: Tensor) -> Tensor:
@@ -103,9 +104,9 @@ class Drawing:
         count, drafts = self.tokens.shape
         if confidence is not None and len(confidence) < count:
             confidence = confidence.new_zeros(count, drafts).index_copy(0, self.rows, confidence)
-        return Proposal(self.tokens, lengths, self._law(count, drafts), confidence)
+        return Proposal(self.tokens, lengths, self._distribution(count, drafts), confidence)
 
-    def _law(self, count: int, drafts: int) -> Categorical | None:
+    def _distribution(self, count: int, drafts: int) -> Processed | None:
         distributions = self._distributions if self._whole is None else [self._whole]
         if all(distribution.is_greedy for distribution in distributions):
             return None
