@@ -19,9 +19,10 @@ import torch
 from support import add_json, facts, say, table, write_json
 from torch import Tensor
 
-from outrider.checkpoints import BlockDesign, DraftCheckpoint, TargetFacts
+from outrider.checkpoints import DraftCheckpoint, TargetFacts
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.models.loading import load_backend
 from outrider.models.random import SHAPES, random_target
 from outrider.sampling.rng import RowRng

@@ -21,6 +21,7 @@ from outrider.errors import CheckpointError, InvalidRequest
 from outrider.evaluation.conversion import convert
 from outrider.registry import find
 from outrider.scheduling.calibration import Calibration, Scaling
+from outrider.training.artefact import target_hash
 from outrider.training.fit_calibration import Config, calibrate
 
 HALF = {(rule, t): Scaling((2.0,), (-1.0,)) for rule in ("rejection", "block", "coupled") for t in (0.0, 1.0)}
@@ -141,6 +142,9 @@ def test_the_stage_writes_a_drafter_with_its_calibration(
         assert bucket["before"][0]["rounds"] >= 15
         assert all(0.1 <= t <= 32 for t in bucket["scaling"]["temperatures"])
     provenance = json.loads((out / "provenance.json").read_text())
+    facts = json.loads((out / "drafter" / "calibration.json").read_text())["facts"]
+    assert (facts["target"], facts["target_sha256"]) == (target_dir.name, target_hash(str(target_dir)))
+    assert str(tmp_path) not in (out / "report.json").read_text() and report.drafter == drafter_dir.name
     assert provenance["arguments"]["rounds"] == 60 and set(provenance["parents"]) == {"drafter", "held_out.jsonl"}
     llm = LLM(target_dir, out / "drafter", backend="reference")
     assert llm.drafter.calibration is not None  # type: ignore[attr-defined]

@@ -17,8 +17,9 @@ from trained import DECODER, LAYERS, VOCABULARY, WIDTH, make_checkpoint, make_ta
 from typer.testing import CliRunner
 
 from outrider import checkpoints
-from outrider.checkpoints import BlockDesign, DraftCheckpoint
+from outrider.checkpoints import DraftCheckpoint
 from outrider.cli import app
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.evaluation.diagnosis import Report, examine
 from outrider.evaluation.replay import Prompts, Transcript, replay, transcribe
 from outrider.registry import find

@@ -21,6 +21,7 @@ __all__ = [
     "EMBEDDED_PROMPTS",
     "cache_folder",
     "new_folder",
+    "public_name",
     "read_config",
     "read_json",
     "read_json_lines",
@@ -73,6 +74,21 @@ def _download(name: str) -> Path:
             f"{name!r} is no local directory, and fetching it from the Hugging Face hub failed "
             f"({reason[0] if reason else type(error).__name__}); give a local path, or check the id and the network"
         ) from error
+
+
+def public_name(model: str | Path) -> str:
+    """A model's name in artefacts that others read: a packaged model's name, a hub id, or the last part of a
+    directory's path, so that no artefact names a path of the machine that made it."""
+    name, path = str(model), Path(model).expanduser()
+    if name in EMBEDDED:
+        return name
+    for packaged, folder in EMBEDDED.items():
+        if path == Path(__file__).parent / "embedded" / folder:
+            return packaged
+    for part in path.parts:
+        if part.startswith("models--"):  # the hub's cache: models--OWNER--NAME/snapshots/REVISION
+            return part.removeprefix("models--").replace("--", "/")
+    return path.resolve().name if path.is_absolute() or name.startswith((".", "~")) or path.exists() else name
 
 
 def read_json(path: Path) -> dict[str, Any]:

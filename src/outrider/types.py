@@ -20,10 +20,12 @@ from outrider.config import SamplingParams, StackConfig
 
 __all__ = [
     "Backend",
+    "BlockHead",
     "Context",
     "Distribution",
     "DraftLoop",
     "Drafter",
+    "DraftsBlocks",
     "Event",
     "Forgets",
     "KVCache",
@@ -415,6 +417,37 @@ class DraftLoop(Protocol):
         self, batch: RaggedBatch, cache: KVCache, keys: Tensor, temperatures: Tensor
     ) -> tuple[Tensor, Tensor]:
         """keys int64 [B, K], temperatures float32 [B] (0 = greedy) -> tokens int64 [B, K], logits [B * K, V]."""
+        ...
+
+
+@runtime_checkable
+class DraftsBlocks(Protocol):
+    """A backend that drafts a whole block with DSpark's Markov head in one call."""
+
+    def markov_head(
+        self,
+        kind: str,
+        w1: Tensor,
+        w2: Tensor,
+        mix: Tensor | None,
+        ids: Tensor | None,
+        dtype: torch.dtype | str,
+        shortlist: int,
+    ) -> BlockHead:
+        """kind: vanilla, gated or rnn. w1 [V, r], w2 [Vd, r]; mix: the part of the product that does not read hidden
+        states, [r, r] gated, [3 r, 2 r] rnn; ids int64 [Vd]: target id of each draft id, ascending; None: the same."""
+        ...
+
+
+class BlockHead(Protocol):
+    """A Markov head on one kind of hardware."""
+
+    def draft(
+        self, base: Tensor, mixed: Tensor | None, anchors: Tensor, keys: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """base [n, K, Vd], mixed [n K, ...], anchors int64 [n], keys int64 [n, K], temperatures float32 [n] -> tokens
+        int64 [n, K], margins float32 [n, K], ids and logits [n K, S] of the distributions, None where all are greedy.
+        """
         ...
 
 

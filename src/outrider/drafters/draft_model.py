@@ -1,4 +1,4 @@
-"""A smaller causal LM of the same vocabulary drafts, token by token, from a memory of its own.
+"""A smaller causal LM of the same vocabulary drafts, token by token, with a KV cache of its own.
 
 Leviathan, Kalman and Matias (ICML 2023); Chen et al. (arXiv 2302.01318).
 """
@@ -22,7 +22,7 @@ from outrider.types import Context, DraftLoop, KVCache, Proposal, RaggedBatch, R
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
 
-CHUNK = 512  # most tokens of one row in a catch-up pass, so that a long gap costs bounded scratch memory
+CHUNK = 512  # most tokens of one row in a catch-up pass, so that a long gap needs bounded scratch memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class DraftModelConfig:
     """The most tokens it proposes in a round."""
     dtype: str = "auto"
     """Precision of the draft model alone; auto: int8 where the native core runs, else the target's. Rounding changes
-    what it proposes a little, and its speed a lot; never what is written."""
+    what it proposes a little, and its speed a lot; never the text."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1:
@@ -45,15 +45,15 @@ class DraftModelConfig:
 @dataclass(slots=True)
 class _Row:
     capacity: int
-    place: int  # slot in the draft model's memory
-    cached: int = 0  # tokens of the row's history that the memory holds
-    ahead: int = 0  # drafts it holds behind them, until ``observe`` tells which came true
+    cache_slot: int  # in the draft model's KV cache
+    cached: int = 0  # tokens of the row's history that the cache holds
+    ahead: int = 0  # drafts it holds after them, until ``observe`` tells which were accepted
 
 
 class DraftModelDrafter:
     """Samples drafts from the draft model under the row's own sampling options.
 
-    The memory follows the row lazily. After a round it already holds the row's last token and all drafts but the
+    The cache follows the row lazily. After a round it already holds the row's last token and all drafts but the
     final one; what it lacks (an accepted final draft, tokens of plain rounds, a prompt served from a prefix cache)
     is read from the history and folded into the next proposal's first pass.
     """
@@ -103,11 +103,11 @@ class DraftModelDrafter:
         if capacity > self._cache.capacity:
             self._renew(self._slots, capacity)
         try:
-            place = self._cache.open()
+            cache_slot = self._cache.open()
         except CacheFull:
             self._renew(2 * self._slots, self._cache.capacity)
-            place = self._cache.open()
-        self._rows[slot] = _Row(capacity, place)
+            cache_slot = self._cache.open()
+        self._rows[slot] = _Row(capacity, cache_slot)
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         """Rows draft together. A row near the end of the draft model's context drafts less, past it nothing.
@@ -129,8 +129,8 @@ class DraftModelDrafter:
         if self._draft_loop is not None and min(lengths) == width and all(map(_plain, context.params[: len(rows)])):
             return self._draft_at_once(missing, context, width, rng)
         live = [sum(lengths[b] > j for b in order) for j in range(width)]
-        index, places, positions = torch.tensor(
-            [order, [rows[b].place for b in order], [starts[b] for b in order]], dtype=torch.int64
+        index, cache_slots, positions = torch.tensor(
+            [order, [rows[b].cache_slot for b in order], [starts[b] for b in order]], dtype=torch.int64
         ).unbind()
         offsets = torch.arange(len(order) + 1)
         penalised = any(context.params[b].penalised for b in order)
@@ -143,7 +143,7 @@ class DraftModelDrafter:
         for j, n in enumerate(live):
             live_index, live_positions = index[:n], positions[:n]
             if j:
-                batch = RaggedBatch(drafts[-1][:n], live_positions - 1, places[:n], offsets[: n + 1])
+                batch = RaggedBatch(drafts[-1][:n], live_positions - 1, cache_slots[:n], offsets[: n + 1])
                 logits = self.model.forward(batch, self._cache).logits
             distribution = process(logits, context, live_index, torch.full((n,), j), drafted=seen)
             keys = None if distribution.is_greedy else rng.token_keys(live_index, live_positions, "draft")
@@ -165,7 +165,7 @@ class DraftModelDrafter:
         )
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
-        """Note how much of the drafts came true; run prompts as they come.
+        """Note how many drafts were accepted; run prompts as they come.
 
         A run of several tokens right behind the cache is a prompt's chunk. The single token of a plain round waits,
         since a row that never drafts again should not pay for it.
@@ -190,13 +190,13 @@ class DraftModelDrafter:
         self._cache = self.model.new_cache(self._slots, self._cache.capacity)
 
     def close(self, slot: int) -> None:
-        self._cache.release(self._rows.pop(slot).place)
+        self._cache.release(self._rows.pop(slot).cache_slot)
 
     def _catch_up(self, rows: Sequence[_Row], histories: Sequence[list[int]]) -> list[tuple[_Row, list[int]]]:
-        """Take back what did not come true. -> the tokens the first pass must run, up to and with the last one"""
+        """Rewind rejected drafts. -> the tokens the first pass must run, up to and with the last one"""
         for row, history in zip(rows, histories, strict=True):
-            row.cached = min(row.cached, len(history) - 1)  # a round that never came to be observed
-        self._cache.rewind(torch.tensor([row.place for row in rows]), torch.tensor([row.cached for row in rows]))
+            row.cached = min(row.cached, len(history) - 1)  # a round that was not observed
+        self._cache.rewind(torch.tensor([row.cache_slot for row in rows]), torch.tensor([row.cached for row in rows]))
         missing = []
         for row, history in zip(rows, histories, strict=True):
             row.ahead = 0
@@ -227,7 +227,7 @@ class DraftModelDrafter:
         return Proposal(tokens, lengths, distribution, _largest_probability(logits).view(count, width))
 
     def _run(self, chunks: Sequence[tuple[_Row, list[int]]], logits: bool = False) -> Tensor:
-        """Append tokens to the rows' memory. -> logits [B, V] after each chunk, or none."""
+        """Append tokens to the rows' cache. -> logits [B, V] after each chunk, or none."""
         batch = self._batch(chunks)
         wanted = batch.offsets[1:] - 1 if logits else batch.offsets[:0]
         return self.model.forward(batch, self._cache, logits_at=wanted).logits
@@ -238,17 +238,17 @@ class DraftModelDrafter:
         starts = [row.cached for row, _ in chunks]
         for row, tokens in chunks:
             row.cached += len(tokens)
-        return RaggedBatch.pack([tokens for _, tokens in chunks], starts, [row.place for row, _ in chunks])
+        return RaggedBatch.pack([tokens for _, tokens in chunks], starts, [row.cache_slot for row, _ in chunks])
 
     def _renew(self, slots: int, capacity: int) -> None:
-        """A larger memory. Rows that are open start it empty and catch up when they next draft."""
+        """A larger cache. Open rows start empty in it and catch up when they next draft."""
         self._cache, self._slots = self.model.new_cache(slots, capacity), slots
         for row in self._rows.values():
-            row.place, row.cached, row.ahead = self._cache.open(), 0, 0
+            row.cache_slot, row.cached, row.ahead = self._cache.open(), 0, 0
 
 
 def _largest_probability(logits: Tensor) -> Tensor:
-    """float32 [R]: max softmax(logits). numpy on a CPU: so small a sum is not worth waking torch's threads for."""
+    """float32 [R]: max softmax(logits). numpy on a CPU: the sum is too small to be worth starting torch's threads."""
     if logits.device.type != "cpu":
         return logits.float().softmax(-1).amax(-1)
     values = logits.float().numpy()
@@ -256,15 +256,15 @@ def _largest_probability(logits: Tensor) -> Tensor:
 
 
 def _plain(params: SamplingParams) -> bool:
-    """Whether the distribution is softmax(logits / temperature), or the largest logit: what a backend can draw by itself."""
-    cut = params.top_k or params.top_p != 1 or params.min_p or params.penalised or params.logit_bias
-    return not cut and (params.temperature == 0 or params.temperature >= 1e-3)
+    """Whether sampling is plain softmax(logits / temperature) or argmax, which a backend can do by itself."""
+    processed = params.top_k or params.top_p != 1 or params.min_p or params.penalised or params.logit_bias
+    return not processed and (params.temperature == 0 or params.temperature >= 1e-3)
 
 
 def _grid(rows: int, order: Sequence[int], live: Sequence[int]) -> Tensor:
     """int64 [B, K]: which draft, counted in the order they were made, is token (b, j).
 
-    Undrafted places borrow the first one: nothing reads them.
+    Positions without a draft point to the first one: nothing reads them.
     """
     grid = [[0] * len(live) for _ in range(rows)]
     made = 0

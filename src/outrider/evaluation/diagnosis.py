@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from outrider import checkpoints
 from outrider.backends.layers import rope_config
-from outrider.checkpoints import AutoregressiveDesign, BlockDesign, DraftCheckpoint
+from outrider.checkpoints import DraftCheckpoint
 from outrider.drafters.base import TrainedDrafter
+from outrider.drafters.dspark_design import BlockDesign
+from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.errors import CheckpointError, IncompatibleDrafter
 from outrider.evaluation.replay import Acceptance, Prompts, Transcript, least_score, replay, transcribe
 from outrider.files import read_json, resolve_model
@@ -253,8 +255,11 @@ def _check_rope(checkpoint: DraftCheckpoint, target_config: Mapping[str, Any]) -
 def _rope(config: Mapping[str, Any], checkpoint: DraftCheckpoint) -> tuple[float, ...] | None:
     """Rotary frequencies of a config for the drafter's head width."""
     config = config.get("text_config") or config
+    layers = checkpoint.stack(head=False).layers
+    if not layers:
+        return None
     try:
-        found = rope_config(config, checkpoint.stack(head=False).layers[0].head_dim, "full_attention")
+        found = rope_config(config, layers[0].head_dim, "full_attention")
     except CheckpointError:
         return None
     return (*found.inverse_frequencies, found.scale)
@@ -283,7 +288,7 @@ def _readings(
         for words, shifted in shifts:
             about = "anchor and layers" if words else "anchor"
             readings.append((f"{layout}, {words}" if words else layout, about, replace(shifted, design=other)))
-    if isinstance(design, AutoregressiveDesign):
+    if isinstance(design, Eagle3Design):
         other_residual = replace(design, norm_before_residual=not design.norm_before_residual)
         words = "the residual starts " + ("after" if other_residual.norm_before_residual else "before") + " the norm"
         readings.append((words, "norm_before_residual", replace(checkpoint, design=other_residual)))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from outrider import __version__, checkpoints
 from outrider.checkpoints import DraftCheckpoint
-from outrider.files import read_json, write_json
+from outrider.files import public_name, read_json, write_json
 from outrider.models.loading import load_target
 from outrider.training.artefact import Artefact
 from outrider.training.networks import Frozen
@@ -31,8 +31,9 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    form: Literal["speculators", "deepspec"] = "speculators"
-    """speculators is the format that vLLM loads; deepspec also contains copies of the target's embedding and head."""
+    form: Literal["auto", "speculators", "deepspec", "outrider"] = "auto"
+    """speculators is the format that vLLM loads; deepspec also contains copies of the target's embedding and head;
+    outrider holds every kind. auto: speculators where it can hold the kind, else outrider."""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
     """Stored precision of the weights."""
     name: str = "drafter"
@@ -50,16 +51,18 @@ def export(config: Config, drafter: Artefact, out: Path, target: str, *, evaluat
     """
     source, folder = drafter.folder / CHECKPOINT, out / CHECKPOINT
     history = drafter.lineage | ({} if evaluation is None else evaluation.lineage)
-    provenance = {"made_by": f"outrider {__version__}", "target": drafter.target, "lineage": history}
+    made_for = None if drafter.target is None else {**drafter.target, "name": public_name(drafter.target["name"])}
+    provenance = {"made_by": f"outrider {__version__}", "target": made_for, "lineage": history}
     if checkpoints.recognise(read_json(source / "config.json")) is None:
         shutil.copytree(source, folder)
         write_json(folder / "provenance.json", provenance)
         shape = {"kind": "draft_model"}
     else:
         checkpoint = _prepared(config, checkpoints.load(source), target)
-        checkpoints.save(checkpoint, folder, config.form, provenance)
+        form = checkpoints.default_format(checkpoint.design) if config.form == "auto" else config.form
+        checkpoints.save(checkpoint, folder, form, provenance)
         shape = _shape(checkpoint)
-    name = config.target_name or (drafter.target or {}).get("name", target)
+    name = config.target_name or (made_for or {}).get("name", public_name(target))
     (folder / "README.md").write_text(card(config, name, shape, history), encoding="utf-8")
     return folder
 

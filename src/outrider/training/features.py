@@ -124,7 +124,7 @@ class CachedFeatures:
         kept = torch.cat([self._get(text, "features") for text in texts])
         hidden = torch.cat([self._get(text, "hidden") for text in texts])[rows]
         logits = self._target.unembed(hidden.to(self._target.spec.dtype)).float().clone()
-        return FeatureBatch(packed, anchors, rows, kept.float(), logits)
+        return FeatureBatch(packed, anchors, rows, kept.float(), logits, hidden.float())
 
     def _get(self, text: Text, name: str) -> Tensor:
         if text.id not in self._index:

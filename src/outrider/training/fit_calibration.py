@@ -35,10 +35,10 @@ from outrider.evaluation.recording import (
     recorded,
     runnable,
 )
-from outrider.files import EMBEDDED_PROMPTS, new_folder, resolve_model, write_json
+from outrider.files import EMBEDDED_PROMPTS, new_folder, public_name, resolve_model, write_json
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Calibration, Quality, Scaling
-from outrider.training.artefact import content_hash, file_hash
+from outrider.training.artefact import content_hash, file_hash, target_hash
 
 __all__ = ["Bucket", "Config", "Report", "calibrate"]
 
@@ -167,10 +167,16 @@ def calibrate(
     made_by = f"outrider {__version__} calibrate"
     found = Calibration(
         {(rule, bucket.temperature): bucket.scaling for bucket in buckets for rule in bucket.rules},
-        {"made_by": made_by, "signal": signal, "target": llm.target.spec.name, "drafts": llm.drafter.block},
+        {
+            "made_by": made_by,
+            "signal": signal,
+            "target": public_name(target),
+            "target_sha256": target_hash(target),
+            "drafts": llm.drafter.block,
+        },
     )
-    report = Report(str(drafter), target, signal, found, buckets, perf_counter() - began)
-    _write(report, drafter, files, config, out)
+    report = Report(public_name(drafter), public_name(target), signal, found, buckets, perf_counter() - began)
+    _write(report, drafter, target, files, config, out)
     return report
 
 
@@ -271,7 +277,7 @@ def _bucket(
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: Config, out: Path) -> None:
+def _write(report: Report, drafter: str | Path, target: str, files: Sequence[Path], config: Config, out: Path) -> None:
     """Write the artefact atomically: it appears under its name when it is complete."""
     with new_folder(out) as partial:
         folder = partial / "drafter"
@@ -293,7 +299,7 @@ def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: C
             "outrider": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "arguments": {"drafter": str(drafter), "target": report.target, **config.model_dump(mode="json")},
+            "arguments": {"drafter": str(drafter), "target": target, **config.model_dump(mode="json")},
             "seconds": round(report.seconds, 1),
             "parents": parents | {file.name: file_hash(file) for file in files},
             "content": content_hash(folder, [path.name for path in folder.iterdir()]),

@@ -88,8 +88,8 @@ class Config(BaseModel):
     """Held-out prompts of an evaluation, over all domains."""
     eval_tokens: int = Field(64, ge=4)
     """New tokens per prompt of an evaluation."""
-    form: Literal["speculators", "deepspec"] = "speculators"
-    """Checkpoint format of the finished drafter."""
+    form: Literal["auto", "speculators", "deepspec", "outrider"] = "auto"
+    """Checkpoint format of the finished drafter; auto: speculators where it can hold the kind, else outrider."""
     tensorboard: bool = True
     """Write TensorBoard events where TensorBoard is installed."""
 
@@ -291,6 +291,7 @@ def save_drafter(drafter: Any, folder: Path, form: str, provenance: Mapping[str,
     if isinstance(drafter, DraftCheckpoint):
         if form == "deepspec":
             drafter = Frozen(drafter, llm.target).filled(drafter)
+        form = checkpoints.default_format(drafter.design) if form == "auto" else form
         checkpoints.save(drafter, folder, form, provenance)
         return
     with new_folder(folder) as partial:

@@ -36,20 +36,26 @@ class TargetRunner:
         """See ``FeatureSource.batch``."""
         packed = pack(texts)
         anchors, rows = drafter.wanted(packed, epoch)
-        features, logits = self._read(texts, drafter.aux_layers, rows)
-        return FeatureBatch(packed, anchors, rows, features, logits)
+        features, logits, hidden = self._read(texts, drafter.aux_layers, rows)
+        return FeatureBatch(packed, anchors, rows, features, logits, hidden)
 
     @torch.inference_mode()
-    def _read(self, texts: Sequence[Text], aux_layers: tuple[int, ...], rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(
+        self, texts: Sequence[Text], aux_layers: tuple[int, ...], rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features [N, F], and at ``rows`` logits [R, V] and hidden states [R, D] where the target can tell them."""
         cache = self._cache_for(len(texts))
         slots = self._slots[: len(texts)]
         batch = RaggedBatch.pack([text.tokens for text in texts], [0] * len(texts), slots)
         output = self._target.forward(batch, cache, aux_layers, rows)
         cache.rewind(torch.tensor(slots), torch.zeros(len(slots), dtype=torch.int64))
         with torch.inference_mode(False):  # autograd refuses inference tensors
-            features = output.features
-            empty = torch.zeros(len(batch.tokens), 0)
-            return empty if features is None else features.float().clone(), output.logits.float().clone()
+            features, hidden = output.features, output.hidden
+            return (
+                torch.zeros(len(batch.tokens), 0) if features is None else features.float().clone(),
+                output.logits.float().clone(),
+                None if hidden is None else hidden.float().clone(),
+            )
 
     def _cache_for(self, rows: int) -> KVCache:
         if self._cache is None or len(self._slots) < rows:
