@@ -21,7 +21,7 @@ import torch
 from support import add_json, facts, say, table, write_json
 
 from outrider.errors import InvalidRequest
-from outrider.evaluation.recording import read_questions
+from outrider.evaluation.recording import read_prompts
 from outrider.models.loading import load_target
 from outrider.models.locations import EMBEDDED_PROMPTS, resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ DRAWS = 2000  # resamples of an interval
 def documents(path: Path, tokenizer: Tokenizer, window: int) -> list[list[int]]:
     """Token ids of each document of a file, in pieces of at most ``window``; pieces of one token are dropped."""
     if path.suffix == ".jsonl":
-        prompts = [question.prompt for question in read_questions(path)]
+        prompts = [question.prompt for question in read_prompts(path)]
     else:
         try:
             prompts = [path.read_text(encoding="utf-8")]

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from outrider.evaluation.speedup import embedded_prompt_sets, machine, read_prompts
+from outrider.evaluation.recording import read_prompts
+from outrider.evaluation.speedup import embedded_prompt_sets, machine
 
 __all__ = [
     "add_json",
@@ -82,7 +83,8 @@ def write_json(file: str | None, value: Any) -> None:
 
 def prompt_sets(files: Sequence[Path] | None, limit: int) -> dict[str, list[str]]:
     """Prompts by set: the files' first turns, or the packaged sets; ``limit`` of each."""
-    sets = {path.stem: read_prompts(path) for path in files} if files else embedded_prompt_sets()
+    read = {path.stem: [str(prompt.prompt) for prompt in read_prompts(path)] for path in files or ()}
+    sets = read or embedded_prompt_sets()
     return {name: texts[:limit] for name, texts in sets.items()}
 
 

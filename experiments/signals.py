@@ -30,7 +30,7 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
-from outrider.evaluation.recording import Question, Recorder, ask, recorded
+from outrider.evaluation.recording import EvalPrompt, Recorder, answer, recorded
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Scaling
 from outrider.scheduling.online_correction import OnlineCorrection
@@ -267,7 +267,7 @@ class Recording:
 
 def record(
     llm: LLM,
-    questions: Sequence[tuple[Question, bool]],
+    questions: Sequence[tuple[EvalPrompt, bool]],
     params: SamplingParams,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Recording:
@@ -282,8 +282,8 @@ def record(
     rows: list[tuple[dict[str, list[float]], tuple[int, ...], bool]] = []
     for number, (question, fitting) in enumerate(questions):
         round_recorder.signals.clear()
-        answer = ask(llm, round_recorder, question.prompt, with_seed(params, number))
-        for signals, one in zip(round_recorder.signals, answer.rounds, strict=False):  # counted rounds come first
+        found = answer(llm, round_recorder, question.prompt, with_seed(params, number))
+        for signals, one in zip(round_recorder.signals, found.rounds, strict=False):  # counted rounds come first
             if one.verified:
                 facts = one.verified, one.accepted, one.committed, number, domains[question.domain]
                 rows.append((signals, facts, fitting))
@@ -496,7 +496,7 @@ class VaryingPolicy:
         self._policy.observe(cost, accepted)
 
 
-def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: SamplingParams) -> Costs:
+def measure_costs(plain: LLM, llm: LLM, questions: Sequence[EvalPrompt], params: SamplingParams) -> Costs:
     """Of two new LLMs, one without a drafter, in turns on the same prompts."""
     llm.policy = VaryingPolicy(llm.policy)
     clocks = clocked(plain), clocked(llm)
@@ -505,7 +505,7 @@ def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: S
             clock.costs.clear()
         for number, question in enumerate(questions if turn else questions[:1]):
             for one, clock in zip((plain, llm), clocks, strict=True):
-                ask(one, clock, question.prompt, with_seed(params, number))
+                answer(one, clock, question.prompt, with_seed(params, number))
     steps, rounds = clocks[0].costs, [cost for cost in clocks[1].costs if cost.draft > 0]
     by_tokens: dict[int, list[float]] = {}
     for cost in rounds:
@@ -573,7 +573,7 @@ def realise(
     plain: LLM,
     drafter: Drafter,
     choices: Mapping[str, tuple[str, Scaling | None, bool, float] | None],
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     params: SamplingParams,
     tell: Callable[[float], None] = lambda share: None,
     draws: int = 2000,
@@ -595,12 +595,12 @@ def realise(
     recorders = {label: recorded(llm) for label, llm in sides.items()}
     samples: dict[str, dict[str, list[Sample]]] = {}
     for label, llm in sides.items():
-        ask(llm, recorders[label], questions[0].prompt, params)  # warm up; the first call is not timed
+        answer(llm, recorders[label], questions[0].prompt, params)  # warm up; the first call is not timed
     for number, question in enumerate(questions):
         of_domain = samples.setdefault(question.domain, {label: [] for label in sides})
         for label, llm in sides.items():
-            answer = ask(llm, recorders[label], question.prompt, with_seed(params, number))
-            of_domain[label].append(Sample(len(answer.token_ids), answer.seconds, answer.rounds))
+            found = answer(llm, recorders[label], question.prompt, with_seed(params, number))
+            of_domain[label].append(Sample(len(found.token_ids), found.seconds, found.rounds))
         tell((number + 1) / len(questions))
     rows = []
     for label, choice in choices.items():

@@ -41,7 +41,7 @@ from outrider.errors import InvalidRequest, OutriderError
 from outrider.evaluation import drafter_quality as evaluation
 from outrider.evaluation.comparison import MACRO, Evaluation
 from outrider.evaluation.intervals import Estimate
-from outrider.evaluation.recording import Question, ask, read_questions
+from outrider.evaluation.recording import EvalPrompt, answer, read_prompts
 from outrider.files import read_json, write_json
 from outrider.scheduling.calibration import Scaling
 from outrider.training import fit_calibration
@@ -70,10 +70,10 @@ class Study(Workshop):
     realised: int | None = None  # prompts of real scheduling by signals
     draws: int = measured_signals.DRAWS  # resamples of the signals' intervals
 
-    def questions(self) -> list[Question]:
+    def questions(self) -> list[EvalPrompt]:
         """Held-out prompts, alternating between domains, at most ``limit`` of each."""
-        domains: dict[str, list[Question]] = {}
-        for question in read_questions(self.held_out):
+        domains: dict[str, list[EvalPrompt]] = {}
+        for question in read_prompts(self.held_out):
             own = domains.setdefault(question.domain, [])
             if self.limit is None or len(own) < self.limit:
                 own.append(question)
@@ -209,11 +209,11 @@ def latency(study: Study, paths: Mapping[str, Path], prompts: int = 6) -> dict[s
     clocks = {name: clocked(llm) for name, llm in sides.items()}
     params = SamplingParams(max_tokens=study.max_tokens, temperature=1.0, rule="rejection", seed=3)
     for name, llm in sides.items():
-        ask(llm, clocks[name], study.questions()[0].prompt, params)
+        answer(llm, clocks[name], study.questions()[0].prompt, params)
         clocks[name].costs.clear()
     for question in study.questions()[:prompts]:
         for name, llm in sides.items():
-            ask(llm, clocks[name], question.prompt, params)
+            answer(llm, clocks[name], question.prompt, params)
     parts = ("draft", "verify", "bookkeeping")
     return {
         name: {part: 1e3 * median(getattr(cost, part) for cost in clock.costs if cost.draft > 0) for part in parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -17,11 +18,13 @@ from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel
+from rich.console import Console
 
-from outrider.errors import ArtefactError
+from outrider.errors import ArtefactError, InvalidRequest
+from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training import regenerate as stage
 from outrider.training.artefact import Journal, begin, open_artefact, read_lines
-from outrider.training.conversations import Question
+from outrider.training.conversations import ChatTurn
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.regenerate import Config, regenerate
@@ -136,6 +139,38 @@ def test_a_changed_chat_template_is_refused_where_there_are_chats(
         regenerate(SMALL, prompts, tmp_path / "chats", str(target))
 
 
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('bad word') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_template_without_system_messages_gets_them_in_the_first_user_message(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(tiny_model_dir, target)
+    (target / "chat_template.jinja").write_text(GEMMA)
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    lines = [{"messages": said}, {"messages": [*said, {"role": "user", "content": "And?"}]}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = Source(path=tmp_path / "data.jsonl")
+    make_prompts(PromptsConfig(sources=(source,), held_out=0), tmp_path / "prompts")
+    text = io.StringIO()
+    regenerate(SMALL, tmp_path / "prompts", tmp_path / "out", str(target), console=Console(file=text, width=200))
+    assert text.getvalue().count("takes no system messages") == 1
+    tokenizer = Tokenizer(target)
+    prompts = [tokenizer.decode(line["prompt"]) for line in read_lines(tmp_path / "out" / "train.jsonl")]
+    assert len(prompts) == 3 and all(prompt.startswith("<user>Be brief.\n\nHi") for prompt in prompts)
+
+    with source.path.open("a") as file:
+        file.write('{"turns": ["a bad word"]}\n')
+    make_prompts(PromptsConfig(sources=(source,), held_out=0), tmp_path / "more")
+    with pytest.raises(InvalidRequest, match=r"train.jsonl line \d \(prompt [0-9a-f]{16}\): .*bad word"):
+        regenerate(SMALL, tmp_path / "more", tmp_path / "refused", str(target))
+
+
 def test_a_scratch_directory_of_a_killed_stage_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that needs a new directory gets an empty one every time."""
     calls = 0
@@ -191,16 +226,16 @@ def child(prompts: Path, out: Path, target: Path, **options: Any) -> subprocess.
 
 
 def asked_again(prompts: Path, out: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Finish the answers in this process. -> ids of the questions that were answered."""
+    """Finish the answers in this process. -> ids of the turns that were answered."""
     asked: list[str] = []
     engine = stage.engine
 
     def watched(*arguments: Any) -> Any:
-        ask = engine(*arguments)
+        answer = engine(*arguments)
 
-        def answering(todo: deque[Question]) -> Iterator[Any]:
-            for answers in ask(todo):
-                asked.extend(question.id for question, _ in answers)
+        def answering(todo: deque[ChatTurn]) -> Iterator[Any]:
+            for answers in answer(todo):
+                asked.extend(turn.id for turn, _ in answers)
                 yield answers
 
         return answering

@@ -186,6 +186,25 @@ def test_an_interrupted_evaluation_resumes(
     assert len(calls) == 5
 
 
+def test_a_prompt_that_is_too_long_is_left_out_and_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    texts = ["It was", "word " * 300, "def f(x):"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8-sig")
+    options = ["--target", tiny_model_dir, "--dtype", "float32", "--backend", "reference", "--prompts", file]
+    arguments = ("eval", "--drafter", "ngram", *options, "--max-tokens", 24, "--temperature", 0, "--json", "-")
+    result = outrider(*arguments)
+    assert result.exit_code == 3, result.output
+    found = json.loads(result.stdout)
+    assert [(error["index"], error["line"]) for error in found["errors"]] == [(1, 2)]
+    assert "pass the context" in found["errors"][0]["error"] and "1 of 3 prompts" in result.stderr
+    assert found["rows"][0]["prompts"] == 2 and found["rows"][0]["acceptance_length"]["value"] >= 1
+    strict = outrider(*arguments, "--fail-fast")
+    assert strict.exit_code == 2 and "set.jsonl line 2: the prompt has" in strict.stderr
+    file.write_text(json.dumps({"text": texts[1]}))
+    alone = outrider(*arguments)
+    assert alone.exit_code == 2 and "no prompt can be answered" in alone.stderr
+
+
 def test_two_drafters_with_the_same_name_are_refused(tiny_model_dir: Path, prompts: list[Path]) -> None:
     with pytest.raises(InvalidRequest, match="given twice"):
         evaluate(SMALL, ["ngram", "ngram"], prompts, str(tiny_model_dir), dtype="float32", backend="reference")

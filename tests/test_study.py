@@ -16,7 +16,7 @@ import torch
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.evaluation.recording import read_questions
+from outrider.evaluation.recording import read_prompts
 from outrider.sampling.distribution import Categorical
 from outrider.sampling.verification import Round, acceptance_probabilities
 from outrider.training.run import save_drafter, trainable
@@ -182,7 +182,7 @@ def study_of(answers: Path, out: Path, elsewhere: Path, **more: Any) -> study.St
 
 def test_a_recording_holds_what_the_engine_did(answers: Path, elsewhere: Path) -> None:
     llm = LLM("embedded", str(elsewhere / "drafter"), max_rows=1)
-    questions = [(question, True) for question in read_questions(answers / "held_out.jsonl")]
+    questions = [(question, True) for question in read_prompts(answers / "held_out.jsonl")]
     params = SamplingParams(max_tokens=24, temperature=1.0, rule="rejection", seed=1)
     found = signals.record(llm, questions, params)
     stats = llm.stats()

@@ -91,7 +91,9 @@ class NativeBackend:
             raise OutriderError("the compiled core is not installed; choose the reference backend, or install a wheel")
         key = str(dtype).removeprefix("torch.")
         if key not in DTYPES:
-            raise InvalidRequest(f"the native backend has no dtype {key!r}; {nearest(key, DTYPES)}")
+            raise InvalidRequest(
+                f"the native backend has no dtype {key!r}; {nearest(key, DTYPES)} (it has {', '.join(DTYPES)})"
+            )
         check_weights(config, weights)
         spec = _spec(config, weights, key)
         spec.isa = self.isa

@@ -48,7 +48,9 @@ class ReferenceBackend:
         """``weights`` by the canonical names of ``outrider.backends.layers``, read one by one and left as they are."""
         key = str(dtype).removeprefix("torch.")
         if key not in DTYPES:
-            raise InvalidRequest(f"the reference backend has no dtype {key!r}; {nearest(key, DTYPES)}")
+            raise InvalidRequest(
+                f"the reference backend has no dtype {key!r}; {nearest(key, DTYPES)} (it has {', '.join(DTYPES)})"
+            )
         check_weights(config, weights)
         return ReferenceStack(config, weights, DTYPES[key])
 

@@ -28,7 +28,8 @@ def convert(
     target_layer: Annotated[
         list[int] | None,
         typer.Option(
-            "--target-layer", help="A layer it aux_layers, from 0, where the file names none. May be repeated."
+            "--target-layer",
+            help="An auxiliary layer of the target, from 0, where the file names none. May be repeated.",
         ),
     ] = None,
     unverified: Annotated[bool, typer.Option("--unverified", help="Write without measuring acceptance.")] = False,

@@ -19,7 +19,7 @@ import torch
 
 from outrider import __version__
 from outrider.config import SamplingParams
-from outrider.files import cache_folder, read_json, write_json
+from outrider.files import cache_folder, read_json, read_json_lines, write_json
 from outrider.models.locations import EMBEDDED, EMBEDDED_PROMPTS, resolve_model
 from outrider.types import Output
 
@@ -62,7 +62,7 @@ def _measure(load: Callable[[str], _LLM], candidates: Sequence[str]) -> dict[str
     in turns. Greedy text of small models repeats itself, which flatters drafters that copy."""
     sides = {name: load(name) for name in candidates}
     files = sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
-    prompts = [json.loads(file.read_text().split("\n", 1)[0])["turns"][0] for file in files]
+    prompts = [next(read_json_lines(file))[1]["turns"][0] for file in files]
     for side in sides.values():  # warm up: the first call is not timed
         side.generate(prompts[0], SamplingParams(max_tokens=8))
     least = dict.fromkeys(candidates, math.inf)

@@ -39,7 +39,7 @@ class Finisher:
     def __post_init__(self) -> None:
         assert self.tokenizer is not None or not self.stop, "stop strings need a tokenizer"
         if self.tokenizer is not None:
-            self._detokenizer = Detokenizer(self.tokenizer)
+            self._detokenizer = Detokenizer(self.tokenizer, self.prompt_tail)
             self._matcher = StopMatcher(self.stop)
 
     def fresh(self) -> Finisher:

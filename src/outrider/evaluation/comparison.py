@@ -12,7 +12,7 @@ n prompts of a domain, K positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,8 @@ class Evaluation:
     differences: list[Difference]
     sweep: list[SweepPoint]
     confidences: list[Confidence]
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    """Prompts that could not be answered: file, index (from 0), line (from 1), error."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -32,7 +32,16 @@ from outrider.evaluation.comparison import (
     difference_of,
     row_of,
 )
-from outrider.evaluation.recording import Question, Recorder, Round, ask, read_questions, recorded
+from outrider.evaluation.recording import (
+    EvalPrompt,
+    FailedPrompt,
+    Recorder,
+    Round,
+    answer,
+    read_prompts,
+    recorded,
+    runnable,
+)
 from outrider.files import read_json, write_json
 from outrider.models.locations import EMBEDDED_PROMPTS, resolve_model
 
@@ -80,22 +89,22 @@ Side = tuple[LLM, Recorder]
 
 def _measure(
     sides: Mapping[str, Side],
-    questions: Sequence[Question],
+    prompts: Sequence[EvalPrompt],
     params: SamplingParams,
     repeats: int,
     report_share: Callable[[float], None],
 ) -> Samples:
     """Every side answers every prompt, alternating."""
     for llm, recorder in sides.values():  # warm up; the first call is not timed
-        ask(llm, recorder, questions[0].prompt, replace(params, max_tokens=WARM_UP))
-    samples: Samples = {name: [Sample(0, 0.0, [])] * len(questions) for name in sides}
+        answer(llm, recorder, prompts[0].prompt, replace(params, max_tokens=min(WARM_UP, params.max_tokens)))
+    samples: Samples = {name: [Sample(0, 0.0, [])] * len(prompts) for name in sides}
     for turn in range(repeats):
-        for number, question in enumerate(questions):
+        for number, prompt in enumerate(prompts):
             seeded = replace(params, seed=((params.seed or 0) << 40) + (turn << 20) + number)
             for name, (llm, recorder) in sides.items():
-                answer = ask(llm, recorder, question.prompt, seeded)
-                samples[name][number] += Sample(len(answer.token_ids), answer.seconds, answer.rounds)
-            report_share((turn * len(questions) + number + 1) / (repeats * len(questions)))
+                found = answer(llm, recorder, prompt.prompt, seeded)
+                samples[name][number] += Sample(len(found.token_ids), found.seconds, found.rounds)
+            report_share((turn * len(prompts) + number + 1) / (repeats * len(prompts)))
     return samples
 
 
@@ -138,12 +147,15 @@ def evaluate(
     dtype: str = "auto",
     backend: str = "auto",
     machine: Mapping[str, Any] | None = None,
+    fail_fast: bool = False,
     progress: Progress = lambda text, done: None,
 ) -> Evaluation:
     """Compare drafters (names or directories) on prompt sets; default: the packaged prompts.
 
-    ``out`` receives evaluation.json, the diagrams, and ``parts/``: measurements that a second call with the same
-    arguments reuses. Raises InvalidRequest for a drafter or a prompt set named twice.
+    ``out`` is given evaluation.json, the diagrams, and ``parts/``: what was measured, which a second call with the same
+    arguments does not measure again. A prompt that cannot be answered (too long, refused by the chat template) is
+    listed under ``errors``; with ``fail_fast`` it raises. Raises InvalidRequest for a drafter that is named twice, and
+    where no prompt can be answered.
     """
     plain = LLM(target, "none", dtype=dtype, backend=backend, max_rows=1)
     sides: dict[str, Side] = {PLAIN: (plain, recorded(plain))}
@@ -153,7 +165,8 @@ def evaluate(
             raise InvalidRequest(f"drafter {name} was given twice; two drafters need two names")
         llm = plain.with_drafter(drafter, draft_tokens=config.draft_tokens)
         sides[name] = llm, recorded(llm)
-    domains = _domains(prompts or sorted(EMBEDDED_PROMPTS.glob("*.jsonl")), plain if config.chat else None, config)
+    files = prompts or sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
+    domains, failed = _domains(files, plain, config, fail_fast)
     facts = {
         "outrider": __version__,
         "target": target,
@@ -161,17 +174,18 @@ def evaluate(
         "dtype": dtype,
         "backend": backend,
         "machine": dict(machine or {}),
+        "prompts": len(failed) + sum(map(len, domains.values())),
         "config": config.model_dump(mode="json"),
     }
     parts = _Parts(None if out is None else out / "parts", {k: v for k, v in facts.items() if k != "config"})
     names = [name for name in sides if name != PLAIN]
-    found = Evaluation(facts, [], [], [], [])
+    found = Evaluation(facts, [], [], [], [], [asdict(one) for one in failed])
     jobs = len(config.temperatures) * len(domains) * (1 + len(names) * bool(config.thresholds))
     done = 0
 
     def measured(temperature: float, domain: str, who: str, those: Mapping[str, Side], repeats: int) -> Samples:
         nonlocal done
-        at, questions = done, domains[domain]
+        at, chosen = done, domains[domain]
         params = SamplingParams(
             max_tokens=config.max_tokens, temperature=temperature, rule=config.rule, seed=config.seed
         )
@@ -179,14 +193,14 @@ def evaluate(
             "params": asdict(params),
             "repeats": repeats,
             "draft_tokens": config.draft_tokens,
-            "prompts": [asdict(question) for question in questions],
+            "prompts": [{"id": one.id, "domain": one.domain, "prompt": one.prompt} for one in chosen],
             "sides": list(those),
             "who": who,
         }
         text = f"{who}, {domain}, temperature {temperature:g}"
         samples = parts.get(
             what,
-            lambda: _measure(those, questions, params, repeats, lambda share: progress(text, (at + share) / jobs)),
+            lambda: _measure(those, chosen, params, repeats, lambda share: progress(text, (at + share) / jobs)),
         )
         done += 1
         progress(text, done / jobs)
@@ -281,13 +295,24 @@ def _content(drafter: str) -> str | None:
     return digest.hexdigest()
 
 
-def _domains(files: Sequence[Path], chat: LLM | None, config: Config) -> dict[str, list[Question]]:
-    """Questions by domain, at most ``limit`` of each."""
-    domains: dict[str, list[Question]] = {}
+def _domains(
+    files: Sequence[Path], llm: LLM, config: Config, fail_fast: bool
+) -> tuple[dict[str, list[EvalPrompt]], list[FailedPrompt]]:
+    """Prompts by domain, at most ``limit`` of each, and those of them that cannot be answered.
+
+    Raises InvalidRequest where none can.
+    """
+    domains: dict[str, list[EvalPrompt]] = {}
     for file in files:
-        for question in read_questions(file, None if chat is None else chat.tokenizer):
-            domains.setdefault(question.domain, []).append(question)
-    return {domain: questions[: config.limit] for domain, questions in domains.items()}
+        for prompt in read_prompts(file):
+            domains.setdefault(prompt.domain, []).append(prompt)
+    chosen = [prompt for prompts in domains.values() for prompt in prompts[: config.limit]]
+    params = SamplingParams(max_tokens=config.max_tokens)
+    good, failed = runnable(llm, chosen, params, chat=config.chat, fail_fast=fail_fast)
+    if not good:
+        first = failed[0]
+        raise InvalidRequest(f"no prompt can be answered; {first.file} line {first.line}: {first.error}")
+    return {d: of_domain for d in domains if (of_domain := [p for p in good if p.domain == d])}, failed
 
 
 def _write(found: Evaluation, out: Path) -> None:

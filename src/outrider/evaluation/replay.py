@@ -16,13 +16,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from outrider.drafters.base import CachedDrafter
 from outrider.errors import CheckpointError, InvalidRequest
+from outrider.files import read_json_lines
 from outrider.models.loading import load_tokenizer
 from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.tokenization.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ __all__ = ["Acceptance", "Prompts", "Transcript", "least_score", "replay", "samp
 PROMPT_TOKENS = 128  # longer prompts are cut: they do not improve drafting
 RANDOM_PROMPTS = (8, 12, 16, 24)  # lengths of random prompts, for targets without a tokenizer
 MARGIN = 1.25
+EXPECTED = '{"turns": ["..."]} or {"ids": [...]}'
 POSITIONS = 40  # most drafted positions per text
 
 
@@ -91,16 +93,14 @@ def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> Pr
     """
     tokenizer = load_tokenizer(target) if target.is_file() or (target / "tokenizer.json").exists() else None
     if file is not None:
-        prompts = [
-            _prompt(line, number, file, tokenizer) for number, line in enumerate(_lines(file), 1) if line.strip()
-        ]
+        prompts = [_prompt(entry, number, file, tokenizer) for number, entry in _lines(file)]
         if not prompts:
             raise InvalidRequest(f"{file} holds no prompts; expected JSON Lines with `turns` or `ids`")
         return Prompts(prompts[:count], f"{min(count, len(prompts))} prompts of {file.name}", natural=True)
     if tokenizer is not None:
         sets = [_lines(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))]
         mixed = [lines[i] for i in range(count) for lines in sets if i < len(lines)][:count]
-        ids = [_prompt(line, 0, target, tokenizer) for line in mixed]
+        ids = [_prompt(entry, number, target, tokenizer) for number, entry in mixed]
         return Prompts(ids, f"{len(ids)} packaged prompts", natural=True)
     config = json.loads((target / "config.json").read_text())
     size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
@@ -110,22 +110,16 @@ def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> Pr
     return Prompts(ids, source, natural=False)
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"cannot read prompts from {file}: {error}") from error
+def _lines(file: Path) -> list[tuple[int, Any]]:
+    return list(read_json_lines(file, EXPECTED, "prompts"))
 
 
-def _prompt(line: str, number: int, file: Path, tokenizer: Tokenizer | None) -> list[int]:
+def _prompt(entry: Any, number: int, file: Path, tokenizer: Tokenizer | None) -> list[int]:
     try:
-        entry = json.loads(line)
         ids = entry.get("ids")
         text = "" if ids is not None else entry["turns"][0]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InvalidRequest(
-            f'{file} line {number}: expected {{"turns": ["..."]}} or {{"ids": [...]}}, got {line[:60]!r}'
-        ) from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidRequest(f"{file} line {number}: expected {EXPECTED}, got {str(entry)[:60]!r}") from error
     if ids is None:
         if tokenizer is None:
             raise InvalidRequest(f'{file} line {number}: the target has no tokenizer; give {{"ids": [...]}}')

@@ -13,20 +13,23 @@ import numpy as np
 
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
-from outrider.errors import InvalidRequest
-from outrider.evaluation.recording import read_questions
+from outrider.evaluation.recording import read_prompts
 from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.types import Output
 
 __all__ = [
     "BenchRow",
+    "Prompt",
     "bootstrap_ratio",
     "embedded_prompt_sets",
     "machine",
-    "read_prompts",
     "repeated_ngrams",
     "run_bench",
 ]
+
+
+Prompt = str | list[int]
+"""Text, or token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +51,10 @@ class BenchRow:
     generated: int
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a JSON Lines file as texts. Raises InvalidRequest naming the line."""
-    prompts = [question.prompt for question in read_questions(path)]
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if len(texts) < len(prompts):
-        raise InvalidRequest(f"{path} holds token ids; expected JSON Lines with `text` or `turns`")
-    return texts
-
-
 def embedded_prompt_sets() -> dict[str, list[str]]:
     """The packaged prompts by domain, from documents that the embedded models were not trained on."""
-    return {path.stem: read_prompts(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
+    sets = {path.stem: read_prompts(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
+    return {name: [str(prompt.prompt) for prompt in prompts] for name, prompts in sets.items()}
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
@@ -90,7 +85,7 @@ def machine() -> dict[str, Any]:
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
 
 
-def _chunks(prompts: list[str], size: int) -> Iterator[list[str]]:
+def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size]
 
@@ -99,7 +94,7 @@ def run_bench(
     model: str,
     drafters: Mapping[str, LLM],
     plain: LLM,
-    prompt_sets: Mapping[str, list[str]],
+    prompt_sets: Mapping[str, Sequence[Prompt]],
     *,
     temperatures: Sequence[float] = (0.0, 1.0),
     concurrency: int = 1,

@@ -30,8 +30,8 @@ import torch
 from pydantic import BaseModel
 
 from outrider import __version__
-from outrider.errors import ArtefactError
-from outrider.files import read_json, replace_file, write_json
+from outrider.errors import ArtefactError, InvalidRequest
+from outrider.files import read_json, read_json_lines, replace_file, write_json
 from outrider.models.gguf import gguf_parts
 from outrider.models.locations import resolve_model
 
@@ -399,16 +399,12 @@ class Journal:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file in an artefact. Raises ArtefactError naming the line."""
-    with path.open("rb") as file:  # lines of bytes end at \n alone: U+2028 may stand in a string
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise ArtefactError(
-                    f"{path} line {number} is not JSON; delete the artefact and make it again"
-                ) from None
+    """The objects of a JSON Lines file of an artefact. Raises ArtefactError naming the line."""
+    try:
+        for _, record in read_json_lines(path):
             yield record
+    except InvalidRequest as error:
+        raise ArtefactError(f"{error}; delete the artefact and make it again") from None
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from outrider.errors import InvalidRequest
+from outrider.files import read_json_lines
 from outrider.training.networks.batch import TokenBatch
 
 __all__ = ["Text", "TextSampler", "pack", "read_texts"]
@@ -39,25 +39,22 @@ def read_texts(path: Path, *, length: int, vocab_size: int) -> list[Text]:
     number.
     """
     texts = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                prompt, answer = [int(t) for t in row["prompt"]], [int(t) for t in row["answer"]]
-                name, domain = str(row["id"]), str(row.get("domain", ""))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InvalidRequest(
-                    f"{path}, line {number}: expected an object with id, prompt and answer (token ids): {error!r}"
-                ) from error
-            wrong = [token for token in (*prompt, *answer) if not 0 <= token < vocab_size]
-            if wrong:
-                raise InvalidRequest(
-                    f"{path}, line {number}: token {wrong[0]} is outside the target's vocabulary of {vocab_size}; "
-                    "the answers were made by another target"
-                )
-            tokens = tuple((prompt + answer)[:length])
-            if len(prompt) >= 1 and len(tokens) >= len(prompt) + 2:
-                texts.append(Text(name, domain, tokens, len(prompt)))
+    expected = "an object with id, prompt and answer (token ids)"
+    for number, row in read_json_lines(path, expected, "answers"):
+        try:
+            prompt, answer = [int(t) for t in row["prompt"]], [int(t) for t in row["answer"]]
+            name, domain = str(row["id"]), str(row.get("domain", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidRequest(f"{path}, line {number}: expected {expected}: {error!r}") from error
+        wrong = [token for token in (*prompt, *answer) if not 0 <= token < vocab_size]
+        if wrong:
+            raise InvalidRequest(
+                f"{path}, line {number}: token {wrong[0]} is none of the target's {vocab_size}; "
+                "the answers were made by another target"
+            )
+        tokens = tuple((prompt + answer)[:length])
+        if len(prompt) >= 1 and len(tokens) >= len(prompt) + 2:
+            texts.append(Text(name, domain, tokens, len(prompt)))
     if not texts:
         raise InvalidRequest(f"{path} holds no text with an answer of at least 2 tokens within {length} tokens")
     return texts

@@ -20,7 +20,7 @@ from outrider.engine.llm import LLM
 from outrider.models.loading import model_config
 from outrider.training import dataset, prompts, regenerate
 from outrider.training.artefact import is_finished, open_artefact
-from outrider.training.conversations import Question
+from outrider.training.conversations import ChatTurn
 from outrider.training.recipe import Recipe
 from outrider.training.stages import STAGES
 from outrider.training.target_runner import TargetRunner
@@ -181,7 +181,7 @@ class _Trial:
             length = max(1, min(round(self._length("prompt")), self._llm.target.spec.max_positions - TRIAL_TOKENS))
             tokens = [1 + i % (self._llm.target.spec.vocab_size - 1) for i in range(length)]
             for count in (1, 2 * rows):  # the first pass is a warm-up
-                asked = deque(Question(f"{count} {i}", "", tokens, (), ()) for i in range(count))
+                asked = deque(ChatTurn(f"{count} {i}", "", tokens, (), ()) for i in range(count))
                 began = perf_counter()
                 made = sum(len(answer) for answers in ask(asked) for _, answer in answers)
                 self._speeds[rows] = made / (perf_counter() - began)

@@ -25,14 +25,15 @@ from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.evaluation import plots
 from outrider.evaluation.recording import (
+    EvalPrompt,
     Observed,
-    Question,
     Recorder,
     Round,
-    ask,
+    answer,
     observed,
-    read_questions,
+    read_prompts,
     recorded,
+    runnable,
 )
 from outrider.files import new_folder, write_json
 from outrider.models.locations import EMBEDDED_PROMPTS, public_name, resolve_model
@@ -134,7 +135,7 @@ def calibrate(
     """Write ``out``: ``drafter/`` (a copy of the checkpoint with calibration.json), report.json, reliability.png and
     provenance.json. For a drafter without a checkpoint, such as ``ngram``, ``drafter/`` has calibration.json only.
 
-    ``prompts``: files of prompts or answers (see ``recording.read_questions``), or directories with ``held_out.jsonl``;
+    ``prompts``: files of prompts or answers (see ``recording.read_prompts``), or directories with ``held_out.jsonl``;
     default: the packaged prompts.
     Raises InvalidRequest for too few prompts, a drafter without confidences, or an ``out`` that exists.
     """
@@ -145,10 +146,11 @@ def calibrate(
     if hasattr(llm.drafter, "calibration"):
         llm.drafter.calibration = None  # measure the raw confidences
     files = _files(prompts)
-    questions = [q for file in files for q in read_questions(file, llm.tokenizer if config.chat else None)]
-    if len(questions) < 4:
-        raise InvalidRequest(f"calibration needs at least 4 prompts, to fit on half of them; got {len(questions)}")
-    halves = _halves(questions)
+    read = [prompt for file in files for prompt in read_prompts(file)]
+    chosen, _ = runnable(llm, read, SamplingParams(max_tokens=config.max_tokens), chat=config.chat, fail_fast=True)
+    if len(chosen) < 4:
+        raise InvalidRequest(f"calibration needs at least 4 prompts, to fit on half of them; got {len(chosen)}")
+    halves = _halves(chosen)
     recorder = recorded(llm)
     signal = _signal(llm)
     kinds: list[tuple[tuple[Rule, ...], float]] = []
@@ -188,12 +190,12 @@ def _files(prompts: Sequence[Path]) -> list[Path]:
     return [path / "held_out.jsonl" if path.is_dir() else path for path in prompts]
 
 
-def _halves(questions: Sequence[Question]) -> list[tuple[Question, bool]]:
-    """Questions, alternating between domains, and whether each is for fitting: every second one of its domain."""
-    domains: dict[str, list[tuple[Question, bool]]] = {}
-    for question in questions:
-        own = domains.setdefault(question.domain, [])
-        own.append((question, len(own) % 2 == 0))
+def _halves(prompts: Sequence[EvalPrompt]) -> list[tuple[EvalPrompt, bool]]:
+    """Prompts of all domains in turns, and whether each is one to fit on: every second one of its domain."""
+    domains: dict[str, list[tuple[EvalPrompt, bool]]] = {}
+    for prompt in prompts:
+        own = domains.setdefault(prompt.domain, [])
+        own.append((prompt, len(own) % 2 == 0))
     return [entry for turn in zip_longest(*domains.values()) for entry in turn if entry is not None]
 
 
@@ -206,12 +208,12 @@ def _signal(llm: LLM) -> str:
 def _collect(
     llm: LLM,
     recorder: Recorder,
-    halves: Sequence[tuple[Question, bool]],
+    halves: Sequence[tuple[EvalPrompt, bool]],
     params: SamplingParams,
     wanted: int,
     report_share: Callable[[float], None],
 ) -> tuple[Observed, Observed]:
-    """Rounds for fitting, and rounds for measuring. Questions are repeated with other seeds; greedily they run once.
+    """Rounds for fitting, and rounds for measuring. Prompts are repeated with other seeds; greedily they run once.
 
     Raises InvalidRequest for too few rounds with confidences.
     """
@@ -219,10 +221,10 @@ def _collect(
     turn, before, least = 0, -1, 0
     while least < wanted / 2 and before < least and not (turn and params.temperature == 0):
         before = least
-        for number, (question, fitting) in enumerate(halves):
+        for number, (prompt, fitting) in enumerate(halves):
             seed = ((params.seed or 0) << 40) + (turn << 20) + number
-            answer = ask(llm, recorder, question.prompt, replace(params, seed=seed))
-            rounds[fitting] += [one for one in answer.rounds if one.verified and one.confidence]
+            found = answer(llm, recorder, prompt.prompt, replace(params, seed=seed))
+            rounds[fitting] += [one for one in found.rounds if one.verified and one.confidence]
             least = min(map(len, rounds.values()))
             report_share(min(1.0, 2 * least / wanted))
             if least >= wanted / 2:

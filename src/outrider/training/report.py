@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from outrider.evaluation import plots
+from outrider.files import read_json_lines
 
 __all__ = ["read_log", "write_report"]
 
@@ -19,8 +20,8 @@ CURVES = ("loss", "total_variation", "cross_entropy", "soft_cross_entropy", "con
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a trainer's log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Lines of a trainer's log."""
+    return [line for _, line in read_json_lines(path)]
 
 
 def write_report(
