@@ -56,7 +56,7 @@ class Tokenizer:
     def from_parts(cls, path: Path, fast: FastTokenizer, settings: Mapping[str, Any]) -> Tokenizer:
         """A tokenizer that was read from elsewhere (a GGUF file): ``settings`` as in tokenizer_config.json."""
         made = cls.__new__(cls)
-        made.directory, made._settings, made._fast = path, dict(settings), fast
+        made.directory, made._settings, made._fast, made._templates = path, dict(settings), fast, {}
         return made
 
     # ------------------------------------------------------------------------------------------ text and tokens
