@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from outrider import LLM, SamplingParams
@@ -80,15 +79,6 @@ def test_demo_asks_a_chat_model_through_its_template(tiny_model_dir: Path, tmp_p
 def test_demo_refuses_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
     result = outrider("demo", "--svg", tmp_path / "nowhere" / "demo.svg")
     assert result.exit_code == 2 and "--svg: cannot write" in result.stderr
-
-
-def test_the_table_of_the_demo_fits_80_columns() -> None:
-    row = demo.Row("explanation", 1234.5, 1234.5, 12.34, 12.34, 1.0, True, True, 100)
-    console = Console(width=80, force_terminal=False)
-    with console.capture() as captured:
-        console.print(demo._table([row], "smollm2", "suffix", 0.0))
-    text = captured.get()
-    assert "\u2026" not in text and all(word in text for word in ("explanation", "speculative", "8-grams", "12.34 x"))
 
 
 @needs_smollm2

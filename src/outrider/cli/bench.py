@@ -24,6 +24,7 @@ from outrider.cli.common import (
     human,
     load_target_model,
     report_failed,
+    say_asked,
     say_loaded,
     write_json,
 )
@@ -118,6 +119,7 @@ def bench(
             progress=status.update,
         )
     console.print(_table(result))
+    say_asked(chat, as_chat)
     write_json(json, {**result, "chat": as_chat, "errors": [asdict(one) for one in failed]})
     report_failed(failed, sum(len(some[:limit]) for some in read.values()))
 

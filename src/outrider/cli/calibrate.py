@@ -20,6 +20,7 @@ from outrider.cli.common import (
     command,
     human,
     progress_bar,
+    say_asked,
     write_json,
 )
 from outrider.errors import InvalidRequest
@@ -109,6 +110,7 @@ def calibrate(
             backend=backend,
             progress=progress,
         )
+    say_asked(chat, as_chat)
     for bucket in report.buckets:
         console.print(_table(bucket))
     console.print(f"{out / 'drafter'}: calibrated", style="green", markup=False)

@@ -63,6 +63,7 @@ __all__ = [
     "read_stdin",
     "report_failed",
     "said_when_slow",
+    "say_asked",
     "say_loaded",
     "write_json",
 ]
@@ -179,12 +180,14 @@ def is_chat_model(model: str, tokenizer: Tokenizer) -> bool:
 
 
 def asks_as_chat(chosen: bool | None, model: str, tokenizer: Tokenizer) -> bool:
-    """Whether prompts go through the chat template: as ``--chat`` or ``--no-chat`` chose, else for a chat model, and
-    then it is said."""
-    if chosen is not None or not is_chat_model(model, tokenizer):
-        return bool(chosen)
-    note("prompts are asked through the model's chat template; --no-chat gives them as they are")
-    return True
+    """Whether prompts go through the chat template: as ``--chat`` or ``--no-chat`` chose, else for a chat model."""
+    return is_chat_model(model, tokenizer) if chosen is None else chosen
+
+
+def say_asked(chosen: bool | None, as_chat: bool) -> None:
+    """How prompts were asked, where that was not chosen and is not as they are."""
+    if chosen is None and as_chat:
+        note("prompts with `turns` were asked through the model's chat template; --no-chat gives them as they are")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from outrider.cli.common import (
     human,
     progress_bar,
     report_failed,
+    say_asked,
     write_json,
 )
 from outrider.errors import InvalidRequest
@@ -128,6 +129,7 @@ def evaluate(
             fail_fast=fail_fast,
             progress=progress,
         )
+    say_asked(chat, as_chat)
     console.print(_acceptance(found))
     console.print(*_positions(found), sep="\n")
     if found.differences:
