@@ -19,8 +19,9 @@ from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from outrider.drafters.mtp import MTPConfig, MTPDrafter
 from outrider.errors import InvalidRequest
-from outrider.files import read_config, resolve_model
+from outrider.files import read_config
 from outrider.models.loading import load_backend, load_layers, load_target
+from outrider.models.locations import resolve_model
 from outrider.training.dataset import Text
 from outrider.training.networks import (
     AutoregressiveLoss,

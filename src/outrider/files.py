@@ -1,4 +1,4 @@
-"""Files and folders: where a model is, where the cache is, JSON read with clear errors and written atomically."""
+"""Directories and files: where the cache is, JSON read with clear errors, and files that are written whole."""
 
 from __future__ import annotations
 
@@ -17,78 +17,14 @@ from typing import Any
 from outrider.errors import CheckpointError, InvalidRequest
 
 __all__ = [
-    "EMBEDDED",
-    "EMBEDDED_PROMPTS",
     "cache_folder",
     "new_folder",
-    "public_name",
     "read_config",
     "read_json",
     "read_json_lines",
     "replace_file",
-    "resolve_model",
     "write_json",
 ]
-
-EMBEDDED = {
-    "embedded": "target",
-    "embedded-draft": "draft",
-    "embedded-dspark": "dspark",
-    "embedded-dflash": "dflash",
-    "embedded-eagle3": "eagle3",
-}
-EMBEDDED_PROMPTS = Path(__file__).parent / "embedded" / "prompts"
-HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt"]
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The directory of a model: a local path, a packaged one (a key of ``EMBEDDED``), else a hub id.
-
-    Raises CheckpointError where there is none.
-    """
-    name = str(model)
-    if name in EMBEDDED:
-        path = Path(__file__).parent / "embedded" / EMBEDDED[name]
-        if not path.is_dir():
-            raise CheckpointError(f"this installation has no {name!r} model ({path} is missing); reinstall outrider")
-        return path
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{name} is a file; expected a model directory with config.json and *.safetensors")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"no such model directory: {name}")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{name!r} is no local directory, and fetching it from the Hugging Face hub failed "
-            f"({reason[0] if reason else type(error).__name__}); give a local path, or check the id and the network"
-        ) from error
-
-
-def public_name(model: str | Path) -> str:
-    """A model's name in artefacts that others read: a packaged model's name, a hub id, or the last part of a
-    directory's path, so that no artefact names a path of the machine that made it."""
-    name, path = str(model), Path(model).expanduser()
-    if name in EMBEDDED:
-        return name
-    for packaged, folder in EMBEDDED.items():
-        if path == Path(__file__).parent / "embedded" / folder:
-            return packaged
-    for part in path.parts:
-        if part.startswith("models--"):  # the hub's cache: models--OWNER--NAME/snapshots/REVISION
-            return part.removeprefix("models--").replace("--", "/")
-    return path.resolve().name if path.is_absolute() or name.startswith((".", "~")) or path.exists() else name
 
 
 def read_json(path: Path) -> dict[str, Any]:

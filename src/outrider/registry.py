@@ -61,6 +61,8 @@ BACKENDS = {
 }
 KV_CACHES = {
     "contiguous": "outrider.kv_cache.contiguous:ContiguousCache",
+    "native": "outrider.backends.native:NativeCache",
+    "transformers": "outrider.models.huggingface:TransformersCache",
 }
 _CATALOGUES = {
     "target": TARGETS,

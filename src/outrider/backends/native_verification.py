@@ -1,7 +1,8 @@
 """Verification in the compiled core: one call a step, for float32 logits on a CPU.
 
-``sampling.verification`` defines the rules; the core computes only what a step needs. Rejection stops at the first draft
-that fails, coupled drafts at the first that differs, and ``block`` works out residuals from the longest prefix down.
+``sampling.verification`` defines the rules; the core computes only what a step needs. Rejection stops at the first
+draft that fails, coupled drafts at the first that differs, and ``block`` works out residuals from the longest prefix
+down.
 """
 
 from __future__ import annotations

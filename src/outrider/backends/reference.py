@@ -45,7 +45,7 @@ class ReferenceBackend:
     device = torch.device("cpu")
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> ReferenceStack:
-        """``weights`` by the canonical names of ``outrider.backends.layers``, read one by one; they are left as they are."""
+        """``weights`` by the canonical names of ``outrider.backends.layers``, read one by one and left as they are."""
         key = str(dtype).removeprefix("torch.")
         if key not in DTYPES:
             raise InvalidRequest(

@@ -15,7 +15,8 @@ from outrider.checkpoints.checkpoint import Design, DraftCheckpoint
 from outrider.checkpoints.forms import writable
 from outrider.checkpoints.stack_format import file_name
 from outrider.errors import CheckpointError, nearest
-from outrider.files import new_folder, read_json, resolve_model, write_json
+from outrider.files import new_folder, read_json, write_json
+from outrider.models.locations import resolve_model
 from outrider.models.weights import TensorFiles, write_tensors
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Calibration

@@ -11,7 +11,7 @@ __all__ = ["form_to_write", "forms", "writable"]
 
 def forms(format: str) -> dict[str, Form]:
     """Every form in one format, by its tag."""
-    found = {}
+    found: dict[str, Form] = {}
     for name in registry.names("design"):
         design: type[Design] = registry.find("design", name)
         found |= {form.tag: form for form in design.forms().get(format, ())}

@@ -75,7 +75,7 @@ def bench(
     from outrider.engine.llm import LLM
     from outrider.evaluation.recording import FailedPrompt, read_prompts, runnable
     from outrider.evaluation.speedup import run_bench
-    from outrider.files import EMBEDDED_PROMPTS
+    from outrider.models.locations import EMBEDDED_PROMPTS
 
     read = {path.stem: read_prompts(path) for path in prompts or sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
     plain = LLM(model, "none", dtype=dtype, backend=backend, max_rows=concurrency)

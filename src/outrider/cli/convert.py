@@ -49,8 +49,8 @@ def convert(
     from outrider.evaluation.conversion import convert as write
     from outrider.evaluation.conversion import named_target
     from outrider.evaluation.replay import sample_prompts
-    from outrider.files import resolve_model
     from outrider.models.loading import load_backend, load_target
+    from outrider.models.locations import resolve_model
 
     folder = resolve_model(target) if target is not None else named_target(source)
     layers = tuple(target_layer) if target_layer else None

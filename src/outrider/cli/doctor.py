@@ -52,8 +52,9 @@ def doctor(
     """
     from outrider.evaluation.diagnosis import examine
     from outrider.evaluation.replay import sample_prompts
-    from outrider.files import read_json, resolve_model
+    from outrider.files import read_json
     from outrider.models.loading import load_backend, load_target
+    from outrider.models.locations import resolve_model
 
     layers = tuple(target_layer) if target_layer else None
     if target is None:

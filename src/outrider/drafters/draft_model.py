@@ -61,13 +61,22 @@ class DraftModelDrafter:
     Config = DraftModelConfig
     aux_layers: tuple[int, ...] = ()
 
-    def __init__(self, model: TargetModel, draft_tokens: int) -> None:
+    def __init__(
+        self, model: TargetModel, draft_tokens: int, *, vocabulary: int | None = None, tokens: int | None = None
+    ) -> None:
+        """``vocabulary``: rows of the target's head (None: as many as the draft model's). ``tokens``: ids from here
+        on are in no tokenizer, and are never drafted (None: all are)."""
+        rows = model.spec.vocab_size
+        self._vocabulary = rows if vocabulary is None else vocabulary
+        self._tokens = min(rows, self._vocabulary, rows if tokens is None else tokens)
         self.block = draft_tokens
         self.model = model
         self._rows: dict[int, _Row] = {}
         self._cache: KVCache = model.new_cache(1, 1)
         self._slots = 1
-        self._draft_loop = model.draft_loop if isinstance(model, DraftLoop) else None
+        # The loop draws from all rows of the head, so it is for heads whose rows are all tokens of the target's.
+        plain = self._tokens == rows == self._vocabulary
+        self._draft_loop = model.draft_loop if plain and isinstance(model, DraftLoop) else None
 
     @classmethod
     def from_config(
@@ -76,27 +85,33 @@ class DraftModelDrafter:
         target: TargetModel,
         *,
         load_target: Callable[[str, str], TargetModel],
+        tokens: int | None = None,
         **services: Any,
     ) -> DraftModelDrafter:
-        """``load_target(model, dtype)`` makes the draft model.
+        """``load_target(model, dtype)`` makes the draft model; ``tokens``: size of the tokenizer that both models were
+        found to share, None where that is not known.
 
-        Raises IncompatibleDrafter where the vocabularies differ.
+        Heads may be padded to different numbers of rows if both hold all tokens. Raises IncompatibleDrafter.
         """
         model = load_target(config.model, config.dtype)
-        if model.spec.vocab_size != target.spec.vocab_size:
+        rows = (model.spec.vocab_size, target.spec.vocab_size)
+        if rows[0] != rows[1] and (tokens is None or tokens > min(rows)):
             raise IncompatibleDrafter(
                 f"draft model {config.model!r} has a vocabulary of {model.spec.vocab_size} tokens, the target "
                 f"{target.spec.name!r} one of {target.spec.vocab_size}; use a smaller model with the target's tokenizer"
             )
-        return cls(model, config.draft_tokens)
+        return cls(model, config.draft_tokens, vocabulary=target.spec.vocab_size, tokens=tokens)
 
     @staticmethod
     def recognises(config: Mapping[str, Any]) -> bool:
         """Whether a directory with this config.json holds a causal LM."""
-        kinds = config.get("architectures")
-        if kinds:
-            return any(str(kind).endswith("ForCausalLM") for kind in kinds)
-        return config.get("model_type") in registry.TARGETS
+        kinds = [str(kind) for kind in config.get("architectures") or ()]
+        native = config.get("model_type") in registry.TARGETS
+        if not kinds:
+            return native
+        if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+            return True
+        return native and any(kind.endswith("ForConditionalGeneration") for kind in kinds)
 
     def open(self, slot: int, capacity: int) -> None:
         capacity = min(capacity, self.model.spec.max_positions)
@@ -144,7 +159,7 @@ class DraftModelDrafter:
             live_index, live_positions = index[:n], positions[:n]
             if j:
                 batch = RaggedBatch(drafts[-1][:n], live_positions - 1, cache_slots[:n], offsets[: n + 1])
-                logits = self.model.forward(batch, self._cache).logits
+                logits = self._fit(self.model.forward(batch, self._cache).logits)
             distribution = process(logits, context, live_index, torch.full((n,), j), drafted=seen)
             keys = None if distribution.is_greedy else rng.token_keys(live_index, live_positions, "draft")
             distributions.append(distribution)
@@ -230,15 +245,24 @@ class DraftModelDrafter:
         """Append tokens to the rows' cache. -> logits [B, V] after each chunk, or none."""
         batch = self._batch(chunks)
         wanted = batch.offsets[1:] - 1 if logits else batch.offsets[:0]
-        return self.model.forward(batch, self._cache, logits_at=wanted).logits
+        return self._fit(self.model.forward(batch, self._cache, logits_at=wanted).logits)
 
-    @staticmethod
-    def _batch(chunks: Sequence[tuple[_Row, list[int]]]) -> RaggedBatch:
+    def _fit(self, logits: Tensor) -> Tensor:
+        """[R, rows of the draft model's head] -> [R, V] of the target, with -inf for what is never drafted."""
+        if self._tokens == logits.shape[1] == self._vocabulary:
+            return logits
+        fitted = logits.new_full((len(logits), self._vocabulary), -torch.inf)
+        fitted[:, : self._tokens] = logits[:, : self._tokens]
+        return fitted
+
+    def _batch(self, chunks: Sequence[tuple[_Row, list[int]]]) -> RaggedBatch:
         """The next tokens of each row, which from now on count as cached."""
-        starts = [row.cached for row, _ in chunks]
+        starts, most = [row.cached for row, _ in chunks], self.model.spec.vocab_size - 1
         for row, tokens in chunks:
             row.cached += len(tokens)
-        return RaggedBatch.pack([tokens for _, tokens in chunks], starts, [row.cache_slot for row, _ in chunks])
+        # The target may have sampled from its padding: the draft model may have no such row, and reads its last one.
+        known = [[min(token, most) for token in tokens] for _, tokens in chunks]
+        return RaggedBatch.pack(known, starts, [row.cache_slot for row, _ in chunks])
 
     def _renew(self, slots: int, capacity: int) -> None:
         """A larger cache. Open rows start empty in it and catch up when they next draft."""

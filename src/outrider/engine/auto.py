@@ -19,15 +19,8 @@ import torch
 
 from outrider import __version__
 from outrider.config import SamplingParams
-from outrider.files import (
-    EMBEDDED,
-    EMBEDDED_PROMPTS,
-    cache_folder,
-    read_json,
-    read_json_lines,
-    resolve_model,
-    write_json,
-)
+from outrider.files import cache_folder, read_json, read_json_lines, write_json
+from outrider.models.locations import EMBEDDED, EMBEDDED_PROMPTS, resolve_model
 from outrider.types import Output
 
 __all__ = ["EMBEDDED_DRAFTERS", "fastest"]

@@ -14,8 +14,8 @@ from outrider.config import build
 from outrider.drafters.base import CalibratedDrafter
 from outrider.engine.auto import EMBEDDED_DRAFTERS
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
-from outrider.files import resolve_model
-from outrider.models.loading import load_backend, load_target
+from outrider.models.loading import load_backend, load_target, load_tokenizer, runs_natively
+from outrider.models.locations import resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Drafter, SchedulerPolicy, TargetModel
 
@@ -41,7 +41,7 @@ def load_model(
     """Raises CheckpointError for files that cannot be used, InvalidRequest for a ready target without a tokenizer."""
     if isinstance(model, (str, Path)):
         target = load_target(str(model), dtype=dtype, backend=backend)
-        return LoadedModel(target, tokenizer or Tokenizer(resolve_model(str(model))), str(model), dtype, backend)
+        return LoadedModel(target, tokenizer or load_tokenizer(str(model)), str(model), dtype, backend)
     if tokenizer is None:
         raise InvalidRequest("a loaded target needs its tokenizer: LLM(target, tokenizer=...)")
     return LoadedModel(model, tokenizer, "", dtype, backend)
@@ -76,8 +76,7 @@ def load_drafter(
         name, options = "none", {}
     if name == "none":
         options.pop("draft_tokens", None)
-    if "model" in options:
-        _check_tokenizer(str(options["model"]), model.tokenizer)
+    shared = "model" in options and _shares_tokenizer(str(options["model"]), model.tokenizer)
     kind = registry.find("drafter", name)
     made: Drafter = kind.from_config(
         build(kind.Config, options, f"drafter {name!r}"),
@@ -85,6 +84,7 @@ def load_drafter(
         load_target=lambda path, dtype: _load_draft_model(path, dtype, model),
         backend=load_backend(model.backend, model.dtype),
         max_rows=max_rows,
+        tokens=model.tokenizer.vocab_size if shared else None,
     )
     return name, made if calibration is None else _calibrated(made, Path(calibration))
 
@@ -99,6 +99,8 @@ class _Recognises(Protocol):
 def _recognise(path: str) -> str:
     """Which kind of drafter a directory holds, by the content of its config.json."""
     folder = resolve_model(path)
+    if folder.is_file():  # a GGUF file
+        return "draft_model"
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
@@ -110,18 +112,26 @@ def _recognise(path: str) -> str:
     raise CheckpointError(f"{path}: config.json describes no drafter this version knows; see `outrider models`")
 
 
-def _check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
-    """A draft model brings its tokenizer, which must be the target's; trained drafters have none of their own."""
+def _shares_tokenizer(path: str, tokenizer: Tokenizer) -> bool:
+    """Whether a draft model has a tokenizer, which must be the target's; trained drafters come without one.
+
+    Raises IncompatibleDrafter for another one.
+    """
     folder = resolve_model(path)
-    if (folder / "tokenizer.json").exists() and not Tokenizer(folder).same_as(tokenizer):
+    if not folder.is_file() and not (folder / "tokenizer.json").exists():
+        return False
+    if not load_tokenizer(path).same_as(tokenizer):
         raise IncompatibleDrafter(
             f"{path} has another vocabulary than the target; a draft model must share its tokenizer"
         )
+    return True
 
 
 def _load_draft_model(path: str, dtype: str, model: LoadedModel) -> TargetModel:
-    if dtype == "auto":
+    if dtype == "auto" and runs_natively(path):
         dtype = "int8" if load_backend(model.backend, model.dtype).name == "native" else model.dtype
+    elif dtype == "auto":  # Transformers runs it, which has no quantised dtypes
+        dtype = "float32" if model.dtype in ("int8", "int4") else model.dtype
     return load_target(path, dtype=dtype, backend=model.backend)
 
 

@@ -17,7 +17,8 @@ from outrider import __version__, checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import CheckpointError
 from outrider.evaluation.replay import Acceptance, Prompts, least_score, replay, transcribe
-from outrider.files import read_json, resolve_model
+from outrider.files import read_json
+from outrider.models.locations import resolve_model
 from outrider.models.weights import TensorFiles
 from outrider.registry import find
 from outrider.types import Backend, TargetModel

@@ -8,7 +8,7 @@ rotary positions, where the residual starts) drafts along the same text, and the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ from outrider.drafters.dspark_design import BlockDesign
 from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.errors import CheckpointError, IncompatibleDrafter
 from outrider.evaluation.replay import Acceptance, Prompts, Transcript, least_score, replay, transcribe
-from outrider.files import read_json, resolve_model
+from outrider.files import read_json
+from outrider.models.locations import resolve_model
 from outrider.registry import find
 from outrider.types import Backend, TargetModel
 
@@ -172,7 +173,7 @@ def _identity(checkpoint: DraftCheckpoint) -> dict[str, Any]:
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}),
         "own_embedding": "embed.weight" in tensors,
         "own_head": "head.weight" in tensors,
-        "design": {name: getattr(checkpoint.design, name) for name in checkpoint.design.__dataclass_fields__},
+        "design": asdict(checkpoint.design),  # type: ignore[call-overload]  # designs are dataclasses
     }
 
 

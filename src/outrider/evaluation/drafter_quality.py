@@ -42,7 +42,8 @@ from outrider.evaluation.recording import (
     recorded,
     runnable,
 )
-from outrider.files import EMBEDDED_PROMPTS, read_json, resolve_model, write_json
+from outrider.files import read_json, write_json
+from outrider.models.locations import EMBEDDED_PROMPTS, resolve_model
 
 __all__ = ["Config", "evaluate"]
 

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from outrider.drafters.base import TrainedDrafter
+from outrider.drafters.base import CachedDrafter
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.files import EMBEDDED_PROMPTS, read_json_lines
+from outrider.files import read_json_lines
+from outrider.models.loading import load_tokenizer
+from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
 
@@ -89,7 +91,7 @@ def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> Pr
 
     Raises InvalidRequest for any other file.
     """
-    tokenizer = Tokenizer(target) if (target / "tokenizer.json").exists() else None
+    tokenizer = load_tokenizer(target) if target.is_file() or (target / "tokenizer.json").exists() else None
     if file is not None:
         prompts = [_prompt(entry, number, file, tokenizer) for number, entry in _lines(file)]
         if not prompts:
@@ -163,7 +165,7 @@ def transcribe(
 
 
 @torch.inference_mode()
-def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
+def replay(drafter: CachedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
     """Draft along the transcripts. ``drafter.aux_layers`` must be among their layers; its slots 0, 1, ... must be free.
 
     ``longest``: the most drafts of any drafter to be compared, so that all draft at the same positions.

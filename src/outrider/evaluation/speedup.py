@@ -14,7 +14,7 @@ import numpy as np
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.evaluation.recording import read_prompts
-from outrider.files import EMBEDDED_PROMPTS
+from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.types import Output
 
 __all__ = [

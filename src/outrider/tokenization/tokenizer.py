@@ -52,6 +52,13 @@ class Tokenizer:
         self._fast.no_padding()
         self._templates: dict[str, ChatTemplate] = {}
 
+    @classmethod
+    def from_parts(cls, path: Path, fast: FastTokenizer, settings: Mapping[str, Any]) -> Tokenizer:
+        """A tokenizer that was read from elsewhere (a GGUF file): ``settings`` as in tokenizer_config.json."""
+        made = cls.__new__(cls)
+        made.directory, made._settings, made._fast = path, dict(settings), fast
+        return made
+
     # ------------------------------------------------------------------------------------------ text and tokens
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -31,7 +31,9 @@ from pydantic import BaseModel
 
 from outrider import __version__
 from outrider.errors import ArtefactError, InvalidRequest
-from outrider.files import read_json, read_json_lines, replace_file, resolve_model, write_json
+from outrider.files import read_json, read_json_lines, replace_file, write_json
+from outrider.models.gguf import gguf_parts
+from outrider.models.locations import resolve_model
 
 try:
     import fcntl
@@ -97,8 +99,10 @@ def content_hash(folder: Path, content: Sequence[str]) -> str:
 
 def target_hash(target: str) -> str:
     """SHA-256 over a model's configuration, tokenizer and weights. Raises CheckpointError where there is none."""
-    folder = resolve_model(target)
-    return _hash_of((path.name, path) for pattern in TARGET_FILES for path in folder.glob(pattern))
+    path = resolve_model(target)
+    if path.is_file():
+        return _hash_of((part.name, part) for part in gguf_parts(path))
+    return _hash_of((file.name, file) for pattern in TARGET_FILES for file in path.glob(pattern))
 
 
 # ------------------------------------------------------------------------------------------------ artefacts

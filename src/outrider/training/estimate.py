@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from outrider.engine.llm import LLM
-from outrider.files import read_config, resolve_model
+from outrider.models.loading import model_config
 from outrider.training import dataset, prompts, regenerate
 from outrider.training.artefact import is_finished, open_artefact
 from outrider.training.conversations import ChatTurn
@@ -210,7 +210,7 @@ class _Trial:
     @cached_property
     def _key_value_bytes(self) -> float:
         """Bytes of a token's keys and values in float32, by the target's configuration."""
-        files = read_config(resolve_model(self.recipe.target))
+        files = model_config(self.recipe.target)
         text = files.get("text_config") or files
         heads = text.get("num_key_value_heads") or text.get("num_attention_heads", 1)
         width = text.get("head_dim") or text.get("hidden_size", 0) / max(1, text.get("num_attention_heads", 1))

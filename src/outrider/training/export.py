@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from outrider import __version__, checkpoints
 from outrider.checkpoints import DraftCheckpoint
-from outrider.files import public_name, read_json, write_json
+from outrider.files import read_json, write_json
 from outrider.models.loading import load_target
+from outrider.models.locations import public_name
 from outrider.training.artefact import Artefact
 from outrider.training.networks import Frozen
 from outrider.training.progress import duration

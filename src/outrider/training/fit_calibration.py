@@ -35,7 +35,8 @@ from outrider.evaluation.recording import (
     recorded,
     runnable,
 )
-from outrider.files import EMBEDDED_PROMPTS, new_folder, public_name, resolve_model, write_json
+from outrider.files import new_folder, write_json
+from outrider.models.locations import EMBEDDED_PROMPTS, public_name, resolve_model
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Calibration, Quality, Scaling
 from outrider.training.artefact import content_hash, file_hash, target_hash

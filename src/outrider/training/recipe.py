@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from outrider.errors import InvalidRequest, nearest
-from outrider.files import resolve_model
+from outrider.models.locations import resolve_model
 from outrider.training.artefact import Artefact
 from outrider.training.networks import training_of
 from outrider.training.stages import STAGES, make, opened

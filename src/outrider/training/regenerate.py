@@ -26,8 +26,9 @@ from outrider.engine.engine import Engine
 from outrider.engine.llm import LLM
 from outrider.engine.request import Request
 from outrider.errors import ArtefactError
-from outrider.files import read_config, resolve_model
 from outrider.models.decoder import end_tokens, sampling_defaults
+from outrider.models.loading import load_tokenizer, model_config
+from outrider.models.locations import resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training.artefact import Artefact, Journal, begin, file_hash, open_artefact, read_lines, write_lines
 from outrider.training.conversations import Answerer, ChatTurn, Conversations, Settings
@@ -85,7 +86,7 @@ class Config(BaseModel):
 
 def sampling(config: Config, target: str) -> Settings:
     """The config's sampling over the target's own. Raises CheckpointError, InvalidRequest."""
-    files = read_config(resolve_model(target))
+    files = model_config(target)
     text = files.get("text_config") or files
     values: dict[str, Any] = {"temperature": 1.0, **sampling_defaults(files)}
     given = config.model_dump(include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
@@ -109,7 +110,7 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
     with begin(out, "regenerate", config, parents={"prompts": parent}, sources=templates, target=target) as work:
         if not work.finished:
             settings = sampling(config, target)
-            tokenizer = Tokenizer(resolve_model(target))
+            tokenizer = load_tokenizer(target)
             load = cache(lambda: LLM(target, config.drafter, dtype=config.dtype, max_rows=config.rows))
             answer = _server(config, tokenizer, settings) if config.server else engine(config, load, settings)
             facts: dict[str, Any] = {"sampling": _facts_of(settings.params)}

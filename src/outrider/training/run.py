@@ -29,8 +29,9 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import ArtefactError, InvalidRequest
-from outrider.files import new_folder, read_config, resolve_model, write_json
-from outrider.models.loading import load_layers
+from outrider.files import new_folder, write_json
+from outrider.models.loading import load_layers, model_config
+from outrider.models.locations import resolve_model
 from outrider.training.artefact import Artefact, begin, open_artefact
 from outrider.training.dataset import Text, TextSampler, read_texts
 from outrider.training.features import CachedFeatures
@@ -98,8 +99,8 @@ def trainable(config: Config, llm: LLM) -> nn.Module:
     """A new, untrained drafter of ``config.kind`` for this target. Raises InvalidRequest."""
     options = training_of(config.kind, config.drafter)
     torch.manual_seed(config.seed)
-    folder = resolve_model(llm.model)
-    module: nn.Module = options.start(llm.target, read_config(folder), llm.tokenizer.vocabulary, load_layers(folder))
+    facts, layers = model_config(llm.model), load_layers(llm.model)
+    module: nn.Module = options.start(llm.target, facts, llm.tokenizer.vocabulary, layers)
     return module
 
 

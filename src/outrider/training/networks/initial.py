@@ -9,7 +9,7 @@ from outrider import registry
 from outrider.checkpoints import Design, DraftCheckpoint, TargetFacts
 from outrider.config import build
 from outrider.errors import InvalidRequest, nearest
-from outrider.files import public_name
+from outrider.models.locations import public_name
 from outrider.types import TargetSpec
 
 __all__ = ["draft_decoder", "mask_token", "new_checkpoint", "spread_aux_layers", "training_of"]
