@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.files import read_config, read_json, resolve_model
+from outrider.files import read_config, read_json
 from outrider.models.decoder import PARTS
+from outrider.models.locations import resolve_model
 from outrider.models.random import RandomWeights, Shape
 from outrider.models.weights import TensorFiles
 

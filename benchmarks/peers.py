@@ -34,7 +34,7 @@ from support import add_json, facts, prompt_sets, say, seconds_of, settle, table
 
 from outrider import LLM, SamplingParams
 from outrider.evaluation.speedup import bootstrap_ratio, repeated_ngrams
-from outrider.files import resolve_model
+from outrider.models.locations import resolve_model
 
 Answer = Callable[[list[int], int], list[int]]
 """(prompt ids, number of tokens to generate) -> their ids"""

@@ -22,8 +22,8 @@ from support import add_json, facts, say, table, write_json
 
 from outrider.errors import InvalidRequest
 from outrider.evaluation.recording import read_prompts
-from outrider.files import EMBEDDED_PROMPTS, resolve_model
 from outrider.models.loading import load_target
+from outrider.models.locations import EMBEDDED_PROMPTS, resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
 

@@ -28,7 +28,12 @@ from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.models.loading import load_backend, load_target
 from outrider.sampling.distribution import Categorical
 from outrider.sampling.rng import RowRng
-from outrider.sampling.verification import Round, acceptance_probabilities, bonus_distribution, count_accepted
+from outrider.sampling.verification import (
+    DraftRound,
+    acceptance_probabilities,
+    bonus_distribution,
+    count_accepted,
+)
 from outrider.types import Context, Drafter, Proposal, RaggedBatch, TargetModel
 
 ROOT = Path(os.environ.get("OUTRIDER_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
@@ -375,7 +380,7 @@ def test_sampled_verification(case: dict[str, Tensor]) -> None:
     distribution = Categorical(size, probabilities=case["draft_probs"])
     proposal = Proposal(drafts[None], torch.tensor([len(drafts)]), distribution)
     target = Categorical(size, probabilities=case["target_probs"])
-    checked = Round.of(target, proposal, torch.tensor([len(drafts)]))
+    checked = DraftRound.of(target, proposal, torch.tensor([len(drafts)]))
     probabilities = acceptance_probabilities(checked, np.array([False]))
     accepted = count_accepted(probabilities, case["uniforms"].double().numpy()[None])
     assert accepted.tolist() == case["accepted"].tolist()

@@ -14,7 +14,7 @@ import torch
 
 from outrider import LLM, SamplingParams, checkpoints, registry
 from outrider.errors import CheckpointError
-from outrider.files import EMBEDDED_PROMPTS
+from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.training.run import Config, learn
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "medusa"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from trained import make_target
 
-from outrider.files import EMBEDDED, public_name, resolve_model
+from outrider.models.locations import EMBEDDED, public_name, resolve_model
 from outrider.training.artefact import target_hash
 from outrider.training.networks.initial import draft_decoder, new_checkpoint
 

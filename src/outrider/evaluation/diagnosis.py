@@ -15,7 +15,7 @@ from typing import Any, Literal
 from outrider import checkpoints
 from outrider.backends.layers import rope_config
 from outrider.checkpoints import DraftCheckpoint
-from outrider.drafters.base import TrainedDrafter
+from outrider.drafters.base import CachedDrafter
 from outrider.drafters.dspark_design import BlockDesign
 from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.errors import CheckpointError, IncompatibleDrafter
@@ -154,8 +154,8 @@ def measure(
     return replay(_drafter(checkpoint, target, backend, len(transcripts)), transcripts, longest)
 
 
-def _drafter(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend | None, rows: int) -> TrainedDrafter:
-    kind: type[TrainedDrafter] = find("drafter", checkpoint.kind)
+def _drafter(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend | None, rows: int) -> CachedDrafter:
+    kind: type[CachedDrafter] = find("drafter", checkpoint.kind)
     engine = backend or find("backend", "reference")()
     return kind(checkpoint, target, engine, config=kind.Config(model=""), dtype=target.spec.dtype, max_rows=rows)
 
