@@ -21,7 +21,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "medusa"
 FILES = ("medusa_drafter.py", "medusa_training.py")
 TEXTS, HELD_OUT = 24, 3
 OPTIONS: dict[str, Any] = {
-    "steps": 24,
+    "steps": 40,
     "batch": 4,
     "length": 128,
     "learning_rate": 3e-3,

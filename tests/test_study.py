@@ -59,7 +59,7 @@ def test_only_the_signal_that_says_so_sees_the_drafted_token() -> None:
         assert other[j] == 0 < seeing[j]
 
 
-def test_margin_and_entropy_of_known_laws() -> None:
+def test_margin_and_entropy_of_known_distributions() -> None:
     distribution = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
     assert signals.margin_signal(distribution) == pytest.approx([2 / 3, 1 / 2, 1])
     assert signals.entropy_signal(distribution) == pytest.approx([2**-1.5, 1 / 4, 1])

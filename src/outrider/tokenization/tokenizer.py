@@ -47,7 +47,7 @@ class Tokenizer:
     def __init__(
         self, directory: str | Path, fast: FastTokenizer | None = None, settings: Mapping[str, Any] | None = None
     ) -> None:
-        """``fast`` and ``settings`` (as in tokenizer_config.json): where they come from elsewhere, such as a GGUF file."""
+        """``fast`` and ``settings`` (as in tokenizer_config.json) replace the directory's: a GGUF file has its own."""
         self.directory = Path(directory)
         self._settings = _read_json(self.directory / "tokenizer_config.json") if settings is None else dict(settings)
         self._fast = fast or _load(self.directory)
