@@ -24,7 +24,7 @@ from outrider.files import cache_folder, replace_file
 __all__ = ["PackedFile"]
 
 SLOW = 0.3  # seconds of packing from which a file pays
-DTYPES = ("int8", "int4")
+DTYPES = ("int8", "int4", "file")
 
 
 class PackedFile:
