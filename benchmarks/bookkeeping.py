@@ -1,12 +1,12 @@
-"""What a round costs outside the two models: the loop around a target pass, and a verification over a large vocabulary.
+"""Time of a round outside the two models: the loop around a target pass, and verification over a large vocabulary.
 
     python benchmarks/bookkeeping.py rounds | verification [--count 100] [--vocabulary 152000] [--json FILE]
 
-Rounds: each step of the engine, less the time inside the drafter's and the target's calls, on the embedded target and
-on random weights of 110M parameters (vocabulary 32,000). Drafts are guesses drawn from distributions made beforehand, so that no
-second model disturbs the caches; nearly all are rejected.
+Rounds: the time of each engine step minus the calls of drafter and target, on the embedded target and on random weights
+of 110M parameters (vocabulary 32,000). Drafts are sampled from distributions prepared beforehand, so that no second
+model disturbs the processor caches; nearly all are rejected.
 
-Verification: ``process`` and ``verify`` over eight places of logits; fresh logits and fresh distributions each time.
+Verification: ``process`` and ``verify`` over eight rows of logits, with new logits and distributions each time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.models.loading import load_backend, load_target
 from outrider.models.random import random_target
-from outrider.sampling.distribution import process
+from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.verification import verify
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
@@ -35,7 +35,7 @@ from outrider.types import Context, Proposal, RaggedBatch, Rng, StepCost, Target
 K = 7  # drafts of a round
 PROMPT = 64  # tokens
 SAMPLED = SamplingParams(temperature=1.0, rule="rejection", ignore_eos=True)
-WAYS = {  # how tokens are chosen
+SAMPLING = {
     "greedy": replace(SAMPLED, temperature=0.0),
     "rejection": SAMPLED,
     "rejection, top-k 50": replace(SAMPLED, top_k=50),
@@ -50,7 +50,7 @@ WAYS = {  # how tokens are chosen
 
 
 class Guesses:
-    """A drafter without a model: drafts from one distribution, prepared beforehand, whatever was said."""
+    """A drafter without a model: samples every draft from one distribution prepared beforehand."""
 
     aux_layers: tuple[int, ...] = ()
 
@@ -81,7 +81,7 @@ class Guesses:
 
 
 class Costs(FixedPolicy):
-    """The fixed policy, keeping what each step cost."""
+    """The fixed policy; it keeps the cost of each step."""
 
     def __init__(self, drafts: int) -> None:
         super().__init__(FixedConfig(draft_tokens=drafts))
@@ -97,9 +97,9 @@ def rounds(target: TargetModel, params: SamplingParams, drafts: int, count: int)
     drafter = Guesses(target.spec.vocab_size, params, drafts)
     capacity = PROMPT + 1 + (count + 1) * (drafts + 1)
     engine = Engine(target, drafter, policy, max_rows=1, capacity=capacity)
-    engine.add(0, list(range(1, PROMPT + 1)), replace(params, max_tokens=capacity - PROMPT), seed=1)
+    engine.submit(list(range(1, PROMPT + 1)), replace(params, max_tokens=capacity - PROMPT), seed=1)
     outside = []
-    while len(outside) < count and len(engine.admission):
+    while len(outside) < count and engine.busy:
         began = perf_counter()
         engine.step()
         seconds, cost = perf_counter() - began, policy.seen[-1]
@@ -115,7 +115,7 @@ def measure_rounds(count: int) -> Iterator[dict[str, Any]]:
         "llama-110m": random_target("llama-110m", "float32", backend),
     }
     for name, target in targets.items():
-        for way, params in WAYS.items():
+        for way, params in SAMPLING.items():
             for drafts in (0, K):
                 figures = rounds(target, params, drafts, count)
                 yield {
@@ -132,19 +132,19 @@ def measure_rounds(count: int) -> Iterator[dict[str, Any]]:
 
 
 def peaked(places: int, vocabulary: int, generator: torch.Generator) -> Tensor:
-    """Logits as a sure model gives them: nine tenths of the mass on a few hundred tokens."""
+    """Peaked logits: 90 % of the probability on a few hundred tokens."""
     return 4 * torch.randn(places, vocabulary, generator=generator)
 
 
 def flat(places: int, vocabulary: int, generator: torch.Generator) -> Tensor:
-    """Logits that leave everything open: nine tenths of the mass on half of the vocabulary."""
+    """Flat logits: 90 % of the probability on half of the vocabulary."""
     return torch.randn(places, vocabulary, generator=generator)
 
 
 def verification(
     vocabulary: int, make: Callable[[int, int, torch.Generator], Tensor], params: SamplingParams, count: int
 ) -> dict[str, float]:
-    """Median milliseconds of ``process`` and of ``verify`` over K + 1 places."""
+    """Median milliseconds of ``process`` and of ``verify`` over K + 1 positions."""
     generator = torch.Generator().manual_seed(0)
     context = Context([params], [list(range(PROMPT))], [PROMPT])
     places = torch.zeros(K + 1, dtype=torch.int64), torch.arange(K + 1)
@@ -156,7 +156,7 @@ def verification(
         rng = RowRng([turn], [1], [params.effective_rule])
         distribution = process(near, context, *(place[:K] for place in places))
         drafts = distribution.draw(rng.token_keys(places[0][:K], PROMPT + places[1][:K], "draft"))[None]
-        again = process(near, context, *(place[:K] for place in places))  # nothing of the draw is kept in it
+        again = process(near, context, *(place[:K] for place in places))  # drop anything cached by sampling the drafts
         proposal = Proposal(drafts, keep, None if distribution.is_greedy else again)
         began = perf_counter()
         distributions = process(logits, context, *places, drafted=drafts)
@@ -169,7 +169,7 @@ def verification(
 
 def measure_verification(vocabulary: int, count: int) -> Iterator[dict[str, Any]]:
     for shape in (peaked, flat):
-        for way, params in WAYS.items():
+        for way, params in SAMPLING.items():
             with torch.inference_mode():
                 figures = verification(vocabulary, shape, params, count)
             yield {

@@ -1,4 +1,4 @@
-"""The same weights for llama.cpp: a Hugging Face directory of Llama or Qwen3 shape as one GGUF file.
+"""Write a Hugging Face directory of Llama or Qwen3 shape as one GGUF file for llama.cpp, with the ``gguf`` package.
 
 python benchmarks/gguf_file.py embedded out.gguf --dtype int8
 """
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from outrider.files import read_config, read_json, resolve_model
+from outrider.files import read_config, read_json
 from outrider.models.decoder import PARTS
+from outrider.models.locations import resolve_model
 from outrider.models.random import RandomWeights, Shape
 from outrider.models.weights import TensorFiles
 
@@ -149,7 +150,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
 
 
 def _name(name: str) -> str | None:
-    """Hugging Face's name of a tensor to llama.cpp's; None for one that it does not keep."""
+    """Hugging Face's tensor name to llama.cpp's; None for a tensor that GGUF does not store."""
     parts = name.removeprefix("model.").split(".")
     if parts[0] in TOPS:
         return f"{TOPS[parts[0]]}.weight"
@@ -159,7 +160,7 @@ def _name(name: str) -> str | None:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp rotates neighbours in the llama architecture, Transformers halves."""
+    """Rotary layout of llama.cpp's llama architecture: adjacent pairs, where Transformers pairs the two halves."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 

@@ -1,10 +1,10 @@
-"""What a block drafter's sequential head costs: its share of a round, with random weights.
+"""Time of a block drafter's sequential head, as a share of a round, with random weights.
 
     python benchmarks/head.py [--dtype bfloat16] [--rounds 20] [--json FILE]
 
 A round is a draft (DSpark: 2 layers of the target's width, Markov rank 256, 7 drafts) and a pass of the target over
-8 tokens. ``bias`` is how far the Markov bias moves logits, beside the spread of the base logits: the bound that keeps
-greedy drafts cheap depends on it. "step by step" is the same head in Python, one full product and draw after another.
+8 tokens. ``bias`` is the spread of the Markov bias; the base logits have spread 1. The bound that makes greedy drafts
+cheap depends on it. "step by step" is the same head in Python, with a full product and a draw per draft.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 from support import add_json, facts, say, table, write_json
 from torch import Tensor
 
-from outrider.checkpoints import BlockDesign, DraftCheckpoint, TargetFacts
+from outrider.checkpoints import DraftCheckpoint, TargetFacts
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.models.loading import load_backend
 from outrider.models.random import SHAPES, random_target
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, RaggedBatch, TargetModel
 
-TAPS = (2, 6, 10)
+AUX_LAYERS = (2, 6, 10)
 RANK, DRAFTS, LAYERS = 256, 7, 2
 
 
@@ -52,7 +53,7 @@ def checkpoint(shape: str, kind: str, bias: float) -> DraftCheckpoint:
     }
     design = BlockDesign(DRAFTS, 1, markov_rank=RANK, markov_head=kind, confidence=True)  # type: ignore[arg-type]
     facts_ = TargetFacts(sizes.hidden_size, sizes.num_layers, None, "LlamaForCausalLM")
-    made = DraftCheckpoint(design, decoder, TAPS, facts_, draft_vocab_size=sizes.vocab_size, format="random")
+    made = DraftCheckpoint(design, decoder, AUX_LAYERS, facts_, draft_vocab_size=sizes.vocab_size, format="random")
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, Tensor] = {}
     for name, tensor in made.shapes().items():
@@ -67,7 +68,7 @@ def checkpoint(shape: str, kind: str, bias: float) -> DraftCheckpoint:
 
 
 class Rounds:
-    """Draft and verify at one place of one sequence, again and again."""
+    """Draft and verify repeatedly at the same position of one sequence."""
 
     def __init__(self, target: TargetModel, drafter: DSparkDrafter, context: int, temperature: float) -> None:
         self.target, self.drafter = target, drafter
@@ -97,7 +98,7 @@ class Rounds:
         return timed
 
     def round(self) -> tuple[float, float, float]:
-        """Seconds of draft, of the head's part in it, and of the target's pass."""
+        """Seconds of a draft, of its sequential head, and of the target's pass."""
         self.turn += 1
         self.head_seconds = 0.0
         rng = RowRng([1], [self.turn], ["rejection"])

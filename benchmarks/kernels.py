@@ -3,10 +3,10 @@
     python benchmarks/kernels.py [--rounds 20] [--json FILE]
 
 ``linear``   one matrix [outputs, inner] for M rows (the head of a stack without layers)
-``layer``    one decoder layer for M new tokens behind an empty cache, attention included
-``attention``  what a context adds to a pass of one layer: that pass minus the same behind an empty cache
+``layer``    one decoder layer for M new tokens with an empty cache, attention included
+``attention``  the time that a context adds to a pass of one layer: that pass minus the same with an empty cache
 
-Bandwidth is the bytes of the weights over the time: reading them once is what few rows have to pay.
+Bandwidth is the bytes of the weights / the time: a pass over few rows must read the weights once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from outrider.registry import find
 from outrider.types import RaggedBatch, Stack
 
 LINEARS = {"head": (32_000, 2048), "down": (4096, 14_336)}
-"""Outputs and inner width; in every dtype larger than the caches, as a model's weights are."""
+"""Outputs and inner width; larger than the caches in every dtype, as a model's weights are."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROPE = rope_config({}, 64)
 LAYER = LayerConfig(num_heads=32, num_kv_heads=8, head_dim=64, intermediate_size=8192, rope=ROPE)
@@ -46,7 +46,7 @@ class PackedLinear:
 
 
 class QuantisedLinear:
-    """PyTorch's dynamic int8: a scale per output, activations quantised on the way in (oneDNN or FBGEMM)."""
+    """PyTorch's dynamic int8: a scale per output, activations quantised per call (oneDNN or FBGEMM)."""
 
     def __init__(self, weight: Tensor) -> None:
         scales = weight.abs().amax(1).double() / 127
@@ -63,7 +63,7 @@ def load(config: StackConfig, dtype: str, backend: str) -> Stack:
 
 
 def new_pass(stack: Stack, tokens: int, context: int, width: int) -> Callable[[], None]:
-    """A pass over ``tokens`` new tokens behind ``context`` cached ones, without logits, forgotten at once."""
+    """A pass over ``tokens`` new tokens after ``context`` cached ones, without logits; the cache is rewound."""
     cache = stack.new_cache(1, context + tokens)
     slot = cache.open()
     for start in range(0, context, 512):
@@ -114,7 +114,7 @@ def layers(counts: list[int], rounds: int, dtypes: list[str]) -> Iterator[dict[s
 
 
 def attentions(counts: list[int], rounds: int, dtypes: list[str], context: int) -> Iterator[dict[str, Any]]:
-    """A layer whose matrices are small beside its cache."""
+    """A layer whose matrices are small compared with its cache."""
     config = StackConfig(0, 64, (LayerConfig(32, 8, 64, 64, ROPE),))
     for dtype in dtypes:
         if dtype not in DTYPES:

@@ -1,9 +1,9 @@
-"""Does speculation change a single token? Counts differences from plain decoding over many prompts.
+"""Compare the tokens of speculative and plain decoding over many prompts, and count the differences.
 
     python benchmarks/lossless.py --prompts prompts/*.jsonl --limit 200 --dtype float32 --dtype int8 [--json FILE]
 
-Every prompt is answered plainly, one at a time, and by every drafter, ``--rows`` prompts together: greedily, and at
-temperature 1 under shared rng ("coupled", a seed per prompt). The exit code is 1 if any answer differs.
+Every prompt is answered by plain decoding, one at a time, and with every drafter, ``--rows`` prompts in a batch:
+greedily, and at temperature 1 under the ``coupled`` rule with a seed per prompt. Exits with 1 on any difference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from outrider import LLM, SamplingParams
 
 
 def choose(llm: LLM, sets: dict[str, list[str]], limit: int, max_tokens: int) -> list[tuple[str, list[int]]]:
-    """(set, prompt) from the sets in turns, those that fit the model's context, ``limit`` in all."""
+    """(set, prompt), alternating between sets, of prompts that fit the model's context; ``limit`` in all."""
     named = ([(name, text) for text in texts] for name, texts in sets.items())
     in_turns = [one for one in chain.from_iterable(zip_longest(*named)) if one is not None]
     encoded = [(name, llm.encode(text)) for name, text in in_turns]
@@ -31,21 +31,21 @@ def choose(llm: LLM, sets: dict[str, list[str]], limit: int, max_tokens: int) ->
 
 
 def answers(llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams], name: str) -> list[list[int]]:
-    """Token ids of every answer, with a line of progress now and then."""
+    """Token ids of every answer. Prints progress."""
     given: list[list[int]] = []
-    group, began, told = 8 * llm.max_rows, perf_counter(), perf_counter()
+    group, began, printed = 8 * llm.max_rows, perf_counter(), perf_counter()
     for start in range(0, len(prompts), group):
         outputs = llm.generate(prompts[start : start + group], params[start : start + group])
         given += [output.token_ids for output in outputs]
-        if perf_counter() - told > 10 or len(given) == len(prompts):
+        if perf_counter() - printed > 10 or len(given) == len(prompts):
             rate = sum(map(len, given)) / (perf_counter() - began)
             say(f"  {name}: {len(given)}/{len(prompts)} prompts, {rate:.0f} tokens/s")
-            told = perf_counter()
+            printed = perf_counter()
     return given
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Where two answers part; None where they are equal."""
+    """Index of the first difference of two answers; None if they are equal."""
     if a == b:
         return None
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -2,8 +2,8 @@
 
     python benchmarks/passes.py --dtype float32 [--shape llama-110m] [--context 256] [--json FILE]
 
-Weights are random and of one shape; every contender runs M tokens behind ``--context`` cached ones, gives all M rows
-of logits, and takes the tokens back. What M tokens cost over one is the median of ratios within a round.
+Weights are random and of one shape; every engine runs M tokens after ``--context`` cached ones, computes all M rows
+of logits, and removes the tokens from its cache. The ratio to one token is the median of ratios within a round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from outrider.models.random import SHAPES, random_target
 from outrider.types import RaggedBatch
 
 Pass = Callable[[], Any]
-Contender = tuple[str, Callable[[int], Pass]]  # name, and what makes a pass of M tokens
+Contender = tuple[str, Callable[[int], Pass]]  # name, and a function that makes a pass of M tokens
 
 
 def outrider(shape: str, dtype: str, context: int, backend: str) -> Iterator[Contender]:

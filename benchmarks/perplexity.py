@@ -1,9 +1,9 @@
-"""What fewer bits cost: perplexity on held-out text by domain, in each dtype, against float32.
+"""Perplexity on held-out text by domain, in each dtype, compared with float32.
 
     python benchmarks/perplexity.py [--model embedded] [--text prose=book.txt ...] [--json FILE]
 
-Without ``--text`` the packaged prompts are read: documents the embedded models were never trained on. A text file is
-cut into windows of ``--window`` tokens; of JSON Lines every ``text`` or first turn is a document. All dtypes read the
+Without ``--text`` the packaged prompts are used: documents that the embedded models were not trained on. A text file is
+split into windows of ``--window`` tokens; in JSON Lines every ``text`` or first turn is a document. All dtypes read the
 same tokens, each predicted from those before it in its window; the intervals resample documents.
 """
 
@@ -21,9 +21,9 @@ import torch
 from support import add_json, facts, say, table, write_json
 
 from outrider.errors import InvalidRequest
-from outrider.evaluation.recording import read_questions
-from outrider.files import EMBEDDED_PROMPTS, resolve_model
+from outrider.evaluation.recording import read_prompts
 from outrider.models.loading import load_target
+from outrider.models.locations import EMBEDDED_PROMPTS, resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
 
@@ -32,9 +32,9 @@ DRAWS = 2000  # resamples of an interval
 
 
 def documents(path: Path, tokenizer: Tokenizer, window: int) -> list[list[int]]:
-    """Token ids of each document of a file, in pieces of at most ``window``; pieces of one token predict nothing."""
+    """Token ids of each document of a file, in pieces of at most ``window``; pieces of one token are dropped."""
     if path.suffix == ".jsonl":
-        prompts = [question.prompt for question in read_questions(path)]
+        prompts = [question.prompt for question in read_prompts(path)]
     else:
         try:
             prompts = [path.read_text(encoding="utf-8")]

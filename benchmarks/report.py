@@ -1,8 +1,8 @@
-"""Figures to documentation: the tables of ``docs/benchmarks.md``, from the JSON files that the scripts wrote.
+"""Write the tables of ``docs/benchmarks.md`` from the JSON files of the benchmark scripts.
 
     python benchmarks/report.py benchmarks/results/*.json --into docs/benchmarks.md
 
-Everything after the marker line in that page is written anew; without ``--into`` the tables are printed.
+Everything after the marker line of that page is replaced; without ``--into`` the tables are printed.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ KINDS: list[tuple[set[str], Callable[[Result], tuple[str, str, str]]]] = [
     ({"outside_us", "share"}, rounds),
     ({"process_ms", "verify_ms"}, verification),
 ]
-"""What the rows of a result have, and what shows it."""
+"""Keys of a result's rows, and the function that formats such a result."""
 
 
 def section(path: Path) -> str:
@@ -184,7 +184,7 @@ def section(path: Path) -> str:
 
 
 def where(result: Result) -> str:
-    """Machine, versions and command, as far as the file tells."""
+    """Machine, versions and command, as far as the file has them."""
     machine = result["machine"]
     threads = machine.get("threads") or result.get("threads")
     parts = [f"{machine['cpu']}, {machine['cores']} cores" + (f", {threads} threads" if threads else "")]

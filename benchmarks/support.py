@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the machine, versions, medians of pairs, and tables."""
+"""Helpers of the benchmark scripts: machine and versions, medians of pairs, tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from outrider.evaluation.speedup import embedded_prompt_sets, machine, read_prompts
+from outrider.evaluation.recording import read_prompts
+from outrider.evaluation.speedup import embedded_prompt_sets, machine
 
 __all__ = [
     "add_json",
@@ -36,12 +37,12 @@ PEERS = ("outrider", "torch", "transformers", "llama-cpp-python", "gguf", "openv
 
 
 def say(text: str) -> None:
-    """Progress, out of the result's way."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def facts() -> dict[str, Any]:
-    """What a figure was measured with: machine, versions, command."""
+    """Machine, versions and command of a measurement."""
     versions = {}
     for name in PEERS:
         try:
@@ -57,7 +58,7 @@ def facts() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """What was typed, without where the result goes and where files lie on this machine."""
+    """The command line, without ``--json`` and without absolute paths."""
     words, given = [], iter(sys.argv[1:])
     for word in given:
         if word == "--json":
@@ -65,7 +66,8 @@ def _command() -> str:
         elif not word.startswith("--json="):
             name, equals, value = word.rpartition("=")
             words.append(name + equals + (Path(value).name if Path(value).is_absolute() else value))
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    script = Path(sys.argv[0]).resolve()
+    return shlex.join(["python", f"{script.parent.name}/{script.name}", *words])
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +75,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def write_json(file: str | None, value: Any) -> None:
-    """Write where ``--json`` says, if it says so."""
+    """Write to the file given by ``--json``, if it is given."""
     if file is not None:
         text = json.dumps(value, indent=2) + "\n"
         sys.stdout.write(text) if file == "-" else Path(file).write_text(text)
@@ -81,7 +83,8 @@ def write_json(file: str | None, value: Any) -> None:
 
 def prompt_sets(files: Sequence[Path] | None, limit: int) -> dict[str, list[str]]:
     """Prompts by set: the files' first turns, or the packaged sets; ``limit`` of each."""
-    sets = {path.stem: read_prompts(path) for path in files} if files else embedded_prompt_sets()
+    read = {path.stem: [str(prompt.prompt) for prompt in read_prompts(path)] for path in files or ()}
+    sets = read or embedded_prompt_sets()
     return {name: texts[:limit] for name, texts in sets.items()}
 
 
@@ -93,14 +96,14 @@ def seconds_of(work: Callable[[], Any]) -> float:
 
 
 def settle() -> None:
-    """Let the threads of whoever ran last stop spinning: OpenMP's wait busily for a while, on the next one's cores."""
+    """Wait until the threads of the previous call stop spinning: OpenMP threads wait busily for a while."""
     sleep(0.01)
 
 
 def interleaved(works: dict[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of each work, one a round, in turns: what the machine does meanwhile hits all alike.
+    """Seconds of each work, once per round, in turns, so that drift of the machine affects all of them.
 
-    Each is timed right after a call of its own, as in a loop of its own: threads awake, the caches not a stranger's.
+    Each is timed right after an untimed call of the same work: threads are awake, and the caches hold its data.
     """
     for _ in range(warm):
         for work in works.values():

@@ -1,9 +1,9 @@
-"""Documentation that writes itself: the file tree of the README, and the pages of ``site/``.
+"""Generated documentation: the file tree in ``docs/architecture.md``, and the pages of ``site/``.
 
     python docs/build.py           both
-    python docs/build.py --tree    the README's tree alone
+    python docs/build.py --tree    the tree alone
 
-A file is described by the first sentence it says about itself, so the tree never tells another story than the code.
+The tree describes a file by the first sentence of its docstring or opening comment.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["README", "described", "main", "replace_tree", "tree"]
+__all__ = ["ARCHITECTURE", "described", "main", "replace_tree", "tree"]
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
-TREE = re.compile(r"(?<=```text\n)outrider/\n.*?(?=```)", re.DOTALL)
-PAGES = ("llm", "config", "types", "errors", "registry", "tokenizer", "engine")  # what users and authors of kinds hold
-SHOWN = ("src/outrider", "native", "recipes", "benchmarks", "docs", "tests")
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- tree: written by docs/build.py -->", "<!-- end of tree -->"
+PAGES = ("engine.llm", "config", "types", "errors", "registry", "tokenization.tokenizer", "engine.engine")
+"""Modules that users and authors of drafters, targets and policies work with."""
+SHOWN = ("src/outrider", "native", "recipes", "benchmarks", "experiments", "examples", "docs", "tests")
 SOURCE = {".py", ".cpp", ".hpp"}
-SAID_HERE = {  # what cannot speak for itself
+DESCRIBED_HERE = {  # descriptions of files that have no docstring
     "Makefile": "Every command a developer needs; `make help` lists them.",
     "constraints.txt": "The exact versions that `make` installs.",
     "docs/architecture.md": "The shape of the whole, its floors and contracts, and why.",
     "docs/evaluation.md": "How drafters are compared, and how their confidences are calibrated.",
     "docs/log.md": "Decisions, failed tries and measured figures.",
+    "docs/study.md": "Measurements of drafters on the embedded target.",
     "docs/training.md": "How to train a drafter for your own model in one command, and what each stage does.",
     "src/outrider/embedded": "Target and draft model, held-out prompts, and their model card.",
     "tests/data": "The frozen command line.",
@@ -41,8 +43,8 @@ SAID_HERE = {  # what cannot speak for itself
 def described(path: Path) -> str:
     """The first sentence of a file: its docstring's or its opening comment's. Empty where it has none."""
     name = path.relative_to(ROOT).as_posix()
-    if name in SAID_HERE:
-        return SAID_HERE[name]
+    if name in DESCRIBED_HERE:
+        return DESCRIBED_HERE[name]
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if path.suffix == ".py":
         words = ast.get_docstring(ast.parse(text)) or ""
@@ -51,7 +53,7 @@ def described(path: Path) -> str:
         words = re.sub(r"^// ?", "", comment[0], flags=re.MULTILINE) if comment else ""
         header = path.with_suffix(".hpp")
         if not words and path != header and header.is_file():
-            return f"The same, carried out: `{header.name}`."
+            return f"Implements `{header.name}`."
     else:
         words = ""
     first = " ".join(words.split("\n\n")[0].split())
@@ -60,10 +62,10 @@ def described(path: Path) -> str:
 
 
 def entries(folder: Path) -> Iterator[Path]:
-    """What the tree shows of a folder: source files, folders with any, and whatever is described here."""
+    """A folder's entries in the tree: source files, folders that contain some, and files in ``DESCRIBED_HERE``."""
     for path in sorted(folder.iterdir(), key=lambda p: (p.is_dir(), p.name)):
         name = path.relative_to(ROOT).as_posix()
-        if name in SAID_HERE:
+        if name in DESCRIBED_HERE:
             yield path
         elif path.is_dir() and path.name not in ("__pycache__",):
             if folder != ROOT and any(p.suffix in SOURCE for p in path.rglob("*")):
@@ -73,14 +75,15 @@ def entries(folder: Path) -> Iterator[Path]:
 
 
 def tree() -> str:
-    """The annotated tree, as the README shows it."""
+    """The annotated tree of source files."""
     lines = ["outrider/"]
 
     def add(paths: list[Path], indent: str, label: str = "") -> None:
         for path in paths:
             last = path == paths[-1]
             name = path.relative_to(ROOT).as_posix() if not indent else path.name
-            inside = list(entries(path)) if path.is_dir() and path.relative_to(ROOT).as_posix() not in SAID_HERE else []
+            described_here = path.relative_to(ROOT).as_posix() in DESCRIBED_HERE
+            inside = list(entries(path)) if path.is_dir() and not described_here else []
             head = f"{indent}{'└──' if last else '├──'} {name}{'/' if path.is_dir() else ''}"
             lines.append(f"{head:<34}  {described(path)}".rstrip())
             add(inside, indent + ("    " if last else "│   "))
@@ -90,8 +93,12 @@ def tree() -> str:
 
 
 def replace_tree(text: str) -> str:
-    """The README's text with the tree as it is now."""
-    return TREE.sub(lambda _: tree(), text)
+    """``text`` with the current tree between the markers. Raises ValueError where it does not have both."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"expected the markers {BEGIN!r} and {END!r} in {ARCHITECTURE.name}")
+    return f"{head}{BEGIN}\n```text\n{tree()}```\n{END}{tail}"
 
 
 # ------------------------------------------------------------------------------------------------ pages
@@ -116,7 +123,7 @@ def command_line() -> str:
 
 
 def library() -> str:
-    """Signatures and docstrings of what ``PAGES`` export, in Markdown."""
+    """Signatures and docstrings of everything that ``PAGES`` export, in Markdown."""
     parts = ["# Library"]
     for name in PAGES:
         module = import_module(f"outrider.{name}")
@@ -143,7 +150,7 @@ def write_site(folder: Path) -> None:
     """README, guides and the generated references as plain HTML."""
     from markdown_it import MarkdownIt
 
-    pages = {"index": README.read_text(encoding="utf-8")}
+    pages = {"index": (ROOT / "README.md").read_text(encoding="utf-8")}
     pages |= {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
     pages |= {"command-line": command_line(), "library": library()}
     links = " · ".join(f'<a href="{name}.html">{name}</a>' for name in pages)
@@ -156,7 +163,7 @@ def write_site(folder: Path) -> None:
 
 
 def main() -> None:
-    README.write_text(replace_tree(README.read_text(encoding="utf-8")), encoding="utf-8")
+    ARCHITECTURE.write_text(replace_tree(ARCHITECTURE.read_text(encoding="utf-8")), encoding="utf-8")
     if "--tree" not in sys.argv[1:]:
         write_site(ROOT / "site")
         print(f"wrote {ROOT / 'site' / 'index.html'}")

@@ -4,7 +4,7 @@
 
 DIR holds ``gsm8k_train.jsonl`` (grade-school maths, MIT) and ``public_domain_books.txt.xz`` (prose); the
 third domain, Python code, is the standard library of the interpreter that runs this file (PSF licence).
-Documents are split by a hash of their text, so nothing that is evaluated was ever trained on.
+Documents are split by a hash of their text, so evaluation never uses training documents.
 
 Stages: ``tokens`` -> ``target`` -> ``draft`` -> ``package``. Each skips what is already done, resumes from its
 last checkpoint after any interruption, and gives the same result for the same seed, thread count and steps.
@@ -57,7 +57,7 @@ BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{
 
 @dataclass(frozen=True)
 class Plan:
-    """What one training run asks for."""
+    """Options of a training run."""
 
     steps: int
     learning_rate: float
@@ -89,7 +89,7 @@ def held_out(text: str, share: int) -> bool:
 def maths_documents(corpora: Path) -> Iterator[str]:
     for index, line in enumerate((corpora / "gsm8k_train.jsonl").read_text().splitlines()):
         row = json.loads(line)
-        suffix = BOXED if index % 10 == 0 else ""  # the wording of the public prompt sets
+        suffix = BOXED if index % 10 == 0 else ""  # the wording of public prompt sets
         yield f"Question: {row['question']}{suffix}\nAnswer: {row['answer']}"
 
 
@@ -155,7 +155,7 @@ def make_tokens(corpora: Path, out: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     split = documents(corpora)
     sample: list[str] = []
-    for domain in DOMAINS:  # 6 MB of each domain, in documents' order, is plenty for 4096 entries
+    for domain in DOMAINS:  # 6 MB of each domain, in documents' order, is enough for 4096 entries
         size = 0
         for text in split[domain]["train"]:
             sample.append(text[:40_000])
@@ -185,7 +185,7 @@ def make_tokens(corpora: Path, out: Path) -> None:
 
 
 class Corpus:
-    """Batches that depend on (seed, step) only, so a resumed run sees what an undisturbed one would."""
+    """Batches that depend on (seed, step) only, so a resumed run gets the same batches."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.plan = plan
@@ -251,7 +251,7 @@ def next_token_loss(model: Qwen3ForCausalLM, tokens: Tensor) -> Tensor:
 
 
 def distillation_loss(target_runner: Qwen3ForCausalLM) -> Callable[[Qwen3ForCausalLM, Tensor], Tensor]:
-    """KL(target || draft): the draft imitates the target's distribution, which is what acceptance asks for."""
+    """KL(target || draft): acceptance depends on how close the draft model's distribution is to the target's."""
 
     def loss(model: Qwen3ForCausalLM, tokens: Tensor) -> Tensor:
         with torch.no_grad():
@@ -390,7 +390,7 @@ def make_prompts(tokens: Path, folder: Path, count: int = 24) -> None:
             text = draw.choice(texts)
             if domain == "maths":
                 prompt = text.split("\nAnswer:")[0].removesuffix(BOXED) + "\nAnswer:"
-            elif domain == "code":  # a function's head, with what stands before it
+            elif domain == "code":  # up to the head of a function
                 heads = [m.end() for m in re.finditer(r"\n *def \w+\([^)]*\):\n", text)]
                 if not heads:
                     continue
@@ -436,7 +436,7 @@ the loss curves are in `loss.png`.
 
 
 def write_card(folder: Path, facts: dict[str, Any]) -> None:
-    """README.md and facts.json: what was trained on what, how well, and what it says."""
+    """README.md and facts.json: data, training budget, losses and samples."""
     target, draft = facts["target"], facts["draft"]
     rows = [f"| held-out loss, {d} | {target['held_out_loss'][d]} | {draft['held_out_loss'][d]} |" for d in DOMAINS]
     rows += [f"| overlap with the target, {d} | | {draft['held_out_overlap'][d]} |" for d in DOMAINS]

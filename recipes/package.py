@@ -1,4 +1,4 @@
-"""Ship trained drafters with the embedded target: copy what the recipes exported, and note the facts.
+"""Package trained drafters with the embedded target: copy the recipes' exports, and record their facts.
 
     python recipes/package.py runs/embedded-dspark/export runs/embedded-dflash/export runs/embedded-eagle3/export
 
@@ -21,13 +21,13 @@ MOST = 20_000_000  # bytes of all drafters together
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("exports", type=Path, nargs="+", help="what `outrider train export` or a recipe made")
+    parser.add_argument("exports", type=Path, nargs="+", help="artefacts of `outrider train export`")
     for folder in parser.parse_args().exports:
         artefact = open_artefact(folder, "export", "embedded")
         drafter = checkpoints.load(folder / "drafter")
-        place = EMBEDDED / drafter.kind
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(folder / "drafter", place)
+        destination = EMBEDDED / drafter.kind
+        shutil.rmtree(destination, ignore_errors=True)
+        shutil.copytree(folder / "drafter", destination)
         run = artefact.lineage["run"]["facts"]
         facts = json.loads((EMBEDDED / "facts.json").read_text())
         facts[drafter.kind] = {

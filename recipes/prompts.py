@@ -1,10 +1,10 @@
-"""Cut the prompts that the embedded target's drafters are trained and judged on, out of its own corpora.
+"""Extract prompts for training and evaluating the embedded target's drafters from its corpora.
 
     python recipes/prompts.py --corpora DIR
 
-DIR is the folder that ``recipes/embedded.py`` takes. Written beside this file are ``embedded-prompts.jsonl.gz``, cut
-from documents the target was trained on, and ``embedded-held-out.jsonl.gz``, cut from those it never saw and none of
-them among the packaged prompts; lines ``{"domain", "document", "text"}``, the same for the same corpora.
+DIR is the folder that ``recipes/embedded.py`` takes. It writes ``embedded-prompts.jsonl.gz``, from documents that the
+target was trained on, and ``embedded-held-out.jsonl.gz``, from held-out documents and without the packaged prompts,
+beside this file; lines ``{"domain", "document", "text"}``, the same for the same corpora.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FUNCTION = re.compile(r"\n *def \w+\([^)]*\):\n")
 
 
 def cut(domain: str, text: str, draw: random.Random) -> str:
-    """A prompt from a document: a whole question, code up to a function's head, or prose; empty where none fits."""
+    """A prompt from a document: a question, code up to the head of a function, or prose; empty if there is none."""
     if domain == "maths":
         return text.split("\nAnswer:")[0].removesuffix(BOXED) + "\nAnswer:"
     length = draw.randint(SHORTEST + 20, LONGEST)
@@ -45,7 +45,7 @@ def cut(domain: str, text: str, draw: random.Random) -> str:
 def prompts(
     domain: str, texts: list[str], count: int, draw: random.Random, taken: set[str]
 ) -> Iterator[dict[str, str]]:
-    """``count`` different ones, none of them in ``taken``."""
+    """``count`` different prompts that are not in ``taken``; adds them to it."""
     while count:
         text = draw.choice(texts)
         prompt = cut(domain, text, draw)

@@ -1,7 +1,8 @@
-"""Artefacts of the training stages: what goes on, what is refused, and what a killed process or a full disk leaves."""
+"""Artefacts of the training stages: resuming, refused parents, killed processes and full disks."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -17,15 +18,17 @@ from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel
+from rich.console import Console
 
-from outrider.errors import ArtefactError
+from outrider.errors import ArtefactError, InvalidRequest
+from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training import regenerate as stage
 from outrider.training.artefact import Journal, begin, open_artefact, read_lines
-from outrider.training.conversations import Question
+from outrider.training.conversations import ChatTurn
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.regenerate import Config, regenerate
-from outrider.training.stages import STAGES, Order, Stage
+from outrider.training.stages import STAGES, Stage, StageInputs
 from outrider.training.stages import make as make_stage
 
 SMALL = Config(max_tokens=24, rows=4, seed=3)
@@ -49,7 +52,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def make(folder: Path, parent: Path | None = None, **options: Any) -> bool:
-    """A stage that writes one file; whether it had anything to do."""
+    """A stage that writes one file. -> whether it ran."""
     parents = {} if parent is None else {"parent": parent}
     with begin(folder, "stage", Options(**options), parents=parents) as work:
         if work.finished:
@@ -62,10 +65,10 @@ def make(folder: Path, parent: Path | None = None, **options: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ artefacts
 
 
-def test_a_finished_artefact_is_left_alone_unless_something_changed(tmp_path: Path) -> None:
+def test_a_finished_artefact_is_kept_unless_something_changed(tmp_path: Path) -> None:
     assert make(tmp_path / "a", size=2) is True
     assert make(tmp_path / "a", size=2) is False
-    assert make(tmp_path / "a", size=2, threads=8) is False  # decides nothing
+    assert make(tmp_path / "a", size=2, threads=8) is False  # does not change the result
     with pytest.raises(ArtefactError, match=r"made with size: 2, now 3\. Delete the directory"):
         make(tmp_path / "a", size=3)
     with pytest.raises(
@@ -83,11 +86,11 @@ def test_a_changed_parent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="made with another parent"):
         make(tmp_path / "b", tmp_path / "a")
     (tmp_path / "a" / "result").write_text("edited")
-    with pytest.raises(ArtefactError, match="not what it was finished as"):
+    with pytest.raises(ArtefactError, match="were changed since it was finished"):
         make(tmp_path / "c", tmp_path / "a")
 
 
-def test_an_unfinished_or_foreign_directory_is_no_parent(tmp_path: Path) -> None:
+def test_an_unfinished_or_foreign_directory_is_refused(tmp_path: Path) -> None:
     with begin(tmp_path / "a", "stage", Options()):
         (tmp_path / "a" / "half").touch()
     with pytest.raises(ArtefactError, match="not finished"):
@@ -136,22 +139,54 @@ def test_a_changed_chat_template_is_refused_where_there_are_chats(
         regenerate(SMALL, prompts, tmp_path / "chats", str(target))
 
 
-def test_what_a_killed_stage_left_aside_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that wants a new directory of its own gets one every time."""
+GEMMA = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('bad word') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_template_without_system_messages_gets_them_in_the_first_user_message(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(tiny_model_dir, target)
+    (target / "chat_template.jinja").write_text(GEMMA)
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    lines = [{"messages": said}, {"messages": [*said, {"role": "user", "content": "And?"}]}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = Source(path=tmp_path / "data.jsonl")
+    make_prompts(PromptsConfig(sources=(source,), held_out=0), tmp_path / "prompts")
+    text = io.StringIO()
+    regenerate(SMALL, tmp_path / "prompts", tmp_path / "out", str(target), console=Console(file=text, width=200))
+    assert text.getvalue().count("takes no system messages") == 1
+    tokenizer = Tokenizer(target)
+    prompts = [tokenizer.decode(line["prompt"]) for line in read_lines(tmp_path / "out" / "train.jsonl")]
+    assert len(prompts) == 3 and all(prompt.startswith("<user>Be brief.\n\nHi") for prompt in prompts)
+
+    with source.path.open("a") as file:
+        file.write('{"turns": ["a bad word"]}\n')
+    make_prompts(PromptsConfig(sources=(source,), held_out=0), tmp_path / "more")
+    with pytest.raises(InvalidRequest, match=r"train.jsonl line \d \(prompt [0-9a-f]{16}\): .*bad word"):
+        regenerate(SMALL, tmp_path / "more", tmp_path / "refused", str(target))
+
+
+def test_a_scratch_directory_of_a_killed_stage_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that needs a new directory gets an empty one every time."""
     calls = 0
 
-    def call(function: Any, order: Order) -> dict[str, Any]:
+    def call(function: Any, inputs: StageInputs) -> dict[str, Any]:
         nonlocal calls
         calls += 1
-        order.out.mkdir()
-        (order.out / "drafter").mkdir()
-        (order.out / "drafter" / "weights").write_text(f"call {calls}")
+        inputs.out.mkdir()
+        (inputs.out / "drafter").mkdir()
+        (inputs.out / "drafter" / "weights").write_text(f"call {calls}")
         if calls == 1:
             raise KeyboardInterrupt
-        (order.out / "provenance.json").write_text("its own")
+        (inputs.out / "provenance.json").write_text("its own")
         return {"calls": calls}
 
-    stage = Stage("outrider.training.prompts:make_prompts", call, {}, ("drafter",), aside=True)
+    stage = Stage("outrider.training.prompts:make_prompts", call, {}, ("drafter",), scratch=True)
     monkeypatch.setitem(STAGES, "fake", stage)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -164,7 +199,7 @@ def test_what_a_killed_stage_left_aside_is_made_anew(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("tail", [b'{"id": "c", "ans', b'{"id": "c"}', b"\x00\x00\x00\x00\n", b'{"id": "\xe2\x80'])
-def test_a_journal_loses_only_the_line_that_was_being_written(tail: bytes, tmp_path: Path) -> None:
+def test_a_journal_loses_only_the_line_being_written(tail: bytes, tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     whole = '{"id": "a"}\n{"id": "b\u2028"}\n'.encode()
     path.write_bytes(whole + tail)
@@ -191,27 +226,27 @@ def child(prompts: Path, out: Path, target: Path, **options: Any) -> subprocess.
 
 
 def asked_again(prompts: Path, out: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Finish the answers in this process; ids of the questions that were asked for it."""
+    """Finish the answers in this process. -> ids of the turns that were answered."""
     asked: list[str] = []
     engine = stage.engine
 
     def watched(*arguments: Any) -> Any:
-        ask = engine(*arguments)
+        answer = engine(*arguments)
 
-        def told(todo: deque[Question]) -> Iterator[Any]:
-            for answers in ask(todo):
-                asked.extend(question.id for question, _ in answers)
+        def answering(todo: deque[ChatTurn]) -> Iterator[Any]:
+            for answers in answer(todo):
+                asked.extend(turn.id for turn, _ in answers)
                 yield answers
 
-        return told
+        return answering
 
     monkeypatch.setattr(stage, "engine", watched)
     regenerate(SMALL, prompts, out, str(target))
     return asked
 
 
-def test_answers_depend_on_nothing_but_prompt_and_seed(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
-    """Neither on the rows answered together, nor on a drafter."""
+def test_answers_depend_on_prompt_and_seed_only(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Not on the number of rows, nor on the drafter."""
     kinds = [SMALL, SMALL.model_copy(update={"rows": 1}), SMALL.model_copy(update={"drafter": "ngram", "rows": 3})]
     made = [regenerate(c, prompts, tmp_path / f"{i}", str(tiny_model_dir)) for i, c in enumerate(kinds)]
     assert len({artefact.sha256 for artefact in made}) == 1
@@ -221,9 +256,7 @@ def test_answers_depend_on_nothing_but_prompt_and_seed(prompts: Path, tiny_model
     assert all(0 < len(line["answer"]) <= 24 for line in lines)
 
 
-def test_a_conversation_goes_on_from_the_targets_own_answer(
-    prompts: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_conversation_continues_from_the_targets_answer(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     from outrider.tokenization.tokenizer import Tokenizer
 
     regenerate(SMALL, prompts, tmp_path / "answers", str(tiny_model_dir))
@@ -233,11 +266,11 @@ def test_a_conversation_goes_on_from_the_targets_own_answer(
     assert chats
     for chat in chats:
         first, second = lines[chat["id"]], lines[f"{chat['id']}#2"]
-        said = [{"role": "user", "content": chat["turns"][0]}]
-        assert first["prompt"] == tokenizer.encode_chat(said)
+        asked = [{"role": "user", "content": chat["turns"][0]}]
+        assert first["prompt"] == tokenizer.encode_chat(asked)
         answered = {"role": "assistant", "content": tokenizer.decode(first["answer"])}
         assert second["prompt"] == tokenizer.encode_chat(
-            [*said, answered, {"role": "user", "content": chat["turns"][1]}]
+            [*asked, answered, {"role": "user", "content": chat["turns"][1]}]
         )
 
 
@@ -264,7 +297,7 @@ def test_a_killed_process_loses_and_repeats_nothing(
     assert asked_again(prompts, out, tiny_model_dir, monkeypatch) == []
 
 
-def test_a_full_disk_is_said_and_survived(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_stage_resumes(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     undisturbed = regenerate(SMALL, prompts, tmp_path / "undisturbed", str(tiny_model_dir))
     out = tmp_path / "full"
 
@@ -273,12 +306,12 @@ def test_a_full_disk_is_said_and_survived(prompts: Path, tiny_model_dir: Path, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 
     _, errors = child(prompts, out, tiny_model_dir, preexec_fn=limit).communicate()
-    assert b"ArtefactError: cannot write to" in errors and b"make room, then the same command goes on" in errors
+    assert b"ArtefactError: cannot write to" in errors and b"free disk space and run the same command again" in errors
     assert 0 < (out / "train.jsonl").stat().st_size <= 2000
     assert regenerate(SMALL, prompts, out, str(tiny_model_dir)).sha256 == undisturbed.sha256
 
 
-def test_sampling_is_the_targets_own_where_the_recipe_is_silent(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_default_sampling_is_the_targets(tiny_model_dir: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     shutil.copytree(tiny_model_dir, target)
     assert stage.sampling(Config(), str(target)).params.temperature == 1.0

@@ -9,7 +9,7 @@ import pytest
 
 from outrider import LLM
 from outrider.engine import auto
-from outrider.files import resolve_model
+from outrider.models.locations import resolve_model
 
 DRAFTERS = ("dspark", "dflash", "eagle3")
 

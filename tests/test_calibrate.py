@@ -1,4 +1,4 @@
-"""Calibrating a drafter: what is fitted is kept in its directory, and read and used from there."""
+"""Calibrating a drafter: the calibration is stored in its directory, and loaded and used from there."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from outrider.errors import CheckpointError, InvalidRequest
 from outrider.evaluation.conversion import convert
 from outrider.registry import find
 from outrider.scheduling.calibration import Calibration, Scaling
+from outrider.training.artefact import target_hash
 from outrider.training.fit_calibration import Config, calibrate
 
 HALF = {(rule, t): Scaling((2.0,), (-1.0,)) for rule in ("rejection", "block", "coupled") for t in (0.0, 1.0)}
@@ -29,7 +30,7 @@ SMALL = Config(temperatures=(0.0, 1.0), rules=("rejection", "block"), rounds=60,
 
 @pytest.fixture(scope="module")
 def target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random target with a tokenizer that nobody needs: the prompts are token ids."""
+    """A random target with an unused tokenizer: the prompts are token ids."""
     folder = save_target(tmp_path_factory.mktemp("calibrate") / "target", make_target())
     save_tokenizer(folder, byte_level_bpe())
     return folder
@@ -84,14 +85,14 @@ def test_a_calibration_is_written_and_read_with_its_checkpoint(tmp_path: Path, f
             checkpoints.load(folder)
 
 
-def test_a_conversion_takes_the_calibration_along(tmp_path: Path) -> None:
+def test_a_conversion_keeps_the_calibration(tmp_path: Path) -> None:
     checkpoint = replace(make_checkpoint(DESIGNS["vanilla"], target=make_target()), calibration=Calibration(HALF))
     folder = checkpoints.save(checkpoint, tmp_path / "a", "deepspec", {})
     convert(folder, tmp_path / "b", "speculators")
     assert checkpoints.load(tmp_path / "b").calibration == checkpoint.calibration
 
 
-def test_a_drafter_without_a_checkpoint_is_told_where_its_calibration_lies(tmp_path: Path, target_dir: Path) -> None:
+def test_a_drafter_without_a_checkpoint_takes_a_calibration_by_an_option(tmp_path: Path, target_dir: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no calibration\.json"):
         LLM(target_dir, "ngram", drafter_options={"calibration": tmp_path})
     (tmp_path / "calibration.json").write_text(json.dumps(Calibration(HALF).to_json()))
@@ -109,13 +110,13 @@ def test_a_drafter_without_a_checkpoint_is_told_where_its_calibration_lies(tmp_p
         )
         kept.append(llm.generate([prompt], params)[0])
     assert kept[0].token_ids == kept[1].token_ids
-    assert kept[0].stats.drafted > kept[1].stats.drafted  # the same drafts, humbler
+    assert kept[0].stats.drafted > kept[1].stats.drafted  # the same drafts with lower confidences
 
 
 # ------------------------------------------------------------------------------------------------ the stage
 
 
-def test_the_stage_leaves_a_drafter_that_carries_its_calibration(
+def test_the_stage_writes_a_drafter_with_its_calibration(
     target_dir: Path, drafter_dir: Path, prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "calibrated"
@@ -141,12 +142,15 @@ def test_the_stage_leaves_a_drafter_that_carries_its_calibration(
         assert bucket["before"][0]["rounds"] >= 15
         assert all(0.1 <= t <= 32 for t in bucket["scaling"]["temperatures"])
     provenance = json.loads((out / "provenance.json").read_text())
+    facts = json.loads((out / "drafter" / "calibration.json").read_text())["facts"]
+    assert (facts["target"], facts["target_sha256"]) == (target_dir.name, target_hash(str(target_dir)))
+    assert str(tmp_path) not in (out / "report.json").read_text() and report.drafter == drafter_dir.name
     assert provenance["arguments"]["rounds"] == 60 and set(provenance["parents"]) == {"drafter", "held_out.jsonl"}
     llm = LLM(target_dir, out / "drafter", backend="reference")
     assert llm.drafter.calibration is not None  # type: ignore[attr-defined]
 
 
-def test_a_drafter_without_a_checkpoint_leaves_its_calibration_alone(target_dir: Path, tmp_path: Path) -> None:
+def test_without_a_checkpoint_only_the_calibration_is_written(target_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "loops.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": random_tokens(3, i) * 8}) for i in range(12)))
     config = Config(temperatures=(0.0,), rules=("block",), rounds=60, max_tokens=40, bins=5, shift=True)
@@ -156,9 +160,9 @@ def test_a_drafter_without_a_checkpoint_leaves_its_calibration_alone(target_dir:
     assert {path.name for path in (tmp_path / "out" / "drafter").iterdir()} == {"calibration.json"}
 
 
-def test_what_cannot_be_calibrated_is_refused_in_one_line(target_dir: Path, prompts: Path, tmp_path: Path) -> None:
+def test_invalid_calibrations_are_refused(target_dir: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(InvalidRequest, match="only 0 rounds with confidences"):
+    with pytest.raises(InvalidRequest, match="gave only 0 rounds with confidences"):
         calibrate(SMALL, "none", [prompts], out, str(target_dir), backend="reference")
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": [1, 2]}')
@@ -177,7 +181,7 @@ def outrider(*args: str | Path) -> Result:
     return CliRunner().invoke(app, [str(a) for a in args])
 
 
-def test_the_command_prints_what_the_report_says(target_dir: Path, prompts: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_report(target_dir: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--target", target_dir, "--prompts", prompts, "--backend", "reference", "--rounds", 60]
     file = tmp_path / "report.json"

@@ -1,4 +1,4 @@
-"""Calibration: measures with known answers, scalings that are found again, and a correction that follows drift."""
+"""Calibration: measures with known values, recovered scalings, and a correction that follows drift."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROUNDS, K = 12_000, 4
 
 
 def rounds(seed: int = 0, n: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits that are right, drafts verified, drafts accepted."""
+    """Calibrated logits, drafts verified, drafts accepted."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(n, K, generator=generator, dtype=torch.float64) * 1.5 + 1
     held = torch.rand(n, K, generator=generator, dtype=torch.float64) < torch.sigmoid(logits)
@@ -74,7 +74,7 @@ def test_the_area_under_the_curve_counts_pairs(pairs: list[tuple[float, bool]]) 
     assert found == pytest.approx(wins / (len(true) * len(false)))
 
 
-def test_one_kind_of_outcome_has_no_area() -> None:
+def test_a_single_kind_of_outcome_has_no_area() -> None:
     assert math.isnan(area_under_curve(torch.tensor([0.1, 0.9]), torch.tensor([True, True])))
 
 
@@ -86,7 +86,7 @@ def test_the_order_of_equal_probabilities_does_not_matter(order: list[int], bins
     assert same == pytest.approx(calibration_error(probabilities, outcomes, bins), abs=1e-6)
 
 
-def test_true_probabilities_are_calibrated_up_to_chance_and_wrong_ones_are_not() -> None:
+def test_exact_probabilities_are_calibrated_up_to_chance_and_wrong_ones_are_not() -> None:
     logits, verified, accepted = rounds()
     right, bold = torch.sigmoid(logits), torch.sigmoid(3 * logits)
     assert worst(right, verified, accepted) < 0.02
@@ -96,12 +96,12 @@ def test_true_probabilities_are_calibrated_up_to_chance_and_wrong_ones_are_not()
         assert found.predicted == pytest.approx(found.observed, abs=0.01)
 
 
-def test_chance_alone_makes_an_error_that_shrinks_with_the_root_of_the_rounds() -> None:
+def test_the_error_of_chance_shrinks_with_the_root_of_the_rounds() -> None:
     p = torch.rand(16_000, generator=torch.Generator().manual_seed(1))
     assert error_of_chance(p[:1000]) / error_of_chance(p) == pytest.approx(4, rel=0.25)
 
 
-def test_only_rounds_that_came_to_a_position_speak_of_it() -> None:
+def test_a_position_counts_only_the_rounds_that_reached_it() -> None:
     confidence = torch.tensor([[0.9, 0.8], [0.7, math.nan], [0.6, 0.5]])
     verified, accepted = torch.tensor([2, 1, 2]), torch.tensor([2, 1, 0])
     assert [q.rounds for q in survival_quality(confidence, verified, accepted)] == [3, 2]
@@ -111,7 +111,7 @@ def test_only_rounds_that_came_to_a_position_speak_of_it() -> None:
 # ------------------------------------------------------------------------------------------------ scaling
 
 
-def test_the_factors_by_which_logits_were_scaled_are_found_again() -> None:
+def test_the_factors_of_scaled_logits_are_recovered() -> None:
     logits, verified, accepted = rounds()
     factors = torch.tensor([3.0, 0.5, 1.0, 2.0], dtype=torch.float64)
     found = fit(logits * factors, verified, accepted)
@@ -119,7 +119,7 @@ def test_the_factors_by_which_logits_were_scaled_are_found_again() -> None:
     assert found.shifts == (0, 0, 0, 0)
 
 
-def test_what_was_fitted_on_some_rounds_holds_on_others() -> None:
+def test_a_fit_on_some_rounds_holds_on_others() -> None:
     factors = torch.tensor([3.0, 0.5, 1.0, 2.0], dtype=torch.float64)
     logits, verified, accepted = rounds()
     found = fit(logits * factors, verified, accepted)
@@ -146,7 +146,7 @@ def test_a_shift_is_fitted_only_where_a_temperature_does_not_suffice() -> None:
     assert worst(fit(signal, verified, accepted).apply(signal), verified, accepted) > 0.04
 
 
-def test_a_position_nobody_came_to_is_treated_like_the_one_before_it() -> None:
+def test_a_position_that_was_never_reached_takes_the_previous_scaling() -> None:
     logits, _, accepted = rounds(n=4000)
     found = fit(logits * 2, torch.full((4000,), 2), accepted.clamp(max=2))
     assert found.temperatures[1] == found.temperatures[2] == found.temperatures[3]
@@ -155,7 +155,7 @@ def test_a_position_nobody_came_to_is_treated_like_the_one_before_it() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
-def test_a_row_is_adjusted_as_tensors_are(confidence: list[float]) -> None:
+def test_rows_and_tensors_are_adjusted_alike(confidence: list[float]) -> None:
     scaling = Scaling((2.0, 0.5, 1.0), (0.0, -1.0, 0.3))
     tensor = scaling.apply(logits_of(torch.tensor([confidence], dtype=torch.float64)))[0]
     assert scaling.adjust(confidence) == pytest.approx(tensor.tolist(), abs=1e-9)
@@ -166,7 +166,7 @@ def test_a_row_is_adjusted_as_tensors_are(confidence: list[float]) -> None:
 TWO = Calibration({("block", 0.0): Scaling((2.0,), (0.0,)), ("block", 1.0): Scaling((1.0,), (-1.0,))})
 
 
-def test_rows_get_the_scaling_of_their_own_rule_and_nearest_temperature() -> None:
+def test_rows_get_the_scaling_of_their_rule_and_nearest_temperature() -> None:
     params = [
         SamplingParams(temperature=0.2),
         SamplingParams(temperature=0.9),
@@ -182,7 +182,7 @@ def test_rows_get_the_scaling_of_their_own_rule_and_nearest_temperature() -> Non
     assert adjusted[2].tolist() == confidence[2].tolist()
 
 
-def test_a_calibration_comes_back_from_its_file() -> None:
+def test_a_calibration_round_trips_through_its_file() -> None:
     assert Calibration.from_json(TWO.to_json()) == TWO
 
 
@@ -219,7 +219,7 @@ def test_the_online_correction_follows_drift() -> None:
     assert worst(torch.tensor(after)[late], verified[late], accepted[late]) < before / 2
 
 
-def test_what_is_right_already_stays_nearly_as_it_was() -> None:
+def test_calibrated_confidences_stay_nearly_unchanged() -> None:
     logits, verified, accepted = rounds(n=6000)
     correction, after = OnlineCorrection(), []
     shown = torch.sigmoid(logits).tolist()
@@ -229,7 +229,7 @@ def test_what_is_right_already_stays_nearly_as_it_was() -> None:
     assert worst(torch.tensor(after), verified, accepted) < 0.04
 
 
-def test_positions_that_were_not_verified_teach_nothing() -> None:
+def test_unverified_positions_do_not_change_the_correction() -> None:
     start = OnlineCorrection()
     assert start.update([0.5, 0.5, 0.5], 0, 0) == start
     assert len(start.update([0.5, 0.5, 0.5], 3, 0).slopes) == 1

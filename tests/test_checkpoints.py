@@ -176,12 +176,12 @@ def test_specforge_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="projector_type 'domino'"):
         checkpoints.read_header({**config, "dflash_config": {**config["dflash_config"], "projector_type": "domino"}})
 
-    chain = make_checkpoint(DESIGNS["eagle3"], drafted=20, decoder={**DECODER, "model_type": "llama"})
-    names = checkpoints.tensor_names(chain)
-    files = {names[n].replace("layers.0.", "midlayer."): t for n, t in chain.tensors.items()}
-    config = {**chain.decoder, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 20}
+    eagle3 = make_checkpoint(DESIGNS["eagle3"], drafted=20, decoder={**DECODER, "model_type": "llama"})
+    names = checkpoints.tensor_names(eagle3)
+    files = {names[n].replace("layers.0.", "midlayer."): t for n, t in eagle3.tensors.items()}
+    config = {**eagle3.decoder, "architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 20}
     back = checkpoints.load(write(tmp_path / "chain", config, files))
-    same(replace(chain, target_layers=None, design=back.design), back)
+    same(replace(eagle3, target_layers=None, design=back.design), back)
     spec = replace(make_target().spec, num_layers=36)
     assert back.layers_for(spec) == (1, 17, 32)  # SpecForge's convention where no file says
 
@@ -223,7 +223,7 @@ def test_what_is_written_has_its_provenance_and_overwrites_nothing(tmp_path: Pat
     [
         ("vanilla", {"drafted": 20}, "no reduced draft vocabulary"),
         ("eagle3-residual", {}, "none of this drafter's norm options"),
-        ("mtp", {}, "DeepSpec"),
+        ("mtp", {}, "cannot hold a drafter of kind .mtp.; it can be written as: speculators, outrider"),
     ],
 )
 def test_deepspec_refuses_what_it_cannot_say(name: str, options: dict, message: str) -> None:
@@ -234,7 +234,7 @@ def test_deepspec_refuses_what_it_cannot_say(name: str, options: dict, message: 
 
 
 def test_only_written_formats_are_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot write format 'zlab'; expected one of: deepspec, speculators"):
+    with pytest.raises(CheckpointError, match="cannot write format 'zlab'; expected one of: deepspec, outrider, spec"):
         checkpoints.save(complete("vanilla"), tmp_path / "x", "zlab", {})
 
 
@@ -309,9 +309,9 @@ def test_a_reduced_vocabulary_must_add_up(tmp_path: Path) -> None:
 
 
 def test_keys_that_would_change_the_computation_are_refused() -> None:
-    chain = {**DECODER, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "layer_types": None}
+    eagle3 = {**DECODER, "architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "layer_types": None}
     with pytest.raises(CheckpointError, match="norm_output"):
-        checkpoints.read_header({**chain, "norm_output": False})
+        checkpoints.read_header({**eagle3, "norm_output": False})
     sliding = speculators.write(make_checkpoint(DESIGNS["dflash"]))
     sliding["transformer_layer_config"] |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}
     sliding["sliding_window_non_causal"] = False
@@ -325,3 +325,53 @@ def test_keys_that_would_change_the_computation_are_refused() -> None:
         checkpoints.read_header(
             {**speculators.write(make_checkpoint(DESIGNS["dflash"])), "speculators_model_type": "peagle"}
         )
+
+
+# ------------------------------------------------------------------------------------------------ Outrider's own format
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+def test_outriders_format_holds_every_design(tmp_path: Path, name: str) -> None:
+    """Design, decoder, target, layers and tensors, bit for bit; also a drafter whose file names no layers."""
+    checkpoint = make_checkpoint(DESIGNS[name], drafted=VOCABULARY if name == "mtp" else 20)
+    checkpoint = replace(checkpoint, extras={"dtype": "float32"}, frozen_embedding=False)
+    back = checkpoints.load(checkpoints.save(checkpoint, tmp_path / "x", "outrider", {}))
+    same(checkpoint, back)
+    assert replace(back, tensors={}, format="") == replace(checkpoint, tensors={}, format="")
+    silent = replace(checkpoint, target_layers=None)
+    if name.startswith("eagle3"):
+        same(silent, checkpoints.load(checkpoints.save(silent, tmp_path / "y", "outrider", {})))
+
+
+def test_every_design_of_the_catalogue_names_its_kind() -> None:
+    from outrider import registry
+
+    assert {design.kind for design in DESIGNS.values()} == {"dspark", "dflash", "eagle3", "mtp"}
+    for design in DESIGNS.values():
+        assert registry.find("design", design.kind) is type(design)
+        assert registry.find("drafter", design.kind).kinds[0] == design.kind
+
+
+OWN_FORMAT: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown kind": ({"outrider_drafter": "dsprak"}, "'dsprak' is not installed here; did you mean 'dspark'"),
+    "unknown key": ({"layers": 1}, "unknown key 'layers'"),
+    "unknown field": (
+        {"design": {"block_size": 5, "mask_token_id": 63, "markov_rnak": 1}},
+        "did you mean 'markov_rank'",
+    ),
+    "missing field": ({"design": {"block_size": 5}}, "design has no 'mask_token_id'"),
+    "wrong type": ({"design": {"block_size": "5", "mask_token_id": 63}}, "design.block_size: .*integer.*, got '5'"),
+    "bad value": ({"design": {"block_size": 0, "mask_token_id": 63}}, "block_size must be at least 1, got 0"),
+    "no target": ({"target": {}}, "target has no 'hidden_size'"),
+    "layers": ({"target_layers": [1, "2"]}, "target_layers must be a list of layer numbers or null"),
+    "decoder key": ({"decoder": {**DECODER, "hiden_size": 1}}, "decoder has an unknown key 'hiden_size'"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_FORMAT)
+def test_outriders_format_refuses_damaged_files(tmp_path: Path, name: str) -> None:
+    folder = checkpoints.save(make_checkpoint(DESIGNS["vanilla"]), tmp_path / "x", "outrider", {})
+    changes, message = OWN_FORMAT[name]
+    edit(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load(folder)

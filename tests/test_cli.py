@@ -15,7 +15,7 @@ from conftest import TEXTS, save_llama
 from typer.testing import CliRunner, Result
 
 from outrider.cli import COMMANDS, app
-from outrider.cli.common import output_record
+from outrider.cli.common import SOME_FAILED, output_record
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.tokenization.tokenizer import Tokenizer
@@ -178,6 +178,54 @@ def test_many_prompts_from_a_file(model: list[str], llm: LLM, tmp_path: Path) ->
         assert record["token_ids"] == llm.generate(prompt, SamplingParams(max_tokens=6))[0].token_ids
 
 
+@pytest.fixture
+def one_too_long(tmp_path: Path) -> Path:
+    """Forty prompts; the 36th is too long for the model and stands in line 37, after a byte order mark and a blank."""
+    lines = [json.dumps({"turns": [f"word {i}" if i != 35 else "word " * 300]}) for i in range(40)]
+    file = tmp_path / "forty.jsonl"
+    file.write_text("\ufeff" + "\n".join([*lines[:3], "", *lines[3:]]), encoding="utf-8")
+    return file
+
+
+def test_one_prompt_too_long_does_not_stop_the_others(model: list[str], llm: LLM, one_too_long: Path) -> None:
+    arguments = ("generate", "--prompts", one_too_long, *model, "--max-tokens", "2", "--json", "-")
+    result = outrider(*arguments)
+    assert result.exit_code == SOME_FAILED == 3
+    records = json.loads(result.stdout)
+    assert [record["index"] for record in records] == list(range(40))
+    assert [record["index"] for record in records if "error" in record] == [35]
+    assert records[35]["line"] == 37 and "pass the context" in records[35]["error"] and "text" not in records[35]
+    [last] = llm.generate("word 39", SamplingParams(max_tokens=2))
+    assert records[39]["token_ids"] == last.token_ids and records[0]["line"] == 1
+    assert "prompt 36" in result.stderr and "1 of 40 prompts could not be answered" in result.stderr
+    strict = outrider(*arguments, "--fail-fast")
+    assert strict.exit_code == 2 and "line 37: the prompt has" in strict.stderr and strict.stdout == ""
+
+
+def test_bench_leaves_out_what_is_too_long(model: list[str], one_too_long: Path) -> None:
+    arguments = ("bench", "--prompts", one_too_long, *model, "--drafter", "ngram", "--max-tokens", "2")
+    arguments += ("--repeats", "1", "--temperature", "0", "--json", "-", "--limit")
+    result = outrider(*arguments, "36")
+    assert result.exit_code == SOME_FAILED and "1 of 36 prompts" in result.stderr
+    found = json.loads(result.stdout)
+    assert [(error["index"], error["line"]) for error in found["errors"]] == [(35, 37)]
+    assert found["rows"][0]["generated"] == 2 * 35
+    assert outrider(*arguments, "36", "--fail-fast").exit_code == 2
+    assert outrider(*arguments, "2").exit_code == 0
+
+
+def test_a_template_that_refuses_one_prompt_does_not_stop_the_others(tmp_path: Path) -> None:
+    template = "{% if 'bad' in messages[0].content %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+    picky = save_llama(tmp_path / "picky", layers=1, chat_template=template)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"text": "good"}\n{"text": "bad"}\n{"prompt": [5, 6]}\n{"prompt": [5, 600]}\n{"turns": [""]}\n')
+    options = ["--model", picky, "--backend", "reference", "--chat", "--max-tokens", "2", "--json", "-"]
+    result = outrider("generate", "--prompts", file, *options)
+    errors = [record.get("error", "") for record in json.loads(result.stdout)]
+    assert result.exit_code == SOME_FAILED and [bool(error) for error in errors] == [False, True, False, True, True]
+    assert "refuses these messages: no" in errors[1] and "between 0 and" in errors[3] and "empty" in errors[4]
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -191,7 +239,7 @@ def test_many_prompts_from_a_file(model: list[str], llm: LLM, tmp_path: Path) ->
         (["--max-tokens", "0"], "max_tokens must be"),
         (["--repetition-penalty", "0"], "repetition_penalty must be"),
         (["--rule", "blok"], "did you mean 'block'"),
-        (["--stop", ""], "stop must be non-empty"),
+        (["--stop", ""], "stop must be a non-empty string"),
         (["--logit-bias", "x=1"], "expected ID=VALUE"),
         (["--draft-tokens", "-1"], "draft_tokens must be"),
         (["--drafter", "./nowhere"], "nowhere"),

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong with a checkpoint, and the converter proves what it wrote."""
+"""The doctor finds the errors of a checkpoint, and the converter verifies its output."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from trained import DECODER, LAYERS, VOCABULARY, WIDTH, make_checkpoint, make_ta
 from typer.testing import CliRunner
 
 from outrider import checkpoints
-from outrider.checkpoints import BlockDesign, DraftCheckpoint
+from outrider.checkpoints import DraftCheckpoint
 from outrider.cli import app
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.evaluation.diagnosis import Report, examine
 from outrider.evaluation.replay import Prompts, Transcript, replay, transcribe
 from outrider.registry import find
@@ -63,7 +64,7 @@ def dense_logits(w: dict[str, Tensor], context: Tensor, seen: Tensor, block: Ten
 
 
 def fit(checkpoint: DraftCheckpoint, target: Any, transcripts: list[Transcript], steps: int = 120) -> DraftCheckpoint:
-    """Teach the drafter these texts by heart: enough for every wrong reading of it to show."""
+    """Over-fit the drafter on these texts: enough for every wrong reading of it to lower acceptance."""
     design, frozen = checkpoint.design, ("embed.weight", "head.weight", "confidence.weight", "confidence.bias")
     w = {n: t.clone().requires_grad_(n not in frozen) for n, t in checkpoint.tensors.items()}
     places = [(t, i) for t in transcripts for i in range(t.prompt_length, len(t.tokens) - design.block_size)]
@@ -109,7 +110,7 @@ def folder(tmp_path: Path, taught: DraftCheckpoint) -> Path:
 
 def diagnose(folder: Path, target: Any = None) -> Report:
     config = {**DECODER, "num_hidden_layers": LAYERS}
-    prompts = Prompts(PROMPTS, "by heart", natural=True)
+    prompts = Prompts(PROMPTS, "over-fitted", natural=True)
     return examine(folder, target, target_config=config, prompts=prompts, new_tokens=24)
 
 
@@ -124,7 +125,7 @@ def change_tensor(folder: Path, name: str, tensor: Tensor | None) -> None:
     save_file(tensors if tensor is None else {**tensors, name: tensor}, folder / "model.safetensors")
 
 
-def test_a_healthy_checkpoint_is_called_healthy(folder: Path, target: Any) -> None:
+def test_a_healthy_checkpoint_has_no_findings(folder: Path, target: Any) -> None:
     report = diagnose(folder, target)
     assert report.healthy and not report.findings and report.best.reading == "as the file says"
     assert report.best.acceptance.greedy_length > 3
@@ -134,9 +135,7 @@ def test_a_healthy_checkpoint_is_called_healthy(folder: Path, target: Any) -> No
     assert diagnose(folder).healthy  # without a target
 
 
-DAMAGE: dict[
-    str, tuple[Any, str, str]
-] = {  # what is done to the files, what the doctor must call it, and words of its message
+DAMAGE: dict[str, tuple[Any, str, str]] = {  # the damage, the finding's subject, and words of its message
     "layers off by one": (
         lambda f: change(f, target_layer_ids=[-1, 1, 2]),
         "layers",
@@ -165,7 +164,7 @@ DAMAGE: dict[
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_the_fault_of_each_damaged_checkpoint_is_named(folder: Path, target: Any, name: str) -> None:
+def test_each_damage_is_found(folder: Path, target: Any, name: str) -> None:
     damage, about, words = DAMAGE[name]
     damage(folder)
     report = diagnose(folder, target)
@@ -175,7 +174,7 @@ def test_the_fault_of_each_damaged_checkpoint_is_named(folder: Path, target: Any
     assert any(re.search(words, f.message) for f in faults), faults
 
 
-def test_the_anchor_layout_that_works_is_named(tmp_path: Path, taught: DraftCheckpoint, target: Any) -> None:
+def test_the_working_anchor_layout_is_found(tmp_path: Path, taught: DraftCheckpoint, target: Any) -> None:
     folder = checkpoints.save(taught, tmp_path / "drafter", "speculators", {})
     change(folder, sample_from_anchor=False)
     report = diagnose(folder, target)
@@ -183,14 +182,14 @@ def test_the_anchor_layout_that_works_is_named(tmp_path: Path, taught: DraftChec
     assert report.best.reading == "the anchor's slot predicts"
 
 
-def test_layers_that_only_fit_when_counted_from_one(folder: Path, target: Any) -> None:
-    """The aux_layers of speculators in DeepSpec's key: the last layer is refused, and the reading that works is found."""
+def test_layers_counted_from_one_are_found(folder: Path, target: Any) -> None:
+    """Layers as speculators counts them, in DeepSpec's key: the last layer is refused, the working reading is found."""
     change(folder, target_layer_ids=[1, 3, 4])
     report = diagnose(folder, target)
     assert report.best.reading == "layers one lower" and report.best.checkpoint.target_layers == LAYERS_READ
 
 
-def test_doubts_without_a_target(folder: Path) -> None:
+def test_suspicious_values_without_a_target(folder: Path) -> None:
     def findings(**changes: Any) -> list[tuple[str, str]]:
         before = (folder / "config.json").read_text()
         change(folder, **changes)
@@ -208,17 +207,17 @@ def test_doubts_without_a_target(folder: Path) -> None:
     assert findings() == [("suspicious", "tensors")]
 
 
-def test_weights_that_nothing_can_save(folder: Path, target: Any) -> None:
+def test_useless_weights(folder: Path, target: Any) -> None:
     for name in ("layers.0.mlp.down_proj.weight", "layers.1.self_attn.o_proj.weight", "markov_head.markov_w2.weight"):
         tensor = load_file(folder / "model.safetensors")[name]
         change_tensor(folder, name, torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
     report = diagnose(folder, target)
     assert report.best is None
-    assert any("hardly a draft is accepted" in finding.message for finding in report.findings)
+    assert any("almost no draft is accepted" in finding.message for finding in report.findings)
 
 
 def test_replay_counts_what_greedy_decoding_accepts(taught: DraftCheckpoint, target: Any) -> None:
-    """Against the drafter's own proposals, place by place."""
+    """Against the drafter's proposals, position by position."""
     from trained import Session, propose
 
     from outrider.backends.reference import ReferenceBackend
@@ -262,7 +261,7 @@ def outrider(*arguments: Any) -> Any:
 def test_converted_and_back_through_the_command(
     tmp_path: Path, folder: Path, target_folder: Path, prompts_file: Path
 ) -> None:
-    """Bit for bit, key for key, measured, with its provenance."""
+    """Equal bit for bit and key for key, measured, with its provenance."""
     options = ("--prompts", prompts_file, "--backend", "reference", "--json", "-")
     there = outrider("convert", folder, tmp_path / "b", "--to", "speculators", "--target", target_folder, *options)
     assert there.exit_code == 0, there.output
@@ -271,7 +270,7 @@ def test_converted_and_back_through_the_command(
     provenance = json.loads((tmp_path / "b" / "provenance.json").read_text())
     assert provenance["source"] == str(folder) and len(provenance["source_sha256"]["model.safetensors"]) == 64
 
-    (tmp_path / "target").symlink_to(target_folder)  # the copy names its target, which now stands beside it
+    (tmp_path / "target").symlink_to(target_folder)  # the copy names its target, which is now beside it
     back = outrider("convert", tmp_path / "b", tmp_path / "c", "--to", "deepspec", *options)
     assert back.exit_code == 0, back.output
     assert json.loads((tmp_path / "c" / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
@@ -291,16 +290,16 @@ def test_a_drafter_without_embedding_takes_its_targets(
     assert all(torch.equal(full.tensors[n], target.tensors[n]) for n in ("embed.weight", "head.weight"))
 
 
-def test_what_does_not_draft_is_not_converted(
+def test_a_drafter_no_better_than_guessing_is_not_converted(
     tmp_path: Path, target: Any, target_folder: Path, prompts_file: Path
 ) -> None:
     source = checkpoints.save(make_checkpoint(DESIGN, target=target, seed=9), tmp_path / "random", "deepspec", {})
     options = ("--to", "speculators", "--prompts", prompts_file, "--backend", "reference")
     refused = outrider("convert", source, tmp_path / "out", *options, "--target", target_folder)
-    assert refused.exit_code == 2 and "hardly a draft is accepted" in refused.stderr
+    assert refused.exit_code == 2 and "almost no draft is accepted" in refused.stderr
     unknown = outrider("convert", source, tmp_path / "out", *options)
     assert unknown.exit_code == 2 and "--target" in unknown.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["random"]  # nothing written, nothing left behind
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["random"]  # nothing was written
     unverified = outrider("convert", source, tmp_path / "out", "--to", "speculators", "--unverified")
     assert unverified.exit_code == 0 and "not verified" in unverified.output
     again = outrider("convert", source, tmp_path / "out", "--to", "speculators", "--unverified")
@@ -319,15 +318,15 @@ def test_the_doctor_as_a_command(folder: Path, target_folder: Path, prompts_file
     assert unreadable.exit_code == 1 and "no drafter" in unreadable.output
 
 
-def test_random_prompts_only_raise_suspicion(folder: Path, target_folder: Path) -> None:
-    """A target without a tokenizer: nobody knows what text is, so nothing measured is called a fault."""
+def test_with_random_prompts_findings_are_only_suspicious(folder: Path, target_folder: Path) -> None:
+    """A target without a tokenizer has no natural prompts, so measured findings are not faults."""
     change(folder, mask_token_id=17)
     result = outrider("doctor", folder, "--target", target_folder, "--backend", "reference", "--json", "-")
     facts = json.loads(result.stdout)
     assert "random prompts" in facts["prompts"] and all(f["level"] == "suspicious" for f in facts["findings"])
 
 
-def test_prompts_that_are_none_get_one_clear_error(folder: Path, target_folder: Path, tmp_path: Path) -> None:
+def test_invalid_prompt_files_get_one_clear_error(folder: Path, target_folder: Path, tmp_path: Path) -> None:
     for text, words in (
         ("{}", "line 1"),
         ("", "holds no prompts"),

@@ -23,7 +23,7 @@ from outrider.drafters.ngram import NgramConfig, NgramDrafter
 from outrider.drafters.suffix import SuffixAutomaton, SuffixConfig, SuffixDrafter
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.models.loading import load_backend
-from outrider.sampling.distribution import process
+from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec
 
@@ -174,7 +174,7 @@ def rows_of(indices: Sequence[int]) -> list[Row]:
     return [Row(ROWS[i].seed, ROWS[i].params, ROWS[i].prompt_length, ROWS[i].slot) for i in indices]
 
 
-def noise_of(rows: Sequence[Row]) -> RowRng:
+def rng_of(rows: Sequence[Row]) -> RowRng:
     return RowRng([r.seed for r in rows], [r.round for r in rows], [r.params.effective_rule for r in rows])
 
 
@@ -203,7 +203,7 @@ def propose(drafter: Drafter, rows: Sequence[Row], limit: Sequence[int], rng: Rn
         torch.tensor([r.history[-1] for r in rows]),
         context_of(rows),
         torch.tensor(limit),
-        rng or noise_of(rows),
+        rng or rng_of(rows),
     )
 
 
@@ -247,12 +247,12 @@ def drafts_of(proposal: Proposal) -> list[Draft]:
     drafts = []
     width = proposal.tokens.shape[1]
     for b, length in enumerate(proposal.lengths.tolist()):
-        places = torch.arange(b * width, b * width + length)
+        index = torch.arange(b * width, b * width + length)
         drafts.append(
             Draft(
                 proposal.tokens[b, :length].tolist(),
                 None if proposal.confidence is None else proposal.confidence[b, :length].tolist(),
-                None if proposal.distribution is None else proposal.distribution.dense(places).tolist(),
+                None if proposal.distribution is None else proposal.distribution.dense(index).tolist(),
             )
         )
     return drafts
@@ -312,7 +312,7 @@ def test_drafts_past_its_block_are_not_proposed(name: str) -> None:
 
 
 @each
-def test_the_same_noise_gives_the_same_drafts(name: str) -> None:
+def test_the_same_rng_gives_the_same_drafts(name: str) -> None:
     assert run(make(name), range(4)) == run(make(name), range(4))
 
 
@@ -388,7 +388,7 @@ class FutureNoise:
     """The same rng, but of another seed from given positions on."""
 
     def __init__(self, rows: Sequence[Row], depth: int) -> None:
-        self._here = noise_of(rows)
+        self._here = rng_of(rows)
         rules = [r.params.effective_rule for r in rows]
         self._there = RowRng([r.seed + 77 for r in rows], [r.round for r in rows], rules)
         self._from = torch.tensor([len(r.history) + depth for r in rows])
@@ -407,7 +407,8 @@ class FutureNoise:
 
 
 def anticipates(make_drafter: Callable[[], Drafter]) -> tuple[bool, bool]:
-    """(whether a length, confidence or distribution up to token j moves with the tokens from j on, whether any token moved)."""
+    """(whether a length, confidence or distribution up to token j depends on the tokens from j on; whether any token
+    changed)."""
     moved = False
     for seed in range(3):
 
@@ -649,7 +650,7 @@ def test_draft_model_draws_each_token_from_the_law_it_reports() -> None:
     drafter, rows = small_drafter(model, draft_tokens=5), rows_of(range(4))
     start(drafter, rows)
     for step in range(len(LIMITS)):
-        proposal, rng = propose(drafter, rows, LIMITS[step]), noise_of(rows)
+        proposal, rng = propose(drafter, rows, LIMITS[step]), rng_of(rows)
         for b, draft in enumerate(drafts_of(proposal)):
             assert len(draft.tokens) == LIMITS[step][b]
             history = rows[b].history

@@ -18,19 +18,20 @@ from trained import (
     features_of,
     make_checkpoint,
     make_target,
-    noise_of,
     norm,
     propose,
     random_tokens,
+    rng_of,
     rotate,
 )
 
 from outrider.backends.native import NativeBackend, available
 from outrider.backends.reference import ReferenceBackend
-from outrider.checkpoints import BlockDesign, DraftCheckpoint
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.drafters.base import Drawing
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.registry import find
 from outrider.sampling.distribution import Categorical
@@ -152,7 +153,7 @@ def test_long_prompts_enter_the_draft_memory_before_anybody_drafts() -> None:
     drafter = make_drafter(make_checkpoint(BLOCKS["vanilla"], target=target), target)
     Session(target, drafter, 1).observe([random_tokens(100, 5)], [0])
     assert int(drafter.cache.held([0])) == 100
-    assert int(drafter.cache.kv_cache.lengths[drafter.cache.places([0])]) == 100
+    assert int(drafter.cache.kv_cache.lengths[drafter.cache.cache_slots([0])]) == 100
 
 
 def test_only_accepted_tokens_stay() -> None:
@@ -236,7 +237,7 @@ def test_a_row_drafts_the_same_alone_and_in_a_ragged_batch(name: str, params: Sa
     for b, history in enumerate(histories):
         single = make_drafter(checkpoint, target, torch.float64)
         Session(target, single, 1).observe([history[:-1]], [0])
-        alone = propose(single, [0], [history], limit=[limits[b]], params=params, rng=noise_of(1, seed=7 + b))
+        alone = propose(single, [0], [history], limit=[limits[b]], params=params, rng=rng_of(1, seed=7 + b))
         n = int(alone.lengths)
         assert n == int(together.lengths[b]) == min(limits[b], drafter.block)
         assert together.tokens[b, :n].tolist() == alone.tokens[0, :n].tolist()
@@ -282,7 +283,7 @@ def test_a_reduced_vocabulary_drafts_its_own_tokens_only() -> None:
 
 
 def test_drafted_tokens_follow_the_law_they_carry() -> None:
-    """The second draft of 1,200 rounds, given the first: total variation to its distribution within the rng of sampling."""
+    """The second draft of 1,200 rounds, given the first: total variation to its distribution is sampling noise."""
     target = make_target()
     drafter = make_drafter(make_checkpoint(BLOCKS["vanilla"], target=target), target, draft_tokens=2)
     history = random_tokens(6, 1)
@@ -290,7 +291,7 @@ def test_drafted_tokens_follow_the_law_they_carry() -> None:
     session.observe([history[:-1]] * 8, [0] * 8)
     counts, distributions = torch.zeros(VOCABULARY, VOCABULARY), {}
     for round in range(150):
-        proposal = propose(drafter, session.slots, [history] * 8, params=SAMPLED, rng=noise_of(8, round=round))
+        proposal = propose(drafter, session.slots, [history] * 8, params=SAMPLED, rng=rng_of(8, round=round))
         rows = proposal.distribution.dense(torch.arange(16)).view(8, 2, -1)
         for b, (first, second) in enumerate(proposal.tokens.tolist()):
             counts[first, second] += 1
@@ -374,7 +375,7 @@ def test_options_out_of_range_are_refused() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", DESIGNS)
 def test_rows_of_a_batch_are_bit_identical_to_each_alone(name: str, dtype: str) -> None:
-    """Eight ragged rows in the native backend: tokens, distributions and confidences; of every kind of trained drafter."""
+    """Eight ragged rows in the native backend: tokens, distributions and confidences of every kind of drafter."""
     backend = NativeBackend()
     target = make_target(backend=backend, dtype=getattr(torch, dtype))
     drafted = 20 if name in ("gated", "eagle3") else VOCABULARY
@@ -394,14 +395,14 @@ def test_rows_of_a_batch_are_bit_identical_to_each_alone(name: str, dtype: str) 
     for b, history in enumerate(histories):
         single = make()
         Session(target, single, 1).observe([history[:-1]], [0])
-        alone = propose(single, [0], [history], limit=[limits[b]], params=SAMPLED, rng=noise_of(1, seed=7 + b))
+        alone = propose(single, [0], [history], limit=[limits[b]], params=SAMPLED, rng=rng_of(1, seed=7 + b))
         n = int(alone.lengths)
         assert n == int(together.lengths[b]) == limits[b]
         if n:
             assert together.tokens[b, :n].tolist() == alone.tokens[0, :n].tolist()
             assert torch.equal(together.confidence[b, :n], alone.confidence[0, :n])
-            places = torch.arange(b * width, b * width + n)
-            assert torch.equal(together.distribution.dense(places), alone.distribution.dense(torch.arange(n)))
+            index = torch.arange(b * width, b * width + n)
+            assert torch.equal(together.distribution.dense(index), alone.distribution.dense(torch.arange(n)))
 
 
 WIDE = 4096  # a vocabulary much larger than a shortlist
@@ -460,7 +461,7 @@ def test_a_greedy_block_takes_the_best_of_all_tokens_that_could_win(kind: str, s
 @pytest.mark.skipif(not available(), reason="the compiled core is not built")
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_a_sampled_block_is_drawn_from_the_law_it_reports(kind: str) -> None:
-    """The shortlist holds the largest base logits; its distribution is the full one, cut to it; the draw is the keys'."""
+    """The shortlist holds the largest base logits, its distribution is the full one truncated, the keys decide."""
     head, temperatures = wide_head(kind, 0.5), torch.tensor([0.0, 0.7, 1.0, 1e-4, 2.0])
     base, hidden, anchors, keys = block_inputs(5, 4)
     tokens, _, distribution = head.draft(base, hidden, anchors, keys, temperatures)
@@ -477,8 +478,8 @@ def test_a_sampled_block_is_drawn_from_the_law_it_reports(kind: str) -> None:
             assert set(some.tolist()) == set(base[row, k].topk(len(some)).indices.tolist())
             expected, got = full[row, k, some], logits[row, k, : len(some)] * temperatures[row]
             torch.testing.assert_close(got - got.max(), expected - expected.max(), atol=1e-4, rtol=0)
-    place = Categorical(WIDE, ids=distribution[0], logits=distribution[1])
-    assert torch.equal(place.draw(keys.flatten()).view(5, 4), tokens)
+    sampled = Categorical(WIDE, ids=distribution[0], logits=distribution[1])
+    assert torch.equal(sampled.draw(keys.flatten()).view(5, 4), tokens)
 
 
 @pytest.mark.skipif(not available(), reason="the compiled core is not built")
@@ -544,10 +545,8 @@ def test_blocks_in_one_call_are_those_drawn_step_by_step(name: str, params: Samp
     assert torch.equal(quick.tokens[0], steps.tokens[0]) and torch.equal(quick.tokens[1, :2], steps.tokens[1, :2])
     torch.testing.assert_close(quick.confidence[0], steps.confidence[0])
     if params.temperature:
-        places = torch.tensor([0, 1, 2, 3, 4, 5, 6])
-        torch.testing.assert_close(
-            quick.distribution.dense(places), steps.distribution.dense(places), atol=1e-5, rtol=0
-        )
+        index = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+        torch.testing.assert_close(quick.distribution.dense(index), steps.distribution.dense(index), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SAMPLED, SamplingParams(temperature=1.0, top_p=0.8)], ids=repr)
@@ -568,8 +567,8 @@ def test_blocks_without_a_head_are_drawn_at_once_as_step_by_step(
     assert torch.equal(quick.tokens, steps.tokens) and torch.equal(quick.confidence, steps.confidence)
     assert (quick.distribution is None) == (steps.distribution is None) == (params.temperature == 0)
     if quick.distribution is not None:
-        places = torch.tensor([0, 1, 2, 3, 8, 9])
-        assert torch.equal(quick.distribution.dense(places), steps.distribution.dense(places))
+        index = torch.tensor([0, 1, 2, 3, 8, 9])
+        assert torch.equal(quick.distribution.dense(index), steps.distribution.dense(index))
 
 
 def test_a_penalty_makes_drafts_wait_for_those_before_them() -> None:

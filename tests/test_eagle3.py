@@ -1,4 +1,4 @@
-"""The EAGLE-3 chain: against a direct computation, rewound and re-run as tokens are accepted, alone and in a batch."""
+"""EAGLE-3: against a direct computation, rewound and re-run as tokens are accepted, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from trained import (
     features_of,
     make_checkpoint,
     make_target,
-    noise_of,
     norm,
     propose,
     random_tokens,
+    rng_of,
 )
 
 from outrider.backends.reference import ReferenceBackend
-from outrider.checkpoints import AutoregressiveDesign, DraftCheckpoint
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.errors import InvalidRequest
 from outrider.types import RaggedBatch, TargetModel
 
-CHAINS = {name: design for name, design in DESIGNS.items() if isinstance(design, AutoregressiveDesign)}
+CHAINS = {name: design for name, design in DESIGNS.items() if isinstance(design, Eagle3Design)}
 
 
 def make_drafter(checkpoint: DraftCheckpoint, target: TargetModel, dtype=torch.float64, **options) -> Eagle3Drafter:
@@ -65,7 +66,7 @@ def test_drafts_follow_the_laws_of_a_direct_computation(name: str) -> None:
     session.observe([history[:-1]], [0])
     for accepted in (2, 0, 4, 1):  # rounds: each re-runs what was accepted on the target's features
         features = features_of(target, history[:-1], drafter.aux_layers)
-        proposal = propose(drafter, [0], [history], params=SAMPLED, rng=noise_of(1, round=len(history)))
+        proposal = propose(drafter, [0], [history], params=SAMPLED, rng=rng_of(1, round=len(history)))
         drafts = proposal.tokens[0].tolist()
         assert len(drafts) == 4
         distributions = proposal.distribution.dense(torch.arange(4))
@@ -145,7 +146,7 @@ def test_a_row_drafts_the_same_alone_and_in_a_ragged_batch(params: SamplingParam
     for b, history in enumerate(histories):
         single = make_drafter(checkpoint, target)
         Session(target, single, 1).observe([history[:-1]], [0])
-        alone = propose(single, [0], [history], limit=[limits[b]], params=params, rng=noise_of(1, seed=7 + b))
+        alone = propose(single, [0], [history], limit=[limits[b]], params=params, rng=rng_of(1, seed=7 + b))
         n = int(alone.lengths)
         assert n == int(together.lengths[b]) == limits[b]
         assert together.tokens[b, :n].tolist() == alone.tokens[0, :n].tolist()

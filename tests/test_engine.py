@@ -14,7 +14,7 @@ from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.errors import InvalidRequest
 from outrider.models.toy import ToyTarget
-from outrider.sampling.distribution import process
+from outrider.sampling.processors import process
 from outrider.scheduling.fixed import FixedPolicy
 from outrider.types import Context, Proposal, RaggedBatch, Rng
 
@@ -95,8 +95,8 @@ def run(
     loop: Engine, prompts: list[list[int]], params: SamplingParams, seeds: list[int] | None = None
 ) -> list[list[int]]:
     seeds = seeds or [params.seed or 0] * len(prompts)
-    requests = [loop.add(i, p, params, s) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
-    while len(loop.admission):
+    requests = [loop.submit(p, params, s, i) for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))]
+    while loop.busy:
         loop.step()
     assert len(loop.admission) == 0 and all(r.slot == -1 for r in requests)
     return [r.output for r in requests]
@@ -177,8 +177,8 @@ def test_nothing_after_a_stop_token_is_committed_or_counted(drafts: int) -> None
     stop = 2
     loop = engine(drafts, eos=(stop,))
     params = SamplingParams(max_tokens=30, temperature=1.0, seed=4)
-    requests = [loop.add(i, p, params, 4) for i, p in enumerate(PROMPTS)]
-    while len(loop.admission):
+    requests = [loop.submit(p, params, 4, i) for i, p in enumerate(PROMPTS)]
+    while loop.busy:
         loop.step()
     for request, long in zip(requests, free, strict=True):
         expected = long[: long.index(stop) + 1] if stop in long else long
@@ -204,12 +204,12 @@ def test_cancelling_frees_the_row_and_leaves_the_others_alone() -> None:
     params = SamplingParams(max_tokens=12, temperature=1.0, seed=9)
     expected = run(engine(2), PROMPTS, params)
     loop = engine(2, rows=2)
-    requests = [loop.add(i, p, params, 9) for i, p in enumerate(PROMPTS)]
+    requests = [loop.submit(p, params, 9, i) for i, p in enumerate(PROMPTS)]
     loop.step()
     loop.step()
     loop.cancel(requests[0])
     loop.cancel(requests[4])  # still waiting
-    while len(loop.admission):
+    while loop.busy:
         loop.step()
     assert [r.finish_reason for r in requests] == ["cancelled", "length", "length", "length", "cancelled"]
     assert [r.output for r in requests[1:4]] == expected[1:4]
@@ -219,7 +219,7 @@ def test_cancelling_frees_the_row_and_leaves_the_others_alone() -> None:
 
 def test_bad_prompts_are_refused_before_anything_runs() -> None:
     loop = engine(2)
-    for prompt, word in [([], "empty"), ([0, V], "between 0 and"), ([0] * 60, "context")]:
+    for prompt, word in [([], "empty"), ([0, V], "between 0 and"), ([0] * 4090, "context")]:
         with pytest.raises(InvalidRequest, match=word):
-            loop.add(0, prompt, SamplingParams(max_tokens=10), 0)
+            loop.submit(prompt, SamplingParams(max_tokens=10), 0)
     assert len(loop.admission) == 0

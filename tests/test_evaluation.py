@@ -1,4 +1,4 @@
-"""Evaluating drafters: intervals with known answers, figures that add up, and a run that goes on where it was."""
+"""Evaluating drafters: intervals with known values, figures by hand, and resumed evaluations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 # ------------------------------------------------------------------------------------------------ intervals
 
 
-def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
+def test_the_interval_of_a_mean_is_that_of_the_normal_distribution() -> None:
     values = np.random.default_rng(1).normal(2, 1, 400)
     found = estimate([400], lambda picks: values[picks[0]].mean(-1), draws=4000)
     assert found.value == pytest.approx(values.mean())
@@ -51,8 +51,8 @@ def test_the_interval_of_a_mean_is_that_of_the_normal_law() -> None:
     assert found.high == pytest.approx(values.mean() + half, abs=0.01)
 
 
-def test_intervals_cover_what_they_should() -> None:
-    """95 % of them, give or take 4 standard errors of 300 trials and what 40 prompts lack to the limit."""
+def test_intervals_have_their_coverage() -> None:
+    """95 % of them, within 4 standard errors of 300 trials and the error of having only 40 prompts."""
     generator = np.random.default_rng(2)
     covered = 0
     for _ in range(300):
@@ -63,14 +63,14 @@ def test_intervals_cover_what_they_should() -> None:
     assert 0.95 - 0.05 - 0.03 <= covered / 300 <= 0.99
 
 
-def test_domains_weigh_alike_however_many_prompts_they_have() -> None:
+def test_domains_have_equal_weight_whatever_their_size() -> None:
     few, many = np.array([1.0, 3.0]), np.full(50, 10.0)
     found = estimate([2, 50], macro([lambda p: few[p].mean(-1), lambda p: many[p].mean(-1)]))
     assert found.value == pytest.approx((2 + 10) / 2)
     assert (found.low, found.high) == (pytest.approx(5.5), pytest.approx(6.5))  # the second domain never varies
 
 
-def test_what_is_paired_varies_less() -> None:
+def test_paired_differences_vary_less() -> None:
     generator = np.random.default_rng(3)
     hard = generator.normal(0, 5, 60)
     a, b = hard + 0.5 + generator.normal(0, 0.3, 60), hard
@@ -79,7 +79,7 @@ def test_what_is_paired_varies_less() -> None:
     assert paired.excludes_zero and not alone.excludes_zero
 
 
-def test_nothing_over_nothing_is_no_figure_and_one_prompt_has_no_interval() -> None:
+def test_zero_over_zero_has_no_value_and_one_prompt_no_interval() -> None:
     zeros = np.zeros(3, dtype=np.int64)
     assert estimate([3], lambda picks: share(zeros, zeros, picks[0])) == Estimate(None)
     assert estimate([1], lambda picks: share(zeros[:1] + 1, zeros[:1] + 2, picks[0])) == Estimate(0.5)
@@ -106,7 +106,7 @@ def test_figures_by_hand() -> None:
     assert (row.prompts, row.rounds) == (2, 5)
 
 
-def test_figures_are_those_of_the_answers(tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path]) -> None:
+def test_figures_agree_with_the_answers(tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path]) -> None:
     model, draft = str(tiny_model_dir), str(tiny_draft_dir)
     found = evaluate(SMALL, [model, draft], prompts, model, dtype="float32", backend="reference")
     names = tiny_model_dir.name, tiny_draft_dir.name
@@ -121,7 +121,7 @@ def test_figures_are_those_of_the_answers(tiny_model_dir: Path, tiny_draft_dir: 
     texts = [json.loads(line)["turns"][0] for line in prompts[0].read_text().splitlines()]
     stats = [llm.generate([text], SamplingParams(max_tokens=24))[0].stats for text in texts]
     own = found.rows[3]
-    # The last rounds, whose drafts had to be cut to 24 tokens, count in the answers' own figures only.
+    # The last rounds, with drafts shortened to fit 24 tokens, count in the answers' statistics only.
     assert 0 < own.rounds < sum(s.rounds for s in stats)
     its_own_target = found.rows[0]  # every draft is right, up to the end of the text
     assert its_own_target.acceptance_rate.value == 1 and its_own_target.conditional[3].value == 1
@@ -133,7 +133,7 @@ def test_figures_are_those_of_the_answers(tiny_model_dir: Path, tiny_draft_dir: 
     assert found.differences[2].acceptance_length.excludes_zero
 
 
-def test_a_drafter_against_itself_differs_by_nothing(
+def test_a_drafter_does_not_differ_from_itself(
     tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft = str(tiny_draft_dir)
@@ -162,7 +162,7 @@ def test_higher_thresholds_verify_less(tiny_model_dir: Path, prompts: list[Path]
     assert json.loads((out / "evaluation.json").read_text()) == json.loads(json.dumps(found.to_json()))
 
 
-def test_an_evaluation_goes_on_where_it_was(
+def test_an_interrupted_evaluation_resumes(
     tiny_model_dir: Path, prompts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments: tuple[Any, ...] = (SMALL, ["ngram"], prompts, str(tiny_model_dir), tmp_path)
@@ -186,7 +186,26 @@ def test_an_evaluation_goes_on_where_it_was(
     assert len(calls) == 5
 
 
-def test_two_drafters_of_one_name_are_refused(tiny_model_dir: Path, prompts: list[Path]) -> None:
+def test_a_prompt_that_is_too_long_is_left_out_and_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    file = tmp_path / "set.jsonl"
+    texts = ["It was", "word " * 300, "def f(x):"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8-sig")
+    options = ["--target", tiny_model_dir, "--dtype", "float32", "--backend", "reference", "--prompts", file]
+    arguments = ("eval", "--drafter", "ngram", *options, "--max-tokens", 24, "--temperature", 0, "--json", "-")
+    result = outrider(*arguments)
+    assert result.exit_code == 3, result.output
+    found = json.loads(result.stdout)
+    assert [(error["index"], error["line"]) for error in found["errors"]] == [(1, 2)]
+    assert "pass the context" in found["errors"][0]["error"] and "1 of 3 prompts" in result.stderr
+    assert found["rows"][0]["prompts"] == 2 and found["rows"][0]["acceptance_length"]["value"] >= 1
+    strict = outrider(*arguments, "--fail-fast")
+    assert strict.exit_code == 2 and "set.jsonl line 2: the prompt has" in strict.stderr
+    file.write_text(json.dumps({"text": texts[1]}))
+    alone = outrider(*arguments)
+    assert alone.exit_code == 2 and "no prompt can be answered" in alone.stderr
+
+
+def test_two_drafters_with_the_same_name_are_refused(tiny_model_dir: Path, prompts: list[Path]) -> None:
     with pytest.raises(InvalidRequest, match="given twice"):
         evaluate(SMALL, ["ngram", "ngram"], prompts, str(tiny_model_dir), dtype="float32", backend="reference")
 

@@ -11,6 +11,7 @@ import resource
 import struct
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from outrider.backends.layers import rope_config
 from outrider.errors import CheckpointError
-from outrider.models.gguf import GGUFFile, find_gguf, read_model
+from outrider.models.gguf import GGUFFile, find_gguf, main_type, nearest_dtype, read_model
 from outrider.models.gguf.blocks import BLOCK_TYPES, MULTIPLIABLE, BlockType, block_parts, decodable, decode
+from outrider.models.loading import load_target
 from outrider.registry import find
 from outrider.types import RaggedBatch
 
@@ -339,8 +342,8 @@ def test_a_written_model_is_read_back(name: str, tmp_path: Path) -> None:
     stack_config = kind.stack_config({**kind.defaults, **config})
     assert stack_config == kind.stack_config({**kind.defaults, **model.config.to_dict()})
     stack = find("backend", "reference")().load(stack_config, weights, "float32")
-    memory = stack.new_memory(1, 16)
-    logits = stack.forward(RaggedBatch.pack([IDS], [0], [memory.open()]), memory).logits
+    cache = stack.new_cache(1, 16)
+    logits = stack.forward(RaggedBatch.pack([IDS], [0], [cache.open()]), cache).logits
     with torch.no_grad():
         torch.testing.assert_close(logits, model(torch.tensor([IDS])).logits[0], rtol=1e-4, atol=1e-4)
 
@@ -348,7 +351,7 @@ def test_a_written_model_is_read_back(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantised_weights_equal_the_package(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole and by rows, rows of q and k in their order again, the parts of those that have some too."""
-    monkeypatch.setattr("outrider.models.gguf.weights.CHUNK", 640)
+    monkeypatch.setattr("outrider.models.gguf.gguf_weights.CHUNK", 640)
     model, number = build("llama"), gguf.GGMLQuantizationType[kind]
     _, weights = read_model(GGUFFile(write_model(tmp_path / "model.gguf", model, "llama", kind)))
     for key, value in model.state_dict().items():
@@ -377,6 +380,67 @@ def test_rope_divisors_that_are_not_llama3s_are_kept(tmp_path: Path) -> None:
     write_model(path, build("llama"), "llama", change=lambda writer: writer.add_tensor("rope_freqs.weight", divisors))
     rope = read_model(GGUFFile(path))[0]["rope_parameters"]
     assert rope == {"rope_type": "factors", "rope_theta": 5e5, "factors": divisors.tolist()}
+    frequencies = rope_config({"rope_parameters": rope}, 32).inverse_frequencies
+    assert frequencies == pytest.approx(
+        tuple(5e5 ** -(np.arange(0, 32, 2) / 32) / divisors.astype(np.float64)), rel=1e-14
+    )
+    with pytest.raises(CheckpointError, match="'factors' must hold 8 numbers"):
+        rope_config({"rope_parameters": rope}, 16)
+    with pytest.raises(CheckpointError, match="'factors' must be a number above 0, got 0"):
+        rope_config({"rope_parameters": {**rope, "factors": [0.0] * 16}}, 32)
+
+
+def test_a_head_that_is_the_embedding_is_read_once(tmp_path: Path) -> None:
+    """The same bytes twice: tied. The last byte differs: a head of its own, in the config, the weights, the logits."""
+
+    def add_head(head: np.ndarray, writer: Any) -> None:
+        writer.add_tensor("output.weight", head)
+
+    model = build("llama")
+    embedding = model.get_input_embeddings().weight.detach().numpy()
+    for last, own in ((embedding[-1, -1], False), (embedding[-1, -1] + 1, True)):
+        head = embedding.copy()
+        head[-1, -1] = last
+        path = write_model(tmp_path / "model.gguf", model, "llama", change=partial(add_head, head))
+        config, weights = read_model(GGUFFile(path))
+        assert config["tie_word_embeddings"] != own and ("head.weight" in weights) == own
+        target = load_target(path, dtype="float32", backend="reference")
+        cache = target.new_cache(1, 16)
+        hidden = target.forward(RaggedBatch.pack([IDS], [0], [cache.open()]), cache).hidden
+        assert hidden is not None
+        torch.testing.assert_close(target.unembed(hidden), hidden @ torch.from_numpy(head).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("F32", "float32"), ("F16", "bfloat16"), ("BF16", "bfloat16"), ("Q8_0", "int8"), ("Q4_0", "int8")],
+)
+def test_the_dtype_that_a_file_runs_in(kind: str, dtype: str, tmp_path: Path) -> None:
+    """Without one asked for: the nearest of the core's; float32 where plain PyTorch runs, which has no int8."""
+    path = write_model(tmp_path / "model.gguf", build("llama"), "llama", kind)
+    assert main_type(GGUFFile(path)) == kind and nearest_dtype(GGUFFile(path)) == dtype
+    assert load_target(path, backend="reference").stack.dtype == torch.float32
+    if importlib.util.find_spec("outrider._native") is not None:
+        assert load_target(path).stack.dtype == dtype
+        assert load_target(path, dtype="int4").stack.dtype == "int4"
+
+
+def test_sampling_that_a_file_recommends(tmp_path: Path, tiny: Any) -> None:
+    def change(writer: Any) -> None:
+        writer.add_float32("general.sampling.temp", 0.7)
+        writer.add_int32("general.sampling.top_k", 20)
+        writer.add_float32("general.sampling.penalty_repeat", 1.05)
+
+    path = write_model(tmp_path / "model.gguf", tiny, "llama", change=change)
+    defaults = load_target(path).spec.defaults
+    assert defaults == {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05}
+    assert load_target(write_model(tmp_path / "plain.gguf", tiny, "llama")).spec.defaults == {}
+
+    def wrong(writer: Any) -> None:
+        writer.add_float32("general.sampling.temp", math.nan)
+
+    with pytest.raises(CheckpointError, match="general.sampling.temp is nan, expected a number"):
+        load_target(write_model(tmp_path / "wrong.gguf", tiny, "llama", change=wrong))
 
 
 def test_keys_that_say_more_than_the_converter_does(tmp_path: Path) -> None:
@@ -806,6 +870,6 @@ def test_smollm2_writes_what_transformers_writes(smollm2: Path, shared: Path) ->
     for item in sorted(items, key=lambda item: len(item["prompt_token_ids"]))[:2]:
         prompt, expected = item["prompt_token_ids"], item["token_ids"]
         row = prompt + expected[:-1]
-        memory = stack.new_memory(1, len(row))
-        logits = stack.forward(RaggedBatch.pack([row], [0], [memory.open()]), memory).logits
+        cache = stack.new_cache(1, len(row))
+        logits = stack.forward(RaggedBatch.pack([row], [0], [cache.open()]), cache).logits
         assert logits[len(prompt) - 1 :].argmax(-1).tolist() == expected

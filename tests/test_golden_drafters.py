@@ -20,14 +20,20 @@ from torch import Tensor
 
 from outrider import checkpoints
 from outrider.backends.native import available
-from outrider.checkpoints import AutoregressiveDesign, BlockDesign
 from outrider.config import SamplingParams
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
+from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.models.loading import load_backend, load_target
 from outrider.sampling.distribution import Categorical
 from outrider.sampling.rng import RowRng
-from outrider.sampling.verification import Round, acceptance_probabilities, bonus_distribution, count_accepted
+from outrider.sampling.verification import (
+    DraftRound,
+    acceptance_probabilities,
+    bonus_distribution,
+    count_accepted,
+)
 from outrider.types import Context, Drafter, Proposal, RaggedBatch, TargetModel
 
 ROOT = Path(os.environ.get("OUTRIDER_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
@@ -77,7 +83,7 @@ def _context(history: Sequence[int]) -> Context:
     return Context([SamplingParams()], [list(history)], [len(history)])
 
 
-def _noise() -> RowRng:
+def _rng() -> RowRng:
     return RowRng([0], [0], ["rejection"])
 
 
@@ -87,7 +93,7 @@ def _draft(drafter: Drafter, history: Sequence[int], limit: int | None = None):
         torch.tensor([history[-1]]),
         _context(history),
         torch.tensor([drafter.block if limit is None else limit]),
-        _noise(),
+        _rng(),
     )
 
 
@@ -171,7 +177,7 @@ def test_block(folder: Path, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", _of_kind(BlockDesign) + _of_kind(AutoregressiveDesign))
+@pytest.mark.parametrize("folder", _of_kind(BlockDesign) + _of_kind(Eagle3Design))
 def test_features(folder: Path, backend: str) -> None:
     """The target's features at the drafter's aux_layers are those that the drafter was given."""
     target = _target(folder, backend)
@@ -272,11 +278,11 @@ def test_runs_of_blocks(folder: Path) -> None:
     _reproduces(_block_drafter(folder, "reference"), _target(folder, "reference"), folder)
 
 
-# ------------------------------------------------------------------------------------------------ chains
+# ------------------------------------------------------------------------------------------------ EAGLE-3
 
 
 @cache
-def _chain_drafter(folder: Path, backend: str) -> Eagle3Drafter:
+def _eagle3_drafter(folder: Path, backend: str) -> Eagle3Drafter:
     named = _json(folder / "golden.json").get("target_layer_ids_of_features")
     config = Eagle3Config(str(folder), target_layers=None if named is None else tuple(named))
     target = _target(folder, backend)
@@ -284,10 +290,10 @@ def _chain_drafter(folder: Path, backend: str) -> Eagle3Drafter:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", _of_kind(AutoregressiveDesign))
-def test_chain(folder: Path, backend: str) -> None:
+@pytest.mark.parametrize("folder", _of_kind(Eagle3Design))
+def test_eagle3(folder: Path, backend: str) -> None:
     """Fused features, hidden states, logits and drafts."""
-    drafter = _chain_drafter(folder, backend)
+    drafter = _eagle3_drafter(folder, backend)
     for case in _tensors(folder).values():
         if "fc_output" in case:
             _close(drafter.condition(case["target_features"]), case["fc_output"])
@@ -304,17 +310,17 @@ def _recurrent(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None:
     ids = case["context_ids"].tolist()
     last = int(case["shifted_ids"][-1])
     _observe(drafter, ids, 0, case["target_features"])
-    _chain(drafter, last, case)
+    _check_drafts(drafter, last, case)
     assert _draft(drafter, [*ids, last]).tokens[0].tolist() == case["greedy_tokens"].tolist()
     second = {name.removeprefix("round2."): tensor for name, tensor in case.items() if name.startswith("round2.")}
     committed = second["committed_tokens"].tolist()
     _observe(drafter, [last, *committed[:-1]], len(ids), second["new_target_features"])
-    _chain(drafter, committed[-1], second)
+    _check_drafts(drafter, committed[-1], second)
     history = [*ids, last, *committed]
     assert _draft(drafter, history).tokens[0].tolist() == second["greedy_tokens"].tolist()
 
 
-def _chain(drafter: Eagle3Drafter, last: int, expected: dict[str, Tensor]) -> None:
+def _check_drafts(drafter: Eagle3Drafter, last: int, expected: dict[str, Tensor]) -> None:
     state = drafter.begin([0], torch.tensor([last]))
     for k, token in enumerate(expected["greedy_tokens"]):
         _close(state.hidden[0], expected["step_hidden"][k])
@@ -325,7 +331,7 @@ def _chain(drafter: Eagle3Drafter, last: int, expected: dict[str, Tensor]) -> No
 
 
 def _training_time_test(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None:
-    """speculators, SpecForge: three steps at every position, of which the last six are a chain each."""
+    """speculators, SpecForge: three steps at every position, and the last six drafts of each."""
     tokens, features = case["input_ids_shifted"].tolist(), case["target_features"]
     own = "hidden_last6" in {name.partition(".")[2] for name in case}  # fed its own argmax, else the true tokens
     for i, position in enumerate(range(len(tokens) - 6, len(tokens))):
@@ -345,9 +351,9 @@ def _training_time_test(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None
         drafter.open(0, 256)
 
 
-@pytest.mark.parametrize("folder", _of_kind(AutoregressiveDesign))
-def test_runs_of_chains(folder: Path) -> None:
-    _reproduces(_chain_drafter(folder, "reference"), _target(folder, "reference"), folder)
+@pytest.mark.parametrize("folder", _of_kind(Eagle3Design))
+def test_runs_of_eagle3(folder: Path) -> None:
+    _reproduces(_eagle3_drafter(folder, "reference"), _target(folder, "reference"), folder)
 
 
 # ------------------------------------------------------------------------------------------------ sampled verification
@@ -374,7 +380,7 @@ def test_sampled_verification(case: dict[str, Tensor]) -> None:
     distribution = Categorical(size, probabilities=case["draft_probs"])
     proposal = Proposal(drafts[None], torch.tensor([len(drafts)]), distribution)
     target = Categorical(size, probabilities=case["target_probs"])
-    checked = Round.of(target, proposal, torch.tensor([len(drafts)]))
+    checked = DraftRound.of(target, proposal, torch.tensor([len(drafts)]))
     probabilities = acceptance_probabilities(checked, np.array([False]))
     accepted = count_accepted(probabilities, case["uniforms"].double().numpy()[None])
     assert accepted.tolist() == case["accepted"].tolist()

@@ -10,9 +10,9 @@ from torch import Tensor
 from outrider.training.networks.losses import divergence, negative_log_acceptance, position_weights
 
 
-def plain(logits: Tensor, distributions: Tensor, places: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plain(logits: Tensor, distributions: Tensor, index: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The definitions, in float64."""
-    p, log_q = distributions[places].double(), logits.double().log_softmax(-1)
+    p, log_q = distributions[index].double(), logits.double().log_softmax(-1)
     hard = torch.where(tokens >= 0, -log_q.gather(1, tokens.clamp(min=0)[:, None])[:, 0], 0)
     outside = (1 - p.sum(-1)).clamp(min=0)
     return hard, (p - log_q.exp()).abs().sum(-1) + outside, -(p * log_q).sum(-1)
@@ -25,15 +25,15 @@ def test_the_fused_measures_are_their_definitions(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = (4 * torch.randn(n, vocab, generator=generator)).requires_grad_()
-    given_laws = torch.randn(distributions, vocab, generator=generator).softmax(-1) * (0.7 if reduced else 1.0)
-    places = torch.randint(distributions, (n,), generator=generator)
+    given = torch.randn(distributions, vocab, generator=generator).softmax(-1) * (0.7 if reduced else 1.0)
+    index = torch.randint(distributions, (n,), generator=generator)
     tokens = torch.randint(-1 if reduced else 0, vocab, (n,), generator=generator)
     weights = torch.randn(3, n, generator=generator)
 
-    measures = divergence(logits, given_laws, places, tokens)
+    measures = divergence(logits, given, index, tokens)
     torch.stack([(w * m).sum() for w, m in zip(weights, measures, strict=True)]).sum().backward()
     got, logits.grad = logits.grad, None
-    expected = plain(logits, given_laws, places, tokens)
+    expected = plain(logits, given, index, tokens)
     torch.stack([(w * m).sum() for w, m in zip(weights, expected, strict=True)]).sum().backward()
 
     for mine, theirs in zip(measures, expected, strict=True):

@@ -12,10 +12,10 @@ from trained import (
     features_of,
     make_checkpoint,
     make_target,
-    noise_of,
     norm,
     propose,
     random_tokens,
+    rng_of,
 )
 
 from outrider.backends.reference import ReferenceBackend
@@ -38,7 +38,7 @@ def test_drafts_follow_the_laws_of_a_direct_computation(depth: int) -> None:
     session = Session(target, drafter, 1)
     session.observe([history[:-1]], [0])
     for accepted in (1, 0, depth):
-        proposal = propose(drafter, [0], [history], params=SAMPLED, rng=noise_of(1, round=len(history)))
+        proposal = propose(drafter, [0], [history], params=SAMPLED, rng=rng_of(1, round=len(history)))
         drafts = proposal.tokens[0].tolist()
         states = list(features_of(target, history[:-1], drafter.aux_layers).double())
         for j in range(depth):

@@ -69,7 +69,7 @@ def test_a_product_is_exact_but_for_its_format(isa: str, dtype: str, rows: int, 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_int4_is_worth_its_bits(isa: str) -> None:
-    """16 levels per 32 normal weights leave about 8 % of rng; per channel it would be over 15 %."""
+    """16 levels per 32 normal weights leave an error of about 8 %; per channel it would be over 15 %."""
     config = StackConfig(vocab_size=0, hidden_size=256, layers=())
     assert config.vocab_size == 0
     x, w = torch.randn(64, 512), torch.randn(96, 512)

@@ -19,7 +19,8 @@ from outrider.backends import native_verification
 from outrider.backends.native_verification import verify_native
 from outrider.config import SamplingParams
 from outrider.errors import OutriderError
-from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.distribution import Categorical, settled
+from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.truncation import _kept, kept_tokens
 from outrider.types import Context, Proposal, Verification
@@ -82,15 +83,15 @@ class Case:
         return process(self.draft_logits.reshape(-1, width), context, self.rows)
 
     def verify(
-        self, distribution: Callable[[Categorical], Any] = lambda distribution: distribution, settled: bool = False
+        self, distribution: Callable[[Categorical], Any] = lambda distribution: distribution, early: bool = False
     ) -> Verification:
         counts = self.keep.tolist()
         logits = torch.cat([self.base[b, : n + 1] for b, n in enumerate(counts)])
         rows = torch.tensor([b for b, n in enumerate(counts) for _ in range(n + 1)])
         depth = torch.tensor([i for n in counts for i in range(n + 1)])
         target = process(logits, self.context, rows, depth, drafted=self.tokens)
-        if settled:
-            target = target.take(torch.arange(len(target)))
+        if early:
+            target = settled(target)
             assert target.ids is None or target.ids.shape[1] < target.vocab_size
         proposal = Proposal(
             self.tokens, torch.full_like(self.keep, self.tokens.shape[1]), distribution(self.draft_law())
@@ -100,6 +101,7 @@ class Case:
 
 def sparse(distribution: Categorical) -> Categorical:
     """The same distribution over listed tokens: the 60 likeliest of each place, and what was drafted is likely among them."""
+    distribution = settled(distribution)
     values, ids = distribution.logits.topk(min(60, distribution.vocab_size), -1)
     order = ids.argsort(-1)
     return Categorical(distribution.vocab_size, logits=values.gather(1, order), ids=ids.gather(1, order))
@@ -144,7 +146,7 @@ def test_laws_that_were_settled_before(rule: Any, monkeypatch: pytest.MonkeyPatc
         for distribution in (lambda distribution: distribution, lambda distribution: None, sparse):
             expect_equal(
                 *in_turn(
-                    monkeypatch, lambda case=case, distribution=distribution: case.verify(distribution, settled=True)
+                    monkeypatch, lambda case=case, distribution=distribution: case.verify(distribution, early=True)
                 )
             )
 

@@ -19,8 +19,9 @@ from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
 from outrider.drafters.eagle3 import Eagle3Config, Eagle3Drafter
 from outrider.drafters.mtp import MTPConfig, MTPDrafter
 from outrider.errors import InvalidRequest
-from outrider.files import read_config, resolve_model
+from outrider.files import read_config
 from outrider.models.loading import load_backend, load_layers, load_target
+from outrider.models.locations import resolve_model
 from outrider.training.dataset import Text
 from outrider.training.networks import (
     AutoregressiveLoss,
@@ -80,14 +81,14 @@ def test_losses_and_gradients_are_the_peers(name: str) -> None:
     checkpoint = checkpoints.load(GOLDEN / case["checkpoint"])
     folder = json.loads((GOLDEN / case["checkpoint"] / "golden.json").read_text())["target"]
     target = load_target(GOLDEN / folder, dtype="float32", backend="reference")
-    chain = "ttt_length" in case
+    eagle3 = "ttt_length" in case
     rows, length = batch["input_ids"].shape
-    inside = own["attention_mask"].bool() if chain else torch.ones(rows, length, dtype=torch.bool)
-    answers = (own if chain else batch)["loss_mask"].bool()[inside]
+    inside = own["attention_mask"].bool() if eagle3 else torch.ones(rows, length, dtype=torch.bool)
+    answers = (own if eagle3 else batch)["loss_mask"].bool()[inside]
     offsets = torch.tensor([0, *inside.sum(1).cumsum(0).tolist()])
     packed = TokenBatch(batch["input_ids"][inside], offsets, answers, tuple(range(rows)))
     module: TrainableBlock | TrainableAutoregressive
-    if chain:
+    if eagle3:
         module = TrainableAutoregressive(checkpoint, target, AutoregressiveLoss(decay=case["step_loss_decay"]))
         anchors = torch.cat([torch.arange(begin, end - 1) for begin, end in packed.spans()])
         features = own["target_hidden_states"][inside]
@@ -105,7 +106,7 @@ def test_losses_and_gradients_are_the_peers(name: str) -> None:
 
     got = module.loss(FeatureBatch(packed, anchors, torch.arange(len(packed.tokens)), features, logits))
     got.total.backward()
-    weight = float(rows * length) if chain else float(got.weight)  # the peer's EAGLE-3 divides by all places
+    weight = float(rows * length) if eagle3 else float(got.weight)  # the peer's EAGLE-3 divides by all positions
 
     assert float(got.total.detach()) / weight == pytest.approx(case["total_loss"], abs=1e-4)
     for part, key in (("cross_entropy", "ce"), ("total_variation", "l1"), ("confidence", "confidence")):
@@ -174,7 +175,7 @@ def test_a_block_in_training_is_the_block_that_drafts(
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "mtp"])
-def test_a_chain_in_training_is_the_chain_that_drafts(
+def test_autoregressive_training_is_what_drafts(
     kind: str, target: TargetModel, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = Eagle3Training(depth=4, target_layers=(1, 4)) if kind == "eagle3" else MTPTraining(depth=3)

@@ -10,8 +10,8 @@ import torch
 
 from outrider.backends import packed_weights
 from outrider.backends.native import available
-from outrider.files import resolve_model
 from outrider.models.loading import load_target
+from outrider.models.locations import resolve_model
 from outrider.types import RaggedBatch
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native core is not built")

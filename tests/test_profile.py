@@ -1,4 +1,4 @@
-"""`outrider profile`: what is timed, how it is paired, what the figures mean, and what is kept."""
+"""`outrider profile`: timing, pairing, the meaning of the figures, and stored tables."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tiny_target() -> TargetModel:
 
 
 class Clock:
-    """Time that passes only in target passes, and slower machines as rounds go by."""
+    """A clock that advances in target passes only; every round the machine is slower."""
 
     def __init__(self, target: TargetModel) -> None:
         self.target, self.spec = target, target.spec
@@ -77,19 +77,19 @@ class Clock:
         return output
 
     def probe(self) -> float:
-        """Bytes a second; every round finds the machine half as fast."""
+        """Bytes per second; halves every round."""
         self.slowness *= 2
         return 1e9 / self.slowness
 
 
-def test_rounds_are_interleaved_and_every_kind_is_timed_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_interleaved_and_every_kind_is_timed_once_per_round(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(tiny_target())
     monkeypatch.setattr(module, "perf_counter", clock)
     cells = grid([20], [1, 2, 8], [1, 3])
     seconds, bandwidths = measure(clock, cells, 6, clock.probe)  # type: ignore[arg-type]
     assert {cell: len(values) for cell, values in seconds.items()} == dict.fromkeys(cells, 6)
     assert len(bandwidths) == 6
-    turns = [clock.passes[i : i + 5] for i in range(0, len(clock.passes), 5)]  # a throw-away pass, then four
+    turns = [clock.passes[i : i + 5] for i in range(0, len(clock.passes), 5)]  # an untimed pass, then four
     assert len(turns) == 7  # one round to warm up
     expected = sorted((cell.new_tokens, cell.rows, cell.context) for cell in cells)
     assert all(sorted(turn[1:]) == expected for turn in turns)
@@ -98,7 +98,7 @@ def test_rounds_are_interleaved_and_every_kind_is_timed_once_a_round(monkeypatch
 
 
 def test_ratios_and_shares_are_of_pairs_so_that_drift_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clock slows down 2x a round, and the probe with it: medians of pairs are exact all the same."""
+    """The clock and the probe slow down 2x per round: medians of pairs are still exact."""
     clock = Clock(tiny_target())
     monkeypatch.setattr(module, "perf_counter", clock)
     timings, skipped = time_passes(clock, "float32", grid([5, 20], [1, 8], [4]), 5, clock.probe)  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def test_ratios_and_shares_are_of_pairs_so_that_drift_cancels(monkeypatch: pytes
         tokens = timing.cell.new_tokens * timing.cell.rows
         assert timing.ratio_to_one == pytest.approx((1 + 0.01 * tokens) / 1.01)
         assert timing.rounds == 5
-        assert timing.bandwidth_share is None  # a wrapped target tells nobody its size
+        assert timing.bandwidth_share is None  # the size of a wrapped target is unknown
 
 
 def test_bandwidth_share_is_bytes_over_time_over_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_random_weights_fit_their_shape(name: str) -> None:
 
 
 def test_a_profile_of_random_weights_gives_figures_and_a_table() -> None:
-    told: list[float] = []
+    shares: list[float] = []
     profile = run_profile(
         "embedded",
         shape="tiny",
@@ -173,7 +173,7 @@ def test_a_profile_of_random_weights_gives_figures_and_a_table() -> None:
         repeats=2,
         backend="reference",
         machine=MACHINE,
-        progress=lambda text, done: told.append(done),
+        progress=lambda text, done: shares.append(done),
     )
     figures = json.loads(json.dumps(profile.to_json()))
     assert figures["model"] == "tiny" and figures["bandwidth_gb_s"] > 0
@@ -182,7 +182,7 @@ def test_a_profile_of_random_weights_gives_figures_and_a_table() -> None:
         assert list(row) == ["dtype", "new_tokens", "rows", "context", "milliseconds", "bandwidth_share"]
         assert row["milliseconds"] > 0 and row["bandwidth_share"] > 0
     assert {r["ratio"] for r in figures["ratio_to_one"] if r["new_tokens"] == r["rows"] == 1} == {1.0}
-    assert told == sorted(told) and told[-1] == pytest.approx(1)
+    assert shares == sorted(shares) and shares[-1] == pytest.approx(1)
     assert [table.key.dtype for table in profile.tables] == ["float32", "bfloat16"]
     [timing] = [t for t in profile.timings if t.cell == Cell(1, 2, 16) and t.dtype == "float32"]
     assert CostPoint(2, 2, 32, timing.seconds) in profile.tables[0].target
@@ -196,7 +196,7 @@ def test_a_loaded_model_is_profiled_and_its_context_is_a_limit() -> None:
         run_profile("embedded", cells=grid([2040], [9], [1]), **options)
 
 
-def test_a_profile_leaves_the_model_as_it_was() -> None:
+def test_a_profile_does_not_change_the_model() -> None:
     target = tiny_target()
     cache, batch = target.new_cache(1, 8), RaggedBatch.pack([[1, 2, 3]], [0], [0])
     cache.open()
@@ -206,7 +206,7 @@ def test_a_profile_leaves_the_model_as_it_was() -> None:
     assert torch.equal(target.forward(batch, cache).logits, before)
 
 
-def test_caches_that_are_too_large_are_left_out_and_named() -> None:
+def test_caches_that_are_too_large_are_skipped_and_listed() -> None:
     each = cache_bytes(TINY.stack_config(), "float32", Cell(1, 1, 64))
     options: dict[str, Any] = {"dtypes": ["float32"], "repeats": 1, "backend": "reference", "machine": MACHINE}
     profile = run_profile("", shape="tiny", cells=grid([64], [1], [1, 2, 4]), max_cache_bytes=2 * each, **options)
@@ -226,10 +226,10 @@ def test_the_grid_is_tokens_of_one_row_and_rows_of_one_token() -> None:
         grid([-1], [1], [1])
 
 
-# ------------------------------------------------------------------------------------------------ kept tables
+# ------------------------------------------------------------------------------------------------ stored tables
 
 
-def test_a_table_that_was_saved_is_found_again() -> None:
+def test_a_saved_table_is_loaded() -> None:
     assert load_costs(KEY) is None
     path = save_costs(TABLE)
     assert path == costs_path(KEY)
@@ -238,7 +238,7 @@ def test_a_table_that_was_saved_is_found_again() -> None:
 
 
 @pytest.mark.parametrize("field", ["model", "dtype", "backend", "machine", "threads"])
-def test_a_table_serves_one_key_only(field: str) -> None:
+def test_a_table_is_loaded_for_its_key_only(field: str) -> None:
     save_costs(TABLE)
     other = CostKey(**{**TABLE.to_json()["key"], field: 7 if field == "threads" else "other"})
     assert costs_path(other) != costs_path(KEY)
@@ -246,7 +246,7 @@ def test_a_table_serves_one_key_only(field: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 0}', "\udcff"])
-def test_a_damaged_table_is_as_good_as_none(content: str) -> None:
+def test_a_damaged_table_is_ignored(content: str) -> None:
     save_costs(TABLE).write_bytes(content.encode("utf-8", "surrogateescape"))
     assert load_costs(KEY) is None
     save_costs(TABLE)
@@ -260,7 +260,7 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["profile", "--backend", "reference", "--repeats", "1", *arguments])
 
 
-def test_the_command_prints_json_alone_and_keeps_the_table(tmp_path: Path) -> None:
+def test_the_command_prints_only_json_and_saves_the_table(tmp_path: Path) -> None:
     result = run("--shape", "tiny", "--dtype", "float32", "--context", "9", "--new-tokens", "3", "--json", "-")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
@@ -285,7 +285,7 @@ def test_the_command_shows_a_table_and_bars() -> None:
         (["--shape", "tiny", "--context", "200000", "--new-tokens", "1"], "lower --context"),
     ],
 )
-def test_what_cannot_be_profiled_is_refused_in_one_line(arguments: list[str], message: str) -> None:
+def test_invalid_profiles_are_refused_in_one_line(arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.output

@@ -43,6 +43,26 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         },
         {"turns": ["a", "b"]},
     ),
+    (
+        {"messages": [{"role": "developer", "content": "s"}, {"role": "user", "content": "a"}]},
+        {"turns": ["a"], "system": "s"},
+    ),
+    (
+        {
+            "conversations": [
+                {"from": "System", "value": "s"},
+                {"from": "Developer", "value": "t"},
+                {"from": "Human", "value": "a"},
+                {"from": "GPT", "value": "x"},
+                {"from": " USER ", "value": "b"},
+                {"from": "function_call", "value": "{}"},
+                {"from": "observation", "value": "1"},
+                {"from": "chatgpt", "value": "y"},
+            ]
+        },
+        {"turns": ["a", "b"], "system": "s\n\nt"},
+    ),
+    ({"conversations": [{"role": "User", "content": ["a", {"text": None}]}]}, {"turns": ["a"]}),
 ]
 
 
@@ -75,6 +95,8 @@ def test_a_source_may_say_what_its_lines_are(tmp_path: Path) -> None:
         ('{"question": "x", "answer": "y"}', "line 2: got the keys 'question', 'answer', expected"),
         ('{"turns": "x"}', "line 2: got the keys 'turns', expected"),
         ('{"messages": [{"content": "x"}]}', "line 2: messages: message 1 needs 'role'"),
+        ('{"messages": [{"role": "usr", "content": ""}]}', "line 2: messages: message 1 has the role 'usr'; did you"),
+        ('{"conversations": [{"from": "narrator", "value": ""}]}', "line 2: conversations: message 1 has the role"),
         ('{"messages": [{"role": "user", "content": 3}]}', "line 2: messages: message 1 has no text"),
     ],
 )

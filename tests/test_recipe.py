@@ -1,4 +1,4 @@
-"""Recipes: one command from prompts to a folder for others, checked before anything is begun."""
+"""Recipes: one command from prompts to the exported drafter, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ steps = 2
 batch = 2
 length = 48
 sanity = false
-looks = 0
+eval_every = 0
 tensorboard = false
 drafter = { markov_rank = 8, intermediate_size = 64, target_layers = [2, 5], loss = { anchors = 4 } }
 
@@ -71,7 +71,7 @@ def outrider(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ refused input
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def outrider(*arguments: str) -> Any:
         ("run", "expected KEY=VALUE"),
     ],
 )
-def test_a_mistake_is_said_before_anything_is_made(change: str, message: str, recipe: Path) -> None:
+def test_a_mistake_is_reported_before_anything_runs(change: str, message: str, recipe: Path) -> None:
     result = outrider("train", str(recipe), "--set", change)
     assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     with pytest.raises(Exception, match=message):
@@ -101,29 +101,29 @@ def test_a_mistake_is_said_before_anything_is_made(change: str, message: str, re
     assert not (recipe.parent / "made").exists()
 
 
-def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("target = ")
     with pytest.raises(InvalidRequest, match=r"a\.toml is not TOML"):
         read_recipe(tmp_path / "a.toml")
     with pytest.raises(InvalidRequest, match="cannot read the recipe"):
         read_recipe(tmp_path / "b.toml")
     (tmp_path / "a.toml").write_text('target = "embedded"\n')
-    with pytest.raises(InvalidRequest, match=r"a recipe names its target, out"):
+    with pytest.raises(InvalidRequest, match=r"a recipe needs target, out"):
         read_recipe(tmp_path / "a.toml")
     assert "No such command 'rnu'" in outrider("train", "rnu").stderr
 
 
-def test_bad_data_is_named_before_anything_is_made(recipe: Path) -> None:
+def test_bad_data_is_reported_before_anything_runs(recipe: Path) -> None:
     (recipe.parent / "data.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     result = outrider("train", str(recipe))
     assert result.exit_code == 2 and "data.jsonl line 2: got the keys 'txt'" in result.stderr
     assert not (recipe.parent / "made").exists()
 
 
-# ------------------------------------------------------------------------------------------------ what is made
+# ------------------------------------------------------------------------------------------------ results
 
 
-def test_the_recipes_in_the_repository_are_recipes() -> None:
+def test_the_recipes_in_the_repository_are_valid() -> None:
     found = sorted(RECIPES.glob("*.toml"))
     assert found
     for path in found:
@@ -132,14 +132,14 @@ def test_the_recipes_in_the_repository_are_recipes() -> None:
         assert {"prompts", "regenerate", "run", "eval", "export"} <= set(stages)
 
 
-def test_the_whole_way_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made once, found finished the second time; the drafter drafts, its card and provenance tell the facts."""
+def test_all_stages_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run once, found finished the second time; the drafter works; card and provenance have the facts."""
     made = recipe.parent / "made"
     first = outrider("train", str(recipe), "--json", "-")
     assert first.exit_code == 0, first.stderr
-    told = json.loads(first.stdout)
-    assert list(told["stages"]) == [name for name in STAGES if name != "features"]
-    assert all(cost["seconds"] > 0 and cost["disk"] > 0 for cost in told["estimate"])
+    result = json.loads(first.stdout)
+    assert list(result["stages"]) == [name for name in STAGES if name != "features"]
+    assert all(cost["seconds"] > 0 and cost["disk"] > 0 for cost in result["estimate"])
     for name, child in (("prompts", "regenerate"), ("regenerate", "run"), ("run", "calibrate"), ("eval", "export")):
         assert open_artefact(made / name, name).sha256 in open_artefact(made / child).provenance["parents"].values()
 
@@ -157,7 +157,7 @@ def test_the_whole_way_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPa
     assert f"| the target's answers | 6 with {sum(len(line['answer']) for line in answers):,} tokens |" in card
     history = json.loads((drafter / "provenance.json").read_text())["lineage"]
     assert list(history) == ["prompts", "regenerate", "run", "calibrate", "eval"]
-    assert str(recipe.parent) not in json.dumps(history)  # what is published says nothing of this machine's folders
+    assert str(recipe.parent) not in json.dumps(history)  # nothing published contains paths of this machine
     assert (drafter / "calibration.json").is_file()
     params = SamplingParams(max_tokens=16)
     plain = LLM("embedded", "none").generate("def f(", params)[0]
@@ -165,16 +165,23 @@ def test_the_whole_way_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPa
     assert drafted.token_ids == plain.token_ids and drafted.stats.drafted > 0
 
     def never(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("a finished stage was made again")
+        raise AssertionError("a finished stage ran again")
 
     for stage in STAGES.values():
-        if stage.leaves:
-            monkeypatch.setattr(stage.place.replace(":", "."), never)
+        if stage.outputs:
+            monkeypatch.setattr(stage.reference.replace(":", "."), never)
     read = read_recipe(recipe)
     assert {cost.note for cost in estimate(read)} == {"finished"}
     assert {name: one.sha256 for name, one in run_recipe(read).items()} == {
-        name: one["sha256"] for name, one in told["stages"].items()
+        name: one["sha256"] for name, one in result["stages"].items()
     }
+    for change, message in (
+        ("run.steps=3", r"run was made with steps: 2, now 3"),
+        ("prompts.held_out=0.5", r"prompts was made with held_out"),
+        ("export.licence=mit", r"export was made with licence"),
+    ):
+        with pytest.raises(ArtefactError, match=message):
+            estimate(read_recipe(recipe, [change]))
     with pytest.raises(ArtefactError, match=r"run was made with steps: 2, now 3"):
         run_recipe(read_recipe(recipe, ["run.steps=3"]))
 
@@ -183,8 +190,8 @@ def test_the_whole_way_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPa
     assert "embed.weight" in tensors and tensors["fc.weight"].dtype.itemsize == 2
 
 
-def test_stages_by_hand_are_the_recipes_stages(recipe: Path) -> None:
-    """One command a stage, options from its Config, the same artefacts."""
+def test_single_stage_commands_make_the_same_artefacts(recipe: Path) -> None:
+    """One command per stage, with options from its Config."""
     folder = recipe.parent
     run_recipe(read_recipe(recipe, ["prompts.sources=[{path='data.jsonl'}]", "prompts.held_out=0.3"]), "regenerate")
     by_hand = folder / "by_hand"
@@ -202,7 +209,7 @@ def test_stages_by_hand_are_the_recipes_stages(recipe: Path) -> None:
     )
 
 
-def test_an_estimate_counts_and_makes_nothing(recipe: Path) -> None:
+def test_an_estimate_writes_nothing(recipe: Path) -> None:
     result = outrider("train", str(recipe), "--estimate", "--until", "run", "--json", "-")
     assert result.exit_code == 0, result.stderr
     costs = {cost["stage"]: cost for cost in json.loads(result.stdout)["estimate"]}

@@ -11,7 +11,7 @@ import pytest
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.evaluation.recording import Question, Round, ask, counted, observed, read_questions, recorded
+from outrider.evaluation.recording import EvalPrompt, Round, answer, counted, observed, read_prompts, recorded
 
 BLOCK = 3
 
@@ -81,7 +81,7 @@ def test_several_prompts_in_one_step_are_rounds_of_their_own(tiny_model_dir: Pat
 def test_an_answer_forgets_what_was_answered_before(tiny_model_dir: Path) -> None:
     llm = LLM(tiny_model_dir, "suffix", dtype="float32")
     recorder, params = recorded(llm), SamplingParams(max_tokens=40)
-    first, second = (ask(llm, recorder, "The quick brown fox", params) for _ in range(2))
+    first, second = (answer(llm, recorder, "The quick brown fox", params) for _ in range(2))
     assert first.rounds == second.rounds
 
 
@@ -92,10 +92,10 @@ def test_questions_of_every_shape(tmp_path: Path) -> None:
     lines = [{"turns": ["a", "b"]}, {"id": "x", "domain": "d", "text": "t"}, {"prompt": [1, 2], "answer": [3]}]
     file = tmp_path / "mixed.jsonl"
     file.write_text("\n\n".join(json.dumps(line) for line in lines))
-    assert read_questions(file) == [
-        Question("mixed-1", "mixed", "a"),
-        Question("x", "d", "t"),
-        Question("mixed-5", "mixed", [1, 2]),
+    assert read_prompts(file) == [
+        EvalPrompt("mixed-1", "mixed", "a"),
+        EvalPrompt("x", "d", "t"),
+        EvalPrompt("mixed-5", "mixed", [1, 2]),
     ]
 
 
@@ -103,13 +103,13 @@ def test_questions_of_every_shape(tmp_path: Path) -> None:
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(InvalidRequest, match="bad.jsonl line 2: expected"):
-        read_questions(file)
+    with pytest.raises(InvalidRequest, match="bad.jsonl line 2.*: expected"):
+        read_prompts(file)
 
 
 def test_no_questions_at_all(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InvalidRequest, match="holds no prompts"):
-        read_questions(tmp_path / "empty.jsonl")
+        read_prompts(tmp_path / "empty.jsonl")
     with pytest.raises(InvalidRequest, match="cannot read prompts"):
-        read_questions(tmp_path / "missing.jsonl")
+        read_prompts(tmp_path / "missing.jsonl")

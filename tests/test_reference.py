@@ -77,7 +77,7 @@ def naive(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Final hidden states, logits and every layer's output of the tokens ``x`` [n, D], head by head, without a cache.
 
-    ``sees`` bool [n, C + n]; ``context`` [C, D] are hidden states whose keys and values stand before the tokens' own.
+    ``sees`` bool [n, C + n]; ``context`` [C, D] are hidden states with keys and values before the tokens'.
     """
 
     def linear(name: str, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
-from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.distribution import Categorical
+from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
-from outrider.types import Context
+from outrider.types import Context, RequestRows
 
 PROMPT, OUTPUT = [1, 4, 4, 7], [2, 4, 9, 9, 9]
 ERROR_RATE = 1e-5
@@ -201,10 +203,38 @@ def test_drafted_tokens_count_for_penalties() -> None:
 
 
 def test_bias_on_an_unknown_token_is_refused() -> None:
-    for token in (20, -1):
-        params = SamplingParams(temperature=1.0, logit_bias=((3, 1.0), (token, 1.0)))
-        with pytest.raises(InvalidRequest, match=rf"token {token}, but the vocabulary has ids 0 to 19"):
-            process(randn(1, 20), context(params))
+    params = SamplingParams(temperature=1.0, logit_bias=((3, 1.0), (20, 1.0)))
+    with pytest.raises(InvalidRequest, match="token 20, but the vocabulary has ids 0 to 19"):
+        process(randn(1, 20), context(params))
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        SamplingParams(logit_bias=((-1, 1.0),))
+
+
+def test_other_processors_join_those_of_the_request() -> None:
+    """A mask as a grammar would give it, by the drafts each row follows: on dense, truncated and greedy rows."""
+
+    def mask(logits: Tensor, rows: RequestRows) -> None:
+        for row, depth in zip(rows.index.tolist(), rows.depth.tolist(), strict=True):
+            seen = rows.tokens[: len(rows.tokens) - int(rows.depth.max()) + depth]
+            logits[row, seen[-1]] = -torch.inf  # never the same token twice in a row
+
+    logits, drafted = randn(3, 20, seed=3), torch.tensor([[4, 9]])
+    rows, depth = torch.zeros(3, dtype=torch.int64), torch.arange(3)
+    for options in (
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3},
+        {"temperature": 0.0},
+    ):
+        params = SamplingParams(**options)  # type: ignore[arg-type]
+        free = Context([params], [[1, 2]], [1])
+        found = process(logits, replace(free, processors=[[mask]]), rows, depth, drafted=drafted)
+        plain = process(logits, free, rows, depth, drafted=drafted)
+        for r, token in enumerate((2, 4, 9)):
+            row, without = (d.dense(torch.tensor([r]))[0].double() for d in (found, plain))
+            assert row[token] == 0 and row.sum() == pytest.approx(1)
+            if not params.top_k and params.temperature:
+                without[token] = 0
+                torch.testing.assert_close(row, without / without.sum(), atol=1e-6, rtol=0)
 
 
 def test_a_row_sums_alone() -> None:

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,16 @@ def command_line() -> dict[str, list[str]]:
 def test_the_command_line_is_frozen() -> None:
     """People's scripts depend on it. A change on purpose: write what this test prints into the file."""
     assert command_line() == json.loads(FROZEN.read_text()), json.dumps(command_line(), indent=2)
+
+
+# ------------------------------------------------------------------------------------------------ documentation
+
+
+def test_the_file_tree_in_the_documentation_is_current() -> None:
+    """If this fails: ``python docs/build.py --tree``."""
+    spec = spec_from_file_location("build", ROOT / "docs" / "build.py")
+    assert spec is not None and spec.loader is not None
+    build = module_from_spec(spec)
+    spec.loader.exec_module(build)
+    text = build.ARCHITECTURE.read_text()
+    assert build.replace_tree(text) == text

@@ -1,4 +1,4 @@
-"""The study's figures: signals with known answers, what no scheduler may know, and tables out of tiny inputs."""
+"""The study's figures: signals with known values, what a scheduler may not depend on, and tables from tiny inputs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.evaluation.recording import read_questions
+from outrider.evaluation.recording import read_prompts
 from outrider.sampling.distribution import Categorical
 from outrider.sampling.verification import Round, acceptance_probabilities
 from outrider.training.run import save_drafter, trainable
 from outrider.types import Proposal
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import signals  # noqa: E402
 import study  # noqa: E402
 import study_drafters  # noqa: E402
@@ -74,8 +74,8 @@ def test_the_oracle_is_the_probability_with_which_the_rule_accepts() -> None:
     accepted = 0.0
     for token in range(6):
         proposal = Proposal(torch.tensor([[token]]), torch.tensor([1]), Categorical(6, probabilities=q[None]), None)
-        judged = acceptance_probabilities(Round.of(target, proposal, torch.tensor([1])), np.array([False]))
-        accepted += float(q[token]) * judged.probability[0, 0]
+        result = acceptance_probabilities(Round.of(target, proposal, torch.tensor([1])), np.array([False]))
+        accepted += float(q[token]) * result.probability[0, 0]
     assert signals.overlap(p[None], q[None]) == pytest.approx([accepted])
 
 
@@ -182,7 +182,7 @@ def study_of(answers: Path, out: Path, elsewhere: Path, **more: Any) -> study.St
 
 def test_a_recording_holds_what_the_engine_did(answers: Path, elsewhere: Path) -> None:
     llm = LLM("embedded", str(elsewhere / "drafter"), max_rows=1)
-    questions = [(question, True) for question in read_questions(answers / "held_out.jsonl")]
+    questions = [(question, True) for question in read_prompts(answers / "held_out.jsonl")]
     params = SamplingParams(max_tokens=24, temperature=1.0, rule="rejection", seed=1)
     found = signals.record(llm, questions, params)
     stats = llm.stats()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from outrider.errors import CacheFull, CheckpointError, InvalidRequest, UnknownKind
 from outrider.models.huggingface import HuggingFaceTarget
-from outrider.models.loading import load_target
+from outrider.models.loading import load_layers, load_target
 from outrider.models.toy import ToyTarget
 from outrider.types import RaggedBatch, TargetModel
 
@@ -34,6 +35,7 @@ SMALL: dict[str, Any] = dict(
     initializer_range=0.3,
 )
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 32}
 NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     "llama-untied-linear": ("Llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})),
@@ -57,6 +59,8 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", dict(n_embd=48, n_layer=3, n_head=4, vocab_size=101, n_positions=128, initializer_range=0.3)),
+    "gpt_neox": ("GPTNeoX", dict(SMALL, rotary_pct=0.5, tie_word_embeddings=True)),
+    "mpt": ("Mpt", dict(d_model=48, n_layers=3, n_heads=4, vocab_size=101, max_seq_len=96, eos_token_id=7)),
     "gemma2": ("Gemma2", dict(SMALL, sliding_window=5, final_logit_softcapping=9.0, attn_logit_softcapping=20.0)),
 }
 
@@ -78,6 +82,15 @@ def build(name: str) -> transformers.PreTrainedModel:
             if key.endswith("layer_scalar"):
                 buffer.fill_(0.75)
     return model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose time to torch's threads, on a busy machine most of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +115,7 @@ IDS = [3, 99, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*NATIVE, *ADAPTED])
-def test_logits_and_taps_equal_transformers(name: str, saved: Any) -> None:
+def test_logits_and_features_equal_transformers(name: str, saved: Any) -> None:
     directory, model = saved[name]
     target = load_target(directory, backend="reference")
     assert isinstance(target, HuggingFaceTarget) == (name in ADAPTED)
@@ -145,6 +158,72 @@ def test_embed_and_unembed_are_those_of_the_pass(name: str, saved: Any) -> None:
     torch.testing.assert_close(target.unembed(hidden), one_row(target, IDS)[0], atol=1e-4, rtol=1e-5)
     if name != "gpt2":  # its layers get learned positions besides
         torch.testing.assert_close(target.embed(torch.tensor(IDS)), one_row(target, IDS, aux_layers=(-1,))[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapted_models_in_bfloat16(name: str, saved: Any) -> None:
+    """As near to float32 as Transformers' own bfloat16; logits float32, features and rewinding included."""
+    directory, model = saved[name]
+    target = load_target(directory, dtype="bfloat16")
+    logits, features = one_row(target, IDS, aux_layers=(0,))
+    assert logits.dtype is torch.float32 and features is not None and features.dtype is torch.bfloat16
+    exact = model(torch.tensor([IDS])).logits[0]
+    theirs = model.bfloat16()(torch.tensor([IDS])).logits[0].float()
+    model.float()
+    assert (logits - exact).norm() < 1.5 * (theirs - exact).norm() + 1e-3
+    assert target.unembed(torch.ones(2, target.spec.hidden_size)).shape == (2, 101)
+
+
+def test_the_longest_text_by_other_names(saved: Any) -> None:
+    """MPT calls it max_seq_len, GPT-2 n_positions: longer texts are refused and never reach the model."""
+    assert [load_target(saved[name][0]).spec.max_positions for name in ("mpt", "gpt2", "gpt_neox")] == [96, 128, 128]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "qwen3-one-key-head", "gemma3"])
+@pytest.mark.parametrize("case", ["different", "equal", "equal in another dtype", "head alone"])
+def test_heads_in_files_of_tied_models(name: str, case: str, saved: Any, tmp_path: Path) -> None:
+    """A head that differs from the embedding is kept, an equal one is the embedding, one alone is both."""
+    directory = shutil.copytree(saved[name][0], tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"].bfloat16().float()
+    tensors["model.embed_tokens.weight"] = embedding
+    generator = torch.Generator().manual_seed(1)
+    tensors["lm_head.weight"] = (
+        torch.randn(embedding.shape, generator=generator) if case == "different" else embedding.clone()
+    )
+    if case == "equal in another dtype":
+        tensors["lm_head.weight"] = embedding.bfloat16()
+    if case == "head alone":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    target = load_target(directory, backend="reference")
+    assert (target.stack._head is target.stack._embedding) == (case != "different")
+    theirs = type(saved[name][1]).from_pretrained(directory)
+    torch.testing.assert_close(one_row(target, IDS)[0], theirs(torch.tensor([IDS])).logits[0], atol=1e-4, rtol=1e-5)
+    layers = load_layers(directory)
+    assert layers is not None and ("head.weight" in layers[1]) == (case == "different")
+
+
+@pytest.mark.parametrize(
+    ("given", "read"), [("7", (7,)), (7.0, (7,)), ([7, "9", 7], (7, 9)), (-1, ()), (None, ()), ([], ()), ([0], (0,))]
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ids_that_end_a_text(name: str, given: Any, read: tuple[int, ...], saved: Any, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved[name][0], tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    assert load_target(directory, backend="reference").spec.eos_token_ids == read
+
+
+@pytest.mark.parametrize("given", ["</s>", True, 7.5, [7, "x"], {"id": 7}, [[7]], -3])
+def test_ids_that_end_no_text(given: Any, saved: Any, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved["llama"][0], tmp_path / "model")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+    with pytest.raises(CheckpointError, match="eos_token_id must be a token id or a list of them, got"):
+        load_target(directory, backend="reference")
 
 
 def test_spec_comes_from_the_files(saved: Any, tmp_path: Path) -> None:
@@ -210,13 +289,13 @@ def test_bfloat16_stays_near_float32(saved: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_taps_that_are_refused(name: str, saved: Any) -> None:
+def test_auxiliary_layers_that_are_refused(name: str, saved: Any) -> None:
     target = load_target(saved[name][0], backend="reference")
     with pytest.raises(InvalidRequest, match="layer 2 is the last one"):
         one_row(target, IDS, aux_layers=(2,))
-    with pytest.raises(InvalidRequest, match="aux_layer 3 is no layer"):
+    with pytest.raises(InvalidRequest, match="auxiliary layer 3 is no layer"):
         one_row(target, IDS, aux_layers=(3,))
-    with pytest.raises(InvalidRequest, match="aux_layer -2 is no layer"):
+    with pytest.raises(InvalidRequest, match="auxiliary layer -2 is no layer"):
         one_row(target, IDS, aux_layers=(-2,))
 
 
@@ -237,6 +316,38 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
         ("llama", {"hidden_act": "relu"}, "activation 'relu'"),
         ("llama", {"rope_parameters": {"rope_type": "yran"}}, "did you mean 'yarn'"),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, "needs numbers that the config lacks: 'factor'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.0}},
+            "'factor' must be a number above 0, got 0",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "factor": "2"}},
+            "'factor' must be a number above 0, got '2'",
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 0}}, "'factor' must be a number above 0, got 0"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
+            "'rope_theta' must be a number above",
+        ),
+        ("llama", {"rope_parameters": {"rope_theta": float("nan")}}, "'rope_parameters.rope_theta' is nan; expected"),
+        (
+            "llama",
+            {"rope_parameters": {**LLAMA3, "high_freq_factor": -1.0}},
+            "'high_freq_factor' must be a number above 0",
+        ),
+        ("llama", {"rms_norm_eps": float("nan")}, "config.json: 'rms_norm_eps' is nan; expected a finite number"),
+        ("gpt2", {"layer_norm_epsilon": float("inf")}, "config.json: 'layer_norm_epsilon' is inf"),
+        ("llama", {"num_key_value_heads": 0}, "'num_key_value_heads' must be a whole number of at least 1, got 0"),
+        ("llama", {"head_dim": 0}, "'head_dim' must be a whole number of at least 1, got 0"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "'query_pre_attn_scalar' must be a number above 0, got 0"),
+        (
+            "gemma3",
+            {"final_logit_softcapping": -9.0},
+            "the logits' soft cap must be a finite number of at least 0, got -9",
+        ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
         ("llama", {"rope_parameters": "yarn"}, "rope parameters must be an object, got 'yarn'"),
@@ -255,7 +366,7 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
         ("llama", {"num_hidden_layers": 4}, "'model.layers.3.self_attn.q_proj.weight' is missing"),
         ("llama", {"model_type": None}, "names no model_type"),
         ("llama", {"model_type": "llama7"}, "'llama7' is not known"),
-        ("llama", {"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "code of their own, which is never run"),
+        ("llama", {"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "bring code, which is never run"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping to 50.0"),
         ("gemma4", {"enable_moe_block": True}, "enable_moe_block"),
         ("gemma4", {"hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input"),
@@ -268,6 +379,17 @@ def test_configs_that_are_refused(name: str, changes: dict[str, Any], message: s
     (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(CheckpointError, match=message):
         load_target(directory, backend="reference")
+
+
+def test_generation_defaults_that_are_no_numbers(saved: Any, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved["llama"][0], tmp_path / "model")
+    for given, message in {
+        "NaN": "generation_config.json: 'temperature' is nan",
+        '"hot"': "'temperature' must be a number",
+    }.items():
+        (directory / "generation_config.json").write_text(f'{{"do_sample": true, "temperature": {given}}}')
+        with pytest.raises(CheckpointError, match=message):
+            load_target(directory, backend="reference")
 
 
 def test_a_model_that_cannot_be_rewound(tmp_path: Path) -> None:
@@ -289,7 +411,7 @@ def test_options_that_are_refused(saved: Any) -> None:
         load_target(saved["gpt2"][0], dtype="int4", backend="reference")
 
 
-def test_toy_reads_its_table_and_its_memory() -> None:
+def test_toy_reads_its_table_and_its_cache() -> None:
     table = torch.randn(4, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     toy = ToyTarget(table, eos_token_ids=(3,))
     assert isinstance(toy, TargetModel) and toy.spec.vocab_size == 4 and toy.spec.eos_token_ids == (3,)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import BOS, CHAT_TEMPLATE, EOT, TEXTS, byte_level_bpe, save_tokenizer
@@ -195,7 +198,7 @@ def test_a_template_may_refuse_but_never_escape(tmp_path: Path) -> None:
         with_template(tmp_path, "{{ raise_exception('user must speak first') }}").apply_chat(USER)
     with pytest.raises(InvalidRequest, match="unsafe"):
         with_template(tmp_path, "{{ ''.__class__.__mro__[1].__subclasses__() }}").apply_chat(USER)
-    with pytest.raises(InvalidRequest, match="needs role and content"):
+    with pytest.raises(InvalidRequest, match="has no attribute 'content'"):
         with_template(tmp_path, CHAT_TEMPLATE).apply_chat([{"role": "user"}])
     with pytest.raises(CheckpointError, match="does not compile"):
         with_template(tmp_path, "{% if %}").apply_chat(USER)
@@ -246,6 +249,110 @@ def test_bytes_that_never_become_a_character_are_released(byte_fallback: Tokeniz
     parts = pieces(byte_fallback.detokenizer(), ids)
     assert "".join(parts) == "\ufffd" * 40
     assert any(parts[:-1])
+
+
+def piecewise(tmp_path_factory: pytest.TempPathFactory, decoder: Any, marked: str) -> Tokenizer:
+    """A vocabulary of whole pieces, ``marked`` before or after a word, with any decoder."""
+    words = ["a", "b", "the", "n't", ".", "time", "é"]
+    pieces = ["<unk>", EOT, *words, *(marked.replace("*", word) for word in words), marked.replace("*", "")]
+    model = models.WordLevel(vocab={piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>")
+    tokenizer = FastTokenizer(model)
+    tokenizer.add_special_tokens([AddedToken(EOT, special=True)])
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    return Tokenizer(save_tokenizer(tmp_path_factory.mktemp("piecewise"), tokenizer))
+
+
+DECODERS = {
+    "strip": (
+        lambda: decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+        "▁*",
+    ),
+    "strip two": (
+        lambda: decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
+        "▁*",
+    ),
+    "metaspace": (lambda: decoders.Metaspace(prepend_scheme="always"), "▁*"),
+    "metaspace, first kept": (lambda: decoders.Metaspace(prepend_scheme="never"), "▁*"),
+    "wordpiece": (lambda: decoders.WordPiece(prefix="##", cleanup=True), "##*"),
+    "suffix": (lambda: decoders.BPEDecoder(suffix="</w>"), "*</w>"),
+    "none": (lambda: None, "▁*"),
+}
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_output_is_the_whole_text_without_the_prompt(tmp_path_factory: pytest.TempPathFactory, kind: str) -> None:
+    make, marked = DECODERS[kind]
+    tokenizer = piecewise(tmp_path_factory, make(), marked)
+    draw = random.Random(kind)
+    for _ in range(300):
+        prompt, output = ([draw.randrange(1, tokenizer.vocab_size) for _ in range(draw.randint(0, 25))] for _ in "po")
+        expected = tokenizer.decode(prompt + output)[len(tokenizer.decode(prompt)) :]
+        assert "".join(pieces(Detokenizer(tokenizer, prompt), output)) == expected, (prompt, output)
+        assert tokenizer.decode_after(prompt, output) == expected
+
+
+@given(st.text(alphabet="a b你🙂é", max_size=30), st.text(alphabet="a b你🙂é", max_size=12))
+def test_output_after_a_prompt_with_byte_fallback(byte_fallback: Tokenizer, prompt: str, output: str) -> None:
+    before, after = byte_fallback.encode(prompt), byte_fallback.encode(output)
+    expected = byte_fallback.decode(before + after)[len(byte_fallback.decode(before)) :]
+    assert "".join(pieces(Detokenizer(byte_fallback, before), after)) == expected
+
+
+def test_the_first_tokens_leading_space_is_text_and_stop_strings_see_it(byte_fallback: Tokenizer) -> None:
+    prompt, output = [[byte_fallback.vocabulary[t] for t in ts] for ts in (("▁the",), ("▁a", "b"))]
+    assert pieces(Detokenizer(byte_fallback, prompt), output) == [" a", "b", ""]
+    assert pieces(Detokenizer(byte_fallback, [byte_fallback.vocabulary[EOT]]), output) == ["a", "b", ""]
+    matcher = StopMatcher([" a"])
+    matcher.push(Detokenizer(byte_fallback, prompt).push(output[0]))
+    assert matcher.matched == " a"
+
+
+def test_a_character_that_begins_in_the_prompt_is_output(plain: Tokenizer, byte_fallback: Tokenizer) -> None:
+    raw = "a🙂".encode()
+    spelt = {
+        plain: [plain.encode(bytes([b]).decode("utf-8", "surrogateescape"))[0] for b in raw],
+        byte_fallback: [byte_fallback.vocabulary[f"<0x{b:02X}>"] for b in raw],
+    }
+    for tokenizer, ids in spelt.items():
+        letter = tokenizer.vocabulary["a"]
+        for cut in (2, 3, 4):
+            assert "".join(pieces(Detokenizer(tokenizer, ids[:cut]), [*ids[cut:], letter])) == "🙂a"
+            unfinished = pieces(Detokenizer(tokenizer, ids[:cut]), [letter])  # the prompt shows the U+FFFD
+            assert "".join(unfinished) == "a"
+            assert "".join(pieces(Detokenizer(tokenizer, ids[:cut]), [])) == ""
+
+
+def test_generated_text_continues_the_prompt(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from outrider.config import SamplingParams
+    from outrider.engine.llm import LLM
+
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    words = FastTokenizer(models.WordLevel({"<unk>": 0} | {f"▁w{i}": i for i in range(1, 512)}, unk_token="<unk>"))
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    llm = LLM(save_tokenizer(tmp_path / "model", words), "suffix", backend="reference", dtype="float32")
+    prompt = [5, 6, 7]
+    [output] = llm.generate([prompt], SamplingParams(max_tokens=6, ignore_eos=True))
+    whole = llm.tokenizer.decode(prompt + output.token_ids)
+    assert output.text == whole.removeprefix("w5 w6 w7") and output.text.startswith(" w")
+    first = output.text.split()[0]
+    [stopped] = llm.generate([prompt], SamplingParams(max_tokens=6, ignore_eos=True, stop=(f" {first}",)))
+    assert (stopped.text, stopped.finish_reason) == ("", "stop")
+
+
+def test_a_tokens_time_does_not_grow_with_the_text(byte_fallback: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    decode = Tokenizer.decode
+
+    def counted(self: Tokenizer, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        lengths.append(len(ids))
+        return decode(self, ids, skip_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    word, byte = byte_fallback.vocabulary["▁the"], byte_fallback.vocabulary["<0x41>"]
+    detokenizer = Detokenizer(byte_fallback, [word] * 1000)
+    text = "".join(detokenizer.push(token) for token in [word, byte, byte] * 300)
+    assert text == " theAA" * 300 and max(lengths) <= 20 and len(lengths) <= 2 * 900 + 1
 
 
 # ------------------------------------------------------------------------------------------------ stop strings

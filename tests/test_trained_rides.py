@@ -24,7 +24,7 @@ def ride(target: TargetModel, drafter: Drafter, params: SamplingParams) -> list[
     kind = find("policy", "fixed")
     policy = kind.from_config(build(kind.Config, {"draft_tokens": max(1, drafter.block)}, "policy"))
     engine = Engine(target, drafter, policy, max_rows=3, capacity=128, chunk=32)
-    requests = [engine.add(i, prompt, params, seed=params.seed or 0) for i, prompt in enumerate(PROMPTS)]
+    requests = [engine.submit(prompt, params, params.seed or 0, i) for i, prompt in enumerate(PROMPTS)]
     while engine.step() or any(request.finish_reason is None for request in requests):
         pass
     return [request.output for request in requests]

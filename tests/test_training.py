@@ -1,4 +1,4 @@
-"""The trainer: the same run whatever interrupts or shares it out, and what it says of bad data."""
+"""The trainer: interrupted and distributed runs give the same result; bad data is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "length": 48,
     "learning_rate": 2e-3,
     "sanity": False,
-    "looks": 0,
+    "eval_every": 0,
     "bfloat16": False,
     "tensorboard": False,
 }
@@ -47,9 +47,9 @@ from pathlib import Path
 from outrider.training.run import Config, learn, processes
 torch.set_num_threads(1)
 options, answers, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-tell = lambda step, steps: print(step.step, flush=True)
+report = lambda step, steps: print(step.step, flush=True)
 with processes():
-    learn(Config(**options), answers, out, "embedded", dtype="float32", watch=tell)
+    learn(Config(**options), answers, out, "embedded", dtype="float32", watch=report)
 """
 
 
@@ -85,7 +85,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "state" / "log.jsonl").read_text().splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------ the same run
+# ------------------------------------------------------------------------------------------------ the same result
 
 
 def test_a_run_killed_twice_ends_with_the_same_weights(answers: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_run_killed_twice_ends_with_the_same_weights(answers: Path, tmp_path: 
     subprocess.run(command, check=True, env=environment(), capture_output=True)
 
     killed = 0
-    for after in (3, 7):  # by kill -9, as soon as so many steps were done
+    for after in (3, 7):  # by kill -9 after so many steps
         child = subprocess.Popen(
             process(options, answers, tmp_path / "cut"), env=environment(), stdout=subprocess.PIPE, text=True
         )
@@ -113,11 +113,11 @@ def test_a_run_killed_twice_ends_with_the_same_weights(answers: Path, tmp_path: 
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    assert len(losses(tmp_path / "cut")) == 12  # no step is told twice
+    assert len(losses(tmp_path / "cut")) == 12  # no step is logged twice
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(sharding: str, answers: Path, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(sharding: str, answers: Path, tmp_path: Path) -> None:
     learn(Config(**SMALL), answers, tmp_path / "one", "embedded", dtype="float32")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(29500 + os.getpid() % 500)]
     options = SMALL | {"sharding": sharding}
@@ -133,7 +133,7 @@ def test_two_processes_learn_what_one_does(sharding: str, answers: Path, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["dspark", "dflash", "eagle3", "mtp", "draft_model"])
-def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) -> None:
+def test_every_kind_trains_and_drafts(kind: str, answers: Path, tmp_path: Path) -> None:
     own: dict[str, Any] = {
         "dspark": SMALL["drafter"],
         "dflash": {"target_layers": [2, 5]},
@@ -141,7 +141,7 @@ def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) 
         "mtp": {"depth": 2},
         "draft_model": {"intermediate_size": 64},
     }[kind]
-    config = Config(**SMALL | {"kind": kind, "drafter": own, "steps": 12, "looks": 1, "look_tokens": 4})
+    config = Config(**SMALL | {"kind": kind, "drafter": own, "steps": 12, "eval_every": 12, "eval_tokens": 4})
     learn(config, answers, tmp_path / kind, "embedded", dtype="float32")
     curve = losses(tmp_path / kind)
     llm = LLM("embedded", str(tmp_path / kind / "drafter"), dtype="float32")
@@ -153,22 +153,22 @@ def test_every_kind_learns_and_drafts(kind: str, answers: Path, tmp_path: Path) 
     assert llm.drafter_name == kind
     assert (tmp_path / kind / "report.html").stat().st_size > 10_000
     log = (tmp_path / kind / "state" / "log.jsonl").read_bytes()
-    learn(config, answers, tmp_path / kind, "embedded", dtype="float32")  # done: nothing is repeated
+    learn(config, answers, tmp_path / kind, "embedded", dtype="float32")  # finished: nothing is repeated
     assert (tmp_path / kind / "state" / "log.jsonl").read_bytes() == log
 
 
 @pytest.mark.parametrize(
     "kind", ["dspark", "dflash"]
 )  # one learns the target's distribution, the other the text's tokens
-def test_one_text_can_be_learnt_by_heart(kind: str, answers: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+def test_one_text_can_be_over_fitted(kind: str, answers: Path, tmp_path: Path) -> None:
+    printed: list[str] = []
     drafter = {"dspark": {"markov_rank": 16}, "dflash": {"loss": {"cross_entropy": 1.0, "total_variation": 0.0}}}[kind]
     options = SMALL | {"kind": kind, "sanity": True, "steps": 1, "drafter": {**drafter, "target_layers": [2, 5]}}
-    learn(Config(**options), answers, tmp_path / "out", "embedded", dtype="float32", say=said.append)
-    assert "over-fitted" in said[0]
+    learn(Config(**options), answers, tmp_path / "out", "embedded", dtype="float32", say=printed.append)
+    assert "over-fitted" in printed[0]
 
 
-def test_what_cannot_learn_is_stopped_before_the_long_run(
+def test_the_sanity_check_stops_a_drafter_that_cannot_learn(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
@@ -191,7 +191,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "answers"
 
 
-def test_kept_features_teach_what_the_target_does(stage: Path, tmp_path: Path) -> None:
+def test_cached_features_train_like_the_target(stage: Path, tmp_path: Path) -> None:
     keep = FeaturesConfig(layers=(2, 5), length=48, keep="float32", part_texts=5)
     features(keep, stage, tmp_path / "features", "embedded")
     config = Config(**SMALL)
@@ -207,7 +207,7 @@ def test_kept_features_teach_what_the_target_does(stage: Path, tmp_path: Path) -
         run(other, stage, tmp_path / "other", "embedded", features=tmp_path / "features")
 
 
-def test_features_go_on_behind_the_last_part(stage: Path, tmp_path: Path) -> None:
+def test_features_resume_after_the_last_file(stage: Path, tmp_path: Path) -> None:
     keep = FeaturesConfig(layers=(2,), length=48, part_texts=3)
     whole = features(keep, stage, tmp_path / "whole", "embedded")
     features(keep, stage, tmp_path / "cut", "embedded")
@@ -237,10 +237,10 @@ def test_a_run_refuses_changed_answers(stage: Path, tmp_path: Path) -> None:
         run(Config(**SMALL | {"learning_rate": 3e-3}), stage, tmp_path / "out", "embedded")
 
 
-# ------------------------------------------------------------------------------------------------ what goes wrong
+# ------------------------------------------------------------------------------------------------ errors
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_state(
+def test_a_nan_loss_stops_the_run_and_keeps_the_state(
     answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from outrider.training.networks import TrainableBlock
@@ -265,7 +265,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_state(
     assert (tmp_path / "out" / "drafter").exists() and len(losses(tmp_path / "out")) == 8
 
 
-def test_a_full_disk_keeps_the_state_before(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_previous_state(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true_save, calls = torch.save, []
 
     def full(value: Any, file: Any) -> None:
@@ -287,7 +287,7 @@ def test_a_full_disk_keeps_the_state_before(answers: Path, tmp_path: Path, monke
     [
         ("{broken", "line 2: expected an object"),
         ('{"id": 1, "prompt": [3]}', "line 2: expected an object"),
-        ('{"id": 1, "prompt": [3], "answer": [4, 99999]}', "token 99999 is none of the target's 4096"),
+        ('{"id": 1, "prompt": [3], "answer": [4, 99999]}', "token 99999 is outside the target's vocabulary of 4096"),
     ],
 )
 def test_a_malformed_answer_names_its_line(line: str, message: str, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_no_usable_answer_at_all(tmp_path: Path) -> None:
         read_texts(tmp_path / "train.jsonl", length=16, vocab_size=4096)
 
 
-def test_what_cannot_be_trained_is_refused() -> None:
+def test_untrainable_kinds_and_unknown_options_are_refused() -> None:
     llm = LLM("embedded", "none", dtype="float32")
     with pytest.raises(InvalidRequest, match="'ngram' cannot be trained"):
         trainable(Config(kind="ngram"), llm)
@@ -311,10 +311,10 @@ def test_what_cannot_be_trained_is_refused() -> None:
         trainable(Config(drafter={"markov_rnak": 3}), llm)
 
 
-# ------------------------------------------------------------------------------------------------ dealing
+# ------------------------------------------------------------------------------------------------ sampling texts
 
 
-def test_every_text_comes_once_an_epoch_whatever_the_processes() -> None:
+def test_every_text_appears_once_per_epoch_with_any_number_of_processes() -> None:
     some = [Text(str(i), "", tuple(range(3 + i)), 1) for i in range(10)]
     sampler = TextSampler(some, batch=4, pack_tokens=12, seed=5)
     seen = [text.id for step in range(5) for part in sampler.packs(step) for text in part]
@@ -327,7 +327,7 @@ def test_every_text_comes_once_an_epoch_whatever_the_processes() -> None:
     assert all(sum(len(t.tokens) for t in part) <= 12 for s in range(5) for part in sampler.packs(s) if len(part) > 1)
 
 
-def test_a_pack_knows_what_the_target_wrote() -> None:
+def test_a_pack_marks_the_answers() -> None:
     packed = pack([Text("a", "", (5, 6, 7), 1), Text("b", "", (8, 9), 2)])
     assert packed.tokens.tolist() == [5, 6, 7, 8, 9]
     assert packed.answers.tolist() == [False, True, True, False, False]
@@ -335,7 +335,7 @@ def test_a_pack_knows_what_the_target_wrote() -> None:
     assert packed.keys[0] != packed.keys[1]
 
 
-def test_the_rate_rises_then_falls() -> None:
+def test_the_learning_rate_rises_then_falls() -> None:
     plan = Plan(steps=100, learning_rate=1.0, warmup=0.1)
     rates = [plan.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)

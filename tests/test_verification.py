@@ -18,15 +18,15 @@ from scipy import stats
 from torch import Tensor
 
 from outrider.config import Rule, SamplingParams
-from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.distribution import Categorical, settled
+from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.verification import (
-    Round,
+    DraftRound,
     acceptance_probabilities,
     bonus_distribution,
     count_accepted,
     match,
-    truncate,
     verify,
 )
 from outrider.types import Context, Proposal
@@ -132,7 +132,7 @@ def output_law(
     distribution = None if deterministic else reported(draft_law(world, drafts, params))
     keep = [keep_of(draft) for draft in drafts]
     proposal = Proposal(torch.tensor(drafts), torch.full((len(drafts),), K), distribution)
-    round = Round.of(lay_out(world, drafts, keep, params), proposal, torch.tensor(keep))
+    round = DraftRound.of(lay_out(world, drafts, keep, params), proposal, torch.tensor(keep))
     out, plain = np.zeros([world.size] * (K + 1)), plain_laws(world, params)
 
     if rule == "coupled":
@@ -223,7 +223,7 @@ def test_drafter_with_sampling_options_of_its_own() -> None:
         sharper = SamplingParams(temperature=0.3, top_k=2)
         draft_only = World(3)
         draft_only.draft_table = (
-            law_after(world.draft(list(world.index)), list(world.index), sharper)._spread().double()
+            settled(law_after(world.draft(list(world.index)), list(world.index), sharper))._spread().double()
             * params.temperature
         )
         assert distance(output_law(draft_only, params, rule, KEEPS["all"]), target_law(world, params)) < EXACT
@@ -239,7 +239,7 @@ def test_acceptance_length_of_block_is_at_least_that_of_rejection() -> None:
         weights = distribution.at(torch.tensor(drafts).flatten()).view(-1, K).prod(1).numpy()
         keep = torch.full((len(drafts),), K)
         proposal = Proposal(torch.tensor(drafts), keep, distribution)
-        round = Round.of(lay_out(world, drafts, keep.tolist(), params), proposal, keep)
+        round = DraftRound.of(lay_out(world, drafts, keep.tolist(), params), proposal, keep)
         mean = {}
         for block in (False, True):
             probabilities = acceptance_probabilities(round, np.full(len(drafts), block))
@@ -263,7 +263,7 @@ def test_coupled_is_exact_whatever_the_draft_has_to_do_with_the_draws() -> None:
         for draws in product(range(V), repeat=K + 1):
             draft = tuple(guess(draws, j) for j in range(K))
             target = lay_out(world, [draft], [K], params)
-            round = Round.of(target, Proposal(torch.tensor([draft]), torch.tensor([K])), torch.tensor([K]))
+            round = DraftRound.of(target, Proposal(torch.tensor([draft]), torch.tensor([K])), torch.tensor([K]))
             distributions = target.dense(torch.arange(K + 1)).numpy()
             accepted, token = match(round, np.array(draws))
             chance = float(np.prod([distributions[j, draw] for j, draw in enumerate(draws)]))
@@ -289,7 +289,7 @@ def test_enumeration_catches_what_breaks_the_law(rule: Rule) -> None:
         prefixes = [draft[:j] for draft in product(range(V), repeat=K) for j in range(K)]
         return Categorical.of(world.draft(prefixes))
 
-    def no_residual(round: Round, probabilities: Any, accepted: np.ndarray) -> Categorical:
+    def no_residual(round: DraftRound, probabilities: Any, accepted: np.ndarray) -> Categorical:
         return round.target.take(torch.from_numpy(round.starts + accepted))
 
     found = {
@@ -562,26 +562,8 @@ def test_law_of_another_class() -> None:
 # ------------------------------------------------------------------------------------------------ ends
 
 
-@pytest.mark.parametrize(
-    ("before", "stop", "budget", "accepted", "tokens"),
-    [
-        ((2, [5, 6, 7]), {9}, 10, 2, [5, 6, 7]),
-        ((2, [5, 9, 7]), {9}, 10, 2, [5, 9]),  # the last accepted draft ends the row: no bonus token
-        ((2, [9, 9, 7]), {9}, 10, 1, [9]),
-        ((2, [5, 6, 9]), {9}, 10, 2, [5, 6, 9]),  # the target's own token ends it
-        ((0, [9, 6, 7]), {9}, 10, 0, [9]),
-        ((1, [5, 6, 9]), {9}, 10, 1, [5, 6]),  # what lies past the round does not count
-        ((2, [5, 6, 7]), {9}, 2, 2, [5, 6]),
-        ((2, [5, 6, 9]), {9}, 1, 1, [5]),
-        ((2, [5, 9, 7]), set(), 10, 2, [5, 9, 7]),
-    ],
-)
-def test_truncate(before: tuple[int, list[int]], stop: set[int], budget: int, accepted: int, tokens: list[int]) -> None:
-    assert truncate(before[1], before[0], stop, budget) == (tokens, accepted)
-
-
 def test_stop_token_in_a_round_leaves_the_law_exact() -> None:
-    """Texts that end at token 0, drawn with rounds cut by ``truncate``, against plain decoding's distribution of such texts."""
+    """Texts that end at token 0 against plain decoding's distribution of such texts."""
     world, params = World(15), SamplingParams(temperature=1.0)
 
     def ended(distribution: np.ndarray) -> dict[tuple[int, ...], float]:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.files import read_config, resolve_model, write_json
+from outrider.files import read_config, write_json
 from outrider.models.loading import load_target
+from outrider.models.locations import resolve_model
 from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, write_tensors
 
 CONFIG: dict[str, Any] = dict(
@@ -74,7 +75,7 @@ def test_the_small_llama_loads(directory: Path) -> None:
 
 def test_directories_that_are_refused(tmp_path: Path, directory: Path) -> None:
     refused(tmp_path / "nowhere", "no such model directory")
-    refused(directory / "config.json", "is a file; expected a model directory")
+    refused(directory / "config.json", "is a file, but no GGUF file; expected a GGUF file, or a model directory")
     refused(tmp_path, "config.json is missing")
     (directory / "config.json").write_text("{not json")
     refused(directory, "config.json is not readable as JSON")
@@ -98,7 +99,7 @@ def test_files_that_are_refused(directory: Path) -> None:
     file.write_bytes(b"\xff" * 8 + whole[8:])
     refused(directory, "is not a complete safetensors file")
     file.unlink()
-    refused(directory, "holds no model.safetensors$")
+    refused(directory, "holds no model.safetensors and no GGUF file$")
     (directory / "pytest_model.bin").write_bytes(b"\x80\x04.")
     refused(directory, "only pytest_model.bin: pickled weights can run code and are never read")
 
@@ -112,7 +113,7 @@ def test_shards_that_are_refused(directory: Path) -> None:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "a.safetensors") | {"x": "b.safetensors"}}))
     refused(directory, "b.safetensors is missing")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "a.safetensors") | {"x": "a.safetensors"}}))
-    refused(directory, "tensor 'x' is missing: model.safetensors.index.json places it in a.safetensors")
+    refused(directory, "tensor 'x' is missing: model.safetensors.index.json says that it is in a.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "../a.safetensors")}))  # never leaves the folder
     load_target(directory, backend="reference")
 
@@ -155,7 +156,7 @@ def test_names_that_are_no_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="'nobody/nothing' is no local directory, and fetching it .* failed"):
+    with pytest.raises(CheckpointError, match="'nobody/nothing' is no local directory or GGUF file, and .* failed"):
         resolve_model("nobody/nothing")
     with pytest.raises(CheckpointError, match="failed"):
         resolve_model("not a model id!")

@@ -15,9 +15,12 @@ from torch.nn.functional import silu
 
 from outrider.backends.layers import weight_shapes
 from outrider.backends.reference import ReferenceBackend
-from outrider.checkpoints import AutoregressiveDesign, BlockDesign, DraftCheckpoint, ModuleDesign, TargetFacts
+from outrider.checkpoints import DraftCheckpoint, TargetFacts
 from outrider.checkpoints.stack_format import decoder_stack, file_name
 from outrider.config import SamplingParams
+from outrider.drafters.dspark_design import BlockDesign
+from outrider.drafters.eagle3_design import Eagle3Design
+from outrider.drafters.mtp_design import MTPDesign
 from outrider.models.decoder import DecoderTarget, make_spec
 from outrider.sampling.rng import RowRng
 from outrider.types import Backend, Context, Drafter, Proposal, RaggedBatch, TargetModel
@@ -71,10 +74,10 @@ DESIGNS = {
     "rnn": replace(BLOCK, markov_head="rnn"),
     "dflash": BlockDesign(5, 63),
     "masks-only": BlockDesign(5, 63, sample_from_anchor=False),
-    "eagle3": AutoregressiveDesign(4),
-    "eagle3-residual": AutoregressiveDesign(4, norm_before_residual=True, norm_before_fc=True),
-    "eagle3.1": AutoregressiveDesign(4, norm_each_before_fc=True, norm_output=True),
-    "mtp": ModuleDesign(3),
+    "eagle3": Eagle3Design(4),
+    "eagle3-residual": Eagle3Design(4, norm_before_residual=True, norm_before_fc=True),
+    "eagle3.1": Eagle3Design(4, norm_each_before_fc=True, norm_output=True),
+    "mtp": MTPDesign(3),
 }
 
 
@@ -103,7 +106,7 @@ def make_checkpoint(
     checkpoint = DraftCheckpoint(
         design=design,
         decoder=decoder,
-        target_layers=(3,) if isinstance(design, ModuleDesign) else (0, 2, 3),
+        target_layers=(3,) if isinstance(design, MTPDesign) else (0, 2, 3),
         target=TargetFacts(WIDTH, LAYERS, None, "Qwen3ForCausalLM"),
         draft_vocab_size=drafted,
         format="test",
@@ -139,7 +142,7 @@ def context_of(histories: Sequence[Sequence[int]], params: SamplingParams | None
     return Context([params or SamplingParams()] * len(histories), [list(h) for h in histories], [1] * len(histories))
 
 
-def noise_of(rows: int, *, round: int = 0, seed: int = 7) -> RowRng:
+def rng_of(rows: int, *, round: int = 0, seed: int = 7) -> RowRng:
     return RowRng([seed + i for i in range(rows)], [round] * rows, ["rejection"] * rows)
 
 
@@ -157,7 +160,7 @@ def propose(
         torch.tensor([h[-1] for h in histories]),
         context_of(histories, params),
         torch.tensor(limit if limit is not None else [drafter.block] * len(slots)),
-        rng or noise_of(len(slots)),
+        rng or rng_of(len(slots)),
     )
 
 

@@ -6,6 +6,7 @@ OutriderError
 │   └── IncompatibleDrafter  a drafter that does not fit its target
 ├── ArtefactError        a training stage's result that does not fit, or cannot be written
 ├── CacheFull            no free slot, or a sequence past its capacity
+├── RowsFailed           logits that cannot be sampled from (NaN, infinite, or every token forbidden)
 └── UnknownKind          a name that no catalogue holds
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "IncompatibleDrafter",
     "InvalidRequest",
     "OutriderError",
+    "RowsFailed",
     "UnknownKind",
     "nearest",
 ]
@@ -48,6 +50,18 @@ class ArtefactError(OutriderError):
 
 class CacheFull(OutriderError):
     """No slot, or no room in a slot."""
+
+
+class RowsFailed(OutriderError):
+    """Some rows of logits are no distribution: NaN, +inf, or -inf for every token."""
+
+    def __init__(self, rows: Iterable[int]) -> None:
+        """``rows`` of the logits, as they were given."""
+        self.rows = sorted(rows)
+        super().__init__(
+            f"the logits of rows {self.rows} hold NaN or infinity, or forbid every token; expected numbers. The weights or "
+            "the model's configuration are damaged, or sampling options overflow"
+        )
 
 
 class UnknownKind(OutriderError, ValueError):

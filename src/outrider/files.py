@@ -1,74 +1,30 @@
-"""Directories and files: where a model is, where the cache is, JSON read with clear errors and written whole."""
+"""Directories and files: where the cache is, JSON read with clear errors, and files that are written whole."""
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from outrider.errors import CheckpointError
+from outrider.errors import CheckpointError, InvalidRequest
 
 __all__ = [
-    "EMBEDDED",
-    "EMBEDDED_PROMPTS",
     "cache_folder",
     "new_folder",
     "read_config",
     "read_json",
+    "read_json_lines",
     "replace_file",
-    "resolve_model",
     "write_json",
 ]
-
-EMBEDDED = {
-    "embedded": "target",
-    "embedded-draft": "draft",
-    "embedded-dspark": "dspark",
-    "embedded-dflash": "dflash",
-    "embedded-eagle3": "eagle3",
-}
-EMBEDDED_PROMPTS = Path(__file__).parent / "embedded" / "prompts"
-HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt"]
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The directory of a model: a local path, a packaged one (a key of ``EMBEDDED``), else a hub id.
-
-    Raises CheckpointError where there is none.
-    """
-    name = str(model)
-    if name in EMBEDDED:
-        path = Path(__file__).parent / "embedded" / EMBEDDED[name]
-        if not path.is_dir():
-            raise CheckpointError(f"this installation has no {name!r} model ({path} is missing); reinstall outrider")
-        return path
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{name} is a file; expected a model directory with config.json and *.safetensors")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise CheckpointError(f"no such model directory: {name}")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{name!r} is no local directory, and fetching it from the Hugging Face hub failed "
-            f"({reason[0] if reason else type(error).__name__}); give a local path, or check the id and the network"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,6 +40,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: Path, expected: str = "a JSON value", holds: str = "lines") -> Iterator[tuple[int, Any]]:
+    """Line number (from 1) and value of each line of a JSON Lines file, plain or gzipped (``.gz``).
+
+    Blank lines are skipped, and UTF-8 byte order marks too, wherever files with one were joined. ``expected`` and
+    ``holds`` are words for the messages: what a line should be, and what the file is read for.
+    Raises InvalidRequest naming the line, or the file where it cannot be read.
+    """
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, raw in enumerate(file, 1):  # bytes end at \n alone: U+2028 may stand in a string
+                line = raw.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield number, _parse(line, f"{path} line {number}", expected)
+    except (OSError, EOFError, zlib.error) as error:  # what a damaged gzip file raises, and when
+        if number:
+            raise InvalidRequest(f"{path} cannot be read after line {number}: {error}") from error
+        raise InvalidRequest(f"cannot read {holds} from {path}: {error}") from error
+
+
+def _parse(line: bytes, where: str, expected: str) -> Any:
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InvalidRequest(f"{where} is UTF-16; expected UTF-8: save the file in that encoding")
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # broken UTF-8, broken JSON, brackets thousands deep
+        raise InvalidRequest(f"{where} is not JSON ({error}): expected {expected}, got {line[:60]!r}") from None
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """``config.json``, with ``generation_config.json`` (empty where there is none) under ``generation_config``."""
     config = read_json(directory / "config.json")
@@ -92,8 +77,8 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def cache_folder(name: str) -> Path:
-    """Where what was measured or made once on this machine is kept: ``$XDG_CACHE_HOME/outrider/NAME``, by default
-    under ``~/.cache``. It may not exist yet."""
+    """The folder that caches measurements and converted files of this machine: ``$XDG_CACHE_HOME/outrider/NAME``, by
+    default under ``~/.cache``. It may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / name
 
 
@@ -101,12 +86,12 @@ def cache_folder(name: str) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
+    """Write JSON so that a reader sees either the old file or the complete new one."""
     replace_file(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file under a temporary name, and give it its own when it is on the disk, whole."""
+    """Call ``write`` with a temporary path, then rename that file to ``path`` once it is completely on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -122,8 +107,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A directory that is filled under a temporary name and gets its own when it is complete; where filling it raises,
-    nothing is left behind."""
+    """A directory to fill under a temporary name, which is renamed to ``path`` at the end; an exception removes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

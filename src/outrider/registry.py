@@ -1,8 +1,8 @@
 """The catalogues: a name, and where its class is, imported on use.
 
 Outside packages add kinds through entry points named ``outrider.targets``, ``outrider.drafters``,
-``outrider.trainers``, ``outrider.policies``, ``outrider.backends`` and ``outrider.kv_caches``; a built-in name
-cannot be replaced.
+``outrider.designs``, ``outrider.trainers``, ``outrider.policies``, ``outrider.backends`` and ``outrider.kv_caches``; a
+built-in name cannot be replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from outrider.errors import UnknownKind, nearest
 
-__all__ = ["BACKENDS", "DRAFTERS", "KV_CACHES", "POLICIES", "TARGETS", "TRAINERS", "find", "names"]
+__all__ = ["BACKENDS", "DESIGNS", "DRAFTERS", "KV_CACHES", "POLICIES", "TARGETS", "TRAINERS", "find", "names"]
 
 TARGETS = {  # Hugging Face's model_type -> class
     "llama": "outrider.models.llama:LlamaTarget",
@@ -38,6 +38,12 @@ DRAFTERS = {
     "dspark": "outrider.drafters.dspark:DSparkDrafter",
     "dflash": "outrider.drafters.dspark:DFlashDrafter",
 }
+DESIGNS = {  # kind of trained drafter -> what it is made of, and how file formats hold it
+    "eagle3": "outrider.drafters.eagle3_design:Eagle3Design",
+    "mtp": "outrider.drafters.mtp_design:MTPDesign",
+    "dspark": "outrider.drafters.dspark_design:BlockDesign",
+    "dflash": "outrider.drafters.dspark_design:BlockDesign",
+}
 TRAINERS = {  # drafter -> how a new one starts, and its network with gradients; inference never imports these
     "draft_model": "outrider.training.networks.draft_model_network:DraftModelTraining",
     "eagle3": "outrider.training.networks.autoregressive_network:Eagle3Training",
@@ -55,10 +61,13 @@ BACKENDS = {
 }
 KV_CACHES = {
     "contiguous": "outrider.kv_cache.contiguous:ContiguousCache",
+    "native": "outrider.backends.native:NativeCache",
+    "transformers": "outrider.models.huggingface:TransformersCache",
 }
 _CATALOGUES = {
     "target": TARGETS,
     "drafter": DRAFTERS,
+    "design": DESIGNS,
     "trainer": TRAINERS,
     "policy": POLICIES,
     "backend": BACKENDS,
@@ -67,6 +76,7 @@ _CATALOGUES = {
 _GROUPS = {
     "target": "targets",
     "drafter": "drafters",
+    "design": "designs",
     "trainer": "trainers",
     "policy": "policies",
     "backend": "backends",
@@ -80,7 +90,8 @@ def _outside(catalogue: str) -> dict[str, str]:
 
 
 def names(catalogue: str) -> list[str]:
-    """Known names of one catalogue: ``target``, ``drafter``, ``trainer``, ``policy``, ``backend``, ``kv_cache``."""
+    """Known names of one catalogue: ``target``, ``drafter``, ``design``, ``trainer``, ``policy``, ``backend``,
+    ``kv_cache``."""
     return sorted({**_outside(catalogue), **_CATALOGUES[catalogue]})
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,19 +20,25 @@ from outrider.config import SamplingParams, StackConfig
 
 __all__ = [
     "Backend",
+    "BlockHead",
     "Context",
     "Distribution",
     "DraftLoop",
     "Drafter",
+    "DraftsBlocks",
     "Event",
     "Forgets",
     "KVCache",
     "Mask",
     "Output",
     "Piece",
+    "Processor",
     "Proposal",
     "RaggedBatch",
+    "ReadsHidden",
+    "RequestRows",
     "RequestStats",
+    "ResetsRows",
     "Rng",
     "RowRecord",
     "SchedulerPolicy",
@@ -163,6 +171,25 @@ class Context:
     params: Sequence[SamplingParams]  # B
     history: Sequence[list[int]]  # B lists: prompt and output so far, the last committed token included
     prompt_lengths: Sequence[int]  # B
+    processors: Sequence[Sequence[Processor]] | None = None  # B: applied after the request's own (a grammar's mask)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRows:
+    """The rows of logits that belong to one request."""
+
+    index: npt.NDArray[np.int64]  # [n] in the logits
+    depth: npt.NDArray[np.int64]  # [n] drafted tokens each row follows
+    tokens: list[int]  # the request's history, then its drafts up to the largest depth
+    prompt_length: int
+
+
+class Processor(Protocol):
+    """Changes the logits of one request's rows in place; a row may depend on the tokens it follows alone."""
+
+    def __call__(self, logits: Tensor, rows: RequestRows) -> None:
+        """logits [R, V]"""
+        ...
 
 
 @dataclass(slots=True)
@@ -391,6 +418,51 @@ class DraftLoop(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """keys int64 [B, K], temperatures float32 [B] (0 = greedy) -> tokens int64 [B, K], logits [B * K, V]."""
         ...
+
+
+@runtime_checkable
+class DraftsBlocks(Protocol):
+    """A backend that drafts a whole block with DSpark's Markov head in one call."""
+
+    def markov_head(
+        self,
+        kind: str,
+        w1: Tensor,
+        w2: Tensor,
+        mix: Tensor | None,
+        ids: Tensor | None,
+        dtype: torch.dtype | str,
+        shortlist: int,
+    ) -> BlockHead:
+        """kind: vanilla, gated or rnn. w1 [V, r], w2 [Vd, r]; mix: the part of the product that does not read hidden
+        states, [r, r] gated, [3 r, 2 r] rnn; ids int64 [Vd]: target id of each draft id, ascending; None: the same."""
+        ...
+
+
+class BlockHead(Protocol):
+    """A Markov head on one kind of hardware."""
+
+    def draft(
+        self, base: Tensor, mixed: Tensor | None, anchors: Tensor, keys: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """base [n, K, Vd], mixed [n K, ...], anchors int64 [n], keys int64 [n, K], temperatures float32 [n] -> tokens
+        int64 [n, K], margins float32 [n, K], ids and logits [n K, S] of the distributions, None where all are greedy.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsHidden(Protocol):
+    """A drafter whose ``observe`` wants the target's last hidden states."""
+
+    reads_hidden: Literal[True]
+
+
+@runtime_checkable
+class ResetsRows(Protocol):
+    """A drafter that can close all of its slots at once, whatever state an interrupted call left them in."""
+
+    def reset_rows(self) -> None: ...
 
 
 @runtime_checkable

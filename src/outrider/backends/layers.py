@@ -79,6 +79,8 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def check_config(config: StackConfig) -> None:
     """Raise CheckpointError for sizes that make no stack."""
     sizes: dict[str, Any] = {"hidden_size": config.hidden_size, "max_positions": config.max_positions}
+    if config.vocab_size:
+        sizes["vocab_size"] = config.vocab_size
     for index, layer in enumerate(config.layers):
         names = ("num_heads", "num_kv_heads", "head_dim", "intermediate_size")
         sizes |= {f"{name} of layer {index}": getattr(layer, name) for name in names}
@@ -86,6 +88,13 @@ def check_config(config: StackConfig) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise CheckpointError(f"{name} must be a whole number of at least 1, got {size!r}")
+    numbers = {"the embedding's scale": config.embedding_scale, "the logits' soft cap": config.logit_softcap}
+    for index, layer in enumerate(config.layers):
+        numbers[f"the attention scale of layer {index}"] = layer.scale
+        numbers[f"the rotary scale of layer {index}"] = layer.rope.scale
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise CheckpointError(f"{name} must be a finite number of at least 0, got {value!r}")
     if not isinstance(config.norm_eps, float) or not 0 <= config.norm_eps < 1:
         raise CheckpointError(f"the norm's epsilon must be a small number, got {config.norm_eps!r}")
     for index, layer in enumerate(config.layers):
@@ -152,11 +161,26 @@ def rope_config(config: Mapping[str, Any], head_dim: int, layer_type: str | None
         raise CheckpointError(f"rope type {kind!r} is not supported here; {nearest(str(kind), _ROPES)}")
     if kind != "proportional" and (options.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError(f"rope type {kind!r} with a partial_rotary_factor is not supported here")
+    _check_rope(kind, options)
     try:
         frequencies, scale = _ROPES[kind](options, head_dim)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"rope type {kind!r} needs numbers that the config lacks: {error}") from error
+    if not bool(frequencies.isfinite().all()) or not 0 < scale < math.inf:
+        given = {key: value for key, value in options.items() if value is not None}
+        raise CheckpointError(f"rope type {kind!r}: no finite frequencies follow from the config's {given}")
     return RopeConfig(tuple(frequencies.tolist()), scale)
+
+
+def _check_rope(kind: str, options: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a number that no rotation can be made from, by name."""
+    for key in _ROPE_NUMBERS:
+        value = options.get(key)
+        for number in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
+            good = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+            least = "at least 0" if key in _MAY_BE_ZERO else "above 0"
+            if not good or number < 0 or (number == 0 and key not in _MAY_BE_ZERO):
+                raise CheckpointError(f"rope type {kind!r}: {key!r} must be a number {least}, got {number!r}")
 
 
 def _rope_options(config: Mapping[str, Any], layer_type: str | None) -> dict[str, Any]:
@@ -170,12 +194,14 @@ def _rope_options(config: Mapping[str, Any], layer_type: str | None) -> dict[str
     options["rope_type"] = options.get("rope_type") or options.get("type") or "default"
     for key, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", None)):
         if options.get(key) is None:
-            options[key] = config.get(key) or default
+            options[key] = default if config.get(key) is None else config[key]
     longest = config.get("max_position_embeddings")
     options["max_position_embeddings"] = longest
-    original = config.get("original_max_position_embeddings") or options.get("original_max_position_embeddings")
-    options["original_max_position_embeddings"] = original or longest
-    return options
+    for original in (config.get("original_max_position_embeddings"), options.get("original_max_position_embeddings")):
+        if original is not None:
+            options["original_max_position_embeddings"] = original
+            return options
+    return {**options, "original_max_position_embeddings": longest}
 
 
 def _default(options: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
@@ -185,6 +211,15 @@ def _default(options: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
 
 def _linear(options: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
     return _default(options, head_dim)[0] / options["factor"], 1.0
+
+
+def _factors(options: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
+    """A divisor for each frequency, as GGUF files give them."""
+    plain, _ = _default(options, head_dim)
+    divisors = torch.tensor(options["factors"], dtype=torch.float64)
+    if divisors.shape != plain.shape:
+        raise ValueError(f"'factors' must hold {len(plain)} numbers, got {list(divisors.shape)}")
+    return plain / divisors, 1.0
 
 
 def _llama3(options: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
@@ -199,7 +234,7 @@ def _llama3(options: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
 def _yarn(options: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
     """YaRN, arXiv 2309.00071, section 3.2 (NTK by parts) and 3.4 (attention factor)."""
     original, theta = options["original_max_position_embeddings"], options["rope_theta"]
-    factor = options.get("factor") or options["max_position_embeddings"] / original
+    factor = options.get("factor") or options["max_position_embeddings"] / original  # 0 was refused
 
     def dimension(turns: float) -> float:  # the dimension that turns this often over the original context
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -233,9 +268,15 @@ def _proportional(options: Mapping[str, Any], head_dim: int) -> tuple[Tensor, fl
     return plain / (options.get("factor") or 1.0), 1.0
 
 
+_MAY_BE_ZERO = ("low_freq_factor", "mscale", "mscale_all_dim", "partial_rotary_factor")
+_ROPE_NUMBERS = (
+    *("attention_factor", "beta_fast", "beta_slow", "factor", "factors", "high_freq_factor", "rope_theta"),
+    *("original_max_position_embeddings", *_MAY_BE_ZERO),
+)
 _ROPES = {
     "default": _default,
     "dynamic": _default,
+    "factors": _factors,
     "linear": _linear,
     "llama3": _llama3,
     "proportional": _proportional,

@@ -31,8 +31,9 @@ from outrider.backends.packed_weights import PackedFile
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
-from outrider.sampling.distribution import Categorical
-from outrider.types import Context, Distribution, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
+from outrider.registry import find
+from outrider.sampling.distribution import Processed
+from outrider.types import Context, Distribution, KVCache, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
 
 __all__ = ["NativeBackend", "NativeCache", "NativeMarkovHead", "NativeStack", "available"]
 
@@ -58,18 +59,18 @@ class NativeCache:
     def open(self) -> int:
         """Reserve an empty slot, the lowest free one. Raises CacheFull."""
         if not self._free:
-            raise CacheFull(f"all {len(self.lengths)} slots are in use; close one, or make the memory with more slots")
+            raise CacheFull(f"all {len(self.lengths)} slots are in use; close one, or make the cache with more slots")
         slot = min(self._free)
         self._free.remove(slot)
         self.core.set_open(slot, True)
         return slot
 
     def reserve(self, slot: int, tokens: int) -> bool:
-        """Whether a sequence of ``tokens`` fits: all of a slot's memory is its own from the start."""
+        """Whether a sequence of ``tokens`` fits: every slot has its full capacity from the start."""
         return tokens <= self.capacity
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
-        """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
+        """Drop everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
         self.core.rewind(slots.numpy(), lengths.numpy())
 
     def release(self, slot: int) -> None:
@@ -92,8 +93,8 @@ class NativeBackend:
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> NativeStack:
         """``dtype``: float32, bfloat16, ``int8`` (a scale per output channel), ``int4`` (a scale per 32 weights; the
         head stays int8) or ``file`` (weights of a GGUF file as it stores them, see ``backends.file_formats``). Weights
-        are packed one by one; they are left as they are. Quantised ones of files that took a while are kept for the
-        next time (``backends.packed_weights``).
+        are packed one by one; they are left as they are. Quantised ones of files that took a while are kept on
+        disk for the next time (``backends.packed_weights``).
 
         Raises CheckpointError for weights that do not fit the config, OutriderError where the core is missing.
         """
@@ -101,7 +102,9 @@ class NativeBackend:
             raise OutriderError("the compiled core is not installed; choose the reference backend, or install a wheel")
         key = str(dtype).removeprefix("torch.")
         if key not in DTYPES:
-            raise InvalidRequest(f"the native backend has no dtype {key!r}; {nearest(key, DTYPES)}")
+            raise InvalidRequest(
+                f"the native backend has no dtype {key!r}; {nearest(key, DTYPES)} (it has {', '.join(DTYPES)})"
+            )
         check_weights(config, weights)
         formats = choose_formats(config, weights, key)
         spec = _spec(config, weights, formats)
@@ -121,12 +124,12 @@ class NativeBackend:
         self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
     ) -> Verification:
         """See ``outrider.types.Backend``."""
-        assert isinstance(target, Categorical)
+        assert isinstance(target, Processed)
         return verify_native(target, proposal, keep, context, rng)
 
     def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:
         """See ``outrider.types.Backend``."""
-        assert isinstance(distribution, Categorical)
+        assert isinstance(distribution, Processed)
         return distribution.draw(keys)
 
     def markov_head(
@@ -141,9 +144,9 @@ class NativeBackend:
     ) -> NativeMarkovHead:
         """The sequential head of a block drafter: see ``NativeMarkovHead``.
 
-        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: what the hidden states have no part in, [r, r] gated,
+        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: the part without hidden states, [r, r] gated,
         [3 r, 2 r] rnn; ids int64 [Vd]: the target id of each draft id, ascending, None where they are the same.
-        Kept as float32 with ``float32``, else as bfloat16: only a few rows are read, so that fewer bits save nothing.
+        Stored as float32 with ``float32``, else as bfloat16: only a few rows are read, so fewer bits save nothing.
         """
         spec = _native.MarkovSpec()
         spec.isa, spec.kind, spec.rank = self.isa, getattr(_native.MarkovKind, kind), w1.shape[1]
@@ -160,9 +163,10 @@ class NativeStack:
         self.config, self.core, self.dtype, self.formats = config, core, dtype, formats
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
 
-    def new_cache(self, slots: int, capacity: int) -> NativeCache:
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
         """A cache of ``slots`` sequences of up to ``capacity`` tokens."""
-        return NativeCache(self.core.new_cache(slots, capacity))
+        cache: KVCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity))
+        return cache
 
     def forward(
         self,
@@ -184,7 +188,7 @@ class NativeStack:
         try:
             self.core.forward(
                 cache.core,
-                *_place(batch),
+                *_arrays(batch),
                 mask == "causal",
                 list(aux_layers),
                 None if hidden is None else hidden.detach().float().numpy(),
@@ -202,13 +206,13 @@ class NativeStack:
         """Draft in one call: run the batch, then one token a row at a time, each drawn from the pass before it.
 
         keys int64 [B, K] of ``rng.gumbel``, temperatures float32 [B] (0 = the largest logit) -> tokens int64 [B, K],
-        logits [B * K, V] before temperature, place b * K + j. The last token drawn is not run.
+        logits [B * K, V] before temperature, row b * K + j. The last token drawn is not run.
         """
         drawn = torch.empty_like(keys)
         logits = torch.empty(keys.numel(), self._vocabulary)
         arrays = (keys, temperatures, drawn, logits)
         try:
-            self.core.draft_loop(cache.core, *_place(batch), *(array.numpy() for array in arrays))
+            self.core.draft_loop(cache.core, *_arrays(batch), *(array.numpy() for array in arrays))
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, None, None, None) from error
         return drawn, logits
@@ -217,7 +221,7 @@ class NativeStack:
         """Write every layer's keys and values of ``hidden`` [T, D], taken as it is: no layer's norm is applied."""
         given = hidden.detach().float().numpy()
         try:
-            self.core.project(cache.core, *_place(batch), given)
+            self.core.project(cache.core, *_arrays(batch), given)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, None, None) from error
 
@@ -241,8 +245,8 @@ class NativeStack:
         return logits.view(*hidden.shape[:-1], self._vocabulary)
 
 
-def _place(batch: RaggedBatch) -> tuple[Any, ...]:
-    """A batch as numpy arrays that share its memory: the core takes these several times faster than tensors."""
+def _arrays(batch: RaggedBatch) -> tuple[Any, ...]:
+    """A batch as numpy arrays on the same memory: they cross to the core several times faster than tensors."""
     return batch.tokens.numpy(), batch.positions.numpy(), batch.slots.numpy(), batch.offsets.numpy()
 
 
@@ -263,7 +267,7 @@ class NativeMarkovHead:
         """base [n, K, Vd] logits, mixed [n, K, r or 3 r] of the hidden states with its bias (None: vanilla), anchors
         int64 [n], keys int64 [n, K] of ``rng.gumbel``, temperatures float32 [n] (0 = the largest logit).
 
-        -> target ids int64 [n, K]; how far the largest corrected logit stands above the second, float32 [n, K]; and,
+        -> target ids int64 [n, K]; by how much the largest corrected logit exceeds the second, float32 [n, K]; and,
         where rows are sampled, what each draft was drawn from: target ids int64 [n * K, S], ascending (the vocabulary's
         size: no token), and logits after temperature [n * K, S].
         """
@@ -300,7 +304,7 @@ def _spec(config: StackConfig, weights: Mapping[str, Tensor], formats: Formats) 
     spec.activation = getattr(_native.Activation, config.activation)
     spec.hidden, spec.input_width = config.hidden_size, config.input_width
     spec.vocabulary = config.vocab_size
-    spec.embeddings = shapes_of(weights)["embed.weight"][0] if "embed.weight" in weights else 0
+    spec.embeddings = shapes_of(weights).get("embed.weight", (0,))[0]
     spec.eps, spec.embedding_scale, spec.softcap = config.norm_eps, config.embedding_scale, config.logit_softcap
     spec.sandwich = config.sandwich_norms
     spec.bias = any(name.endswith(".bias") for name in weights)
@@ -344,13 +348,14 @@ def _pack(core: Any, config: StackConfig, weights: Mapping[str, Tensor], formats
                 if f"{key}.weight" in weights:
                     bias = _matrix(weights, f"{key}.bias", "f32") if f"{key}.bias" in weights else None
                     core.set_linear(i, name, _matrix(weights, f"{key}.weight", chosen[group]), bias)
+    shared = bool(config.vocab_size) and "head.weight" not in weights
     if "embed.weight" in weights and not formats.tied:
         for first, rows in _pieces(weights, "embed.weight", formats.embedding):
             core.set_embedding(rows, first)
-    if config.vocab_size:
-        for first, rows in _pieces(
-            weights, "head.weight" if "head.weight" in weights else "embed.weight", formats.head
-        ):
+            if shared:
+                core.set_head(rows, first)
+    if config.vocab_size and (formats.tied or not shared):
+        for first, rows in _pieces(weights, "embed.weight" if shared else "head.weight", formats.head):
             core.set_head(rows, first)
 
 
@@ -401,9 +406,9 @@ def _described(tensor: Any) -> str:
 def _explained(
     error: Exception, batch: RaggedBatch, hidden: Tensor | None, residual: Tensor | None, logits_at: Tensor | None
 ) -> OutriderError:
-    """What was wrong with a pass: the core's own words, or for an array it cannot take, which one that is."""
+    """What was wrong with a pass: the core's message, or the name of an array that it cannot take."""
     if isinstance(error, IndexError):
-        return CacheFull(f"{error}; shorten the sequence, or open the memory with a larger capacity")
+        return CacheFull(f"{error}; shorten the sequence, or make the cache with a larger capacity")
     if isinstance(error, ValueError):
         return InvalidRequest(str(error))
     integers = {

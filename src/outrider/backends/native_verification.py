@@ -1,7 +1,8 @@
 """Verification in the compiled core: one call a step, for float32 logits on a CPU.
 
-``sampling.verification`` defines the rules; the core computes only what a step needs. Rejection stops at the first draft
-that fails, coupled drafts at the first that differs, and ``block`` works out residuals from the longest prefix down.
+``sampling.verification`` defines the rules; the core computes only what a step needs. Rejection stops at the first
+draft that fails, coupled drafts at the first that differs, and ``block`` works out residuals from the longest prefix
+down.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from outrider.core import native
 from outrider.errors import OutriderError
-from outrider.sampling.distribution import Categorical
+from outrider.sampling.distribution import Processed, check_rows
 from outrider.sampling.rng import RowRng, purpose_word
 from outrider.sampling.verification import verify
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
@@ -25,7 +26,7 @@ _RULES = {"coupled": 0, "rejection": 1, "block": 2}
 _PURPOSES = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)  # the names fix the streams
 
 
-def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
+def verify_native(target: Processed, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
     """``sampling.verification.verify`` with the same results; by it where the core cannot read the distributions."""
     forms = _core_forms(target, proposal.distribution)
     if not forms or not isinstance(rng, RowRng):
@@ -43,19 +44,20 @@ def verify_native(target: Categorical, proposal: Proposal, keep: Tensor, context
     try:
         native.verify(*forms, np.array(control), tokens, _PURPOSES, out.numpy())
     except ValueError as error:
+        check_rows(torch.from_numpy(forms[0][0]))  # which of the target's rows, if it is them
         raise OutriderError(str(error)) from error
     accepted = out[:, 0]
     return Verification(accepted, out[:, 1:], accepted + 1)
 
 
-def _core_forms(target: Categorical, drafter: Distribution | None) -> tuple[Any, ...]:
+def _core_forms(target: Processed, drafter: Distribution | None) -> tuple[Any, ...]:
     """Both sides' distributions as the core reads them (None: deterministic drafts); empty where it cannot."""
     mine = target.core_form if native is not None else None
     if mine is None:
         return ()
     if drafter is None:
         return mine, None
-    theirs = drafter.core_form if isinstance(drafter, Categorical) else None
+    theirs = drafter.core_form if isinstance(drafter, Processed) else None
     return () if theirs is None else (mine, theirs)
 
 

@@ -1,21 +1,23 @@
 """Quantised weights on disk, as the core packed them, so that a model is quantised once and not at every start.
 
 Only what took a while is kept (SLOW seconds). A file belongs to one state of the model's files, one dtype, one
-instruction set and one build of the core; it appears whole or not at all, and a damaged one is replaced.
+instruction set and one build of the core; it appears whole or not at all, and a damaged one is replaced. It is a
+safetensors file, read and written straight from and to the stack's memory, by two threads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from outrider.core import native
@@ -25,6 +27,7 @@ __all__ = ["PackedFile"]
 
 SLOW = 0.3  # seconds of packing from which a file pays
 DTYPES = ("int8", "int4", "file")
+CHUNK = 8 << 20  # bytes that a thread reads and checks at a time: they are still in the cache when they are checked
 
 
 class PackedFile:
@@ -41,7 +44,7 @@ class PackedFile:
         """Fill a stack's memory. False, and all of it zero as before, where there is no such file or a damaged one."""
         if self.path is None or not self.path.is_file():
             return False
-        with suppress(SafetensorError, OSError, ValueError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             if self._read(self.path, regions):
                 return True
         for region in regions:
@@ -50,38 +53,69 @@ class PackedFile:
 
     @staticmethod
     def _read(path: Path, regions: Sequence[Tensor]) -> bool:
-        with safe_open(path, framework="pt") as file:
-            names = [_name(i) for i in range(len(regions))]
-            if sorted(file.keys()) != sorted(names):
+        parts = _parts(regions)
+        with open(path, "rb", buffering=0) as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > 1 << 24:
                 return False
-            for name, region in zip(names, regions, strict=True):
-                kept = file.get_tensor(name)
-                if kept.shape != region.shape:
-                    return False
-                region.copy_(kept)
-            return bool((file.metadata() or {}).get("sha256") == _digest(regions))
+            head = json.loads(file.read(size))
+            sums = json.loads(head.pop("__metadata__")["crc32"])
+            if head != _header(regions) or path.stat().st_size != 8 + size + sum(len(part) for part in parts):
+                return False
+            begins = [8 + size]
+            for part in parts:
+                begins.append(begins[-1] + len(part))
+
+            def read(index: int) -> int:
+                filled, part = 0, parts[index]
+                while filled < len(part):
+                    got = os.preadv(file.fileno(), [part[filled:]], begins[index] + filled)
+                    if got == 0:
+                        return -1
+                    filled += got
+                return zlib.crc32(part)
+
+            with ThreadPoolExecutor(2) as threads:
+                return list(threads.map(read, range(len(parts)))) == sums
 
     def write(self, regions: Sequence[Tensor], seconds: float) -> None:
         """Keep what took ``seconds`` to pack. A disk that is full or not writable costs a warning."""
         if self.path is None or seconds < SLOW:
             return
-        tensors = {_name(i): region for i, region in enumerate(regions)}
+        parts = _parts(regions)
+        with ThreadPoolExecutor(2) as threads:
+            sums = list(threads.map(zlib.crc32, parts))
+        metadata = {"format": "pt", "crc32": json.dumps(sums)}
+        head = json.dumps({"__metadata__": metadata, **_header(regions)}).encode()
+        head += b" " * (-len(head) % 8)
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb", buffering=0) as file:
+                for rest in (memoryview(len(head).to_bytes(8, "little") + head), *parts):
+                    while rest:
+                        rest = rest[file.write(rest) :]
+
         try:
-            metadata = {"format": "pt", "sha256": _digest(regions)}
-            replace_file(self.path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-        except (OSError, SafetensorError) as error:
+            replace_file(self.path, write)
+        except OSError as error:
             warnings.warn(f"quantised weights could not be kept in {self.path.parent}: {error}", stacklevel=2)
 
 
-def _digest(regions: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for region in regions:
-        digest.update(region.numpy().data)
-    return digest.hexdigest()
+def _parts(regions: Sequence[Tensor]) -> list[memoryview]:
+    """The bytes of all regions, in chunks."""
+    views = [region.numpy().data.cast("B") for region in regions]
+    return [view[begin : begin + CHUNK] for view in views for begin in range(0, len(view), CHUNK)]
 
 
-def _name(region: int) -> str:
-    return f"region.{region}"
+def _header(regions: Sequence[Tensor]) -> dict[str, object]:
+    """What a safetensors file says of these bytes."""
+    head: dict[str, object] = {}
+    begin = 0
+    for index, region in enumerate(regions):
+        end = begin + region.nbytes
+        head[f"region.{index}"] = {"dtype": "U8", "shape": [region.nbytes], "data_offsets": [begin, end]}
+        begin = end
+    return head
 
 
 @cache

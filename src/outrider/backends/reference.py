@@ -21,7 +21,7 @@ from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.errors import InvalidRequest, nearest
 from outrider.kv_cache.attention import Pass, attend
 from outrider.registry import find
-from outrider.sampling.distribution import Categorical
+from outrider.sampling.distribution import Processed, check_rows, settled
 from outrider.sampling.verification import verify
 from outrider.types import Context, Distribution, KVCache, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
 
@@ -45,10 +45,12 @@ class ReferenceBackend:
     device = torch.device("cpu")
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> ReferenceStack:
-        """``weights`` by the canonical names of ``outrider.backends.layers``, read one by one; they are left as they are."""
+        """``weights`` by the canonical names of ``outrider.backends.layers``, read one by one and left as they are."""
         key = str(dtype).removeprefix("torch.")
         if key not in DTYPES:
-            raise InvalidRequest(f"the reference backend has no dtype {key!r}; {nearest(key, DTYPES)}")
+            raise InvalidRequest(
+                f"the reference backend has no dtype {key!r}; {nearest(key, DTYPES)} (it has {', '.join(DTYPES)})"
+            )
         check_weights(config, weights)
         return ReferenceStack(config, weights, DTYPES[key])
 
@@ -56,12 +58,14 @@ class ReferenceBackend:
         self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
     ) -> Verification:
         """See ``outrider.types.Backend``."""
-        assert isinstance(target, Categorical)
+        assert isinstance(target, Processed)
+        if not target.is_greedy:
+            check_rows(settled(target).logits)
         return verify(target, proposal, keep, context, rng)
 
     def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:
         """See ``outrider.types.Backend``."""
-        assert isinstance(distribution, Categorical)
+        assert isinstance(distribution, Processed)
         return distribution.draw(keys)
 
 

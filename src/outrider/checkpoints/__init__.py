@@ -1,21 +1,28 @@
-"""Trained drafters on disk: everybody's formats read into one ``DraftCheckpoint``, two of them written."""
+"""Trained drafters on disk: every known format read into one ``DraftCheckpoint``, three of them written.
 
-from outrider.checkpoints.checkpoint import (
-    AutoregressiveDesign,
-    BlockDesign,
-    DraftCheckpoint,
-    ModuleDesign,
-    TargetFacts,
+What differs between kinds of drafters is their ``Design``'s, which the catalogue of designs finds.
+"""
+
+from outrider.checkpoints.checkpoint import Design, DraftCheckpoint, Form, Sizes, TargetFacts
+from outrider.checkpoints.directory import (
+    FORMATS,
+    default_format,
+    load,
+    load_calibration,
+    read_header,
+    recognise,
+    save,
+    tensor_names,
 )
-from outrider.checkpoints.directory import FORMATS, load, load_calibration, read_header, recognise, save, tensor_names
 
 __all__ = [
     "FORMATS",
-    "AutoregressiveDesign",
-    "BlockDesign",
+    "Design",
     "DraftCheckpoint",
-    "ModuleDesign",
+    "Form",
+    "Sizes",
     "TargetFacts",
+    "default_format",
     "load",
     "load_calibration",
     "read_header",

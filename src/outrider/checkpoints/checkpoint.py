@@ -1,24 +1,20 @@
-"""A trained drafter in memory, free of any file format: what it is made of, its weights by neutral names, its target.
+"""A loaded drafter, whatever its file format: its design, its weights by neutral names, its target.
 
-Neutral names are the canonical ones of a decoder stack (``outrider.backends.layers``) for everything the stack runs, and:
+Neutral names: the canonical ones of a decoder stack (``outrider.backends.layers``), and
 
-    embed.weight [V, D]   head.weight [Vd, D]                        absent where the target's are meant
-    fc.weight [D, aux_layers Dt]  (block, chain)   [D, 2 D]  (module)      features, or embedding and hidden state, to D
-    hidden_norm.weight [D]                                           block: after fc; chain, module: of the hidden state
-    embed_norm.weight [D]                                            chain, module: of the next token's embedding
-    feature_norm.weight [aux_layers Dt]   feature_norms.{i}.weight [Dt]    chain, before fc, where the design says so
-    markov.w1.weight [V, r]  markov.w2.weight [Vd, r]  markov.gate.{weight,bias}  markov.joint.{weight,bias}
-    confidence.{weight,bias}
-    d2t int64 [Vd]  t2d bool [V]                                     reduced vocabulary: target id = draft id + d2t
+    embed.weight [V, D]   head.weight [Vd, D]    absent where the target's are used
+    d2t int64 [Vd]   t2d bool [V]                reduced vocabulary: target id = draft id + d2t
+    the design's own (``Design.shapes``)
 
-V target vocabulary, Vd draft vocabulary, D draft width, Dt target width, r Markov rank.
+V target vocabulary, Vd draft vocabulary, D draft width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +22,11 @@ from torch import Tensor
 from outrider.backends.layers import Shape, weight_shapes
 from outrider.checkpoints.stack_format import decoder_stack, require
 from outrider.config import StackConfig
-from outrider.errors import CheckpointError, IncompatibleDrafter, nearest
+from outrider.errors import CheckpointError, IncompatibleDrafter
 from outrider.scheduling.calibration import Calibration
 from outrider.types import TargetSpec
 
-__all__ = [
-    "AutoregressiveDesign",
-    "BlockDesign",
-    "Design",
-    "DraftCheckpoint",
-    "MarkovHead",
-    "ModuleDesign",
-    "Sizes",
-    "TargetFacts",
-]
-
-MarkovHead = Literal["vanilla", "gated", "rnn"]
-MARKOV_HEADS: tuple[MarkovHead, ...] = ("vanilla", "gated", "rnn")
+__all__ = ["Design", "DraftCheckpoint", "Form", "Sizes", "TargetFacts"]
 
 
 class Sizes(NamedTuple):
@@ -51,123 +35,87 @@ class Sizes(NamedTuple):
     vocabulary: int
     drafted: int  # draft vocabulary
     width: int
-    aux_layers: int
-    tap_width: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlockDesign:
-    """Semi-autoregressive drafter: a parallel block, then a sequential head (DSpark; DFlash with both heads off)."""
-
-    block_size: int
-    """Slots of a block, the anchor's included."""
-    mask_token_id: int
-    sample_from_anchor: bool = True
-    """Whether the anchor's slot predicts too: block_size drafts instead of block_size - 1."""
-    markov_rank: int = 0
-    """0: no Markov head."""
-    markov_head: MarkovHead = "vanilla"
-    confidence: bool = False
-    confidence_with_markov: bool = False
-    """The confidence head reads W1 of the token before, too."""
-
-    def __post_init__(self) -> None:
-        first = 1 if self.sample_from_anchor else 2
-        if self.block_size < first:
-            raise CheckpointError(f"block_size must be at least {first}, got {self.block_size}")
-        if self.markov_rank < 0:
-            raise CheckpointError(f"markov_rank must be at least 0, got {self.markov_rank}")
-        if self.markov_head not in MARKOV_HEADS:
-            raise CheckpointError(
-                f"unknown markov_head_type {self.markov_head!r}; {nearest(self.markov_head, MARKOV_HEADS)}"
-            )
-        if self.confidence_with_markov and not self.markov_rank:
-            raise CheckpointError("confidence_head_with_markov needs a markov_rank above 0, got 0")
+    num_aux_layers: int
+    target_width: int
 
     @property
+    def feature_width(self) -> int:
+        return self.num_aux_layers * self.target_width
+
+
+class Design(ABC):
+    """What one kind of trained drafter is made of: a frozen dataclass whose fields are JSON values.
+
+    The catalogue of designs names its class. Every design can be written in Outrider's own format; ``forms`` says in
+    which other formats it exists.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
     def kind(self) -> str:
-        return "dspark" if self.markov_rank or self.confidence else "dflash"
+        """The drafter that runs it, and the name of this class in the catalogue of designs."""
 
     @property
+    @abstractmethod
     def drafts(self) -> int:
-        """Tokens one block proposes."""
-        return self.block_size if self.sample_from_anchor else self.block_size - 1
+        """The most tokens one round proposes."""
 
+    @abstractmethod
     def shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        """Weights beside the stack's."""
-        width, rank = sizes.width, self.markov_rank
-        shapes = {"fc.weight": (width, sizes.aux_layers * sizes.tap_width), "hidden_norm.weight": (width,)}
-        if rank:
-            shapes |= {"markov.w1.weight": (sizes.vocabulary, rank), "markov.w2.weight": (sizes.drafted, rank)}
-        if rank and self.markov_head == "gated":
-            shapes |= {"markov.gate.weight": (rank, width + rank), "markov.gate.bias": (rank,)}
-        if rank and self.markov_head == "rnn":
-            shapes |= {"markov.joint.weight": (3 * rank, 2 * rank + width), "markov.joint.bias": (3 * rank,)}
-        if self.confidence:
-            reads = width + (rank if self.confidence_with_markov else 0)
-            shapes |= {"confidence.weight": (1, reads), "confidence.bias": (1,)}
-        return {name: Shape(sizes) for name, sizes in shapes.items()}
+        """Its weights by neutral name, without those of its decoder layers, embedding and head."""
+
+    def layers_of(self, decoder: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The Hugging Face config of its decoder layers, from the one in its file."""
+        return decoder
+
+    def input_width(self, width: int) -> int:
+        """Width of the first layer's attention input, 0: the drafter's ``width`` (see ``StackConfig.input_width``)."""
+        return 0
+
+    def file_names(self, names: dict[str, str]) -> dict[str, str]:
+        """Neutral name -> name in files, from the names that most drafters use."""
+        return names
+
+    @property
+    def default_layer_count(self) -> int:
+        """How many target layers it reads where its file names none; 0: the file must name them."""
+        return 0
+
+    def default_layers(self, target_layers: int) -> tuple[int, ...]:
+        """The target layers it reads where its file names none. Raises CheckpointError where that is not known."""
+        raise CheckpointError("config.json names no layers of the target; give target_layers")
+
+    def check(self, vocab_size: int) -> None:  # noqa: B027 (most designs have nothing to check)
+        """Raise CheckpointError for values that do not fit the target's vocabulary."""
+
+    @classmethod
+    def forms(cls) -> Mapping[str, Sequence[Form]]:
+        """How each file format beside Outrider's own holds this design, by the format's name."""
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
-class AutoregressiveDesign:
-    """Autoregressive head on auxiliary features, fed its own hidden states from the second draft on (EAGLE-3)."""
+class Form:
+    """How one design appears in the config.json of one file format. The format's module adds what all designs share."""
 
-    depth: int = 7
-    """Drafts a round."""
-    norm_before_residual: bool = False
-    """The residual stream starts from the normalised hidden state."""
-    norm_before_fc: bool = False
-    """One norm over the concatenated features."""
-    norm_each_before_fc: bool = False
-    """One norm for each auxiliary layer's features (``fc_norm`` in files)."""
-    norm_output: bool = False
-    """The hidden state is fed back after the final norm (EAGLE 3.1) instead of before it."""
-    kind: ClassVar[str] = "eagle3"
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise CheckpointError(f"a drafter must propose at least 1 token, got {self.depth}")
-        if self.norm_before_fc and self.norm_each_before_fc:
-            raise CheckpointError("norm_before_fc and fc_norm exclude each other, got both")
-
-    @property
-    def drafts(self) -> int:
-        return self.depth
-
-    def shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        width, features = sizes.width, sizes.aux_layers * sizes.tap_width
-        shapes: dict[str, tuple[int, ...]] = {"fc.weight": (width, features)}
-        shapes |= {f"{name}.weight": (width,) for name in ("hidden_norm", "embed_norm")}
-        if self.norm_before_fc:
-            shapes["feature_norm.weight"] = (features,)
-        if self.norm_each_before_fc:
-            shapes |= {f"feature_norms.{i}.weight": (sizes.tap_width,) for i in range(sizes.aux_layers)}
-        return {name: Shape(sizes) for name, sizes in shapes.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleDesign:
-    """One multi-token-prediction module, applied once or to its own output (DeepSeek-V3 report, section 2.2)."""
-
-    depth: int = 1
-    kind: ClassVar[str] = "mtp"
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise CheckpointError(f"a drafter must propose at least 1 token, got {self.depth}")
-
-    @property
-    def drafts(self) -> int:
-        return self.depth
-
-    def shapes(self, sizes: Sizes) -> dict[str, Shape]:
-        width = sizes.width
-        norms = {f"{name}.weight": Shape((width,)) for name in ("hidden_norm", "embed_norm")}
-        return {"fc.weight": Shape((width, 2 * width))} | norms
-
-
-Design = BlockDesign | AutoregressiveDesign | ModuleDesign
+    tag: str
+    """What names the design there: an architecture, or the value of the format's own key."""
+    read: Callable[[Mapping[str, Any]], Design]
+    """The design of a config.json. Raises CheckpointError."""
+    keys: frozenset[str] = frozenset()
+    """The design's own keys."""
+    extras: frozenset[str] = frozenset()
+    """Keys of this design that change nothing in the computation and are kept for the next file."""
+    write: Callable[[DraftCheckpoint], dict[str, Any]] | None = None
+    """The design's own keys of a checkpoint, None where the format is only read. Raises CheckpointError."""
+    holds: Callable[[Any], bool] = lambda design: True
+    """Whether a design is written under this tag."""
+    layers: Callable[[Mapping[str, Any]], tuple[int, ...] | None] = lambda config: None
+    """The target layers a config.json names, counted from 0, where each design of the format has a key of its own."""
+    section: str | None = None
+    """The object in config.json that such a file must have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,17 +136,17 @@ class DraftCheckpoint:
     decoder: Mapping[str, Any]
     """Hugging Face config of the decoder layers; its ``vocab_size`` is the target's."""
     target_layers: tuple[int, ...] | None
-    """Tapped layers, counted from 0, -1 the embedding output; None where the file does not say."""
+    """Layers of the target it reads, counted from 0, -1 the embedding output; None where the file does not say."""
     target: TargetFacts
     draft_vocab_size: int
     format: str
     frozen_embedding: bool = True
-    """The embedding was copied from the target and not trained, so another one betrays another target."""
+    """The embedding is an untrained copy of the target's: a mismatch means that this is another target."""
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Keys that change nothing in the computation, kept for the next file."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     calibration: Calibration | None = None
-    """What its confidences need, where it was measured."""
+    """The scaling of its confidences, where one was fitted."""
 
     @property
     def kind(self) -> str:
@@ -218,24 +166,25 @@ class DraftCheckpoint:
         return self.draft_vocab_size != self.vocab_size
 
     @property
-    def aux_layers(self) -> int:
-        """How many layers it reads; three where the file does not say (EAGLE-3's low, middle, high)."""
-        return 3 if self.target_layers is None else len(self.target_layers)
+    def num_aux_layers(self) -> int:
+        """How many layers of the target it reads."""
+        return self.design.default_layer_count if self.target_layers is None else len(self.target_layers)
 
     def stack(self, head: bool) -> StackConfig:
-        """Its decoder stack, with or without a head of its own."""
-        wide = 2 * self.hidden_size if isinstance(self.design, AutoregressiveDesign) else 0
-        decoder = dict(self.decoder)
-        if isinstance(self.design, ModuleDesign):  # its config may be the whole target's
-            decoder |= {"num_hidden_layers": 1, "layer_types": None}
-        return decoder_stack(decoder, vocab_size=self.draft_vocab_size if head else 0, input_width=wide)
+        """Its decoder stack, with or without a head of its own. A design without layers has an empty one."""
+        return decoder_stack(
+            self.design.layers_of(self.decoder),
+            vocab_size=self.draft_vocab_size if head else 0,
+            input_width=self.design.input_width(self.hidden_size),
+        )
 
     def shapes(self) -> dict[str, Shape]:
         """Every weight by its neutral name."""
         sizes = Sizes(
-            self.vocab_size, self.draft_vocab_size, self.hidden_size, self.aux_layers, self.target.hidden_size
+            self.vocab_size, self.draft_vocab_size, self.hidden_size, self.num_aux_layers, self.target.hidden_size
         )
-        shapes = weight_shapes(self.stack(head=True)) | self.design.shapes(sizes)
+        stack = self.stack(head=True)
+        shapes = (weight_shapes(stack) if stack.layers else {}) | self.design.shapes(sizes)
         shapes["embed.weight"] = Shape((self.vocab_size, self.hidden_size), required=self._own_width)
         shapes["head.weight"] = Shape(
             (self.draft_vocab_size, self.hidden_size), required=self.reduced or self._own_width
@@ -254,13 +203,11 @@ class DraftCheckpoint:
         return {name: tensor for name, tensor in self.tensors.items() if name in names and name != "embed.weight"}
 
     def layers_for(self, spec: TargetSpec) -> tuple[int, ...]:
-        """The target's layers it reads, with EAGLE-3's convention where the file is silent."""
-        if self.target_layers is not None:
-            return self.target_layers
-        return (1, spec.num_layers // 2 - 1, spec.num_layers - 4)
+        """The target's layers it reads, by its design's convention where the file names none."""
+        return self.design.default_layers(spec.num_layers) if self.target_layers is None else self.target_layers
 
     def check_target(self, spec: TargetSpec, layers: tuple[int, ...]) -> None:
-        """Raise IncompatibleDrafter where this drafter cannot read or speak to that target."""
+        """Raise IncompatibleDrafter where this drafter was trained for another target, or cannot read these layers."""
         facts = self.target
 
         def differ(what: str, got: Any, expected: Any) -> None:
@@ -274,34 +221,30 @@ class DraftCheckpoint:
         differ("target hidden size", facts.hidden_size, spec.hidden_size)
         if facts.num_layers is not None:
             differ("number of target layers", facts.num_layers, spec.num_layers)
-        if len(layers) != self.aux_layers:
+        if len(layers) != self.num_aux_layers:
             raise IncompatibleDrafter(
-                f"the drafter reads {self.aux_layers} target layers, got {len(layers)}: {list(layers)}"
+                f"the drafter reads {self.num_aux_layers} target layers, got {len(layers)}: {list(layers)}"
             )
         last = spec.num_layers - 1
         if last in layers:
             raise IncompatibleDrafter(
-                f"the drafter aux_layers the target's last layer ({last}), which is ambiguous: libraries report it before or "
-                "after the final norm; a drafter must be trained on earlier layers"
+                f"the drafter reads the target's last layer ({last}), which is ambiguous: libraries report it before "
+                "or after the final norm; train a drafter on earlier layers"
             )
         outside = [layer for layer in layers if not -1 <= layer < last]
         if outside or len(set(layers)) < len(layers):
             raise IncompatibleDrafter(
-                f"the drafter aux_layers layers {list(layers)}; expected different ones from -1 (the embedding) to {last - 1}"
+                f"the drafter reads the target's layers {list(layers)}; expected different ones from -1 (the "
+                f"embedding) to {last - 1}"
             )
 
     def check_tensors(self, names: Mapping[str, str]) -> None:
-        """Raise CheckpointError for weights that no healthy drafter has. ``names``: neutral name -> name in the file"""
+        """Raise CheckpointError for values that no trained drafter has. ``names``: neutral name -> name in the file"""
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise CheckpointError(f"tensor {names.get(name, name)!r} holds {bad} values that are NaN or infinite")
-        design = self.design
-        if isinstance(design, BlockDesign) and not 0 <= design.mask_token_id < self.vocab_size:
-            largest = self.vocab_size - 1
-            raise CheckpointError(
-                f"mask_token_id must be a token id between 0 and {largest}, got {design.mask_token_id}"
-            )
+        self.design.check(self.vocab_size)
         if "d2t" in self.tensors:
             self._check_vocabulary(self.tensors["d2t"])
 

@@ -1,4 +1,4 @@
-"""Between a directory and a ``DraftCheckpoint``: which format it is, its tensors read and checked, or written whole."""
+"""Reads a drafter's directory into a ``DraftCheckpoint`` and writes one, whatever the format."""
 
 from __future__ import annotations
 
@@ -11,17 +11,31 @@ from typing import Any, Protocol, cast
 from safetensors import safe_open
 from torch import Tensor
 
-from outrider.checkpoints.checkpoint import AutoregressiveDesign, DraftCheckpoint, ModuleDesign
+from outrider.checkpoints.checkpoint import Design, DraftCheckpoint
+from outrider.checkpoints.forms import writable
 from outrider.checkpoints.stack_format import file_name
 from outrider.errors import CheckpointError, nearest
-from outrider.files import new_folder, read_json, resolve_model, write_json
+from outrider.files import new_folder, read_json, write_json
+from outrider.models.locations import resolve_model
 from outrider.models.weights import TensorFiles, write_tensors
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Calibration
 
-__all__ = ["FORMATS", "Format", "load", "load_calibration", "read_header", "recognise", "save", "tensor_names"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "WritableFormat",
+    "default_format",
+    "load",
+    "load_calibration",
+    "read_header",
+    "recognise",
+    "save",
+    "tensor_names",
+]
 
 FORMATS = {  # name -> module with the functions of ``Format``
+    "outrider": "outrider.checkpoints.outrider_format",
     "speculators": "outrider.checkpoints.speculators",
     "deepspec": "outrider.checkpoints.deepspec",
     "zlab": "outrider.checkpoints.zlab",
@@ -30,7 +44,7 @@ FORMATS = {  # name -> module with the functions of ``Format``
 
 
 class Format(Protocol):
-    """What a format's module provides; those that can be written have ``write`` too."""
+    """What a format's module provides."""
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is of this format, told by its content."""
@@ -40,8 +54,12 @@ class Format(Protocol):
         """A checkpoint still without tensors. Raises CheckpointError."""
         ...
 
+
+class WritableFormat(Format, Protocol):
+    """A format that is written too."""
+
     def write(self, checkpoint: DraftCheckpoint) -> dict[str, Any]:
-        """The config.json of a checkpoint. Raises CheckpointError for what the format cannot say."""
+        """The config.json of a checkpoint. Raises CheckpointError for what the format has no key for."""
         ...
 
 
@@ -65,7 +83,7 @@ def load(folder: str | Path) -> DraftCheckpoint:
     """Read a drafter's directory (or hub id), tensors in the dtype they are stored in.
 
     Raises CheckpointError for a tensor that is missing, unknown, of another shape, or not finite, and for a
-    calibration.json that is none.
+    calibration.json that is not readable as one.
     """
     path = resolve_model(folder)
     checkpoint = read_header(read_json(path / "config.json"))
@@ -113,7 +131,7 @@ def save(
     writers = [name for name in FORMATS if hasattr(_format(name), "write")]
     if to not in writers:
         raise CheckpointError(f"cannot write format {to!r}; {nearest(to, writers)}")
-    config = _format(to).write(checkpoint)
+    config = cast(WritableFormat, _format(to)).write(checkpoint)
     names = tensor_names(checkpoint)
     with new_folder(target) as partial:
         write_json(partial / "config.json", dict(sorted(config.items())))
@@ -131,31 +149,22 @@ def tensor_names(checkpoint: DraftCheckpoint) -> dict[str, str]:
     """Neutral name -> name in a file, for every weight the checkpoint may hold."""
     sandwich = checkpoint.stack(head=False).sandwich_norms
     names = {neutral: file_name(neutral, sandwich=sandwich) for neutral in checkpoint.shapes()}
-    if isinstance(checkpoint.design, AutoregressiveDesign):  # its two norms stand where a plain layer's input norm does
-        names |= {
-            "hidden_norm.weight": "layers.0.hidden_norm.weight",
-            "embed_norm.weight": "layers.0.input_layernorm.weight",
-        }
-    if isinstance(checkpoint.design, ModuleDesign):
-        module = {
-            "fc": "input_proj",
-            "hidden_norm": "hidden_layernorm",
-            "embed_norm": "token_layernorm",
-            "norm": "final_layernorm",
-        }
-        names = {neutral: file.replace("layers.0.", "mtp_layers.0.") for neutral, file in names.items()}
-        names |= {f"{neutral}.weight": f"mtp_layers.0.{file}.weight" for neutral, file in module.items()}
-    return names
+    return checkpoint.design.file_names(names)
+
+
+def default_format(design: Design) -> str:
+    """The format a new drafter is written in: what vLLM loads, where the design exists there, else Outrider's own."""
+    return "speculators" if "speculators" in writable(design) else "outrider"
 
 
 def load_calibration(folder: Path) -> Calibration | None:
-    """What a drafter's directory says of its confidences, if anything. Raises CheckpointError."""
+    """The scaling of confidences in a drafter's directory, None where it has none. Raises CheckpointError."""
     file = folder / calibration.FILE
     return Calibration.from_json(read_json(file), str(file)) if file.exists() else None
 
 
 def _plain(name: str) -> str:
-    """A tensor's name without what some exporters put around it."""
+    """A tensor's name without the prefixes that some exporters add."""
     name = name.removeprefix("model.")
     if name.startswith("midlayer."):
         return "layers.0." + name.removeprefix("midlayer.")

@@ -42,7 +42,7 @@ GENERIC_KEYS = frozenset(
 def require(config: Mapping[str, Any], key: str, kind: type = int) -> Any:
     """``config[key]``, which must be there and of a kind. Raises CheckpointError."""
     if key not in config:
-        raise CheckpointError(f"config.json has no {key!r}; the weights cannot be placed without it")
+        raise CheckpointError(f"config.json has no {key!r}, which is needed to read the weights")
     value = config[key]
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise CheckpointError(f"config.json: {key} must be {kind.__name__}, got {value!r}")
@@ -58,7 +58,7 @@ def require_layers(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 
 def spread_layers(target_layers: int, draft_layers: int) -> tuple[int, ...]:
-    """The layers DFlash aux_layers where its config names none: spread evenly from the second to the fourth from the end."""
+    """Layers from the second to the fourth from the end, evenly spread: DFlash's where its config names none."""
     if draft_layers == 1:
         return (target_layers // 2,)
     span = target_layers - 4
@@ -66,7 +66,7 @@ def spread_layers(target_layers: int, draft_layers: int) -> tuple[int, ...]:
 
 
 def refuse_unknown(config: Mapping[str, Any], known: Collection[str], section: str = "config.json") -> None:
-    """Raise CheckpointError for a key that nothing here understands: it may change what the weights mean."""
+    """Raise CheckpointError for an unknown key: it may change what the weights mean."""
     for key in config:
         if key not in known:
             close = nearest(key, known)
@@ -168,14 +168,6 @@ def _gemma4_layer(decoder: Mapping[str, Any], heads: int) -> dict[str, Any]:
 _PLAIN = {
     "embed.weight": "embed_tokens.weight",
     "head.weight": "lm_head.weight",
-    "feature_norm.weight": "input_norm.weight",
-    "markov.w1.weight": "markov_head.markov_w1.weight",
-    "markov.w2.weight": "markov_head.markov_w2.weight",
-}
-_GROUPS = {
-    "markov.gate": "markov_head.gate_proj",
-    "markov.joint": "markov_head.joint_proj",
-    "confidence": "confidence_head.proj",
 }
 _LAYER = {
     "q": "self_attn.q_proj",
@@ -198,14 +190,10 @@ _SANDWICH = {
 
 
 def file_name(neutral: str, *, sandwich: bool) -> str:
-    """The name that DeepSpec, speculators, z-lab and SpecForge all use (up to a prefix) for a neutral one."""
+    """The name that DeepSpec, speculators, z-lab and SpecForge share (up to a prefix) for a weight of a stack. Any
+    other neutral name stays as it is."""
     if neutral in _PLAIN:
         return _PLAIN[neutral]
-    if match := re.fullmatch(r"feature_norms\.(\d+)\.weight", neutral):
-        return f"fc_norm.{match[1]}.weight"
-    stem, _, end = neutral.rpartition(".")
-    if stem in _GROUPS:
-        return f"{_GROUPS[stem]}.{end}"
     if match := re.fullmatch(r"layers\.(\d+)\.(\w+)(\.weight|\.bias)?", neutral):
         index, part, end = match.groups()
         if part == "scalar":

@@ -8,35 +8,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from outrider.checkpoints.checkpoint import BlockDesign, DraftCheckpoint, TargetFacts
-from outrider.checkpoints.stack_format import known_keys, refuse_unknown, require, require_layers, spread_layers
+from outrider.checkpoints.checkpoint import DraftCheckpoint, TargetFacts
+from outrider.checkpoints.forms import forms
+from outrider.checkpoints.specforge import spread_or_named
+from outrider.checkpoints.stack_format import known_keys, refuse_unknown, require
 
 __all__ = ["matches", "read"]
 
 TOP_KEYS = {"architectures", "auto_map", "block_size", "dflash_config", "num_target_layers"}
-OWN_KEYS = {"mask_token_id", "target_layer_ids"}
+SECTION_KEYS = {"mask_token_id", "target_layer_ids"}
 EXTRAS = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
 def matches(config: Mapping[str, Any]) -> bool:
-    own = config.get("dflash_config")
+    """SpecForge's files have the same architecture and more keys in their ``dflash_config``."""
+    section = config.get("dflash_config")
     return (
-        isinstance(own, Mapping) and set(own) <= OWN_KEYS and "DFlashDraftModel" in (config.get("architectures") or ())
+        isinstance(section, Mapping)
+        and set(section) <= SECTION_KEYS
+        and bool(set(config.get("architectures") or ()) & set(forms("zlab")))
     )
 
 
 def read(config: Mapping[str, Any]) -> DraftCheckpoint:
-    own = config["dflash_config"]
+    form = next(form for tag, form in forms("zlab").items() if tag in config["architectures"])
     refuse_unknown(config, TOP_KEYS | known_keys(require(config, "model_type", str)))
-    count, draft_layers = require(config, "num_target_layers"), require(config, "num_hidden_layers")
-    layers = (
-        require_layers(own, "target_layer_ids") if "target_layer_ids" in own else spread_layers(count, draft_layers)
-    )
     return DraftCheckpoint(
-        design=BlockDesign(require(config, "block_size"), require(own, "mask_token_id"), sample_from_anchor=False),
+        design=form.read(config),
         decoder={key: value for key, value in config.items() if key not in TOP_KEYS | EXTRAS},
-        target_layers=layers,
-        target=TargetFacts(hidden_size=require(config, "hidden_size"), num_layers=count),
+        target_layers=spread_or_named(config, config["dflash_config"]),
+        target=TargetFacts(hidden_size=require(config, "hidden_size"), num_layers=require(config, "num_target_layers")),
         draft_vocab_size=require(config, "vocab_size"),
         format="zlab",
         extras={key: config[key] for key in sorted(EXTRAS & set(config))},

@@ -1,4 +1,4 @@
-"""The command line. One file a command; a command's module is imported when it is asked for."""
+"""The command line: one file for each command, imported when the command is used."""
 
 from __future__ import annotations
 

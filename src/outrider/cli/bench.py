@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,20 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from outrider.cli.common import Backend, DraftTokens, Dtype, JsonFile, Model, command, human, write_json
+from outrider.cli.common import (
+    Backend,
+    DraftTokens,
+    Dtype,
+    FailFast,
+    JsonFile,
+    Model,
+    add_columns,
+    command,
+    human,
+    report_failed,
+    write_json,
+)
+from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 
 __all__ = ["bench"]
@@ -25,7 +39,9 @@ def bench(
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
-            "--prompts", help="A prompt set: JSON Lines with `turns`. May be repeated. Default: embedded sets."
+            "--prompts",
+            help="A prompt set: JSON Lines with `text`, `turns` or `prompt` (ids). May be repeated. "
+            "Default: embedded sets.",
         ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of each set.")] = 8,
@@ -35,6 +51,7 @@ def bench(
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Prompts answered together.")] = 1,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="New tokens of each answer.")] = 96,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times each pair is measured.")] = 3,
+    fail_fast: FailFast = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampled texts; both sides write the same.")] = 1,
     draft_tokens: DraftTokens = None,
     dtype: Dtype = "auto",
@@ -46,7 +63,8 @@ def bench(
     The speed-up is the ratio of the two sides' summed seconds, each prompt the median of its repeats, with a
     bootstrap 95 % interval over prompts. Answers go on past the end of the text, so that both sides write the same
     number of tokens. `accept` is the acceptance length, `same` the share of prompts whose text equals plain
-    decoding's, `rep.` the share of 8-grams that occurred before.
+    decoding's, `rep.` the share of 8-grams that occurred before. Prompts that cannot be answered are left out and
+    listed under `errors` in the JSON, and the exit code is then 3.
 
     [bold]Examples[/bold]
 
@@ -55,9 +73,11 @@ def bench(
     [cyan]outrider bench --drafter ngram --drafter suffix --prompts gsm8k.jsonl --temperature 0 --json out.json[/cyan]
     """
     from outrider.engine.llm import LLM
-    from outrider.evaluation.speedup import embedded_prompt_sets, read_prompts, run_bench
+    from outrider.evaluation.recording import FailedPrompt, read_prompts, runnable
+    from outrider.evaluation.speedup import run_bench
+    from outrider.models.locations import EMBEDDED_PROMPTS
 
-    sets = {path.stem: read_prompts(path) for path in prompts} if prompts else embedded_prompt_sets()
+    read = {path.stem: read_prompts(path) for path in prompts or sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
     plain = LLM(model, "none", dtype=dtype, backend=backend, max_rows=concurrency)
     known = ["ngram", "suffix", *(["draft_model"] if model == "embedded" else [])]
     console = human(json)
@@ -66,12 +86,22 @@ def bench(
         if name in loaded:
             raise InvalidRequest(f"--drafter {name} was given twice")
         loaded[name] = plain.with_drafter(name, draft_tokens=draft_tokens)
+    params = SamplingParams(max_tokens=max_tokens)
+    failed: list[FailedPrompt] = []
+    sets = {}
+    for name, some in read.items():
+        good, bad = runnable(plain, some[:limit], params, fail_fast=fail_fast)
+        failed += bad
+        if good:
+            sets[name] = [prompt.prompt for prompt in good]
+    if not sets:
+        raise InvalidRequest(f"no prompt can be answered; {failed[0].file} line {failed[0].line}: {failed[0].error}")
     with console.status("warming up") as status:
         result = run_bench(
             model,
             loaded,
             plain,
-            {name: texts[:limit] for name, texts in sets.items()},
+            sets,
             temperatures=temperature or [0.0, 1.0],
             concurrency=concurrency,
             max_tokens=max_tokens,
@@ -80,14 +110,15 @@ def bench(
             progress=status.update,
         )
     console.print(_table(result))
-    write_json(json, result)
+    write_json(json, {**result, "errors": [asdict(one) for one in failed]})
+    report_failed(failed, sum(len(some[:limit]) for some in read.values()))
 
 
 def _table(result: dict[str, Any]) -> Table:
     title = f"{result['model']} on {result['machine']['cpu']}, {result['machine']['cores']} cores"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # ten columns in eighty characters
-    for name in ("drafter", "prompts", "temp", "plain/s", "tokens/s", "x", "95 %", "accept", "same", "rep."):
-        table.add_column(name, justify="left" if name in ("drafter", "prompts") else "right", no_wrap=True)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)  # ten columns in eighty characters
+    numbers = ("temp", "plain/s", "tokens/s", "x", "95 %", "accept", "same", "rep.")
+    add_columns(table, ("drafter", "prompts"), numbers)
     for row in result["rows"]:
         low, high = row["speedup_ci95"]
         colour = "green" if low > 1 else "red" if high < 1 else "yellow"

@@ -1,4 +1,4 @@
-"""``outrider calibrate``: make a drafter's confidences mean what they say."""
+"""``outrider calibrate``: fit a drafter's confidences to the acceptance that is measured."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import typer
 
 from outrider.cli.common import ModelOptions, SamplingOptions, command, complain, figures, note
 from outrider.errors import CheckpointError, InvalidRequest
+from outrider.tokenization.chat_template import with_system_in_user
 
 if TYPE_CHECKING:
     from outrider.config import SamplingParams
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["chat"]
 
-HELP = "/exit ends, /reset forgets the conversation, Ctrl-C stops an answer"
+HELP = "/exit ends, /reset starts a new conversation, Ctrl-C stops an answer"
 
 
 @command
@@ -25,9 +26,9 @@ def chat(
     sampling: SamplingOptions,
     system: Annotated[str, typer.Option("--system", help="An instruction that precedes the conversation.")] = "",
 ) -> None:
-    """Talk to a model. Answers stream as they are written, their figures follow.
+    """Talk to a model. Answers stream as they are generated, their statistics follow.
 
-    /exit ends, /reset forgets the conversation so far, Ctrl-C stops an answer and keeps what was said.
+    /exit ends, /reset starts a new conversation, Ctrl-C stops an answer and keeps the text so far.
 
     [bold]Examples[/bold]
 
@@ -40,16 +41,18 @@ def chat(
     if not llm.tokenizer.has_chat_template:
         raise CheckpointError(f"{model.model} has no chat template; `outrider generate` takes plain prompts")
     beginning = [{"role": "system", "content": system}] if system else []
+    if system and not llm.tokenizer.takes_system:
+        note("the chat template takes no system messages: the instruction goes before your first message")
     messages = list(beginning)
     note(f"{model.model}, drafter {llm.drafter_name}: {HELP}")
-    while (said := _listen()) is not None and said != "/exit":
-        if said == "/reset":
+    while (line := _listen()) is not None and line != "/exit":
+        if line == "/reset":
             messages = list(beginning)
             note("forgotten")
-        elif said.startswith("/"):
-            note(f"unknown command {said}: {HELP}")
-        elif said:
-            messages.append({"role": "user", "content": said})
+        elif line.startswith("/"):
+            note(f"unknown command {line}: {HELP}")
+        elif line:
+            messages.append({"role": "user", "content": line})
             try:
                 messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
             except InvalidRequest as error:  # the conversation has grown past the context
@@ -66,8 +69,10 @@ def _listen() -> str | None:
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
-    """Stream the assistant's answer. Ctrl-C ends it early; what was said remains said."""
-    run = llm.run(llm.tokenizer.encode_chat(messages), params)
+    """Stream the assistant's answer. Ctrl-C ends it early; the text so far stays in the conversation."""
+    tokenizer = llm.tokenizer
+    shown = messages if tokenizer.takes_system else with_system_in_user(messages)
+    run = llm.run(tokenizer.encode_chat(shown), params)
     try:
         for event in run.events():
             sys.stdout.write(event.text)
@@ -75,6 +80,6 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) ->
     except KeyboardInterrupt:
         pass  # the run is cancelled, the conversation goes on
     print()
-    [output] = run.outputs()
+    output = run.output()
     figures(output)
     return output.text

@@ -1,4 +1,4 @@
-"""Commands made from functions, when they are asked for."""
+"""Typer commands from plain functions, made when they are looked up."""
 
 from __future__ import annotations
 

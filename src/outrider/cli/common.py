@@ -1,4 +1,4 @@
-"""What the commands share: groups of options, output for people and for programs, and errors in one line."""
+"""What the commands share: groups of options, output as text and as JSON, and errors in one line."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest, OutriderError
 
 if TYPE_CHECKING:
     from outrider.engine.llm import LLM
+    from outrider.evaluation.recording import FailedPrompt
     from outrider.types import Output
 
 __all__ = [
+    "SOME_FAILED",
     "Backend",
     "DraftTokens",
     "Drafter",
     "Dtype",
+    "FailFast",
     "JsonFile",
     "MaxTokens",
     "Model",
@@ -38,6 +42,7 @@ __all__ = [
     "SamplingOptions",
     "Seed",
     "Temperature",
+    "add_columns",
     "command",
     "complain",
     "describe",
@@ -46,9 +51,12 @@ __all__ = [
     "note",
     "output_record",
     "read_stdin",
+    "report_failed",
     "write_json",
 ]
 
+SOME_FAILED = 3
+"""Exit code: some prompts could not be answered, the others were."""
 _MODEL, _SAMPLING, _OUTPUT = "Model", "Sampling", "Output"
 
 
@@ -59,18 +67,30 @@ def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> A
 Model = Annotated[str, _option(_MODEL, "--model", help="A model directory, a hub id, or 'embedded'.")]
 Drafter = Annotated[
     str,
-    _option(_MODEL, "--drafter", help="none, ngram, suffix, draft_model, a directory with a draft model, or 'auto'."),
+    _option(
+        _MODEL,
+        "--drafter",
+        help="none, ngram, suffix, a directory or hub id of a draft model or trained drafter, or 'auto'.",
+    ),
 ]
 DraftTokens = Annotated[
     int | None, _option(_MODEL, "--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
 ]
-Dtype = Annotated[str, _option(_MODEL, "--dtype", help="float32, bfloat16, or 'auto'.")]
+Dtype = Annotated[str, _option(_MODEL, "--dtype", help="float32, bfloat16, int8, int4, or 'auto' (float32).")]
 Backend = Annotated[str, _option(_MODEL, "--backend", help="native, reference, or 'auto'.")]
-MaxTokens = Annotated[int, _option(_SAMPLING, "--max-tokens", help="Most new tokens.")]
-Temperature = Annotated[float, _option(_SAMPLING, "--temperature", help="0 is greedy.")]
+MaxTokens = Annotated[int, _option(_SAMPLING, "--max-tokens", help="The most new tokens of an answer.")]
+Temperature = Annotated[
+    float, _option(_SAMPLING, "--temperature", help="0 is greedy; 1 samples from the model's own distribution.")
+]
 Seed = Annotated[
     int | None,
-    _option(_SAMPLING, "--seed", help="Makes the text reproducible: the same with any drafter, or none."),
+    _option(_SAMPLING, "--seed", help="Makes the text reproducible: the same text with any drafter, or none."),
+]
+FailFast = Annotated[
+    bool,
+    typer.Option(
+        "--fail-fast", help="Stop at the first prompt that cannot be answered, instead of going on without it."
+    ),
 ]
 JsonFile = Annotated[
     str | None,
@@ -98,7 +118,7 @@ class ModelOptions:
         from outrider.engine.llm import LLM
 
         if self.backend == "auto" and find_spec("outrider._native") is None:
-            note("the native core is not built here: plain PyTorch runs, slower (`make native` builds it)")
+            note("the native core is not built here: the slower PyTorch backend runs (`make native` builds the core)")
         return LLM(self.model, self.drafter, dtype=self.dtype, backend=self.backend, draft_tokens=self.draft_tokens)
 
 
@@ -109,20 +129,24 @@ class SamplingOptions:
     max_tokens: MaxTokens = 128
     temperature: Temperature = 0.0
     top_p: Annotated[
-        float, _option(_SAMPLING, "--top-p", help="Keep the smallest set of likeliest tokens of this mass.")
+        float, _option(_SAMPLING, "--top-p", help="Keep the likeliest tokens whose probabilities add up to this.")
     ] = 1.0
     top_k: Annotated[int, _option(_SAMPLING, "--top-k", help="Keep the k likeliest tokens; 0 keeps all.")] = 0
     min_p: Annotated[
         float, _option(_SAMPLING, "--min-p", help="Drop tokens less likely than this times the likeliest.")
     ] = 0.0
     repetition_penalty: Annotated[
-        float, _option(_SAMPLING, "--repetition-penalty", help="Above 1 makes seen tokens less likely.")
+        float,
+        _option(_SAMPLING, "--repetition-penalty", help="Above 1: tokens of prompt and output become less likely."),
     ] = 1.0
     presence_penalty: Annotated[
-        float, _option(_SAMPLING, "--presence-penalty", help="Taken off the logit of every token already written.")
+        float,
+        _option(
+            _SAMPLING, "--presence-penalty", help="Subtracted from the logit of every token already in the output."
+        ),
     ] = 0.0
     frequency_penalty: Annotated[
-        float, _option(_SAMPLING, "--frequency-penalty", help="Taken off once for each time a token was written.")
+        float, _option(_SAMPLING, "--frequency-penalty", help="Subtracted once for each time a token is in the output.")
     ] = 0.0
     logit_bias: Annotated[
         list[str] | None,
@@ -132,7 +156,9 @@ class SamplingOptions:
     rule: Annotated[
         str | None,
         _option(
-            _SAMPLING, "--rule", help="rejection, block or coupled. Without it: coupled with a seed, block without."
+            _SAMPLING,
+            "--rule",
+            help="How drafts are verified: rejection, block or coupled. Default: coupled with --seed, else block.",
         ),
     ] = None
     stop: Annotated[
@@ -161,7 +187,8 @@ def _bias(entry: str) -> tuple[int, float]:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command: its parameters that are option groups become their options, its errors become one line.
 
-    Exit codes: 2 for the user's input (``OutriderError``), 1 for anything unforeseen, 130 for Ctrl-C.
+    Exit codes: 2 for the user's input (``OutriderError``), 3 where some prompts of many could not be answered, 1 for
+    anything unforeseen, 130 for Ctrl-C.
     """
     groups: dict[str, type] = {}
     flat: list[Parameter] = []
@@ -194,7 +221,7 @@ def _errors_in_one_line() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except BrokenPipeError:  # the reader went away, as `head` does: nobody is left to tell
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
     except (OutriderError, OSError) as error:
@@ -217,6 +244,15 @@ def complain(message: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", style="bold red", markup=False)
 
 
+def report_failed(failed: Sequence[FailedPrompt], prompts: int) -> None:
+    """Name the prompts that could not be answered, and end the command with ``SOME_FAILED`` if there are any."""
+    for one in failed:
+        complain(f"prompt {one.index + 1} ({one.file} line {one.line}): {one.error}")
+    if failed:
+        complain(f"{len(failed)} of {prompts} prompts could not be answered")
+        raise typer.Exit(SOME_FAILED)
+
+
 # ------------------------------------------------------------------------------------------------ input and output
 
 
@@ -226,14 +262,14 @@ def read_stdin() -> str:
 
 
 def human(json_file: str | None) -> Console:
-    """Where people read: stdout, or stderr when stdout is for JSON alone.
+    """The console for text: stdout, or stderr when stdout is for JSON alone.
 
-    Raises InvalidRequest where the JSON could not be written, before any work is done for it.
+    Raises InvalidRequest where the JSON file could not be written, before any work is done.
     """
     if json_file is not None and json_file != "-":
         path = Path(json_file)
-        place = path if path.exists() else path.parent
-        if path.is_dir() or not os.access(place, os.W_OK):
+        parent = path if path.exists() else path.parent
+        if path.is_dir() or not os.access(parent, os.W_OK):
             raise InvalidRequest(
                 f"--json: cannot write {json_file}; expected a file in a directory that exists, or '-'"
             )
@@ -241,7 +277,7 @@ def human(json_file: str | None) -> Console:
 
 
 def write_json(json_file: str | None, value: Any) -> None:
-    """Write ``value`` where ``--json`` says, if it says so."""
+    """Write ``value`` to the file of ``--json``, or to stdout for ``-``; nothing without ``--json``."""
     if json_file is None:
         return
     text = json.dumps(value, indent=2) + "\n"  # ASCII: even a prompt that was not UTF-8 can be written
@@ -250,6 +286,14 @@ def write_json(json_file: str | None, value: Any) -> None:
         sys.stdout.flush()
     else:
         Path(json_file).write_text(text)
+
+
+def add_columns(table: Table, words: Sequence[str], numbers: Sequence[str]) -> None:
+    """Columns of words on the left, which fold where the terminal is narrow, then columns of numbers, which do not."""
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
 
 
 def check_measurement(draft_tokens: int | None, temperatures: Sequence[float] | None) -> None:
@@ -263,7 +307,7 @@ def check_measurement(draft_tokens: int | None, temperatures: Sequence[float] | 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
-    """A bar for long work: call what is given with a description and the share that is done."""
+    """A progress bar: call the yielded function with a description and the share that is done (0 to 1)."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task("loading", total=1.0)
@@ -271,7 +315,7 @@ def progress_bar(console: Console) -> Iterator[Callable[[str, float], None]]:
 
 
 def output_record(output: Output) -> dict[str, Any]:
-    """One answer, as JSON has it."""
+    """One answer as a JSON object."""
     stats = output.stats
     return {
         "text": output.text,
@@ -288,7 +332,7 @@ def output_record(output: Output) -> dict[str, Any]:
 
 
 def describe(output: Output) -> str:
-    """One answer's figures in a line."""
+    """One answer's statistics in a line."""
     stats = output.stats
     return (
         f"{stats.generated} tokens, {stats.tokens_per_second:.1f} tokens/s, "
@@ -297,10 +341,10 @@ def describe(output: Output) -> str:
 
 
 def figures(output: Output) -> None:
-    """Say an answer's figures on stderr, out of the text's way."""
+    """Print an answer's statistics on stderr, apart from its text."""
     note(describe(output))
 
 
 def note(text: str) -> None:
-    """Say something beside the result: on stderr, dim."""
+    """Print a remark on stderr, dim."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)

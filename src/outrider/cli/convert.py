@@ -28,7 +28,8 @@ def convert(
     target_layer: Annotated[
         list[int] | None,
         typer.Option(
-            "--target-layer", help="A layer it aux_layers, from 0, where the file names none. May be repeated."
+            "--target-layer",
+            help="An auxiliary layer of the target, from 0, where the file names none. May be repeated.",
         ),
     ] = None,
     unverified: Annotated[bool, typer.Option("--unverified", help="Write without measuring acceptance.")] = False,
@@ -48,8 +49,8 @@ def convert(
     from outrider.evaluation.conversion import convert as write
     from outrider.evaluation.conversion import named_target
     from outrider.evaluation.replay import sample_prompts
-    from outrider.files import resolve_model
     from outrider.models.loading import load_backend, load_target
+    from outrider.models.locations import resolve_model
 
     folder = resolve_model(target) if target is not None else named_target(source)
     layers = tuple(target_layer) if target_layer else None

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 __all__ = ["demo"]
 
 ACCEPTED = "bold green"
-FRAME = 1 / 30  # seconds between pictures of the race
-WARM_UP = "First touches of memory and first-time imports are nobody's speed."
+FRAME = 1 / 30  # seconds between frames of the replay
+WARM_UP = "Warm up; the first call is not timed."
 
 
 @dataclass(frozen=True)
 class Run:
-    """One answer, and when each part of it came: seconds since its start, and the pieces."""
+    """One answer, and the time of each part: seconds since its start, and the pieces."""
 
     output: Output
     moments: list[tuple[float, tuple[Piece, ...]]]
@@ -63,13 +63,15 @@ def demo(
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 1.0,
     seed: Seed = 1,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Answers a side, in turns; medians count.")] = 3,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Answers of each side; the table shows medians.")
+    ] = 3,
     json: JsonFile = None,
 ) -> None:
-    """See one text written plainly and speculatively, side by side, and what each took.
+    """See one text generated plainly and speculatively, side by side, with the time of each.
 
-    Three prompts, one a domain. Green tokens were drafted, checked by the target, and accepted. Each side answers
-    several times in turns with nothing drawn meanwhile; then the race is shown as it went.
+    Three prompts, one for each domain. Green tokens were drafted, verified by the target, and accepted. Both sides
+    answer several times, in turns; then the last pair is replayed in real time.
 
     [bold]Examples[/bold]
 
@@ -108,7 +110,7 @@ def demo(
 
 
 def _pair(llm: LLM, model: ModelOptions, prompt: str, params: SamplingParams) -> tuple[Run, Run]:
-    """Plain, then speculative, each from nothing: what an earlier answer taught a drafter must not help the next."""
+    """Plain, then speculative, each with a new drafter, which has learnt nothing from earlier answers."""
     plain, fast = llm.with_drafter("none"), llm.with_drafter(model.drafter, draft_tokens=model.draft_tokens)
     return _run(plain, prompt, params), _run(fast, prompt, params)
 
@@ -119,7 +121,7 @@ def _run(llm: LLM, prompt: str, params: SamplingParams) -> Run:
     began = perf_counter()
     for event in run.events():
         moments.append((perf_counter() - began, event.pieces))
-    return Run(run.outputs()[0], moments)
+    return Run(run.output(), moments)
 
 
 def _row(domain: str, pairs: list[tuple[Run, Run]]) -> Row:
@@ -159,7 +161,7 @@ def _show(console: Console, domain: str, prompt: str, plain: Run, fast: Run) -> 
 
 
 def _picture(domain: str, plain: Run, fast: Run, now: float) -> RenderableType:
-    """Both sides as they stood ``now`` seconds after their start."""
+    """Both sides ``now`` seconds after their start."""
     grid = Table.grid(expand=True)
     grid.add_column(ratio=1)
     grid.add_column(ratio=1)

@@ -30,7 +30,8 @@ def doctor(
     target_layer: Annotated[
         list[int] | None,
         typer.Option(
-            "--target-layer", help="A layer it aux_layers, from 0, where the file names none. May be repeated."
+            "--target-layer",
+            help="An auxiliary layer of the target, from 0, where the file names none. May be repeated.",
         ),
     ] = None,
     dtype: Dtype = "auto",
@@ -51,8 +52,9 @@ def doctor(
     """
     from outrider.evaluation.diagnosis import examine
     from outrider.evaluation.replay import sample_prompts
-    from outrider.files import read_json, resolve_model
+    from outrider.files import read_json
     from outrider.models.loading import load_backend, load_target
+    from outrider.models.locations import resolve_model
 
     layers = tuple(target_layer) if target_layer else None
     if target is None:

@@ -13,11 +13,14 @@ from outrider.cli.common import (
     Backend,
     DraftTokens,
     Dtype,
+    FailFast,
     JsonFile,
+    add_columns,
     check_measurement,
     command,
     human,
     progress_bar,
+    report_failed,
     write_json,
 )
 from outrider.errors import InvalidRequest
@@ -30,6 +33,7 @@ __all__ = ["evaluate"]
 
 THRESHOLDS = (0.2, 0.4, 0.6, 0.8)
 MACRO = "macro average"
+POSITIONS = 9  # columns that fit beside the words in a terminal of 80
 
 
 @command
@@ -55,6 +59,7 @@ def evaluate(
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep/--no-sweep", help="Try the thresholds.")] = True,
     chat: Annotated[bool, typer.Option("--chat", help="Write prompts into the target's chat template.")] = False,
+    fail_fast: FailFast = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampled texts.")] = 1,
     draft_tokens: DraftTokens = None,
     dtype: Dtype = "auto",
@@ -68,9 +73,10 @@ def evaluate(
     """Compare drafters: acceptance length, acceptance at each position, and tokens a second against plain decoding.
 
     Prompts are answered plainly and with each drafter in turns, every time from a cold start; a text ends at its
-    end-of-text token. `accept` counts the target's own token of each round, `drafts` does not; `rate` is accepted over
-    verified drafts. `all` is the average over prompt sets. Intervals are 95 %, from drawing prompts again; differences
-    are between drafters on the same prompts. With --out: evaluation.json and diagrams.
+    end-of-text token. `accept` counts the bonus or recovered token of each round, `drafts` does not; `rate` is accepted
+    over verified drafts. `all` is the average over prompt sets. Intervals are 95 %, by resampling prompts; differences
+    are between drafters on the same prompts. With --out: evaluation.json and diagrams. Prompts that cannot be answered
+    are left out and listed under `errors` in the JSON, and the exit code is then 3.
 
     [bold]Examples[/bold]
 
@@ -84,6 +90,7 @@ def evaluate(
     from outrider.evaluation.drafter_quality import Config
     from outrider.evaluation.drafter_quality import evaluate as run
     from outrider.evaluation.plots import available
+    from outrider.evaluation.recording import FailedPrompt
     from outrider.evaluation.speedup import machine
 
     console = human(json)
@@ -114,10 +121,11 @@ def evaluate(
             dtype=dtype,
             backend=backend,
             machine=machine(),
+            fail_fast=fail_fast,
             progress=progress,
         )
     console.print(_acceptance(found))
-    console.print(_positions(found))
+    console.print(*_positions(found), sep="\n")
     if found.differences:
         console.print(_differences(found))
     if found.sweep:
@@ -128,12 +136,12 @@ def evaluate(
         what = "evaluation.json and diagrams" if available() else "evaluation.json; diagrams need matplotlib"
         console.print(f"{out}: {what}", style="dim", markup=False)
     write_json(json, found.to_json())
+    report_failed([FailedPrompt(**error) for error in found.errors], found.facts["prompts"])
 
 
 def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD, padding=0, title_justify="left")
-    for name in (*words, *numbers):
-        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
+    add_columns(table, words, numbers)
     return table
 
 
@@ -165,18 +173,24 @@ def _acceptance(found: Evaluation) -> Table:
     return table
 
 
-def _positions(found: Evaluation) -> Table:
+def _positions(found: Evaluation) -> list[Table]:
+    """Acceptance at each position, in tables of at most ``POSITIONS`` columns."""
     depth = max(len(row.conditional) for row in found.rows)
-    table = _table(
-        "Drafts accepted at each position in %, where those before were (and all up to it)",
-        ("drafter", "prompts"),
-        ("temp", *(str(j + 1) for j in range(depth))),
-    )
-    for row in found.rows:
-        for name, shares in ((row.drafter, row.conditional), ("  all", row.cumulative)):
-            percent = ["-" if one.value is None else f"{100 * one.value:.0f}" for one in shares]
-            table.add_row(name, _domain(row.domain), f"{row.temperature:g}", *percent)
-    return table
+    tables = []
+    for start in range(0, depth, POSITIONS):
+        shown = range(start, min(start + POSITIONS, depth))
+        table = _table(
+            "Drafts accepted at each position in %, where those before were (and all up to it)",
+            ("drafter", "prompts"),
+            ("temp", *(str(j + 1) for j in shown)),
+        )
+        for row in found.rows:
+            for name, shares in ((row.drafter, row.conditional), ("  all", row.cumulative)):
+                values = [shares[j].value if j < len(shares) else None for j in shown]
+                percent = ["-" if value is None else f"{100 * value:.0f}" for value in values]
+                table.add_row(name, _domain(row.domain), f"{row.temperature:g}", *percent)
+        tables.append(table)
+    return tables
 
 
 def _differences(found: Evaluation) -> Table:
@@ -202,7 +216,7 @@ def _sweep(found: Evaluation) -> Table:
 
 def _confidences(found: Evaluation) -> Table:
     numbers = ("temp", "survivals", "ECE %", "by chance", "Brier", "AUC")
-    table = _table("Confidence: is a survival what it says?", ("drafter",), numbers)
+    table = _table("Confidence: predicted against measured survival", ("drafter",), numbers)
     for one in found.confidences:
         quality = one.pooled
         errors = f"{100 * quality.ece:.1f}", f"{100 * quality.ece_of_chance:.1f}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from outrider.cli.common import (
+    FailFast,
     JsonFile,
     ModelOptions,
     SamplingOptions,
@@ -17,17 +19,15 @@ from outrider.cli.common import (
     human,
     output_record,
     read_stdin,
+    report_failed,
     write_json,
 )
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 
-if TYPE_CHECKING:
-    from outrider.engine.llm import LLM
-
 __all__ = ["generate"]
 
-GROUP = 32  # prompts answered before they are shown: several rows run together, and an interruption loses few
+GROUP = 32  # prompts that are answered together, then shown: an interruption loses at most these
 
 
 @command
@@ -36,12 +36,22 @@ def generate(
     sampling: SamplingOptions,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; '-' reads standard input.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Many prompts: JSON Lines, the first of each line's `turns`.")
+        Path | None,
+        typer.Option(
+            "--prompts", help="Many prompts: JSON Lines with `text`, `turns` (the first one) or `prompt` (ids)."
+        ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask as a user would, by the model's chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send each prompt as a user's message, in the model's chat template.")
+    ] = False,
+    fail_fast: FailFast = False,
     json: JsonFile = None,
 ) -> None:
-    """Continue a prompt. The text goes to stdout as it is written, its figures to stderr.
+    """Continue a prompt. The text goes to stdout as it is generated, its statistics to stderr.
+
+    With --prompts, a prompt that cannot be answered (too long, empty, refused by the chat template) is reported and the
+    others are answered: in the JSON it has `error` beside its `index` (from 0) and `line` (from 1), and the exit code
+    is 3. --fail-fast stops at the first one instead, with code 2.
 
     [bold]Examples[/bold]
 
@@ -57,23 +67,19 @@ def generate(
         raise InvalidRequest("expected a PROMPT ('-' reads standard input) or --prompts FILE, and not both")
     params = sampling.params()
     if prompts is not None:
-        _many(model, params, prompts, chat, json)
+        _many(model, params, prompts, chat, fail_fast, json)
     else:
         _one(model, params, read_stdin() if prompt == "-" else str(prompt), chat, json)
-
-
-def _ask(llm: LLM, prompt: str, chat: bool) -> str | list[int]:
-    return llm.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt
 
 
 def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, json: str | None) -> None:
     text = human(json).file
     llm = model.load()
-    run = llm.run(_ask(llm, prompt, chat), params)
+    run = llm.run(llm.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt, params)
     written = 0
 
     def finish() -> None:
-        [output] = run.outputs()
+        output = run.output()
         text.write(output.text[written:] + "\n")  # an interruption may come between a piece and its writing
         text.flush()
         figures(output)
@@ -84,28 +90,36 @@ def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, j
             written += len(event.text)
             text.write(event.text)
             text.flush()
-    except KeyboardInterrupt:  # what is there is there
+    except KeyboardInterrupt:  # show and write what was generated so far
         finish()
         raise
     finish()
 
 
-def _many(model: ModelOptions, params: SamplingParams, file: Path, chat: bool, json: str | None) -> None:
-    from outrider.evaluation.speedup import read_prompts
+def _many(
+    model: ModelOptions, params: SamplingParams, file: Path, chat: bool, fail_fast: bool, json: str | None
+) -> None:
+    from outrider.evaluation.recording import read_prompts, runnable
 
     console = human(json)
-    prompts = read_prompts(file)
+    prompts = [replace(prompt, asked=isinstance(prompt.prompt, str)) for prompt in read_prompts(file)]
     llm = model.load()
-    records = []
+    good, failed = runnable(llm, prompts, params, chat=chat, fail_fast=fail_fast)
+    records: dict[int, dict[str, Any]] = {}
+
+    def keep(index: int, line: int, result: dict[str, Any]) -> None:
+        records[index] = {"prompt": prompts[index].prompt, "index": index, "line": line, **result}
+
+    for one in failed:
+        keep(one.index, one.line, {"error": one.error})
     try:
-        for start in range(0, len(prompts), GROUP):
-            group = prompts[start : start + GROUP]
-            outputs = llm.generate([_ask(llm, prompt, chat) for prompt in group], params)
-            for index, (prompt, output) in enumerate(zip(group, outputs, strict=True), start + 1):
-                records.append({"prompt": prompt, **output_record(output)})
-                console.print(f"[{index}/{len(prompts)}] {describe(output)}", style="bold", markup=False)
+        for start in range(0, len(good), GROUP):
+            group = good[start : start + GROUP]
+            outputs = llm.generate([prompt.prompt for prompt in group], params)
+            for prompt, output in zip(group, outputs, strict=True):
+                keep(prompt.index, prompt.line, output_record(output))
+                console.print(f"[{prompt.index + 1}/{len(prompts)}] {describe(output)}", style="bold", markup=False)
                 console.file.write(output.text + "\n\n")
-    except KeyboardInterrupt:
-        write_json(json, records)
-        raise
-    write_json(json, records)
+    finally:  # after an interruption too: what was generated so far
+        write_json(json, [records[index] for index in sorted(records)])
+    report_failed(failed, len(prompts))

@@ -35,7 +35,8 @@ def models(json: JsonFile = None) -> None:
 
 def _embedded() -> list[dict[str, Any]]:
     """Facts of the packaged models, from the card that their recipe wrote."""
-    from outrider.files import EMBEDDED, read_json, resolve_model
+    from outrider.files import read_json
+    from outrider.models.locations import EMBEDDED, resolve_model
 
     rows = []
     for name, part in EMBEDDED.items():

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["app", "recipe"]
 
 STAGES = {  # those that have no command of their own elsewhere -> what their help says
-    "prompts": """Collect the questions of data sets: filtered, deduplicated, split by document.
+    "prompts": """Collect the user messages of data sets: filtered, deduplicated, split by document.
 
     FILES are JSON Lines, plain or .gz: `text` or `prompt` to be continued, `turns`, OpenAI's `messages` or ShareGPT's
-    `conversations`. Only what users asked is taken. Lines with the same `document` stay on one side of the split.
+    `conversations`. Only user and system messages are taken. Lines with the same `document` stay on one side of the
+    split.
 
     [bold]Examples[/bold]
 
@@ -34,7 +35,7 @@ STAGES = {  # those that have no command of their own elsewhere -> what their he
     """,
     "regenerate": """Let the target answer every prompt, with its own sampling settings.
 
-    A drafter learns to foresee what its target says, so the answers must be the target's own. A run that was stopped
+    A drafter is trained to predict its target, so the answers must be the target's own. A run that was stopped
     goes on where it was; the result is the same.
 
     [bold]Examples[/bold]
@@ -44,9 +45,9 @@ STAGES = {  # those that have no command of their own elsewhere -> what their he
     [cyan]outrider train regenerate --target my/model --prompts runs/my/prompts --out runs/my/regenerate --server
     http://localhost:8000[/cyan]
     """,
-    "features": """Keep what the target makes of its answers, so that `train run` need not run it again.
+    "features": """Store the target's features of its answers, so that `train run` need not compute them again.
 
-    Optional: by default the target teaches online and nothing is stored. It pays for many epochs on a fast disk.
+    Optional: by default the target runs during training and nothing is stored. It pays for many epochs on a fast disk.
 
     [bold]Examples[/bold]
 
@@ -63,7 +64,7 @@ STAGES = {  # those that have no command of their own elsewhere -> what their he
     [cyan]outrider train run --target ./my-model --answers runs/my/regenerate --out runs/my/run --kind dspark --set
     drafter.block_size=7[/cyan]
     """,
-    "export": """Write the finished drafter for others: vLLM's or DeepSpec's format, with a model card.
+    "export": """Write the finished drafter in vLLM's or DeepSpec's format, with a model card.
 
     [bold]Examples[/bold]
 

@@ -1,4 +1,4 @@
-"""A smaller causal LM of the same vocabulary drafts, token by token, from a memory of its own.
+"""A smaller causal LM of the same vocabulary drafts, token by token, with a KV cache of its own.
 
 Leviathan, Kalman and Matias (ICML 2023); Chen et al. (arXiv 2302.01318).
 """
@@ -16,12 +16,13 @@ from torch import Tensor
 from outrider import registry
 from outrider.config import SamplingParams
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
-from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.distribution import Categorical, Processed
+from outrider.sampling.processors import process
 from outrider.types import Context, DraftLoop, KVCache, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
 
-CHUNK = 512  # most tokens of one row in a catch-up pass, so that a long gap costs bounded scratch memory
+CHUNK = 512  # most tokens of one row in a catch-up pass, so that a long gap needs bounded scratch memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class DraftModelConfig:
     """The most tokens it proposes in a round."""
     dtype: str = "auto"
     """Precision of the draft model alone; auto: int8 where the native core runs, else the target's. Rounding changes
-    what it proposes a little, and its speed a lot; never what is written."""
+    what it proposes a little, and its speed a lot; never the text."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 1:
@@ -44,15 +45,15 @@ class DraftModelConfig:
 @dataclass(slots=True)
 class _Row:
     capacity: int
-    place: int  # slot in the draft model's memory
-    cached: int = 0  # tokens of the row's history that the memory holds
-    ahead: int = 0  # drafts it holds behind them, until ``observe`` tells which came true
+    cache_slot: int  # in the draft model's KV cache
+    cached: int = 0  # tokens of the row's history that the cache holds
+    ahead: int = 0  # drafts it holds after them, until ``observe`` tells which were accepted
 
 
 class DraftModelDrafter:
     """Samples drafts from the draft model under the row's own sampling options.
 
-    The memory follows the row lazily. After a round it already holds the row's last token and all drafts but the
+    The cache follows the row lazily. After a round it already holds the row's last token and all drafts but the
     final one; what it lacks (an accepted final draft, tokens of plain rounds, a prompt served from a prefix cache)
     is read from the history and folded into the next proposal's first pass.
     """
@@ -60,13 +61,22 @@ class DraftModelDrafter:
     Config = DraftModelConfig
     aux_layers: tuple[int, ...] = ()
 
-    def __init__(self, model: TargetModel, draft_tokens: int) -> None:
+    def __init__(
+        self, model: TargetModel, draft_tokens: int, *, vocabulary: int | None = None, tokens: int | None = None
+    ) -> None:
+        """``vocabulary``: rows of the target's head (None: as many as the draft model's). ``tokens``: ids from here
+        on are in no tokenizer, and are never drafted (None: all are)."""
+        rows = model.spec.vocab_size
+        self._vocabulary = rows if vocabulary is None else vocabulary
+        self._tokens = min(rows, self._vocabulary, rows if tokens is None else tokens)
         self.block = draft_tokens
         self.model = model
         self._rows: dict[int, _Row] = {}
         self._cache: KVCache = model.new_cache(1, 1)
         self._slots = 1
-        self._draft_loop = model.draft_loop if isinstance(model, DraftLoop) else None
+        # The loop draws from all rows of the head, so it is for heads whose rows are all tokens of the target's.
+        plain = self._tokens == rows == self._vocabulary
+        self._draft_loop = model.draft_loop if plain and isinstance(model, DraftLoop) else None
 
     @classmethod
     def from_config(
@@ -75,38 +85,44 @@ class DraftModelDrafter:
         target: TargetModel,
         *,
         load_target: Callable[[str, str], TargetModel],
+        tokens: int | None = None,
         **services: Any,
     ) -> DraftModelDrafter:
-        """``load_target(model, dtype)`` makes the draft model.
+        """``load_target(model, dtype)`` makes the draft model; ``tokens``: size of the tokenizer that both models were
+        found to share, None where that is not known.
 
-        Raises IncompatibleDrafter where the vocabularies differ.
+        Heads may be padded to different numbers of rows if both hold all tokens. Raises IncompatibleDrafter.
         """
         model = load_target(config.model, config.dtype)
-        if model.spec.vocab_size != target.spec.vocab_size:
+        rows = (model.spec.vocab_size, target.spec.vocab_size)
+        if rows[0] != rows[1] and (tokens is None or tokens > min(rows)):
             raise IncompatibleDrafter(
                 f"draft model {config.model!r} has a vocabulary of {model.spec.vocab_size} tokens, the target "
                 f"{target.spec.name!r} one of {target.spec.vocab_size}; use a smaller model with the target's tokenizer"
             )
-        return cls(model, config.draft_tokens)
+        return cls(model, config.draft_tokens, vocabulary=target.spec.vocab_size, tokens=tokens)
 
     @staticmethod
     def recognises(config: Mapping[str, Any]) -> bool:
         """Whether a directory with this config.json holds a causal LM."""
-        kinds = config.get("architectures")
-        if kinds:
-            return any(str(kind).endswith("ForCausalLM") for kind in kinds)
-        return config.get("model_type") in registry.TARGETS
+        kinds = [str(kind) for kind in config.get("architectures") or ()]
+        native = config.get("model_type") in registry.TARGETS
+        if not kinds:
+            return native
+        if any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+            return True
+        return native and any(kind.endswith("ForConditionalGeneration") for kind in kinds)
 
     def open(self, slot: int, capacity: int) -> None:
         capacity = min(capacity, self.model.spec.max_positions)
         if capacity > self._cache.capacity:
             self._renew(self._slots, capacity)
         try:
-            place = self._cache.open()
+            cache_slot = self._cache.open()
         except CacheFull:
             self._renew(2 * self._slots, self._cache.capacity)
-            place = self._cache.open()
-        self._rows[slot] = _Row(capacity, place)
+            cache_slot = self._cache.open()
+        self._rows[slot] = _Row(capacity, cache_slot)
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         """Rows draft together. A row near the end of the draft model's context drafts less, past it nothing.
@@ -128,13 +144,13 @@ class DraftModelDrafter:
         if self._draft_loop is not None and min(lengths) == width and all(map(_plain, context.params[: len(rows)])):
             return self._draft_at_once(missing, context, width, rng)
         live = [sum(lengths[b] > j for b in order) for j in range(width)]
-        index, places, positions = torch.tensor(
-            [order, [rows[b].place for b in order], [starts[b] for b in order]], dtype=torch.int64
+        index, cache_slots, positions = torch.tensor(
+            [order, [rows[b].cache_slot for b in order], [starts[b] for b in order]], dtype=torch.int64
         ).unbind()
         offsets = torch.arange(len(order) + 1)
         penalised = any(context.params[b].penalised for b in order)
         seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts that count for penalties
-        distributions: list[Categorical] = []
+        distributions: list[Processed] = []
         drafts: list[Tensor] = []
         sureness: list[Tensor] = []
 
@@ -142,8 +158,8 @@ class DraftModelDrafter:
         for j, n in enumerate(live):
             live_index, live_positions = index[:n], positions[:n]
             if j:
-                batch = RaggedBatch(drafts[-1][:n], live_positions - 1, places[:n], offsets[: n + 1])
-                logits = self.model.forward(batch, self._cache).logits
+                batch = RaggedBatch(drafts[-1][:n], live_positions - 1, cache_slots[:n], offsets[: n + 1])
+                logits = self._fit(self.model.forward(batch, self._cache).logits)
             distribution = process(logits, context, live_index, torch.full((n,), j), drafted=seen)
             keys = None if distribution.is_greedy else rng.token_keys(live_index, live_positions, "draft")
             distributions.append(distribution)
@@ -164,7 +180,7 @@ class DraftModelDrafter:
         )
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
-        """Note how much of the drafts came true; run prompts as they come.
+        """Note how many drafts were accepted; run prompts as they come.
 
         A run of several tokens right behind the cache is a prompt's chunk. The single token of a plain round waits,
         since a row that never drafts again should not pay for it.
@@ -183,14 +199,19 @@ class DraftModelDrafter:
         if chunks:
             self._run(chunks)
 
+    def reset_rows(self) -> None:
+        """Close all slots at once, with a cache made anew."""
+        self._rows.clear()
+        self._cache = self.model.new_cache(self._slots, self._cache.capacity)
+
     def close(self, slot: int) -> None:
-        self._cache.release(self._rows.pop(slot).place)
+        self._cache.release(self._rows.pop(slot).cache_slot)
 
     def _catch_up(self, rows: Sequence[_Row], histories: Sequence[list[int]]) -> list[tuple[_Row, list[int]]]:
-        """Take back what did not come true. -> the tokens the first pass must run, up to and with the last one"""
+        """Rewind rejected drafts. -> the tokens the first pass must run, up to and with the last one"""
         for row, history in zip(rows, histories, strict=True):
-            row.cached = min(row.cached, len(history) - 1)  # a round that never came to be observed
-        self._cache.rewind(torch.tensor([row.place for row in rows]), torch.tensor([row.cached for row in rows]))
+            row.cached = min(row.cached, len(history) - 1)  # a round that was not observed
+        self._cache.rewind(torch.tensor([row.cache_slot for row in rows]), torch.tensor([row.cached for row in rows]))
         missing = []
         for row, history in zip(rows, histories, strict=True):
             row.ahead = 0
@@ -221,28 +242,37 @@ class DraftModelDrafter:
         return Proposal(tokens, lengths, distribution, _largest_probability(logits).view(count, width))
 
     def _run(self, chunks: Sequence[tuple[_Row, list[int]]], logits: bool = False) -> Tensor:
-        """Append tokens to the rows' memory. -> logits [B, V] after each chunk, or none."""
+        """Append tokens to the rows' cache. -> logits [B, V] after each chunk, or none."""
         batch = self._batch(chunks)
         wanted = batch.offsets[1:] - 1 if logits else batch.offsets[:0]
-        return self.model.forward(batch, self._cache, logits_at=wanted).logits
+        return self._fit(self.model.forward(batch, self._cache, logits_at=wanted).logits)
 
-    @staticmethod
-    def _batch(chunks: Sequence[tuple[_Row, list[int]]]) -> RaggedBatch:
+    def _fit(self, logits: Tensor) -> Tensor:
+        """[R, rows of the draft model's head] -> [R, V] of the target, with -inf for what is never drafted."""
+        if self._tokens == logits.shape[1] == self._vocabulary:
+            return logits
+        fitted = logits.new_full((len(logits), self._vocabulary), -torch.inf)
+        fitted[:, : self._tokens] = logits[:, : self._tokens]
+        return fitted
+
+    def _batch(self, chunks: Sequence[tuple[_Row, list[int]]]) -> RaggedBatch:
         """The next tokens of each row, which from now on count as cached."""
-        starts = [row.cached for row, _ in chunks]
+        starts, most = [row.cached for row, _ in chunks], self.model.spec.vocab_size - 1
         for row, tokens in chunks:
             row.cached += len(tokens)
-        return RaggedBatch.pack([tokens for _, tokens in chunks], starts, [row.place for row, _ in chunks])
+        # The target may have sampled from its padding: the draft model may have no such row, and reads its last one.
+        known = [[min(token, most) for token in tokens] for _, tokens in chunks]
+        return RaggedBatch.pack(known, starts, [row.cache_slot for row, _ in chunks])
 
     def _renew(self, slots: int, capacity: int) -> None:
-        """A larger memory. Rows that are open start it empty and catch up when they next draft."""
+        """A larger cache. Open rows start empty in it and catch up when they next draft."""
         self._cache, self._slots = self.model.new_cache(slots, capacity), slots
         for row in self._rows.values():
-            row.place, row.cached, row.ahead = self._cache.open(), 0, 0
+            row.cache_slot, row.cached, row.ahead = self._cache.open(), 0, 0
 
 
 def _largest_probability(logits: Tensor) -> Tensor:
-    """float32 [R]: max softmax(logits). numpy on a CPU: so small a sum is not worth waking torch's threads for."""
+    """float32 [R]: max softmax(logits). numpy on a CPU: the sum is too small to be worth starting torch's threads."""
     if logits.device.type != "cpu":
         return logits.float().softmax(-1).amax(-1)
     values = logits.float().numpy()
@@ -250,15 +280,15 @@ def _largest_probability(logits: Tensor) -> Tensor:
 
 
 def _plain(params: SamplingParams) -> bool:
-    """Whether the distribution is softmax(logits / temperature), or the largest logit: what a backend can draw by itself."""
-    cut = params.top_k or params.top_p != 1 or params.min_p or params.penalised or params.logit_bias
-    return not cut and (params.temperature == 0 or params.temperature >= 1e-3)
+    """Whether sampling is plain softmax(logits / temperature) or argmax, which a backend can do by itself."""
+    processed = params.top_k or params.top_p != 1 or params.min_p or params.penalised or params.logit_bias
+    return not processed and (params.temperature == 0 or params.temperature >= 1e-3)
 
 
 def _grid(rows: int, order: Sequence[int], live: Sequence[int]) -> Tensor:
     """int64 [B, K]: which draft, counted in the order they were made, is token (b, j).
 
-    Undrafted places borrow the first one: nothing reads them.
+    Positions without a draft point to the first one: nothing reads them.
     """
     grid = [[0] * len(live) for _ in range(rows)]
     made = 0

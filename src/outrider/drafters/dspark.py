@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.checkpoints import BlockDesign, DraftCheckpoint
-from outrider.drafters.base import Drawing, TrainedDrafter, linear, rms_norm, rowwise
+from outrider.checkpoints import DraftCheckpoint
+from outrider.drafters.base import CachedDrafter, Drawing, linear, rms_norm, rowwise
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import InvalidRequest
-from outrider.types import Backend, Context, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import Backend, BlockHead, Context, DraftsBlocks, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead"]
 
@@ -39,7 +40,7 @@ class DSparkConfig:
     """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
 
     shortlist: int = 1024
-    """Tokens of the largest base logits that a sampled draft is drawn from, with its distribution; on the native core."""
+    """On the native core: how many tokens, those of the largest base logits, a sampled draft is drawn from."""
 
     def __post_init__(self) -> None:
         for name in ("draft_tokens", "block_size", "shortlist"):
@@ -48,7 +49,7 @@ class DSparkConfig:
                 raise InvalidRequest(f"drafter dspark: {name} must be at least 1, got {value}")
 
 
-class DSparkDrafter(TrainedDrafter):
+class DSparkDrafter(CachedDrafter):
     """Drafts a block in one pass of its layers, then corrects it token by token."""
 
     Config = DSparkConfig
@@ -78,7 +79,7 @@ class DSparkDrafter(TrainedDrafter):
         self._hidden_norm = checkpoint.tensors["hidden_norm.weight"].float()
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
-        """Take in the features of committed tokens; they become keys and values when they are needed, or many."""
+        """Keep the features of committed tokens. They become keys and values at the next draft, or when many wait."""
         full = self.cache.add(batch, features)
         if full:
             self._absorb(full)
@@ -96,7 +97,7 @@ class DSparkDrafter(TrainedDrafter):
             tokens, margins, distribution = self.head.draft(base, hidden, anchors, drawing.keys(), drawing.temperatures)
             drawing.record(tokens, margins, distribution)
             before = self.head.before(anchors, tokens)
-        elif not self.design.markov_rank and not drawing.penalised:
+        elif not self.design.markov_rank:
             drawing.draw_all(base)
             before = []
         else:
@@ -131,18 +132,18 @@ class DSparkDrafter(TrainedDrafter):
         """
         self._absorb(slots)
         size, first = self.design.block_size, 0 if self.design.sample_from_anchor else 1
-        places, starts = self.cache.places(slots), self.cache.held(slots)
+        cache_slots, starts = self.cache.cache_slots(slots), self.cache.held(slots)
         tokens = torch.full((len(slots), size), self.design.mask_token_id, dtype=torch.int64)
         tokens[:, 0] = anchors
         block = torch.arange(size)
         batch = RaggedBatch(
-            tokens.flatten(), (starts[:, None] + block).flatten(), places, torch.arange(len(slots) + 1) * size
+            tokens.flatten(), (starts[:, None] + block).flatten(), cache_slots, torch.arange(len(slots) + 1) * size
         )
         wanted = torch.arange(len(slots))[:, None] * size + first + torch.arange(drafts)
         output = self.net.stack.forward(
             batch, self.cache.kv_cache, hidden=self.net.embed(batch.tokens), logits_at=wanted.flatten(), mask="block"
         )
-        self.cache.kv_cache.rewind(places, starts)  # the block's own keys and values were scratch
+        self.cache.kv_cache.rewind(cache_slots, starts)  # the keys and values of the block itself are scratch
         shape = len(slots), drafts, -1
         return output.hidden.view(shape), self.net.logits(output).view(shape)
 
@@ -154,7 +155,7 @@ class DSparkDrafter(TrainedDrafter):
 
 
 class DFlashDrafter(DSparkDrafter):
-    """The same with no Markov head and no confidence head: every draft is its own slot's likeliest token."""
+    """The same without Markov head and confidence head: each draft depends on its own slot's logits alone."""
 
     kinds = ("dflash", "dspark")
 
@@ -172,9 +173,9 @@ class SequentialHead:
         target_ids: Tensor | None = None,
         shortlist: int = 1024,
     ) -> None:
-        """``target_ids`` of a reduced vocabulary. A backend with a ``markov_head`` drafts whole blocks in one call."""
+        """``target_ids`` of a reduced vocabulary. A ``DraftsBlocks`` backend drafts whole blocks in one call."""
         self.design = design
-        self.core: Any = None
+        self.core: BlockHead | None = None
         self._confidence: tuple[Tensor, Tensor] | None = None
         self._mix_hidden: Callable[[Tensor], Tensor] | None = None
         if design.confidence:
@@ -183,12 +184,12 @@ class SequentialHead:
             return
         w1, w2, mix = tensors["markov.w1.weight"], tensors["markov.w2.weight"], None
         self._w1, self._w2 = w1.float(), linear(backend, w2, dtype)
-        make = getattr(backend, "markov_head", None)
+        make = backend.markov_head if isinstance(backend, DraftsBlocks) else None
         if design.markov_head != "vanilla":
             name = "markov.gate" if design.markov_head == "gated" else "markov.joint"
             weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
             self._mix = linear(backend, weight, dtype, bias)
-            if make is not None:  # the hidden states' part of the product waits for no token
+            if make is not None:  # the hidden states' part of the product depends on no token
                 if design.markov_head == "gated":
                     of_hidden, mix = weight[:, : -design.markov_rank], weight[:, -design.markov_rank :]
                 else:
@@ -231,9 +232,8 @@ class SequentialHead:
         """A whole block in one call of the backend's ``core``: see ``NativeMarkovHead.draft``. base [n, K, Vd],
         hidden [n, K, D], anchors int64 [n], keys int64 [n, K], temperatures float32 [n]."""
         mixed = None if self._mix_hidden is None else self._mix_hidden(hidden.flatten(0, 1))
-        drafted: tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]
-        drafted = self.core.draft(base, mixed, anchors, keys, temperatures)
-        return drafted
+        assert self.core is not None
+        return self.core.draft(base, mixed, anchors, keys, temperatures)
 
     def before(self, anchors: Tensor, tokens: Tensor) -> list[Tensor]:
         """W1 of the token before each draft, if the confidence head reads it. int64 [n], int64 [n, K] -> K of [n, r]"""

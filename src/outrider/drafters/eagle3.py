@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from outrider.checkpoints import AutoregressiveDesign, DraftCheckpoint
+from outrider.checkpoints import DraftCheckpoint
 from outrider.drafters.base import AutoregressiveDrafter, linear, rms_norm
+from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.errors import InvalidRequest
 from outrider.types import Backend, TargetModel
 
@@ -39,7 +40,8 @@ class Eagle3Config:
 
 
 class Eagle3Drafter(AutoregressiveDrafter):
-    """Drafts a chain; its self-fed keys and values are taken back, and accepted tokens re-run on true features."""
+    """Drafts token by token. The keys and values of drafts are rewound; accepted tokens run again on the target's
+    features."""
 
     Config = Eagle3Config
     kinds = ("eagle3",)
@@ -55,7 +57,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         max_rows: int,
     ) -> None:
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows)
-        assert isinstance(checkpoint.design, AutoregressiveDesign)
+        assert isinstance(checkpoint.design, Eagle3Design)
         self.design, tensors = checkpoint.design, checkpoint.tensors
         self.feeds_normed = self.design.norm_output
         self._fc = linear(backend, tensors["fc.weight"], dtype)

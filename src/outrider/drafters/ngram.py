@@ -66,8 +66,8 @@ class NgramDrafter:
         self._rows[slot] = _Index()
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        """Deterministic (no distribution). Confidence is Laplace's rule of succession on the copy: it has agreed with the
-        text m tokens in a row, so it is right once more with probability (m + 1) / (m + 2)."""
+        """Deterministic (no distribution). Confidence is Laplace's rule of succession: a copy that has agreed with the
+        text for m tokens agrees once more with probability (m + 1) / (m + 2)."""
         drafts: list[list[int]] = []
         confidence: list[list[float]] = []
         for b, (slot, most) in enumerate(zip(slots.tolist(), limit.tolist(), strict=True)):
@@ -86,6 +86,10 @@ class NgramDrafter:
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Nothing: the history that ``propose`` is shown holds every committed token."""
+
+    def reset_rows(self) -> None:
+        """Close all slots at once."""
+        self._rows.clear()
 
     def close(self, slot: int) -> None:
         del self._rows[slot]

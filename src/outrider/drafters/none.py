@@ -37,5 +37,8 @@ class NoDrafter:
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Nothing to learn."""
 
+    def reset_rows(self) -> None:
+        """Nothing to free."""
+
     def close(self, slot: int) -> None:
         """Nothing to free."""

@@ -1,7 +1,7 @@
 """Suffix drafting: the most frequent continuation of the longest context seen before.
 
 Contexts come from the row itself (prompt and output) and from earlier outputs of this process. After SuffixDecoding
-(Oliaro et al., arXiv 2411.04975, section 4), with a suffix automaton (Blumer et al. 1985) in place of suffix trees:
+(Oliaro et al., arXiv 2411.04975, section 4), with a suffix automaton (Blumer et al. 1985) instead of suffix trees:
 one state per class of contexts with the same occurrences, at most two per token.
 """
 
@@ -52,8 +52,8 @@ class SuffixConfig:
 class SuffixAutomaton:
     """Every context of some texts, and how often each token followed it. Appending is O(1) amortised.
 
-    A state stands for all contexts that end at the same places; ``length`` is that of the longest. ``link`` leads
-    to the longest of its suffixes that ends at more places, so the link of the newest state is the longest context
+    A state stands for all contexts that end at the same positions; ``length`` is that of the longest. ``link`` leads
+    to the longest of its suffixes that ends at more positions, so the link of the newest state is the longest context
     at the end of the text that occurred before.
     """
 
@@ -216,8 +216,8 @@ class _Row:
 class SuffixDrafter:
     """Drafts from the row's own text or from earlier outputs, whichever is surer of its first token.
 
-    Deterministic: the frequencies are a confidence, not a distribution. Which outputs were stored before changes what is
-    proposed, never what is written.
+    Deterministic: the frequencies are a confidence, not a distribution. Which outputs were stored before changes what
+    is proposed, never the text.
     """
 
     Config = SuffixConfig
@@ -260,6 +260,10 @@ class SuffixDrafter:
             if start < end:
                 self._rows[slot].read(positions[start], tokens[start:end])
 
+    def reset_rows(self) -> None:
+        """Close all slots at once."""
+        self._rows.clear()
+
     def close(self, slot: int) -> None:
         row = self._rows.pop(slot)
         if row.prompt_length is not None:
@@ -273,8 +277,8 @@ class SuffixDrafter:
         if most <= 0:
             return [], []
         recent = row.tokens[-self._config.max_match :]
-        places = [(row.automaton, *row.automaton.end())]
-        places += [(earlier, *earlier.find(recent)) for earlier in self._archive.generations if earlier.tokens]
+        found = [(row.automaton, *row.automaton.end())]
+        found += [(earlier, *earlier.find(recent)) for earlier in self._archive.generations if earlier.tokens]
         # Chosen by the first token alone: a longer limit must not change what a shorter one proposes.
-        drafts = [automaton.draft(state, matched, most, self._config) for automaton, state, matched in places]
+        drafts = [automaton.draft(state, matched, most, self._config) for automaton, state, matched in found]
         return max(drafts, key=lambda draft: draft[1][:1])

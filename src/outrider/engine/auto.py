@@ -1,7 +1,7 @@
 """What ``drafter="auto"`` means for a target that comes with drafters: the one that measures fastest on this machine.
 
-Some seconds of answers count_accepted, greedy and sampled, plain decoding among the candidates: whoever is slower than plain in
-either is not chosen. The answer is kept with what it depends on, and asked for again when any of that changes.
+Each candidate answers for some seconds, greedily and sampled; plain decoding is one of them, and a drafter that is slower
+than it in either is not chosen. The result is cached with everything it depends on, and measured again when that changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -19,7 +19,8 @@ import torch
 
 from outrider import __version__
 from outrider.config import SamplingParams
-from outrider.files import EMBEDDED, EMBEDDED_PROMPTS, cache_folder, read_json, resolve_model, write_json
+from outrider.files import cache_folder, read_json, read_json_lines, write_json
+from outrider.models.locations import EMBEDDED, EMBEDDED_PROMPTS, resolve_model
 from outrider.types import Output
 
 __all__ = ["EMBEDDED_DRAFTERS", "fastest"]
@@ -35,13 +36,13 @@ TEMPERATURES = (0.0, 1.0)
 
 
 class _LLM(Protocol):
-    def with_drafter(self, drafter: str) -> _LLM: ...
     def forget(self) -> None: ...
     def generate(self, prompts: Any, params: Any = None) -> list[Output]: ...
 
 
-def fastest(llm: _LLM, dtype: str, backend: str) -> str:
-    """The name of a packaged drafter, ``suffix`` or ``none``; measured, or remembered from before."""
+def fastest(load: Callable[[str], _LLM], dtype: str, backend: str) -> str:
+    """The name of a packaged drafter, ``suffix`` or ``none``; measured, or remembered from before. ``load`` makes an
+    LLM of the target with the drafter of that name."""
     candidates = [PLAIN, *WITHOUT_FILES, *(name for name, model in EMBEDDED_DRAFTERS.items() if _there(model))]
     key = _key(candidates, dtype, backend)
     path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
@@ -49,20 +50,20 @@ def fastest(llm: _LLM, dtype: str, backend: str) -> str:
         kept = read_json(path)
         if kept["key"] == key and kept["fastest"] in candidates:
             return str(kept["fastest"])
-    speedups = _measure(llm, candidates)
+    speedups = _measure(load, candidates)
     best = max(speedups, key=lambda name: speedups[name])
     with suppress(OSError):
         write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
     return best
 
 
-def _measure(llm: _LLM, candidates: Sequence[str]) -> dict[str, float]:
+def _measure(load: Callable[[str], _LLM], candidates: Sequence[str]) -> dict[str, float]:
     """Speed-up over plain decoding: the lesser of greedy and sampled, each the geometric mean over one prompt a domain,
-    in turns. Greedy text of small models repeats itself, and flatters whoever copies."""
-    sides = {name: llm.with_drafter(name) for name in candidates}
+    in turns. Greedy text of small models repeats itself, which flatters drafters that copy."""
+    sides = {name: load(name) for name in candidates}
     files = sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
-    prompts = [json.loads(file.read_text().split("\n", 1)[0])["turns"][0] for file in files]
-    for side in sides.values():  # first touches are nobody's speed
+    prompts = [next(read_json_lines(file))[1]["turns"][0] for file in files]
+    for side in sides.values():  # warm up: the first call is not timed
         side.generate(prompts[0], SamplingParams(max_tokens=8))
     least = dict.fromkeys(candidates, math.inf)
     for temperature in TEMPERATURES:

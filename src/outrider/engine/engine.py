@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import count
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
-from outrider.engine.rows import Admission, Request, Rows
-from outrider.errors import InvalidRequest
-from outrider.sampling.distribution import process
-from outrider.sampling.verification import truncate
-from outrider.types import Drafter, Proposal, RaggedBatch, SchedulerPolicy, StepCost, TargetModel
+from outrider.engine.finisher import Finisher
+from outrider.engine.request import Commit, Request, check_request, sampling_error
+from outrider.engine.rows import Admission, Candidates, Rows
+from outrider.engine.totals import Totals
+from outrider.engine.turns import Turns
+from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.processors import process
+from outrider.tokenization.tokenizer import Tokenizer
+from outrider.types import (
+    Drafter,
+    Proposal,
+    RaggedBatch,
+    ReadsHidden,
+    RequestStats,
+    ResetsRows,
+    RowRecord,
+    SchedulerPolicy,
+    StepCost,
+    StepObserver,
+    StepRecord,
+    TargetModel,
+    TargetOutput,
+)
 
-__all__ = ["Commit", "Engine"]
+__all__ = ["Engine"]
 
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """New tokens of one request: first the accepted drafts, then at most one of the target's own."""
-
-    request: Request
-    tokens: list[int]
-    accepted: int
+TAIL = 16  # tokens of a prompt that its first new token's text may depend on
 
 
 class Engine:
-    """Runs requests against one target with one drafter and one policy, several rows together."""
+    """Runs requests against one target with one drafter and one policy, several rows together.
+
+    Any thread may submit, cancel and read. There is no thread of the engine's own: of those that wait for events, one
+    at a time runs the next step, which serves all. An interrupt or error at any point of a step loses nothing: commits
+    that were begun are completed, and what is not known to be whole is computed again.
+    """
 
     def __init__(
         self,
@@ -40,49 +58,87 @@ class Engine:
         max_rows: int,
         capacity: int,
         chunk: int = 512,
+        tokenizer: Tokenizer | None = None,
+        observers: Sequence[StepObserver] = (),
     ) -> None:
+        """``capacity``: tokens of a sequence at first; a longer request makes it grow. ``tokenizer``: None = events
+        without text."""
         self.target, self.drafter, self.policy = target, drafter, policy
-        self.capacity = capacity
+        self.tokenizer, self.observers = tokenizer, list(observers)
+        self.max_rows, self.capacity = max_rows, capacity
         self.cache = target.new_cache(max_rows, capacity)
         self.admission = Admission(max_rows, chunk)
+        self._arrivals: deque[Request] = deque()  # submitted, not yet seen by a step
+        self._requests: dict[int, Request] = {}  # seen and not finished: what a repair goes by
+        self._numbers = count()
+        self._totals = Totals()
+        self._commits: list[Commit] = []  # of the step in progress, once all of them are known
+        self._whole = True  # False while a step is under way: what it leaves behind cannot be relied on
+        self._turns = Turns()
 
-    def add(self, index: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
-        """Queue a request. Raises InvalidRequest for a prompt that is empty, too long or not in the vocabulary."""
-        spec = self.target.spec
-        if not prompt:
-            raise InvalidRequest("the prompt is empty: got 0 tokens, expected at least 1")
-        if not 0 <= min(prompt) <= max(prompt) < spec.vocab_size:
-            raise InvalidRequest(
-                f"prompt token ids must be between 0 and {spec.vocab_size - 1}, got {min(prompt)} to {max(prompt)}"
-            )
-        if len(prompt) + params.max_tokens > self.capacity:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together they pass the "
-                f"context of {self.capacity} tokens; shorten the prompt or lower max_tokens"
-            )
-        stop_ids = frozenset() if params.ignore_eos else frozenset(spec.eos_token_ids)
-        request = Request(index, params, seed, stop_ids, list(prompt), len(prompt), pending=len(prompt))
-        self.admission.waiting.append(request)
+    # ------------------------------------------------------------------------------------------ for any thread
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise InvalidRequest for a request that this engine cannot run."""
+        check_request(self.target.spec, prompt, params)
+        if params.stop and self.tokenizer is None:
+            raise InvalidRequest("stop strings need a tokenizer, and this engine has none")
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> Request:
+        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry."""
+        self.check(prompt, params)
+        stop_ids = frozenset() if params.ignore_eos else frozenset(self.target.spec.eos_token_ids)
+        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]))
+        number = next(self._numbers)
+        request = Request(number, index, params, seed, finisher, list(prompt), len(prompt), pending=len(prompt))
+        self._arrivals.append(request)
         return request
 
-    @torch.inference_mode()  # memories that were made in a step can be changed in this mode only
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
-        """Stop a request now, wherever it is; what it has committed stays."""
-        if request in self.admission.waiting:
-            self.admission.waiting.remove(request)
-            request.finish_reason = reason
-        elif request.finish_reason is None:
-            self._finish(request, reason)
+        """Stop a request, wherever it is; what it has committed stays. At once, or at the end of a running step."""
+        if request.finish_reason is None:
+            request.cancelled = reason
+            self._turns.run_if_free(self._tidy)
+
+    def wait(self, requests: Sequence[Request]) -> None:
+        """Until all of them have finished; where that is interrupted, they are cancelled. Raises the first error."""
+        try:
+            for request in requests:
+                self.advance(lambda request=request: request.finish_reason is not None)  # type: ignore[misc]
+                if request.error is not None:
+                    raise request.error
+        finally:
+            for request in requests:
+                self.cancel(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is not finished."""
+        return bool(self._requests or self._arrivals)
+
+    @property
+    def totals(self) -> tuple[int, RequestStats]:
+        """Requests that have finished, and their counts together."""
+        return self._totals.requests, self._totals.stats
+
+    def advance(self, done: Callable[[], bool]) -> None:
+        """Run steps, or wait while another thread runs them, until ``done()``."""
+        self._turns.run_until(done, self.step)
+
+    # ------------------------------------------------------------------------------------------ one step
 
     @torch.inference_mode()
     def step(self) -> list[Commit]:
         """One round of every row that takes part; a step that only reads prompts commits nothing."""
         began = perf_counter()
-        rows = self.admission.next(self._open)  # who
+        self._begin()
+        rows = self._next_rows()  # who
         if not len(rows):
+            self._whole = True
             return []
         draft_began = perf_counter()
-        proposal = rows.pad(self._draft(rows))  # draft
+        planned = self.policy.plan(rows.view) if rows.ready else []  # draft at all? how far?
+        proposal = rows.pad(self._propose(rows, planned))  # draft
         draft_ended = perf_counter()
         keep = self.policy.choose(proposal.confidence, proposal.lengths)  # schedule
         kept = keep.tolist()
@@ -90,75 +146,86 @@ class Engine:
         verify_began = perf_counter()
         output = self.target.forward(run.batch, self.cache, self.drafter.aux_layers, run.wanted)  # verify
         verify_ended = perf_counter()
-        commits: list[Commit] = []
-        accepted = kept
+        accepted, tokens = kept, []
         if rows.complete:
-            distributions = process(output.logits, rows.context, run.rows, run.depth, drafted=proposal.tokens)
-            verification = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
-            accepted = verification.accepted.tolist()
-            commits = self._commit(rows, kept, accepted, verification.tokens.tolist())  # commit
-        self._observe(rows, run.batch, commits, output.features)
+            try:
+                distributions = process(output.logits, rows.context, run.rows, run.depth, drafted=proposal.tokens)
+                result = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
+            except RowsFailed as error:
+                return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
+            accepted, tokens = result.accepted.tolist(), result.tokens.tolist()
+        commits = self._commit(rows, kept, accepted, tokens)  # commit, where texts may end
+        self._observe(rows, run, commits, output)
         forward_seconds = (draft_ended - draft_began) + (verify_ended - verify_began)
-        self.policy.observe(
-            StepCost(
-                draft=draft_ended - draft_began,
-                verify=verify_ended - verify_began,
-                bookkeeping=perf_counter() - began - forward_seconds,
-                rows=len(rows),
-                tokens=len(run.batch.tokens),
-                context=sum(len(r.history) for r in rows.requests),
-            ),
-            accepted,
+        cost = StepCost(
+            draft=draft_ended - draft_began,
+            verify=verify_ended - verify_began,
+            bookkeeping=perf_counter() - began - forward_seconds,
+            rows=len(rows),
+            tokens=len(run.batch.tokens),
+            context=sum(len(r.history) for r in rows.requests),
         )
-        for request in rows.requests:
-            request.stats.seconds = perf_counter() - request.started
-            if request.finish_reason is not None and request.slot >= 0:
-                self._finish(request, request.finish_reason)
+        self.policy.observe(cost, accepted)
+        if self.observers:
+            self._report(commits, planned, proposal, kept, cost)
+        for commit in commits:
+            if commit.request.finish_reason is not None:
+                self._retire(commit.request)
+        self._commits = []
+        self._whole = True
         return commits
 
-    # -------------------------------------------------------------------------------------------- parts of a step
+    def _begin(self) -> None:
+        """Act on what was asked for since the last step. From here on the engine is not whole until the step ends."""
+        self._tidy()
+        self._whole = False
+        needed = max((r.prompt_length + r.params.max_tokens for r in self.admission.waiting), default=0)
+        if needed > self.capacity:
+            self.capacity = min(max(needed, 2 * self.capacity), self.target.spec.max_positions)
+            self._repair()
 
-    def _open(self, request: Request) -> int:
-        slot = self.cache.open()
-        self.drafter.open(slot, self.capacity)
-        request.started = perf_counter()
-        return slot
+    def _next_rows(self) -> Rows:
+        """Admit what fits. Where a row's memory cannot be had, the latest rows wait until earlier ones are done."""
+        self.admission.admit(self._open)
+        for request in list(self.admission.running):
+            if request.slot < 0:
+                continue
+            needed = min(len(request.history) + self.drafter.block + 1, self.capacity)
+            while not self.cache.reserve(request.slot, needed):
+                latest = self.admission.running[-1]
+                if latest is request and len(self.admission.running) == 1:
+                    raise CacheFull(
+                        f"a sequence of {needed} tokens does not fit the memory of the KV cache, and no other row can "
+                        "make room; shorten the prompt or lower max_tokens"
+                    )
+                self._preempt(latest)
+                if latest is request:
+                    break
+        return self.admission.next()
 
-    def _draft(self, rows: Rows) -> Proposal:
-        """Propose for the rows that are past their prompt; none when the policy or their budgets say so."""
-        limits = rows.limits(self.policy.plan(rows.view), self.drafter.block, self.capacity) if rows.ready else []
+    def _propose(self, rows: Rows, planned: Sequence[int]) -> Proposal:
+        """Drafts for the rows that are past their prompt; none where the policy or their budgets say so."""
+        limits = rows.limits(planned, self.drafter.block, self.capacity)
         if not any(limits):
             return Proposal.empty(rows.ready)
         limit = torch.tensor(limits, dtype=torch.int64)
         return self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
 
     def _commit(self, rows: Rows, keep: list[int], accepted: list[int], tokens: list[list[int]]) -> list[Commit]:
-        """Append each row's new tokens, up to a stop id or its budget; nothing after them is kept or counted."""
-        commits = []
-        for b, request in enumerate(rows.requests[: rows.complete]):
-            new, kept = truncate(tokens[b], accepted[b], request.stop_ids, request.left)
-            if new[-1] in request.stop_ids:
-                request.finish_reason = "stop"
-            request.history.extend(new)
-            request.pending = 1
-            stats = request.stats
-            stats.generated += len(new)
-            if request.round:  # the first token comes from the prompt's own pass
-                stats.rounds += 1
-                stats.drafted += keep[b]
-                stats.accepted += kept
-                for counts, n in ((stats.drafted_per_position, keep[b]), (stats.accepted_per_position, kept)):
-                    counts.extend([0] * (n - len(counts)))
-                    for j in range(n):
-                        counts[j] += 1
-            request.round += 1
-            if request.finish_reason is None and request.left == 0:
-                request.finish_reason = "length"
-            commits.append(Commit(request, new, kept))
+        """Append each row's new tokens up to where its text ends; nothing after that is kept or counted."""
+        now = perf_counter()
+        commits = [
+            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started)
+            for b, request in enumerate(rows.requests[: rows.complete])
+        ]
+        self._commits = commits  # from here on the step counts, whatever interrupts it
+        for commit in commits:
+            commit.apply()
         return commits
 
-    def _observe(self, rows: Rows, batch: RaggedBatch, commits: list[Commit], features: Tensor | None) -> None:
+    def _observe(self, rows: Rows, run: Candidates, commits: list[Commit], output: TargetOutput) -> None:
         """Take the rejected drafts back, and show the drafter what was committed."""
+        batch, features = run.batch, output.features
         kept = [chunk + c.accepted for chunk, c in zip(rows.chunks, commits, strict=False)]
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
             request.pending -= chunk
@@ -166,18 +233,130 @@ class Engine:
         if commits:
             ends = torch.tensor([len(c.request.history) - 1 for c in commits], dtype=torch.int64)
             self.cache.rewind(batch.slots[: rows.complete], ends)
+        hidden = None
+        if isinstance(self.drafter, ReadsHidden) and output.hidden is not None:
+            hidden = output.hidden[_last_rows(run.rows, [c.accepted for c in commits])]
         if sum(kept) < len(batch.tokens):
             first, tokens, positions = batch.offsets.tolist(), batch.tokens.tolist(), batch.positions.tolist()
-            if features is not None:  # slices: an index would wake all threads for a few rows
+            if features is not None:  # slices: an index would wake all of PyTorch's threads for a few rows
                 parts = [features[at : at + n] for at, n in zip(first, kept, strict=False)]
                 features = parts[0] if len(parts) == 1 else torch.cat(parts)
             new = [tokens[at : at + n] for at, n in zip(first, kept, strict=False)]
             batch = RaggedBatch.pack(new, [positions[at] for at in first[: len(kept)]], batch.slots.tolist())
-        self.drafter.observe(batch, features)
+        self.drafter.observe(batch, features, hidden)
 
-    def _finish(self, request: Request, reason: str) -> None:
-        request.finish_reason = reason
-        self.admission.running.remove(request)
-        self.drafter.close(request.slot)
-        self.cache.release(request.slot)
-        request.slot = -1
+    def _report(
+        self, commits: list[Commit], planned: Sequence[int], proposal: Proposal, keep: list[int], cost: StepCost
+    ) -> None:
+        """Show the observers the step."""
+        lengths = proposal.lengths.tolist()
+        sure = None if proposal.confidence is None else proposal.confidence.tolist()
+        rows = tuple(
+            RowRecord(
+                request=commit.request.number,
+                limit=planned[b] if b < len(planned) else 0,
+                drafted=lengths[b],
+                verified=keep[b],
+                accepted=commit.accepted,
+                committed=tuple(commit.tokens),
+                confidence=tuple(sure[b][: lengths[b]]) if sure is not None and b < len(sure) else None,
+                first=commit.round == 1,
+            )
+            for b, commit in enumerate(commits)
+        )
+        for observer in self.observers:
+            observer.step(StepRecord(rows, cost))
+
+    # ------------------------------------------------------------------------------------------ rows come and go
+
+    def _open(self, request: Request) -> None:
+        slot = self.cache.open()
+        self.drafter.open(slot, self.capacity)
+        request.slot = slot
+        request.started = request.started or perf_counter()
+
+    def _close(self, request: Request) -> None:
+        slot, request.slot = request.slot, -1
+        self.drafter.close(slot)
+        self.cache.release(slot)
+
+    def _preempt(self, request: Request) -> None:
+        """Give a row's memory back; its tokens are computed again when it gets a row next."""
+        self._close(request)
+        request.pending = len(request.history)
+        self.admission.preempt(request)
+
+    def _retire(self, request: Request) -> None:
+        """A finished request leaves."""
+        if request.slot >= 0:
+            self._close(request)
+        if request in self.admission.running:
+            self.admission.running.remove(request)
+        else:
+            with suppress(ValueError):
+                self.admission.waiting.remove(request)
+        self._totals = self._totals.with_finished(request)
+        self._requests.pop(request.number, None)
+
+    @torch.inference_mode()  # caches that were made in a step can be changed in this mode only
+    def _tidy(self) -> None:
+        """Make good what an interrupted step left behind; queue what was submitted, retire what was cancelled."""
+        if not self._whole:
+            self._repair()
+        self._whole = False
+        while self._arrivals:
+            request = self._arrivals[0]  # in one place at least, wherever this is interrupted
+            if request.number not in self._requests:
+                self._requests[request.number] = request
+                self.admission.waiting.append(request)
+            self._arrivals.popleft()
+        for request in [r for r in self._requests.values() if r.cancelled is not None]:
+            request.finish_reason = request.finish_reason or request.cancelled
+            self._retire(request)
+        self._whole = True
+
+    def _fail(self, rows: Rows, failed: Tensor, logits: Tensor) -> list[Commit]:
+        """End requests whose logits cannot be sampled from; the step's other rows are computed again.
+
+        failed int64 [n]: the row of the step that each of the target's ``logits`` [n, V] belongs to.
+        """
+        for b, are_numbers in zip(failed.tolist(), torch.isfinite(logits.amax(1)).tolist(), strict=True):
+            request = rows.requests[b]
+            request.error = sampling_error(request, are_numbers)
+            request.finish_reason = "error"
+        self._repair()
+        self._whole = True
+        return []
+
+    def _repair(self) -> None:
+        """Start from what is certain: committed tokens. Every unfinished request is queued again, in order, and the
+        cache and the drafter's rows are made anew, so that nothing of an interrupted step remains."""
+        for commit in self._commits:
+            commit.apply()
+        for request in list(self._requests.values()):
+            request.slot = -1
+            if request.finish_reason is not None:
+                self._totals = self._totals.with_finished(request)
+                del self._requests[request.number]
+        self._commits = []
+        if isinstance(self.drafter, ResetsRows):
+            self.drafter.reset_rows()
+        else:
+            for slot in range(self.max_rows):
+                with suppress(KeyError):
+                    self.drafter.close(slot)
+        self.cache = self.target.new_cache(self.max_rows, self.capacity)
+        self.admission = Admission(self.max_rows, self.admission.chunk)
+        for number in sorted(self._requests):
+            request = self._requests[number]
+            request.pending = len(request.history)
+            request.finisher = request.finisher.fresh()
+            if request.output:
+                request.finisher.take(request.output, len(request.output), len(request.output) + 1)
+            self.admission.waiting.append(request)
+
+
+def _last_rows(rows: Tensor, accepted: list[int]) -> Tensor:
+    """The row of logits that follows each request's last accepted draft. rows int64 [R]: each one's request."""
+    starts = torch.searchsorted(rows, torch.arange(len(accepted)))
+    return starts + torch.tensor(accepted, dtype=torch.int64)

@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from outrider import registry
-from outrider.checkpoints import load_calibration
-from outrider.config import SamplingParams, build
-from outrider.drafters.base import CalibratedDrafter
-from outrider.engine.auto import EMBEDDED_DRAFTERS, fastest
-from outrider.engine.engine import Commit, Engine
-from outrider.engine.rows import Request
-from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
-from outrider.files import resolve_model
-from outrider.scheduling.calibration import Calibration
-from outrider.tokenization.tokenizer import Detokenizer, StopMatcher, Tokenizer
-from outrider.types import Backend, Drafter, Event, Output, Piece, RequestStats, TargetModel
+import numpy as np
+from torch import Tensor
 
-__all__ = ["LLM"]
+from outrider.config import SamplingParams
+from outrider.engine.auto import fastest
+from outrider.engine.engine import Engine
+from outrider.engine.loader import EMBEDDED, LoadedModel, load_drafter, load_model, load_policy
+from outrider.engine.request import Request
+from outrider.engine.stream import EventStream
+from outrider.errors import InvalidRequest
+from outrider.models.loading import load_backend
+from outrider.tokenization.tokenizer import Tokenizer
+from outrider.types import Drafter, Event, Forgets, Output, StepObserver, TargetModel
 
-EMBEDDED = "embedded"
+__all__ = ["LLM", "Run"]
+
 Prompt = str | Sequence[int]
+CONTEXT = 8192  # tokens of a sequence that memory is laid out for at first; longer requests make it grow
 
 
 class LLM:
-    """A target with its drafter, ready to generate.
+    """A target with its drafter, ready to generate. Any number of threads may use one.
 
     ``model``: a local Hugging Face directory, a hub id, ``"embedded"``, or a loaded target (then pass ``tokenizer``).
     ``drafter``: ``none``, ``ngram``, ``suffix``, another name of the drafters' catalogue, a directory with a
-    draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``). ``drafter_options``
-    are the fields of the chosen kind's ``Config``, and ``calibration``: a directory with the calibration.json of a
-    drafter that has no checkpoint to keep it in.
+    draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``).
+    ``drafter_options`` are the fields of the chosen kind's ``Config``, and ``calibration``: a directory with the
+    calibration.json of a drafter that has no checkpoint to keep it in.
 
     Raises CheckpointError for files that cannot be used, IncompatibleDrafter for a drafter of another target.
     """
 
     def __init__(
         self,
-        model: str | Path | TargetModel = EMBEDDED,
+        model: str | Path | TargetModel | LoadedModel = EMBEDDED,
         drafter: str | Path | Drafter = "auto",
         *,
         dtype: str = "auto",
@@ -55,29 +55,33 @@ class LLM:
         capacity: int | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        self._dtype, self._backend = dtype, backend
-        self.model = str(model) if isinstance(model, (str, Path)) else ""
-        if isinstance(model, (str, Path)):
-            self.target = self._load_target(str(model))
-            self.tokenizer = tokenizer or Tokenizer(resolve_model(str(model)))
-        elif tokenizer is None:
-            raise InvalidRequest("a loaded target needs its tokenizer: LLM(target, tokenizer=...)")
-        else:
-            self.target, self.tokenizer = model, tokenizer
         if max_rows < 1:
             raise InvalidRequest(f"max_rows must be at least 1, got {max_rows}")
+        if draft_tokens is not None and draft_tokens < 0:
+            raise InvalidRequest(f"draft_tokens must be at least 0, got {draft_tokens}")
+        loaded = (
+            model
+            if isinstance(model, LoadedModel)
+            else load_model(model, dtype=dtype, backend=backend, tokenizer=tokenizer)
+        )
+        self.loaded, self.target, self.tokenizer, self.model = loaded, loaded.target, loaded.tokenizer, loaded.name
         self.max_rows = max_rows
-        self.capacity = capacity or min(self.target.spec.max_positions, 8192)
+        self.capacity = capacity or min(self.target.spec.max_positions, CONTEXT)
         if not 1 <= self.capacity <= self.target.spec.max_positions:
             raise InvalidRequest(
                 f"capacity must be between 1 and the model's {self.target.spec.max_positions} positions, got {capacity}"
             )
-        self._policy_kind, self._policy_options = policy, dict(policy_options or {})
-        self._use_drafter(drafter, draft_tokens, dict(drafter_options or {}))
+        if drafter == "auto":
+            drafter = _resolve_auto(loaded)
+        options = dict(drafter_options or {})
+        if draft_tokens is not None:
+            options["draft_tokens"] = draft_tokens
+        self.drafter_name, self.drafter = load_drafter(drafter, loaded, options, max_rows=max_rows)
+        self.policy = load_policy(policy, policy_options or {}, self.drafter)
+        self.observers: list[StepObserver] = []
+        """See every step of the engine; add to it before the first request."""
         self._engine: Engine | None = None
-        self._runs: dict[Request, _Run] = {}
-        self._total = RequestStats()
-        self._requests = 0
+        self._making = Lock()
 
     # ------------------------------------------------------------------------------------------------ generation
 
@@ -85,32 +89,34 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Output]:
         """Answer all prompts, several rows together. Raises InvalidRequest before anything runs."""
-        many = self._as_list(prompts)
-        run = _Run(self, many, self._params_of(params, len(many)))
-        for _ in run.events():
-            pass
-        return run.outputs()
+        many = _as_list(prompts)
+        ids, wanted = [self.encode(prompt) for prompt in many], _params_of(params, len(many))
+        for tokens, one in zip(ids, wanted, strict=True):
+            self.engine.check(tokens, one)
+        requests = [self._submit(i, tokens, one) for i, (tokens, one) in enumerate(zip(ids, wanted, strict=True))]
+        self.engine.wait(requests)
+        return [self._output(prompt, request) for prompt, request in zip(many, requests, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
-        """Events of one request as its text becomes certain. Closing the iterator cancels the request."""
-        run = _Run(self, [prompt], self._params_of(params, 1))
-        return run.events()
+        """Events of one request as its text becomes certain. It is queued at once, and runs while any request is waited
+        for. Closing the iterator, or dropping it, cancels the request."""
+        return self.run(prompt, params).events()
 
-    def stream_many(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[Event]:
-        """Events of several requests, each named by the index of its prompt."""
-        return _Run(self, list(prompts), self._params_of(params, len(prompts))).events()
+    def run(self, prompt: Prompt, params: SamplingParams | None = None) -> Run:
+        """A request whose events and finished output are both wanted: ``run.events()``, then ``run.output()``."""
+        (one,) = _params_of(params, 1)
+        return Run(self, prompt, self._submit(0, self.encode(prompt), one))
 
-    def run(self, prompt: Prompt, params: SamplingParams | None = None) -> _Run:
-        """A request whose events and finished output are both wanted: ``run.events()``, then ``run.outputs()``."""
-        return _Run(self, [prompt], self._params_of(params, 1))
+    def check(self, prompt: Prompt, params: SamplingParams | None = None) -> None:
+        """Raise InvalidRequest for a request that ``generate`` would refuse; nothing runs."""
+        (one,) = _params_of(params, 1)
+        self.engine.check(self.encode(prompt), one)
 
     def stats(self) -> dict[str, Any]:
         """Totals since the start: counts as Prometheus names them, acceptance length and rate."""
-        total = self._total
+        requests, total = self.engine.totals
         return {
-            "requests": self._requests,
+            "requests": requests,
             "rounds": total.rounds,
             "drafted": total.drafted,
             "accepted": total.accepted,
@@ -131,270 +137,119 @@ class LLM:
         **options: Any,
     ) -> LLM:
         """The same loaded target with another drafter, as an engine of its own: what a fair comparison needs."""
-        other = LLM(
-            self.target,
-            "none",
-            dtype=self._dtype,
-            backend=self._backend,
+        return LLM(
+            self.loaded,
+            drafter,
+            draft_tokens=draft_tokens,
+            drafter_options=options,
             policy=policy,
             policy_options=policy_options,
             max_rows=self.max_rows,
             capacity=self.capacity,
-            tokenizer=self.tokenizer,
         )
-        other.model = self.model
-        other._use_drafter(drafter, draft_tokens, options)
-        return other
 
     def forget(self) -> None:
         """Drop what the drafter learnt from earlier requests: every measurement starts cold."""
-        forget = getattr(self.drafter, "forget", None)
-        if forget is not None:
-            forget()
+        if isinstance(self.drafter, Forgets):
+            self.drafter.forget()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text; ids are taken as they are. Raises InvalidRequest for anything else."""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else _token_ids(prompt)
+
+    @property
+    def engine(self) -> Engine:
+        """Made when it is first needed."""
+        with self._making:
+            if self._engine is None:
+                self._engine = Engine(
+                    self.target,
+                    self.drafter,
+                    self.policy,
+                    max_rows=self.max_rows,
+                    capacity=self.capacity,
+                    tokenizer=self.tokenizer,
+                    observers=self.observers,
+                )
+            return self._engine
 
     # ------------------------------------------------------------------------------------------------ parts
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    def _submit(self, index: int, tokens: list[int], params: SamplingParams) -> Request:
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        return self.engine.submit(tokens, params, seed, index)
 
-    @staticmethod
-    def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            return [prompts]  # type: ignore[list-item]
-        return list(prompts)  # type: ignore[arg-type]
-
-    @staticmethod
-    def _params_of(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * count
-        if len(params) != count:
-            raise InvalidRequest(
-                f"got {len(params)} sampling params for {count} prompts, expected one each or one for all"
-            )
-        return list(params)
-
-    def _engine_for(self, tokens: int) -> Engine:
-        """The engine; a longer context than it was made for replaces it, unless it is busy."""
-        wanted = min(max(self.capacity, tokens), self.target.spec.max_positions)
-        engine = self._engine
-        if engine is None or (engine.capacity < wanted and not len(engine.admission)):
-            self._engine = engine = Engine(
-                self.target, self.drafter, self.policy, max_rows=self.max_rows, capacity=wanted
-            )
-        return engine
-
-    def _step(self, engine: Engine) -> None:
-        """One step for everybody: streams that are read in turns share it, each finds its own commits."""
-        for commit in engine.step():
-            self._runs[commit.request].inbox.append(commit)
-
-    def _account(self, stats: RequestStats) -> None:
-        self._requests += 1
-        total = self._total
-        for name in ("rounds", "drafted", "accepted", "generated", "seconds"):
-            setattr(total, name, getattr(total, name) + getattr(stats, name))
-        counts, new = total.accepted_per_position, stats.accepted_per_position
-        counts.extend([0] * (len(new) - len(counts)))
-        for position, count in enumerate(new):
-            counts[position] += count
-
-    def _use_drafter(self, drafter: str | Path | Drafter, draft_tokens: int | None, options: dict[str, Any]) -> None:
-        if draft_tokens is not None:
-            if draft_tokens < 0:
-                raise InvalidRequest(f"draft_tokens must be at least 0, got {draft_tokens}")
-            options["draft_tokens"] = draft_tokens
-        self.drafter_name, self.drafter = self._load_drafter(drafter, options)
-        kind = registry.find("policy", self._policy_kind)
-        limits = {"draft_tokens": self.drafter.block, **self._policy_options}
-        self.policy = kind.from_config(build(kind.Config, limits, f"policy {self._policy_kind!r}"))
-
-    def _load_target(self, model: str) -> TargetModel:
-        from outrider.models.loading import load_target
-
-        return load_target(model, dtype=self._dtype, backend=self._backend)
-
-    def _draft_backend(self) -> Backend:
-        from outrider.models.loading import load_backend
-
-        return load_backend(self._backend, self._dtype)
-
-    def _load_draft_model(self, model: str, dtype: str) -> TargetModel:
-        from outrider.models.loading import load_target
-
-        if dtype == "auto":
-            dtype = "int8" if self._draft_backend().name == "native" else self._dtype
-        return load_target(model, dtype=dtype, backend=self._backend)
-
-    def _load_drafter(self, drafter: str | Path | Drafter, options: dict[str, Any]) -> tuple[str, Drafter]:
-        if isinstance(drafter, Drafter):
-            return type(drafter).__name__, drafter
-        if "calibration" in options:
-            name, plain = self._load_drafter(drafter, {k: v for k, v in options.items() if k != "calibration"})
-            return name, CalibratedDrafter(plain, self._calibration(Path(options["calibration"])))
-        name = str(drafter)
-        if name == "auto":
-            name = fastest(self, self._dtype, self._draft_backend().name) if self.model == EMBEDDED else "suffix"
-        if name in EMBEDDED_DRAFTERS and self.model == EMBEDDED:
-            options.setdefault("model", EMBEDDED_DRAFTERS[name])
-        if name not in registry.names("drafter"):
-            name, options = self._recognise(name, options)
-        if options.get("draft_tokens") == 0:
-            name, options = "none", {}
-        kind = registry.find("drafter", name)
-        if name == "none":
-            options.pop("draft_tokens", None)
-        if "model" in options:
-            self._check_vocabulary(str(options["model"]))
-        config = build(kind.Config, options, f"drafter {name!r}")
-        services = {"load_target": self._load_draft_model, "backend": self._draft_backend(), "max_rows": self.max_rows}
-        return name, kind.from_config(config, self.target, **services)
-
-    @staticmethod
-    def _calibration(folder: Path) -> Calibration:
-        found = load_calibration(folder)
-        if found is None:
-            raise CheckpointError(f"{folder} holds no calibration.json; `outrider calibrate` makes one")
-        return found
-
-    def _check_vocabulary(self, model: str) -> None:
-        """A draft model brings its tokenizer, which must be the target's; trained drafters have none of their own."""
-        folder = resolve_model(model)
-        if (folder / "tokenizer.json").exists() and not Tokenizer(folder).same_as(self.tokenizer):
-            raise IncompatibleDrafter(
-                f"{model} has another vocabulary than the target; a draft model must share its tokenizer"
-            )
-
-    @staticmethod
-    def _recognise(path: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Which kind of drafter a directory holds, told by the content of its config.json."""
-        folder = resolve_model(path)
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: expected a drafter's name or a directory with config.json: {error}"
-            ) from error
-        for name in registry.names("drafter"):
-            recognises = getattr(registry.find("drafter", name), "recognises", None)
-            if recognises is not None and recognises(config):
-                return name, {**options, "model": path}
-        raise CheckpointError(f"{path}: config.json describes no drafter this version knows; see `outrider models`")
+    def _output(self, prompt: Prompt, request: Request) -> Output:
+        ids = request.history[: request.prompt_length]
+        return Output(
+            prompt=prompt if isinstance(prompt, str) else self.tokenizer.decode(ids),
+            prompt_token_ids=ids,
+            text=request.text,
+            token_ids=request.output,
+            finish_reason=request.finish_reason or "cancelled",
+            stats=request.stats,
+        )
 
 
-class _Run:
-    """Some requests in flight: token ids from the engine become pieces of text, and stop strings end them."""
+class Run:
+    """One request in flight."""
 
-    def __init__(self, llm: LLM, prompts: Sequence[Prompt], params: list[SamplingParams]) -> None:
-        self.llm = llm
-        self.prompts = prompts
-        ids = [llm.encode(prompt) for prompt in prompts]
-        longest = max((len(i) + p.max_tokens for i, p in zip(ids, params, strict=True)), default=0)
-        self.engine = llm._engine_for(longest)
-        self.requests = []
-        try:
-            for index, (tokens, wanted) in enumerate(zip(ids, params, strict=True)):
-                seed = wanted.seed if wanted.seed is not None else secrets.randbits(63)
-                self.requests.append(self.engine.add(index, tokens, wanted, seed))
-        except InvalidRequest:
-            self._cancel_all()
-            raise
-        self._texts = [_Text(llm.tokenizer, wanted.stop) for wanted in params]
-        self.inbox: deque[Commit] = deque()
-        llm._runs.update(dict.fromkeys(self.requests, self))
+    def __init__(self, llm: LLM, prompt: Prompt, request: Request) -> None:
+        self._llm, self._prompt, self._request = llm, prompt, request
 
-    def events(self) -> Iterator[Event]:
-        """Step the engine until all requests are done."""
-        left = len(self.requests)
-        try:
-            while left:
-                if not self.inbox:
-                    self.llm._step(self.engine)
-                while self.inbox:
-                    event = self._event(self.inbox.popleft())
-                    if event.finish_reason is not None:
-                        left -= 1
-                        self.llm._account(self.requests[event.request].stats)
-                    yield event
-        finally:
-            self._cancel_all()
+    def events(self) -> EventStream:
+        """Its events from the first one on."""
+        return EventStream(self._llm.engine, self._request)
 
-    def outputs(self) -> list[Output]:
-        """The requests as they stand: finished, or cut off where they were cancelled."""
-        return [
-            Output(
-                prompt=prompt
-                if isinstance(prompt, str)
-                else self.llm.tokenizer.decode(request.history[: request.prompt_length]),
-                prompt_token_ids=request.history[: request.prompt_length],
-                text="".join(text.released),
-                token_ids=request.output,
-                finish_reason=request.finish_reason or "cancelled",
-                stats=request.stats,
-            )
-            for prompt, request, text in zip(self.prompts, self.requests, self._texts, strict=True)
-        ]
-
-    def _event(self, commit: Commit) -> Event:
-        request, index = commit.request, commit.request.index
-        text = self._texts[index]
-        pieces: list[Piece] = []
-        for i, token in enumerate(commit.tokens):
-            released = text.push(token, hidden=token in request.stop_ids)
-            pieces.append(Piece(token, released, drafted=i < commit.accepted))
-            if text.stopped:
-                self._cut(commit, i + 1)
-                break
-        if request.finish_reason is not None and not text.stopped:
-            tail = text.flush()
-            if tail:
-                pieces[-1] = Piece(pieces[-1].token_id, pieces[-1].text + tail, pieces[-1].drafted)
-        return Event(index, tuple(pieces), request.finish_reason)
-
-    def _cut(self, commit: Commit, kept: int) -> None:
-        """A stop string ended the text after ``kept`` tokens of this commit: what came after was never said."""
-        request, extra = commit.request, len(commit.tokens) - kept
-        if extra:
-            del request.history[len(request.history) - extra :]
-            request.stats.generated -= extra
-            dropped = max(0, commit.accepted - kept)
-            request.stats.accepted -= dropped
-            for position in range(commit.accepted - dropped, commit.accepted):
-                request.stats.accepted_per_position[position] -= 1
-        if request.slot >= 0:
-            self.engine.cancel(request, "stop")
-        request.finish_reason = "stop"
-
-    def _cancel_all(self) -> None:
-        for request in self.requests:
-            self.engine.cancel(request)
-            self.llm._runs.pop(request, None)
+    def output(self) -> Output:
+        """The request as it stands: finished, or cut off where it was cancelled."""
+        return self._llm._output(self._prompt, self._request)
 
 
-class _Text:
-    """Token ids of one request to released text."""
+def _resolve_auto(loaded: LoadedModel) -> str:
+    """The drafter that ``auto`` means for a target: what measures fastest of those it comes with, else ``suffix``."""
+    if loaded.name != EMBEDDED:
+        return "suffix"
+    backend = load_backend(loaded.backend, loaded.dtype).name
+    return fastest(lambda name: LLM(loaded, name), loaded.dtype, backend)
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._matcher = StopMatcher(stop)
-        self.released: list[str] = []
 
-    @property
-    def stopped(self) -> bool:
-        return self._matcher.stopped
+def _as_list(prompts: Any) -> list[Prompt]:
+    """One prompt or many, as texts or token ids; arrays of one dimension are a prompt, of two are rows of ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, (bytes, Mapping)):
+        raise InvalidRequest(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}")
+    if isinstance(prompts, (np.ndarray, Tensor)):
+        return [prompts.tolist()] if prompts.ndim == 1 else list(prompts)
+    try:
+        many = list(prompts)
+    except TypeError:
+        raise InvalidRequest(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}") from None
+    one = bool(many) and not isinstance(many[0], (str, bytes)) and np.ndim(many[0]) == 0
+    return [many] if one else many
 
-    def push(self, token: int, hidden: bool) -> str:
-        """Text that ``token`` makes certain; an end-of-text token has none."""
-        return self._release("" if hidden else self._detokenizer.push(token))
 
-    def flush(self) -> str:
-        rest = self._release(self._detokenizer.flush())
-        if not self.stopped:
-            held = self._matcher.flush()
-            self.released.append(held)
-            rest += held
-        return rest
+def _token_ids(prompt: Any) -> list[int]:
+    values = prompt.tolist() if isinstance(prompt, (np.ndarray, Tensor)) else prompt
+    try:
+        if isinstance(values, (bytes, Mapping)) or any(isinstance(value, bool) for value in values):
+            raise TypeError
+        ids = [value.__index__() for value in values]
+    except (TypeError, AttributeError):
+        raise InvalidRequest(
+            f"a prompt must be a text or a list of token ids (whole numbers), got {str(prompt)[:60]!r}"
+        ) from None
+    return ids
 
-    def _release(self, text: str) -> str:
-        certain = self._matcher.push(text) if text else ""
-        self.released.append(certain)
-        return certain
+
+def _params_of(params: Any, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    many = list(params) if isinstance(params, Sequence) else [params]
+    wrong = [one for one in many if not isinstance(one, SamplingParams)]
+    if wrong:
+        raise InvalidRequest(f"sampling params must be SamplingParams, got {type(wrong[0]).__name__}")
+    if len(many) != count:
+        raise InvalidRequest(f"got {len(many)} sampling params for {count} prompts, expected one each or one for all")
+    return many

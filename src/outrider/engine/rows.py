@@ -1,46 +1,19 @@
-"""Who joins a step: waiting requests take free slots in order, long prompts enter in chunks."""
+"""The rows of a step: which requests take part, what the target runs for each, and where logits are wanted."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from outrider.config import SamplingParams
+from outrider.engine.request import Request
 from outrider.sampling.rng import RowRng
-from outrider.types import Context, Proposal, RaggedBatch, RequestStats, StepView
+from outrider.types import Context, Proposal, RaggedBatch, StepView
 
-__all__ = ["Admission", "Candidates", "Request", "Rows"]
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One sequence on its way: what was asked, what is there so far, and how much of it the target has seen."""
-
-    index: int
-    params: SamplingParams
-    seed: int
-    stop_ids: frozenset[int]
-    history: list[int]  # prompt and output; the last one is the token to go on from
-    prompt_length: int
-    pending: int  # tokens at the end of ``history`` that the target has not run yet
-    slot: int = -1
-    finish_reason: str | None = None
-    round: int = 0
-    started: float = 0.0
-    stats: RequestStats = field(default_factory=RequestStats)
-
-    @property
-    def output(self) -> list[int]:
-        return self.history[self.prompt_length :]
-
-    @property
-    def left(self) -> int:
-        """Tokens that may still be committed."""
-        return self.params.max_tokens - (len(self.history) - self.prompt_length)
+__all__ = ["Admission", "Candidates", "Rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +30,10 @@ class Rows:
     """The requests of one step, in order: ready to draft, then finishing their prompt, then in its middle."""
 
     def __init__(self, requests: list[Request], chunks: list[int]) -> None:
-        order = sorted(range(len(requests)), key=lambda i: (requests[i].pending > 1, requests[i].pending > chunks[i]))
+        def stage(i: int) -> tuple[bool, bool, bool]:
+            return requests[i].pending > 1, requests[i].pending > chunks[i], requests[i].round == 0
+
+        order = sorted(range(len(requests)), key=stage)
         self.requests = [requests[i] for i in order]
         self.chunks = [chunks[i] for i in order]
         self.ready = sum(r.pending == 1 and r.round > 0 for r in self.requests)
@@ -149,12 +125,16 @@ class Admission:
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def next(self, open_slot: Callable[[Request], int]) -> Rows:
-        """Admit what fits and share out the step's prompt tokens; rows that decode always take part."""
+    def admit(self, open_slot: Callable[[Request], None]) -> None:
+        """Give waiting requests the free rows, in order."""
         while self.waiting and len(self.running) < self.max_rows:
-            request = self.waiting.popleft()
-            request.slot = open_slot(request)
+            request = self.waiting[0]
+            open_slot(request)
+            self.waiting.popleft()
             self.running.append(request)
+
+    def next(self) -> Rows:
+        """Share out the step's prompt tokens; rows that decode always take part."""
         budget = self.chunk
         requests, chunks = [], []
         for request in self.running:
@@ -164,3 +144,8 @@ class Admission:
                 chunks.append(chunk)
                 budget -= chunk if request.pending > 1 else 0
         return Rows(requests, chunks)
+
+    def preempt(self, request: Request) -> None:
+        """Back to the head of the queue: its text goes on from where it is once it has a row again."""
+        self.running.remove(request)
+        self.waiting.appendleft(request)

@@ -1,9 +1,9 @@
-"""What is said of drafters, from the rounds and seconds of each prompt.
+"""The figures of an evaluation, computed from the rounds and seconds of each prompt.
 
-acceptance length   committed tokens a round, the target's own ("bonus") token included; without it: accepted drafts
+acceptance length   committed tokens per round, the bonus token included; without it: accepted drafts per round
 conditional         P(draft j accepted | drafts 1..j-1 were), over the rounds that verified j drafts
 cumulative          P(drafts 1..j all accepted), over the same
-verify rate         verified drafts over drafted ones; below 1 where a policy cuts drafts short
+verify rate         verified drafts over drafted ones; below 1 where a policy truncates drafts
 acceptance rate     accepted drafts over verified ones
 
 n prompts of a domain, K positions.
@@ -12,7 +12,7 @@ n prompts of a domain, K positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ MACRO = "macro average"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one side made of one prompt, all repeats together."""
+    """One side's answers to one prompt, all repeats together. A side is a drafter or plain decoding."""
 
     tokens: int
     seconds: float
@@ -58,16 +58,16 @@ Samples = dict[str, list[Sample]]
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one drafter's figures in one domain are made of: [n] each, by prompt."""
+    """Counts of one drafter in one domain: [n] each, by prompt."""
 
     rounds: NDArray[np.int64]
     committed: NDArray[np.int64]
     drafted: NDArray[np.int64]
     verified: NDArray[np.int64]
     accepted: NDArray[np.int64]
-    offered: NDArray[np.int64]  # [K, n]  rounds that verified draft j ...
-    reached: NDArray[np.int64]  # [K, n]  ... and accepted all before it ...
-    held: NDArray[np.int64]  # [K, n]     ... and it too
+    offered: NDArray[np.int64]  # [K, n]   rounds that verified draft j
+    reached: NDArray[np.int64]  # [K, n]   of these, rounds that accepted all drafts before j
+    accepted_at: NDArray[np.int64]  # [K, n]  of these, rounds that accepted draft j
     tokens: NDArray[np.int64]
     seconds: NDArray[np.float64]
     plain_tokens: NDArray[np.int64]
@@ -92,7 +92,7 @@ class Counts:
             accepted=count(lambda r: r.accepted),
             offered=positions(lambda r, j: r.verified > j),
             reached=positions(lambda r, j: r.verified > j and r.accepted >= j),
-            held=positions(lambda r, j: r.accepted > j),
+            accepted_at=positions(lambda r, j: r.accepted > j),
             tokens=np.array([s.tokens for s in samples]),
             seconds=np.array([s.seconds for s in samples]),
             plain_tokens=np.array([s.tokens for s in plain]),
@@ -129,7 +129,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Acceptance length of one drafter less another's, on the same prompts."""
+    """Acceptance length of one drafter minus another's, on the same prompts."""
 
     drafter: str
     other: str
@@ -140,7 +140,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """One drafter whose drafts are cut at the first confidence under a threshold, over all domains."""
+    """One drafter whose drafts are truncated at the first confidence under a threshold, over all domains."""
 
     drafter: str
     temperature: float
@@ -153,7 +153,7 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """How well one drafter's survivals agree with what was accepted, at each position and at all of them together."""
+    """How well one drafter's survivals agree with acceptance, at each position and pooled over positions."""
 
     drafter: str
     temperature: float
@@ -165,13 +165,15 @@ class Confidence:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Everything that was found."""
+    """All results of an evaluation."""
 
     facts: dict[str, Any]
     rows: list[Row]
     differences: list[Difference]
     sweep: list[SweepPoint]
     confidences: list[Confidence]
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    """Prompts that could not be answered: file, index (from 0), line (from 1), error."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -179,7 +181,7 @@ class Evaluation:
 
 
 def row_of(name: str, temperature: float, domain: str, counts: Sequence[Counts], draws: int) -> Row:
-    """``counts`` of each domain."""
+    """The figures of one drafter; ``counts`` holds one entry per domain."""
     sizes = [len(one.rounds) for one in counts]
 
     def of(figure: Callable[[Counts, Picks], NDArray[np.float64]]) -> Estimate:
@@ -199,8 +201,8 @@ def row_of(name: str, temperature: float, domain: str, counts: Sequence[Counts],
         tokens_per_second=of(lambda c, p: share(c.tokens, c.seconds, p)),
         plain_tokens_per_second=of(lambda c, p: share(c.plain_tokens, c.plain_seconds, p)),
         speedup=of(Counts.speedup),
-        conditional=[of(lambda c, p, j=j: share(c.held[j], c.reached[j], p)) for j in range(depth)],  # type: ignore[misc]
-        cumulative=[of(lambda c, p, j=j: share(c.held[j], c.offered[j], p)) for j in range(depth)],  # type: ignore[misc]
+        conditional=[of(lambda c, p, j=j: share(c.accepted_at[j], c.reached[j], p)) for j in range(depth)],  # type: ignore[misc]
+        cumulative=[of(lambda c, p, j=j: share(c.accepted_at[j], c.offered[j], p)) for j in range(depth)],  # type: ignore[misc]
     )
 
 

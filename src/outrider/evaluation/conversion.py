@@ -1,7 +1,7 @@
-"""A drafter from one format to another, proved before it appears under its name.
+"""Convert a drafter from one checkpoint format to another, and verify the result.
 
-A conversion that went wrong does not crash either: it drafts badly. So what was written is read back, compared bit for
-bit, and drafted with on the target's own text beside the original; only then does the directory get its name.
+A wrong conversion does not crash: it drafts badly. So the copy is read back, compared bit for bit, and its acceptance
+on text of the target is compared with the original's before the directory gets its final name.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from outrider import __version__, checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import CheckpointError
 from outrider.evaluation.replay import Acceptance, Prompts, least_score, replay, transcribe
-from outrider.files import read_json, resolve_model
+from outrider.files import read_json
+from outrider.models.locations import resolve_model
 from outrider.models.weights import TensorFiles
 from outrider.registry import find
 from outrider.types import Backend, TargetModel
 
 __all__ = ["Conversion", "convert", "named_target"]
 
-SAME = 1e-3  # accepted drafts a round two copies of one drafter may differ by (rounding of a shared head)
+TOLERANCE = 1e-3  # largest difference in accepted drafts per round (rounding of a shared head)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was written, and how it drafts."""
+    """The written checkpoint, and its acceptance."""
 
     folder: Path
     kind: str
@@ -52,7 +53,7 @@ class Conversion:
 
 
 def named_target(source: str | Path) -> Path | None:
-    """The directory of the target a checkpoint names, where it is on this machine: beside it, or as a path."""
+    """The directory of the target that a checkpoint names, if it is found beside the checkpoint or as a path."""
     folder = resolve_model(source)
     name = checkpoints.read_header(read_json(folder / "config.json")).target.name
     if not name:
@@ -73,23 +74,23 @@ def convert(
     backend: Backend | None = None,
     new_tokens: int = 48,
 ) -> Conversion:
-    """Write ``source`` as ``to`` (deepspec or speculators). With ``target`` and ``prompts`` it is measured.
+    """Write ``source`` as ``to`` (deepspec or speculators). With ``target`` and ``prompts`` its acceptance is measured.
 
-    ``target_folder`` fills in what the source leaves to its target: its name, its layers, embedding and head.
-    Raises CheckpointError for what the format cannot hold, for a copy that does not draft as the original does, and
-    (on natural prompts) for an original that drafts no better than guessing.
+    ``target_folder`` supplies what the source takes from its target: name, layers, embedding and head.
+    Raises CheckpointError for a drafter that the format cannot represent, for a copy that drafts differently, and (on
+    natural prompts) for an original that drafts no better than guessing.
     """
     original = checkpoints.load(source)
     if target_layers is not None:
         original = replace(original, target_layers=target_layers)
-    filled = original if target_folder is None else _fill(original, target_folder, to, target)
+    filled = original if target_folder is None else _fill_from_target(original, target_folder, to, target)
     measured: list[Acceptance] = []
 
     def check(written: Path) -> None:
         copy = checkpoints.load(written)
         _compare(filled, copy)
         if target is not None and prompts is not None:
-            measured.append(_drafts_alike(filled, copy, target, prompts, backend, new_tokens))
+            measured.append(_compare_acceptance(filled, copy, target, prompts, backend, new_tokens))
 
     folder = resolve_model(source)
     provenance = {
@@ -108,8 +109,10 @@ def convert(
     return Conversion(path, original.kind, original.format, to, measured[0] if measured else None)
 
 
-def _fill(checkpoint: DraftCheckpoint, folder: Path, to: str, target: TargetModel | None) -> DraftCheckpoint:
-    """What the file leaves to the target: its name and sizes, and for DeepSpec embedding and head too."""
+def _fill_from_target(
+    checkpoint: DraftCheckpoint, folder: Path, to: str, target: TargetModel | None
+) -> DraftCheckpoint:
+    """Add what the file takes from the target: its name and sizes, and for DeepSpec also embedding and head."""
     config = read_json(folder / "config.json")
     text = config.get("text_config") or config
     facts = checkpoint.target
@@ -141,17 +144,19 @@ def _fill(checkpoint: DraftCheckpoint, folder: Path, to: str, target: TargetMode
 
 
 def _compare(wanted: DraftCheckpoint, copy: DraftCheckpoint) -> None:
-    """Raise CheckpointError for anything that was lost on the way."""
+    """Raise CheckpointError for any difference between the checkpoints."""
     for what in ("design", "target_layers", "draft_vocab_size", "decoder", "calibration"):
         if getattr(wanted, what) != getattr(copy, what):
-            raise CheckpointError(f"the copy's {what} came back as {getattr(copy, what)}, not {getattr(wanted, what)}")
+            raise CheckpointError(
+                f"the copy's {what} is {getattr(copy, what)} when read back, expected {getattr(wanted, what)}"
+            )
     for name, tensor in wanted.tensors.items():
         other = copy.tensors.get(name)
         if other is None or other.dtype != tensor.dtype or not torch.equal(other, tensor):
-            raise CheckpointError(f"the copy's tensor {name!r} is not the original's, bit for bit")
+            raise CheckpointError(f"the copy's tensor {name!r} differs from the original's")
 
 
-def _drafts_alike(
+def _compare_acceptance(
     original: DraftCheckpoint,
     copy: DraftCheckpoint,
     target: TargetModel,
@@ -159,25 +164,28 @@ def _drafts_alike(
     backend: Backend | None,
     new_tokens: int,
 ) -> Acceptance:
-    """Draft with both along the target's text. Raises CheckpointError where they differ, or neither drafts at all."""
+    """Draft with both along the target's text.
+
+    Raises CheckpointError where acceptance differs, or is no better than guessing.
+    """
     layers = original.layers_for(target.spec)
     texts = transcribe(target, prompts.ids, layers, new_tokens)
     kind = find("drafter", original.kind)
     engine = backend or find("backend", "reference")()
-    both = []
+    measured = []
     for checkpoint in (original, copy):
         options = kind.Config(model="", target_layers=layers)
         drafter = kind(checkpoint, target, engine, config=options, dtype=target.spec.dtype, max_rows=len(texts))
-        both.append(replay(drafter, texts))
-    before, after = both
-    if abs(before.score - after.score) > SAME:
+        measured.append(replay(drafter, texts))
+    before, after = measured
+    if abs(before.score - after.score) > TOLERANCE:
         raise CheckpointError(
             f"the copy drafts differently: {after.score:.3f} accepted drafts a round, the original {before.score:.3f}"
         )
     if prompts.natural and after.score < least_score(texts, original.design.drafts):
         raise CheckpointError(
-            f"hardly a draft is accepted ({after.score:.2f} a round, no better than guessing), of the original too: "
-            "nothing was written; `outrider doctor` finds out why, --unverified converts all the same"
+            f"almost no draft is accepted ({after.score:.2f} a round, no better than guessing), for the original too: "
+            "nothing was written; `outrider doctor` finds the reason, --unverified converts without this check"
         )
     return after
 

@@ -1,24 +1,27 @@
-"""What is wrong with a drafter's checkpoint, found by reading it, then by measuring it.
+"""Find errors in a drafter's checkpoint, by checking the file and by measuring acceptance.
 
-A wrong value in a drafter's config does not crash: acceptance falls. So every reading of the file that people confuse
-(layers counted from 0 or from 1, whether the anchor's slot predicts, another mask token, the target's own rotary
-positions, where the residual starts) is drafted with on the same text, and the one that works is named.
+A wrong value in a drafter's config does not crash: acceptance falls. So each alternative reading of the file that is
+often confused (layers counted from 0 or from 1, whether the anchor's slot predicts, another mask token, the target's
+rotary positions, where the residual starts) drafts along the same text, and the report names the one that works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from outrider import checkpoints
 from outrider.backends.layers import rope_config
-from outrider.checkpoints import AutoregressiveDesign, BlockDesign, DraftCheckpoint
-from outrider.drafters.base import TrainedDrafter
+from outrider.checkpoints import DraftCheckpoint
+from outrider.drafters.base import CachedDrafter
+from outrider.drafters.dspark_design import BlockDesign
+from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.errors import CheckpointError, IncompatibleDrafter
 from outrider.evaluation.replay import Acceptance, Prompts, Transcript, least_score, replay, transcribe
-from outrider.files import read_json, resolve_model
+from outrider.files import read_json
+from outrider.models.locations import resolve_model
 from outrider.registry import find
 from outrider.types import Backend, TargetModel
 
@@ -26,37 +29,36 @@ __all__ = ["Finding", "Measured", "Report", "examine", "measure"]
 
 Level = Literal["fault", "suspicious"]
 
-BETTER = 3.0  # standard errors by which another reading must beat the file's own ...
-WORTH = 0.02  # ... and the accepted drafts a round it must add
-SMALL_VOCABULARY = 1024  # every token is tried as the mask
+BETTER = 3.0  # another reading must beat the file's own by so many standard errors ...
+WORTH = 0.02  # ... and by so many accepted drafts per round
+SMALL_VOCABULARY = 1024  # up to this size every token is tried as the mask token
 NO_PROMPTS = Prompts([], "", natural=True)
 MASKS = (151669, 4)  # mask tokens of released drafters (Qwen3, Gemma 4)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong, or may be."""
+    """An error, or something suspicious."""
 
     level: Level
-    about: (
-        str  # "tensors", "config", "vocabulary", "layers", "last layer", "anchor", "mask token", "rope", "dtype", ...
-    )
+    about: str
+    """tensors, config, vocabulary, layers, last layer, anchor, mask token, rope, dtype, ..."""
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One reading of the checkpoint."""
+    """The acceptance of one reading of the checkpoint."""
 
     reading: str
-    about: str  # what the file has wrong if this is the reading that works
+    about: str  # the field that is wrong in the file if this reading works
     checkpoint: DraftCheckpoint
     acceptance: Acceptance
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a checkpoint is, what it expects, what is wrong with it, and which reading of it works."""
+    """What a checkpoint contains and expects, the findings, and which reading of it works."""
 
     checkpoint: DraftCheckpoint | None  # None: not readable
     findings: tuple[Finding, ...]
@@ -69,7 +71,7 @@ class Report:
         return not any(finding.level == "fault" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, measured readings in the order they were tried."""
+        """Plain data, readings in the order they were measured."""
         return {
             "healthy": self.healthy,
             "is": None if self.checkpoint is None else _identity(self.checkpoint),
@@ -81,7 +83,7 @@ class Report:
                     "reading": m.reading,
                     "greedy_acceptance_length": round(m.acceptance.greedy_length, 4),
                     "expected_acceptance_length": round(m.acceptance.expected_length, 4),
-                    "places": len(m.acceptance.greedy),
+                    "positions": len(m.acceptance.greedy),
                 }
                 for m in self.measured
             ],
@@ -99,16 +101,16 @@ def examine(
     backend: Backend | None = None,
     new_tokens: int = 48,
 ) -> Report:
-    """Read a drafter's directory; with a target and prompts, measure it too. Never raises for what it finds.
+    """Check a drafter's directory; with a target and prompts also measure acceptance. Errors found are not raised.
 
     ``target_config``: the target's config.json, for its rotary positions. ``target_layers``: for files that name none.
-    On prompts that are not natural a measured fault is only suspicious: the drafter may be at a loss there itself.
+    On prompts that are not natural text a measured fault is only suspicious: any drafter may fail on them.
     """
     try:
         checkpoint = checkpoints.load(folder)
     except CheckpointError as error:
         return Report(None, (Finding("fault", _about(str(error)), str(error)),))
-    findings = [*_doubts(checkpoint, read_json(resolve_model(folder) / "config.json"))]
+    findings = [*_check_file(checkpoint, read_json(resolve_model(folder) / "config.json"))]
     if target_layers is not None:
         checkpoint = replace(checkpoint, target_layers=target_layers)
     if target is None:
@@ -116,7 +118,7 @@ def examine(
     if checkpoint.target_layers is None:
         checkpoint = replace(checkpoint, target_layers=checkpoint.layers_for(target.spec))
     if target_config is not None:
-        findings += _rope_doubts(checkpoint, target_config)
+        findings += _check_rope(checkpoint, target_config)
     readings = _readings(checkpoint, target, target_config)
     layers = sorted({layer for _, _, reading in readings for layer in reading.target_layers or ()})
     layers = [layer for layer in layers if -1 <= layer < target.spec.num_layers - 1]
@@ -137,7 +139,7 @@ def examine(
     if measured and measured[0].reading == AS_WRITTEN and isinstance(checkpoint.design, BlockDesign):
         measured += _other_masks(measured[0], target, transcripts, backend, longest)
     best = _best(measured, least_score(transcripts, longest))
-    findings += _verify_native(measured, best, "fault" if prompts.natural else "suspicious")
+    findings += _measured_findings(measured, best, "fault" if prompts.natural else "suspicious")
     return Report(checkpoint, tuple(findings), tuple(measured), best, prompts.source)
 
 
@@ -152,8 +154,8 @@ def measure(
     return replay(_drafter(checkpoint, target, backend, len(transcripts)), transcripts, longest)
 
 
-def _drafter(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend | None, rows: int) -> TrainedDrafter:
-    kind: type[TrainedDrafter] = find("drafter", checkpoint.kind)
+def _drafter(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend | None, rows: int) -> CachedDrafter:
+    kind: type[CachedDrafter] = find("drafter", checkpoint.kind)
     engine = backend or find("backend", "reference")()
     return kind(checkpoint, target, engine, config=kind.Config(model=""), dtype=target.spec.dtype, max_rows=rows)
 
@@ -171,7 +173,7 @@ def _identity(checkpoint: DraftCheckpoint) -> dict[str, Any]:
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}),
         "own_embedding": "embed.weight" in tensors,
         "own_head": "head.weight" in tensors,
-        "design": {name: getattr(checkpoint.design, name) for name in checkpoint.design.__dataclass_fields__},
+        "design": asdict(checkpoint.design),  # type: ignore[call-overload]  # designs are dataclasses
     }
 
 
@@ -190,7 +192,7 @@ def _expectations(checkpoint: DraftCheckpoint) -> dict[str, Any]:
 
 
 def _about(message: str) -> str:
-    """What an error is about, for people who sort reports."""
+    """The subject of an error message, for sorting reports."""
     for word, about in (
         ("last layer", "last layer"),
         ("embedding differs", "target"),
@@ -208,8 +210,8 @@ def _about(message: str) -> str:
     return "config"
 
 
-def _doubts(checkpoint: DraftCheckpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What looks wrong without a target."""
+def _check_file(checkpoint: DraftCheckpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Suspicious values that are visible without a target."""
     design, facts, layers = checkpoint.design, checkpoint.target, checkpoint.target_layers
     if layers is None:
         yield Finding("suspicious", "layers", "the file names no target layers: EAGLE-3's convention is assumed")
@@ -218,8 +220,8 @@ def _doubts(checkpoint: DraftCheckpoint, config: Mapping[str, Any]) -> Iterator[
             yield Finding(
                 "fault",
                 "last layer",
-                f"it aux_layers the target's last layer ({facts.num_layers - 1}), which libraries report before or after the "
-                "final norm: either this file counts layers from 1, or it was trained on an ambiguous state",
+                f"it reads the target's last layer ({facts.num_layers - 1}), which libraries report before or after "
+                "the final norm: either this file counts layers from 1, or its training data was ambiguous",
             )
         if list(layers) != sorted(set(layers)):
             yield Finding("suspicious", "layers", f"its target layers are not in increasing order: {list(layers)}")
@@ -245,17 +247,20 @@ def _doubts(checkpoint: DraftCheckpoint, config: Mapping[str, Any]) -> Iterator[
             yield Finding("suspicious", "tensors", f"{name} is all zeros: was it ever trained?")
 
 
-def _rope_doubts(checkpoint: DraftCheckpoint, target_config: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_rope(checkpoint: DraftCheckpoint, target_config: Mapping[str, Any]) -> Iterator[Finding]:
     own, theirs = _rope(checkpoint.decoder, checkpoint), _rope(target_config, checkpoint)
     if theirs is not None and own != theirs:
         yield Finding("suspicious", "rope", "its rotary frequencies are not the target's")
 
 
 def _rope(config: Mapping[str, Any], checkpoint: DraftCheckpoint) -> tuple[float, ...] | None:
-    """Frequencies that a config gives for a head of the drafter's width."""
+    """Rotary frequencies of a config for the drafter's head width."""
     config = config.get("text_config") or config
+    layers = checkpoint.stack(head=False).layers
+    if not layers:
+        return None
     try:
-        found = rope_config(config, checkpoint.stack(head=False).layers[0].head_dim, "full_attention")
+        found = rope_config(config, layers[0].head_dim, "full_attention")
     except CheckpointError:
         return None
     return (*found.inverse_frequencies, found.scale)
@@ -269,7 +274,7 @@ AS_WRITTEN = "as the file says"
 def _readings(
     checkpoint: DraftCheckpoint, target: TargetModel, target_config: Mapping[str, Any] | None
 ) -> list[tuple[str, str, DraftCheckpoint]]:
-    """The file's own reading first, then the ones it is confused with: (what is read otherwise, about, checkpoint)."""
+    """The file's own reading first, then the alternatives: (description, field that differs, checkpoint)."""
     last, layers = target.spec.num_layers - 1, checkpoint.target_layers or ()
     shifts = []
     for step, words in ((0, ""), (-1, "layers one lower"), (1, "layers one higher")):
@@ -284,10 +289,10 @@ def _readings(
         for words, shifted in shifts:
             about = "anchor and layers" if words else "anchor"
             readings.append((f"{layout}, {words}" if words else layout, about, replace(shifted, design=other)))
-    if isinstance(design, AutoregressiveDesign):
-        other_chain = replace(design, norm_before_residual=not design.norm_before_residual)
-        words = "the residual starts " + ("after" if other_chain.norm_before_residual else "before") + " the norm"
-        readings.append((words, "norm_before_residual", replace(checkpoint, design=other_chain)))
+    if isinstance(design, Eagle3Design):
+        other_residual = replace(design, norm_before_residual=not design.norm_before_residual)
+        words = "the residual starts " + ("after" if other_residual.norm_before_residual else "before") + " the norm"
+        readings.append((words, "norm_before_residual", replace(checkpoint, design=other_residual)))
     if target_config is not None:
         theirs = dict(target_config.get("text_config") or target_config)
         if _rope(theirs, checkpoint) not in (None, _rope(checkpoint.decoder, checkpoint)):
@@ -301,14 +306,14 @@ def _readings(
 def _other_masks(
     written: Measured, target: TargetModel, transcripts: Sequence[Transcript], backend: Backend | None, longest: int
 ) -> list[Measured]:
-    """Other tokens as the mask: all of a small vocabulary, else those that released drafters use, and the last one."""
+    """Other mask tokens: all tokens of a small vocabulary, else those of released drafters and the last one."""
     checkpoint, design = written.checkpoint, written.checkpoint.design
     assert isinstance(design, BlockDesign)
     size = checkpoint.vocab_size
     few = [token for token in (*MASKS, size - 1) if token < size]
     tokens = [t for t in dict.fromkeys(range(size) if size <= SMALL_VOCABULARY else few) if t != design.mask_token_id]
     drafter: Any = _drafter(checkpoint, target, backend, len(transcripts))
-    quick = transcripts if len(tokens) <= len(few) else [_short(t, drafter.block) for t in transcripts[:2]]
+    quick = transcripts if len(tokens) <= len(few) else [_shortened(t, drafter.block) for t in transcripts[:2]]
     scores = []
     for token in tokens:
         drafter.design = replace(design, mask_token_id=token)
@@ -321,14 +326,14 @@ def _other_masks(
     return found
 
 
-def _short(transcript: Transcript, drafts: int) -> Transcript:
-    """Its first few places: enough to sort candidates."""
+def _shortened(transcript: Transcript, drafts: int) -> Transcript:
+    """The first few positions only: enough to rank candidates."""
     kept = transcript.prompt_length + drafts + 4
     return replace(transcript, tokens=transcript.tokens[:kept])
 
 
 def _best(measured: Sequence[Measured], least: float) -> Measured | None:
-    """The reading that works: the file's own unless another is better beyond doubt; None where none drafts at all."""
+    """The reading that works: the file's own unless another is clearly better; None if none is better than guessing."""
     if not measured:
         return None
     first, *others = measured
@@ -340,7 +345,7 @@ def _best(measured: Sequence[Measured], least: float) -> Measured | None:
     return best if best.acceptance.score > least else None
 
 
-def _verify_native(measured: Sequence[Measured], best: Measured | None, level: Level) -> Iterator[Finding]:
+def _measured_findings(measured: Sequence[Measured], best: Measured | None, level: Level) -> Iterator[Finding]:
     if not measured:
         return
     first = measured[0]
@@ -348,8 +353,8 @@ def _verify_native(measured: Sequence[Measured], best: Measured | None, level: L
         yield Finding(
             level,
             "target",
-            f"hardly a draft is accepted ({first.acceptance.score:.2f} a round), however the file is read: no better "
-            "than guessing; it was made for another target, or it is damaged",
+            f"almost no draft is accepted ({first.acceptance.score:.2f} per round) under any reading of the file, no "
+            "better than guessing: it was made for another target, or it is damaged",
         )
     elif best.reading != AS_WRITTEN:
         was = f"{first.acceptance.score:.2f}" if first.reading == AS_WRITTEN else "none"
@@ -357,11 +362,11 @@ def _verify_native(measured: Sequence[Measured], best: Measured | None, level: L
             level,
             best.about,
             f"the file says otherwise, but it works with: {best.reading} ({best.acceptance.score:.2f} accepted drafts "
-            f"a round instead of {was}); {_remedy(best.checkpoint)}",
+            f"per round instead of {was}); {_correct_values(best.checkpoint)}",
         )
 
 
-def _remedy(checkpoint: DraftCheckpoint) -> str:
+def _correct_values(checkpoint: DraftCheckpoint) -> str:
     design, layers = checkpoint.design, list(checkpoint.target_layers or ())
     parts = [f"target layers {layers}, counted from 0"]
     if isinstance(design, BlockDesign):
@@ -369,4 +374,4 @@ def _remedy(checkpoint: DraftCheckpoint) -> str:
             f"sample_from_anchor {str(design.sample_from_anchor).lower()}",
             f"mask_token_id {design.mask_token_id}",
         ]
-    return "right are " + ", ".join(parts)
+    return "correct values: " + ", ".join(parts)

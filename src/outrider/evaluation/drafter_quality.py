@@ -1,7 +1,7 @@
-"""``eval``: drafters side by side on the same prompts, with plain decoding between them.
+"""``eval``: compare drafters and plain decoding on the same prompts.
 
-Every prompt is answered plainly and then with each drafter, in turns (A B C A B C), alone and by a drafter that
-remembers nothing. A text ends at its end-of-text token; ``outrider.evaluation.recording`` says which rounds count.
+Every prompt is answered by plain decoding and by each drafter, alternating (A B C A B C), one request at a time, with
+empty drafter caches. A text ends at its end-of-text token. ``evaluation.recording`` defines which rounds count.
 """
 
 from __future__ import annotations
@@ -32,37 +32,47 @@ from outrider.evaluation.comparison import (
     difference_of,
     row_of,
 )
-from outrider.evaluation.recording import Question, Recorder, Round, ask, read_questions, recorded
-from outrider.files import EMBEDDED_PROMPTS, read_json, resolve_model, write_json
+from outrider.evaluation.recording import (
+    EvalPrompt,
+    FailedPrompt,
+    Recorder,
+    Round,
+    answer,
+    read_prompts,
+    recorded,
+    runnable,
+)
+from outrider.files import read_json, write_json
+from outrider.models.locations import EMBEDDED_PROMPTS, resolve_model
 
 __all__ = ["Config", "evaluate"]
 
 PLAIN = "plain"
-WARM_UP = 8  # tokens nobody times
+WARM_UP = 8  # tokens of the warm-up, which is not timed
 Progress = Callable[[str, float], None]
-"""What is being done, and the share that is done."""
+"""Called with the current activity and the finished share."""
 T = TypeVar("T")
 
 
 class Config(BaseModel):
-    """What is measured."""
+    """Options of the measurement."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     temperatures: tuple[float, ...] = Field(default=(0.0, 1.0), min_length=1)
     """0 is greedy."""
     rule: Rule = "rejection"
-    """How drafts are verified; the literature's acceptance lengths are of ``rejection``."""
+    """Verification rule; published acceptance lengths use ``rejection``."""
     max_tokens: int = Field(default=128, ge=2)
     """Most new tokens of an answer."""
     draft_tokens: int | None = Field(default=None, ge=1)
-    """Drafts of a round; as many as each drafter gives by default."""
+    """Drafts per round; by default as many as each drafter's block."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts of each set; None: all."""
     repeats: int = Field(default=1, ge=1)
     """Times each prompt is answered, with another seed each time."""
     thresholds: tuple[float, ...] = ()
-    """Confidences under which a draft is cut, to be swept through."""
+    """Thresholds of a sweep: drafts are truncated at the first confidence under the threshold."""
     chat: bool = False
     """Write the turns of prompts into the target's chat template."""
     seed: int = 1
@@ -79,33 +89,33 @@ Side = tuple[LLM, Recorder]
 
 def _measure(
     sides: Mapping[str, Side],
-    questions: Sequence[Question],
+    prompts: Sequence[EvalPrompt],
     params: SamplingParams,
     repeats: int,
-    tell: Callable[[float], None],
+    report_share: Callable[[float], None],
 ) -> Samples:
-    """Every side answers every prompt, in turns."""
-    for llm, recorder in sides.values():  # first touches are nobody's speed
-        ask(llm, recorder, questions[0].prompt, replace(params, max_tokens=WARM_UP))
-    samples: Samples = {name: [Sample(0, 0.0, [])] * len(questions) for name in sides}
+    """Every side answers every prompt, alternating."""
+    for llm, recorder in sides.values():  # warm up; the first call is not timed
+        answer(llm, recorder, prompts[0].prompt, replace(params, max_tokens=min(WARM_UP, params.max_tokens)))
+    samples: Samples = {name: [Sample(0, 0.0, [])] * len(prompts) for name in sides}
     for turn in range(repeats):
-        for number, question in enumerate(questions):
+        for number, prompt in enumerate(prompts):
             seeded = replace(params, seed=((params.seed or 0) << 40) + (turn << 20) + number)
             for name, (llm, recorder) in sides.items():
-                answer = ask(llm, recorder, question.prompt, seeded)
-                samples[name][number] += Sample(len(answer.token_ids), answer.seconds, answer.rounds)
-            tell((turn * len(questions) + number + 1) / (repeats * len(questions)))
+                found = answer(llm, recorder, prompt.prompt, seeded)
+                samples[name][number] += Sample(len(found.token_ids), found.seconds, found.rounds)
+            report_share((turn * len(prompts) + number + 1) / (repeats * len(prompts)))
     return samples
 
 
 class _Parts:
-    """Finished measurements in a directory, so that an interrupted evaluation goes on where it was."""
+    """Finished measurements in a directory, so that an interrupted evaluation resumes."""
 
     def __init__(self, folder: Path | None, facts: Mapping[str, Any]) -> None:
         self._folder, self._facts = folder, facts
 
     def get(self, what: Mapping[str, Any], measure: Callable[[], Samples]) -> Samples:
-        """``what`` has been measured already, or is now."""
+        """The stored measurement of ``what``; measures it first if there is none."""
         key = hashlib.sha256(json.dumps({**self._facts, **what}, sort_keys=True).encode()).hexdigest()[:16]
         file = None if self._folder is None else self._folder / f"{key}.json"
         if file is not None and file.exists():
@@ -124,7 +134,7 @@ def _round(value: dict[str, Any]) -> Round:
     return Round(None if confidence is None else tuple(confidence), **value)
 
 
-# ------------------------------------------------------------------------------------------------ the whole
+# ------------------------------------------------------------------------------------------------ evaluation
 
 
 def evaluate(
@@ -137,12 +147,15 @@ def evaluate(
     dtype: str = "auto",
     backend: str = "auto",
     machine: Mapping[str, Any] | None = None,
+    fail_fast: bool = False,
     progress: Progress = lambda text, done: None,
 ) -> Evaluation:
-    """Compare drafters (names or directories) on prompt sets; the packaged prompts where there are none.
+    """Compare drafters (names or directories) on prompt sets; default: the packaged prompts.
 
     ``out`` is given evaluation.json, the diagrams, and ``parts/``: what was measured, which a second call with the same
-    arguments does not measure again. Raises InvalidRequest for a drafter or a prompt set named twice.
+    arguments does not measure again. A prompt that cannot be answered (too long, refused by the chat template) is
+    listed under ``errors``; with ``fail_fast`` it raises. Raises InvalidRequest for a drafter that is named twice, and
+    where no prompt can be answered.
     """
     plain = LLM(target, "none", dtype=dtype, backend=backend, max_rows=1)
     sides: dict[str, Side] = {PLAIN: (plain, recorded(plain))}
@@ -152,7 +165,8 @@ def evaluate(
             raise InvalidRequest(f"drafter {name} was given twice; two drafters need two names")
         llm = plain.with_drafter(drafter, draft_tokens=config.draft_tokens)
         sides[name] = llm, recorded(llm)
-    domains = _domains(prompts or sorted(EMBEDDED_PROMPTS.glob("*.jsonl")), plain if config.chat else None, config)
+    files = prompts or sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
+    domains, failed = _domains(files, plain, config, fail_fast)
     facts = {
         "outrider": __version__,
         "target": target,
@@ -160,17 +174,18 @@ def evaluate(
         "dtype": dtype,
         "backend": backend,
         "machine": dict(machine or {}),
+        "prompts": len(failed) + sum(map(len, domains.values())),
         "config": config.model_dump(mode="json"),
     }
     parts = _Parts(None if out is None else out / "parts", {k: v for k, v in facts.items() if k != "config"})
     names = [name for name in sides if name != PLAIN]
-    found = Evaluation(facts, [], [], [], [])
+    found = Evaluation(facts, [], [], [], [], [asdict(one) for one in failed])
     jobs = len(config.temperatures) * len(domains) * (1 + len(names) * bool(config.thresholds))
     done = 0
 
     def measured(temperature: float, domain: str, who: str, those: Mapping[str, Side], repeats: int) -> Samples:
         nonlocal done
-        at, questions = done, domains[domain]
+        at, chosen = done, domains[domain]
         params = SamplingParams(
             max_tokens=config.max_tokens, temperature=temperature, rule=config.rule, seed=config.seed
         )
@@ -178,14 +193,14 @@ def evaluate(
             "params": asdict(params),
             "repeats": repeats,
             "draft_tokens": config.draft_tokens,
-            "prompts": [asdict(question) for question in questions],
+            "prompts": [{"id": one.id, "domain": one.domain, "prompt": one.prompt} for one in chosen],
             "sides": list(those),
             "who": who,
         }
         text = f"{who}, {domain}, temperature {temperature:g}"
         samples = parts.get(
             what,
-            lambda: _measure(those, questions, params, repeats, lambda share: progress(text, (at + share) / jobs)),
+            lambda: _measure(those, chosen, params, repeats, lambda share: progress(text, (at + share) / jobs)),
         )
         done += 1
         progress(text, done / jobs)
@@ -222,7 +237,7 @@ def _sweep(
     config: Config,
     measured: Callable[[float, str, str, Mapping[str, Side], int], Samples],
 ) -> list[SweepPoint]:
-    """The same drafter under the ``threshold`` policy, in turns with plain decoding."""
+    """The same drafter under the ``threshold`` policy, alternating with plain decoding."""
     plain, drafter = sides[PLAIN][0], sides[name][0].drafter
     those = {PLAIN: sides[PLAIN]}
     for threshold in config.thresholds:
@@ -247,13 +262,13 @@ def _sweep(
 
 
 def _counts(samples: Mapping[str, Samples], name: str) -> dict[str, Counts]:
-    """One side's counts by domain, over as many positions as any of its rounds verified."""
+    """One side's counts by domain, over the most positions that any of its rounds verified."""
     depth = max((r.verified for own in samples.values() for sample in own[name] for r in sample.rounds), default=0)
     return {domain: Counts.of(own[name], own[PLAIN], depth) for domain, own in samples.items()}
 
 
 def _groups(of_domains: Mapping[str, T]) -> Iterator[tuple[str, list[T]]]:
-    """Each domain alone, then all of them together where there are several."""
+    """Each domain alone, then all domains together if there are several."""
     for domain, one in of_domains.items():
         yield domain, [one]
     if len(of_domains) > 1:
@@ -264,13 +279,13 @@ def _groups(of_domains: Mapping[str, T]) -> Iterator[tuple[str, list[T]]]:
 
 
 def _label(drafter: str) -> str:
-    """What a drafter is called: a checkpoint in a folder ``drafter`` by the folder that one lies in."""
+    """Name of a drafter in tables. A checkpoint in a folder ``drafter`` is named by the parent folder."""
     path = Path(drafter)
     return (path.resolve().parent.name if path.name == "drafter" else path.name) if path.is_dir() else drafter
 
 
 def _content(drafter: str) -> str | None:
-    """A hash of a checkpoint's files; None for a drafter without."""
+    """A hash of a checkpoint's files; None for a drafter without a checkpoint."""
     if drafter in (*registry.names("drafter"), "auto"):
         return None
     digest = hashlib.sha256()
@@ -280,17 +295,28 @@ def _content(drafter: str) -> str | None:
     return digest.hexdigest()
 
 
-def _domains(files: Sequence[Path], chat: LLM | None, config: Config) -> dict[str, list[Question]]:
-    """Questions by domain, at most ``limit`` of each."""
-    domains: dict[str, list[Question]] = {}
+def _domains(
+    files: Sequence[Path], llm: LLM, config: Config, fail_fast: bool
+) -> tuple[dict[str, list[EvalPrompt]], list[FailedPrompt]]:
+    """Prompts by domain, at most ``limit`` of each, and those of them that cannot be answered.
+
+    Raises InvalidRequest where none can.
+    """
+    domains: dict[str, list[EvalPrompt]] = {}
     for file in files:
-        for question in read_questions(file, None if chat is None else chat.tokenizer):
-            domains.setdefault(question.domain, []).append(question)
-    return {domain: questions[: config.limit] for domain, questions in domains.items()}
+        for prompt in read_prompts(file):
+            domains.setdefault(prompt.domain, []).append(prompt)
+    chosen = [prompt for prompts in domains.values() for prompt in prompts[: config.limit]]
+    params = SamplingParams(max_tokens=config.max_tokens)
+    good, failed = runnable(llm, chosen, params, chat=config.chat, fail_fast=fail_fast)
+    if not good:
+        first = failed[0]
+        raise InvalidRequest(f"no prompt can be answered; {first.file} line {first.line}: {first.error}")
+    return {d: of_domain for d in domains if (of_domain := [p for p in good if p.domain == d])}, failed
 
 
 def _write(found: Evaluation, out: Path) -> None:
-    """The figures, and diagrams of acceptance by position, of the thresholds and of how reliable confidences are."""
+    """Write the figures, and diagrams of acceptance by position, the threshold sweep and reliability."""
     write_json(out / "evaluation.json", found.to_json())
     if not plots.available():
         return

@@ -1,8 +1,8 @@
-"""Figures with their 95 % intervals, from counts by prompt: prompts are drawn again, a prompt stays in one piece.
+"""Figures with 95 % bootstrap intervals that resample prompts.
 
-Rounds of one answer resemble each other, so they are no independent draws; prompts are. Two drafters, or a drafter and
-plain decoding, are compared on the same prompts drawn again (paired). The macro average weighs every domain alike, and
-each domain's prompts are drawn from that domain.
+Rounds of one answer are not independent, prompts are: so all rounds of a prompt are resampled together. Two drafters,
+or a drafter and plain decoding, are compared on the same resampled prompts (paired). The macro average gives every
+domain the same weight, and prompts are resampled within their domain.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from scipy.stats import DegenerateDataWarning, bootstrap
 
 __all__ = ["Estimate", "Picks", "Statistic", "estimate", "macro", "share"]
 
-MISSING = 0.05  # share of draws without a value from which on there is no interval
+MISSING = 0.05  # no interval if more than this share of the resamples has no value
 Picks = NDArray[np.int64]
-"""[..., n]: indices of a domain's prompts, drawn again along the last axis."""
+"""[..., n]: indices of a domain's prompts, resampled along the last axis."""
 Statistic = Callable[[Sequence[Picks]], NDArray[np.float64]]
 """One array of picks for each domain -> [...]"""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure and its 95 % interval; None where there is nothing to take it from."""
+    """A figure and its 95 % interval; None where it is undefined."""
 
     value: float | None
     low: float | None = None
@@ -42,20 +42,20 @@ class Estimate:
 
 
 def share(parts: NDArray[Any], wholes: NDArray[Any], picks: Picks) -> NDArray[np.float64]:
-    """Sum of parts over sum of wholes of the prompts picked; NaN where that is 0 / 0. [n], [n], [..., n] -> [...]"""
+    """Sum of parts / sum of wholes over the picked prompts; NaN for 0 / 0. [n], [n], [..., n] -> [...]"""
     top, bottom = parts[picks].sum(-1, dtype=float), wholes[picks].sum(-1, dtype=float)
     return np.divide(top, bottom, out=np.full(np.shape(top), np.nan), where=bottom > 0)
 
 
 def macro(domains: Sequence[Callable[[Picks], NDArray[np.float64]]]) -> Statistic:
-    """The mean over domains of what each makes of its own picks."""
+    """The mean over domains of one statistic per domain."""
     return lambda picks: np.mean([one(own) for one, own in zip(domains, picks, strict=True)], axis=0)
 
 
 def estimate(sizes: Sequence[int], statistic: Statistic, draws: int = 2000, seed: int = 0) -> Estimate:
     """A statistic of all prompts (``sizes`` of them in each domain), with its percentile bootstrap interval.
 
-    There is no interval where a domain has a single prompt, or too many draws make 0 / 0.
+    There is no interval if a domain has a single prompt, or too many resamples give 0 / 0.
     """
     everything = [np.arange(size) for size in sizes]
     value = float(statistic(everything))
@@ -64,7 +64,7 @@ def estimate(sizes: Sequence[int], statistic: Statistic, draws: int = 2000, seed
     if min(sizes) < 2:
         return Estimate(value)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # of draws that are 0 / 0, which are left out below
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # resamples with 0 / 0 are left out below
         found = bootstrap(
             everything,
             lambda *picks, axis: statistic(picks),

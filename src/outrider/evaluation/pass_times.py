@@ -1,8 +1,8 @@
-"""What a pass costs on this machine: seconds for new tokens, rows and context, and the share of memory bandwidth used.
+"""Measure the time of a forward pass by new tokens, rows and context, and the share of memory bandwidth it uses.
 
-A pass over few tokens is bound by reading the weights and the cached keys and values once, so its bandwidth share is
-those bytes / its time / the read bandwidth probed in the same round. Every kind of pass is measured once a round, in
-another order each round: drift of the machine hits all alike, and ratios are medians of pairs from one round.
+A pass over few tokens is limited by reading the weights and the cached keys and values once, so its bandwidth share is
+those bytes / its time / the read bandwidth probed in the same round. Every kind of pass is measured once per round, in
+a new order each round, so that drift of the machine affects all of them; ratios are medians of pairs from one round.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ __all__ = [
     "weight_bytes",
 ]
 
-PROBE_BYTES = 256 << 20  # far more than any cache holds
+PROBE_BYTES = 256 << 20  # far larger than any processor cache
 MAX_CACHE_BYTES = 2 << 30
-FILL = 512  # cached tokens made at a time
+FILL = 512  # tokens per pass when filling the cache
 INT4_GROUP = 32
 
 
@@ -104,9 +104,9 @@ def cache_bytes(config: StackConfig, dtype: str, cell: Cell) -> int:
 
 
 def read_probe(backend: str) -> Callable[[], float]:
-    """A probe of read bandwidth, bytes a second: all threads read a buffer that fits no cache.
+    """A probe of read bandwidth in bytes per second: all threads read a buffer larger than the caches.
 
-    The native core's own reader where it runs, else torch's sum.
+    Uses the native core's reader for the native backend, else torch's sum.
     """
     if backend == "native":
         core = import_module("outrider._native")
@@ -135,12 +135,12 @@ def measure(
     probe: Callable[[], float],
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[Cell, list[float]], list[float]]:
-    """Seconds of each kind of pass, one a round, and the bandwidth probed in each round (bytes a second).
+    """Seconds of each kind of pass, once per round, and the bandwidth probed in each round (bytes per second).
 
-    All cells have one context. Every pass gives the logits of all its new tokens, as verification needs them.
+    All cells have the same context. Every pass computes the logits of all its new tokens, as verification does.
     """
     rows, context = max(cell.rows for cell in cells), cells[0].context
-    assert all(cell.context == context for cell in cells), "one memory serves one context"
+    assert all(cell.context == context for cell in cells), "all cells must have the same context"
     cache = target.new_cache(rows, context + max(cell.new_tokens for cell in cells))
     slots = [cache.open() for _ in range(rows)]
     _fill(target, cache, slots, context)
@@ -149,10 +149,10 @@ def measure(
     bandwidths = []
     shuffled = random.Random(0)
     with _no_collection():
-        for turn in range(-1, repeats):  # the first round's touches are nobody's speed
+        for turn in range(-1, repeats):  # warm up; round -1 is not timed
             order = shuffled.sample(list(cells), len(cells))
             bandwidth = probe()
-            _time(target, batches[order[-1]], cache)  # the probe has emptied the caches
+            _time(target, batches[order[-1]], cache)  # the probe has replaced the contents of the caches
             if turn >= 0:
                 bandwidths.append(bandwidth)
             for cell in order:
@@ -164,7 +164,7 @@ def measure(
 
 
 def _time(target: TargetModel, batch: RaggedBatch, cache: KVCache) -> float:
-    """Seconds of one pass, which is then forgotten."""
+    """Seconds of one pass; the cache is rewound afterwards."""
     held = cache.lengths[batch.slots].clone()
     began = perf_counter()
     target.forward(batch, cache)
@@ -185,7 +185,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _fill(target: TargetModel, cache: KVCache, slots: Sequence[int], context: int) -> None:
-    """Put ``context`` tokens into every slot; keys and values of rng are as good as any, and much cheaper."""
+    """Put ``context`` tokens into every slot. A decoder stack gets random hidden states, which is much faster."""
     stack = getattr(target, "stack", None)
     for slot in slots:
         for start in range(0, context, FILL):
@@ -207,7 +207,7 @@ def _batch(target: TargetModel, cell: Cell, slots: Sequence[int]) -> RaggedBatch
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What one kind of pass cost. Medians over rounds."""
+    """The time of one kind of pass. Medians over rounds."""
 
     dtype: str
     cell: Cell
@@ -220,7 +220,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Profile:
-    """All timings of a model, the kinds of pass that were left out, and the scheduler's tables."""
+    """All timings of a model, the skipped kinds of pass, and cost tables for the scheduler."""
 
     model: str
     backend: str
@@ -273,8 +273,8 @@ def run_profile(
 ) -> Profile:
     """Profile ``model``, or a ``shape`` of random weights instead, in each dtype.
 
-    Kinds of pass whose cache would exceed ``max_cache_bytes`` are left out and listed. ``progress`` is told what runs
-    and the share that is done. Raises InvalidRequest, CheckpointError, UnknownKind.
+    Kinds of pass whose cache would exceed ``max_cache_bytes`` are skipped and listed. ``progress`` is called with the
+    current activity and the finished share. Raises InvalidRequest, CheckpointError, UnknownKind.
     """
     if repeats < 1:
         raise InvalidRequest(f"repeats must be at least 1, got {repeats}")
@@ -288,11 +288,11 @@ def run_profile(
         else:
             target = load_target(model, dtype=dtype, backend=backend)
 
-        def tell(context: int, done: float) -> None:
+        def report_context(context: int, done: float) -> None:
             progress(f"{dtype}: context {context}", (index + done) / len(dtypes))  # noqa: B023 (called at once)
 
         timings, skipped = time_passes(
-            target, dtype, cells, repeats, read_probe(profile.backend), max_cache_bytes, tell
+            target, dtype, cells, repeats, read_probe(profile.backend), max_cache_bytes, report_context
         )
         profile.timings.extend(timings)
         profile.skipped.extend((dtype, cell) for cell in skipped)
@@ -354,7 +354,7 @@ def _point(timing: Timing) -> CostPoint:
 
 
 def model_key(target: TargetModel) -> str:
-    """A name for all models that cost the same: what a pass costs depends on shapes, not on weights."""
+    """A name shared by all models with the same costs: times depend on shapes, not on weights."""
     spec = target.spec
     shape = repr(target.stack.config) if isinstance(target, DecoderTarget) else spec.name
     digest = hashlib.sha256(shape.encode()).hexdigest()[:8]
@@ -362,28 +362,28 @@ def model_key(target: TargetModel) -> str:
 
 
 def describe(machine: Mapping[str, Any]) -> str:
-    """A machine as the keys of cost tables name it."""
+    """The name of a machine in the keys of cost tables."""
     return f"{machine['cpu']}, {machine['cores']} cores"
 
 
 def costs_path(key: CostKey) -> Path:
-    """Where a table is kept."""
+    """The file of a cost table."""
     where = hashlib.sha256(f"{key.machine} {key.threads}".encode()).hexdigest()[:8]
     return cache_folder("costs") / f"{key.model}-{key.dtype}-{key.backend}-{where}.json"
 
 
 def save_costs(table: CostTable) -> Path:
-    """Keep a table for the scheduler; a reader sees the old file or the whole new one."""
+    """Save a table for the scheduler, atomically."""
     path = costs_path(table.key)
     write_json(path, table.to_json())
     return path
 
 
 def load_costs(key: CostKey) -> CostTable | None:
-    """The table measured for exactly this key; None where there is none, or none that can be used."""
+    """The table measured for exactly this key; None if there is none, or it is unreadable."""
     path = costs_path(key)
     try:
         table = CostTable.from_json(read_json(path))
-    except ValueError:  # missing, damaged, or of another version: it is only a measurement
+    except ValueError:  # missing, damaged, or of another version: it can be measured again
         return None
     return table if table.key == key else None

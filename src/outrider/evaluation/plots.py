@@ -1,4 +1,4 @@
-"""Diagrams in files. matplotlib draws them; where it is not installed there are none."""
+"""Diagrams, drawn with matplotlib. Without matplotlib there are none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Band", "Curve", "available", "draw_positions", "draw_reliability", "
 Curve = tuple[Sequence[float], Sequence[float]]
 """x and y"""
 Band = tuple[float, float, float]
-"""A value and its interval; NaN where there is none."""
+"""A value, and the ends of its interval; NaN if missing."""
 COLUMNS, PANEL = 3, 3.6  # panels side by side, inches of one
 
 
@@ -26,7 +26,7 @@ def available() -> bool:
 
 
 def draw_reliability(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
-    """Panels by title, curves by label: predicted survival against what was observed; the diagonal is calibrated."""
+    """Panels by title, curves by label: predicted against observed survival; the diagonal is perfect calibration."""
     figure, axes = _panels(len(panels))
     for (title, curves), axis in zip(panels.items(), axes, strict=True):
         axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
@@ -42,10 +42,10 @@ def draw_positions(panels: Mapping[str, Mapping[str, Sequence[Band]]], path: Pat
     figure, axes = _panels(len(panels))
     for (title, curves), axis in zip(panels.items(), axes, strict=True):
         for label, shares in curves.items():
-            places = range(1, len(shares) + 1)
+            positions = range(1, len(shares) + 1)
             middle, low, high = (list(values) for values in zip(*shares, strict=True)) if shares else ([], [], [])
-            axis.plot(places, middle, marker="o", markersize=3, linewidth=1, label=label)
-            axis.fill_between(places, low, high, alpha=0.15, linewidth=0)
+            axis.plot(positions, middle, marker="o", markersize=3, linewidth=1, label=label)
+            axis.fill_between(positions, low, high, alpha=0.15, linewidth=0)
         axis.set(title=title, ylim=(0, 1), xlabel="position", ylabel="conditional acceptance")
         axis.legend(fontsize=7)
     _save(figure, path)
@@ -58,11 +58,11 @@ def draw_sweep(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
     for row, (title, drafters) in enumerate(panels.items()):
         lengths, rates, speeds = axes[3 * row : 3 * row + 3]
         for label, points in drafters.items():
-            places = points["threshold"]
-            (line,) = lengths.plot(places, points["acceptance_length"], marker="o", markersize=3, label=label)
-            rates.plot(places, points["acceptance_rate"], color=line.get_color(), label=label)
-            rates.plot(places, points["verify_rate"], "--", color=line.get_color())
-            speeds.plot(places, points["speedup"], marker="o", markersize=3, label=label)
+            thresholds = points["threshold"]
+            (line,) = lengths.plot(thresholds, points["acceptance_length"], marker="o", markersize=3, label=label)
+            rates.plot(thresholds, points["acceptance_rate"], color=line.get_color(), label=label)
+            rates.plot(thresholds, points["verify_rate"], "--", color=line.get_color())
+            speeds.plot(thresholds, points["speedup"], marker="o", markersize=3, label=label)
         lengths.set(title=title, xlabel="threshold", ylabel="acceptance length")
         rates.set(title=title, ylim=(0, 1), xlabel="threshold", ylabel="accepted / verified, -- verified / drafted")
         speeds.set(title=title, xlabel="threshold", ylabel="speed-up over plain decoding")

@@ -1,19 +1,18 @@
-"""Questions put to a model one at a time, and every round of the answers: for calibrating and measuring drafters.
+"""Prompts that are answered one at a time, with every round recorded: for calibrating and measuring drafters.
 
 Which rounds count:
 
-- The token that a prompt's own pass gives belongs to no round.
-- A round whose draft had to be cut to fit the token budget does not count, nor does any after it: how far it might have
-  come is not known.
-- Where the text ends among a round's accepted drafts, the round counts up to there; the drafts behind the end of the
-  text are no text, and neither verified nor accepted. It commits no token of the target's own.
+- The token from the prompt's prefill belongs to no round.
+- A round whose draft was cut to fit the token budget does not count, nor does any after it: the number of drafts that
+  would have been accepted is not known.
+- Where the text ends among a round's accepted drafts, the round counts up to there: drafts after the end of the text
+  count as neither verified nor accepted, and there is no bonus token.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,78 +22,118 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.tokenization.tokenizer import Tokenizer
-from outrider.types import SchedulerPolicy, StepCost, StepView
+from outrider.files import read_json_lines
+from outrider.types import StepRecord
 
 __all__ = [
     "Answer",
+    "EvalPrompt",
+    "FailedPrompt",
     "Observed",
-    "Question",
     "Recorder",
     "Round",
-    "ask",
+    "answer",
     "counted",
     "observed",
-    "read_questions",
+    "read_prompts",
     "recorded",
+    "runnable",
 ]
 
 
-# ------------------------------------------------------------------------------------------------ questions
+# ------------------------------------------------------------------------------------------------ prompts
+
+EXPECTED = '{"text": "..."}, {"turns": ["..."]} or {"prompt": [token ids]}'
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """A prompt, and which set of prompts it belongs to."""
+class EvalPrompt:
+    """A prompt, the set of prompts it belongs to, and where it was read."""
 
     id: str
     domain: str
     prompt: str | list[int]
+    index: int = field(default=0, compare=False)
+    """Number of the prompt in its file, from 0."""
+    line: int = field(default=0, compare=False)
+    """Its line there, from 1; 0: it comes from no file."""
+    file: str = field(default="", compare=False)
+    asked: bool = field(default=False, compare=False)
+    """A user's turn, which a chat template can take; else text to continue."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.file} line {self.line}"
 
 
-def read_questions(path: Path, tokenizer: Tokenizer | None = None) -> list[Question]:
+@dataclass(frozen=True, slots=True)
+class FailedPrompt:
+    """A prompt that cannot be answered, and why."""
+
+    file: str
+    index: int
+    line: int
+    error: str
+
+    @classmethod
+    def of(cls, prompt: EvalPrompt, error: Exception) -> FailedPrompt:
+        return cls(prompt.file, prompt.index, prompt.line, str(error))
+
+
+def read_prompts(path: Path) -> list[EvalPrompt]:
     """JSON Lines with ``text``, ``turns`` (the first is the prompt) or ``prompt`` (token ids), and perhaps ``id`` and
-    ``domain`` (the file's name by default). ``tokenizer``: turns are written into its chat template.
-
-    Raises InvalidRequest naming the line.
+    ``domain`` (the file's name by default). Raises InvalidRequest naming the line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: U+2028 may stand in a string
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"cannot read prompts from {path}: {error}") from error
-    questions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    prompts: list[EvalPrompt] = []
+    for line, entry in read_json_lines(path, EXPECTED, "prompts"):
         try:
-            entry = json.loads(line)
-            prompt = _prompt(entry, tokenizer)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise InvalidRequest(
-                f'{path} line {number}: expected {{"text": "..."}}, {{"turns": ["..."]}} or {{"prompt": [token ids]}}, '
-                f"got {line[:60]!r}"
-            ) from error
-        domain = str(entry.get("domain", path.stem))
-        questions.append(Question(str(entry.get("id", f"{path.stem}-{number}")), domain, prompt))
-    if not questions:
+            prompt, asked = _prompt(entry)
+            name, domain = str(entry.get("id", f"{path.stem}-{line}")), str(entry.get("domain", path.stem))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InvalidRequest(f"{path} line {line}: expected {EXPECTED}, got {str(entry)[:60]!r}") from error
+        prompts.append(EvalPrompt(name, domain, prompt, len(prompts), line, str(path), asked))
+    if not prompts:
         raise InvalidRequest(f"{path} holds no prompts; expected JSON Lines with `text`, `turns` or `prompt`")
-    return questions
+    return prompts
 
 
-def _prompt(entry: dict[str, object], tokenizer: Tokenizer | None) -> str | list[int]:
-    for key, kind in (("prompt", int), ("turns", str)):
+def _prompt(entry: dict[str, object]) -> tuple[str | list[int], bool]:
+    """The prompt of a line, and whether it is a user's turn."""
+    for key, kind in (("prompt", int), ("ids", int), ("turns", str)):
         value = entry.get(key)
         if value is None:
             continue
         if not isinstance(value, list) or not value or not all(isinstance(part, kind) for part in value):
             raise TypeError(key)
-        if key == "prompt":
-            return value
-        return value[0] if tokenizer is None else tokenizer.encode_chat([{"role": "user", "content": value[0]}])
+        return (value, False) if kind is int else (value[0], True)
     text = entry["text"]
     if not isinstance(text, str) or not text:
         raise TypeError("text")
-    return text
+    return text, False
+
+
+def runnable(
+    llm: LLM, prompts: Iterable[EvalPrompt], params: SamplingParams, *, chat: bool = False, fail_fast: bool = False
+) -> tuple[list[EvalPrompt], list[FailedPrompt]]:
+    """The prompts that this model can answer, and those that it cannot, with the reason.
+
+    ``chat``: a user's turn is written into the model's chat template. ``fail_fast``: raises InvalidRequest naming
+    the first one that cannot be answered. Raises CheckpointError for ``chat`` and a model without a template.
+    """
+    good, failed = [], []
+    for prompt in prompts:
+        try:
+            if chat and prompt.asked:
+                message = {"role": "user", "content": prompt.prompt}
+                prompt = replace(prompt, prompt=llm.tokenizer.encode_chat([message]))
+            llm.check(prompt.prompt, params)
+        except InvalidRequest as error:
+            if fail_fast:
+                raise InvalidRequest(f"{prompt.where}: {error}") from error
+            failed.append(FailedPrompt.of(prompt, error))
+        else:
+            good.append(prompt)
+    return good, failed
 
 
 # ------------------------------------------------------------------------------------------------ rounds
@@ -102,69 +141,55 @@ def _prompt(entry: dict[str, object], tokenizer: Tokenizer | None) -> str | list
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One draft and its verification."""
+    """One draft and what verification kept of it."""
 
     confidence: tuple[float, ...] | None  # of each draft; None: the drafter has none
     planned: int  # the most drafts the policy asked for
     drafted: int
     verified: int
     accepted: int
-    committed: int  # tokens of the text: the accepted drafts and one of the target's own, unless the text ended before
+    committed: (
+        int  # tokens of the text: the accepted drafts and the bonus or recovered token, unless the text ended before
+    )
 
 
 class Recorder:
-    """A policy that does what another one does, and keeps what it sees."""
+    """A ``StepObserver`` that records every round."""
 
-    def __init__(self, policy: SchedulerPolicy) -> None:
-        self.policy = policy
+    def __init__(self) -> None:
         self._rounds: list[Round] = []
-        self._ready = 0  # rows of this step that are past their prompt: the first ones
-        self._planned = 0
-        self._seen: list[tuple[tuple[float, ...] | None, int, int]] = []
 
-    def plan(self, step: StepView) -> Sequence[int]:
-        planned = self.policy.plan(step)
-        self._ready, self._planned = len(step), planned[0] if planned else 0
-        return planned
-
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        keep = self.policy.choose(confidence, lengths)
-        sure = None if confidence is None else confidence.tolist()
-        self._seen = [
-            (None if sure is None else tuple(sure[b][:drafted]), drafted, verified)
-            for b, (drafted, verified) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True))
+    def step(self, record: StepRecord) -> None:
+        self._rounds += [
+            Round(row.confidence, row.limit, row.drafted, row.verified, row.accepted, len(row.committed))
+            for row in record.rows
+            if not row.first
         ]
-        return keep
-
-    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        for (confidence, drafted, verified), held in zip(self._seen[: self._ready], accepted, strict=False):
-            self._rounds.append(Round(confidence, self._planned, drafted, verified, held, held + 1))
-        self._ready = 0
-        self.policy.observe(cost, accepted)
 
     def take(self) -> list[Round]:
-        """The rounds since it was last asked."""
+        """The rounds since the last call."""
         rounds, self._rounds = self._rounds, []
         return rounds
 
 
 def recorded(llm: LLM) -> Recorder:
-    """Make an LLM that has answered nothing yet keep its rounds."""
-    llm.policy = recorder = Recorder(llm.policy)
+    """Record the rounds of an LLM that has not answered anything yet."""
+    recorder = Recorder()
+    llm.observers.append(recorder)
     return recorder
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came of one question."""
+    """The answer to one prompt."""
 
     token_ids: list[int]
-    seconds: float  # the prompt's pass included
+    seconds: float  # prefill included
     rounds: list[Round]  # those that count
 
 
-def ask(llm: LLM, recorder: Recorder, prompt: str | Sequence[int], params: SamplingParams) -> Answer:
-    """Answer one prompt, alone, with a drafter that remembers nothing."""
+def answer(llm: LLM, recorder: Recorder, prompt: str | Sequence[int], params: SamplingParams) -> Answer:
+    """Answer one prompt, alone, after the drafter has dropped what it learnt from earlier ones."""
     llm.forget()
     recorder.take()
     (output,) = llm.generate([prompt], params)
@@ -181,8 +206,8 @@ def counted(rounds: Iterable[Round], generated: int, max_tokens: int, block: int
         new = min(one.accepted + 1, generated - committed)
         committed += new
         if new <= one.accepted:
-            sure = None if one.confidence is None else one.confidence[:new]
-            one = replace(one, confidence=sure, drafted=new, verified=new, accepted=new, committed=new)
+            confidences = None if one.confidence is None else one.confidence[:new]
+            one = replace(one, confidence=confidences, drafted=new, verified=new, accepted=new, committed=new)
         kept.append(one)
     return kept
 

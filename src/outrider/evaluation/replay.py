@@ -1,13 +1,13 @@
-"""What a trained drafter would have had accepted along the target's own text, without decoding it again.
+"""Acceptance of a trained drafter along recorded text of the target, without decoding again.
 
-The target writes its greedy text once, and its distributions and features are kept; any number of drafters, or readings of one
-checkpoint, then draft at the same places. Two numbers come out at each place:
+The target generates greedy text once; its logits and features are kept. Any number of drafters, or readings of one
+checkpoint, then draft at the same positions of this text. Two measures of acceptance per position:
 
-greedy    how many drafts equal the text: what greedy decoding would accept there
-expected  sum_j prod_{i<=j} (1 - TV(p_i, q_i)) at temperature 1: what rejection sampling would, were the text sampled.
-          It moves with every logit, so it tells readings apart that draft the same tokens.
+greedy    number of drafts equal to the text: what greedy decoding would accept
+expected  sum_j prod_{i<=j} (1 - TV(p_i, q_i)) at temperature 1: what rejection sampling would accept on average. It
+          depends on every logit, so it also separates readings that draft the same tokens.
 
-A round's tokens are 1 + either (the target's own comes on top).
+The acceptance length is 1 + either, for the bonus token.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from outrider.drafters.base import TrainedDrafter
+from outrider.drafters.base import CachedDrafter
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.files import EMBEDDED_PROMPTS
+from outrider.files import read_json_lines
+from outrider.models.loading import load_tokenizer
+from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import RaggedBatch, TargetModel
 
 __all__ = ["Acceptance", "Prompts", "Transcript", "least_score", "replay", "sample_prompts", "transcribe"]
 
-PROMPT_TOKENS = 128  # of each prompt; drafting does not get better with longer ones
-RANDOM_PROMPTS = (8, 12, 16, 24)  # lengths, where no tokenizer says what text is
+PROMPT_TOKENS = 128  # longer prompts are cut: they do not improve drafting
+RANDOM_PROMPTS = (8, 12, 16, 24)  # lengths of random prompts, for targets without a tokenizer
 MARGIN = 1.25
-PLACES = 40  # at most so many drafts a text
+EXPECTED = '{"turns": ["..."]} or {"ids": [...]}'
+POSITIONS = 40  # most drafted positions per text
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,84 +50,76 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """Accepted drafts at each place, in the same order for every drafter on the same transcripts."""
+    """Accepted drafts at each drafted position, in the same order for every drafter on the same transcripts."""
 
-    greedy: Tensor  # float32 [places]
-    expected: Tensor  # float32 [places]
+    greedy: Tensor  # float32 [positions]
+    expected: Tensor  # float32 [positions]
 
     @property
     def greedy_length(self) -> float:
-        """Tokens of a greedy round, the target's own included."""
+        """Acceptance length of greedy decoding, bonus token included."""
         return 1 + float(self.greedy.mean())
 
     @property
     def expected_length(self) -> float:
-        """Tokens of a round at temperature 1, the target's own included."""
+        """Acceptance length at temperature 1, bonus token included."""
         return 1 + float(self.expected.mean())
 
     @property
     def score(self) -> float:
-        """Accepted drafts a round, halfway between the two: a drafter may be good at either."""
+        """Accepted drafts per round: the mean of the two measures."""
         return float((self.greedy + self.expected).mean()) / 2
 
     def advantage(self, other: Acceptance) -> tuple[float, float]:
-        """How much higher this one's score is, and how many standard errors that is (paired by place)."""
+        """Difference of the scores, and the same in standard errors (paired by position)."""
         gain = (self.greedy + self.expected - other.greedy - other.expected) / 2
         error = float(gain.std()) / len(gain) ** 0.5
         return float(gain.mean()), float(gain.mean()) / error if error else 0.0
 
 
 class Prompts(NamedTuple):
-    """Token ids of some prompts, and where they come from."""
+    """Token ids of prompts, and their source."""
 
     ids: list[list[int]]
     source: str
-    natural: bool  # text of the kind drafters are trained on
+    natural: bool  # real text, not random tokens
 
 
 def sample_prompts(target: Path, file: Path | None = None, count: int = 4) -> Prompts:
-    """From a JSON Lines file (``turns`` of text, or ``ids``), else the packaged prompts in the target's own tokens,
-    else random ids for a target without a tokenizer.
+    """Prompts from a JSON Lines file (``turns`` of text, or ``ids``), else the packaged prompts, else random ids for a
+    target without a tokenizer.
 
-    Raises InvalidRequest for a file that is something else.
+    Raises InvalidRequest for any other file.
     """
-    tokenizer = Tokenizer(target) if (target / "tokenizer.json").exists() else None
+    tokenizer = load_tokenizer(target) if target.is_file() or (target / "tokenizer.json").exists() else None
     if file is not None:
-        prompts = [
-            _prompt(line, number, file, tokenizer) for number, line in enumerate(_lines(file), 1) if line.strip()
-        ]
+        prompts = [_prompt(entry, number, file, tokenizer) for number, entry in _lines(file)]
         if not prompts:
             raise InvalidRequest(f"{file} holds no prompts; expected JSON Lines with `turns` or `ids`")
         return Prompts(prompts[:count], f"{min(count, len(prompts))} prompts of {file.name}", natural=True)
     if tokenizer is not None:
         sets = [_lines(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))]
         mixed = [lines[i] for i in range(count) for lines in sets if i < len(lines)][:count]
-        ids = [_prompt(line, 0, target, tokenizer) for line in mixed]
+        ids = [_prompt(entry, number, target, tokenizer) for number, entry in mixed]
         return Prompts(ids, f"{len(ids)} packaged prompts", natural=True)
     config = json.loads((target / "config.json").read_text())
     size = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, size, (n,), generator=generator).tolist() for n in RANDOM_PROMPTS[:count]]
-    source = f"{len(ids)} random prompts (the target has no tokenizer; --prompts gives better ones)"
+    source = f"{len(ids)} random prompts (the target has no tokenizer; give better ones with --prompts)"
     return Prompts(ids, source, natural=False)
 
 
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"cannot read prompts from {file}: {error}") from error
+def _lines(file: Path) -> list[tuple[int, Any]]:
+    return list(read_json_lines(file, EXPECTED, "prompts"))
 
 
-def _prompt(line: str, number: int, file: Path, tokenizer: Tokenizer | None) -> list[int]:
+def _prompt(entry: Any, number: int, file: Path, tokenizer: Tokenizer | None) -> list[int]:
     try:
-        entry = json.loads(line)
         ids = entry.get("ids")
         text = "" if ids is not None else entry["turns"][0]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InvalidRequest(
-            f'{file} line {number}: expected {{"turns": ["..."]}} or {{"ids": [...]}}, got {line[:60]!r}'
-        ) from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InvalidRequest(f"{file} line {number}: expected {EXPECTED}, got {str(entry)[:60]!r}") from error
     if ids is None:
         if tokenizer is None:
             raise InvalidRequest(f'{file} line {number}: the target has no tokenizer; give {{"ids": [...]}}')
@@ -145,7 +140,7 @@ def transcribe(
     size = target.spec.vocab_size
     for prompt in prompts:
         if not 0 <= min(prompt) <= max(prompt) < size:
-            raise CheckpointError(f"a prompt has token {max(prompt)}, the target's vocabulary ends at {size - 1}")
+            raise CheckpointError(f"a prompt has token {max(prompt)}; the target's last token is {size - 1}")
     cache = target.new_cache(len(prompts), max(len(p) for p in prompts) + new_tokens + 1)
     slots = [cache.open() for _ in prompts]
     tokens, parts = [list(prompt) for prompt in prompts], [[] for _ in prompts]  # type: ignore[var-annotated]
@@ -170,22 +165,22 @@ def transcribe(
 
 
 @torch.inference_mode()
-def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
+def replay(drafter: CachedDrafter, transcripts: Sequence[Transcript], longest: int = 0) -> Acceptance:
     """Draft along the transcripts. ``drafter.aux_layers`` must be among their layers; its slots 0, 1, ... must be free.
 
-    ``longest``: drafts of the drafter among several that drafts most, so that all are asked at the same places.
+    ``longest``: the most drafts of any drafter to be compared, so that all draft at the same positions.
     """
     drafts = drafter.block
-    places = [_places(transcript, max(longest, drafts)) for transcript in transcripts]
-    if not any(places):
+    positions = [_positions(transcript, max(longest, drafts)) for transcript in transcripts]
+    if not any(positions):
         raise InvalidRequest(f"the texts are too short to draft {drafts} tokens; ask for more new tokens")
     greedy, expected = [], []
     features = [torch.cat([t.features[layer] for layer in drafter.aux_layers], -1) for t in transcripts]
     for slot, transcript in enumerate(transcripts):
         drafter.open(slot, len(transcript.tokens))
-    for step in range(max(len(p) for p in places)):
-        slots = [slot for slot, p in enumerate(places) if step < len(p)]
-        ends = [places[slot][step] for slot in slots]
+    for step in range(max(len(p) for p in positions)):
+        slots = [slot for slot, p in enumerate(positions) if step < len(p)]
+        ends = [positions[slot][step] for slot in slots]
         starts = [drafter.cache.end_of(slot) for slot in slots]
         rows = [(transcripts[slot], start, end) for slot, start, end in zip(slots, starts, ends, strict=True)]
         batch = RaggedBatch.pack([t.tokens[start:end] for t, start, end in rows], starts, slots)
@@ -193,20 +188,20 @@ def replay(drafter: TrainedDrafter, transcripts: Sequence[Transcript], longest: 
         drafter.observe(batch, torch.cat(parts))
         path = torch.tensor([t.tokens[end : end + drafts + 1] for t, _, end in rows])
         logits = drafter.follow(slots, path[:, :drafts])[0]
-        for (t, _, end), own, tokens in zip(rows, logits, path, strict=True):
-            own = drafter.net.spread(own).float()
-            distribution = t.logits[end - t.prompt_length + 1 :][:drafts].float()
-            shared = torch.minimum(own.softmax(-1), distribution.softmax(-1)).sum(-1)
+        for (t, _, end), drafted, tokens in zip(rows, logits, path, strict=True):
+            drafted = drafter.net.spread(drafted).float()
+            target = t.logits[end - t.prompt_length + 1 :][:drafts].float()
+            shared = torch.minimum(drafted.softmax(-1), target.softmax(-1)).sum(-1)
             expected.append(shared.cumprod(0).sum())
-            greedy.append((own.argmax(-1) == tokens[1:]).float().cumprod(0).sum())
+            greedy.append((drafted.argmax(-1) == tokens[1:]).float().cumprod(0).sum())
     for slot in range(len(transcripts)):
         drafter.close(slot)
     return Acceptance(torch.stack(greedy), torch.stack(expected))
 
 
 def least_score(transcripts: Sequence[Transcript], drafts: int) -> float:
-    """The score a drafter must pass to count as one: MARGIN times that of drafting every token from the texts' mean
-    distribution, which knows nothing of the place."""
+    """The least score of a working drafter: MARGIN times the score of drafting every token from the texts' mean
+    distribution, whatever the position."""
     distributions = [t.logits.float().softmax(-1) for t in transcripts]
     mean = torch.cat(distributions).mean(0)
     shared = float(torch.cat([torch.minimum(distribution, mean).sum(-1) for distribution in distributions]).mean())
@@ -215,7 +210,7 @@ def least_score(transcripts: Sequence[Transcript], drafts: int) -> float:
     return MARGIN * sum(guessed**j + shared**j for j in range(1, drafts + 1)) / 2
 
 
-def _places(transcript: Transcript, drafts: int) -> list[int]:
-    """Positions of the last token before a draft that the text is long enough to acceptance_probabilities."""
+def _positions(transcript: Transcript, drafts: int) -> list[int]:
+    """Positions of the last token before a draft, where the text is long enough to compare every draft."""
     first, last = transcript.prompt_length, len(transcript.tokens) - drafts - 1
-    return list(range(first, last + 1, max(1, (last + 1 - first) // PLACES)))
+    return list(range(first, last + 1, max(1, (last + 1 - first) // POSITIONS)))

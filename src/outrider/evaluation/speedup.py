@@ -1,4 +1,4 @@
-"""Paired benchmark: a drafter against plain decoding, in turns, in one process (A B A B)."""
+"""Paired benchmark: a drafter against plain decoding, alternating in one process (A B A B)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ import numpy as np
 
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
-from outrider.errors import InvalidRequest
-from outrider.evaluation.recording import read_questions
-from outrider.files import EMBEDDED_PROMPTS
+from outrider.evaluation.recording import read_prompts
+from outrider.models.locations import EMBEDDED_PROMPTS
 from outrider.types import Output
 
 __all__ = [
     "BenchRow",
+    "Prompt",
     "bootstrap_ratio",
     "embedded_prompt_sets",
     "machine",
-    "read_prompts",
     "repeated_ngrams",
     "run_bench",
 ]
+
+
+Prompt = str | list[int]
+"""Text, or token ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +46,15 @@ class BenchRow:
     speedup_ci95: tuple[float, float]
     acceptance_length: float
     accepted_per_position: list[float]  # share of rounds that drafted position j and accepted it
-    identical: float  # share of prompts whose text equals plain decoding's
-    repeated_8grams: float  # share of the text's 8-grams that occurred before: loops are easy to draft
+    identical: float  # share of prompts with the same text as plain decoding
+    repeated_8grams: float  # share of 8-grams that occurred before in the text: repetitive text is easy to draft
     generated: int
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a JSON Lines file as texts. Raises InvalidRequest naming the line."""
-    prompts = [question.prompt for question in read_questions(path)]
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if len(texts) < len(prompts):
-        raise InvalidRequest(f"{path} holds token ids; expected JSON Lines with `text` or `turns`")
-    return texts
-
-
 def embedded_prompt_sets() -> dict[str, list[str]]:
-    """The packaged prompts by domain, from documents the embedded models were never trained on."""
-    return {path.stem: read_prompts(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
+    """The packaged prompts by domain, from documents that the embedded models were not trained on."""
+    sets = {path.stem: read_prompts(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
+    return {name: [str(prompt.prompt) for prompt in prompts] for name, prompts in sets.items()}
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
@@ -80,17 +75,17 @@ def bootstrap_ratio(
 
 
 def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
+    """Processor and number of cores of this machine."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux: the platform's own name has to do
+        pass  # not Linux: use the platform's name
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
 
 
-def _chunks(prompts: list[str], size: int) -> Iterator[list[str]]:
+def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
     for start in range(0, len(prompts), size):
         yield prompts[start : start + size]
 
@@ -99,7 +94,7 @@ def run_bench(
     model: str,
     drafters: Mapping[str, LLM],
     plain: LLM,
-    prompt_sets: Mapping[str, list[str]],
+    prompt_sets: Mapping[str, Sequence[Prompt]],
     *,
     temperatures: Sequence[float] = (0.0, 1.0),
     concurrency: int = 1,
@@ -108,11 +103,11 @@ def run_bench(
     seed: int = 1,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Time every drafter against ``plain`` on the same prompts, in turns; sampled text is seeded and coupled.
+    """Time every drafter against ``plain`` on the same prompts, alternating; sampled text is seeded and coupled.
 
-    Each prompt (or group of ``concurrency`` prompts) is answered plain, then with the drafter, ``repeats`` times over
-    the set; its time is the median of the repeats, each of which starts with a drafter that remembers nothing.
-    The share of identical texts is a check, not an assumption.
+    Each prompt (or group of ``concurrency`` prompts) is answered by plain decoding, then with the drafter; the whole
+    set is repeated ``repeats`` times. The time of a prompt is the median of its repeats. Drafters that store earlier
+    text are emptied before each repeat. The share of identical texts is measured, not assumed.
     """
     rows: list[BenchRow] = []
     for temperature in temperatures:
@@ -121,14 +116,14 @@ def run_bench(
             groups = list(_chunks(prompts, concurrency))
             for name, llm in drafters.items():
                 progress(f"{name}, {set_name}, temperature {temperature:g}")
-                for one in (plain, llm):  # first touches and first-time imports are nobody's speed
+                for one in (plain, llm):  # warm up; the first call is not timed
                     one.generate(groups[0], params)
                 sides = {"plain": plain, "fast": llm}
                 times: dict[str, list[list[float]]] = {side: [[] for _ in groups] for side in sides}
                 outputs: dict[str, list[Output]] = {}
                 for _ in range(repeats):
                     outputs = {side: [] for side in sides}
-                    llm.forget()  # a drafter that remembers answers must not meet the same prompt twice
+                    llm.forget()  # stored answers would make a repeated prompt too easy
                     for index, group in enumerate(groups):
                         for side, one in sides.items():
                             done = one.generate(group, params)

@@ -47,7 +47,7 @@ class Span:
 
 
 class Pass:
-    """What the layers of one forward pass share: rows, positions, and who sees whom."""
+    """What the layers of one forward pass share: rows, positions and masks."""
 
     def __init__(self, batch: RaggedBatch, cache: Any, mask: Mask, dtype: torch.dtype) -> None:
         self.batch, self.cache, self.mask, self.dtype = batch, cache, mask, dtype
@@ -57,7 +57,7 @@ class Pass:
         self._spans: dict[tuple[int | None, int], list[Span]] = {}
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put a layer's new keys and values [T, Hkv, Dh] in their places."""
+        """Write a layer's new keys and values [T, Hkv, Dh] at their slots and positions."""
         for cache, new in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
             if self._slots is None:
                 (row,) = self.rows
@@ -79,9 +79,9 @@ class Pass:
 
 
 def _rows(batch: RaggedBatch, cache: Any) -> list[Row]:
-    """The rows that have new tokens, checked against the memory."""
+    """The rows that have new tokens, checked against the cache."""
     offsets, slots = batch.offsets.tolist(), batch.slots.tolist()
-    assert len(set(slots)) == len(slots), f"a slot stands twice in one batch: {slots}"
+    assert len(set(slots)) == len(slots), f"a slot is in one batch twice: {slots}"
     rows = []
     for slot, begin, end in zip(slots, offsets, offsets[1:], strict=False):
         if begin < end:

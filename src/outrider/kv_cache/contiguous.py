@@ -1,4 +1,4 @@
-"""The simplest key/value cache: one contiguous stretch per slot, reserved when the memory is made."""
+"""The simplest key/value cache: one contiguous stretch per slot, reserved when the cache is made."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ContiguousCache:
         """Reserve an empty slot, the lowest free one. Raises CacheFull."""
         slot = next((slot for slot in range(len(self.lengths)) if slot not in self._open), None)
         if slot is None:
-            raise CacheFull(f"all {len(self.lengths)} slots are in use; close one, or make the memory with more slots")
+            raise CacheFull(f"all {len(self.lengths)} slots are in use; close one, or make the cache with more slots")
         self._open.add(slot)
         self.lengths[slot] = 0
         return slot
@@ -50,15 +50,15 @@ class ContiguousCache:
         if end > self.capacity:
             raise CacheFull(
                 f"a sequence of {end} tokens does not fit a slot of {self.capacity}; "
-                "shorten the prompt or max_tokens, or open the memory with a larger capacity"
+                "shorten the prompt or max_tokens, or make the cache with a larger capacity"
             )
 
     def reserve(self, slot: int, tokens: int) -> bool:
-        """Whether a sequence of ``tokens`` fits: all of a slot's memory is its own from the start."""
+        """Whether a sequence of ``tokens`` fits: every slot has its full capacity from the start."""
         return tokens <= self.capacity
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
-        """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
+        """Drop everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
         held = self.lengths[slots]
         assert bool(((lengths >= 0) & (lengths <= held)).all()), f"cannot rewind lengths {held} to {lengths}"
         self.lengths[slots] = lengths

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -14,7 +15,7 @@ from torch import Tensor
 from outrider.backends.layers import check_weights, weight_shapes
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest, nearest
-from outrider.models.weights import LazyWeights, TensorFiles, load_dtype
+from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, reading_dtype
 from outrider.types import Backend, DraftLoop, KVCache, RaggedBatch, Stack, TargetOutput, TargetSpec
 
 __all__ = [
@@ -25,15 +26,19 @@ __all__ = [
     "activation",
     "biases",
     "check_aux_layers",
+    "check_finite",
     "end_tokens",
     "layer_types",
     "make_spec",
+    "optional",
+    "positive",
     "refuse_quantised",
     "refuse_set",
     "required",
     "sampling_defaults",
 ]
 
+MAY_BE_INFINITE = ("time_step_limit",)  # of state-space layers
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 PARTS = {
@@ -69,12 +74,14 @@ class TensorNames:
     """Names in Hugging Face's files to canonical ones, and back (for messages)."""
 
     parts: Mapping[str, str]
-    tied: bool  # lm_head is a duplicate of the embedding
-    ignored: tuple[str, ...] = ()  # beginnings of names that are no part of the text model
+    tied: bool
+    """The config says that the embedding is the head. A file may hold a head all the same: see ``LazyWeights.tie``."""
+    ignored: tuple[str, ...] = ()
+    """Beginnings of names that are no part of the text model."""
 
     def canonical(self, name: str) -> str | None:
         """The canonical name; None for a tensor that is not wanted; ``name`` itself where it is unknown."""
-        if name.endswith("rotary_emb.inv_freq") or name.startswith(self.ignored) or (self.tied and "lm_head" in name):
+        if name.endswith("rotary_emb.inv_freq") or name.startswith(self.ignored):
             return None  # old checkpoints store what follows from the config
         inner = re.sub(r"^(model\.|language_model\.)+", "", name)
         if inner in _TOPS:
@@ -97,7 +104,7 @@ class TensorNames:
 
 
 class DecoderTarget:
-    """A target whose layers run on a backend. An architecture says how its config and its tensors' names are read."""
+    """A target whose layers run on a backend. An architecture says how its config and tensor names are read."""
 
     spec: TargetSpec
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -127,28 +134,43 @@ class DecoderTarget:
     def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
         """Read a Hugging Face directory. Raises CheckpointError."""
         config, names = cls._text_part(config)
-        stack_config = cls.stack_config(config)
-        weights = LazyWeights(TensorFiles(path), names.canonical, load_dtype(dtype))
+        stack_config, weights = cls.stack_config(config), cls._weights(path, names, reading_dtype(dtype, backend))
         check_weights(stack_config, weights, lambda name: weights.names.get(name) or names.original(name))
         expected = {"embed.weight", *([] if names.tied else ["head.weight"]), *cls.optional_weights(config)}
         for name, shape in weight_shapes(stack_config).items():
-            if not shape.required and (name in weights) != (name in expected):
+            own_head = name == "head.weight" and name in weights  # a tied one that differs from the embedding
+            if not shape.required and not own_head and (name in weights) != (name in expected):
                 state = "is in the files, but not" if name in weights else "is missing, but"
                 raise CheckpointError(
                     f"tensor {names.original(name)!r} {state} in the model that config.json describes"
                 )
-        stack = backend.load(stack_config, weights, dtype)
-        return cls(make_spec(config, stack_config, load_dtype(dtype), str(path)), stack, backend)
+        return cls.from_weights(config, weights, dtype=dtype, backend=backend, name=str(path))
+
+    @classmethod
+    def from_weights(
+        cls, config: Mapping[str, Any], weights: Mapping[str, Tensor], *, dtype: str, backend: Backend, name: str
+    ) -> Self:
+        """``config`` with the architecture's defaults, ``weights`` by canonical name. Raises CheckpointError."""
+        stack_config = cls.stack_config(config)
+        stack = backend.load(stack_config, weights, dtype)  # type: ignore[arg-type]
+        return cls(make_spec(config, stack_config, load_dtype(dtype), name), stack, backend)
 
     @classmethod
     def layers_of(cls, path: Path, config: Mapping[str, Any]) -> tuple[StackConfig, Mapping[str, Tensor]]:
-        """A directory's stack, and its weights by canonical name in float32, each read when it is asked for."""
+        """A directory's stack, and its weights by canonical name in float32, each read on access."""
         config, names = cls._text_part(config)
-        return cls.stack_config(config), LazyWeights(TensorFiles(path), names.canonical, torch.float32)
+        return cls.stack_config(config), cls._weights(path, names, torch.float32)
+
+    @staticmethod
+    def _weights(path: Path, names: TensorNames, dtype: torch.dtype) -> LazyWeights:
+        weights = LazyWeights(TensorFiles(path), names.canonical, dtype)
+        if names.tied:
+            weights.tie()
+        return weights
 
     @classmethod
     def _text_part(cls, config: Mapping[str, Any]) -> tuple[dict[str, Any], TensorNames]:
-        """The text model's own config with its defaults, and how its tensors are called."""
+        """The config of the text model with its defaults, and how its tensors are called."""
         refuse_quantised(config)
         names = cls.tensor_names({**cls.defaults, **config})
         if "text_config" in config:
@@ -162,7 +184,7 @@ class DecoderTarget:
     def forward(
         self, batch: RaggedBatch, cache: KVCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
     ) -> TargetOutput:
-        """One pass; see ``outrider.types.TargetModel``. Raises InvalidRequest for a aux_layer there is not."""
+        """One pass; see ``outrider.types.TargetModel``. Raises InvalidRequest for a layer there is not."""
         check_aux_layers(aux_layers, self.spec.num_layers)
         output = self.stack.forward(batch, cache, aux_layers=aux_layers, logits_at=logits_at)
         assert output.logits is not None
@@ -181,7 +203,7 @@ class DecoderTarget:
 
 
 def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The text model's own config inside a multimodal one, with what is kept outside."""
+    """The config of the text model inside a multimodal one, with the keys that stay outside."""
     outside = {
         key: config[key] for key in ("generation_config", "eos_token_id", "tie_word_embeddings") if key in config
     }
@@ -205,6 +227,40 @@ def required(config: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key!r} must be a whole number of at least 1, got {value!r}")
     return value
+
+
+def optional(config: Mapping[str, Any], key: str, default: int) -> int:
+    """A size that a config may leave out. Raises CheckpointError for one that is there and is none."""
+    return default if config.get(key) is None else required(config, key)
+
+
+def positive(config: Mapping[str, Any], key: str) -> float:
+    """A number above 0. Raises CheckpointError."""
+    value = config.get(key)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json: {key!r} must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def check_finite(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a number anywhere in a config that is NaN or infinite, with its key."""
+    for key, value in _numbers(config):
+        if not math.isfinite(value) and key.split(".")[-1] not in MAY_BE_INFINITE:
+            file = "generation_config" if key.startswith("generation_config.") else "config"
+            shown = key.removeprefix("generation_config.")
+            raise CheckpointError(f"{file}.json: {shown!r} is {value}; expected a finite number")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in nested objects and lists, with its key in dots."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
 
 
 def biases(config: Mapping[str, Any], parts: Iterable[str]) -> set[str]:
@@ -268,11 +324,26 @@ def make_spec(config: Mapping[str, Any], stack: StackConfig, dtype: torch.dtype,
 
 
 def end_tokens(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Ids that end a text: generation_config.json's, else config.json's."""
+    """Ids that end a text: generation_config.json's, else config.json's. -1 means none, as in old configs.
+
+    An id that is written as text ("256") or as a float without a fraction is read as the number. Raises
+    CheckpointError for anything else.
+    """
     ids = config.get("generation_config", {}).get("eos_token_id")
     if ids is None:
         ids = config.get("eos_token_id")
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+    read = [_token_id(value, ids) for value in (ids if isinstance(ids, list) else [] if ids is None else [ids])]
+    return tuple(dict.fromkeys(value for value in read if value != -1))
+
+
+def _token_id(value: Any, given: Any) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value):
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < -1:
+        raise CheckpointError(f"eos_token_id must be a token id or a list of them, got {given!r}; mend config.json")
+    return value
 
 
 def sampling_defaults(config: Mapping[str, Any]) -> dict[str, float]:
@@ -280,7 +351,11 @@ def sampling_defaults(config: Mapping[str, Any]) -> dict[str, float]:
     generation = config.get("generation_config", {})
     if not generation.get("do_sample"):
         return {}
-    return {key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None}
+    found = {key: generation[key] for key in SAMPLING_DEFAULTS if generation.get(key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise CheckpointError(f"generation_config.json: {key!r} must be a number, got {value!r}")
+    return found
 
 
 def check_aux_layers(aux_layers: Sequence[int], layers: int) -> None:
@@ -288,10 +363,10 @@ def check_aux_layers(aux_layers: Sequence[int], layers: int) -> None:
     for aux_layer in aux_layers:
         if aux_layer == layers - 1:
             raise InvalidRequest(
-                f"layer {aux_layer} is the last one and cannot be auxiliary: tools disagree whether its features are taken "
-                f"before or after the final norm; aux_layer one of -1 (the embedding) to {layers - 2}"
+                f"layer {aux_layer} is the last one and cannot be auxiliary: tools disagree whether its features are "
+                f"taken before or after the final norm; choose one of -1 (the embedding) to {layers - 2}"
             )
         if not -1 <= aux_layer < layers:
             raise InvalidRequest(
-                f"aux_layer {aux_layer} is no layer of this target; expected -1 (the embedding) to {layers - 2}"
+                f"auxiliary layer {aux_layer} is no layer of this target; expected -1 (the embedding) to {layers - 2}"
             )

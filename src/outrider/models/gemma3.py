@@ -16,6 +16,7 @@ from outrider.models.decoder import (
     TensorNames,
     activation,
     layer_types,
+    positive,
     refuse_set,
     required,
 )
@@ -61,7 +62,7 @@ class Gemma3Target(DecoderTarget):
                 intermediate_size=required(config, "intermediate_size"),
                 rope=ropes[kind],
                 window=config["sliding_window"] if kind == "sliding_attention" else None,
-                attention_scale=config["query_pre_attn_scalar"] ** -0.5,
+                attention_scale=positive(config, "query_pre_attn_scalar") ** -0.5,
                 qk_norm=True,
             )
             for kind in layer_types(config, lambda index: (index + 1) % config["sliding_window_pattern"] != 0)

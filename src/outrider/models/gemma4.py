@@ -89,8 +89,8 @@ def _layer(config: Mapping[str, Any], index: int, kind: str) -> LayerConfig:
     num_kv_heads = config["num_key_value_heads"]
     if full and config["attention_k_eq_v"]:
         num_kv_heads = config.get("num_global_key_value_heads") or num_kv_heads
-    own = (config.get("per_layer_config") or {}).get(str(index), {})  # newer files write each exception out
-    head_dim, num_kv_heads = own.get("head_dim", head_dim), own.get("num_key_value_heads", num_kv_heads)
+    given = (config.get("per_layer_config") or {}).get(str(index), {})  # newer files list every exception
+    head_dim, num_kv_heads = given.get("head_dim", head_dim), given.get("num_key_value_heads", num_kv_heads)
     return LayerConfig(
         num_heads=config["num_attention_heads"],
         num_kv_heads=num_kv_heads,

@@ -19,9 +19,16 @@ from outrider.errors import CheckpointError, InvalidRequest
 from outrider.kv_cache.contiguous import ContiguousCache
 from outrider.models.decoder import check_aux_layers, end_tokens, refuse_quantised, sampling_defaults
 from outrider.models.weights import DTYPES, TensorFiles
-from outrider.types import Backend, RaggedBatch, TargetOutput, TargetSpec
+from outrider.registry import find
+from outrider.types import Backend, KVCache, RaggedBatch, TargetOutput, TargetSpec
 
 __all__ = ["HuggingFaceTarget", "TransformersCache"]
+
+POSITIONS = (
+    *("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length"),
+    *("seq_length", "seq_len", "n_ctx", "context_length", "max_target_positions", "model_max_length"),
+)
+"""What configs of different families call the longest text, in the order in which they are asked."""
 
 
 class TransformersCache(ContiguousCache):
@@ -68,14 +75,14 @@ class HuggingFaceTarget:
 
     @classmethod
     def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
-        """Read a Hugging Face directory. Transformers brings its own layers; ``backend`` verifies and samples.
+        """Read a Hugging Face directory. Transformers runs the layers; ``backend`` verifies and samples.
 
         Raises CheckpointError, also for models whose state cannot be rewound; InvalidRequest for a quantised dtype.
         """
         if dtype in ("int8", "int4"):
             raise InvalidRequest(f"dtype {dtype!r} needs a natively read architecture, and {_kind(config)} is none")
         if _kind(config) not in CONFIG_MAPPING_NAMES:
-            remote = "; its files bring code of their own, which is never run" if "auto_map" in config else ""
+            remote = "; its files bring code, which is never run" if "auto_map" in config else ""
             raise CheckpointError(f"model_type {_kind(config)!r} is not known to Outrider or Transformers{remote}")
         refuse_quantised(config)
         TensorFiles(path)  # finds pickles and damaged files before Transformers does
@@ -86,7 +93,7 @@ class HuggingFaceTarget:
             vocab_size=text.vocab_size,
             hidden_size=text.hidden_size,
             num_layers=text.num_hidden_layers,
-            max_positions=getattr(text, "max_position_embeddings", None) or 2048,
+            max_positions=_max_positions(text),
             dtype=DTYPES[dtype],
             name=str(path),
             eos_token_ids=end_tokens(config),
@@ -94,15 +101,16 @@ class HuggingFaceTarget:
         )
         return cls(model, spec, backend)
 
-    def new_cache(self, slots: int, capacity: int) -> TransformersCache:
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
         """Caches for ``slots`` sequences of up to ``capacity`` tokens."""
-        return TransformersCache(slots, capacity)
+        cache: KVCache = find("kv_cache", "transformers")(slots, capacity)
+        return cache
 
     @torch.no_grad()
     def forward(
         self,
         batch: RaggedBatch,
-        cache: TransformersCache,
+        cache: Any,
         aux_layers: Sequence[int] = (),
         logits_at: Tensor | None = None,
     ) -> TargetOutput:
@@ -122,23 +130,24 @@ class HuggingFaceTarget:
             cache.require(slot, start, start + end - begin)
             cache.crop(slot, start)
             here = ((wanted >= begin) & (wanted < end)).nonzero().flatten()
-            with self._tapping(aux_layers) as auxiliary:
-                logits[here] = self._run(batch.tokens[begin:end], cache.caches[slot], wanted[here] - begin)
+            with self._catching(aux_layers) as auxiliary:
+                rows = self._run(batch.tokens[begin:end], cache.caches[slot], wanted[here] - begin)
+                logits[here] = rows.to(logits.dtype)
             cache.lengths[slot] = start + end - begin
             if aux_layers:
                 features.append(torch.cat([auxiliary[aux_layer] for aux_layer in aux_layers], -1))
         empty = torch.empty(0, len(aux_layers) * self.spec.hidden_size, dtype=self.spec.dtype)
         return TargetOutput(logits, torch.cat([empty, *features]) if aux_layers else None)
 
-    def _run(self, tokens: Tensor, cache: DynamicCache, places: Tensor) -> Tensor:
-        """One row: int64 [n], int64 [m] -> logits [m, V] of those places."""
-        keep = {"logits_to_keep": places} if self._keeps else {}
+    def _run(self, tokens: Tensor, cache: DynamicCache, rows: Tensor) -> Tensor:
+        """One row: int64 [n], int64 [m] -> logits [m, V] of those rows."""
+        keep = {"logits_to_keep": rows} if self._keeps else {}
         output = self.model(input_ids=tokens[None], past_key_values=cache, use_cache=True, **keep)
-        return output.logits[0] if self._keeps else output.logits[0, places]
+        return output.logits[0] if self._keeps else output.logits[0, rows]
 
     @contextmanager
-    def _tapping(self, aux_layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Catch the raw residual [n, D] after each auxiliary layer, -1 the first layer's input."""
+    def _catching(self, aux_layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect the raw residual [n, D] after each auxiliary layer; -1: the first layer's input."""
         auxiliary: dict[int, Tensor] = {}
 
         def catch(aux_layer: int, value: Any) -> None:
@@ -167,7 +176,7 @@ class HuggingFaceTarget:
         return embedded
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """[..., D] after the final norm -> [..., V]. Raises InvalidRequest where the model's own logits differ."""
+        """[..., D] after the final norm -> [..., V]. Raises InvalidRequest where the model's logits are more."""
         if not self._plain_head:
             raise InvalidRequest(
                 f"{self.spec.architecture} does more to its logits than a head and a soft cap, "
@@ -176,14 +185,13 @@ class HuggingFaceTarget:
         return self._head(hidden)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.model.get_output_embeddings()(hidden).to(
-            torch.promote_types(self.spec.dtype, torch.float32)
-        )
+        head = self.model.get_output_embeddings()
+        logits: Tensor = head(hidden.to(self.spec.dtype)).to(torch.promote_types(self.spec.dtype, torch.float32))
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Rewind once and compare, so that a model with a state of another kind is found now and not in its text."""
+        """Rewind once and compare, so that a model with another kind of state is refused at load."""
         refusal = CheckpointError(
             f"{self.spec.architecture} keeps a state that cannot be rewound (a recurrent or convolutional one?), "
             "so its drafts could not be taken back; choose a model with a plain key/value cache"
@@ -211,6 +219,15 @@ class HuggingFaceTarget:
         if not torch.allclose(whole[1:], again, atol=scale, rtol=0):
             raise refusal
         self._plain_head = torch.allclose(self._head(seen[0]), whole, atol=scale, rtol=0)
+
+
+def _max_positions(config: Any) -> int:
+    """The longest text a model was made for; 2048 where its config names none."""
+    for name in POSITIONS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return 2048
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from outrider.backends.layers import rope_config
 from outrider.config import LayerConfig, StackConfig
-from outrider.models.decoder import DecoderTarget, activation, biases, layer_types, required
+from outrider.models.decoder import DecoderTarget, activation, biases, layer_types, optional, required
 
 __all__ = ["LlamaTarget"]
 
@@ -19,12 +19,12 @@ class LlamaTarget(DecoderTarget):
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
         """The stack of a Llama-family config. Raises CheckpointError."""
         width, heads = required(config, "hidden_size"), required(config, "num_attention_heads")
-        head_dim = config.get("head_dim") or width // heads
+        head_dim = optional(config, "head_dim", width // heads)
         rope = rope_config(config, head_dim)
         layers = tuple(
             LayerConfig(
                 num_heads=heads,
-                num_kv_heads=config.get("num_key_value_heads") or heads,
+                num_kv_heads=optional(config, "num_key_value_heads", heads),
                 head_dim=head_dim,
                 intermediate_size=required(config, "intermediate_size"),
                 rope=rope,
@@ -39,7 +39,7 @@ class LlamaTarget(DecoderTarget):
             layers=layers,
             norm_eps=config.get("rms_norm_eps", 1e-6),
             activation=activation(config.get("hidden_act", "silu")),
-            max_positions=config.get("max_position_embeddings", 2048),
+            max_positions=optional(config, "max_position_embeddings", 2048),
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Targets: one file for each kind of model, and the function that picks the right one."""
+"""From a model's name to a target, its layers, its config or its tokenizer, whichever format the files have."""
 
 from __future__ import annotations
 
@@ -7,49 +7,114 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.files import read_config, resolve_model
-from outrider.models.weights import load_dtype
+from outrider.files import read_config
+from outrider.models.decoder import check_finite
+from outrider.models.gguf import GGUFFile, nearest_dtype, read_model
+from outrider.models.gguf import read_config as read_gguf_config
+from outrider.models.locations import resolve_model
+from outrider.models.weights import load_dtype, reading_dtype
 from outrider.registry import find, names
+from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Backend, TargetModel
 
-__all__ = ["load_backend", "load_layers", "load_target"]
+__all__ = ["load_backend", "load_layers", "load_target", "load_tokenizer", "model_config", "runs_natively"]
 
 WITHOUT_FILES = ("huggingface", "toy")  # kinds that are no ``model_type``
-QUANTISED = ("int8", "int4")
+QUANTISED = ("int8", "int4", "file")
 
 
 def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto") -> TargetModel:
-    """Load a model: a local directory, ``embedded``, ``embedded-draft`` or a hub id.
+    """Load a model by any name that ``resolve_model`` takes.
 
-    ``dtype``: float32 (``auto``), bfloat16, float64, int8 or int4. ``backend``: a name of the catalogue, or ``auto``:
-    the native core where it is built and runs this dtype, else plain PyTorch.
+    ``dtype``: float32, bfloat16, float64, int8, int4, or ``auto``: float32 for a directory; for a GGUF file
+    ``nearest_dtype`` where the native core runs, else float32. ``backend``: a name of the catalogue, or ``auto``: the
+    native core where it is built and runs this dtype, else plain PyTorch.
     Raises CheckpointError, InvalidRequest, UnknownKind.
     """
-    dtype = "float32" if dtype == "auto" else dtype
-    load_dtype(dtype)
-    engine = load_backend(backend, dtype)
+    if dtype != "auto":
+        load_dtype(dtype)
     path = resolve_model(model)
-    config = read_config(path)
+    if path.is_file():
+        return _load_gguf(path, dtype, backend)
+    dtype = "float32" if dtype == "auto" else dtype
+    engine, config = load_backend(backend, dtype), model_config(path)
     target: TargetModel = find("target", _kind(path, config)).load(path, config, dtype=dtype, backend=engine)
     return target
 
 
+def _load_gguf(path: Path, dtype: str, backend: str) -> TargetModel:
+    file = GGUFFile(path)
+    if dtype == "auto":
+        dtype = nearest_dtype(file)
+        if dtype != "float32" and load_backend(backend).name != "native":
+            dtype = "float32"
+    engine = load_backend(backend, dtype)
+    # A kernel that multiplies Q8_0, Q4_0 and Q4_1 as they are would be given ``weights.blocks(name)`` by its backend.
+    config, weights = read_model(file, reading_dtype(dtype, engine))
+    kind = find("target", config["model_type"])
+    target: TargetModel = kind.from_weights(
+        {**kind.defaults, **config}, weights, dtype=dtype, backend=engine, name=str(path)
+    )
+    return target
+
+
 def load_layers(model: str | Path) -> tuple[StackConfig, Mapping[str, Tensor]] | None:
-    """A model's stack and its weights by the canonical names of ``outrider.backends.layers``, read when they are asked for.
+    """A model's stack, and its float32 weights by the canonical names of ``outrider.backends.layers``, each read on
+    access.
 
     None for a model that Transformers runs. Raises CheckpointError.
     """
     path = resolve_model(model)
-    config = read_config(path)
+    if path.is_file():
+        config, weights = read_model(GGUFFile(path), torch.float32)
+        kind = find("target", config["model_type"])
+        return kind.stack_config({**kind.defaults, **config}), weights
+    config = model_config(path)
     kind = find("target", _kind(path, config))
     found: tuple[StackConfig, Mapping[str, Tensor]] | None = None
     if hasattr(kind, "layers_of"):
         found = kind.layers_of(path, config)
     return found
+
+
+def model_config(model: str | Path) -> dict[str, Any]:
+    """A model's Hugging Face config, its generation_config.json under ``generation_config``; a GGUF file's keys in the
+    same form. Raises CheckpointError, also for a number that is NaN or infinite.
+    """
+    path = resolve_model(model)
+    if path.is_file():
+        return read_gguf_config(GGUFFile(path))
+    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path / 'config.json'} is missing, and {path} holds no GGUF file; expected a Hugging Face model "
+            "directory or one with a GGUF file"
+        )
+    config = read_config(path)
+    check_finite(config)
+    return config
+
+
+def load_tokenizer(model: str | Path) -> Tokenizer:
+    """The tokenizer of a model by any name that ``resolve_model`` takes. Raises CheckpointError where it has none."""
+    path = resolve_model(model)
+    if path.is_dir():
+        return Tokenizer(path)
+    from outrider.tokenization.gguf_tokenizer import read_gguf_tokenizer
+
+    found = read_gguf_tokenizer(GGUFFile(path).keys)
+    settings = {**found.special_tokens, "chat_template": found.chat_template}
+    return Tokenizer.from_parts(path, found.parsing, settings)
+
+
+def runs_natively(model: str | Path) -> bool:
+    """Whether a model is read here, tensor by tensor, and not by Transformers. Raises CheckpointError."""
+    path = resolve_model(model)
+    return path.is_file() or _kind(path, model_config(path)) != "huggingface"
 
 
 def _kind(path: Path, config: Mapping[str, Any]) -> str:

@@ -46,21 +46,21 @@ SHAPES = {
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """Weights of a stack, made from one block of rng when they are asked for, and not kept."""
+    """Weights of a stack, cut from one block of random numbers on access, and not kept."""
 
     def __init__(self, config: StackConfig, tied: bool) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in weight_shapes(config).items():
             if shape.required or name == "embed.weight" or (name == "head.weight" and not tied):
                 self.shapes[name] = tuple(config.vocab_size if size is None else size for size in shape.sizes)
-        self._noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+        self._block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02)
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]
         if len(shape) == 1:
             return torch.ones(shape)
         size = shape[0] * shape[1]
-        return self._noise.repeat(-(-size // len(self._noise)))[:size].view(shape)
+        return self._block.repeat(-(-size // len(self._block)))[:size].view(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -70,7 +70,7 @@ class RandomWeights(Mapping[str, Tensor]):
 
 
 def random_target(shape: str, dtype: str, backend: Backend) -> DecoderTarget:
-    """A target of one of ``SHAPES``. Raises InvalidRequest for another name, or a dtype the backend has not."""
+    """A target of one of ``SHAPES``. Raises InvalidRequest for another name, or a dtype that the backend lacks."""
     if shape not in SHAPES:
         raise InvalidRequest(f"unknown shape {shape!r}; {nearest(shape, SHAPES)}")
     sizes = SHAPES[shape]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.kv_cache.attention import Pass
-from outrider.kv_cache.contiguous import ContiguousCache
 from outrider.models.decoder import check_aux_layers
 from outrider.models.loading import load_backend
-from outrider.types import RaggedBatch, TargetOutput, TargetSpec
+from outrider.registry import find
+from outrider.types import KVCache, RaggedBatch, TargetOutput, TargetSpec
 
 __all__ = ["ToyTarget"]
 
@@ -20,8 +21,9 @@ __all__ = ["ToyTarget"]
 class ToyTarget:
     """A chain of order m: ``table`` [V, ..., V] (m + 1 times) holds the logits of the next token after the last m.
 
-    The latest token is the last of the m indices; before a sequence's beginning stands token 0. Every pass reads the
-    earlier tokens from its memory, so a cache that is rewound wrongly shows. Features are one-hot tokens, D = V.
+    The latest token is the last of the m indices; token 0 fills in before a sequence's beginning. Every pass reads the
+    earlier tokens from its cache, so a cache that was rewound wrongly gives other logits. Features are one-hot tokens,
+    D = V.
     """
 
     def __init__(
@@ -42,18 +44,19 @@ class ToyTarget:
             eos_token_ids=tuple(eos_token_ids),
         )
 
-    def new_cache(self, slots: int, capacity: int) -> ContiguousCache:
-        """A memory that holds tokens."""
-        return ContiguousCache(slots, capacity, [((1, capacity, 1), (0,))], torch.int64)
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """A cache that holds tokens in place of keys."""
+        cache: KVCache = find("kv_cache", "contiguous")(slots, capacity, [((1, capacity, 1), (0,))], torch.int64)
+        return cache
 
     def forward(
         self,
         batch: RaggedBatch,
-        cache: ContiguousCache,
+        cache: Any,
         aux_layers: Sequence[int] = (),
         logits_at: Tensor | None = None,
     ) -> TargetOutput:
-        """Logits of the table; the features of every aux_layer are the same."""
+        """Logits of the table; the features of every auxiliary layer are the same."""
         check_aux_layers(aux_layers, self.spec.num_layers)
         step = Pass(batch, cache, "causal", self.table.dtype)
         for row in step.rows:
@@ -66,7 +69,7 @@ class ToyTarget:
         return TargetOutput(logits if logits_at is None else logits[logits_at], features)
 
     @staticmethod
-    def _token(cache: ContiguousCache, slots: Tensor, positions: Tensor) -> Tensor:
+    def _token(cache: Any, slots: Tensor, positions: Tensor) -> Tensor:
         """Tokens at ``positions``, 0 before the beginning. int64 [T], int64 [T] -> [T]."""
         return torch.where(positions < 0, 0, cache.keys[0][slots, 0, positions.clamp(min=0), 0])
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.files import read_json, replace_file
+from outrider.types import Backend
 
-__all__ = ["DTYPES", "LazyWeights", "TensorFiles", "load_dtype", "write_tensors"]
+__all__ = ["DTYPES", "LazyWeights", "TensorFiles", "load_dtype", "reading_dtype", "write_tensors"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -29,6 +31,8 @@ DTYPES: dict[str, torch.dtype] = {
     # Quantised when loaded, by backends that can: they are given float32.
     "int8": torch.float32,
     "int4": torch.float32,
+    # GGUF files as they store their matrices; what is no block format that the core multiplies is given in float32.
+    "file": torch.float32,
 }
 CHUNK = 64 << 20  # bytes read through one memory map
 
@@ -38,6 +42,11 @@ def load_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise InvalidRequest(f"unknown dtype {name!r}; {nearest(name, DTYPES)}")
     return DTYPES[name]
+
+
+def reading_dtype(dtype: str, backend: Backend) -> torch.dtype:
+    """The dtype in which a backend takes weights of a ``dtype`` option: the core packs every dtype from float32."""
+    return torch.float32 if backend.name == "native" else load_dtype(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ tensors
@@ -60,17 +69,17 @@ class TensorFiles:
         elif index.exists():
             self._scan_shards(index)
         else:
-            raise CheckpointError(f"{directory} holds no model.safetensors{_pickles(directory)}")
+            raise CheckpointError(f"{directory} holds no model.safetensors and no GGUF file{_pickles(directory)}")
 
     def _scan_shards(self, index: Path) -> None:
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
             raise CheckpointError(f"{index} has no weight_map")
-        for shard in sorted(set(places.values())):
+        for shard in sorted(set(shards.values())):
             self._scan(self.directory / Path(shard).name)
-        for name, shard in places.items():
+        for name, shard in shards.items():
             if name not in self._files:
-                raise CheckpointError(f"tensor {name!r} is missing: {index.name} places it in {shard}")
+                raise CheckpointError(f"tensor {name!r} is missing: {index.name} says that it is in {shard}")
 
     def _scan(self, path: Path) -> None:
         if not path.exists():
@@ -89,18 +98,44 @@ class TensorFiles:
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A fresh tensor. Raises CheckpointError where it holds a value that is not finite."""
         path, shape = self._files[name], self.shapes[name]
-        tensor = torch.full(shape, torch.nan, dtype=dtype)  # what is not read stays NaN, and is found below
+        tensor = torch.empty(shape, dtype=dtype)
         if not shape:
             with _opened(path) as file:
                 tensor.copy_(file.get_tensor(name))
         rows = max(1, CHUNK // max(1, 4 * math.prod(shape[1:])))
         for begin in range(0, shape[0] if shape else 0, rows):
-            with _opened(path) as file:  # a map of its own, so that pages already copied leave memory
+            with _opened(path) as file:  # a new memory map, so that pages already copied are freed
                 tensor[begin : begin + rows] = file.get_slice(name)[begin : begin + rows]
-        # A sum meets every value once and keeps NaN and infinity: the cheapest check there is.
-        if not math.isfinite(tensor.sum(dtype=torch.promote_types(dtype, torch.float32)).item()):
+        if not _is_finite(tensor):
             raise CheckpointError(f"tensor {name!r} of {path} holds values that are NaN or infinite; is it damaged?")
         return tensor
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        shape = self.shapes[one]
+        rows = max(1, CHUNK // max(1, 4 * math.prod(shape[1:])))
+        for begin in range(0, shape[0] if shape else 0, rows):
+            with _opened(self._files[one]) as first, _opened(self._files[other]) as second:
+                mine, theirs = (
+                    file.get_slice(name)[begin : begin + rows] for file, name in ((first, one), (second, other))
+                )
+                wide = torch.promote_types(mine.dtype, theirs.dtype)
+                if not torch.equal(mine.to(wide), theirs.to(wide)):
+                    return False
+        return True
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum meets every value once and keeps NaN and infinity; it may also overflow, hence the second look."""
+    if tensor.dtype == torch.float32:  # numpy: one thread, without the cost of waking torch's
+        with np.errstate(all="ignore"):
+            if np.isfinite(tensor.numpy().sum()):
+                return True
+    elif math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()):
+        return True
+    return bool(tensor.isfinite().all())
 
 
 class _opened:  # noqa: N801 (used like a function)
@@ -128,7 +163,7 @@ def _pickles(directory: Path) -> str:
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """Weights by canonical name, each read from its file, converted and checked when it is asked for, and not kept.
+    """Weights by canonical name, each read from its file, converted and checked on access, and not kept.
 
     ``rename`` maps a tensor's name in the file to its canonical name, or to None for one that is not wanted.
     """
@@ -144,6 +179,19 @@ class LazyWeights(Mapping[str, Tensor]):
                 raise CheckpointError(f"tensors {self.names[canonical]!r} and {name!r} are the same weight")
             self.names[canonical] = name
         self.shapes = {canonical: files.shapes[name] for canonical, name in self.names.items()}
+
+    def tie(self) -> None:
+        """The config says that the embedding is the head. What the file holds decides, as in Transformers: a head that
+        equals the embedding is left out, one that differs is kept, and one without an embedding serves as both."""
+        if "head.weight" not in self.names:
+            return
+        if "embed.weight" not in self.names:
+            self.names["embed.weight"], self.shapes["embed.weight"] = (
+                self.names["head.weight"],
+                self.shapes["head.weight"],
+            )
+        if self._files.equal(self.names["embed.weight"], self.names["head.weight"]):
+            del self.names["head.weight"], self.shapes["head.weight"]
 
     @property
     def identity(self) -> str:

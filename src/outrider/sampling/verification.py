@@ -1,36 +1,36 @@
-"""Verification: which drafted tokens stay, and which token of its own the target adds. Pure functions.
+"""Verification: which drafted tokens are accepted, and the bonus (or recovered) token after them. Pure functions.
 
 Three rules; each gives exactly the target's distribution, whatever was drafted:
 
 ``rejection``  Leviathan, Kalman, Matias (arXiv 2211.17192, algorithm 1); Chen et al. (arXiv 2302.01318, algorithm 2).
-               Draft x_j stays with probability min(1, p(x_j) / q(x_j)); at the first that does not, the target's own
+               Draft x_j is accepted with probability min(1, p(x_j) / q(x_j)); at the first rejection the recovered
                token comes from norm(max(p - q, 0)).
-``block``      Sun et al. (arXiv 2403.10444, algorithm 2): how much is kept is decided for the block as a whole, which
-               keeps at least as many tokens. See ``acceptance_probabilities``.
-``coupled``    Daliri, Musco, Suresh (arXiv 2408.07978, section 3). The target draws its own token at every place with
-               the Gumbel values the drafter had; drafts stay while they are equal to it. The text does not depend on
-               the drafts, nor on how many of them are checked.
+``block``      Sun et al. (arXiv 2403.10444, algorithm 2): how much is accepted is decided for the block as a whole,
+               which accepts at least as many tokens. See ``acceptance_probabilities``.
+``coupled``    Daliri, Musco, Suresh (arXiv 2408.07978, section 3). The target draws its token at every position with
+               the Gumbel values that the drafter had; drafts are accepted while they equal it. The text depends neither
+               on the drafts nor on how many of them are verified.
 
-Greedy rows (temperature 0) keep the drafts that are the target's argmax, which is what all three rules come to.
-Where a schedule checks ``keep[b]`` of a row's drafts, the round is that of a draft of keep[b] tokens.
+Greedy rows (temperature 0) accept the drafts that are the target's argmax, which is what all three rules come to.
+Where a schedule verifies ``keep[b]`` of a row's drafts, the round is that of a draft of keep[b] tokens.
 
 The steps are functions of their own, so that a test can enumerate the distribution of what comes out::
 
-    acceptance_probabilities    distributions and drafts           -> AcceptanceProbabilities: for each draft the probability that decides about it
-    count_accepted   probabilities, uniforms       -> accepted [B]
-    bonus_distribution  probabilities, accepted       -> Categorical: the distribution of the target's own token, [B]
-    match    the target's draws        -> accepted [B], own [B]; ``coupled`` and greedy rows
-    verify   all of them with rng    -> Verification
+    acceptance_probabilities  distributions, drafts    -> AcceptanceProbabilities, of each draft
+    count_accepted            probabilities, uniforms  -> accepted [B]
+    bonus_distribution        probabilities, accepted  -> Categorical [B], of the bonus token
+    match                     the target's draws       -> accepted [B], bonus [B]; ``coupled`` and greedy rows
+    verify                    all of them with an rng  -> Verification
 
-Rng used here: uniforms "accept" (each draft, at its position) and "own" (at the position of the target's own token)
-under ``rejection`` and ``block``; token keys "own" under ``coupled``. Sampling drafters use token keys "draft".
+Streams used here: uniforms "accept" (each draft, at its position) and "own" (at the position of the bonus token) under
+``rejection`` and ``block``; token keys "own" under ``coupled``. Sampling drafters use token keys "draft". The names are
+part of the streams: another name would give another text for a seed.
 
-Legend: B rows, K drafts at most, V vocabulary, R places (distributions of the target): row b owns keep[b] + 1 of them in turn.
+Legend: B rows, K drafts at most, V vocabulary, R target distributions: row b owns keep[b] + 1 of them in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,17 +39,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from outrider.sampling.distribution import Categorical
+from outrider.sampling.distribution import Categorical, Processed, settled
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
 
 __all__ = [
     "AcceptanceProbabilities",
-    "Round",
+    "DraftRound",
     "acceptance_probabilities",
     "bonus_distribution",
     "count_accepted",
     "match",
-    "truncate",
     "verify",
 ]
 
@@ -61,26 +60,29 @@ _TINY = 1e-300  # stands for a q that rounded to 0: with it any p > 0 is accepte
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """What was drafted, what of it is checked, and the distributions on both sides: control in numpy, distributions in torch."""
+class DraftRound:
+    """What was drafted, what of it is verified, and the distributions of target and drafter."""
 
-    target: Categorical  # R places
+    target: Categorical  # R rows
     distribution: Distribution | None  # the drafter's; None: deterministic drafts
     tokens: _Ints  # [B, K]
     keep: _Ints  # [B]
-    starts: _Ints  # [B]   first place of each row in ``target``
-    drafted: _Ints  # [B]  first place of each row in ``distribution``
+    starts: _Ints  # [B]   first of each row in ``target``
+    drafted: _Ints  # [B]  first of each row in ``distribution``
 
     @staticmethod
-    def of(target: Categorical, proposal: Proposal, keep: Tensor) -> Round:
+    def of(target: Processed, proposal: Proposal, keep: Tensor) -> DraftRound:
+        target = settled(target)
         tokens, counts = _array(proposal.tokens), _array(keep)
         assert len(target) == counts.sum() + len(counts), (
             "one distribution for each kept draft and one more for each row"
         )
         starts = np.cumsum(counts + 1) - (counts + 1)
-        return Round(target, proposal.distribution, tokens, counts, starts, np.arange(len(counts)) * tokens.shape[1])
+        drafter = proposal.distribution
+        drafter = settled(drafter) if isinstance(drafter, Processed) else drafter
+        return DraftRound(target, drafter, tokens, counts, starts, np.arange(len(counts)) * tokens.shape[1])
 
-    def only(self, rows: _Ints) -> Round:
+    def only(self, rows: _Ints) -> DraftRound:
         """Some of the rows."""
         if len(rows) == len(self.keep):
             return self
@@ -88,7 +90,7 @@ class Round:
         row, depth = _unfold(keep + 1)
         target = self.target.take(torch.from_numpy(self.starts[rows][row] + depth))
         starts = np.cumsum(keep + 1) - (keep + 1)
-        return Round(target, self.distribution, self.tokens[rows], keep, starts, self.drafted[rows])
+        return DraftRound(target, self.distribution, self.tokens[rows], keep, starts, self.drafted[rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +105,27 @@ class AcceptanceProbabilities:
 # ------------------------------------------------------------------------------------------------ the round
 
 
-def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
-    """Check the first ``keep[b]`` drafts of each row; rows may differ in rule and temperature.
+def verify(target: Processed, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
+    """Verify the first ``keep[b]`` drafts of each row; rows may differ in rule and temperature.
 
-    target: the distributions after ``process``, sum(keep + 1) places: row b's first follows ``context.history[b]``, its next
-    ones each kept draft. keep int64 [B], at most ``proposal.lengths``. The rule is each request's ``effective_rule``.
-    ``proposal.distribution`` needs no places for rows at the end that keep nothing. Results are on the CPU.
+    target: the distributions after ``process``, sum(keep + 1) of them: row b's first follows ``context.history[b]``, its
+    next ones each verified draft. keep int64 [B], at most ``proposal.lengths``. The rule is each request's
+    ``effective_rule``. ``proposal.distribution`` may leave out rows at the end that keep nothing. Results are on the CPU.
     """
+    target = settled(target)
     if target.is_greedy:
         return _verify_greedy(target.argmax().tolist(), proposal.tokens.tolist(), keep.tolist())
-    whole = Round.of(target, proposal, keep)
+    whole = DraftRound.of(target, proposal, keep)
     rules = [p.effective_rule if p.temperature else "coupled" for p in context.params]  # cheapest for a sure token
     positions = np.array([len(tokens) for tokens in context.history], np.int64)
-    accepted, own = np.zeros((2, len(rules)), np.int64)
+    accepted, bonus = np.zeros((2, len(rules)), np.int64)
     coupled = np.array([rule == "coupled" for rule in rules])
     if coupled.any():
         rows = np.flatnonzero(coupled)
         part = whole.only(rows)
         row, depth = _unfold(part.keep + 1)
         keys = rng.token_keys(torch.from_numpy(rows[row]), torch.from_numpy(positions[rows][row] + depth), "own")
-        accepted[rows], own[rows] = _follow(part, keys)
+        accepted[rows], bonus[rows] = _follow(part, keys)
     if not coupled.all():
         rows = np.flatnonzero(~coupled)
         part = whole.only(rows)
@@ -131,17 +134,17 @@ def verify(target: Categorical, proposal: Proposal, keep: Tensor, context: Conte
             probabilities = acceptance_probabilities(part, np.array([rules[b] == "block" for b in rows]))
             uniforms = np.ones(part.tokens.shape)
             row, depth = _unfold(part.keep)
-            owner, place = torch.from_numpy(rows[row]), torch.from_numpy(positions[rows][row] + depth)
-            uniforms[row, depth] = _array(rng.uniform(owner, place, "accept"))
+            owner, position = torch.from_numpy(rows[row]), torch.from_numpy(positions[rows][row] + depth)
+            uniforms[row, depth] = _array(rng.uniform(owner, position, "accept"))
             accepted[rows] = count_accepted(probabilities, uniforms)
             distribution = bonus_distribution(part, probabilities, accepted[rows])
         after = torch.from_numpy(positions[rows] + accepted[rows])
-        own[rows] = _array(distribution.pick(rng.uniform(torch.from_numpy(rows), after, "own")))
-    return _verification(whole.tokens, accepted, own)
+        bonus[rows] = _array(distribution.pick(rng.uniform(torch.from_numpy(rows), after, "own")))
+    return _verification(whole.tokens, accepted, bonus)
 
 
 def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -> Verification:
-    """Drafts that are the target's own choice stay. draws [R], drafts [B, K]; plain lists are quickest for so few."""
+    """Drafts that are the target's argmax are accepted. draws [R], drafts [B, K]; plain lists are fastest for so few."""
     accepted, tokens, start = [], [], 0
     for row, count in zip(drafts, keep, strict=True):
         same = 0
@@ -154,48 +157,39 @@ def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -
     return Verification(counts, torch.tensor(tokens), counts + 1)
 
 
-def truncate(tokens: Sequence[int], accepted: int, stop_ids: Collection[int], budget: int) -> tuple[list[int], int]:
-    """One row's new tokens (accepted drafts, then the target's own) up to its first stop token, which stays, or up to
-    ``budget`` of them. What comes after is neither committed nor counted. -> tokens, accepted drafts among them
-    """
-    length = min(accepted + 1, budget)
-    length = next((i + 1 for i, token in enumerate(tokens[:length]) if token in stop_ids), length)
-    return list(tokens[:length]), min(accepted, length)
-
-
 # ------------------------------------------------------------------------------------------------ coupled and greedy
 
 
-def match(round: Round, draws: _Ints) -> tuple[_Ints, _Ints]:
-    """Drafts equal to the target's draw at their place, up to the first that is not. draws [R] -> accepted, own [B]."""
+def match(round: DraftRound, draws: _Ints) -> tuple[_Ints, _Ints]:
+    """Drafts equal to the target's draw at their position, up to the first that is not. draws [R] -> accepted, bonus [B]."""
     depth = np.arange(round.tokens.shape[1])
-    places = np.minimum(round.starts[:, None] + depth, len(draws) - 1)
-    same = (round.tokens == draws[places]) & (depth < round.keep[:, None])
+    index = np.minimum(round.starts[:, None] + depth, len(draws) - 1)
+    same = (round.tokens == draws[index]) & (depth < round.keep[:, None])
     accepted = np.logical_and.accumulate(same, 1).sum(1)
     return accepted, draws[round.starts + accepted]
 
 
-def _follow(round: Round, keys: Tensor) -> tuple[_Ints, _Ints]:
-    """``match`` with the target's own draws, keys int64 [R]; from a wide vocabulary only those that are needed."""
+def _follow(round: DraftRound, keys: Tensor) -> tuple[_Ints, _Ints]:
+    """``match`` with the target's draws, keys int64 [R]; from a wide vocabulary only those that are needed."""
     target = round.target
     row, depth = _unfold(round.keep + 1)
     draws = np.full(len(target), -1)
     wide = target.ids is None and target.vocab_size > _WIDE
     wanted = depth == 0 if wide else np.ones(len(target), bool)
     while True:
-        places = torch.from_numpy(np.flatnonzero(wanted))
-        distribution, some = (target, keys) if len(places) == len(target) else (target.take(places), keys[places])
+        index = torch.from_numpy(np.flatnonzero(wanted))
+        distribution, some = (target, keys) if len(index) == len(target) else (target.take(index), keys[index])
         draws[wanted] = _array(distribution.draw(some))
-        accepted, own = match(round, draws)
-        wanted = (depth == accepted[row]) & (draws < 0)  # the place after the accepted drafts, where not yet drawn
+        accepted, bonus = match(round, draws)
+        wanted = (depth == accepted[row]) & (draws < 0)  # the position after the accepted drafts, where not yet drawn
         if not wanted.any():
-            return accepted, own
+            return accepted, bonus
 
 
 # ------------------------------------------------------------------------------------------------ rejection and block
 
 
-def acceptance_probabilities(round: Round, block: npt.NDArray[np.bool_]) -> AcceptanceProbabilities:
+def acceptance_probabilities(round: DraftRound, block: npt.NDArray[np.bool_]) -> AcceptanceProbabilities:
     """The probability that decides about each draft. block [B]: rows under ``block``, the others under ``rejection``.
 
     ``rejection``: min(1, p(x_j) / q(x_j)), and the residual is norm(max(p - q, 0)).
@@ -244,26 +238,26 @@ def count_accepted(probabilities: AcceptanceProbabilities, uniforms: _Floats) ->
     return np.where(probabilities.block, last, first)
 
 
-def bonus_distribution(round: Round, probabilities: AcceptanceProbabilities, accepted: _Ints) -> Categorical:
-    """The distribution of each row's own token after ``accepted[b]`` drafts: the target's where all were accepted, else the
+def bonus_distribution(round: DraftRound, probabilities: AcceptanceProbabilities, accepted: _Ints) -> Categorical:
+    """The distribution of each row's bonus token after ``accepted[b]`` drafts: the target's where all were accepted, else the
     residual. Where rounding leaves a residual without mass, p and q agree to the last bits and the draft was rejected
-    by those bits: the target's distribution is then right to the same precision. -> B places
+    by those bits: the target's distribution is then right to the same precision. -> B rows
     """
     rejected = accepted < round.keep
-    places = torch.from_numpy(round.starts + accepted)
+    index = torch.from_numpy(round.starts + accepted)
     if not rejected.any():
-        return round.target.take(places)
+        return round.target.take(index)
     rows = np.arange(len(accepted))
     residual, ids = _residual(round, rows, accepted, probabilities.scale[rows, accepted])
     mass = residual.sum(1, keepdim=True)
     use = torch.from_numpy(rejected)[:, None].to(mass.device) & (mass > 0)
     if use.all():
         return Categorical(round.target.vocab_size, probabilities=residual.div_(mass), ids=ids)
-    plain = round.target.columns(places)[0]
+    plain = round.target.columns(index)[0]
     return Categorical(round.target.vocab_size, probabilities=torch.where(use, residual / mass, plain), ids=ids)
 
 
-def _residual(round: Round, row: _Ints, depth: _Ints, weight: _Floats) -> tuple[Tensor, Tensor | None]:
+def _residual(round: DraftRound, row: _Ints, depth: _Ints, weight: _Floats) -> tuple[Tensor, Tensor | None]:
     """max(weight * p - q, 0) after ``depth[i]`` drafts of row ``row[i]``; meaningless where that is all of them.
 
     -> [n, S] in the columns of the target's distribution, and the tokens they stand for, int64 [n, S] (None: column v is v).
@@ -275,26 +269,26 @@ def _residual(round: Round, row: _Ints, depth: _Ints, weight: _Floats) -> tuple[
         token = round.tokens[row, np.minimum(depth, round.tokens.shape[1] - 1)]
         draft = torch.from_numpy(np.where(depth < round.keep[row], token, 0))[:, None].to(mass.device)
         return mass.scatter_(1, draft, 0) if ids is None else mass.masked_fill_(ids == draft, 0), ids
-    places = torch.from_numpy(np.minimum(round.drafted[row] + depth, len(round.distribution) - 1))
-    q = round.distribution.dense(places) if ids is None else _lookup(round.distribution, places, ids)
+    index = torch.from_numpy(np.minimum(round.drafted[row] + depth, len(round.distribution) - 1))
+    q = round.distribution.dense(index) if ids is None else _lookup(round.distribution, index, ids)
     return (mass - q if q.dtype != mass.dtype else mass.sub_(q)).clamp_min_(0), ids
 
 
 # ------------------------------------------------------------------------------------------------ small things
 
 
-def _lookup(distribution: Distribution, places: Tensor, ids: Tensor) -> Tensor:
-    """Probabilities of ``ids`` [n, S'] (V: no token) at ``places`` [n]."""
+def _lookup(distribution: Distribution, index: Tensor, ids: Tensor) -> Tensor:
+    """Probabilities of ``ids`` [n, S'] (V: no token) at ``index`` [n]."""
     if isinstance(distribution, Categorical):
-        return distribution.lookup(places, ids)
-    rows = distribution.dense(places)
+        return distribution.lookup(index, ids)
+    rows = distribution.dense(index)
     inside = rows.gather(1, ids.clamp_max(rows.shape[1] - 1))
     return torch.where(ids < rows.shape[1], inside, 0)
 
 
-def _probability(distribution: Distribution, places: _Ints, tokens: _Ints) -> _Floats:
-    """Probability of ``tokens[i]`` at ``places[i]``."""
-    index, ids = torch.from_numpy(places), torch.from_numpy(tokens)
+def _probability(distribution: Distribution, rows: _Ints, tokens: _Ints) -> _Floats:
+    """Probability of ``tokens[i]`` in row ``rows[i]``."""
+    index, ids = torch.from_numpy(rows), torch.from_numpy(tokens)
     found = (
         distribution.at(ids, index)
         if isinstance(distribution, Categorical)
@@ -313,7 +307,7 @@ def _array(tensor: Tensor) -> npt.NDArray[Any]:
     return tensor.cpu().numpy()
 
 
-def _verification(drafts: _Ints, accepted: _Ints, own: _Ints) -> Verification:
-    tokens = np.concatenate([drafts, own[:, None]], 1)
-    tokens[np.arange(len(own)), accepted] = own
+def _verification(drafts: _Ints, accepted: _Ints, bonus: _Ints) -> Verification:
+    tokens = np.concatenate([drafts, bonus[:, None]], 1)
+    tokens[np.arange(len(bonus)), accepted] = bonus
     return Verification(torch.from_numpy(accepted), torch.from_numpy(tokens), torch.from_numpy(accepted + 1))

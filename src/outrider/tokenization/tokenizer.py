@@ -1,8 +1,8 @@
-"""Text to tokens and back: prompts of any bytes, chat templates, text that streams without breaking a character.
+"""Text to tokens and back: prompts of any bytes, chat templates, streamed text that never ends within a character.
 
-``tokenizer.json`` is read by the ``tokenizers`` library and the chat template by sandboxed Jinja, so a usual model
-directory never waits for ``transformers``; other tokenizer files go through ``AutoTokenizer`` once. No code of the
-model directory is ever run.
+``tokenizer.json`` is read by the ``tokenizers`` library and the chat template by sandboxed Jinja, so most model
+directories load without ``transformers``; other tokenizer files are converted by ``AutoTokenizer``. No code of the
+model directory is run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.tokenization.chat_template import ChatTemplate
+from outrider.tokenization.chat_template import ChatTemplate, Message
 
 __all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
 
 _REPLACEMENT = "\ufffd"
 _LONGEST_WAIT = 8  # tokens; a character has at most 4 bytes, so what is still broken then stays broken
+_CONTEXT = 8  # tokens before an open one that are decoded with it
 _SURROGATES = re.compile(r"[\ud800-\udfff]+")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -40,14 +42,22 @@ _ALPHABET = _byte_alphabet()
 
 
 class Tokenizer:
-    """The tokenizer of one model directory. Raises CheckpointError where it has none, or a broken one."""
+    """The tokenizer of one model directory. Raises CheckpointError where it has none, or one that cannot be read."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._settings = _read_json(self.directory / "tokenizer_config.json")
         self._fast = _load(self.directory)
-        self._fast.no_truncation()  # a file may carry the settings of its training
+        self._fast.no_truncation()  # a file may hold settings that were used in training
         self._fast.no_padding()
+        self._templates: dict[str, ChatTemplate] = {}
+
+    @classmethod
+    def from_parts(cls, path: Path, fast: FastTokenizer, settings: Mapping[str, Any]) -> Tokenizer:
+        """A tokenizer that was read from elsewhere (a GGUF file): ``settings`` as in tokenizer_config.json."""
+        made = cls.__new__(cls)
+        made.directory, made._settings, made._fast = path, dict(settings), fast
+        return made
 
     # ------------------------------------------------------------------------------------------ text and tokens
 
@@ -77,9 +87,14 @@ class Tokenizer:
         """Text of token ids; incomplete characters read U+FFFD."""
         return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh incremental decoder."""
-        return Detokenizer(self)
+    def detokenizer(self, prompt_tail: Sequence[int] = ()) -> Detokenizer:
+        """A fresh incremental decoder of what follows the prompt."""
+        return Detokenizer(self, prompt_tail)
+
+    def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        """Text of token ids that follow a prompt, its leading space included."""
+        detokenizer = self.detokenizer(prompt)
+        return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
 
     # ------------------------------------------------------------------------------------------ vocabulary
 
@@ -95,15 +110,16 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that never show in text."""
+        """Ids that are left out of text."""
         return frozenset(i for i, token in self._fast.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        """The named ones, ``eos_token`` and its like, as the directory's settings name them."""
+        """Name -> text of ``bos_token``, ``eos_token`` and the like, from the directory's settings."""
+        older = _read_json(self.directory / "special_tokens_map.json")
         found = {}
         for name in _SPECIAL_NAMES:
-            value = self._settings.get(name)
+            value = self._settings[name] if name in self._settings else older.get(name)
             content = value.get("content") if isinstance(value, Mapping) else value
             if isinstance(content, str):
                 found[name] = content
@@ -116,44 +132,64 @@ class Tokenizer:
         return () if token is None else (token,)
 
     def same_as(self, other: Tokenizer) -> bool:
-        """Whether every token has the same id in both, so that ids can travel between the two models."""
+        """Whether every token has the same id in both, so that one model can verify ids that the other drafted."""
         return self is other or self.vocabulary == other.vocabulary
 
     # ------------------------------------------------------------------------------------------ chat
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template_source is not None
+        return "default" in self._template_sources
 
-    def apply_chat(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model was taught to read it; encode it with ``add_special_tokens=False``.
+    @property
+    def takes_system(self) -> bool:
+        """Whether a system message reaches the text; else ``with_system_in_user`` puts it where it does."""
+        return self._chat_template().takes_system
 
-        Raises InvalidRequest for messages that the template refuses, CheckpointError where there is no template.
+    def apply_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> str:
+        """The conversation in the form that the model was trained on; encode it with ``add_special_tokens=False``.
+
+        ``options``: see ``ChatTemplate.render``. A model with several templates uses ``tool_use`` where there are
+        tools. Raises InvalidRequest for messages that the template refuses, CheckpointError where there is no
+        template.
         """
-        return self._chat_template.render(list(messages), add_generation_prompt)
+        template = self._chat_template("default" if options.get("tools") is None else "tool_use")
+        return template.render(messages, add_generation_prompt, **options)
 
-    def encode_chat(self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> list[int]:
         """Token ids of the conversation."""
-        return self.encode(self.apply_chat(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.apply_chat(messages, add_generation_prompt, **options), add_special_tokens=False)
 
     @cached_property
-    def _template_source(self) -> str | None:
-        file = self.directory / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        value = self._settings.get("chat_template")
-        if isinstance(value, list):  # several, named: [{"name": ..., "template": ...}]
-            value = next((t.get("template") for t in value if t.get("name") == "default"), None)
-        return value if isinstance(value, str) else None
+    def _template_sources(self) -> dict[str, str]:
+        """Templates by name; ``default`` is the one of most conversations."""
+        found: dict[str, str] = {}
+        values = [_read_json(self.directory / "chat_template.json"), self._settings]  # processors, then tokenizers
+        for value in (settings.get("chat_template") for settings in values):
+            if isinstance(value, str):
+                found["default"] = value
+            elif isinstance(value, list):  # several, named: [{"name": ..., "template": ...}]
+                found |= {
+                    t["name"]: t["template"]
+                    for t in value
+                    if isinstance(t, Mapping) and {"name", "template"} <= t.keys()
+                }
+        files = {"default": self.directory / "chat_template.jinja"}
+        files |= {file.stem: file for file in (self.directory / "additional_chat_templates").glob("*.jinja")}
+        return found | {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
 
-    @cached_property
-    def _chat_template(self) -> ChatTemplate:
-        if self._template_source is None:
+    def _chat_template(self, name: str = "default") -> ChatTemplate:
+        sources = self._template_sources
+        name = name if name in sources else "default"
+        if name not in sources:
+            named = f" named default (there are {', '.join(sorted(sources))})" if sources else ""
             raise CheckpointError(
-                f"{self.directory} has no chat template: expected chat_template.jinja, or chat_template in "
+                f"{self.directory} has no chat template{named}: expected chat_template.jinja, or chat_template in "
                 "tokenizer_config.json; give the model a plain prompt instead"
             )
-        return ChatTemplate(self._template_source, self.special_tokens)
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(sources[name], self.special_tokens)
+        return self._templates[name]
 
     # ------------------------------------------------------------------------------------------ byte level
 
@@ -171,8 +207,17 @@ class Tokenizer:
         return ids if len(ids) == len(_ALPHABET) else {}
 
     @cached_property
+    def byte_tokens(self) -> Mapping[int, int]:
+        """Token id -> byte of the tokens ``<0x00>`` to ``<0xFF>``, where the decoder reads them as bytes."""
+        ids = {byte: self._fast.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+        letter = ids[ord("A")]
+        if letter is None or self.decode([letter]) != "A":
+            return {}
+        return {token: byte for byte, token in ids.items() if token is not None}
+
+    @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
-        """What the file's post-processor puts before and after a text."""
+        """The special tokens that the file's post-processor puts before and after a text."""
         bare = self._fast.encode("a", add_special_tokens=False).ids
         framed = self._fast.encode("a").ids
         starts = range(len(framed) - len(bare) + 1)
@@ -191,44 +236,133 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Text of a growing sequence: what ``push`` returns is final and never ends within a character.
+    """Text of a growing output: what ``push`` returns is final and never ends within a character.
 
-    Special tokens are skipped. For byte-level vocabularies the pieces and ``flush`` add up to exactly the decoding of
-    all tokens; for byte-fallback vocabularies (SentencePiece) they do wherever the bytes form characters.
+    The pieces and ``flush`` add up to the decoding of prompt and output together, without the decoding of the prompt:
+    decoders of the SentencePiece kind drop the space before the first token they see, which is the output's first
+    token only where there is no prompt. ``prompt_tail``: the prompt's last token ids, or all of them.
+
+    Special tokens are skipped. A character that begins in the prompt and ends in the output is output text. A byte
+    that belongs to no character reads U+FFFD; byte-fallback decoders replace the valid characters beside it too, which
+    were released before.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._special = tokenizer.special_ids
+        self._byte_of = tokenizer.byte_tokens
+        tail = list(islice((token for token in reversed(prompt_tail) if token not in self._special), _CONTEXT))[::-1]
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace") if tokenizer.is_byte_level else None
-        self._ids: list[int] = []  # other vocabularies: tokens already told, for context, then those still open
-        self._told = 0
+        self._pending: list[int] = []  # byte tokens that do not form a character yet
+        self._unshown = (
+            0  # U+FFFD at the end of the prompt's decoding: not shown again unless a character replaces them
+        )
+        if self._utf8 is not None:
+            self._utf8.decode(b"".join(map(tokenizer.token_bytes, tail)))
+            self._unshown = int(bool(self._utf8.getstate()[0]))
+        else:
+            at = self._incomplete_end(tail)
+            tail, self._pending = tail[:at], tail[at:]
+            self._unshown = len(self._pending)
+        self._context = tail  # tokens whose text is known, at most 2 * _CONTEXT
+        self._open: list[int] = []  # tokens whose text is not certain yet
+        self._context_text = self._decode(tail)
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
         if token_id in self._special:
             return ""
         if self._utf8 is not None:
-            return self._utf8.decode(self._tokenizer.token_bytes(token_id))
-        self._ids.append(token_id)
-        text = self._open_text()
-        if not text or (text.endswith(_REPLACEMENT) and len(self._ids) - self._told < _LONGEST_WAIT):
-            return ""
-        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
-        return text
+            return self._show(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        if token_id in self._byte_of:
+            self._pending.append(token_id)
+            return self._show(self._release_bytes(final=False))
+        return self._show(self._release_bytes(final=True) + self._release(token_id))
 
     def flush(self) -> str:
         """What is still held back, once the sequence has ended; an incomplete character reads U+FFFD."""
         if self._utf8 is not None:
-            return self._utf8.decode(b"", final=True)
-        text = self._open_text()
-        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+            return self._show(self._utf8.decode(b"", final=True))
+        return self._show(self._release_bytes(final=True) + self._release_open())
+
+    # ------------------------------------------------------------------------------------------ byte tokens
+
+    def _incomplete_end(self, tokens: list[int]) -> int:
+        """Where an incomplete character of byte tokens at the end of ``tokens`` begins; their number if none does."""
+        for at in range(max(0, len(tokens) - 3), len(tokens)):
+            if all(token in self._byte_of for token in tokens[at:]) and _utf8_state(self._bytes(tokens[at:])) == 0:
+                return at
+        return len(tokens)
+
+    def _release_bytes(self, final: bool) -> str:
+        """Text of the pending byte tokens: characters that are complete, U+FFFD for bytes that cannot form one."""
+        text = ""
+        while self._pending:
+            wrong = _utf8_state(self._bytes(self._pending))
+            if wrong == 0 and not final:
+                break
+            count = len(self._pending) if wrong <= 0 else wrong
+            done, self._pending = self._pending[:count], self._pending[count:]
+            if wrong >= 0:
+                text += self._release_open() + _REPLACEMENT * count
+            elif self._context or self._open:
+                text += self._release_open() + self._bytes(done).decode()
+            else:  # the first text of all: the decoder may strip it
+                text += self._decode(done)
+            self._advance(done)
         return text
 
-    def _open_text(self) -> str:
-        """Text of the open tokens, decoded after the told ones: a token's leading space depends on what precedes it."""
-        context = self._tokenizer.decode(self._ids[: self._told], skip_special_tokens=False)
-        return self._tokenizer.decode(self._ids, skip_special_tokens=False)[len(context) :]
+    def _bytes(self, tokens: Iterable[int]) -> bytes:
+        return bytes(self._byte_of[token] for token in tokens)
+
+    # ------------------------------------------------------------------------------------------ other tokens
+
+    def _release(self, token_id: int) -> str:
+        """Text of the open tokens and this one, after those before: a leading space depends on what precedes it."""
+        self._open.append(token_id)
+        return self._release_open(final=False)
+
+    def _release_open(self, final: bool = True) -> str:
+        """Text of the open tokens; nothing, unless it is final, while it ends in an incomplete character."""
+        if not self._open:
+            return ""
+        text, before = self._decode(self._context + self._open), self._context_text
+        if not text.startswith(before):  # an incomplete character was completed
+            before = before.rstrip(_REPLACEMENT)
+        new = text[len(before) :]
+        if not final and (not new or (new.endswith(_REPLACEMENT) and len(self._open) < _LONGEST_WAIT)):
+            return ""
+        done, self._open = self._open, []
+        self._advance(done)
+        return new
+
+    def _advance(self, tokens: list[int]) -> None:
+        """Count tokens among those whose text is known, and forget the oldest ones."""
+        self._context = self._context + tokens
+        if len(self._context) > 2 * _CONTEXT:
+            self._context = self._context[-_CONTEXT:]
+        self._context_text = self._decode(self._context)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def _show(self, text: str) -> str:
+        """``text`` without the replacement characters that the prompt's decoding already ends with."""
+        while self._unshown and text:
+            if not text.startswith(_REPLACEMENT):
+                self._unshown = 0
+            else:
+                text, self._unshown = text[1:], self._unshown - 1
+        return text
+
+
+def _utf8_state(raw: bytes) -> int:
+    """-1 for whole characters, 0 for the beginning of one, else the number of leading bytes that belong to none."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        return 0 if error.reason == "unexpected end of data" and error.start == 0 else error.end
+    return -1
 
 
 class StopMatcher:

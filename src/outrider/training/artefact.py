@@ -1,8 +1,8 @@
-"""Artefacts: what a training stage makes, how it says where it came from, and what survives an interruption.
+"""Artefacts: the output directory of a training stage, with its provenance, resumable after an interruption.
 
-An artefact is a directory. While it is made it holds ``begun.json`` (what was asked for) and whatever the stage keeps
-in order to go on; when it is finished, ``provenance.json``. Both say what it depends on, so a stage that is asked for
-again goes on where it stopped, does nothing where it is finished, and refuses where something has changed since.
+An unfinished artefact holds ``begun.json`` (its settings and inputs) and the stage's intermediate files, a finished
+one ``provenance.json``. Both record what the artefact depends on. Running a stage again resumes an unfinished artefact,
+does nothing for a finished one, and raises ArtefactError if settings or inputs have changed since.
 
     with begin(out, "regenerate", config, parents={"prompts": prompts}, target=target) as work:
         if not work.finished:
@@ -30,12 +30,14 @@ import torch
 from pydantic import BaseModel
 
 from outrider import __version__
-from outrider.errors import ArtefactError
-from outrider.files import read_json, replace_file, resolve_model, write_json
+from outrider.errors import ArtefactError, InvalidRequest
+from outrider.files import read_json, read_json_lines, replace_file, write_json
+from outrider.models.gguf import gguf_parts
+from outrider.models.locations import resolve_model
 
 try:
     import fcntl
-except ImportError:  # not Unix: two processes on one artefact are not told apart there
+except ImportError:  # not Unix: no lock against a second process
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "begin",
     "content_hash",
     "file_hash",
+    "is_finished",
     "open_artefact",
     "read_lines",
     "settings",
@@ -61,13 +64,13 @@ TARGET_FILES = ("config.json", "generation_config.json", "tokenizer.json", "*.sa
 
 
 @lru_cache(maxsize=4096)
-def _file_hash(path: Path, size: int, changed: int) -> str:
+def _file_hash(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, remembered for this process while its size and time do not change."""
+    """SHA-256 of a file's bytes, cached in this process by path, size and modification time."""
     status = path.stat()
     return _file_hash(path.resolve(), status.st_size, status.st_mtime_ns)
 
@@ -82,13 +85,13 @@ def _hash_of(named: Iterable[tuple[str, Path]]) -> str:
 def content_hash(folder: Path, content: Sequence[str]) -> str:
     """SHA-256 over names and bytes of an artefact's ``content``: files, and all files below directories.
 
-    Raises ArtefactError for one that is missing.
+    Raises ArtefactError for a missing one.
     """
     files: list[tuple[str, Path]] = []
     for name in content:
         path = folder / name
         if not path.exists():
-            raise ArtefactError(f"{folder} has lost {name}; delete the directory and make it again")
+            raise ArtefactError(f"{folder} no longer has {name}; delete the directory and make it again")
         found = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         files += [(file.relative_to(folder).as_posix(), file) for file in found]
     return _hash_of(files)
@@ -96,8 +99,10 @@ def content_hash(folder: Path, content: Sequence[str]) -> str:
 
 def target_hash(target: str) -> str:
     """SHA-256 over a model's configuration, tokenizer and weights. Raises CheckpointError where there is none."""
-    folder = resolve_model(target)
-    return _hash_of((path.name, path) for pattern in TARGET_FILES for path in folder.glob(pattern))
+    path = resolve_model(target)
+    if path.is_file():
+        return _hash_of((part.name, part) for part in gguf_parts(path))
+    return _hash_of((file.name, file) for pattern in TARGET_FILES for file in path.glob(pattern))
 
 
 # ------------------------------------------------------------------------------------------------ artefacts
@@ -105,25 +110,24 @@ def target_hash(target: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Artefact:
-    """A finished stage's directory and what its provenance says."""
+    """A finished stage's directory and its provenance."""
 
     folder: Path
     stage: str
     sha256: str
     target: Mapping[str, str] | None
-    """``name`` and ``sha256`` of the model it was made with or for; None where it depends on none."""
+    """``name`` and ``sha256`` of the target; None for a stage that needs none."""
     provenance: Mapping[str, Any]
 
     @property
     def lineage(self) -> dict[str, Any]:
-        """What is known of it and of everything that it was made from, by stage; no paths, so it can be published."""
-        told = ("sha256", "settings", "sources", "facts", "seconds", "versions")
-        return {**self.provenance["lineage"], self.stage: {name: self.provenance[name] for name in told}}
+        """Provenance of this stage and all stages before it, by stage. Without paths, so it can be published."""
+        fields = ("sha256", "settings", "sources", "facts", "seconds", "versions")
+        return {**self.provenance["lineage"], self.stage: {name: self.provenance[name] for name in fields}}
 
 
 def open_artefact(folder: str | Path, stage: str | Sequence[str] | None = None, target: str | None = None) -> Artefact:
-    """A finished artefact, checked: it is of ``stage``, its files are those it was finished with, and ``target``, where
-    it depends on one, is still the same.
+    """Open a finished artefact and check it: its stage, the hash of its files, and the hash of its target's files.
 
     Raises ArtefactError.
     """
@@ -133,18 +137,18 @@ def open_artefact(folder: str | Path, stage: str | Sequence[str] | None = None, 
     if not (path / PROVENANCE).is_file():
         if (path / BEGUN).is_file():
             made = read_json(path / BEGUN)["stage"]
-            raise ArtefactError(f"{path} is not finished: run `{made}` again, it goes on where it stopped")
+            raise ArtefactError(f"{path} is not finished: run `{made}` again, it resumes where it stopped")
         raise ArtefactError(f"{path} has no {PROVENANCE}: expected {kinds}")
     record = read_json(path / PROVENANCE)
     try:
         made, sha256, content = str(record["stage"]), str(record["sha256"]), list(record["content"])
     except (KeyError, TypeError):
-        raise ArtefactError(f"{path / PROVENANCE} says nothing of a training stage: expected {kinds}") from None
+        raise ArtefactError(f"{path / PROVENANCE} does not describe a training stage: expected {kinds}") from None
     if wanted and made not in wanted:
         raise ArtefactError(f"{path} was made by the stage {made!r}; expected {kinds}")
     if content_hash(path, content) != sha256:
         raise ArtefactError(
-            f"{path} is not what it was finished as: its files ({', '.join(content)}) were changed since. "
+            f"{path}: its files ({', '.join(content)}) were changed since it was finished. "
             "Delete the directory and make it again"
         )
     found = Artefact(path, made, sha256, record.get("target"), record)
@@ -157,13 +161,13 @@ def open_artefact(folder: str | Path, stage: str | Sequence[str] | None = None, 
 
 
 def settings(config: BaseModel) -> dict[str, Any]:
-    """What decides a stage's result: its config without the fields that its class lists as ``free`` (speed only)."""
+    """The settings that decide a stage's result: its config without the fields that its class lists as ``free``."""
     free: frozenset[str] = getattr(type(config), "free", frozenset())
     return config.model_dump(mode="json", exclude=set(free))
 
 
 class Work:
-    """An artefact on its way, held by this process alone. Use as a context; see ``begin``."""
+    """An artefact in progress, locked by this process. Use as a context manager; see ``begin``."""
 
     def __init__(self, folder: Path, record: dict[str, Any], finished: bool, lock: BinaryIO | None) -> None:
         self.folder, self.finished = folder, finished
@@ -177,22 +181,22 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self.finished:
-            self._keep_time()
+            self._save_time()
         if self._lock is not None:
             self._lock.close()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ArtefactError(
-                f"cannot write to {self.folder}: {error.strerror}. What was written is intact: "
-                "make room, then the same command goes on"
+                f"cannot write to {self.folder}: {error.strerror}. The files written so far are intact: "
+                "free disk space and run the same command again"
             ) from error
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """What provenance will say, and once finished says: stage, arguments, parents, target, facts."""
+        """The entries of provenance.json: stage, arguments, parents, target, facts."""
         return self._record
 
     def finish(self, content: Sequence[str], facts: Mapping[str, Any] | None = None) -> Artefact:
-        """Hash ``content`` (names in the directory) and write ``provenance.json``, the stage's very last act."""
+        """Hash ``content`` (names in the directory) and write ``provenance.json``: always the last step of a stage."""
         self._record["seconds"] = round(self._seconds, 1)
         self._record |= {"facts": dict(facts or {}), "content": list(content)}
         self._record["sha256"] = content_hash(self.folder, content)
@@ -203,11 +207,11 @@ class Work:
 
     @property
     def _seconds(self) -> float:
-        """Time spent so far, sittings that were interrupted (not killed) included."""
+        """Time spent so far, including earlier runs that were interrupted (not killed)."""
         return float(self._record["seconds"]) + time.monotonic() - self._began
 
-    def _keep_time(self) -> None:
-        with suppress(OSError):  # a full disk: the error under way says so
+    def _save_time(self) -> None:
+        with suppress(OSError):  # a full disk is reported by the error that is being raised
             write_json(self.folder / BEGUN, {**self._record, "seconds": round(self._seconds, 1)})
 
 
@@ -220,12 +224,12 @@ def begin(
     sources: Mapping[str, str] | None = None,
     target: str | None = None,
 ) -> Work:
-    """Take up a stage: new, resumed, or finished already (``work.finished``; then there is nothing to do).
+    """Start or resume a stage; ``work.finished`` is true if it is finished already and there is nothing to do.
 
-    ``parents``: artefacts it reads, checked against their own provenance and against ``target``. ``sources``: hashes
-    of what else it reads. Raises ArtefactError where a parent does not fit, another process is at work on the
-    directory, or it was begun or finished with other arguments, parents or another target: the message names the
-    first difference.
+    ``parents``: artefacts that it reads; they are checked against their own provenance and against ``target``.
+    ``sources``: hashes of other inputs. Raises ArtefactError where a parent does not fit, another process works on the
+    directory, or the directory was begun or finished with other settings, parents or another target: the message names
+    the first difference.
     """
     path = Path(folder)
     read = {name: p if isinstance(p, Artefact) else open_artefact(p) for name, p in (parents or {}).items()}
@@ -250,22 +254,22 @@ def begin(
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
     try:
-        return _take_up(path, stage, record, lock)
+        return _resume_or_start(path, stage, record, lock)
     except BaseException:
         if lock is not None:
             lock.close()
         raise
 
 
-def _take_up(path: Path, stage: str, record: dict[str, Any], lock: BinaryIO | None) -> Work:
-    """What the directory holds already decides: nothing, something begun, something finished, or something else."""
+def _resume_or_start(path: Path, stage: str, record: dict[str, Any], lock: BinaryIO | None) -> Work:
+    """Depending on the directory: finished, begun, empty, or with files of something else (an error)."""
     others = sorted(file.name for file in path.iterdir() if file.name not in (LOCK, BEGUN, PROVENANCE))
     if (path / PROVENANCE).is_file():
         before = read_json(path / PROVENANCE)
         _refuse_differences(path, before, record, finished=True)
         open_artefact(path, stage)
         return Work(path, before, True, lock)
-    if (path / BEGUN).is_file() and others:  # with nothing made yet, nothing has to fit
+    if (path / BEGUN).is_file() and others:  # with no output yet, other settings are fine
         before = read_json(path / BEGUN)
         _refuse_differences(path, before, record, finished=False)
         record["seconds"] = before.get("seconds", 0.0)
@@ -276,7 +280,7 @@ def _take_up(path: Path, stage: str, record: dict[str, Any], lock: BinaryIO | No
 
 
 def _lock(folder: Path) -> BinaryIO | None:
-    """Held until it is closed, or its process ends however it ends."""
+    """Held until it is closed or its process ends."""
     if fcntl is None:
         return None
     file = (folder / LOCK).open("ab")
@@ -284,16 +288,43 @@ def _lock(folder: Path) -> BinaryIO | None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise ArtefactError(f"another process is at work on {folder}; wait for it, or stop it") from None
+        raise ArtefactError(f"another process works on {folder}; wait for it, or stop it") from None
     return file
 
 
+def is_finished(
+    folder: Path, stage: str, config: BaseModel, *, target: str | None, parents: Mapping[str, Path] | None = None
+) -> bool:
+    """Whether a stage is finished, read from its records without hashing its files or locking it.
+
+    ``parents``: the directories it reads; only finished ones are compared. Raises ArtefactError, as ``begin`` does,
+    where the directory was begun or finished with other settings, parents or another target.
+    """
+    finished = (folder / PROVENANCE).is_file()
+    begun = (folder / BEGUN).is_file() and any(file.name not in (LOCK, BEGUN) for file in folder.iterdir())
+    if not finished and not begun:
+        return False
+    before = read_json(folder / (PROVENANCE if finished else BEGUN))
+    now: dict[str, Any] = {"stage": stage, "settings": settings(config)}
+    ready = {role: path / PROVENANCE for role, path in (parents or {}).items() if (path / PROVENANCE).is_file()}
+    if parents is not None and len(ready) == len(parents):
+        now["parents"] = {role: read_json(path)["sha256"] for role, path in ready.items()}
+    if before.get("target") is not None and target is not None:
+        now["target"] = {"name": target, "sha256": target_hash(target)}
+    _refuse_differences(folder, before, now, finished)
+    return finished
+
+
 def _refuse_differences(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], finished: bool) -> None:
+    """Raise ArtefactError for the first difference in stage, settings, parents, sources or target. Only what ``now``
+    contains is compared."""
     verb = "made" if finished else "begun"
-    advice = "Delete the directory to make it anew, or give another one"
+    advice = "Delete the directory to make it again, or give another one"
     if before.get("stage") != now["stage"]:
         raise ArtefactError(f"{folder} was {verb} by the stage {before.get('stage')!r}, not {now['stage']!r}. {advice}")
     for group, what in (("settings", "{}"), ("parents", "another {}"), ("sources", "another {}")):
+        if group not in now:
+            continue
         old, new = before.get(group) or {}, now[group]
         for name in [*new, *(n for n in old if n not in new)]:
             if old.get(name) != new.get(name):
@@ -301,11 +332,13 @@ def _refuse_differences(folder: Path, before: Mapping[str, Any], now: Mapping[st
                 raise ArtefactError(
                     f"{folder} was {verb} with {what.format(name)}{change if group == 'settings' else ''}. {advice}"
                 )
+    if "target" not in now:
+        return
     old_model, new_model = before.get("target"), now["target"]
     if (old_model or {}).get("sha256") != (new_model or {}).get("sha256"):
         names = [model and model["name"] for model in (old_model, new_model)]
         raise ArtefactError(
-            f"{folder} was {verb} with another target: {names[0]!r} as it was then, now {names[1]!r}. {advice}"
+            f"{folder} was {verb} with another target: {names[0]!r} with other files, now {names[1]!r}. {advice}"
         )
 
 
@@ -318,10 +351,10 @@ def _short(value: Any) -> str:
 
 
 class Journal:
-    """A JSON Lines file that only grows, and loses nothing but a line that was being written when the process died.
+    """An append-only JSON Lines file that survives kills: at most the line being written is lost.
 
-    ``records`` are those that were there when it was opened. Appended lines reach the system at once (a killed process
-    keeps them) and the disk every ``every`` seconds (a power failure costs that much).
+    ``records``: those present when it was opened. Appended lines are flushed to the system at once (they survive a
+    killed process) and to the disk every ``every`` seconds (a power failure loses at most these).
     """
 
     def __init__(self, path: Path, every: float = 5.0) -> None:
@@ -343,7 +376,7 @@ class Journal:
     records: list[dict[str, Any]]
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write lines, all of them in one go."""
+        """Write lines with a single call."""
         self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
         self._file.flush()
         if time.monotonic() - self._synced >= self._every:
@@ -366,20 +399,16 @@ class Journal:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file of ours. Raises ArtefactError naming the line."""
-    with path.open("rb") as file:  # lines of bytes end at \n alone: U+2028 may stand in a string
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise ArtefactError(
-                    f"{path} line {number} is not JSON; delete the artefact and make it again"
-                ) from None
+    """The objects of a JSON Lines file of an artefact. Raises ArtefactError naming the line."""
+    try:
+        for _, record in read_json_lines(path):
             yield record
+    except InvalidRequest as error:
+        raise ArtefactError(f"{error}; delete the artefact and make it again") from None
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """A JSON Lines file, whole or not at all."""
+    """Write a JSON Lines file atomically."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:
@@ -389,7 +418,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_state(path: Path, state: Any) -> None:
-    """A resumable state (tensors in plain containers), whole or not at all; read it with ``weights_only=True``."""
+    """Write a resumable state (tensors in plain containers) atomically; read it with ``weights_only=True``."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

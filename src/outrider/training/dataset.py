@@ -1,9 +1,8 @@
-"""Answered prompts as training texts: read once, dealt out step by step, the same for any number of processes."""
+"""Training texts: reading answered prompts, and sampling them per step independently of the number of processes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from outrider.errors import InvalidRequest
+from outrider.files import read_json_lines
 from outrider.training.networks.batch import TokenBatch
 
 __all__ = ["Text", "TextSampler", "pack", "read_texts"]
@@ -28,42 +28,40 @@ class Text:
 
     @property
     def key(self) -> int:
-        """What its random choices depend on: the same in any batch and on any machine."""
+        """Seed of the text's random choices: the same in any batch and on any machine."""
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:7], "big")
 
 
 def read_texts(path: Path, *, length: int, vocab_size: int) -> list[Text]:
     """Answers of ``train regenerate``: lines of {id, domain, prompt, answer}, cut to ``length`` tokens.
 
-    Texts without room for an answer of two tokens are left out. Raises InvalidRequest with the line's number.
+    Texts whose answer has fewer than two tokens within ``length`` are left out. Raises InvalidRequest with the line's
+    number.
     """
     texts = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                prompt, answer = [int(t) for t in row["prompt"]], [int(t) for t in row["answer"]]
-                name, domain = str(row["id"]), str(row.get("domain", ""))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InvalidRequest(
-                    f"{path}, line {number}: expected an object with id, prompt and answer (token ids): {error!r}"
-                ) from error
-            wrong = [token for token in (*prompt, *answer) if not 0 <= token < vocab_size]
-            if wrong:
-                raise InvalidRequest(
-                    f"{path}, line {number}: token {wrong[0]} is none of the target's {vocab_size}; "
-                    "the answers were made by another target"
-                )
-            tokens = tuple((prompt + answer)[:length])
-            if len(prompt) >= 1 and len(tokens) >= len(prompt) + 2:
-                texts.append(Text(name, domain, tokens, len(prompt)))
+    expected = "an object with id, prompt and answer (token ids)"
+    for number, row in read_json_lines(path, expected, "answers"):
+        try:
+            prompt, answer = [int(t) for t in row["prompt"]], [int(t) for t in row["answer"]]
+            name, domain = str(row["id"]), str(row.get("domain", ""))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidRequest(f"{path}, line {number}: expected {expected}: {error!r}") from error
+        wrong = [token for token in (*prompt, *answer) if not 0 <= token < vocab_size]
+        if wrong:
+            raise InvalidRequest(
+                f"{path}, line {number}: token {wrong[0]} is none of the target's {vocab_size}; "
+                "the answers were made by another target"
+            )
+        tokens = tuple((prompt + answer)[:length])
+        if len(prompt) >= 1 and len(tokens) >= len(prompt) + 2:
+            texts.append(Text(name, domain, tokens, len(prompt)))
     if not texts:
         raise InvalidRequest(f"{path} holds no text with an answer of at least 2 tokens within {length} tokens")
     return texts
 
 
 def pack(texts: Sequence[Text]) -> TokenBatch:
-    """Texts side by side."""
+    """Concatenate texts into one batch."""
     lengths = [len(text.tokens) for text in texts]
     offsets = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int64)
     tokens = torch.tensor([token for text in texts for token in text.tokens], dtype=torch.int64)
@@ -73,30 +71,30 @@ def pack(texts: Sequence[Text]) -> TokenBatch:
 
 @dataclass(frozen=True)
 class TextSampler:
-    """Which texts a step learns from, in which packs. A function of the step alone, so a run can go on anywhere."""
+    """The texts of each training step, in packs. A function of the step alone, so a run can resume at any step."""
 
     texts: Sequence[Text]
-    batch: int  # texts of a step, over all processes
-    pack_tokens: int  # the most tokens of a pack, if its first text is not longer
+    batch: int  # texts per step, over all processes
+    pack_tokens: int  # most tokens of a pack; a longer text gets a pack of its own
     seed: int
 
     def epoch(self, step: int) -> int:
-        """How often every text was seen before this step."""
+        """Full passes over the texts before this step."""
         return step * self.batch // len(self.texts)
 
     def packs(self, step: int, rank: int = 0, world: int = 1) -> list[list[Text]]:
-        """This process's packs. All processes get equally many, as collectives ask for; one with less to do has empty
-        ones at the end."""
+        """This process's packs. Every process gets the same number, as collectives require; missing ones are empty and
+        come last."""
         shares = [self._split(self._chosen(step)[r::world]) for r in range(world)]
         most = max(len(share) for share in shares)
         return shares[rank] + [[] for _ in range(most - len(shares[rank]))]
 
     def _chosen(self, step: int) -> list[Text]:
-        """``batch`` texts: every text comes once before any comes again."""
+        """``batch`` texts; every text appears once per epoch."""
         count = len(self.texts)
-        places = range(step * self.batch, (step + 1) * self.batch)
-        orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
-        return [self.texts[orders[place // count][place % count]] for place in places]
+        indices = range(step * self.batch, (step + 1) * self.batch)
+        orders = {epoch: self._order(epoch) for epoch in {index // count for index in indices}}
+        return [self.texts[orders[index // count][index % count]] for index in indices]
 
     def _order(self, epoch: int) -> list[int]:
         order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(len(self.texts)).tolist()

@@ -1,8 +1,7 @@
-"""What a recipe will cost, before anything is begun: prompts are counted, target and drafter tried for some seconds.
+"""Estimate time, memory and disk of a recipe before it runs: count prompts, time target and drafter for some seconds.
 
-Time is an upper bound in one respect (every answer as long as ``max_tokens`` allows) and a guess in another (the trial
-is short, and other programs may run beside it). KVCache is what this process needed in the trial, and the room for keys
-and values.
+Time assumes that every answer has ``max_tokens`` tokens, and is based on a short trial, so other programs disturb it.
+Memory is the peak of this process in the trial plus the size of the KV cache.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from time import perf_counter
 from typing import Any
 
 from outrider.engine.llm import LLM
-from outrider.files import read_config, resolve_model
+from outrider.models.loading import model_config
 from outrider.training import dataset, prompts, regenerate
-from outrider.training.artefact import open_artefact
-from outrider.training.conversations import Question
+from outrider.training.artefact import is_finished, open_artefact
+from outrider.training.conversations import ChatTurn
 from outrider.training.recipe import Recipe
 from outrider.training.stages import STAGES
 from outrider.training.target_runner import TargetRunner
 
 __all__ = ["Estimate", "estimate"]
 
-LINE = 6.0  # bytes that a token's id takes in JSON
-STATE = 4 * 4  # bytes a trained parameter takes on disk: weight, two moments, and the finished checkpoint
-TRIED = 16  # tokens of an answer in the trial
-ROUND = 1.5  # time of a round of drafting and verifying, in plain steps
-LENGTH = 1.6  # tokens that a round is taken to commit
+LINE = 6.0  # bytes of a token id in JSON
+STATE = 4 * 4  # bytes on disk per trained parameter: weight, two moments, and the finished checkpoint
+TRIAL_TOKENS = 16  # tokens of an answer in the trial
+ROUND = 1.5  # assumed time of a round of drafting and verifying, in plain steps
+LENGTH = 1.6  # assumed tokens per round
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What one stage takes: seconds, bytes of memory, bytes on disk."""
+    """Cost of one stage: seconds, bytes of memory, bytes on disk."""
 
     stage: str
     seconds: float = 0.0
@@ -46,14 +45,15 @@ class Estimate:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dataset."""
+        """Plain data."""
         return asdict(self)
 
 
 def estimate(recipe: Recipe, until: str | None = None) -> list[Estimate]:
-    """One line a stage, in order; finished ones cost nothing.
+    """One entry per stage, in order; finished stages cost nothing.
 
-    Raises what is wrong with the prompts or the target, since it reads the one and runs the other.
+    Raises ArtefactError for a stage that was begun or finished with other settings, as running the recipe would, and
+    the errors of reading the prompts and loading the target.
     """
     trial = _Trial(recipe)
     return [
@@ -63,13 +63,15 @@ def estimate(recipe: Recipe, until: str | None = None) -> list[Estimate]:
 
 
 class _Trial:
-    """Counts and measurements, each made when something depends on it. Its methods are named as the stages are."""
+    """Counts and measurements, each made on first use. A method per stage, with the stage's name."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.configs = recipe, recipe.configs
 
     def finished(self, name: str) -> bool:
-        return (self.recipe.place(name) / "provenance.json").is_file()
+        recipe = self.recipe
+        folder, config, parents = recipe.path(name), recipe.configs[name], recipe.folders(name)
+        return is_finished(folder, name, config, target=recipe.target, parents=parents)
 
     # -------------------------------------------------------------------------------------------- stages
 
@@ -83,9 +85,9 @@ class _Trial:
     def regenerate(self) -> Estimate:
         config: Any = self.configs["regenerate"]
         count = sum(self._count(part) for part in ("train", "held_out"))
-        disk = count * (self._length("prompt") + config.max_tokens) * LINE * 2  # written once more when it is ordered
+        disk = count * (self._length("prompt") + config.max_tokens) * LINE * 2  # the finished file is a copy
         if config.server:
-            return Estimate("regenerate", 0.0, _peak(), disk, "the server decides how long")
+            return Estimate("regenerate", 0.0, _peak(), disk, "time depends on the server")
         speed = self._speed(config.rows)
         context = config.rows * (self._length("prompt") + config.max_tokens)
         memory = _peak() + context * self._key_value_bytes
@@ -97,14 +99,14 @@ class _Trial:
         tokens = self._count("train") * min(config.length, self._length("text"))
         width = (1 + len(config.layers)) * self._llm.target.spec.hidden_size
         disk = tokens * width * (4 if config.keep == "float32" else 2)
-        return Estimate("features", tokens / self._learning[0], _peak(), disk, "at most as long as one epoch of `run`")
+        return Estimate("features", tokens / self._training_speed[0], _peak(), disk, "at most one epoch of `run`")
 
     def run(self) -> Estimate:
         config: Any = self.configs["run"]
         texts = self._count("train")
         steps = config.steps or math.ceil(config.epochs * texts / config.batch)
         tokens = steps * config.batch * min(config.length, self._length("text"))
-        speed, parameters, memory = self._learning
+        speed, parameters, memory = self._training_speed
         note = f"{steps:,} steps at {speed:,.0f} tokens/s, {parameters / 1e6:,.1f} M parameters"
         return Estimate("run", tokens / speed, memory, parameters * STATE, note)
 
@@ -124,18 +126,18 @@ class _Trial:
         return self._rounds("eval", tokens / ROUND + tokens / LENGTH * sides)
 
     def export(self) -> Estimate:
-        return Estimate("export", 5.0, _peak(), self._learning[1] * 4)
+        return Estimate("export", 5.0, _peak(), self._training_speed[1] * 4)
 
     def _rounds(self, stage: str, rounds: float) -> Estimate:
         speed = self._speed(1)
-        size = self._learning[1] * 4
+        size = self._training_speed[1] * 4
         return Estimate(stage, rounds * ROUND / speed, _peak(), size, f"{speed:,.0f} plain tokens/s, one at a time")
 
     # -------------------------------------------------------------------------------------------- counts
 
     @cached_property
     def _prompts(self) -> tuple[dict[str, Counter[str]], list[float]]:
-        """Prompts by part and domain, and the tokens of some."""
+        """Number of prompts by part and domain, and the lengths of up to 200 prompts in tokens."""
         config: Any = self.configs["prompts"]
         split, _ = prompts.collect(config)
         some = (split["train"] + split["held_out"])[:200]
@@ -144,9 +146,9 @@ class _Trial:
         return {part: Counter(prompt["domain"] for prompt in found) for part, found in split.items()}, lengths
 
     def _count(self, part: str) -> int:
-        """Texts of a part: answers where they are there already, else prompts."""
+        """Texts of a part: answers if they exist, else prompts."""
         if self.finished("regenerate"):
-            return int(open_artefact(self.recipe.place("regenerate")).provenance["facts"][part]["answers"])
+            return int(open_artefact(self.recipe.path("regenerate")).provenance["facts"][part]["answers"])
         return sum(self._prompts[0][part].values())
 
     def _length(self, what: str) -> float:
@@ -155,7 +157,7 @@ class _Trial:
         if what == "prompt":
             return prompt
         if self.finished("regenerate"):
-            facts = open_artefact(self.recipe.place("regenerate")).provenance["facts"]["train"]
+            facts = open_artefact(self.recipe.path("regenerate")).provenance["facts"]["train"]
             return prompt + float(facts["tokens"]) / max(1, facts["answers"])
         return prompt + self.configs["regenerate"].max_tokens  # type: ignore[attr-defined,no-any-return]
 
@@ -170,26 +172,26 @@ class _Trial:
         return {}
 
     def _speed(self, rows: int) -> float:
-        """Plain tokens a second, ``rows`` rows together."""
+        """Tokens per second of plain decoding with ``rows`` rows."""
         if rows not in self._speeds:
-            options = {"max_tokens": TRIED, "rows": rows, "ignore_eos": True, "drafter": "none", "server": None}
+            options = {"max_tokens": TRIAL_TOKENS, "rows": rows, "ignore_eos": True, "drafter": "none", "server": None}
             config = self.configs["regenerate"].model_copy(update=options)
             assert isinstance(config, regenerate.Config)
             ask = regenerate.engine(config, lambda: self._llm, regenerate.sampling(config, self.recipe.target))
-            length = max(1, min(round(self._length("prompt")), self._llm.target.spec.max_positions - TRIED))
+            length = max(1, min(round(self._length("prompt")), self._llm.target.spec.max_positions - TRIAL_TOKENS))
             tokens = [1 + i % (self._llm.target.spec.vocab_size - 1) for i in range(length)]
-            for count in (1, 2 * rows):  # the first one warms up
-                asked = deque(Question(f"{count} {i}", "", tokens, (), ()) for i in range(count))
+            for count in (1, 2 * rows):  # the first pass is a warm-up
+                asked = deque(ChatTurn(f"{count} {i}", "", tokens, (), ()) for i in range(count))
                 began = perf_counter()
                 made = sum(len(answer) for answers in ask(asked) for _, answer in answers)
                 self._speeds[rows] = made / (perf_counter() - began)
         return self._speeds[rows]
 
     @cached_property
-    def _learning(self) -> tuple[float, int, float]:
-        """Tokens a second in training, trained parameters, and bytes of memory."""
+    def _training_speed(self) -> tuple[float, int, float]:
+        """Training tokens per second, number of trained parameters, and bytes of memory."""
         config: Any = self.configs["run"]
-        module = import_module(STAGES["run"].place.partition(":")[0]).trainable(config, self._llm)
+        module = import_module(STAGES["run"].reference.partition(":")[0]).trainable(config, self._llm)
         spec = self._llm.target.spec
         length = max(8, min(config.length, round(self._length("text")), spec.max_positions))
         texts = []
@@ -197,18 +199,18 @@ class _Trial:
             tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
             texts.append(dataset.Text(str(number), "", tokens, length // 3))
         target_runner = TargetRunner(self._llm.target, length)
-        for _ in range(2):  # the first one warms up
+        for _ in range(2):  # the first pass is a warm-up
             began = perf_counter()
             loss = module(target_runner.batch(texts, module, 0))
             (loss.total / loss.weight).backward()
             seconds = perf_counter() - began
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        return length * len(texts) / seconds, parameters, _peak() + 2 * 4 * parameters  # the optimiser's moments
+        return length * len(texts) / seconds, parameters, _peak() + 2 * 4 * parameters  # two optimiser moments
 
     @cached_property
     def _key_value_bytes(self) -> float:
-        """Bytes of a token's keys and values in float32, as the target's configuration has them."""
-        files = read_config(resolve_model(self.recipe.target))
+        """Bytes of a token's keys and values in float32, by the target's configuration."""
+        files = model_config(self.recipe.target)
         text = files.get("text_config") or files
         heads = text.get("num_key_value_heads") or text.get("num_attention_heads", 1)
         width = text.get("head_dim") or text.get("hidden_size", 0) / max(1, text.get("num_attention_heads", 1))
@@ -216,7 +218,7 @@ class _Trial:
 
 
 def _peak() -> float:
-    """The most memory this process has held, bytes; 0 where the system does not say."""
+    """Peak memory of this process in bytes; 0 where the system does not report it."""
     try:
         import resource
     except ImportError:  # not Unix

@@ -1,4 +1,4 @@
-"""Stage ``export``: a folder that others load, with a card that says what the drafter is made of, and how good."""
+"""Stage ``export``: the finished drafter in a common checkpoint format, with a model card."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from outrider import __version__, checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.files import read_json, write_json
 from outrider.models.loading import load_target
+from outrider.models.locations import public_name
 from outrider.training.artefact import Artefact
 from outrider.training.networks import Frozen
 from outrider.training.progress import duration
@@ -27,39 +28,42 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Config(BaseModel):
-    """The folder's form, and what its card cannot know."""
+    """Format of the checkpoint, and entries of the model card that are not measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    form: Literal["speculators", "deepspec"] = "speculators"
-    """speculators is what vLLM loads; deepspec holds copies of the target's embedding and head, too."""
+    form: Literal["auto", "speculators", "deepspec", "outrider"] = "auto"
+    """speculators is the format that vLLM loads; deepspec also contains copies of the target's embedding and head;
+    outrider holds every kind. auto: speculators where it can hold the kind, else outrider."""
     dtype: Literal["keep", "float32", "bfloat16"] = "keep"
-    """What weights are stored in."""
+    """Stored precision of the weights."""
     name: str = "drafter"
-    """The card's title."""
+    """Title of the model card."""
     target_name: str | None = None
-    """What others know the target by, such as its hub id. Default: as it was called here."""
+    """Public name of the target, such as its hub id. Default: its name in the recipe."""
     licence: str | None = None
-    """The weights' licence, such as `apache-2.0`. Mind the licences of the target and of the prompts."""
+    """The weights' licence, such as `apache-2.0`. Respect the licences of the target and of the prompts."""
 
 
 def export(config: Config, drafter: Artefact, out: Path, target: str, *, evaluation: Artefact | None = None) -> Path:
     """Write ``out/drafter`` (it must not exist) from an artefact of ``run`` or ``calibrate``.
 
-    A model of its own (``draft_model``) is copied as it is. Raises CheckpointError for what the format cannot hold.
+    A ``draft_model`` is copied unchanged. Raises CheckpointError for a drafter that the format cannot represent.
     """
     source, folder = drafter.folder / CHECKPOINT, out / CHECKPOINT
     history = drafter.lineage | ({} if evaluation is None else evaluation.lineage)
-    provenance = {"made_by": f"outrider {__version__}", "target": drafter.target, "lineage": history}
+    made_for = None if drafter.target is None else {**drafter.target, "name": public_name(drafter.target["name"])}
+    provenance = {"made_by": f"outrider {__version__}", "target": made_for, "lineage": history}
     if checkpoints.recognise(read_json(source / "config.json")) is None:
         shutil.copytree(source, folder)
         write_json(folder / "provenance.json", provenance)
         shape = {"kind": "draft_model"}
     else:
         checkpoint = _prepared(config, checkpoints.load(source), target)
-        checkpoints.save(checkpoint, folder, config.form, provenance)
+        form = checkpoints.default_format(checkpoint.design) if config.form == "auto" else config.form
+        checkpoints.save(checkpoint, folder, form, provenance)
         shape = _shape(checkpoint)
-    name = config.target_name or (drafter.target or {}).get("name", target)
+    name = config.target_name or (made_for or {}).get("name", public_name(target))
     (folder / "README.md").write_text(card(config, name, shape, history), encoding="utf-8")
     return folder
 
@@ -87,19 +91,19 @@ def _shape(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ the card
+# ------------------------------------------------------------------------------------------------ model card
 
 
 def card(config: Config, target: str, shape: Mapping[str, Any], history: Mapping[str, Any]) -> str:
-    """A model card in Markdown: facts from the stages' provenance, and nothing that was not measured."""
+    """A model card in Markdown, written from the provenance of the stages."""
     head = f"---\nlicense: {config.licence}\n---\n\n" if config.licence else ""
     kind = shape["kind"]
     rows = [("target", target), *((name, _plain(value)) for name, value in shape.items())]
     rows += _data(history) + _budget(history)
     parts = [
         f"# {config.name}",
-        f"A `{kind}` drafter for `{target}`. It proposes tokens which the target then checks, so the text stays the "
-        "target's own and only comes sooner; for another target it is of no use.",
+        f"A `{kind}` drafter for `{target}`: with speculative decoding the target writes the same text in less time. "
+        "It works with this target only.",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows),
         _acceptance(history),
         _calibration(history),
@@ -107,8 +111,8 @@ def card(config: Config, target: str, shape: Mapping[str, Any], history: Mapping
         f'llm = LLM("{target}", drafter="path/to/this/folder")\n'
         'for event in llm.stream("Once upon a time", SamplingParams(max_tokens=128)):\n'
         '    print(event.text, end="", flush=True)\n```',
-        f"## Licence\n\n{config.licence or 'None is given yet: ask whoever published these weights.'}",
-        "provenance.json holds every stage's settings, versions and hashes.",
+        f"## Licence\n\n{config.licence or 'None was given.'}",
+        "provenance.json has the settings, versions and hashes of every stage.",
     ]
     return head + "\n\n".join(part for part in parts if part) + "\n"
 
@@ -148,8 +152,8 @@ def _acceptance(history: Mapping[str, Any]) -> str:
         for row in rows
     ]
     return (
-        "## Acceptance\n\nTokens a round on held-out prompts, the target's own token included, and speed over plain "
-        "decoding on the machine that measured it; 95 % intervals.\n\n"
+        "## Acceptance\n\nTokens per round on held-out prompts, bonus token included, and speed-up over plain "
+        "decoding on the machine it was measured on; 95 % intervals.\n\n"
         "| temperature | prompts | number | acceptance length | speed-up |\n|---|---|---|---|---|\n" + "\n".join(lines)
     )
 
@@ -160,8 +164,9 @@ def _calibration(history: Mapping[str, Any]) -> str:
         return ""
     lines = [f"| {b['title']} | {b['rounds']:,} | {b['before']:.1%} | {b['after']:.1%} |" for b in buckets]
     return (
-        "## Calibration\n\nExpected calibration error of the survival of drafts, on prompts that the scaling was not "
-        "fitted on.\n\n| | survivals | before | after |\n|---|---|---|---|\n" + "\n".join(lines)
+        "## Calibration\n\nExpected calibration error of survivals (the probability that all drafts up to a position "
+        "are accepted), on prompts that the scaling was not fitted on.\n\n"
+        "| | survivals | before | after |\n|---|---|---|---|\n" + "\n".join(lines)
     )
 
 

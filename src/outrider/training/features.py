@@ -1,12 +1,13 @@
-"""Stage ``features``: what the target makes of its answers, kept on disk. By default the target teaches online.
+"""Stage ``features``: cache the target's features of its answers on disk. Optional.
 
-It pays where the same answers are learnt from many times and the disk is faster than the target: D + F numbers a token
-(D model width, F feature width), which ``facts`` and the estimate tell before. The target's logits are not kept but
-made anew by its head, at the places where a loss asks for them (DSpark paper, section 5.1).
+By default training runs the target itself. The cache pays when the same answers are used for many epochs and the disk
+is faster than the target. It takes D + F numbers a token (D model width, F feature width); the estimate shows the size.
+Logits are not stored: the target's head
+recomputes them from the last hidden state at the positions that a loss needs (DSpark paper, section 5.1).
 
-Written are parts ``train-00000.safetensors``, ... with ``features`` [N, F] and ``hidden`` [N, D] (after the final norm)
-of some texts one after the other, and ``index.json``, which says where each text lies. Parts are whole or not there, so
-a stage that was killed goes on behind the last one.
+Files: ``train-00000.safetensors``, ... with ``features`` [N, F] and ``hidden`` [N, D] (after the final norm) of
+consecutive texts, and ``index.json`` with the file and offset of each text. Files are written atomically, so a killed
+stage resumes after the last one.
 """
 
 from __future__ import annotations
@@ -31,14 +32,13 @@ from outrider.training.networks.batch import FeatureBatch, TrainableDrafter
 from outrider.training.progress import Progress
 from outrider.types import RaggedBatch, TargetModel
 
-__all__ = ["CachedTeacher", "Config", "features"]
+__all__ = ["CachedFeatures", "Config", "features"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PASS = 1024  # tokens that pass through the target together
 
 
 class Config(BaseModel):
-    """What is kept."""
+    """What is cached, and how."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     free: ClassVar[frozenset[str]] = frozenset({"part_texts"})
@@ -48,18 +48,18 @@ class Config(BaseModel):
     length: int = Field(512, ge=4)
     """Tokens of a text, prompt included, as for ``run``."""
     keep: Literal["float32", "bfloat16"] = "bfloat16"
-    """Half the disk, and a rounding that online training does not have; or float32."""
+    """bfloat16 takes half the disk space and rounds the features; float32 does not."""
     dtype: str = "auto"
     """Precision of the target."""
     part_texts: int = Field(256, ge=1)
-    """Texts of one file."""
+    """Texts per file."""
 
 
 def features(config: Config, answers: Path, out: Path, target: str, *, console: Console | None = None) -> Artefact:
-    """Run the target over an artefact of answers, from where an earlier run stopped.
+    """Run the target over an artefact of answers, resuming an interrupted run.
 
-    Raises ArtefactError for answers that do not fit; InvalidRequest for a layer that cannot be auxiliary, or a target that
-    does not tell its last state.
+    Raises ArtefactError for answers that do not fit; InvalidRequest for a layer that cannot be auxiliary, or a target
+    that does not return its last hidden state.
     """
     parent = open_artefact(answers, "regenerate", target)
     with begin(out, "features", config, parents={"answers": parent}, target=target) as work:
@@ -77,11 +77,11 @@ def features(config: Config, answers: Path, out: Path, target: str, *, console: 
                         tensors = {key: torch.cat([one[key] for one in read]) for key in read[0]}
                         write_tensors(out / name, tensors)
                         progress.advance(len(part), sum(len(text.tokens) for text in part))
-            places: dict[str, list[str | int]] = {}
+            index: dict[str, list[str | int]] = {}
             for part, name in zip(parts, names, strict=True):
                 begins = pack(part).offsets.tolist()
-                places |= {text.id: [name, begin] for text, begin in zip(part, begins, strict=False)}
-            write_json(out / "index.json", {"layers": list(config.layers), "length": config.length, "places": places})
+                index |= {text.id: [name, begin] for text, begin in zip(part, begins, strict=False)}
+            write_json(out / "index.json", {"layers": list(config.layers), "length": config.length, "places": index})
             size = sum((out / name).stat().st_size for name in names)
             work.finish([*names, "index.json"], {"texts": len(texts), "bytes": size})
     return Artefact(out, "features", work.record["sha256"], work.record["target"], work.record)
@@ -96,38 +96,40 @@ def _read(target: TargetModel, texts: Sequence[Text], config: Config) -> Iterato
         output = target.forward(batch, cache, config.layers)
         cache.rewind(torch.tensor([slot]), torch.tensor([0]))
         if output.hidden is None or output.features is None:
-            raise InvalidRequest(f"{target.spec.name}: this target does not tell its last state; train online")
+            raise InvalidRequest(
+                f"{target.spec.name}: this target does not return its last hidden state; train without cached features"
+            )
         yield {"features": output.features.to(dtype), "hidden": output.hidden.to(dtype)}
 
 
-class CachedTeacher:
-    """Reads what ``features`` kept in place of running the target. See ``target_runner.TargetRunner``."""
+class CachedFeatures:
+    """A ``FeatureSource`` that reads an artefact of ``features`` instead of running the target."""
 
     def __init__(self, target: TargetModel, folder: Path, aux_layers: tuple[int, ...], length: int) -> None:
-        """Raises InvalidRequest where the cache was made for other layers or another length."""
+        """Raises InvalidRequest for a cache of other layers or another text length."""
         self._target, self._folder = target, folder
         index: dict[str, Any] = read_json(folder / "index.json")
         if tuple(index["layers"]) != aux_layers or index["length"] != length:
             raise InvalidRequest(
                 f"{folder} holds features of layers {index['layers']}, {index['length']} tokens a text; the drafter "
-                f"reads layers {list(aux_layers)}, {length} tokens; make the features again, or train online"
+                f"reads layers {list(aux_layers)}, {length} tokens; make the features again, or train without them"
             )
-        self._places: dict[str, tuple[str, int]] = {key: (name, at) for key, (name, at) in index["places"].items()}
+        self._index: dict[str, tuple[str, int]] = {key: (name, at) for key, (name, at) in index["places"].items()}
         self._files: dict[str, Any] = {}
 
     def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
-        """What a drafter learns from these texts in one epoch."""
+        """See ``FeatureSource.batch``."""
         packed = pack(texts)
         anchors, rows = drafter.wanted(packed, epoch)
         kept = torch.cat([self._get(text, "features") for text in texts])
         hidden = torch.cat([self._get(text, "hidden") for text in texts])[rows]
         logits = self._target.unembed(hidden.to(self._target.spec.dtype)).float().clone()
-        return FeatureBatch(packed, anchors, rows, kept.float(), logits)
+        return FeatureBatch(packed, anchors, rows, kept.float(), logits, hidden.float())
 
     def _get(self, text: Text, name: str) -> Tensor:
-        if text.id not in self._places:
+        if text.id not in self._index:
             raise InvalidRequest(f"{self._folder} has no features of the text {text.id!r}; make the features again")
-        file, begin = self._places[text.id]
+        file, begin = self._index[text.id]
         if file not in self._files:
             self._files[file] = safe_open(self._folder / file, framework="pt").__enter__()
         part: Tensor = self._files[file].get_slice(name)[begin : begin + len(text.tokens)]

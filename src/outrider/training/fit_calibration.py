@@ -1,8 +1,8 @@
-"""``calibrate``: measure a drafter's confidences on prompts it was not trained on, fit the scaling, keep it beside it.
+"""``calibrate``: fit a scaling of a drafter's confidences on held-out prompts, and store it with the checkpoint.
 
-For every rule and temperature the target answers the prompts with all drafts verified. Half of the prompts (every
-second one of a domain) are what the scaling is fitted on, the other half is where its error is measured, before and
-after. At temperature 0 the rules are one and the same, and so are their rounds.
+For every rule and temperature the target answers the prompts with all drafts verified. The scaling is fitted on half of
+the prompts (every second one of a domain); its error before and after is measured on the other half. At temperature 0
+all rules are the same, so they share one measurement.
 """
 
 from __future__ import annotations
@@ -25,47 +25,49 @@ from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.evaluation import plots
 from outrider.evaluation.recording import (
+    EvalPrompt,
     Observed,
-    Question,
     Recorder,
     Round,
-    ask,
+    answer,
     observed,
-    read_questions,
+    read_prompts,
     recorded,
+    runnable,
 )
-from outrider.files import EMBEDDED_PROMPTS, new_folder, resolve_model, write_json
+from outrider.files import new_folder, write_json
+from outrider.models.locations import EMBEDDED_PROMPTS, public_name, resolve_model
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Calibration, Quality, Scaling
-from outrider.training.artefact import content_hash, file_hash
+from outrider.training.artefact import content_hash, file_hash, target_hash
 
 __all__ = ["Bucket", "Config", "Report", "calibrate"]
 
 Progress = Callable[[str, float], None]
-"""What is being done, and the share that is done."""
+"""Called with the current activity and the finished share."""
 
 
 class Config(BaseModel):
-    """What is measured, and how the scaling is fitted."""
+    """Options of the measurement and of the fit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     rules: tuple[Rule, ...] = Field(default=RULES, min_length=1)
     """Verification rules to fit for."""
     temperatures: tuple[float, ...] = Field(default=(0.0, 0.7, 1.0), min_length=1)
-    """Temperatures to fit for; a request gets the nearest one's."""
+    """Temperatures to fit for; a request uses the nearest one."""
     rounds: int = Field(default=10_000, ge=60)
-    """Rounds wanted for each rule and temperature: prompts are answered again, with other seeds, until there are so
-    many. Greedy answers come out the same, so at temperature 0 each prompt is answered once."""
+    """Rounds for each rule and temperature: prompts are answered again with other seeds until there are so many.
+    Greedy answers do not vary, so at temperature 0 each prompt is answered once."""
     max_tokens: int = Field(default=128, ge=2)
     """Most new tokens of an answer."""
     draft_tokens: int | None = Field(default=None, ge=1)
-    """Drafts of a round; as many as the drafter gives by default."""
+    """Drafts per round; by default as many as the drafter's block."""
     bins: int = Field(default=calibration.BINS, ge=2)
-    """Bins of equal mass that the calibration error is taken over."""
+    """Bins of equal mass for the calibration error."""
     shift: bool | None = None
-    """Fit a shift beside each temperature; None: only at positions that a temperature alone leaves with more than 1 %
-    of calibration error, and more than twice what chance explains."""
+    """Fit a shift beside each temperature. None: only at positions where a temperature alone leaves more than 1 % of
+    calibration error, and more than twice what chance explains."""
     chat: bool = False
     """Write the turns of prompts into the target's chat template."""
     seed: int = 0
@@ -74,15 +76,15 @@ class Config(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One temperature under the rules that are alike there."""
+    """The result for one temperature and the rules that share it."""
 
     rules: tuple[Rule, ...]
     temperature: float
     scaling: Scaling
     fitted_on: int  # rounds
-    before: list[Quality]  # survival at each position, on the other half of the prompts
+    before: list[Quality]  # of the survival at each position, on the other half of the prompts
     after: list[Quality]
-    conditional_before: list[Quality]  # the confidence itself, where the drafts before were accepted
+    conditional_before: list[Quality]  # of the confidence itself, where all earlier drafts were accepted
     conditional_after: list[Quality]
     pooled_before: Quality  # survival at all positions together
     pooled_after: Quality
@@ -99,7 +101,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A drafter's calibration and how good it is."""
+    """A drafter's calibration, and its quality."""
 
     drafter: str
     target: str
@@ -131,10 +133,10 @@ def calibrate(
     progress: Progress = lambda text, done: None,
 ) -> Report:
     """Write ``out``: ``drafter/`` (a copy of the checkpoint with calibration.json), report.json, reliability.png and
-    provenance.json. For a drafter without a checkpoint, like ``ngram``, ``drafter/`` holds calibration.json alone.
+    provenance.json. For a drafter without a checkpoint, such as ``ngram``, ``drafter/`` has calibration.json only.
 
-    ``prompts``: files of prompts or answers (see ``rounds.read_questions``), or directories with ``held_out.jsonl``;
-    the packaged ones where there are none.
+    ``prompts``: files of prompts or answers (see ``recording.read_prompts``), or directories with ``held_out.jsonl``;
+    default: the packaged prompts.
     Raises InvalidRequest for too few prompts, a drafter without confidences, or an ``out`` that exists.
     """
     began = perf_counter()
@@ -142,12 +144,13 @@ def calibrate(
         raise InvalidRequest(f"{out} exists already; give a new directory")
     llm = LLM(target, drafter, dtype=dtype, backend=backend, draft_tokens=config.draft_tokens, max_rows=1)
     if hasattr(llm.drafter, "calibration"):
-        llm.drafter.calibration = None  # what the file had is not what is to be measured
+        llm.drafter.calibration = None  # measure the raw confidences
     files = _files(prompts)
-    questions = [q for file in files for q in read_questions(file, llm.tokenizer if config.chat else None)]
-    if len(questions) < 4:
-        raise InvalidRequest(f"calibration needs at least 4 prompts, to fit on half of them; got {len(questions)}")
-    halves = _halves(questions)
+    read = [prompt for file in files for prompt in read_prompts(file)]
+    chosen, _ = runnable(llm, read, SamplingParams(max_tokens=config.max_tokens), chat=config.chat, fail_fast=True)
+    if len(chosen) < 4:
+        raise InvalidRequest(f"calibration needs at least 4 prompts, to fit on half of them; got {len(chosen)}")
+    halves = _halves(chosen)
     recorder = recorded(llm)
     signal = _signal(llm)
     kinds: list[tuple[tuple[Rule, ...], float]] = []
@@ -156,19 +159,25 @@ def calibrate(
     buckets = []
     for number, (rules, temperature) in enumerate(kinds):
 
-        def tell(share: float, at: int = number, rules: Sequence[str] = rules, t: float = temperature) -> None:
+        def report_share(share: float, at: int = number, rules: Sequence[str] = rules, t: float = temperature) -> None:
             progress(f"{', '.join(rules)} at temperature {t:g}", (at + share) / len(kinds))
 
         params = SamplingParams(max_tokens=config.max_tokens, temperature=temperature, rule=rules[0], seed=config.seed)
-        fitting, held_out = _collect(llm, recorder, halves, params, config.rounds, tell)
+        fitting, held_out = _collect(llm, recorder, halves, params, config.rounds, report_share)
         buckets.append(_bucket(rules, temperature, fitting, held_out, config.shift, config.bins))
     made_by = f"outrider {__version__} calibrate"
     found = Calibration(
         {(rule, bucket.temperature): bucket.scaling for bucket in buckets for rule in bucket.rules},
-        {"made_by": made_by, "signal": signal, "target": llm.target.spec.name, "drafts": llm.drafter.block},
+        {
+            "made_by": made_by,
+            "signal": signal,
+            "target": public_name(target),
+            "target_sha256": target_hash(target),
+            "drafts": llm.drafter.block,
+        },
     )
-    report = Report(str(drafter), target, signal, found, buckets, perf_counter() - began)
-    _write(report, drafter, files, config, out)
+    report = Report(public_name(drafter), public_name(target), signal, found, buckets, perf_counter() - began)
+    _write(report, drafter, target, files, config, out)
     return report
 
 
@@ -181,17 +190,17 @@ def _files(prompts: Sequence[Path]) -> list[Path]:
     return [path / "held_out.jsonl" if path.is_dir() else path for path in prompts]
 
 
-def _halves(questions: Sequence[Question]) -> list[tuple[Question, bool]]:
-    """Questions of all domains in turns, and whether each is one to fit on: every second one of its domain."""
-    domains: dict[str, list[tuple[Question, bool]]] = {}
-    for question in questions:
-        own = domains.setdefault(question.domain, [])
-        own.append((question, len(own) % 2 == 0))
+def _halves(prompts: Sequence[EvalPrompt]) -> list[tuple[EvalPrompt, bool]]:
+    """Prompts of all domains in turns, and whether each is one to fit on: every second one of its domain."""
+    domains: dict[str, list[tuple[EvalPrompt, bool]]] = {}
+    for prompt in prompts:
+        own = domains.setdefault(prompt.domain, [])
+        own.append((prompt, len(own) % 2 == 0))
     return [entry for turn in zip_longest(*domains.values()) for entry in turn if entry is not None]
 
 
 def _signal(llm: LLM) -> str:
-    """What the drafter's confidences are: ``head`` where one was trained for them."""
+    """Where the confidences come from: ``head`` for a trained confidence head, else ``training-free``."""
     design = getattr(llm.drafter, "design", None)
     return "head" if getattr(design, "confidence", False) else "training-free"
 
@@ -199,33 +208,32 @@ def _signal(llm: LLM) -> str:
 def _collect(
     llm: LLM,
     recorder: Recorder,
-    halves: Sequence[tuple[Question, bool]],
+    halves: Sequence[tuple[EvalPrompt, bool]],
     params: SamplingParams,
     wanted: int,
-    tell: Callable[[float], None],
+    report_share: Callable[[float], None],
 ) -> tuple[Observed, Observed]:
-    """Rounds to fit on, and rounds to measure on: every question again and again with other seeds, greedily once.
+    """Rounds for fitting, and rounds for measuring. Prompts are repeated with other seeds; greedily they run once.
 
-    Raises InvalidRequest where there are too few with confidences.
+    Raises InvalidRequest for too few rounds with confidences.
     """
     rounds: dict[bool, list[Round]] = {True: [], False: []}
     turn, before, least = 0, -1, 0
     while least < wanted / 2 and before < least and not (turn and params.temperature == 0):
         before = least
-        for number, (question, fitting) in enumerate(halves):
+        for number, (prompt, fitting) in enumerate(halves):
             seed = ((params.seed or 0) << 40) + (turn << 20) + number
-            answer = ask(llm, recorder, question.prompt, replace(params, seed=seed))
-            rounds[fitting] += [one for one in answer.rounds if one.verified and one.confidence]
+            found = answer(llm, recorder, prompt.prompt, replace(params, seed=seed))
+            rounds[fitting] += [one for one in found.rounds if one.verified and one.confidence]
             least = min(map(len, rounds.values()))
-            tell(min(1.0, 2 * least / wanted))
+            report_share(min(1.0, 2 * least / wanted))
             if least >= wanted / 2:
                 break
         turn += 1
     if least < calibration.BINS:
         raise InvalidRequest(
-            f"{llm.drafter_name}: only {least} rounds with confidences came out of a half of the prompts, expected "
-            f"at least {calibration.BINS}; give more prompts, and a drafter that gives confidences (`none` drafts "
-            "nothing)"
+            f"{llm.drafter_name}: half of the prompts gave only {least} rounds with confidences, expected at least "
+            f"{calibration.BINS}; give more prompts, or a drafter that has confidences (`none` drafts nothing)"
         )
     return observed(rounds[True]), observed(rounds[False])
 
@@ -270,8 +278,8 @@ def _bucket(
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: Config, out: Path) -> None:
-    """The whole artefact, or nothing: it appears under its name when it is complete."""
+def _write(report: Report, drafter: str | Path, target: str, files: Sequence[Path], config: Config, out: Path) -> None:
+    """Write the artefact atomically: it appears under its name when it is complete."""
     with new_folder(out) as partial:
         folder = partial / "drafter"
         folder.mkdir()
@@ -292,7 +300,7 @@ def _write(report: Report, drafter: str | Path, files: Sequence[Path], config: C
             "outrider": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "arguments": {"drafter": str(drafter), "target": report.target, **config.model_dump(mode="json")},
+            "arguments": {"drafter": str(drafter), "target": target, **config.model_dump(mode="json")},
             "seconds": round(report.seconds, 1),
             "parents": parents | {file.name: file_hash(file) for file in files},
             "content": content_hash(folder, [path.name for path in folder.iterdir()]),

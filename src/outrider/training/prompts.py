@@ -1,6 +1,6 @@
-"""Stage ``prompts``: any data set's questions, without its answers; filtered, deduplicated and split by document.
+"""Stage ``prompts``: the user messages of any data sets; filtered, deduplicated and split by document.
 
-Only what a user asked is taken from a data set: the answers a drafter learns from are the target's own
+Only what users and system messages say is taken from a data set: a drafter is trained on answers of its own target
 (``regenerate``). Each source is JSON Lines, plain or gzipped, and each line one of
 
     {"text": "..."}  {"prompt": "..."}                          text to continue, as it is
@@ -8,17 +8,15 @@ Only what a user asked is taken from a data set: the answers a drafter learns fr
     {"messages": [{"role": "user", "content": "..."}, ...]}     OpenAI's form; "prompt" may hold such a list too
     {"conversations": [{"from": "human", "value": "..."}]}      ShareGPT's form
 
-with ``document`` and ``domain`` beside it if there are any. What is written is ``train.jsonl`` and ``held_out.jsonl``,
+Roles may be written in any case; ``developer`` counts as ``system``, and a role that is not known is refused. Lines may
+have ``document`` and ``domain`` too. What is written is ``train.jsonl`` and ``held_out.jsonl``,
 lines ``{"id", "domain", "text"}`` or ``{"id", "domain", "turns"}`` (and ``system``), in an order that only the seed
 decides.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,14 +24,22 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from outrider.errors import InvalidRequest
+from outrider.errors import InvalidRequest, nearest
+from outrider.files import read_json_lines
 from outrider.training.artefact import Artefact, begin, file_hash, write_lines
 
 __all__ = ["Config", "Source", "collect", "make_prompts", "read_source"]
 
 Split = Literal["train", "held_out"]
 EXPECTED = "an object with `text`, `prompt`, `turns`, `messages` or `conversations`"
-USERS, SYSTEMS = ("user", "human"), ("system",)
+# Names of roles in public data sets, in any case. A developer's message is what OpenAI calls a system message today.
+USERS = frozenset({"user", "human", "prompter"})
+SYSTEMS = frozenset({"system", "developer"})
+ASSISTANTS = frozenset({"assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "bard", "bing", "claude"})
+TOOLS = frozenset(
+    {"tool", "function", "ipython", "observation", "function_call", "function_response", "tool_call", "tool_response"}
+)
+ROLES = USERS | SYSTEMS | ASSISTANTS | TOOLS
 
 
 class Source(BaseModel):
@@ -64,10 +70,10 @@ class Source(BaseModel):
 
 
 class Config(BaseModel):
-    """Which prompts the drafter learns from, and which it is judged on."""
+    """Which prompts the drafter is trained on, and which it is evaluated on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    free: ClassVar[frozenset[str]] = frozenset({"sources"})  # their content counts, not where it lies
+    free: ClassVar[frozenset[str]] = frozenset({"sources"})  # the files' content is hashed, not their paths
 
     sources: tuple[Source, ...] = Field(min_length=1)
     """The files, each with its `path`, and `domain`, `form`, `split` and `field` where the defaults do not fit."""
@@ -106,7 +112,7 @@ def make_prompts(config: Config, out: Path) -> Artefact:
 
 
 def _source_hash(source: Source) -> str:
-    """Its bytes and how they are read."""
+    """Hash of the file's bytes and of the options it is read with."""
     if not source.path.is_file():
         raise InvalidRequest(f"no such file of prompts: {source.path}; expected JSON Lines, .jsonl or .jsonl.gz")
     options = source.model_dump_json(exclude={"path"})
@@ -122,17 +128,15 @@ def collect(config: Config) -> tuple[dict[Split, list[dict[str, Any]]], Counter[
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
     kept_out: set[str] = set()  # documents of files that are held out as a whole
-    for source in sorted(
-        config.sources, key=lambda s: s.split != "held_out"
-    ):  # what is held out claims its texts first
+    for source in sorted(config.sources, key=lambda s: s.split != "held_out"):  # texts of both sides are held out
         for prompt, document in read_source(source):
-            words = [prompt["text"]] if "text" in prompt else prompt["turns"][: config.turns]
-            length = sum(map(len, words))
-            if not any(word.strip() for word in words):
+            texts = [prompt["text"]] if "text" in prompt else prompt["turns"][: config.turns]
+            length = sum(map(len, texts))
+            if not any(text.strip() for text in texts):
                 dropped["empty"] += 1
             elif not config.min_characters <= length <= config.max_characters:
                 dropped["too short or too long"] += 1
-            elif (key := _key(words, prompt.get("system", ""))) in seen:
+            elif (key := _key(texts, prompt.get("system", ""))) in seen:
                 dropped["duplicates"] += 1
             else:
                 seen.add(key)
@@ -143,15 +147,15 @@ def collect(config: Config) -> tuple[dict[Split, list[dict[str, Any]]], Counter[
                 if document in kept_out:
                     chosen = "held_out"
                 if "turns" in prompt:
-                    prompt = {**prompt, "turns": words}
+                    prompt = {**prompt, "turns": texts}
                 split[chosen].append({"id": key[:16], **prompt})
     limits: dict[Split, int | None] = {"train": config.limit, "held_out": config.held_out_limit}
     return {name: _draw(split[name], config.seed, limit, dropped) for name, limit in limits.items()}, dropped
 
 
-def _key(words: list[str], system: str) -> str:
-    """Equal for texts that differ in case and white space only."""
-    return _digest("\0".join(" ".join(text.split()).casefold() for text in (system, *words)))
+def _key(texts: list[str], system: str) -> str:
+    """A hash that is equal for texts which differ only in case and white space."""
+    return _digest("\0".join(" ".join(text.split()).casefold() for text in (system, *texts)))
 
 
 def _digest(text: str) -> str:
@@ -163,7 +167,7 @@ def _split_of(document: str, share: float) -> Split:
 
 
 def _draw(prompts: list[dict[str, Any]], seed: int, limit: int | None, dropped: Counter[str]) -> list[dict[str, Any]]:
-    """Shuffled by a hash, so that a prompt's place depends on seed and prompt alone; at most ``limit`` of a domain."""
+    """Shuffled by a hash, so that the order depends on seed and prompts alone; at most ``limit`` of a domain."""
     counts: Counter[str] = Counter()
     drawn = []
     for prompt in sorted(prompts, key=lambda p: _digest(f"{seed} {p['id']}")):
@@ -183,28 +187,18 @@ def read_source(source: Source) -> Iterator[tuple[dict[str, Any], str | None]]:
 
     Raises InvalidRequest naming the line, and for a file without any.
     """
-    number = 0
     found = False
-    try:
-        with gzip.open(source.path) if source.path.suffix == ".gz" else source.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    found = True
-                    yield _prompt(line, source, f"{source.path} line {number}")
-    except (OSError, EOFError, zlib.error) as error:  # what a damaged gzip file raises, and when
-        raise InvalidRequest(f"{source.path} cannot be read after line {number}: {error}") from error
+    for number, record in read_json_lines(source.path, EXPECTED, "prompts"):
+        found = True
+        yield _prompt(record, source, f"{source.path} line {number}")
     if not found:
         raise InvalidRequest(f"{source.path} holds no prompts: expected JSON Lines, each {EXPECTED}")
 
 
-def _prompt(line: bytes, source: Source, place: str) -> tuple[dict[str, Any], str | None]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise InvalidRequest(f"{place} is not JSON ({error}): expected {EXPECTED}") from None
+def _prompt(record: Any, source: Source, where: str) -> tuple[dict[str, Any], str | None]:
     if not isinstance(record, dict):
-        raise InvalidRequest(f"{place}: got a JSON {type(record).__name__}, expected {EXPECTED}")
-    text, turns, system = _words(record, source, place)
+        raise InvalidRequest(f"{where}: got a JSON {type(record).__name__}, expected {EXPECTED}")
+    text, turns, system = _fields(record, source, where)
     if source.form == "chat" and text is not None:
         turns, text = [text], None
     elif source.form == "text" and text is None:
@@ -217,11 +211,11 @@ def _prompt(line: bytes, source: Source, place: str) -> tuple[dict[str, Any], st
     return prompt, None if document is None else str(document)
 
 
-def _words(record: Mapping[str, Any], source: Source, place: str) -> tuple[str | None, list[str], str]:
+def _fields(record: Mapping[str, Any], source: Source, where: str) -> tuple[str | None, list[str], str]:
     """(text to continue, or None; a user's turns; the system's instruction) of one line."""
     if source.field is not None:
         if not isinstance(record.get(source.field), str):
-            raise InvalidRequest(f"{place} has no text under {source.field!r}; its keys are {_keys(record)}")
+            raise InvalidRequest(f"{where} has no text under {source.field!r}; its keys are {_keys(record)}")
         return record[source.field], [], ""
     for name in ("text", "prompt"):
         if isinstance(record.get(name), str):
@@ -229,14 +223,10 @@ def _words(record: Mapping[str, Any], source: Source, place: str) -> tuple[str |
     turns = record.get("turns")
     if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
         return None, turns, ""
-    for name, role, content in (
-        ("messages", "role", "content"),
-        ("prompt", "role", "content"),
-        ("conversations", "from", "value"),
-    ):
+    for name in ("messages", "prompt", "conversations"):
         if isinstance(record.get(name), list):
-            return None, *_chat(record[name], role, content, f"{place}: {name}")
-    raise InvalidRequest(f"{place}: got the keys {_keys(record)}, expected {EXPECTED}")
+            return None, *_chat(record[name], f"{where}: {name}")
+    raise InvalidRequest(f"{where}: got the keys {_keys(record)}, expected {EXPECTED}")
 
 
 def _keys(record: Mapping[str, Any]) -> str:
@@ -244,21 +234,36 @@ def _keys(record: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, names[:6])) + (", ..." if len(names) > 6 else "") if names else "(none)"
 
 
-def _chat(messages: list[Any], role: str, content: str, place: str) -> tuple[list[str], str]:
-    """What users say, and the system's instruction; everybody else's words are left out."""
+def _chat(messages: list[Any], where: str) -> tuple[list[str], str]:
+    """What users say, and the system's instructions together; what assistants and tools say is left out.
+
+    Messages have ``role`` and ``content``, or ShareGPT's ``from`` and ``value``. Raises InvalidRequest for roles that
+    are not known: whether their text belongs to the prompt cannot be guessed.
+    """
     turns: list[str] = []
-    system = ""
+    system: list[str] = []
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get(role), str):
-            raise InvalidRequest(f"{place}: message {number} needs {role!r} and {content!r}, got {str(message)[:60]!r}")
-        said = message.get(content)
-        if isinstance(said, list):  # OpenAI's content parts
-            said = "".join(part.get("text", "") for part in said if isinstance(part, dict))
-        if message[role] in USERS + SYSTEMS:
-            if not isinstance(said, str):
-                raise InvalidRequest(f"{place}: message {number} has no text under {content!r}: {str(message)[:60]!r}")
-            if message[role] in SYSTEMS:
-                system = said
-            else:
-                turns.append(said)
-    return turns, system
+        given = message if isinstance(message, dict) else {}
+        role = given.get("role", given.get("from"))
+        if not isinstance(role, str):
+            raise InvalidRequest(
+                f"{where}: message {number} needs 'role' and 'content' (or 'from' and 'value'), "
+                f"got {str(message)[:60]!r}"
+            )
+        name = role.strip().casefold()
+        if name not in ROLES:
+            raise InvalidRequest(f"{where}: message {number} has the role {role!r}; {nearest(name, ROLES)}")
+        if name in USERS | SYSTEMS:
+            (turns if name in USERS else system).append(_text(given, f"{where}: message {number}"))
+    return turns, "\n\n".join(filter(None, system))
+
+
+def _text(message: Mapping[str, Any], where: str) -> str:
+    """The text of a message; of OpenAI's content parts, the text parts."""
+    text = message.get("content", message.get("value"))
+    if isinstance(text, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in text]
+        text = "".join(part for part in parts if isinstance(part, str))
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{where} has no text under 'content' or 'value': {str(message)[:60]!r}")
+    return text

@@ -1,8 +1,8 @@
-"""Recipes: one TOML file that says how a drafter is made, from prompts to the folder that others load.
+"""Recipes: one TOML file that describes how a drafter is made, from prompts to the exported folder.
 
     target = "my-model"                       # a directory, a hub id, or "embedded"
-    out = "runs/my-model"                     # one directory a stage; relative paths count from this file
-    shared = "runs/my-answers"                # optional: where recipes of one target share prompts and answers
+    out = "runs/my-model"                     # one directory per stage; paths are relative to this file
+    shared = "runs/my-answers"                # optional: prompts and answers shared by several recipes
 
     [prompts]
     sources = [{ path = "questions.jsonl" }]
@@ -10,8 +10,8 @@
     [run]
     kind = "dspark"
 
-Every section holds the fields of its stage's ``Config`` and may be left out where the defaults do; ``skip`` lists
-stages that are not wanted. Finished stages are not made again, an interrupted one goes on.
+Every section holds fields of its stage's ``Config`` and may be left out where the defaults suffice; ``skip`` lists
+stages to leave out. Finished stages are not run again, an interrupted one resumes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from outrider.errors import InvalidRequest, nearest
-from outrider.files import resolve_model
+from outrider.models.locations import resolve_model
 from outrider.training.artefact import Artefact
 from outrider.training.networks import training_of
 from outrider.training.stages import STAGES, make, opened
@@ -36,45 +36,47 @@ from outrider.training.stages import STAGES, make, opened
 __all__ = ["Recipe", "changed", "configure", "read_recipe", "run_recipe"]
 
 SKIPPABLE = ("calibrate", "eval", "export")
-ON_REQUEST = ("features",)  # made only where a section asks for it
-SHARED = ("prompts", "regenerate")  # stages that say nothing of the drafter
+ON_REQUEST = ("features",)  # stages that run only if the recipe has their section
+SHARED = ("prompts", "regenerate")  # stages that do not depend on the drafter
 KEYS = ("target", "out", "shared", "skip", "eval_prompts", *STAGES)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is made, for which target, and where."""
+    """A parsed recipe."""
 
     target: str
     out: Path
     configs: Mapping[str, BaseModel]
-    """By stage, in order; those that are skipped are missing."""
+    """By stage, in order, without the skipped ones."""
     eval_prompts: tuple[Path, ...] = ()
-    """Prompt sets that ``eval`` answers; none: the held-out ones."""
+    """Prompt sets of ``eval``; empty: the held-out prompts."""
     shared: Path | None = None
-    """Where prompts and answers are kept, if not in ``out``."""
+    """Directory of prompts and answers, if not ``out``."""
 
-    def place(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
         """A stage's directory."""
         return (self.shared if self.shared is not None and name in SHARED else self.out) / name
 
     def stages(self, until: str | None = None) -> list[str]:
-        """Names in order, up to ``until``. Raises InvalidRequest for one that is not made."""
+        """Names in order, up to ``until``. Raises InvalidRequest for an unknown or skipped one."""
         names = list(self.configs)
         if until is not None and until not in names:
             raise InvalidRequest(f"--until: the recipe makes no stage {until!r}; {nearest(until, names)}")
         return names if until is None else names[: names.index(until) + 1]
 
     def folders(self, name: str) -> dict[str, Path]:
-        """The directories a stage reads, by role: of the preferred stage that is made at all."""
+        """The directories that a stage reads, by role: of the preferred stage that is part of the recipe."""
         stage = STAGES[name]
         chosen = {role: next((k for k in kinds if k in self.configs), None) for role, kinds in stage.parents.items()}
-        return {role: self.place(kind) for role, kind in chosen.items() if kind is not None}
+        return {role: self.path(kind) for role, kind in chosen.items() if kind is not None}
 
 
 def configure(name: str, values: Mapping[str, Any], where: str, folder: Path | None = None) -> BaseModel:
-    """A stage's ``Config``; ``where`` begins the message. Raises InvalidRequest, for an unknown key with the nearest
-    known one."""
+    """A stage's ``Config``; ``where`` begins error messages.
+
+    Raises InvalidRequest, for an unknown key with the nearest known one.
+    """
     kind = STAGES[name].config
     try:
         config = kind.model_validate(dict(values), context=None if folder is None else {"folder": folder})
@@ -85,18 +87,18 @@ def configure(name: str, values: Mapping[str, Any], where: str, folder: Path | N
 
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key is missing, too
-    place = ".".join(str(part) for part in first["loc"])
+    """The first error, in one line."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt key is also missing
+    key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         model: Any = kind
         for part in first["loc"][:-1]:
             if isinstance(part, str):
                 model = next((a for a in _models(model.model_fields[part].annotation)), model)
-        return f"unknown key {place!r}; {nearest(str(first['loc'][-1]), model.model_fields)}"
+        return f"unknown key {key!r}; {nearest(str(first['loc'][-1]), model.model_fields)}"
     if first["type"] == "missing":
-        return f"{place} is missing"
-    return f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
+        return f"{key} is missing"
+    return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -113,7 +115,7 @@ def _short(value: Any) -> str:
 
 
 def _check_drafter(config: BaseModel, where: str) -> None:
-    """Refuse options of a kind of drafter now, not after hours of answering."""
+    """Refuse wrong drafter options now, not after hours of generating answers."""
     kind, options = getattr(config, "kind", None), getattr(config, "drafter", None)
     if isinstance(kind, str) and isinstance(options, Mapping):
         training_of(kind, options, f"{where} ")
@@ -143,7 +145,7 @@ def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None
         if not isinstance(values.get(key, kind()), kind):
             raise InvalidRequest(f"{path}: {key} must be a {kind.__name__}, got {_short(values[key])}")
     if not values.get("target") or "prompts" not in values or not (out or values.get("out")):
-        raise InvalidRequest(f"{path}: a recipe names its target, out (or give --out), and [prompts] with sources")
+        raise InvalidRequest(f"{path}: a recipe needs target, out (or --out), and a [prompts] section with sources")
     configs = {
         name: configure(name, values.get(name, {}), f"{path} [{name}]", path.parent)
         for name in STAGES
@@ -160,13 +162,13 @@ def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None
 
 
 def _local(target: str, folder: Path) -> str:
-    """A target that lies beside the recipe, else the name as it is."""
+    """The path of a target beside the recipe, else the name unchanged."""
     beside = folder / Path(target).expanduser()
     return str(beside) if (beside / "config.json").is_file() else target
 
 
 def changed(values: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """``values`` with some ``key.key=value`` set. Raises InvalidRequest."""
+    """A copy of ``values`` with ``key.key=value`` changes applied. Raises InvalidRequest."""
     copy = deepcopy(dict(values))
     for change in changes:
         _change(copy, change)
@@ -185,15 +187,15 @@ def _change(values: dict[str, Any], change: str) -> None:
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise InvalidRequest(f"--set {change}: {key} is no section")
+            raise InvalidRequest(f"--set {change}: {key} is not a section")
     values[keys[-1]] = value
 
 
 def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None = None) -> dict[str, Artefact]:
-    """Make every stage in order. Raises what a stage raises; the same call goes on from there."""
+    """Run every stage in order. Raises a stage's errors; the same call then resumes."""
     made: dict[str, Artefact] = {}
     for name in recipe.stages(until):
-        out = recipe.place(name)
+        out = recipe.path(name)
         parents = opened(name, recipe.folders(name), recipe.target)
         prompts: Sequence[Path] = recipe.eval_prompts if name == "eval" else ()
         if console is not None:

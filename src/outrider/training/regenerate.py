@@ -1,12 +1,13 @@
 """Stage ``regenerate``: the target answers every prompt, with its own sampling settings.
 
-A drafter has to foresee what its target says, so it learns from the target's own answers; those of a data set would
-teach it somebody else's. Each answer is a function of target, prompt, settings and seed alone: rng is keyed by the
-prompt's id, so neither order nor batching nor a killed process changes a token (bit for bit on the native core).
+A drafter predicts its target, so it is trained on the target's own answers, not on those of a data set. Each answer
+depends on target, prompt, settings and seed alone: random numbers are keyed by the prompt's id, so order, batching and
+interruptions change no token (bit for bit on the native core).
 
 Written are ``train.jsonl`` and ``held_out.jsonl``, lines ``{"id", "domain", "prompt": [token ids], "answer": [token
-ids]}``; an answer that the target ended has its end token. A conversation gives one line a turn, the target's earlier
-answers within the prompt. While the stage runs the lines come as they are finished; then they are put in order.
+ids]}``; an answer that the target ended includes the end token. A conversation gives one line for each turn, with the
+target's earlier answers in the prompt. While the stage runs, lines are written as they are finished; at the end they
+are sorted in the order of the prompts.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from rich.console import Console
 from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.engine.llm import LLM
-from outrider.engine.rows import Request
+from outrider.engine.request import Request
 from outrider.errors import ArtefactError
-from outrider.files import read_config, resolve_model
 from outrider.models.decoder import end_tokens, sampling_defaults
+from outrider.models.loading import load_tokenizer, model_config
+from outrider.models.locations import resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training.artefact import Artefact, Journal, begin, file_hash, open_artefact, read_lines, write_lines
-from outrider.training.conversations import Ask, Question, Settings, Talks
+from outrider.training.conversations import Answerer, ChatTurn, Conversations, Settings
 from outrider.training.progress import Progress
 from outrider.training.server import Server
 
@@ -45,7 +47,7 @@ class Config(BaseModel):
     free: ClassVar[frozenset[str]] = frozenset({"rows", "requests", "retries", "timeout", "server", "drafter"})
 
     max_tokens: int = Field(1024, ge=1)
-    """The most tokens of an answer. Prompts that leave less room for it in the context are left out."""
+    """The most tokens of an answer. Prompts with fewer tokens left in the context are left out."""
     temperature: float | None = None
     """0 is greedy. Default: the target's own, 1.0 where it names none."""
     top_p: float | None = None
@@ -63,7 +65,7 @@ class Config(BaseModel):
     seed: int = 0
     """Another seed gives other answers to the same prompts."""
     dtype: str = "auto"
-    """float32 (auto), bfloat16, int8 or int4: what the target will be served in."""
+    """float32 (auto), bfloat16, int8 or int4: the dtype that the target will be served in."""
     rows: int = Field(32, ge=1)
     """Prompts answered at a time; more are faster until the processor is busy."""
     drafter: str = "none"
@@ -84,7 +86,7 @@ class Config(BaseModel):
 
 def sampling(config: Config, target: str) -> Settings:
     """The config's sampling over the target's own. Raises CheckpointError, InvalidRequest."""
-    files = read_config(resolve_model(target))
+    files = model_config(target)
     text = files.get("text_config") or files
     values: dict[str, Any] = {"temperature": 1.0, **sampling_defaults(files)}
     given = config.model_dump(include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty"})
@@ -98,20 +100,24 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
     """Answer the prompts of an artefact, from where an earlier run stopped.
 
     Raises ArtefactError for prompts that do not fit, or none that can be answered; CheckpointError for the target;
-    InvalidRequest; OutriderError where the server does not answer.
+    InvalidRequest naming prompt and line for messages that the chat template refuses; OutriderError where the server
+    does not answer.
     """
     parent = open_artefact(prompts, "prompts")
+    note = cache(lambda text: None if console is None else console.print(text, style="dim", markup=False))
     asked = {part: list(read_lines(prompts / f"{part}.jsonl")) for part in PARTS}
     templates = _templates(resolve_model(target)) if any("turns" in p for part in asked.values() for p in part) else {}
     with begin(out, "regenerate", config, parents={"prompts": parent}, sources=templates, target=target) as work:
         if not work.finished:
             settings = sampling(config, target)
-            tokenizer = Tokenizer(resolve_model(target))
+            tokenizer = load_tokenizer(target)
             load = cache(lambda: LLM(target, config.drafter, dtype=config.dtype, max_rows=config.rows))
-            ask = _server(config, tokenizer, settings) if config.server else engine(config, load, settings)
-            facts: dict[str, Any] = {"sampling": _told(settings.params)}
+            answer = _server(config, tokenizer, settings) if config.server else engine(config, load, settings)
+            facts: dict[str, Any] = {"sampling": _facts_of(settings.params)}
             for part, some in asked.items():
-                facts[part] = _answer(some, Talks(some, tokenizer, settings), ask, out / f"{part}.jsonl", console)
+                source = prompts / f"{part}.jsonl"
+                conversations = Conversations(some, tokenizer, settings, source=source, note=note)
+                facts[part] = _answer(some, conversations, answer, out / f"{part}.jsonl", console)
             if not facts["train"]["answers"]:
                 raise ArtefactError(f"none of the training prompts in {prompts} fits a context of {settings.context}")
             work.finish([f"{part}.jsonl" for part in PARTS], facts)
@@ -119,64 +125,65 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
 
 
 def _templates(folder: Path) -> dict[str, str]:
-    """Hashes of the files that a chat template may lie in: conversations depend on it."""
-    files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    """Hashes of the files that may hold a chat template: conversations depend on it."""
+    files = (folder / name for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"))
     return {file.name: file_hash(file) for file in files if file.is_file()}
 
 
 def _answer(
-    prompts: list[dict[str, Any]], talks: Talks, ask: Ask, path: Path, console: Console | None
+    prompts: list[dict[str, Any]], conversations: Conversations, answer: Answerer, path: Path, console: Console | None
 ) -> dict[str, int]:
-    """Answer one part into ``path``, as the answers come and then in order; returns its counts."""
+    """Answer one part into ``path``, as the answers finish and then in order; returns its counts."""
     with Journal(path) as journal:
-        talks.resume(journal.records)
-        with Progress(console, f"answers, {path.stem}", len(prompts), talks.finished) as progress:
-            for answers in ask(talks.todo):
-                before = talks.finished
-                journal.append([talks.take(question, answer) for question, answer in answers])
-                progress.advance(talks.finished - before, sum(len(answer) for _, answer in answers))
-    lines = talks.ordered()
+        conversations.resume(journal.records)
+        with Progress(console, f"answers, {path.stem}", len(prompts), conversations.finished) as progress:
+            for answers in answer(conversations.todo):
+                before = conversations.finished
+                journal.append([conversations.take(turn, tokens) for turn, tokens in answers])
+                progress.advance(conversations.finished - before, sum(len(tokens) for _, tokens in answers))
+    lines = conversations.ordered()
     write_lines(path, lines)
-    return {"answers": len(lines), "tokens": sum(len(line["answer"]) for line in lines), "too_long": talks.too_long}
+    tokens = sum(len(line["answer"]) for line in lines)
+    return {"answers": len(lines), "tokens": tokens, "too_long": conversations.too_long}
 
 
-def _told(params: SamplingParams) -> dict[str, Any]:
+def _facts_of(params: SamplingParams) -> dict[str, Any]:
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     return {name: getattr(params, name) for name in names}
 
 
-# ------------------------------------------------------------------------------------------------ who answers
+# ------------------------------------------------------------------------------------------------ answering
 
 
-def engine(config: Config, load: Callable[[], LLM], settings: Settings) -> Ask:
-    """Answer on this machine, ``config.rows`` rows together; a row that ends makes room for the next question.
+def engine(config: Config, load: Callable[[], LLM], settings: Settings) -> Answerer:
+    """Answer on this machine, ``config.rows`` rows together; a row that ends is replaced by the next turn.
 
     ``load`` is called once there is something to be answered.
     """
 
-    def ask(todo: deque[Question]) -> Iterator[list[tuple[Question, list[int]]]]:
+    def answer(todo: deque[ChatTurn]) -> Iterator[list[tuple[ChatTurn, list[int]]]]:
         if not todo:
             return
-        longest = max(len(question.tokens) for question in todo) + config.max_tokens
-        if any(question.later for question in todo):  # how long a conversation becomes is not known before
+        longest = max(len(turn.tokens) for turn in todo) + config.max_tokens
+        if any(turn.later for turn in todo):  # the length of later turns is not known yet
             longest = settings.context
         llm = load()
         engine = Engine(llm.target, llm.drafter, llm.policy, max_rows=config.rows, capacity=longest)
-        asked: dict[Request, Question] = {}
+        asked: dict[Request, ChatTurn] = {}
         while todo or asked:
             while todo and len(asked) < 2 * config.rows:
-                question = todo.popleft()
-                params = settings.of(question)
+                turn = todo.popleft()
+                params = settings.of(turn)
                 assert params.seed is not None
-                asked[engine.add(0, question.tokens, params, params.seed)] = question
+                asked[engine.submit(turn.tokens, params, params.seed)] = turn
             done = [commit.request for commit in engine.step() if commit.request.finish_reason is not None]
             if done:
                 yield [(asked.pop(request), request.output) for request in done]
 
-    return ask
+    return answer
 
 
-def _server(config: Config, tokenizer: Tokenizer, settings: Settings) -> Ask:
+def _server(config: Config, tokenizer: Tokenizer, settings: Settings) -> Answerer:
     assert config.server is not None
     return Server(
         config.server,
@@ -187,4 +194,4 @@ def _server(config: Config, tokenizer: Tokenizer, settings: Settings) -> Ask:
         requests=config.requests,
         retries=config.retries,
         timeout=config.timeout,
-    ).ask
+    ).answer

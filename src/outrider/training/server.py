@@ -1,4 +1,4 @@
-"""Answers from an OpenAI-compatible server: a few requests at once, patient with one that is busy or restarts."""
+"""Answers from an OpenAI-compatible server: a few requests at once, sent again while it is busy or restarts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 
 from outrider.errors import InvalidRequest, OutriderError
 from outrider.tokenization.tokenizer import Tokenizer
-from outrider.training.conversations import Question, Settings
+from outrider.training.conversations import ChatTurn, Settings
 
 __all__ = ["Server"]
 
@@ -25,10 +25,10 @@ LONGEST_PAUSE = 60.0  # seconds
 
 
 class Server:
-    """One server. Raises InvalidRequest for an address that is none, OutriderError where it does not answer.
+    """One server. Raises InvalidRequest for a malformed address, OutriderError where the server does not answer.
 
-    Its text is turned into tokens by the target's tokenizer; text can have several tokenisations, and this is the one
-    that a drafter will meet in prompts. An end token is added where the server says that the target stopped.
+    Its text is encoded by the target's tokenizer, which may give other tokens than the server's model generated. An end
+    token is added where the server says that the target stopped.
     """
 
     def __init__(
@@ -50,43 +50,43 @@ class Server:
         self._requests, self._retries, self._timeout = requests, retries, timeout
         self._model = model or self._first_model()
 
-    def ask(self, todo: deque[Question]) -> Iterator[list[tuple[Question, list[int]]]]:
+    def answer(self, todo: deque[ChatTurn]) -> Iterator[list[tuple[ChatTurn, list[int]]]]:
         """Answers as they come. Raises OutriderError once a request has failed for good."""
-        asked: dict[Future[list[int]], Question] = {}
+        asked: dict[Future[list[int]], ChatTurn] = {}
         with ThreadPoolExecutor(self._requests) as pool:
             try:
                 while todo or asked:
                     while todo and len(asked) < self._requests:
-                        question = todo.popleft()
-                        asked[pool.submit(self._answer, question)] = question
+                        turn = todo.popleft()
+                        asked[pool.submit(self._answer_one, turn)] = turn
                     done, _ = wait(asked, return_when=FIRST_COMPLETED)
                     failed = [future for future in done if future.exception() is not None]
                     yield [(asked.pop(future), future.result()) for future in done if future not in failed]
-                    for future in failed:  # only now: what was answered beside it is kept
+                    for future in failed:  # only now, so that the finished answers are kept
                         future.result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _answer(self, question: Question) -> list[int]:
-        params = self._settings.of(question)
+    def _answer_one(self, turn: ChatTurn) -> list[int]:
+        params = self._settings.of(turn)
         body: dict[str, Any] = {"model": self._model, "max_tokens": params.max_tokens, "seed": params.seed}
         body |= {"temperature": params.temperature, "top_p": params.top_p}
         for name, neutral in (("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0), ("ignore_eos", False)):
-            if getattr(params, name) != neutral:  # not OpenAI's: sent only where it says something
+            if getattr(params, name) != neutral:  # not in OpenAI's API: sent only where it changes something
                 body[name] = getattr(params, name)
         if self._chat:
-            said = question.messages or ({"role": "user", "content": self._tokenizer.decode(question.tokens)},)
-            place, body = "/v1/chat/completions", {**body, "messages": list(said)}
+            messages = turn.messages or ({"role": "user", "content": self._tokenizer.decode(turn.tokens)},)
+            path, body = "/v1/chat/completions", {**body, "messages": list(messages)}
         else:
-            place, body = "/v1/completions", {**body, "prompt": question.tokens}
-        reply = self._call(place, body)
+            path, body = "/v1/completions", {**body, "prompt": turn.tokens}
+        reply = self._call(path, body)
         try:
             choice = reply["choices"][0]
             text = choice["message"]["content"] if self._chat else choice["text"]
             tokens = self._tokenizer.encode(text or "", add_special_tokens=False)
         except (KeyError, IndexError, TypeError) as error:
             raise OutriderError(
-                f"{self._url}{place} answered {str(reply)[:80]!r}; expected OpenAI's `choices` with a text"
+                f"{self._url}{path} answered {str(reply)[:80]!r}; expected OpenAI's `choices` with a text"
             ) from error
         tokens = tokens[: params.max_tokens]
         ended = choice.get("finish_reason") == "stop" and len(tokens) < params.max_tokens
@@ -99,7 +99,7 @@ class Server:
         except (KeyError, IndexError, TypeError):
             raise OutriderError(f"{self._url}/v1/models lists no model; give its name as server_model") from None
 
-    def _call(self, place: str, body: dict[str, Any] | None = None) -> Any:
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """One request, sent again while that may help."""
         headers = {"Content-Type": "application/json"}
         if os.environ.get(KEY):
@@ -109,15 +109,15 @@ class Server:
             if attempt:
                 time.sleep(min(LONGEST_PAUSE, 2.0 ** (attempt - 1)))
             try:
-                with urlopen(Request(self._url + place, data, headers), timeout=self._timeout) as reply:
+                with urlopen(Request(self._url + path, data, headers), timeout=self._timeout) as reply:
                     return json.load(reply)
             except HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
+                problem = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'repath')}"
                 if error.code not in BUSY:
-                    raise OutriderError(f"{self._url}{place} refuses the request ({problem})") from None
-            except (URLError, HTTPException, OSError, ValueError) as error:  # away, cut off, or no JSON
+                    raise OutriderError(f"{self._url}{path} refuses the request ({problem})") from None
+            except (URLError, HTTPException, OSError, ValueError) as error:  # no server, cut connection, or no JSON
                 problem = str(getattr(error, "reason", error)) or type(error).__name__
         raise OutriderError(
-            f"{self._url}{place} gave no answer in {self._retries + 1} attempts ({problem}). Answers so far are "
+            f"{self._url}{path} gave no answer in {self._retries + 1} attempts ({problem}). Answers so far are "
             "kept: start the server, then the same command goes on"
         )

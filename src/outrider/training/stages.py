@@ -1,4 +1,4 @@
-"""The stages by name, and the one way in which all of them are made: checked parents, one artefact, provenance."""
+"""The training stages by name, and the function that runs any of them: checked parents, one artefact, provenance."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rich.console import Console
 from outrider.training.artefact import Artefact, begin, file_hash, open_artefact
 from outrider.training.progress import Progress
 
-__all__ = ["STAGES", "Order", "Stage", "checkpoint_of", "make", "opened"]
+__all__ = ["STAGES", "Stage", "StageInputs", "checkpoint_of", "make", "opened"]
 
-DRAFTER = "drafter"  # where a stage's checkpoint lies in its artefact
-SHARES = 1000  # steps of a bar that is told shares
+DRAFTER = "drafter"  # folder of the checkpoint inside an artefact
+SHARES = 1000  # resolution of a progress bar that is given shares
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What one stage is to be made of."""
+class StageInputs:
+    """What a stage's function is given."""
 
     config: Any
     parents: Mapping[str, Artefact]
@@ -31,35 +31,35 @@ class Order:
     target: str
     console: Console | None
     prompts: tuple[Path, ...] = ()
-    """Prompt sets for ``eval``; none: the held-out answers."""
+    """Prompt sets of ``eval``; empty: the held-out answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Where a stage's ``Config`` and function are, what it reads, and what it leaves in its directory."""
+    """A stage: its function and ``Config``, the artefacts it reads, and the files it writes."""
 
-    place: str
-    """module:function"""
-    call: Callable[[Callable[..., Any], Order], dict[str, Any]]
-    """Calls the function; returns facts for provenance."""
+    reference: str
+    """module:function; the module also has the stage's ``Config``."""
+    call: Callable[[Callable[..., Any], StageInputs], dict[str, Any]]
+    """Calls the function with its inputs; returns facts for provenance."""
     parents: Mapping[str, tuple[str, ...]]
-    """Role -> stages whose artefact can play it, the preferred one first."""
-    leaves: tuple[str, ...] = ()
-    """Its result; empty where the function keeps its artefact itself."""
-    aside: bool = False
-    """The function makes a new directory of its own; what is in there then moves to the stage's."""
+    """Role -> stages whose artefact can fill it, the preferred one first."""
+    outputs: tuple[str, ...] = ()
+    """Names of its results in its directory; empty where the function calls ``artefact.begin`` itself."""
+    scratch: bool = False
+    """The function needs a new directory: it writes to ``scratch_dir``, whose files then move to the stage's."""
     optional: frozenset[str] = frozenset()
-    """Roles that may be missing."""
+    """Roles that may be left out."""
 
     @property
     def function(self) -> Callable[..., Any]:
-        module, _, name = self.place.partition(":")
+        module, _, name = self.reference.partition(":")
         found: Callable[..., Any] = getattr(import_module(module), name)
         return found
 
     @property
     def config(self) -> type[BaseModel]:
-        found: type[BaseModel] = import_module(self.place.partition(":")[0]).Config
+        found: type[BaseModel] = import_module(self.reference.partition(":")[0]).Config
         return found
 
 
@@ -68,35 +68,35 @@ def checkpoint_of(artefact: Artefact) -> Path:
     return artefact.folder / DRAFTER
 
 
-# ------------------------------------------------------------------------------------------------ how each is called
+# ------------------------------------------------------------------------------------------------ calling each stage
 
 
-def _prompts(function: Callable[..., Any], order: Order) -> dict[str, Any]:
-    function(order.config, order.out)
+def _prompts(function: Callable[..., Any], inputs: StageInputs) -> dict[str, Any]:
+    function(inputs.config, inputs.out)
     return {}
 
 
-def _regenerate(function: Callable[..., Any], order: Order) -> dict[str, Any]:
-    function(order.config, order.parents["prompts"].folder, order.out, order.target, console=order.console)
+def _regenerate(function: Callable[..., Any], inputs: StageInputs) -> dict[str, Any]:
+    function(inputs.config, inputs.parents["prompts"].folder, inputs.out, inputs.target, console=inputs.console)
     return {}
 
 
-def _features(function: Callable[..., Any], order: Order) -> dict[str, Any]:
-    function(order.config, order.parents["answers"].folder, order.out, order.target, console=order.console)
+def _features(function: Callable[..., Any], inputs: StageInputs) -> dict[str, Any]:
+    function(inputs.config, inputs.parents["answers"].folder, inputs.out, inputs.target, console=inputs.console)
     return {}
 
 
-def _run(function: Callable[..., Any], order: Order) -> dict[str, Any]:
-    kept = order.parents.get("features")
-    features, answers = None if kept is None else kept.folder, order.parents["answers"].folder
-    function(order.config, answers, order.out, order.target, features=features, console=order.console)
+def _run(function: Callable[..., Any], inputs: StageInputs) -> dict[str, Any]:
+    cache = inputs.parents.get("features")
+    features, answers = None if cache is None else cache.folder, inputs.parents["answers"].folder
+    function(inputs.config, answers, inputs.out, inputs.target, features=features, console=inputs.console)
     return {}
 
 
-def _calibrate(function: Callable[..., Any], order: Order) -> dict[str, Any]:
-    drafter, answers = checkpoint_of(order.parents["drafter"]), order.parents["answers"].folder
-    with Progress(order.console, "calibrating", SHARES) as progress:
-        report = function(order.config, drafter, [answers], order.out, order.target, progress=_shares(progress))
+def _calibrate(function: Callable[..., Any], inputs: StageInputs) -> dict[str, Any]:
+    drafter, answers = checkpoint_of(inputs.parents["drafter"]), inputs.parents["answers"].folder
+    with Progress(inputs.console, "calibrating", SHARES) as progress:
+        report = function(inputs.config, drafter, [answers], inputs.out, inputs.target, progress=_shares(progress))
     buckets = [(b.title, b.pooled_before, b.pooled_after) for b in report.buckets]
     return {
         "signal": report.signal,
@@ -104,18 +104,18 @@ def _calibrate(function: Callable[..., Any], order: Order) -> dict[str, Any]:
     }
 
 
-def _evaluate(function: Callable[..., Any], order: Order) -> dict[str, Any]:
-    drafter = str(checkpoint_of(order.parents["drafter"]))
-    prompts = order.prompts or (order.parents["answers"].folder / "held_out.jsonl",)
-    with Progress(order.console, "evaluating", SHARES) as progress:
-        found = function(order.config, [drafter], list(prompts), order.target, order.out, progress=_shares(progress))
-    told = ("temperature", "domain", "prompts", "acceptance_length", "speedup")
-    return {"rows": [{name: row[name] for name in told} for row in found.to_json()["rows"]]}
+def _evaluate(function: Callable[..., Any], inputs: StageInputs) -> dict[str, Any]:
+    drafter = str(checkpoint_of(inputs.parents["drafter"]))
+    prompts = inputs.prompts or (inputs.parents["answers"].folder / "held_out.jsonl",)
+    with Progress(inputs.console, "evaluating", SHARES) as progress:
+        found = function(inputs.config, [drafter], list(prompts), inputs.target, inputs.out, progress=_shares(progress))
+    fields = ("temperature", "domain", "prompts", "acceptance_length", "speedup")
+    return {"rows": [{name: row[name] for name in fields} for row in found.to_json()["rows"]]}
 
 
-def _export(function: Callable[..., Any], order: Order) -> dict[str, Any]:
-    evaluation = order.parents.get("evaluation")
-    function(order.config, order.parents["drafter"], order.out, order.target, evaluation=evaluation)
+def _export(function: Callable[..., Any], inputs: StageInputs) -> dict[str, Any]:
+    evaluation = inputs.parents.get("evaluation")
+    function(inputs.config, inputs.parents["drafter"], inputs.out, inputs.target, evaluation=evaluation)
     return {}
 
 
@@ -124,7 +124,7 @@ def _shares(progress: Progress) -> Callable[[str, float], None]:
 
 
 CALIBRATED = ("calibrate", "run")
-STAGES: dict[str, Stage] = {  # in the order of a whole run
+STAGES: dict[str, Stage] = {  # in the order of a recipe
     "prompts": Stage("outrider.training.prompts:make_prompts", _prompts, {}),
     "regenerate": Stage("outrider.training.regenerate:regenerate", _regenerate, {"prompts": ("prompts",)}),
     "features": Stage("outrider.training.features:features", _features, {"answers": ("regenerate",)}),
@@ -139,7 +139,7 @@ STAGES: dict[str, Stage] = {  # in the order of a whole run
         _calibrate,
         {"drafter": ("run",), "answers": ("regenerate",)},
         (DRAFTER, "report.json"),
-        aside=True,
+        scratch=True,
     ),
     "eval": Stage(
         "outrider.evaluation.drafter_quality:evaluate",
@@ -152,7 +152,7 @@ STAGES: dict[str, Stage] = {  # in the order of a whole run
         _export,
         {"drafter": CALIBRATED, "evaluation": ("eval",)},
         (DRAFTER,),
-        aside=True,
+        scratch=True,
         optional=frozenset({"evaluation"}),
     ),
 }
@@ -162,7 +162,7 @@ STAGES: dict[str, Stage] = {  # in the order of a whole run
 
 
 def opened(name: str, folders: Mapping[str, Path], target: str | None) -> dict[str, Artefact]:
-    """The artefacts a stage reads, by role, checked. Raises ArtefactError."""
+    """Open and check the artefacts that a stage reads, by role. Raises ArtefactError."""
     kinds = STAGES[name].parents
     return {role: open_artefact(folder, kinds[role], target) for role, folder in folders.items()}
 
@@ -177,32 +177,34 @@ def make(
     prompts: tuple[Path, ...] = (),
     console: Console | None = None,
 ) -> Artefact:
-    """Make one stage's artefact, or go on with it, or find it finished. Raises ArtefactError and what the stage
-    raises."""
+    """Run one stage: start, resume, or return the finished artefact.
+
+    Raises ArtefactError and the stage's own errors.
+    """
     stage = STAGES[name]
-    order = Order(config, parents, out, target, console, prompts)
-    if not stage.leaves:
-        stage.call(stage.function, order)
+    inputs = StageInputs(config, parents, out, target, console, prompts)
+    if not stage.outputs:
+        stage.call(stage.function, inputs)
         return open_artefact(out, name)
     sources = {f"prompts {path.name}": file_hash(path) for path in prompts}
     with begin(out, name, config, parents=parents, sources=sources, target=target) as work:
         if not work.finished:
-            facts = _aside(stage, order) if stage.aside else stage.call(stage.function, order)
-            work.finish(stage.leaves, facts)
+            facts = _call_in_scratch_dir(stage, inputs) if stage.scratch else stage.call(stage.function, inputs)
+            work.finish(stage.outputs, facts)
     return open_artefact(out, name)
 
 
-def _aside(stage: Stage, order: Order) -> dict[str, Any]:
-    """Let the function make its new directory beside what is there already, then move what it made."""
-    making = order.out / ".making"
-    shutil.rmtree(making, ignore_errors=True)  # what a killed process left
-    facts = stage.call(stage.function, replace(order, out=making))
-    for made in sorted(making.iterdir()):
-        place = order.out / made.name
-        if made.name == "provenance.json":
-            continue  # the stage's own says the same and more
-        if place.is_dir():
-            shutil.rmtree(place)
-        made.replace(place)
-    shutil.rmtree(making)
+def _call_in_scratch_dir(stage: Stage, inputs: StageInputs) -> dict[str, Any]:
+    """Run the function on a new directory inside the stage's, then move its files to the stage's."""
+    scratch_dir = inputs.out / ".scratch"
+    shutil.rmtree(scratch_dir, ignore_errors=True)  # left by a killed process
+    facts = stage.call(stage.function, replace(inputs, out=scratch_dir))
+    for path in sorted(scratch_dir.iterdir()):
+        if path.name == "provenance.json":
+            continue  # the stage's own has the same entries and more
+        destination = inputs.out / path.name
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        path.replace(destination)
+    shutil.rmtree(scratch_dir)
     return facts

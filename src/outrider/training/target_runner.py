@@ -1,4 +1,4 @@
-"""What the target makes of training texts: its features, and its distribution where a loss asks for it."""
+"""Run the target over training texts: features at every position, logits where a loss needs them."""
 
 from __future__ import annotations
 
@@ -16,42 +16,48 @@ __all__ = ["FeatureSource", "TargetRunner"]
 
 
 class FeatureSource(Protocol):
-    """The target itself, or what was kept of it."""
+    """Where training batches come from: the target itself (``TargetRunner``) or cached features."""
 
     def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
-        """What a drafter learns from these texts in one epoch."""
+        """Features, logits and anchors of ``texts`` for one training step."""
         ...
 
 
 class TargetRunner:
-    """The target in the same process: one pass a pack, nothing is stored."""
+    """The target in the same process: one forward pass per pack, nothing is stored."""
 
     def __init__(self, target: TargetModel, length: int) -> None:
-        """``length``: the most tokens of a text."""
+        """``length``: most tokens of a text."""
         self._target, self._length = target, length
         self._cache: KVCache | None = None
         self._slots: list[int] = []
 
     def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
-        """What a drafter learns from these texts in one epoch."""
+        """See ``FeatureSource.batch``."""
         packed = pack(texts)
         anchors, rows = drafter.wanted(packed, epoch)
-        features, logits = self._read(texts, drafter.aux_layers, rows)
-        return FeatureBatch(packed, anchors, rows, features, logits)
+        features, logits, hidden = self._read(texts, drafter.aux_layers, rows)
+        return FeatureBatch(packed, anchors, rows, features, logits, hidden)
 
     @torch.inference_mode()
-    def _read(self, texts: Sequence[Text], aux_layers: tuple[int, ...], rows: Tensor) -> tuple[Tensor, Tensor]:
-        cache = self._room(len(texts))
+    def _read(
+        self, texts: Sequence[Text], aux_layers: tuple[int, ...], rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features [N, F], and at ``rows`` logits [R, V] and hidden states [R, D] where the target can tell them."""
+        cache = self._cache_for(len(texts))
         slots = self._slots[: len(texts)]
         batch = RaggedBatch.pack([text.tokens for text in texts], [0] * len(texts), slots)
         output = self._target.forward(batch, cache, aux_layers, rows)
         cache.rewind(torch.tensor(slots), torch.zeros(len(slots), dtype=torch.int64))
-        with torch.inference_mode(False):  # what enters autograd must be an ordinary tensor
-            features = output.features
-            empty = torch.zeros(len(batch.tokens), 0)
-            return empty if features is None else features.float().clone(), output.logits.float().clone()
+        with torch.inference_mode(False):  # autograd refuses inference tensors
+            features, hidden = output.features, output.hidden
+            return (
+                torch.zeros(len(batch.tokens), 0) if features is None else features.float().clone(),
+                output.logits.float().clone(),
+                None if hidden is None else hidden.float().clone(),
+            )
 
-    def _room(self, rows: int) -> KVCache:
+    def _cache_for(self, rows: int) -> KVCache:
         if self._cache is None or len(self._slots) < rows:
             self._cache = self._target.new_cache(rows, self._length)
             self._slots = [self._cache.open() for _ in range(rows)]

@@ -1,8 +1,8 @@
-"""The training loop. It knows a drafter only by ``wanted`` and ``loss``, a target only by what the target_runner reads.
+"""The training loop. It uses ``wanted`` and ``loss`` of the drafter, and reads the target through a ``FeatureSource``.
 
-One step: some packs of texts, each read by the target_runner and learnt from; gradients are sums, divided once by the step's
-whole weight, so neither the packs nor the number of processes change what a step does. Everything random follows from
-(seed, step), so a run that was killed goes on as if nothing had happened.
+A step processes several packs of texts. Gradients are sums, divided once by the weight of the whole step, so neither
+the packs nor the number of processes change the result. All randomness follows from (seed, step), so a killed run
+resumes with the same result.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ Sharding = Literal["ddp", "fsdp"]
 
 
 class TrainingFailed(OutriderError):
-    """A run cannot go on; what it has written is intact."""
+    """Training cannot continue; the files written so far are intact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and how fast is learnt."""
+    """Number of steps, learning-rate schedule and optimiser settings."""
 
     steps: int
     learning_rate: float
     warmup: float = 0.04
-    """Share of the steps in which the rate rises from zero; then it falls along a cosine to a tenth of a per cent."""
+    """Share of the steps in which the rate rises linearly; it then falls along a cosine to 0.1 % of its peak."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
-    """The longest a gradient may be."""
+    """Largest gradient norm."""
     bfloat16: bool = True
-    """Products in bfloat16; weights, sums and the optimiser stay in float32."""
+    """Matrix products in bfloat16; weights, sums and optimiser state stay in float32."""
     save_seconds: float = 60.0
-    """The most work a killed run loses."""
+    """Seconds between saved states."""
 
     def rate(self, step: int) -> float:
         """Learning rate of ``step``."""
@@ -67,17 +67,17 @@ class Plan:
 class Step:
     """One line of the log."""
 
-    step: int  # steps done
+    step: int  # steps finished, this one included
     loss: float
     parts: dict[str, float]
     rate: float
-    gradient: float  # length before clipping
-    tokens: int  # of this step, over all processes
+    gradient: float  # norm before clipping
+    tokens: int  # in this step, over all processes
     seconds: float
 
 
 class Trainer:
-    """Trains one drafter in one folder: ``state.pt`` to go on from, ``log.jsonl`` for people."""
+    """Trains one drafter. Its folder holds ``state.pt``, from which a run resumes, and ``log.jsonl``, a line a step."""
 
     def __init__(
         self,
@@ -89,13 +89,8 @@ class Trainer:
         sharding: Sharding = "ddp",
     ) -> None:
         """``module`` is a ``TrainableDrafter``. In a process group it is wrapped as ``sharding`` says."""
-        self.module, self.target_runner, self.sampler, self.plan, self.folder = (
-            module,
-            target_runner,
-            sampler,
-            plan,
-            folder,
-        )
+        self.module, self.target_runner, self.sampler = module, target_runner, sampler
+        self.plan, self.folder = plan, folder
         self.rank, self.world = rank_and_world()
         self.wrapped = self._wrap(sharding)
         decayed = [p for p in module.parameters() if p.ndim > 1]
@@ -107,11 +102,11 @@ class Trainer:
         )
         self.done = 0
 
-    def run(self, every: int = 0, look: Callable[[int], dict[str, Any]] = lambda step: {}) -> Iterator[Step]:
-        """Go on from where the folder stands to the plan's end, step by step. After every ``every`` steps and at the
-        end ``look`` is asked what else to write down.
+    def run(self, every: int = 0, evaluate: Callable[[int], dict[str, Any]] = lambda step: {}) -> Iterator[Step]:
+        """Train from the saved state to the end of the plan, yielding each step. ``evaluate`` runs every ``every``
+        steps (0: never) and after the last one; its result is added to the log line.
 
-        Raises TrainingFailed where the loss is no number: the last state stays.
+        Raises TrainingFailed where the loss is not finite; the last saved state stays.
         """
         self.resume()
         saved = time.monotonic()
@@ -122,10 +117,10 @@ class Trainer:
             line |= {"rate": step.rate, "gradient": step.gradient, "tokens": step.tokens, "seconds": step.seconds}
             last = self.done == self.plan.steps
             if last or (every and self.done % every == 0):
-                line |= look(self.done)
+                line |= evaluate(self.done)
             if self.rank == 0:
                 self._log(line)
-            if last or self._agree(time.monotonic() - saved > self.plan.save_seconds):
+            if last or self._broadcast(time.monotonic() - saved > self.plan.save_seconds):
                 self._save()
                 saved = time.monotonic()
             yield step
@@ -141,7 +136,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for index, texts in enumerate(packs):
             with self._syncing(last=index == len(packs) - 1):
-                loss = self._learn(texts or packs[0], epoch, counted=bool(texts))
+                loss = self._backward(texts or packs[0], epoch, counted=bool(texts))
             if texts:
                 for name, value in {"loss": loss.total.detach(), "weight": loss.weight, **loss.parts}.items():
                     sums[name] = sums.get(name, torch.zeros(())) + value
@@ -150,8 +145,8 @@ class Trainer:
         weight = totals.pop("weight")
         if not math.isfinite(totals["loss"]):
             raise TrainingFailed(
-                f"the loss is {totals['loss']} at step {self.done + 1}; the state of an earlier step in {self.folder} "
-                "is intact. A lower learning rate or bfloat16 = false may help"
+                f"the loss is {totals['loss']} at step {self.done + 1}; the saved state in {self.folder} is of an "
+                "earlier step and intact. A lower learning rate or bfloat16 = false may help"
             )
         gradient = self._clip(weight)
         self.optimizer.step()
@@ -161,7 +156,7 @@ class Trainer:
         mean = means.pop("loss")
         return Step(self.done + 1, mean, means, rate, gradient, count, time.monotonic() - began)
 
-    def _learn(self, texts: Any, epoch: int, counted: bool) -> Loss:
+    def _backward(self, texts: Any, epoch: int, counted: bool) -> Loss:
         """Forward and backward through one pack."""
         batch = self.target_runner.batch(texts, cast(TrainableDrafter, self.module), epoch)
         with torch.autocast(batch.features.device.type, dtype=torch.bfloat16, enabled=self.plan.bfloat16):
@@ -170,12 +165,14 @@ class Trainer:
         return loss
 
     def _clip(self, weight: float) -> float:
-        """Sums to means, then not too long. Wrappers have averaged over the processes: that is taken back."""
+        """Turn gradient sums into means, then clip. -> norm before clipping.
+
+        DDP and FSDP average over the processes: multiplying by ``world`` restores the sum."""
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(self.world / weight)
-        length = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.clip)
-        return float(length.full_tensor() if hasattr(length, "full_tensor") else length)
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.clip)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     # -------------------------------------------------------------------------------------------- processes
 
@@ -193,7 +190,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _syncing(self, last: bool) -> Iterator[None]:
-        """Gradients travel between processes once a step."""
+        """Synchronise gradients between processes only with the last pack of a step."""
         if isinstance(self.wrapped, nn.parallel.DistributedDataParallel) and not last:
             with self.wrapped.no_sync():
                 yield
@@ -203,20 +200,20 @@ class Trainer:
             yield
 
     def _summed(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Each sum over all processes."""
+        """Sums over all processes."""
         names = sorted(sums)
         values = torch.stack([sums[name].double() for name in names])
         if self.world > 1:
             dist.all_reduce(values)
         return dict(zip(names, values.tolist(), strict=True))
 
-    def _agree(self, wish: bool) -> bool:
-        """What the first process wishes."""
+    def _broadcast(self, value: bool) -> bool:
+        """Rank 0's value, on every process."""
         if self.world == 1:
-            return wish
-        value = torch.tensor(float(wish))
-        dist.broadcast(value, 0)
-        return bool(value)
+            return value
+        flag = torch.tensor(float(value))
+        dist.broadcast(flag, 0)
+        return bool(flag)
 
     # -------------------------------------------------------------------------------------------- folder
 
@@ -232,12 +229,12 @@ class Trainer:
                 write_state(self.state, {"step": self.done, "module": module, "optimizer": optimizer})
             except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
                 raise TrainingFailed(
-                    f"cannot save step {self.done} to {self.state}: {error}. The state before it is intact; make room "
-                    "and run the same command again"
+                    f"cannot save step {self.done} to {self.state}: {error}. The state before it is intact; free disk "
+                    "space and run the same command again"
                 ) from error
 
     def resume(self) -> int:
-        """Take up the state in the folder, if there is one. Returns the steps done."""
+        """Load the saved state, if there is one. -> steps done."""
         if self.state.exists() and not self.done:
             saved = torch.load(self.state, map_location="cpu", weights_only=True)
             whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -250,15 +247,15 @@ class Trainer:
             )
             self.done = saved["step"]
         if self.rank == 0:
-            self._cut_log()
+            self._truncate_log()
         return self.done
 
     def _log(self, line: dict[str, Any]) -> None:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _cut_log(self) -> None:
-        """Steps that the state does not know will be done again."""
+    def _truncate_log(self) -> None:
+        """Drop log lines of steps after the saved state: those steps run again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "log.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -267,5 +264,5 @@ class Trainer:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """Rank of this process, and number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

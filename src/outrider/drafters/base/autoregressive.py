@@ -1,6 +1,6 @@
 """Drafting token by token with a small stack that reads the target's features, then its own hidden states.
 
-Position i of the draft memory stands for the target's features at position i together with token i + 1: the token is
+Position i of the KV cache stands for the target's features at position i together with token i + 1: the token is
 known one step later than the features, so the final pair of a row is run again when it is certain.
 n rows, T packed tokens, F feature width, D width, K drafts, Vd draft vocabulary.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from outrider.drafters.base.draft_sampling import Drawing
-from outrider.drafters.base.trained import TrainedDrafter
+from outrider.drafters.base.trained import CachedDrafter
 from outrider.types import Context, Proposal, RaggedBatch, Rng
 
 __all__ = ["AutoregressiveDrafter", "AutoregressiveState"]
@@ -22,15 +22,15 @@ __all__ = ["AutoregressiveDrafter", "AutoregressiveState"]
 
 @dataclass(frozen=True, slots=True)
 class AutoregressiveState:
-    """Where the chains of some rows stand."""
+    """The state of some rows between two drafts."""
 
-    places: Tensor  # int64 [n]       slots of the draft memory
+    slots: Tensor  # int64 [n]        slots of the KV cache
     positions: Tensor  # int64 [n]    of the next input
     hidden: Tensor  # [n, D]          what the next input is made of
     logits: Tensor  # [n, Vd]         of the next draft
 
 
-class AutoregressiveDrafter(TrainedDrafter):
+class AutoregressiveDrafter(CachedDrafter):
     """The part that EAGLE-3 and multi-token prediction have in common. They differ in what enters the stack."""
 
     feeds_normed = False
@@ -38,14 +38,14 @@ class AutoregressiveDrafter(TrainedDrafter):
 
     @abstractmethod
     def condition(self, features: Tensor) -> Tensor:
-        """The state a chain starts from. [T, F] -> [T, D]"""
+        """The state that drafting starts from. [T, F] -> [T, D]"""
 
     @abstractmethod
     def fuse(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """``hidden`` and ``residual`` of ``Stack.forward``, from a state and the token that follows it."""
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
-        """Take in the features of committed tokens; they become keys and values when they are needed, or many."""
+        """Keep the features of committed tokens. They become keys and values at the next draft, or when many wait."""
         full = self.cache.add(batch, features)
         if full:
             waiting = self.cache.take_pairs(full, None)
@@ -81,18 +81,18 @@ class AutoregressiveDrafter(TrainedDrafter):
         return torch.stack(logits, 1), None
 
     def begin(self, slots: list[int], last: Tensor) -> AutoregressiveState:
-        """Run what waits, up to the rows' last tokens, on the target's features. int64 [n]"""
+        """Run the waiting tokens, up to the rows' last ones, on the target's features. int64 [n]"""
         waiting = self.cache.take_pairs(slots, last.tolist())
         return self._run(waiting.batch, self.condition(waiting.features), waiting.batch.offsets[1:] - 1)
 
     def feed(self, state: AutoregressiveState, tokens: Tensor) -> AutoregressiveState:
-        """Go on with a draft of each row and the stack's own state. int64 [n]"""
+        """Run a draft of each row on the stack's own state. int64 [n]"""
         rows = torch.arange(len(tokens) + 1)
-        return self._run(RaggedBatch(tokens, state.positions, state.places, rows), state.hidden, rows[:-1])
+        return self._run(RaggedBatch(tokens, state.positions, state.slots, rows), state.hidden, rows[:-1])
 
     def rewind(self, slots: list[int]) -> None:
-        """Take back the keys and values of everything that is not committed."""
-        self.cache.kv_cache.rewind(self.cache.places(slots), self.cache.held(slots))
+        """Rewind the keys and values of everything that is not committed."""
+        self.cache.kv_cache.rewind(self.cache.cache_slots(slots), self.cache.held(slots))
 
     def _run(self, batch: RaggedBatch, hidden: Tensor, ends: Tensor) -> AutoregressiveState:
         fused, residual = self.fuse(batch.tokens, hidden)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from outrider.scheduling.calibration import Calibration
-from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng
+from outrider.types import Context, Drafter, Forgets, Proposal, RaggedBatch, ReadsHidden, ResetsRows, Rng
 
 __all__ = ["CalibratedDrafter"]
 
@@ -16,6 +16,8 @@ class CalibratedDrafter:
     def __init__(self, drafter: Drafter, calibration: Calibration) -> None:
         self.drafter, self.calibration = drafter, calibration
         self.aux_layers, self.block = drafter.aux_layers, drafter.block
+        if isinstance(drafter, ReadsHidden):
+            self.reads_hidden = drafter.reads_hidden
 
     def open(self, slot: int, capacity: int) -> None:
         self.drafter.open(slot, capacity)
@@ -24,13 +26,17 @@ class CalibratedDrafter:
         return self.calibration.calibrated(self.drafter.propose(slots, last, context, limit, rng), context)
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
-        self.drafter.observe(batch, features)
+        self.drafter.observe(batch, features, hidden)
 
     def close(self, slot: int) -> None:
         self.drafter.close(slot)
 
     def forget(self) -> None:
-        """Pass it on to a drafter that remembers."""
-        forget = getattr(self.drafter, "forget", None)
-        if forget is not None:
-            forget()
+        """Forget earlier requests, where the drafter remembers any."""
+        if isinstance(self.drafter, Forgets):
+            self.drafter.forget()
+
+    def reset_rows(self) -> None:
+        """Reset the rows, where the drafter can."""
+        if isinstance(self.drafter, ResetsRows):
+            self.drafter.reset_rows()

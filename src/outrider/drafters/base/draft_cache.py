@@ -1,4 +1,4 @@
-"""The draft memory of committed tokens, and the features that wait to enter it.
+"""A drafter's KV cache of committed tokens, and the features that are not in it yet.
 
 T packed tokens, F feature width, n rows.
 """
@@ -16,14 +16,14 @@ from outrider.types import Context, KVCache, RaggedBatch, Stack
 
 __all__ = ["DraftCache", "Waiting"]
 
-BACKLOG = 64  # committed tokens of a row that may wait unread, so that plain decoding costs the drafter next to nothing
+BACKLOG = 64  # committed tokens of a row that may wait, so that plain decoding costs the drafter next to nothing
 
 
 @dataclass(slots=True)
 class _Row:
-    """One sequence: ``held`` tokens are in the draft memory, those after them wait with their features."""
+    """One sequence: ``held`` tokens are in the KV cache, those after them wait with their features."""
 
-    place: int  # slot in the draft memory; -1: none was left
+    cache_slot: int  # in the KV cache; -1: none was free
     capacity: int
     held: int = 0
     tokens: list[int] = field(default_factory=list)
@@ -57,12 +57,12 @@ class _Row:
 class Waiting:
     """Waiting tokens of some rows, packed: what a drafter turns into keys and values."""
 
-    batch: RaggedBatch  # slots are those of the draft memory
+    batch: RaggedBatch  # slots are those of the KV cache
     features: Tensor  # [T, F]
 
 
 class DraftCache:
-    """The draft memory of committed tokens: it grows by what the target accepted, and by nothing else.
+    """A drafter's KV cache of committed tokens. What a proposal adds is rewound.
 
     Features wait until the row drafts again (or BACKLOG of them are there), so that rows decoded plainly cost next to
     nothing. A row whose features are missing somewhere (a prefix hit in the target alone) drafts nothing until a
@@ -70,26 +70,31 @@ class DraftCache:
     """
 
     def __init__(self, stack: Stack, scratch: int, rows: int) -> None:
-        """``scratch``: places past the committed tokens that a proposal uses. ``rows``: sequences at a time."""
+        """``scratch``: positions after the committed tokens that a proposal uses. ``rows``: sequences at a time."""
         self._stack, self._scratch, self._slots = stack, scratch, rows
         self._rows: dict[int, _Row] = {}
         self.kv_cache: KVCache = stack.new_cache(1, scratch)
 
     def open(self, slot: int, capacity: int) -> None:
-        """Reserve room. A row beyond those the memory was made for stays plain."""
+        """Reserve a slot. A row beyond those the cache was made for drafts nothing."""
         if not self._rows and self.kv_cache.capacity < capacity + self._scratch:
             self.kv_cache = self._stack.new_cache(self._slots, capacity + self._scratch)
         try:
-            place = self.kv_cache.open()
+            cache_slot = self.kv_cache.open()
         except CacheFull:
-            place = -1
-        self._rows[slot] = _Row(place, self.kv_cache.capacity - self._scratch if place >= 0 else 0)
+            cache_slot = -1
+        self._rows[slot] = _Row(cache_slot, self.kv_cache.capacity - self._scratch if cache_slot >= 0 else 0)
 
     def close(self, slot: int) -> None:
-        """Give a row's room back."""
+        """Release a row's slot."""
         row = self._rows.pop(slot)
-        if row.place >= 0:
-            self.kv_cache.release(row.place)
+        if row.cache_slot >= 0:
+            self.kv_cache.release(row.cache_slot)
+
+    def reset(self) -> None:
+        """Close all rows at once, with a cache made anew."""
+        self._rows.clear()
+        self.kv_cache = self._stack.new_cache(len(self.kv_cache.lengths), self.kv_cache.capacity)
 
     def end_of(self, slot: int) -> int:
         """Tokens of the row, from its start, whose features were seen: where a catch-up pass must begin."""
@@ -119,7 +124,7 @@ class DraftCache:
         for b, (slot, wanted) in enumerate(zip(slots, limit, strict=True)):
             row, known = self._rows[slot], len(context.history[b]) - 1
             self._truncate(row, known)  # a round may have been committed in part only
-            ready = row.place >= 0 and row.end == known > 0
+            ready = row.cache_slot >= 0 and row.end == known > 0
             lengths.append(max(0, min(wanted, most)) if ready else 0)
         return lengths
 
@@ -128,7 +133,9 @@ class DraftCache:
         rows = [row for slot in slots if (row := self._rows[slot]).tokens]
         if not rows:
             return None
-        batch = RaggedBatch.pack([row.tokens for row in rows], [row.held for row in rows], [row.place for row in rows])
+        batch = RaggedBatch.pack(
+            [row.tokens for row in rows], [row.held for row in rows], [row.cache_slot for row in rows]
+        )
         features = torch.cat([row.joined() for row in rows])
         for row in rows:
             row.drop(len(row.tokens))
@@ -143,18 +150,18 @@ class DraftCache:
         rows = [self._rows[slot] for slot in slots]
         ends = [[]] * len(rows) if last is None else [[token] for token in last]
         tokens = [[*row.tokens[1:], *end] for row, end in zip(rows, ends, strict=True)]
-        batch = RaggedBatch.pack(tokens, [row.held for row in rows], [row.place for row in rows])
+        batch = RaggedBatch.pack(tokens, [row.held for row in rows], [row.cache_slot for row in rows])
         features = torch.cat([row.joined()[: len(following)] for row, following in zip(rows, tokens, strict=True)])
         for row in rows:
             row.drop(len(row.tokens) - 1)
         return Waiting(batch, features)
 
-    def places(self, slots: Sequence[int]) -> Tensor:
-        """int64 [n]: the rows' slots in the draft memory."""
-        return torch.tensor([self._rows[slot].place for slot in slots], dtype=torch.int64)
+    def cache_slots(self, slots: Sequence[int]) -> Tensor:
+        """int64 [n]: the rows' slots in the KV cache."""
+        return torch.tensor([self._rows[slot].cache_slot for slot in slots], dtype=torch.int64)
 
     def held(self, slots: Sequence[int]) -> Tensor:
-        """int64 [n]: tokens of the rows that the draft memory holds."""
+        """int64 [n]: tokens of the rows that the KV cache holds."""
         return torch.tensor([self._rows[slot].held for slot in slots], dtype=torch.int64)
 
     def _truncate(self, row: _Row, end: int) -> None:
@@ -162,4 +169,4 @@ class DraftCache:
             row.truncate(end)
         if end < row.held:
             row.held = end
-            self.kv_cache.rewind(torch.tensor([row.place]), torch.tensor([end]))
+            self.kv_cache.rewind(torch.tensor([row.cache_slot]), torch.tensor([end]))

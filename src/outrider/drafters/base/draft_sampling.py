@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from outrider.drafters.base.network import DraftNet, rowwise
-from outrider.sampling.distribution import Categorical, process
+from outrider.sampling.distribution import Categorical, Processed
+from outrider.sampling.processors import process
 from outrider.types import Context, Proposal, Rng
 
 __all__ = ["Drawing"]
@@ -27,9 +28,9 @@ class Drawing:
         self.rows = torch.tensor([b for b, n in enumerate(lengths) if n], dtype=torch.int64)
         self._positions = torch.tensor([len(context.history[b]) for b in self.rows.tolist()], dtype=torch.int64)
         self.tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-        self._distributions: list[Categorical] = []
+        self._distributions: list[Processed] = []
         self._logits: list[Tensor] = []
-        self._whole: Categorical | None = None  # of all places, where they were drawn at once
+        self._whole: Processed | None = None  # of all positions, where they were drawn at once
         self._margins: Tensor | None = None
 
     def draw(self, logits: Tensor) -> Tensor:
@@ -44,8 +45,12 @@ class Drawing:
         return drawn
 
     def draw_all(self, logits: Tensor) -> None:
-        """All drafts at once, where none depends on those before it. [n, K, Vd]"""
+        """All drafts, from logits that do not depend on the drafts before them. [n, K, Vd]"""
         count, drafts, _ = logits.shape
+        if self.penalised:  # penalties do depend on them
+            for step in range(drafts):
+                self.draw(logits[:, step])
+            return
         rows = self.rows.repeat_interleave(drafts)
         self._whole = process(self._net.spread(logits.flatten(0, 1)), self._context, rows)
         self.tokens[self.rows] = self._net.backend.sample(self._whole, self.keys().flatten()).view(count, drafts)
@@ -58,7 +63,7 @@ class Drawing:
 
     @property
     def plain(self) -> bool:
-        """Whether no option moves a logit or cuts a distribution: each is a softmax over its temperature, or certain."""
+        """Whether all requests sample from softmax(logits / temperature) or greedily: no penalty, bias, truncation."""
         return not any(
             p.penalised or p.logit_bias or (p.temperature and (p.top_k or p.top_p < 1 or p.min_p))
             for p in self._context.params
@@ -79,8 +84,8 @@ class Drawing:
         return self._rng.token_keys(rows, positions.flatten(), "draft").view(-1, drafts)
 
     def record(self, tokens: Tensor, margins: Tensor, distribution: tuple[Tensor, Tensor] | None) -> None:
-        """All drafts at once, as a backend has drawn them from the keys. int64 [n, K], float32 [n, K], and the distributions of
-        the places row by row: ids [n K, S], logits [n K, S]; None where all drafts are certain."""
+        """All drafts at once, as a backend has drawn them from the keys: tokens int64 [n, K], margins float32 [n, K],
+        and the distributions as ids [n K, S] and logits [n K, S], row by row; None where all drafts are greedy."""
         self.tokens[self.rows] = tokens
         self._margins = margins
         size = self._net.vocab_size
@@ -90,8 +95,8 @@ class Drawing:
             self._whole = Categorical(size, ids=distribution[0], logits=distribution[1])
 
     def margins(self) -> Tensor:
-        """A confidence for drafters that have no head for it: how clearly each draft's likeliest token beat the second,
-        sigmoid(margin), which no draft at or after that place has any part in. float32 [n, K]"""
+        """A confidence for drafters without a confidence head: sigmoid(the largest logit - the second), for each draft.
+        It does not depend on the draft itself nor on later ones. float32 [n, K]"""
         if self._margins is not None:
             return rowwise(torch.sigmoid, self._margins)
         best = torch.stack(self._logits, 1).topk(2, -1).values.float()
@@ -103,15 +108,17 @@ class Drawing:
         count, drafts = self.tokens.shape
         if confidence is not None and len(confidence) < count:
             confidence = confidence.new_zeros(count, drafts).index_copy(0, self.rows, confidence)
-        return Proposal(self.tokens, lengths, self._law(count, drafts), confidence)
+        return Proposal(self.tokens, lengths, self._distribution(count, drafts), confidence)
 
-    def _law(self, count: int, drafts: int) -> Categorical | None:
+    def _distribution(self, count: int, drafts: int) -> Processed | None:
         distributions = self._distributions if self._whole is None else [self._whole]
         if all(distribution.is_greedy for distribution in distributions):
             return None
         distribution = Categorical.stack(distributions) if self._whole is None else self._whole
         if len(self.rows) == count:
             return distribution
-        places = torch.zeros(count, drafts, dtype=torch.int64)  # rows that drafted nothing borrow place 0, never read
-        places[self.rows] = torch.arange(len(distribution)).view(-1, drafts)
-        return distribution.take(places.flatten())
+        index = torch.zeros(
+            count, drafts, dtype=torch.int64
+        )  # rows that drafted nothing point to 0, which is never read
+        index[self.rows] = torch.arange(len(distribution)).view(-1, drafts)
+        return distribution.take(index.flatten())

@@ -21,9 +21,9 @@ __all__ = ["DraftNet", "linear", "load_net", "rms_norm", "rowwise"]
 
 EQUAL = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "int8": 0.03, "int4": 0.2}
 """Relative difference up to which two matrices are the same one, by the dtype the target was loaded in."""
-STRANGE = 0.5  # relative difference from which a frozen copy of the embedding is no copy of this target's
+STRANGE = 0.5  # relative difference above which a frozen copy of the embedding is another target's
 PROBES = 4
-LANES = 64  # elements that any processor's vectors divide
+LANES = 64  # a multiple of the elements of any processor's vectors
 CHUNK = 8192  # rows of a matrix compared at a time
 
 
@@ -52,12 +52,14 @@ class DraftNet:
 
 
 def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend, dtype: torch.dtype | str) -> DraftNet:
-    """Load a drafter's stack, without an embedding or a head that are the target's anyway.
+    """Load a drafter's stack, without an embedding or a head that equals the target's.
 
     Raises IncompatibleDrafter where a frozen copy of the embedding is clearly not this target's.
     """
     tensors, weights = checkpoint.tensors, checkpoint.stack_weights()
     config = checkpoint.stack(head=True)
+    if not config.layers:
+        weights["norm.weight"] = torch.ones(config.hidden_size)  # an empty stack, which is never run
     equal = EQUAL[str(dtype).removeprefix("torch.")]
     own_embed = own_head = False
     if "embed.weight" in tensors:
@@ -100,7 +102,7 @@ def _embedding_difference(weight: Tensor, scale: float, target: TargetModel) -> 
 
 
 def _head_difference(weight: Tensor, config: StackConfig, target: TargetModel) -> float:
-    """|target's - own| / |own|, by what the two make of a few random states: no row can hide from all of them."""
+    """|target's - own| / |own| of the logits of a few random states."""
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(PROBES, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
     if target.spec.hidden_size != weight.shape[1]:
@@ -127,8 +129,8 @@ def linear(
 
 
 def rowwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """An elementwise function on [..., n] whose bits do not depend on the other rows: libraries compute what is left
-    over at the end of a tensor by other instructions, so no row may share its end with another one's."""
+    """An elementwise function on [..., n], each row padded to the SIMD width, so that the vector tail cannot change a
+    row's bits with the number of rows."""
     n = x.shape[-1]
     return function(pad(x, (0, -n % LANES)))[..., :n].contiguous()
 

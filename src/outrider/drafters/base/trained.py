@@ -1,10 +1,11 @@
-"""How a drafter is made from a checkpoint on disk."""
+"""Drafters with weights: made from a checkpoint on disk, with or without a KV cache of their own."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,22 +14,31 @@ from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.drafters.base.draft_cache import DraftCache
 from outrider.drafters.base.network import load_net
-from outrider.errors import CheckpointError, nearest
+from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.registry import find
-from outrider.types import Backend, Context, Proposal, RaggedBatch, TargetModel
+from outrider.types import Backend, Context, Proposal, RaggedBatch, Rng, TargetModel
 
-__all__ = ["TrainedDrafter"]
+__all__ = ["CachedDrafter", "TrainedConfig", "TrainedDrafter"]
 
 
-class _Options(Protocol):
-    @property
-    def model(self) -> str: ...
+@dataclass(frozen=True, slots=True)
+class TrainedConfig:
+    """Options that every trained drafter has. Raises InvalidRequest for values out of range."""
+
+    model: str
+    """The trained drafter: a directory or a hub id."""
+    draft_tokens: int | None = None
+    """The most tokens it proposes in a round; None: as many as it was trained for."""
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens is not None and self.draft_tokens < 1:
+            raise InvalidRequest(f"draft_tokens of a trained drafter must be at least 1, got {self.draft_tokens}")
 
 
 class TrainedDrafter(ABC):
-    """A drafter with weights and a draft memory of its own."""
+    """A drafter whose weights are read from a checkpoint."""
 
-    Config: ClassVar[type[Any]]
+    Config: ClassVar[type[Any]] = TrainedConfig
     """Its options; ``model`` names the checkpoint, and every other has a default."""
     kinds: ClassVar[tuple[str, ...]]
     """Kinds of checkpoint it runs, the one it is listed under first."""
@@ -42,14 +52,27 @@ class TrainedDrafter(ABC):
         config: Any,
         dtype: torch.dtype | str,
         max_rows: int,
+        layers: tuple[int, ...] | None = None,
     ) -> None:
-        """Raises IncompatibleDrafter where the checkpoint does not fit the target."""
-        self.aux_layers: tuple[int, ...] = config.target_layers or checkpoint.layers_for(target.spec)
+        """``layers`` of the target it reads, None: those the checkpoint names. Raises IncompatibleDrafter where the
+        checkpoint does not fit the target."""
+        self.aux_layers: tuple[int, ...] = layers or checkpoint.layers_for(target.spec)
         checkpoint.check_target(target.spec, self.aux_layers)
         self.block: int = config.draft_tokens or checkpoint.design.drafts
         self.calibration = checkpoint.calibration
         self.net = load_net(checkpoint, target, backend, dtype)
-        self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows)
+
+    @abstractmethod
+    def open(self, slot: int, capacity: int) -> None:
+        """See ``outrider.types.Drafter``."""
+
+    @abstractmethod
+    def close(self, slot: int) -> None:
+        """See ``outrider.types.Drafter``."""
+
+    @abstractmethod
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        """See ``outrider.types.Drafter``."""
 
     @abstractmethod
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
@@ -57,7 +80,7 @@ class TrainedDrafter(ABC):
 
     @abstractmethod
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Draft logits along a given path, for measuring and calibrating: place k is what would be drafted after
+        """Draft logits along a given path, for measuring and calibrating: position k is what would be drafted after
         ``path[:, :k + 1]``, which begins with the rows' last tokens.
 
         int64 [n, K] -> [n, K, Vd], and confidence logits [n, K] where the drafter has that head.
@@ -66,7 +89,7 @@ class TrainedDrafter(ABC):
     @classmethod
     def from_config(
         cls,
-        config: _Options,
+        config: Any,
         target: TargetModel,
         *,
         backend: Backend | None = None,
@@ -88,16 +111,39 @@ class TrainedDrafter(ABC):
         return cls(checkpoint, target, engine, config=config, dtype=dtype or target.spec.dtype, max_rows=max_rows)
 
     def calibrated(self, proposal: Proposal, context: Context) -> Proposal:
-        """The proposal with its confidences, a head's or margins, put right where the checkpoint says how."""
+        """The proposal with its confidences scaled by the checkpoint's calibration, where it has one."""
         return proposal if self.calibration is None else self.calibration.calibrated(proposal, context)
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a directory with this config.json holds such a drafter. Raises CheckpointError for a damaged one."""
+        return checkpoints.recognise(config) is not None and checkpoints.read_header(config).kind == cls.kinds[0]
+
+
+class CachedDrafter(TrainedDrafter):
+    """A trained drafter whose layers keep keys and values of the committed tokens."""
+
+    def __init__(
+        self,
+        checkpoint: DraftCheckpoint,
+        target: TargetModel,
+        backend: Backend,
+        *,
+        config: Any,
+        dtype: torch.dtype | str,
+        max_rows: int,
+    ) -> None:
+        """See ``TrainedDrafter``; ``config.target_layers`` replaces the checkpoint's."""
+        layers: tuple[int, ...] | None = config.target_layers
+        super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows, layers=layers)
+        self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows)
 
     def open(self, slot: int, capacity: int) -> None:
         self.cache.open(slot, capacity)
 
+    def reset_rows(self) -> None:
+        """Close all slots at once."""
+        self.cache.reset()
+
     def close(self, slot: int) -> None:
         self.cache.close(slot)
-
-    @classmethod
-    def recognises(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a directory with this config.json holds such a drafter. Raises CheckpointError for a broken one."""
-        return checkpoints.recognise(config) is not None and checkpoints.read_header(config).kind == cls.kinds[0]

@@ -2,9 +2,9 @@
 
 from outrider.models.gguf.architecture import ARCHITECTURES
 from outrider.models.gguf.blocks import BlockParts
-from outrider.models.gguf.config import read_config
-from outrider.models.gguf.container import GGUFFile, TensorInfo, find_gguf
-from outrider.models.gguf.weights import GGUFWeights, read_model
+from outrider.models.gguf.container import GGUFFile, TensorInfo, find_gguf, gguf_parts
+from outrider.models.gguf.gguf_config import read_config
+from outrider.models.gguf.gguf_weights import GGUFWeights, main_type, nearest_dtype, read_model
 
 __all__ = [
     "ARCHITECTURES",
@@ -13,6 +13,9 @@ __all__ = [
     "GGUFWeights",
     "TensorInfo",
     "find_gguf",
+    "gguf_parts",
+    "main_type",
+    "nearest_dtype",
     "read_config",
     "read_model",
 ]

@@ -6,7 +6,7 @@ the next multiple of ``general.alignment`` (32 where the key is absent). A strin
 UTF-8.
 
 Every count, length and offset is compared with what is left of the file before anything of that size is read or
-allocated, so a damaged file costs no more than its own header. Data stay in the memory map until they are asked for.
+allocated, so a damaged file costs no more than its own header. Tensor data are only mapped, and read on access.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from outrider.errors import CheckpointError
 from outrider.models.gguf.blocks import BLOCK_TYPES, BlockType, type_name
 from outrider.models.gguf.header import MAGIC, U32, Reader, damaged, what_else
 
-__all__ = ["GGUFFile", "TensorInfo", "find_gguf"]
+__all__ = ["GGUFFile", "TensorInfo", "find_gguf", "gguf_parts"]
 
 VERSIONS = (2, 3)
 ALIGNMENT_LIMIT = 1 << 20
@@ -64,7 +64,7 @@ class GGUFFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.paths = _parts(self.path)
+        self.paths = gguf_parts(self.path)
         parts = [_Part(path, index) for index, path in enumerate(self.paths)]
         _check_split(parts)
         self.version = parts[0].version
@@ -128,7 +128,8 @@ def find_gguf(path: Path) -> Path | None:
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def _parts(path: Path) -> tuple[Path, ...]:
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """A file alone, or all parts of the model that it is a part of. Raises CheckpointError where one is missing."""
     split = _PART.fullmatch(path.name)
     if split is None:
         return (path,)

@@ -1,10 +1,10 @@
-"""EAGLE-3's layer and the multi-token-prediction module with gradients, and the training-time test they learn by.
+"""EAGLE-3's layer and the multi-token-prediction module with gradients, trained by the training-time test.
 
-EAGLE-3, arXiv 2503.01840, section 3.2: training runs as many steps as drafting will; from the second on a step is fed
-the step before it instead of the target's features, and attends to what it will find in its cache. Multi-token
-prediction (DeepSeek-V3 report, section 2.2) is the same with another way in.
+EAGLE-3, arXiv 2503.01840, section 3.2: training runs as many steps as drafting does. From the second on a step
+reads the hidden state of the step before it instead of the target's features, and attends to what is in the KV cache
+when it drafts. Multi-token prediction (DeepSeek-V3 report, section 2.2) differs only in its first projection.
 
-N packed tokens, A starts, n places that count, D width, F feature width, Vd draft vocabulary.
+N packed tokens, A starts, n drafts that count, D width, F feature width, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from outrider.checkpoints import AutoregressiveDesign, DraftCheckpoint, ModuleDesign
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import build
+from outrider.drafters.eagle3_design import Eagle3Design
+from outrider.drafters.mtp_design import MTPDesign
 from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
 from outrider.training.networks.block_attention import AutoregressiveAttention
@@ -33,29 +35,29 @@ __all__ = ["AutoregressiveLoss", "Eagle3Training", "MTPTraining", "TrainableAuto
 
 @dataclass(frozen=True, slots=True)
 class AutoregressiveLoss:
-    """What a chain learns from: step k weighs decay ** k."""
+    """The weights of the loss terms; draft step k weighs decay ** k."""
 
     soft_cross_entropy: float = 1.0
-    """EAGLE-3's own term: the cross-entropy to the target's distribution."""
+    """EAGLE-3's term: the cross-entropy to the target's distribution."""
     cross_entropy: float = 0.0
     total_variation: float = 0.0
     decay: float = 0.8
     starts: int | None = None
-    """The most places of a text, in one epoch, at which drafting is learnt; None: all of them."""
+    """The most positions of a text, in one epoch, from which drafting is trained; None: all of them."""
 
 
 class TrainableAutoregressive(TrainableNet):
-    """A layer that is fed the target's features, then its own states."""
+    """A layer that reads the target's features, then its own hidden states."""
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel, loss: AutoregressiveLoss) -> None:
         super().__init__(checkpoint, target)
-        assert isinstance(checkpoint.design, (AutoregressiveDesign, ModuleDesign))
+        assert isinstance(checkpoint.design, (Eagle3Design, MTPDesign))
         self.design, self.weights = checkpoint.design, loss
         config = self.stack.config
         width, auxiliary = config.hidden_size, target.spec.hidden_size
         self.hidden_norm, self.embed_norm = Norm(width, config.norm_eps), Norm(width, config.norm_eps)
         self.feature_norms, self.feature_norm = nn.ModuleList(), None
-        if isinstance(self.design, AutoregressiveDesign):
+        if isinstance(self.design, Eagle3Design):
             self.fc = linear(len(self.aux_layers) * auxiliary, width)
             if self.design.norm_before_fc:
                 self.feature_norm = Norm(len(self.aux_layers) * auxiliary, config.norm_eps)
@@ -66,7 +68,7 @@ class TrainableAutoregressive(TrainableNet):
         self.frozen.fill(self)
 
     def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
-        """Anchors: places whose features a chain starts from. Rows: the places it passes through."""
+        """Anchors: positions whose features drafting starts from. Rows: the positions that verify its drafts."""
         chosen: list[int] = []
         for key, (begin, end) in zip(texts.keys, texts.spans(), strict=True):
             answers = texts.answers[begin:end].nonzero()[:, 0]
@@ -80,7 +82,7 @@ class TrainableAutoregressive(TrainableNet):
         return anchors, torch.cat(rows).unique()
 
     def loss(self, batch: FeatureBatch) -> Loss:
-        """Sums over all steps of all chains, each with its step's weight."""
+        """Sums over all drafts, each with its step's weight."""
         texts, weights = batch.texts, self.weights
         starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
         positions = torch.arange(len(texts.tokens)) - starts
@@ -95,10 +97,10 @@ class TrainableAutoregressive(TrainableNet):
             raw, normed = self.stack(x, positions + k, attention, wide)
             state = normed if self._feeds_normed else raw
             valid = batch.anchors[self._valid(texts, batch.anchors, k)]
-            rows = valid + k + 1  # where the target's distribution of this draft stands
-            places = torch.searchsorted(batch.rows, rows)
+            rows = valid + k + 1  # the target's distribution of this draft
+            index = torch.searchsorted(batch.rows, rows)
             drafted = self.frozen.draft_ids(texts.tokens[(rows + 1).clamp(max=last)])
-            hard, variation, soft = divergence(self.frozen.unembed(normed[valid]), distributions, places, drafted)
+            hard, variation, soft = divergence(self.frozen.unembed(normed[valid]), distributions, index, drafted)
             step = weights.decay**k
             for name, term in (("soft_cross_entropy", soft), ("cross_entropy", hard), ("total_variation", variation)):
                 parts[name] = parts[name] + step * term.sum()
@@ -112,18 +114,18 @@ class TrainableAutoregressive(TrainableNet):
 
     @property
     def _feeds_normed(self) -> bool:
-        return isinstance(self.design, AutoregressiveDesign) and self.design.norm_output
+        return isinstance(self.design, Eagle3Design) and self.design.norm_output
 
     @staticmethod
     def _valid(texts: TokenBatch, anchors: Tensor, step: int) -> Tensor:
-        """Chains whose step is the answer's and still inside its text. bool [A]"""
-        ends = texts.offsets[torch.searchsorted(texts.offsets, anchors, right=True)]
+        """Anchors whose draft at this step is an answer's token inside the same text. bool [A]"""
+        ends = texts.ends(anchors)
         at = (anchors + step).clamp(max=len(texts.tokens) - 1)
         return (anchors + step + 1 < ends) & texts.answers[at]
 
     def _condition(self, features: Tensor) -> Tensor:
-        """The state a chain starts from. [N, F] -> [N, D]"""
-        if isinstance(self.design, ModuleDesign):
+        """The state that drafting starts from. [N, F] -> [N, D]"""
+        if isinstance(self.design, MTPDesign):
             return features
         if self.feature_norm is not None:
             features = self.feature_norm(features)
@@ -134,10 +136,10 @@ class TrainableAutoregressive(TrainableNet):
         return state
 
     def _fuse(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The residual stream, and the attention input where it is another. [N, D], [N, D]"""
+        """The residual stream, and the attention input where it differs. [N, D], [N, D]"""
         embedded, normed = self.embed_norm(embedding), self.hidden_norm(state)
         both = torch.cat([embedded, normed], -1)
-        if isinstance(self.design, ModuleDesign):
+        if isinstance(self.design, MTPDesign):
             return self.fc(both), None
         return (normed if self.design.norm_before_residual else state), both
 
@@ -153,7 +155,7 @@ class Eagle3Training:
     intermediate_size: int | None = None
     """Width of its MLP; None: the target's."""
     warm: bool = True
-    """Start from the target's layers behind the last aux_layer, where they fit; else from random weights."""
+    """Start from the target's layers after the last auxiliary one, where shapes fit; else from random weights."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``AutoregressiveLoss``."""
 
@@ -166,9 +168,7 @@ class Eagle3Training:
         """
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
         aux_layers = tuple(self.target_layers) if self.target_layers else None
-        checkpoint = new_checkpoint(
-            AutoregressiveDesign(depth=self.depth), decoder, target.spec, aux_layers, aux_layers=3
-        )
+        checkpoint = new_checkpoint(Eagle3Design(depth=self.depth), decoder, target.spec, aux_layers, aux_layers=3)
         module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of eagle3"))
         if self.warm and layers is not None:
             start_warm(module, module.hidden_norm, layers)
@@ -180,13 +180,13 @@ class MTPTraining:
     """A new multi-token-prediction module."""
 
     depth: int = 3
-    """Drafts of a round: from the second on the module is applied to its own output."""
+    """Drafts of a round: from the second on the module runs on its own output."""
     target_layer: int | None = None
     """The layer whose state it reads, counted from 0; None: the one before the last."""
     intermediate_size: int | None = None
     """Width of its MLP; None: the target's."""
     warm: bool = True
-    """Start from the target's layers behind the last aux_layer, where they fit; else from random weights."""
+    """Start from the target's layers after the last auxiliary one, where shapes fit; else from random weights."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``AutoregressiveLoss``."""
 
@@ -198,8 +198,8 @@ class MTPTraining:
         Raises InvalidRequest for options that do not fit the target.
         """
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
-        aux_layer = target.spec.num_layers - 2 if self.target_layer is None else self.target_layer
-        checkpoint = new_checkpoint(ModuleDesign(depth=self.depth), decoder, target.spec, (aux_layer,), aux_layers=1)
+        layer = target.spec.num_layers - 2 if self.target_layer is None else self.target_layer
+        checkpoint = new_checkpoint(MTPDesign(depth=self.depth), decoder, target.spec, (layer,), aux_layers=1)
         module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of mtp"))
         if self.warm and layers is not None:
             start_warm(module, None, layers)  # its layer has a norm of its own

@@ -1,4 +1,4 @@
-"""What every drafter with layers of its own has in training: those layers, and what it takes from its target."""
+"""What every trained drafter has in training: its layers, if any, and the target's frozen embedding and head."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ __all__ = ["TrainableNet"]
 
 
 class TrainableNet(nn.Module):
-    """See ``outrider.training.networks.batch.TrainableDrafter``. Embedding and head are the target's and stay as they are."""
+    """See ``outrider.training.networks.batch.TrainableDrafter``. Embedding and head are the target's, frozen."""
 
     fc: nn.Linear
+    stack: LearnedStack  # where its design has layers
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel) -> None:
         """Raises IncompatibleDrafter for another target's drafter."""
         super().__init__()
         self.aux_layers = checkpoint.layers_for(target.spec)
         checkpoint.check_target(target.spec, self.aux_layers)
-        self.stack = LearnedStack(checkpoint.stack(head=False))
+        config = checkpoint.stack(head=False)
+        if config.layers:
+            self.stack = LearnedStack(config)
         self.frozen = Frozen(checkpoint, target)
 
     def forward(self, batch: FeatureBatch) -> Loss:
@@ -34,5 +37,5 @@ class TrainableNet(nn.Module):
         raise NotImplementedError
 
     def snapshot(self) -> DraftCheckpoint:
-        """The drafter as it stands, ready to be saved or run. Where weights are spread over processes, all must ask."""
+        """The drafter with its present weights. Where they are sharded over processes, all must call it."""
         return self.frozen.checkpoint(self)

@@ -1,4 +1,4 @@
-"""What travels while drafters learn: texts, what the target makes of them, and the loss.
+"""Training batch and loss types.
 
 N packed tokens, S texts, A anchors, R rows of logits, F feature width, V vocabulary.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 __all__ = ["FeatureBatch", "Loss", "TokenBatch", "TrainableDrafter"]
@@ -19,24 +20,29 @@ class TokenBatch:
 
     tokens: Tensor  # int64 [N]
     offsets: Tensor  # int64 [S+1]    text s owns tokens[offsets[s]:offsets[s+1]]
-    answers: Tensor  # bool [N]       the target wrote the token: only these are learnt
-    keys: tuple[int, ...]  # S        what a text's random choices depend on, whatever batch it is in
+    answers: Tensor  # bool [N]       the target wrote the token: only these are trained on
+    keys: tuple[int, ...]  # S        seeds of a text's random choices, the same in any batch
 
     def spans(self) -> list[tuple[int, int]]:
         """Where each text begins and ends."""
         ends = self.offsets.tolist()
         return list(zip(ends, ends[1:], strict=False))
 
+    def ends(self, positions: Tensor) -> Tensor:
+        """Where the text of each position ends. int64 [n] -> [n]"""
+        return self.offsets[torch.searchsorted(self.offsets, positions, right=True)]
+
 
 @dataclass(frozen=True, slots=True)
 class FeatureBatch:
-    """Texts, and what the target makes of them."""
+    """Texts with the target's features, logits and hidden states."""
 
     texts: TokenBatch
-    anchors: Tensor  # int64 [A]       places in the pack from which drafting is learnt, ascending
-    rows: Tensor  # int64 [R]          places whose distribution the loss asks for, ascending
+    anchors: Tensor  # int64 [A]       positions in the pack from which drafting is trained, ascending
+    rows: Tensor  # int64 [R]          positions whose distribution the loss asks for, ascending
     features: Tensor  # [N, F]
     logits: Tensor  # float32 [R, V]   the target's, at ``rows``: the distribution of the token after each
+    hidden: Tensor | None = None  # [R, D]  the target's state after its final norm, at ``rows``; None: it cannot tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class Loss:
     """Sums over a batch; divided by ``weight`` they are means. So parts of a batch, and processes, add up exactly."""
 
     total: Tensor  # scalar with a gradient
-    parts: dict[str, Tensor]  # scalars for people to watch
+    parts: dict[str, Tensor]  # scalars for the log
     weight: Tensor  # scalar without a gradient
 
 
@@ -54,8 +60,8 @@ class TrainableDrafter(Protocol):
     aux_layers: tuple[int, ...]
 
     def snapshot(self) -> Any:
-        """What it has learnt so far, to be saved: a checkpoint of a drafter, or a Hugging Face model. Where weights
-        are spread over processes, all of them must ask."""
+        """The drafter with its present weights: a checkpoint, or a Hugging Face model. Where weights are sharded over
+        processes, all of them must call it."""
         ...
 
     def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:

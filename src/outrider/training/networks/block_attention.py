@@ -1,4 +1,4 @@
-"""Who attends to whom while a drafter learns: exact masks over packed texts, without the work of the masked parts.
+"""Attention masks of drafters in training, exact over packed texts; most masked products are not computed.
 
 N packed tokens, A anchors, S slots of a block, H heads, Hkv key/value heads, G = H / Hkv, Dh head width.
 """
@@ -85,13 +85,13 @@ class BlockAttention:
         return torch.cat(out)
 
     def _hidden(self, anchors: Tensor, reach: int, window: int | None) -> Tensor:
-        """Which context places a block does not see: bool [a, 1 or S, reach]."""
-        places = torch.arange(reach)
-        hidden = (places >= anchors[:, None])[:, None]
+        """Which context positions a block does not see: bool [a, 1 or S, reach]."""
+        keys = torch.arange(reach)
+        hidden = (keys >= anchors[:, None])[:, None]
         if window is None:
             return hidden
         positions = anchors[:, None] + torch.arange(self.slots)
-        return hidden | (positions[:, :, None] - places >= window)
+        return hidden | (positions[:, :, None] - keys >= window)
 
     def _flex(
         self, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
@@ -103,17 +103,17 @@ class BlockAttention:
         text = torch.bucketize(torch.arange(tokens), self.texts.offsets[1:], right=True)
         owner = torch.arange(len(self.anchors)).repeat_interleave(self.slots)
         position = self.anchors.repeat_interleave(self.slots) + torch.arange(self.slots).repeat(len(self.anchors))
-        # One line for every key: its text and place, or the block it belongs to.
+        # For every key: its text and position, or the block it belongs to.
         key_text = torch.cat([text, torch.full_like(owner, -1)]).to(device)
-        key_place = torch.cat([torch.arange(tokens), position]).to(device)
+        key_position = torch.cat([torch.arange(tokens), position]).to(device)
         key_owner = torch.cat([torch.full_like(text, -1), owner]).to(device)
         row_text, row_anchor = text[self.anchors][owner].to(device), self.anchors[owner].to(device)
-        row_place, row_owner = position.to(device), owner.to(device)
+        row_position, row_owner = position.to(device), owner.to(device)
         window = config.window or tokens + self.slots
 
         def visible(_batch: Any, _head: Any, row: Any, key: Any) -> Any:
-            past = (key_text[key] == row_text[row]) & (key_place[key] < row_anchor[row])
-            past = past & (row_place[row] - key_place[key] < window)
+            past = (key_text[key] == row_text[row]) & (key_position[key] < row_anchor[row])
+            past = past & (row_position[row] - key_position[key] < window)
             return past | (key_owner[key] == row_owner[row])
 
         mask = create_block_mask(visible, None, None, len(q), tokens + len(k), device=str(device))
@@ -124,8 +124,8 @@ class BlockAttention:
 
 
 class AutoregressiveAttention:
-    """Step k of a chain sees the first step's keys up to where it started, and its own earlier steps: what it will find
-    in its cache when it drafts (EAGLE-3, training-time test)."""
+    """Draft step k attends to the first step's keys up to where drafting started, and to its own earlier steps: what is
+    in its KV cache when it drafts (EAGLE-3, training-time test)."""
 
     def __init__(self, texts: TokenBatch) -> None:
         self._texts = texts
@@ -158,8 +158,8 @@ class AutoregressiveAttention:
     @staticmethod
     def _hidden(count: int, step: int, window: int | None) -> Tensor:
         """bool [n, 1, n]"""
-        places = torch.arange(count)
-        hidden = places > places[:, None]
+        keys = torch.arange(count)
+        hidden = keys > keys[:, None]
         if window is not None:
-            hidden = hidden | (places[:, None] + step - places >= window)
+            hidden = hidden | (keys[:, None] + step - keys >= window)
         return hidden[:, None]

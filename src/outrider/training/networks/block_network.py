@@ -3,7 +3,7 @@
 DSpark, arXiv 2026 (DeepSeek), section 3: the block over injected context (equations 2 and 3), heads (4 to 7), loss
 (9 to 12). Texts are packed, anchors are drawn from the answers, and every block sees what it will see when it drafts.
 
-N packed tokens, A anchors, S slots of a block, K drafts of a block, n places that count, D width, F feature width,
+N packed tokens, A anchors, S slots of a block, K drafts of a block, n drafts that count, D width, F feature width,
 r Markov rank, Vd draft vocabulary.
 """
 
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from outrider.checkpoints import BlockDesign, DraftCheckpoint
-from outrider.checkpoints.checkpoint import MarkovHead
+from outrider.checkpoints import DraftCheckpoint
 from outrider.config import LayerConfig, build
+from outrider.drafters.dspark_design import BlockDesign, MarkovHead
 from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
 from outrider.training.networks.block_attention import BlockAttention
@@ -35,7 +35,7 @@ __all__ = ["BlockLoss", "DFlashTraining", "DSparkTraining", "TrainableBlock"]
 
 @dataclass(frozen=True, slots=True)
 class BlockLoss:
-    """What a block learns from: weights of the terms (DSpark, equation 11, and two more by name), and of the places."""
+    """Weights of the loss terms (DSpark, equation 11, and two more), and of the positions in a block."""
 
     cross_entropy: float = 0.1
     total_variation: float = 0.9
@@ -43,9 +43,9 @@ class BlockLoss:
     soft_cross_entropy: float = 0.0
     negative_log_acceptance: float = 0.0
     gamma: float | None = 4.0
-    """Place k of a block weighs exp(-k / gamma)."""
+    """Position k of a block weighs exp(-k / gamma)."""
     anchors: int = 64
-    """The most blocks learnt from one text in one epoch."""
+    """The most blocks trained on from one text in one epoch."""
 
 
 class TrainableBlock(TrainableNet):
@@ -74,25 +74,25 @@ class TrainableBlock(TrainableNet):
         self.frozen.fill(self)
 
     def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
-        """Anchors: answer tokens that another one follows. Rows: the places in their reach."""
+        """Anchors: answer tokens that another one follows. Rows: the positions that verify their drafts."""
         chosen: list[int] = []
         answers = texts.answers.tolist()
         for key, (begin, end) in zip(texts.keys, texts.spans(), strict=True):
-            # An anchor at a text's beginning has no context at all, which no draft will ever be made from.
+            # An anchor at a text's beginning has no context at all, which never happens in drafting.
             possible = [i for i in range(begin + 1, end - 1) if answers[i] and answers[i + 1]]
             if len(possible) > self.weights.anchors:
                 possible = sorted(random.Random(f"{key} {epoch}").sample(possible, self.weights.anchors))
             chosen += possible
         anchors = torch.tensor(chosen, dtype=torch.int64)
         valid = self._valid(texts, anchors)
-        return anchors, self._places(anchors)[valid].unique()
+        return anchors, self._positions(anchors)[valid].unique()
 
     def loss(self, batch: FeatureBatch) -> Loss:
-        """Sums over all drafts of all blocks, each with its place's weight."""
+        """Sums over all drafts of all blocks, each with the weight of its position."""
         texts, weights = batch.texts, self.weights
         valid = self._valid(texts, batch.anchors)
-        rows = self._places(batch.anchors)[valid]
-        place = position_weights(self.design.drafts, weights.gamma).expand(valid.shape)[valid]  # [n]
+        rows = self._positions(batch.anchors)[valid]
+        weight = position_weights(self.design.drafts, weights.gamma).expand(valid.shape)[valid]  # [n]
         logits, sure = self.predict(batch)
         distributions, drafted = self.frozen.distribution(batch.logits), self.frozen.draft_ids(texts.tokens[rows + 1])
         hard, variation, soft = divergence(logits, distributions, torch.searchsorted(batch.rows, rows), drafted)
@@ -105,17 +105,17 @@ class TrainableBlock(TrainableNet):
         if sure is not None:
             accepted = (1 - variation.detach() / 2).clamp(0, 1)
             terms["confidence"] = F.binary_cross_entropy_with_logits(sure, accepted, reduction="none")
-        parts = {name: (place * term).sum() for name, term in terms.items()}
+        parts = {name: (weight * term).sum() for name, term in terms.items()}
         used = [getattr(weights, name) * part for name, part in parts.items() if getattr(weights, name)]
-        parts["acceptance"] = (place * (1 - variation / 2)).sum()
-        return Loss(torch.stack(used).sum(), {name: part.detach() for name, part in parts.items()}, place.sum())
+        parts["acceptance"] = (weight * (1 - variation / 2)).sum()
+        return Loss(torch.stack(used).sum(), {name: part.detach() for name, part in parts.items()}, weight.sum())
 
     def predict(self, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
         """Logits of every draft that counts, block by block, and of its confidence where there is that head.
         [n, Vd], [n]"""
         valid = self._valid(batch.texts, batch.anchors)
         hidden = self._block(batch)  # [A, K, D]
-        known = self._places(batch.anchors).clamp(max=len(batch.texts.tokens) - 1)
+        known = self._positions(batch.anchors).clamp(max=len(batch.texts.tokens) - 1)
         latent, before = self._markov(batch.texts.tokens[known], hidden)
         logits = self.frozen.unembed(hidden[valid])
         if latent is not None:
@@ -124,14 +124,14 @@ class TrainableBlock(TrainableNet):
 
     # -------------------------------------------------------------------------------------------- parts
 
-    def _places(self, anchors: Tensor) -> Tensor:
-        """Where the target's distribution of each draft stands: draft k follows the token at anchor + k. int64 [A, K]"""
+    def _positions(self, anchors: Tensor) -> Tensor:
+        """Position of the target's distribution of each draft: draft k follows the token at anchor + k. int64 [A, K]"""
         return anchors[:, None] + torch.arange(self.design.drafts)
 
     def _valid(self, texts: TokenBatch, anchors: Tensor) -> Tensor:
         """Drafts whose token, and all before it in the block, are the answer's. bool [A, K]"""
-        following = self._places(anchors) + 1
-        ends = texts.offsets[torch.searchsorted(texts.offsets, anchors, right=True)]
+        following = self._positions(anchors) + 1
+        ends = texts.ends(anchors)
         inside = following < ends[:, None]
         answer = texts.answers[following.clamp(max=len(texts.tokens) - 1)]
         return (inside & answer).cumprod(1).bool()
@@ -205,7 +205,7 @@ class DSparkTraining:
     mask_token_id: int | None = None
     """Fills the slots behind the anchor; None: the tokenizer's mask token, else an id that no text uses."""
     warm: bool = True
-    """Start from the target's layers behind the last aux_layer, where they fit; else from random weights."""
+    """Start from the target's layers after the last auxiliary one, where shapes fit; else from random weights."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``BlockLoss``."""
 

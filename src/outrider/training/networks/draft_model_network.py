@@ -1,4 +1,4 @@
-"""A smaller causal language model that learns to write as its target does: word-level distillation.
+"""A smaller causal language model, trained by distillation on the target's distribution of every token.
 
 Kim and Rush (EMNLP 2016); for speculative decoding, Zhou et al., DistillSpec (ICLR 2024): on the target's own answers.
 
@@ -52,7 +52,7 @@ class DraftModelTraining:
 
 
 class TrainableModel(nn.Module):
-    """See ``outrider.training.networks.batch.TrainableDrafter``. It reads no features: its own embedding and layers see the text."""
+    """See ``outrider.training.networks.batch.TrainableDrafter``. It reads tokens only, no features."""
 
     aux_layers: tuple[int, ...] = ()
 
@@ -71,7 +71,7 @@ class TrainableModel(nn.Module):
         return self.model
 
     def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
-        """Every place that an answer's token follows."""
+        """Every position that an answer's token follows."""
         ends = torch.zeros(len(texts.tokens), dtype=torch.bool)
         ends[texts.offsets[1:] - 1] = True
         following = texts.answers.roll(-1) & ~ends
@@ -88,8 +88,8 @@ class TrainableModel(nn.Module):
         states = self.model.model(input_ids=tokens, attention_mask=inside.long()).last_hidden_state[inside]
         logits = self.model.lm_head(states[rows])
         distribution = batch.logits.float().softmax(-1)
-        places = torch.arange(len(rows))
-        hard, variation, soft = divergence(logits, distribution, places, texts.tokens[rows + 1])
+        index = torch.arange(len(rows))
+        hard, variation, soft = divergence(logits, distribution, index, texts.tokens[rows + 1])
         terms = {"soft_cross_entropy": soft, "cross_entropy": hard, "total_variation": variation}
         total = torch.stack([getattr(self.weights, name) * term.sum() for name, term in terms.items()]).sum()
         shown = {name: term.detach().sum() for name, term in terms.items()}

@@ -1,4 +1,4 @@
-"""What a drafter in training takes from its target and never changes, and the way from a checkpoint and back.
+"""The target's embedding and head for a drafter in training, which stay frozen; weights from a checkpoint and back.
 
 n rows, D width, V target vocabulary, Vd draft vocabulary.
 """
@@ -17,12 +17,12 @@ from outrider.types import TargetModel
 
 __all__ = ["Frozen"]
 
-PROBE = 2.0**-6  # small enough for a soft cap to be straight, and a power of two so that nothing is rounded
+PROBE = 2.0**-6  # small enough for a soft cap to be linear, and a power of two so that nothing is rounded
 CHUNK = 256
 
 
 class Frozen:
-    """Embedding, head and vocabulary. No parameters: neither optimiser nor checkpoint of the run sees them."""
+    """Embedding, head and vocabulary, which are no parameters: the optimiser and the run's state do not hold them."""
 
     def __init__(self, checkpoint: DraftCheckpoint, target: TargetModel) -> None:
         self._given, self._target = checkpoint, target
@@ -73,16 +73,17 @@ class Frozen:
     # -------------------------------------------------------------------------------------------- weights
 
     def fill(self, module: nn.Module) -> None:
-        """Take over the weights that the checkpoint has; a fresh one has none."""
+        """Copy the checkpoint's weights into the module; a new checkpoint has none."""
         tensors = self._given.tensors
-        if "fc.weight" not in tensors:
+        parameters = {_neutral(name): parameter for name, parameter in module.named_parameters()}
+        if not parameters.keys() & tensors.keys():
             return
         with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(tensors[_neutral(name)])
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
 
     def checkpoint(self, module: nn.Module) -> DraftCheckpoint:
-        """The module's weights in place of the given checkpoint's; its frozen tensors stay."""
+        """The module's weights instead of the given checkpoint's; its frozen tensors stay."""
         learnt = {_neutral(name): _whole(parameter) for name, parameter in module.named_parameters()}
         return replace(self._given, tensors={**self._given.tensors, **learnt})
 

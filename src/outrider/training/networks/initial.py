@@ -1,4 +1,4 @@
-"""A drafter that has not learnt anything yet: its shape follows from the target's config."""
+"""A new, untrained drafter: its shape follows from the target's config."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from outrider import registry
-from outrider.checkpoints import DraftCheckpoint, TargetFacts
-from outrider.checkpoints.checkpoint import Design
+from outrider.checkpoints import Design, DraftCheckpoint, TargetFacts
 from outrider.config import build
 from outrider.errors import InvalidRequest, nearest
+from outrider.models.locations import public_name
 from outrider.types import TargetSpec
 
 __all__ = ["draft_decoder", "mask_token", "new_checkpoint", "spread_aux_layers", "training_of"]
@@ -20,7 +20,7 @@ COPIED = ("rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "max_
 def draft_decoder(
     config: Mapping[str, Any], spec: TargetSpec, *, layers: int, intermediate: int | None
 ) -> dict[str, Any]:
-    """Hugging Face config of the drafter's layers: Qwen3's, in the target's width, as the peers' drafters have it.
+    """Hugging Face config of the drafter's layers: Qwen3's, in the target's width, as in other libraries.
 
     ``config`` is the target's. Raises InvalidRequest.
     """
@@ -52,12 +52,17 @@ def draft_decoder(
 def new_checkpoint(
     design: Design, decoder: dict[str, Any], spec: TargetSpec, target_layers: tuple[int, ...] | None, aux_layers: int
 ) -> DraftCheckpoint:
-    """No tensors: embedding and head are the target's, the rest is drawn at random when training starts."""
+    """Without tensors: embedding and head are the target's, the rest is initialised when training starts.
+
+    ``target_layers`` it reads, None: ``aux_layers`` of them, evenly spread.
+    """
     return DraftCheckpoint(
         design=design,
         decoder=decoder,
-        target_layers=target_layers or spread_aux_layers(spec.num_layers, aux_layers),
-        target=TargetFacts(hidden_size=spec.hidden_size, num_layers=spec.num_layers, name=spec.name or None),
+        target_layers=spread_aux_layers(spec.num_layers, aux_layers) if target_layers is None else target_layers,
+        target=TargetFacts(
+            hidden_size=spec.hidden_size, num_layers=spec.num_layers, name=public_name(spec.name) if spec.name else None
+        ),
         draft_vocab_size=spec.vocab_size,
         format="fresh",
     )
@@ -89,8 +94,10 @@ def mask_token(given: int | None, spec: TargetSpec, tokens: Mapping[str, int]) -
 
 
 def training_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:
-    """How a new drafter of a kind starts (the catalogue of trainers), with the options of a run's ``drafter``; ``where``
-    begins messages. Raises InvalidRequest."""
+    """The trainer of a kind of drafter, with the options of a run's ``drafter``. Errors begin with ``where``.
+
+    Raises InvalidRequest.
+    """
     registry.find("drafter", kind)  # an unknown name has an error of its own
     trained = registry.names("trainer")
     if kind not in trained:

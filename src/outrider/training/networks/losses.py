@@ -1,6 +1,7 @@
-"""How far a drafter's distribution is from the target's, row by row, with gradients.
+"""Distances between a drafter's distribution and the target's, row by row, with gradients.
 
-n rows of logits, R distributions, V vocabulary (the drafter's), p the target's distribution, q = softmax(logits) the drafter's.
+n rows of logits, R distributions, V vocabulary (the drafter's), p the target's distribution, q = softmax(logits) the
+drafter's.
 """
 
 from __future__ import annotations
@@ -25,50 +26,50 @@ class Divergence(NamedTuple):
     soft_cross_entropy: Tensor  # -sum p log q: KL(p || q) up to p's own entropy
 
 
-def divergence(logits: Tensor, distributions: Tensor, places: Tensor, tokens: Tensor) -> Divergence:
-    """Three measures of one softmax, fused: what they need for their gradients is p and q, nothing else is kept.
+def divergence(logits: Tensor, distributions: Tensor, index: Tensor, tokens: Tensor) -> Divergence:
+    """Three measures from one softmax; only p and q are kept for their gradients.
 
     DSpark's terms (paper, equations 9 and 10) and the one of EAGLE-3 (arXiv 2503.01840, section 3.2).
-    logits [n, V] with a gradient; distributions [R, V] probabilities without one, whose sum may be below 1 where the drafter
-    knows only some of the tokens; places int64 [n]: the row of ``distributions`` each is held against; tokens int64 [n], -1
-    where the token is none of the drafter's (its term is 0).
+    logits [n, V] with a gradient; distributions [R, V] probabilities without one, whose sum may be below 1 for a
+    reduced draft vocabulary; index int64 [n]: the row of ``distributions`` each is compared with; tokens int64 [n], -1
+    where the token is not in the draft vocabulary (its term is 0).
     """
-    return Divergence(*_Divergence.apply(logits, distributions, places, tokens))  # type: ignore[no-untyped-call]
+    return Divergence(*_Divergence.apply(logits, distributions, index, tokens))  # type: ignore[no-untyped-call]
 
 
 class _Divergence(torch.autograd.Function):
     """d/dlogits of the three: q - 1[token], q * (s - s.q) with s = sign(q - p), and q * sum(p) - p.
 
-    On a CPU rows are done a few at a time, so that what one operation writes the next still finds in the cache.
+    On a CPU rows are processed a few at a time, so that intermediate results stay in the processor's cache.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, distributions: Tensor, places: Tensor, tokens: Tensor
+        ctx: Any, logits: Tensor, distributions: Tensor, index: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = len(logits)
         q = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         hard, variation, soft = (q.new_empty(count) for _ in range(3))
         for rows in _parts(logits):
-            p, wide = distributions[places[rows]], logits[rows].float()
+            p, wide = distributions[index[rows]], logits[rows].float()
             log_q = torch.sub(wide, wide.logsumexp(-1, keepdim=True), out=q[rows])
             hard[rows] = log_q.gather(1, tokens[rows].clamp(min=0)[:, None])[:, 0].neg_()
             soft[rows] = torch.linalg.vecdot(p, log_q).neg_()
             missing = (1 - p.sum(-1)).clamp_(min=0)  # mass on tokens that cannot be drafted
             variation[rows] = p.sub_(log_q.exp_()).abs_().sum(-1).add_(missing)
-        ctx.save_for_backward(q, distributions, places, tokens)
+        ctx.save_for_backward(q, distributions, index, tokens)
         ctx.dtype = logits.dtype
         return torch.where(tokens >= 0, hard, 0), variation, soft
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, hard: Tensor, variation: Tensor, soft: Tensor) -> tuple[Tensor, None, None, None]:
-        saved, distributions, places, tokens = ctx.saved_tensors
+        saved, distributions, index, tokens = ctx.saved_tensors
         gradient = torch.empty(saved.shape, dtype=ctx.dtype, device=saved.device)
         hard = torch.where(tokens >= 0, hard, 0)[:, None]
         softly = bool(soft.any())
         for rows in _parts(saved):
-            q, p, slope = saved[rows], distributions[places[rows]], variation[rows, None]
+            q, p, slope = saved[rows], distributions[index[rows]], variation[rows, None]
             part = torch.sign(q - p)
             common = hard[rows] - slope * torch.linalg.vecdot(part, q)[:, None]
             if softly:
@@ -90,9 +91,9 @@ def negative_log_acceptance(variation: Tensor) -> Tensor:
     return -torch.log((1 - variation / 2).clamp(min=SMALLEST))
 
 
-def position_weights(places: int, gamma: float | None) -> Tensor:
-    """Weight of each place of a block, exp(-k / gamma) for k = 0, 1, ... (DSpark, equation 12); None: all the same.
+def position_weights(positions: int, gamma: float | None) -> Tensor:
+    """Weight of each position of a block, exp(-k / gamma) for k = 0, 1, ... (DSpark, equation 12); None: all the same.
 
-    Early places matter more: a draft counts only when all before it were accepted. float32 [places]
+    Early drafts matter more: one counts only when all before it were accepted. float32 [positions]
     """
-    return torch.ones(places) if gamma is None else torch.exp(-torch.arange(places) / gamma)
+    return torch.ones(positions) if gamma is None else torch.exp(-torch.arange(positions) / gamma)

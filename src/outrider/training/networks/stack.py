@@ -28,7 +28,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Attention(Protocol):
-    """Who attends to whom is the drafter's affair: one function a pass."""
+    """A drafter's attention with its own mask: one function for each pass."""
 
     def __call__(self, layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[T, H, Dh], [T, Hkv, Dh], [T, Hkv, Dh] -> [T, H, Dh]"""
@@ -123,7 +123,7 @@ class LearnedStack(nn.Module):
 
 
 def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
-    """A matrix drawn as the peers' drafters are, its bias zero."""
+    """A matrix with normal entries of standard deviation INITIAL, its bias zero."""
     made = nn.Linear(inputs, outputs, bias=bias)
     nn.init.normal_(made.weight, std=INITIAL)
     if bias:

@@ -1,8 +1,8 @@
-"""A head start: a drafter's layers begin as the target's last ones, which already know how to read the aux_layer in front.
+"""Warm start: a drafter's layers begin as the target's layers after the last auxiliary one.
 
-With fc passing that aux_layer through, the context's keys and values are the target's own at the first step; what is left to
-learn is to do without the text in between. On the embedded pair, step 60 of DSpark then stands where a random start
-stands at about step 100.
+With fc passing that layer's features through, the context's keys and values are the target's own at the first step.
+What is left to train is drafting without the tokens in between. On the embedded pair, step 60 of DSpark then has the
+loss that a random start has at about step 100.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def start_warm(net: TrainableNet, context_norm: Norm | None, target: Layers) -> 
     """Fill the net's layers, its fc and the norm that stands for the first layer's, where there is one, from the
     target's layers, wherever shapes agree: its last ones, if the drafter reads the layer in front of them.
 
-    Targets with other norms than a Llama's are left alone: their layers mean something else here.
+    Targets with other norms than a Llama's are not copied: their layers compute something else.
     """
     config, weights = target
     stack, fc, aux_layers = net.stack, net.fc.weight, net.aux_layers
     width, count = fc.shape[0], len(config.layers)
     if config.sandwich_norms or config.norm_offset or width != config.hidden_size:
         return
-    read = max((aux_layer for aux_layer in aux_layers if aux_layer < count - len(stack.layers)), default=aux_layers[0])
+    read = max((layer for layer in aux_layers if layer < count - len(stack.layers)), default=aux_layers[0])
     with torch.no_grad():
         for layer in range(len(stack.layers)):
             for name, parameter in stack.layers[layer].named_parameters():
@@ -43,15 +43,14 @@ def start_warm(net: TrainableNet, context_norm: Norm | None, target: Layers) -> 
         _copy(stack.norm.weight, weights["norm.weight"])
         if context_norm is not None:
             _copy(context_norm.weight, weights[f"layers.{read + 1}.input_norm.weight"])
-        place = (
-            fc.shape[1] // width - len(aux_layers) + aux_layers.index(read)
-        )  # a module's matrix has the embedding in front
+        # A multi-token-prediction module's matrix has the embedding's columns first.
+        block = fc.shape[1] // width - len(aux_layers) + aux_layers.index(read)
         fc.zero_()
-        fc[:, place * width : (place + 1) * width] = torch.eye(width)
+        fc[:, block * width : (block + 1) * width] = torch.eye(width)
 
 
 def _copy(parameter: Tensor, weight: Tensor) -> None:
-    """EAGLE-3's first layer is twice as wide: what the target knows is its second half, the state's."""
+    """EAGLE-3's first layer is twice as wide: the target's weights fill the second half, the hidden state's."""
     if parameter.shape == weight.shape:
         parameter.copy_(weight)
     elif parameter.ndim == 2 and tuple(parameter.shape) == (weight.shape[0], 2 * weight.shape[1]):

@@ -1,16 +1,16 @@
-"""What tells best whether a draft will be accepted? Signals recorded in real rounds, their quality, and what they earn.
+"""Which signal predicts acceptance best? Signals recorded in real rounds, their quality, and the speed they would give.
 
     head          the trained confidence head
-    margin        q1 / (q1 + q2) of the draft distribution's two likeliest tokens: the sigmoid of their logits' difference
-    entropy       exp(-H) of the draft distribution: 1 over the number of tokens it hesitates between
-    ngram         how predictable the text is by itself: share of the most frequent token that followed the longest
-                  earlier occurrence of its end, times Laplace's (m + 1) / (m + 2) for an occurrence of m tokens
-    ngram-token   the same of the token that was drafted. It sees that token, so no scheduler may use it under
-                  rejection sampling (a token would be kept for being likely); it shows what that rule costs
-    oracle        sum_x min(p(x), q(x)): the very probability of acceptance, which takes the target's own distribution
+    margin        q1 / (q1 + q2) of the drafter's two likeliest tokens: the sigmoid of their logits' difference
+    entropy       exp(-H) of the drafter's distribution: 1 / its effective number of tokens
+    ngram         statistics of the text: share of the most frequent token after the longest earlier occurrence of the
+                  text's end, times Laplace's (m + 1) / (m + 2) for an occurrence of m tokens
+    ngram-token   the same for the drafted token. It depends on that token, so no scheduler may use it under rejection
+                  sampling (likely tokens would be kept more often); it shows what this restriction costs
+    oracle        sum_x min(p(x), q(x)): the exact probability of acceptance, which needs the target's distribution
 
-Selection: what is said of position j is said given that the drafts before it were accepted. So confidences are measured
-over the rounds that came to position j, and their products (survivals) over all rounds that verified it.
+A confidence at position j is conditional on the acceptance of the drafts before j. So confidences are measured over the
+rounds that reached position j, and their products (survivals) over all rounds that verified it.
 
 n rounds, K positions, V vocabulary.
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
-from outrider.evaluation.recording import Question, Recorder, ask
+from outrider.evaluation.recording import EvalPrompt, Recorder, answer, recorded
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Scaling
 from outrider.scheduling.online_correction import OnlineCorrection
@@ -42,6 +42,7 @@ from outrider.types import (
     Rng,
     SchedulerPolicy,
     StepCost,
+    StepRecord,
     StepView,
     TargetOutput,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Costs",
     "Recording",
     "best_threshold",
+    "clocked",
     "differences",
     "measure_costs",
     "overlap",
@@ -69,9 +71,9 @@ __all__ = [
 
 SIGNALS = ("head", "margin", "entropy", "ngram", "ngram-token", "oracle")
 REALISED = ("head", "margin", "entropy", "ngram")
-"""Signals that a scheduler can really be given: none knows the drafted token or the target's distribution."""
+"""Signals that a scheduler may use: none depends on the drafted token or the target's distribution."""
 TREATMENTS = ("raw", "STS", "online")
-LONGEST = 32  # tokens of an earlier occurrence that count
+LONGEST = 32  # longest occurrence that is searched, in tokens
 THRESHOLDS = tuple(k / 20 for k in range(20))
 DRAWS = 200  # of the bootstrap
 Floats = NDArray[np.float64]
@@ -81,8 +83,8 @@ Floats = NDArray[np.float64]
 
 
 def continuations(tokens: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
-    """Length of the longest end of the text that occurred before (at most LONGEST; 0: its last token is new), and what
-    followed each of those occurrences. int64 [n], n > 1"""
+    """Length of the longest suffix of the text that occurred before (at most LONGEST; 0: its last token is new), and
+    the token after each of those occurrences. int64 [n], n > 1"""
     last = len(tokens) - 1
     ends, length = np.arange(last), 0
     while length < LONGEST:
@@ -125,24 +127,25 @@ def overlap(p: Tensor, q: Tensor) -> list[float]:
     return found
 
 
-def law_of(proposal: Proposal) -> Tensor:
-    """Probabilities of the first row's drafts, by the columns they are kept in, [K, S]."""
-    assert proposal.distribution is not None, "a draft that was not sampled has no distribution to read a signal off"
-    return proposal.distribution.columns(torch.arange(proposal.tokens.shape[1]))[0].float()  # type: ignore[attr-defined]
+def probabilities_of(proposal: Proposal) -> Tensor:
+    """Probabilities of the first row's drafts over their stored columns, [K, S]."""
+    assert proposal.distribution is not None, "only sampled drafts have a distribution"
+    positions = torch.arange(proposal.tokens.shape[1])
+    return proposal.distribution.columns(positions)[0].float()  # type: ignore[attr-defined]
 
 
 def signals_of(
     proposal: Proposal, history: Sequence[int], names: Sequence[str] = SIGNALS[:-1]
 ) -> dict[str, list[float]]:
-    """All but the oracle, for the first row's drafts."""
+    """All signals but the oracle, for the first row's drafts."""
     drafts = proposal.tokens[0, : int(proposal.lengths[0])].tolist()
     found: dict[str, list[float]] = {}
     if "head" in names and proposal.confidence is not None:
         found["head"] = proposal.confidence[0, : len(drafts)].tolist()
     if "margin" in names:
-        found["margin"] = margin_signal(law_of(proposal))[: len(drafts)]
+        found["margin"] = margin_signal(probabilities_of(proposal))[: len(drafts)]
     if "entropy" in names:
-        found["entropy"] = entropy_signal(law_of(proposal))[: len(drafts)]
+        found["entropy"] = entropy_signal(probabilities_of(proposal))[: len(drafts)]
     if "ngram" in names or "ngram-token" in names:
         found["ngram"], found["ngram-token"] = ngram_signals(history, drafts)
     return {name: found[name] for name in names if name in found}
@@ -152,7 +155,7 @@ def signals_of(
 
 
 class Wrapped:
-    """A drafter that drafts what another one does."""
+    """A drafter that forwards to another one."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter, self.aux_layers, self.block = drafter, drafter.aux_layers, drafter.block
@@ -170,19 +173,19 @@ class Wrapped:
         self.drafter.close(slot)
 
 
-class Listener(Wrapped):
-    """Keeps the last proposal, and what its signals say."""
+class SignalRecorder(Wrapped):
+    """Keeps the last proposal and its signals."""
 
-    heard: tuple[Proposal, dict[str, list[float]]] | None = None
+    last: tuple[Proposal, dict[str, list[float]]] | None = None
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         proposal = super().propose(slots, last, context, limit, rng)
-        self.heard = (proposal, signals_of(proposal, context.history[0])) if int(proposal.lengths[0]) else None
+        self.last = (proposal, signals_of(proposal, context.history[0])) if int(proposal.lengths[0]) else None
         return proposal
 
 
 class Signalled(Wrapped):
-    """Has one signal for its confidence, as it is or scaled."""
+    """Returns one signal as its confidence, raw or scaled."""
 
     def __init__(self, drafter: Drafter, signal: str, scaling: Scaling | None) -> None:
         super().__init__(drafter)
@@ -200,8 +203,13 @@ class Signalled(Wrapped):
         return Proposal(proposal.tokens, proposal.lengths, proposal.distribution, confidence)
 
 
-class Overheard:
-    """A target whose last logits can be read again."""
+def has_round(record: StepRecord) -> bool:
+    """Whether a step has a row that is past its prompt."""
+    return any(not row.first for row in record.rows)
+
+
+class LogitsRecorder:
+    """A target that keeps its last logits."""
 
     logits: Tensor
 
@@ -217,22 +225,19 @@ class Overheard:
         return output
 
 
-class Witness(Recorder):
-    """Keeps the signals of every round, in the order of the rounds."""
+class RoundRecorder(Recorder):
+    """Keeps the signals of every round, in order."""
 
-    def __init__(self, policy: SchedulerPolicy, listener: Listener, target: Overheard) -> None:
-        super().__init__(policy)
-        self._listener, self._target = listener, target
+    def __init__(self, signal_recorder: SignalRecorder, target: LogitsRecorder) -> None:
+        super().__init__()
+        self._signal_recorder, self._target = signal_recorder, target
         self.signals: list[dict[str, list[float]]] = []
 
-    def plan(self, step: StepView) -> Sequence[int]:
-        self._listener.heard = None
-        return super().plan(step)
-
-    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        if self._ready:
-            self.signals.append({} if self._listener.heard is None else self._complete(*self._listener.heard))
-        super().observe(cost, accepted)
+    def step(self, record: StepRecord) -> None:
+        last, self._signal_recorder.last = self._signal_recorder.last, None
+        if has_round(record):
+            self.signals.append({} if last is None else self._complete(*last))
+        super().step(record)
 
     def _complete(self, proposal: Proposal, signals: dict[str, list[float]]) -> dict[str, list[float]]:
         count = int(proposal.lengths[0])
@@ -243,7 +248,7 @@ class Witness(Recorder):
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """Rounds at temperature 1 with all drafts verified, in the order in which they were decoded."""
+    """Rounds at temperature 1 with all drafts verified, in the order of decoding."""
 
     signals: dict[str, Floats]  # [n, K] each; NaN past a round's drafts
     verified: NDArray[np.int64]  # [n]
@@ -251,10 +256,10 @@ class Recording:
     committed: NDArray[np.int64]  # [n]
     prompt: NDArray[np.int64]  # [n]   number of the prompt
     domain: NDArray[np.int64]  # [n]
-    fitting: NDArray[np.bool_]  # [n]  of a prompt to fit on; the others are measured on
+    fitting: NDArray[np.bool_]  # [n]  whether the prompt is for fitting; the others are for measuring
 
     def only(self, rows: NDArray[Any]) -> Recording:
-        """Some of the rounds, by mask or index."""
+        """A subset of the rounds, by mask or index."""
         signals = {name: values[rows] for name, values in self.signals.items()}
         rest = (self.verified, self.accepted, self.committed, self.prompt, self.domain, self.fitting)
         return Recording(signals, *(values[rows] for values in rest))
@@ -262,24 +267,25 @@ class Recording:
 
 def record(
     llm: LLM,
-    questions: Sequence[tuple[Question, bool]],
+    questions: Sequence[tuple[EvalPrompt, bool]],
     params: SamplingParams,
     tell: Callable[[float], None] = lambda share: None,
 ) -> Recording:
-    """Answer each question, which is one to fit on or not, under ``params`` with seeds of its own. ``llm`` must be new,
-    and its drafter one that samples its drafts; the confidences of its checkpoint's calibration are left out."""
+    """Answer each question (with whether it is for fitting) under ``params``, each with its own seed. ``llm`` must be
+    new, and its drafter must sample its drafts; the checkpoint's calibration is not applied."""
     drop_calibration(llm.drafter)
-    llm.drafter = listener = Listener(llm.drafter)
-    llm.target = overheard = Overheard(llm.target)  # type: ignore[assignment]
-    llm.policy = witness = Witness(llm.policy, listener, overheard)
-    places = {domain: number for number, domain in enumerate(dict.fromkeys(q.domain for q, _ in questions))}
+    llm.drafter = signal_recorder = SignalRecorder(llm.drafter)
+    llm.target = logits_recorder = LogitsRecorder(llm.target)  # type: ignore[assignment]
+    round_recorder = RoundRecorder(signal_recorder, logits_recorder)
+    llm.observers.append(round_recorder)
+    domains = {domain: number for number, domain in enumerate(dict.fromkeys(q.domain for q, _ in questions))}
     rows: list[tuple[dict[str, list[float]], tuple[int, ...], bool]] = []
     for number, (question, fitting) in enumerate(questions):
-        witness.signals.clear()
-        answer = ask(llm, witness, question.prompt, with_seed(params, number))
-        for signals, one in zip(witness.signals, answer.rounds, strict=False):  # those that count come first
+        round_recorder.signals.clear()
+        found = answer(llm, round_recorder, question.prompt, with_seed(params, number))
+        for signals, one in zip(round_recorder.signals, found.rounds, strict=False):  # counted rounds come first
             if one.verified:
-                facts = one.verified, one.accepted, one.committed, number, places[question.domain]
+                facts = one.verified, one.accepted, one.committed, number, domains[question.domain]
                 rows.append((signals, facts, fitting))
         tell((number + 1) / len(questions))
     width = max((facts[0] for _, facts, _ in rows), default=0)
@@ -300,7 +306,7 @@ def with_seed(params: SamplingParams, number: int) -> SamplingParams:
 
 
 def drop_calibration(drafter: Any) -> None:
-    """What the checkpoint's file says of its confidences is not what is to be measured."""
+    """Remove a checkpoint's calibration, so that raw confidences are measured."""
     if hasattr(drafter, "calibration"):
         drafter.calibration = None
 
@@ -311,8 +317,8 @@ def drop_calibration(drafter: Any) -> None:
 def treated(recording: Recording, name: str, treatment: str) -> tuple[Floats, Scaling | None]:
     """A signal as probabilities [n, K], and the scaling that made them so.
 
-    ``STS`` is fitted on the prompts to fit on (with a shift where a temperature alone leaves more than 1 % of error);
-    ``online`` runs through all rounds in order, and says each before it learns from it.
+    ``STS`` is fitted on the prompts for fitting (with a shift where a temperature alone leaves more than 1 % of error);
+    ``online`` processes all rounds in order, and predicts each before it is updated with it.
     """
     values = recording.signals[name]
     if treatment == "raw":
@@ -324,9 +330,9 @@ def treated(recording: Recording, name: str, treatment: str) -> tuple[Floats, Sc
         return scaling.apply(calibration.logits_of(torch.from_numpy(values))).numpy(), scaling
     correction, found = OnlineCorrection(), np.full_like(values, np.nan)
     for row, (verified, accepted) in enumerate(zip(recording.verified, recording.accepted, strict=True)):
-        said = values[row, :verified].tolist()
-        found[row, :verified] = correction.adjust(said)
-        correction = correction.update(said, int(verified), int(accepted))
+        predicted = values[row, :verified].tolist()
+        found[row, :verified] = correction.adjust(predicted)
+        correction = correction.update(predicted, int(verified), int(accepted))
     return found, None
 
 
@@ -334,7 +340,7 @@ def treated(recording: Recording, name: str, treatment: str) -> tuple[Floats, Sc
 
 
 def reached(recording: Recording) -> NDArray[np.bool_]:
-    """Places whose draft was verified and whose forerunners were all accepted, [n, K]."""
+    """Positions whose draft was verified and whose earlier drafts were all accepted, [n, K]."""
     width = next(iter(recording.signals.values())).shape[1]
     place = np.arange(width)
     found: NDArray[np.bool_] = (place < recording.verified[:, None]) & (place <= recording.accepted[:, None])
@@ -360,15 +366,15 @@ def _areas(confidence: Floats, verified: NDArray[Any], accepted: NDArray[Any]) -
 
 
 def _errors(confidence: Floats, verified: NDArray[Any], accepted: NDArray[Any]) -> dict[str, list[float]]:
-    """Calibration errors, each with what true probabilities would show over as many outcomes."""
+    """Calibration errors, each with the error that exact probabilities would show over as many outcomes."""
     place = np.arange(confidence.shape[1])
     outcome = accepted[:, None] > place
     offered = verified[:, None] > place
     came = offered & (accepted[:, None] >= place)
     found = {}
     for name, values, where in (("ece", confidence, came), ("survival_ece", np.cumprod(confidence, 1), offered)):
-        said, true = torch.from_numpy(values[where]), torch.from_numpy(outcome[where])
-        found[name] = [calibration.calibration_error(said, true), calibration.error_of_chance(said)]
+        predicted, outcomes = torch.from_numpy(values[where]), torch.from_numpy(outcome[where])
+        found[name] = [calibration.calibration_error(predicted, outcomes), calibration.error_of_chance(predicted)]
     return found
 
 
@@ -377,11 +383,11 @@ def _auc(values: Floats, outcomes: NDArray[np.bool_]) -> float:
 
 
 def qualities(recording: Recording, draws: int = DRAWS) -> list[dict[str, Any]]:
-    """Each signal under each treatment on the prompts that nothing was fitted on.
+    """Each signal under each treatment on the prompts for measuring.
 
     ``auc`` of confidences where they were reached (``auc_first``: at the first position, which every round reaches;
-    ``auc_within``: the mean over positions of the area at each) and ``survival_auc``, with 95 % intervals from drawing
-    prompts again; ``ece`` and ``survival_ece`` over 15 bins of equal mass, with the error that chance explains.
+    ``auc_within``: the mean over positions of the area at each) and ``survival_auc``, with 95 % intervals from
+    resampling prompts; ``ece`` and ``survival_ece`` over 15 bins of equal mass, with the error that chance explains.
     """
     measured = recording.only(~recording.fitting)
     picks = resamples(measured, draws)
@@ -398,7 +404,7 @@ def qualities(recording: Recording, draws: int = DRAWS) -> list[dict[str, Any]]:
 
 
 def differences(recording: Recording, against: str = "head", draws: int = DRAWS) -> list[dict[str, Any]]:
-    """How much larger each raw signal's area under the curve is than that of ``against``, on the same prompts."""
+    """Area under the curve of each raw signal minus that of ``against``, on the same prompts."""
     measured = recording.only(~recording.fitting)
     if against not in measured.signals:
         return []
@@ -426,7 +432,7 @@ def differences(recording: Recording, against: str = "head", draws: int = DRAWS)
 
 
 def resamples(recording: Recording, draws: int, seed: int = 0) -> list[NDArray[np.int64]]:
-    """Rounds of prompts that were drawn again within their domain; a prompt's rounds stay together."""
+    """Resamples of prompts within their domain, as round indices; a prompt's rounds stay together."""
     generator = np.random.default_rng(seed)
     of_prompt = {int(p): np.flatnonzero(recording.prompt == p) for p in np.unique(recording.prompt)}
     domains = [np.unique(recording.prompt[recording.domain == d]) for d in np.unique(recording.domain)]
@@ -440,7 +446,7 @@ def interval(values: Sequence[float]) -> list[float]:
     return [float(x) for x in np.nanquantile(values, [0.025, 0.975])]
 
 
-# ------------------------------------------------------------------------------------------------ what it earns
+# ------------------------------------------------------------------------------------------------ scheduling
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,40 +455,57 @@ class Costs:
 
     draft: float
     bookkeeping: float
-    verify: tuple[float, ...]  # of 1, 2, ... tokens: the row's own and its drafts
+    verify: tuple[float, ...]  # of 1, 2, ... tokens: the last token and its drafts
     plain: float
 
 
 class Clock(Recorder):
-    """Keeps what rounds cost; with ``vary`` it verifies 0, 1, ..., K drafts in turns, whatever they are."""
+    """Keeps the cost of rounds."""
 
-    def __init__(self, policy: SchedulerPolicy, vary: bool = False) -> None:
-        super().__init__(policy)
+    def __init__(self) -> None:
+        super().__init__()
         self.costs: list[StepCost] = []
-        self._vary, self._turn = vary, 0
+
+    def step(self, record: StepRecord) -> None:
+        if has_round(record):
+            self.costs.append(record.cost)
+        super().step(record)
+
+
+def clocked(llm: LLM) -> Clock:
+    """Add a clock to an LLM that has not answered yet."""
+    clock = Clock()
+    llm.observers.append(clock)
+    return clock
+
+
+class VaryingPolicy:
+    """Verifies 0, 1, ..., K drafts in turns, whatever their confidences."""
+
+    def __init__(self, policy: SchedulerPolicy) -> None:
+        self._policy, self._turn = policy, 0
+
+    def plan(self, step: StepView) -> Sequence[int]:
+        return self._policy.plan(step)
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        if self._vary:
-            self._turn += 1
-            lengths = lengths.minimum(torch.full_like(lengths, self._turn % (int(lengths.max()) + 1)))
-        return super().choose(None, lengths)
+        self._turn += 1
+        return lengths.minimum(torch.full_like(lengths, self._turn % (int(lengths.max()) + 1)))
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        if self._ready:
-            self.costs.append(cost)
-        super().observe(cost, accepted)
+        self._policy.observe(cost, accepted)
 
 
-def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: SamplingParams) -> Costs:
+def measure_costs(plain: LLM, llm: LLM, questions: Sequence[EvalPrompt], params: SamplingParams) -> Costs:
     """Of two new LLMs, one without a drafter, in turns on the same prompts."""
-    clocks = Clock(plain.policy), Clock(llm.policy, vary=True)
-    plain.policy, llm.policy = clocks
+    llm.policy = VaryingPolicy(llm.policy)
+    clocks = clocked(plain), clocked(llm)
     for turn in range(2):  # the first only warms up
         for clock in clocks:
             clock.costs.clear()
         for number, question in enumerate(questions if turn else questions[:1]):
             for one, clock in zip((plain, llm), clocks, strict=True):
-                ask(one, clock, question.prompt, with_seed(params, number))
+                answer(one, clock, question.prompt, with_seed(params, number))
     steps, rounds = clocks[0].costs, [cost for cost in clocks[1].costs if cost.draft > 0]
     by_tokens: dict[int, list[float]] = {}
     for cost in rounds:
@@ -497,9 +520,9 @@ def measure_costs(plain: LLM, llm: LLM, questions: Sequence[Question], params: S
 
 
 def simulate(recording: Recording, confidence: Floats, threshold: float, costs: Costs) -> dict[str, float]:
-    """The recorded rounds, cut at the first confidence under a threshold, at measured costs.
+    """The recorded rounds, truncated at the first confidence under a threshold, with measured costs.
 
-    An approximation: cut short, decoding would have gone on from other places than the recorded ones. A round's end
+    An approximation: truncated rounds would have continued at other positions than the recorded ones. A round's end
     by the end of its text is kept where it is not cut off.
     """
     place = np.arange(confidence.shape[1])
@@ -537,7 +560,7 @@ def best_threshold(recording: Recording, confidence: Floats, costs: Costs) -> fl
 
 
 def threshold_for(recording: Recording, confidence: Floats, share: float) -> float:
-    """That which comes nearest to verifying ``share`` of the drafts, on the prompts to fit on."""
+    """The threshold that verifies nearest to ``share`` of the drafts, on the prompts for fitting."""
     own, values = recording.only(recording.fitting), confidence[recording.fitting]
     place = np.arange(values.shape[1])
     offered = place < own.verified[:, None]
@@ -550,14 +573,14 @@ def realise(
     plain: LLM,
     drafter: Drafter,
     choices: Mapping[str, tuple[str, Scaling | None, bool, float] | None],
-    questions: Sequence[Question],
+    questions: Sequence[EvalPrompt],
     params: SamplingParams,
     tell: Callable[[float], None] = lambda share: None,
     draws: int = 2000,
 ) -> list[dict[str, Any]]:
-    """Real decoding under the ``threshold`` policy, all choices and plain decoding in turns on the same prompts.
+    """Decode under the ``threshold`` policy, all choices and plain decoding in turns on the same prompts.
 
-    ``choices`` by label: signal, scaling, whether to follow drift, threshold; None: all drafts verified.
+    ``choices`` by label: signal, scaling, whether to correct online, threshold; None: all drafts verified.
     """
     sides = {"plain": plain.with_drafter("none")}
     drop_calibration(drafter)
@@ -569,16 +592,15 @@ def realise(
         options = {"threshold": threshold, "follow_drift": follow}
         wrapped = Signalled(drafter, signal, scaling)
         sides[label] = plain.with_drafter(wrapped, policy="threshold", policy_options=options)
-    recorders = {label: Recorder(llm.policy) for label, llm in sides.items()}
+    recorders = {label: recorded(llm) for label, llm in sides.items()}
     samples: dict[str, dict[str, list[Sample]]] = {}
     for label, llm in sides.items():
-        llm.policy = recorders[label]
-        ask(llm, recorders[label], questions[0].prompt, params)  # first touches are nobody's speed
+        answer(llm, recorders[label], questions[0].prompt, params)  # warm up; the first call is not timed
     for number, question in enumerate(questions):
         of_domain = samples.setdefault(question.domain, {label: [] for label in sides})
         for label, llm in sides.items():
-            answer = ask(llm, recorders[label], question.prompt, with_seed(params, number))
-            of_domain[label].append(Sample(len(answer.token_ids), answer.seconds, answer.rounds))
+            found = answer(llm, recorders[label], question.prompt, with_seed(params, number))
+            of_domain[label].append(Sample(len(found.token_ids), found.seconds, found.rounds))
         tell((number + 1) / len(questions))
     rows = []
     for label, choice in choices.items():

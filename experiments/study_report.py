@@ -1,7 +1,7 @@
-"""The study's figures as tables and diagrams: what ``study.py report`` writes into a page.
+"""Tables and diagrams of the study, as ``study.py report`` writes them into a page.
 
-A page has a pair of lines for each table, ``<!-- study: NAME -->`` and ``<!-- end: NAME -->``; what stands between them
-is written anew, the prose around is left alone. Diagrams go into a folder beside the page, called like it.
+A page has a pair of lines for each table, ``<!-- study: NAME -->`` and ``<!-- end: NAME -->``; the text between them is
+replaced. Diagrams go into a folder beside the page with the page's name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from support import table
+from shared import table
 
 from outrider.evaluation import plots
 from outrider.files import read_json
@@ -77,7 +77,7 @@ def table1(result: Result) -> str:
 
 
 def variants(*columns: str) -> Callable[[Result], str]:
-    """A table of DSpark's variants, told apart by ``columns``."""
+    """A table of DSpark's variants, distinguished by ``columns``."""
 
     def make(result: Result) -> str:
         domains, lines = domains_of(result["rows"]), []
@@ -266,14 +266,14 @@ def draw(name: str, result: Result, folder: Path) -> Path | None:
 def where(result: Result) -> str:
     """Machine, versions and command."""
     machine, versions = result["machine"], result["versions"]
-    told = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "outrider") if name in versions)
-    return f"{machine['cpu']}, {machine['threads']} threads; {told}.\n\n    {result['command']}"
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "outrider") if name in versions)
+    return f"{machine['cpu']}, {machine['threads']} threads; {shown}.\n\n    {result['command']}"
 
 
 def section(name: str, results: Path, pictures: Path, beside: Path) -> str:
     file = results / f"{name}.json"
     if not file.exists():
-        return f"Not measured yet: `python benchmarks/study.py {name} --answers runs/embedded-answers/regenerate`."
+        return f"Not measured yet: `python experiments/study.py {name} --answers runs/embedded-answers/regenerate`."
     result = read_json(file)
     parts = [TABLES[name](result), where(result)]
     picture = draw(name, result, pictures)

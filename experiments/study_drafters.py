@@ -1,7 +1,7 @@
-"""The study's drafters: what is trained for which table, and training it, in one process or several.
+"""The drafters of the study: which table needs which, and training them, in one process or several.
 
-A drafter is its recipe, with what a table changes in it. Each is trained once, in a folder of its own; an interrupted
-run goes on where it stopped, and one that another process works on is left to it.
+A drafter is a recipe with a table's changes. Each is trained once, in a folder of its own. An interrupted run resumes;
+a run that another process works on is skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support import say
+from shared import say
 
 from outrider.errors import InvalidRequest
 from outrider.files import read_json, write_json
@@ -25,18 +25,18 @@ from outrider.training import run
 RECIPES = Path(__file__).parent.parent / "recipes"
 TRAINED = ("dspark", "dflash", "eagle3", "draft-model")
 DEPTHS, BLOCKS, TEXTS = (1, 2, 5), (4, 8, 12, 16), (375, 1500)
-ASIDE = {"looks", "look_prompts", "look_tokens", "dtype"}  # settings that say nothing of the trained weights
+NO_EFFECT = {"eval_every", "eval_prompts", "eval_tokens", "dtype"}  # settings that do not change what is trained
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A drafter to be trained: a recipe, and what is changed in it."""
+    """A drafter to be trained: a recipe and changes to it."""
 
     recipe: str
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the drafter's options
     suffix: str = ""
     seed: int = 0
-    texts: int | None = None  # of the answers, evenly from all domains; None: all
+    texts: int | None = None  # number of answers, evenly from all domains; None: all
 
     @property
     def name(self) -> str:
@@ -44,21 +44,21 @@ class Trained:
         return "-".join(part for part in [*parts, f"texts{self.texts}" if self.texts else ""] if part)
 
     def config(self, steps: int | None) -> run.Config:
-        """Its recipe's settings; with ``steps`` as many as DSpark's recipe would then make of its own. The draft model
-        has no recipe: DSpark's, with its own loss."""
+        """The recipe's settings. ``steps`` replaces the steps of DSpark's recipe; other kinds are scaled in proportion.
+        The draft model has no recipe of its own and uses DSpark's settings."""
         if self.recipe == "draft-model":
             base = _recipe("dspark") | {"kind": "draft_model", "drafter": {"layers": 1}}
         else:
             base = _recipe(self.recipe)
         options = {**base["drafter"], **self.changes}
         steps = base["steps"] if steps is None else max(1, round(base["steps"] * steps / _recipe("dspark")["steps"]))
-        # One run of a kind is watched while it learns: looks take a fifth of the time.
-        looks = base["looks"] if self.name == self.recipe else 0
-        return run.Config(**{**base, "drafter": options, "steps": steps, "seed": self.seed, "looks": looks})
+        # Only one run of a kind is evaluated during training: evaluations take a fifth of the time.
+        every = max(1, round(base["eval_every"] * steps / base["steps"])) if self.name == self.recipe else 0
+        return run.Config(**{**base, "drafter": options, "steps": steps, "seed": self.seed, "eval_every": every})
 
 
 def _recipe(name: str) -> dict[str, Any]:
-    """What a recipe says of its training run: recipes have the steps that take them equally long."""
+    """A recipe's ``run`` section. The recipes' numbers of steps take equal time."""
     settings: dict[str, Any] = tomllib.loads((RECIPES / f"embedded-{name}.toml").read_text())["run"]
     return settings
 
@@ -74,7 +74,7 @@ BY_DEPTH = [DSPARK if n == LAYERS else Trained("dspark", {"layers": n}, f"layers
 
 
 def _of_block(size: int) -> dict[str, Any]:
-    """As many drafts are learnt from a text whatever the block's size, so that runs take equally long."""
+    """Options of a block size, with as many drafts per text for every size, so that runs take equal time."""
     loss: dict[str, Any] = _recipe("dspark")["drafter"]["loss"]
     drafts = _recipe("dspark")["drafter"]["block_size"] * loss["anchors"]
     return {"block_size": size, "loss": {**loss, "anchors": drafts // size}}
@@ -97,42 +97,42 @@ def needed(table: str, seeds: int, kinds: Sequence[str] = TRAINED) -> list[Train
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where drafters are trained, and from what."""
+    """Data and directories of the training runs."""
 
     answers: Path
     out: Path
     target: str = "embedded"
-    steps: int | None = None  # of DSpark, the others' in proportion; None: as the recipes say
+    steps: int | None = None  # of DSpark; other kinds in proportion. None: the recipes' numbers
     trained: Mapping[str, Path] = field(default_factory=dict)
-    features: Path | None = None  # an artefact of `outrider train features`; None: the target teaches online
+    features: Path | None = None  # an artefact of `outrider train features`; None: the target runs during training
 
     @property
     def held_out(self) -> Path:
         return self.answers / "held_out.jsonl"
 
     def train(self, drafters: Sequence[Trained]) -> None:
-        """Train all that are not there, each in one process of those that do this at the same time."""
+        """Train the missing ones. Several processes may do this at the same time and share the drafters."""
         for drafter in {drafter.name: drafter for drafter in drafters}.values():
             with alone(self.out / "runs" / drafter.name) as mine:
                 if mine:
                     self.checkpoint(drafter)
 
     def checkpoint(self, drafter: Trained) -> Path:
-        """The trained drafter's checkpoint; trains it if it is not there, or not finished."""
+        """The checkpoint of a trained drafter; trains it first if it is missing or unfinished."""
         folder, config = self.out / "runs" / drafter.name, drafter.config(self.steps)
         if drafter.name in self.trained and not (folder / "drafter").exists():
-            _take_over(self.trained[drafter.name], folder, config)
+            _copy_run(self.trained[drafter.name], folder, config)
         if not (folder / "drafter").exists():
             _begin(folder, config)
             say(f"training {drafter.name}: {config.steps} steps of {config.batch} texts")
-            features = None if drafter.recipe == "draft-model" else self.features  # it reads none
-            texts, watch = self._texts(drafter.texts), _tell(drafter.name)
+            features = None if drafter.recipe == "draft-model" else self.features  # a draft model reads no features
+            texts, watch = self._texts(drafter.texts), _watch(drafter.name)
             run.learn(config, texts, folder, self.target, features=features, watch=watch, say=say)
         _check(folder / "drafter", config)
         return folder / "drafter"
 
     def _texts(self, count: int | None) -> Path:
-        """The answers, or a folder with the first ``count`` of them, the domains in turns."""
+        """The answers, or a folder with the first ``count`` of them, alternating between domains."""
         if count is None:
             return self.answers
         folder = self.out / f"answers-{count}"
@@ -151,7 +151,7 @@ class Workshop:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process works in the folder; then none does until the end."""
+    """Lock a folder. Yields False where another process holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
@@ -162,8 +162,8 @@ def alone(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def _take_over(source: Path, folder: Path, wanted: run.Config) -> None:
-    """Copy a run made elsewhere: its checkpoint, and its log where there is one."""
+def _copy_run(source: Path, folder: Path, wanted: run.Config) -> None:
+    """Copy a run made elsewhere: its checkpoint, and its log if there is one."""
     checkpoint = source if (source / "config.json").exists() else source / "drafter"
     if not (checkpoint / "config.json").exists():
         raise InvalidRequest(f"--trained: {source} holds no drafter; expected a checkpoint or a folder of `train run`")
@@ -176,7 +176,7 @@ def _take_over(source: Path, folder: Path, wanted: run.Config) -> None:
 
 
 def _begin(folder: Path, wanted: run.Config) -> None:
-    """Note what a run is made with, or see that it was begun with the same."""
+    """Write a run's settings, or check that it was begun with the same ones."""
     file = folder / "settings.json"
     if file.exists():
         _same(read_json(file), wanted, folder)
@@ -189,18 +189,18 @@ def _check(checkpoint: Path, wanted: run.Config) -> None:
 
 
 def _same(found: Mapping[str, Any], wanted: run.Config, where: Path) -> None:
-    """Raises InvalidRequest where something was trained by other settings than are wanted."""
-    expected = {k: v for k, v in wanted.model_dump(mode="json").items() if k not in run.Config.free | ASIDE}
+    """Raises InvalidRequest where the settings found differ from the wanted ones."""
+    expected = {k: v for k, v in wanted.model_dump(mode="json").items() if k not in run.Config.free | NO_EFFECT}
     other = [name for name, value in expected.items() if found.get(name, value) != value]
     if other or not found:
-        told = ", ".join(f"{name} {found.get(name)!r} instead of {expected[name]!r}" for name in other)
+        different = ", ".join(f"{name} {found.get(name)!r} instead of {expected[name]!r}" for name in other)
         raise InvalidRequest(
-            f"{where} was trained with {told or 'settings it does not tell'}; give another --out, or the --steps and "
+            f"{where} was trained with {different or 'unknown settings'}; give another --out, or the --steps and "
             "recipes it was trained with"
         )
 
 
-def _tell(name: str) -> Callable[[Any, int], None]:
+def _watch(name: str) -> Callable[[Any, int], None]:
     def watch(step: Any, steps: int) -> None:
         if step.step % 50 == 0 or step.step == steps:
             say(f"  {name}: step {step.step} of {steps}, loss {step.loss:.3f}")

@@ -1,17 +1,17 @@
-"""The study of drafters on the embedded target: one command a table, results as JSON, tables and diagrams in a page.
+"""Study of drafters on the embedded target: one command per table, results as JSON, tables and diagrams in a page.
 
-    python benchmarks/study.py table1 --answers runs/embedded-answers/regenerate [--out runs/study]
-    python benchmarks/study.py all --answers runs/embedded-answers/regenerate
-    python benchmarks/study.py report --into docs/study.md
+    python experiments/study.py table1 --answers runs/embedded-answers/regenerate [--out runs/study]
+    python experiments/study.py all --answers runs/embedded-answers/regenerate
+    python experiments/study.py report --into docs/study.md
 
 Tables: table1, depth, blocks, heads, thresholds, reliability, efficiency, signals. ``--answers`` is an artefact of
-``outrider train regenerate``; its held-out prompts are what everything is measured on. Every drafter is trained once,
-in a folder of its own under ``--out``/runs, by the settings of its recipe and with what the table changes in them; an
-interrupted run goes on where it stopped, and tables share what they have in common. ``--trained NAME=DIR`` takes over a
-run made elsewhere by the same settings (``dspark``, ``dspark-seed1``, ...: see ``plan``).
+``outrider train regenerate``; everything is measured on its held-out prompts. Every drafter is trained once, in a
+folder of its own under ``--out``/runs, with the settings of its recipe and the table's changes; an interrupted run
+resumes, and tables share drafters. ``--trained NAME=DIR`` copies a run made elsewhere with the same settings
+(``dspark``, ``dspark-seed1``, ...: see ``plan``).
 
-``plan`` lists which drafters a table needs and which are there. ``train`` trains those that are missing and measures
-nothing; two processes with ``--threads 1`` share that work, and two cores do it faster so. ``--features``, an artefact
+``plan`` lists the drafters that a table needs and those that exist. ``train`` trains the missing ones and measures
+nothing; two processes with ``--threads 1`` share that work, which is faster on two cores. ``--features``, an artefact
 of ``outrider train features``, saves the target's passes.
 """
 
@@ -31,9 +31,9 @@ import numpy as np
 import signals as measured_signals
 import study_report
 import torch
-from signals import Clock, Costs, Recording
+from shared import facts, say
+from signals import Costs, Recording, clocked
 from study_drafters import DSPARK, LAYERS, TRAINED, Trained, Workshop, needed
-from support import facts, say
 
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
@@ -41,12 +41,12 @@ from outrider.errors import InvalidRequest, OutriderError
 from outrider.evaluation import drafter_quality as evaluation
 from outrider.evaluation.comparison import MACRO, Evaluation
 from outrider.evaluation.intervals import Estimate
-from outrider.evaluation.recording import Question, ask, read_questions
+from outrider.evaluation.recording import EvalPrompt, answer, read_prompts
 from outrider.files import read_json, write_json
 from outrider.scheduling.calibration import Scaling
 from outrider.training import fit_calibration
 
-RESULTS = Path(__file__).parent / "results" / "study"
+RESULTS = Path(__file__).parent / "results"
 PACKAGED = "draft_model"
 WITHOUT_WEIGHTS = ("ngram", "suffix")
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -58,7 +58,7 @@ EXAMPLE = "--answers runs/embedded-answers/regenerate"
 
 @dataclass(frozen=True)
 class Study(Workshop):
-    """Where everything lies, and how much of it is wanted."""
+    """Directories, and the size of the measurements."""
 
     results: Path = RESULTS
     seeds: int = 3
@@ -66,14 +66,14 @@ class Study(Workshop):
     limit: int | None = None  # held-out prompts of each domain
     max_tokens: int = 128
     temperatures: tuple[float, ...] = (0.0, 1.0)
-    rounds: int = 10_000  # to calibrate on, for each temperature
-    realised: int | None = None  # prompts that signals are really scheduled by
+    rounds: int = 10_000  # of calibration, for each temperature
+    realised: int | None = None  # prompts of real scheduling by signals
     draws: int = measured_signals.DRAWS  # resamples of the signals' intervals
 
-    def questions(self) -> list[Question]:
-        """Held-out prompts of all domains in turns, at most ``limit`` of each."""
-        domains: dict[str, list[Question]] = {}
-        for question in read_questions(self.held_out):
+    def questions(self) -> list[EvalPrompt]:
+        """Held-out prompts, alternating between domains, at most ``limit`` of each."""
+        domains: dict[str, list[EvalPrompt]] = {}
+        for question in read_prompts(self.held_out):
             own = domains.setdefault(question.domain, [])
             if self.limit is None or len(own) < self.limit:
                 own.append(question)
@@ -87,7 +87,7 @@ class Study(Workshop):
     def compare(
         self, table: str, drafters: Sequence[str], temperatures: Sequence[float], thresholds: Sequence[float] = ()
     ) -> Evaluation:
-        """Drafters and plain decoding in turns on the held-out prompts; what was measured is not measured again."""
+        """Drafters and plain decoding in turns on the held-out prompts; finished measurements are reused."""
         config = evaluation.Config(
             temperatures=tuple(temperatures), max_tokens=self.max_tokens, limit=self.limit, thresholds=tuple(thresholds)
         )
@@ -103,7 +103,7 @@ class Study(Workshop):
         )
 
     def write(self, table: str, rows: list[dict[str, Any]], **more: Any) -> None:
-        """One table's figures, with what they were measured with."""
+        """Write one table's figures, with machine, versions and settings."""
         settings = {
             "steps": DSPARK.config(self.steps).steps,
             "limit": self.limit,
@@ -115,12 +115,12 @@ class Study(Workshop):
 
 
 def _progress(table: str) -> Callable[[str, float], None]:
-    told = perf_counter()
+    printed = perf_counter()
 
     def tell(text: str, done: float) -> None:
-        nonlocal told
-        if perf_counter() - told > 20:
-            told = perf_counter()
+        nonlocal printed
+        if perf_counter() - printed > 20:
+            printed = perf_counter()
             say(f"  {table}: {text}, {done:.0%}")
 
     return tell
@@ -183,7 +183,7 @@ def _estimate(one: Estimate) -> list[float | None]:
 
 
 def family(table: str, label: Callable[[Trained], dict[str, Any]]) -> Callable[[Study], None]:
-    """A table of DSpark's variants at temperature 1: what is accepted, and what a round costs."""
+    """A table of DSpark's variants at temperature 1: acceptance, and the time of a round."""
 
     def make(study: Study) -> None:
         drafters = needed(table, study.seeds)
@@ -206,15 +206,14 @@ def latency(study: Study, paths: Mapping[str, Path], prompts: int = 6) -> dict[s
     """Median milliseconds of the parts of a round, all drafters in turns on the same prompts."""
     plain = LLM(study.target, "none", max_rows=1)
     sides = {name: plain.with_drafter(str(path)) for name, path in paths.items()}
-    clocks = {name: Clock(llm.policy) for name, llm in sides.items()}
+    clocks = {name: clocked(llm) for name, llm in sides.items()}
     params = SamplingParams(max_tokens=study.max_tokens, temperature=1.0, rule="rejection", seed=3)
     for name, llm in sides.items():
-        llm.policy = clocks[name]
-        ask(llm, clocks[name], study.questions()[0].prompt, params)
+        answer(llm, clocks[name], study.questions()[0].prompt, params)
         clocks[name].costs.clear()
     for question in study.questions()[:prompts]:
         for name, llm in sides.items():
-            ask(llm, clocks[name], question.prompt, params)
+            answer(llm, clocks[name], question.prompt, params)
     parts = ("draft", "verify", "bookkeeping")
     return {
         name: {part: 1e3 * median(getattr(cost, part) for cost in clock.costs if cost.draft > 0) for part in parts}
@@ -228,7 +227,7 @@ heads = family("heads", lambda drafter: {"head": {"rnn": "RNN", "none": "none"}.
 
 
 def thresholds(study: Study) -> None:
-    """DSpark cut at the first confidence under a threshold (paper: figure 5)."""
+    """DSpark truncated at the first confidence under a threshold (paper: figure 5)."""
     found = study.compare("thresholds", [str(study.checkpoint(DSPARK))], (1.0,), THRESHOLDS)
     rows = [
         {name: _estimate(value) if isinstance(value := getattr(point, name), Estimate) else value for name in _SWEPT}
@@ -242,7 +241,7 @@ _SWEPT = ("drafter", "temperature", "threshold", "acceptance_length", "acceptanc
 
 
 def reliability(study: Study) -> None:
-    """Are DSpark's confidences what they say, raw and scaled? (paper: figure 6)"""
+    """Calibration of DSpark's confidences, raw and scaled (paper: figure 6)."""
     checkpoint, out = study.checkpoint(DSPARK), study.out / "reliability"
     config = fit_calibration.Config(
         rules=("rejection",), temperatures=study.temperatures, rounds=study.rounds, max_tokens=study.max_tokens
@@ -267,9 +266,9 @@ def efficiency(study: Study) -> None:
     growth = {}
     for log in sorted((study.out / "runs").glob("*/state/log.jsonl")):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        looks = [line for line in lines if "acceptance_length" in line]
-        if looks:
-            growth[log.parent.parent.name] = [[line["step"], line["acceptance_length"]] for line in looks]
+        evaluated = [[line["step"], line["acceptance_length"]] for line in lines if "acceptance_length" in line]
+        if evaluated:
+            growth[log.parent.parent.name] = evaluated
     study.write("efficiency", rows, growth=growth, batch=DSPARK.config(study.steps).batch)
 
 
@@ -344,9 +343,9 @@ def signals(study: Study) -> None:
 
 
 def _kept(file: Path, key: str, make: Callable[[], Any]) -> Any:
-    """What was made before of the same ``key``, else what is made now."""
+    """The stored value of the same ``key``; makes and stores it first if there is none."""
     if file.exists():
-        kept = torch.load(file, weights_only=False)  # a file of our own
+        kept = torch.load(file, weights_only=False)  # written by this script
         if kept["key"] == key:
             return kept["value"]
     value = make()
@@ -355,13 +354,13 @@ def _kept(file: Path, key: str, make: Callable[[], Any]) -> Any:
 
 
 def _share(what: str) -> Callable[[float], None]:
-    """Progress, each tenth of the way."""
-    told = 0.0
+    """Print progress at every tenth."""
+    printed = 0.0
 
     def tell(share: float) -> None:
-        nonlocal told
-        if share - told >= 0.1:
-            told = share
+        nonlocal printed
+        if share - printed >= 0.1:
+            printed = share
             say(f"  signals: {what} {share:.0%}")
 
     return tell
@@ -380,11 +379,11 @@ TABLES: dict[str, Callable[[Study], None]] = {
 
 
 def plan(study: Study) -> None:
-    """Which trained drafters each table needs, and which are there."""
+    """Print the trained drafters that each table needs, and how many exist."""
     for table in TABLES:
         names = [drafter.name for drafter in study.needed([table])]
-        there = [name for name in names if (study.out / "runs" / name / "drafter").exists()]
-        print(f"{table}: {len(there)} of {len(names)} trained; {', '.join(names)}")
+        existing = [name for name in names if (study.out / "runs" / name / "drafter").exists()]
+        print(f"{table}: {len(existing)} of {len(names)} trained; {', '.join(names)}")
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -408,12 +407,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--trained", type=_pair, action="append", default=[], metavar="NAME=DIR", help="a finished run")
     parser.add_argument("--seeds", type=int, default=3, help="of table1 (%(default)s)")
     parser.add_argument("--kind", action="append", choices=TRAINED, help="of table1; may be repeated (all)")
-    parser.add_argument("--steps", type=int, help="of DSpark; the others' in proportion (as recipes say)")
-    parser.add_argument("--features", type=Path, help="what the target makes of the answers, where that was kept")
+    parser.add_argument("--steps", type=int, help="of DSpark; other kinds in proportion (the recipes' numbers)")
+    parser.add_argument("--features", type=Path, help="an artefact of `outrider train features`")
     parser.add_argument("--limit", type=int, help="held-out prompts of each domain (all)")
     parser.add_argument("--max-tokens", type=int, default=128, help="of an answer (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10_000, help="reliability: of each temperature (%(default)s)")
-    parser.add_argument("--realised", type=int, help="signals: prompts of real schedules (all that are measured on)")
+    parser.add_argument("--realised", type=int, help="signals: prompts of real scheduling (all prompts for measuring)")
     parser.add_argument(
         "--temperature", type=float, action="append", help="table1, reliability: may be repeated (0, 1)"
     )

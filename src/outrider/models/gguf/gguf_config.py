@@ -26,6 +26,15 @@ _END_TEXTS = frozenset(
     + ("<EOT>", "<|end_of_text|>", "<|eom|>", "<|eot|>")
 )
 """Special tokens that end a text or a turn wherever they are; llama.cpp recognises them by their text too."""
+_SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+"""Option of a generation_config -> key ``general.sampling.*``."""
+_CHUNK = 1 << 20  # bytes compared at a time
 _SPECIAL = (3, 4)  # tokenizer.ggml.token_type: control, user-defined
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys that change the computation, and the values that do not
@@ -85,7 +94,7 @@ class _Keys:
             "head_dim": head_dim,
             "max_position_embeddings": self.whole("context_length"),
             "rms_norm_eps": self.real("attention.layer_norm_rms_epsilon", None, below=1.0),
-            "tie_word_embeddings": "output.weight" not in self.file.tensors,
+            "tie_word_embeddings": not self.has_own_head(),
             "attention_bias": self.has_biases(layers, "attn_q", "attn_k", "attn_v", "attn_output"),
             "mlp_bias": self.has_biases(layers, "ffn_gate", "ffn_up", "ffn_down"),
             **self.tokens(vocabulary),
@@ -225,8 +234,33 @@ class _Keys:
             "bos_token_id": identifier("bos"),
             "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
             "pad_token_id": identifier("padding"),
-            "generation_config": {},
+            "generation_config": self.sampling(),
         }
+
+    def sampling(self) -> dict[str, Any]:
+        """What ``general.sampling.*`` recommends, as a generation_config; empty where the file says nothing."""
+        found = {}
+        for ours, theirs in _SAMPLING.items():
+            value = self.file.keys.get(f"general.sampling.{theirs}")
+            if value is None:
+                continue
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+                self.fail(f"its general.sampling.{theirs} is {value!r}, expected a number of at least 0")
+            found[ours] = value if isinstance(value, int) else float(str(np.float32(value)))
+        return {"do_sample": True, **found} if found.get("temperature", 1) and found else {}
+
+    def has_own_head(self) -> bool:
+        """Whether the output matrix is there and is not a copy of the embedding."""
+        head, embedding = (self.file.tensors.get(name) for name in ("output.weight", "token_embd.weight"))
+        if head is None:
+            return False
+        if embedding is None or (head.kind, head.shape) != (embedding.kind, embedding.shape):
+            return True
+        ours, theirs = (self.file.blocks(info.name).reshape(-1) for info in (head, embedding))
+        same = all(np.array_equal(ours[i : i + _CHUNK], theirs[i : i + _CHUNK]) for i in range(0, len(ours), _CHUNK))
+        for info in (head, embedding):
+            self.file.release(info.name)
+        return not same
 
     def has_biases(self, layers: int, *parts: str) -> bool:
         """Whether all these parts of all layers have a bias. Fails where only some have."""

@@ -1,0 +1,81 @@
+"""Where a text ends: the only place that decides it, before anything is committed.
+
+A text ends at a stop id (which stays, without text), at the token that completes a stop string (of which no part is
+text), or at its budget. What was drafted or verified behind its end is neither committed nor counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from outrider.tokenization.tokenizer import Detokenizer, StopMatcher, Tokenizer
+from outrider.types import Piece
+
+__all__ = ["End", "Finisher"]
+
+
+class End(NamedTuple):
+    """What of a round's tokens is text."""
+
+    tokens: list[int]
+    accepted: int  # drafts among them
+    pieces: tuple[Piece, ...]  # one a token
+    reason: str | None  # "stop" | "length"; None: the text goes on
+
+
+@dataclass(slots=True)
+class Finisher:
+    """One request's. It remembers text that is not certain yet, so tokens are taken once each, in order."""
+
+    stop_ids: Collection[int]
+    stop: tuple[str, ...] = ()
+    tokenizer: Tokenizer | None = None  # None: pieces have no text, and stop strings cannot be asked for
+    prompt_tail: tuple[int, ...] = ()
+    _detokenizer: Detokenizer | None = None
+    _matcher: StopMatcher | None = None
+
+    def __post_init__(self) -> None:
+        assert self.tokenizer is not None or not self.stop, "stop strings need a tokenizer"
+        if self.tokenizer is not None:
+            self._detokenizer = Detokenizer(self.tokenizer, self.prompt_tail)
+            self._matcher = StopMatcher(self.stop)
+
+    def fresh(self) -> Finisher:
+        """The same before its first token: what an interrupted step replays the committed tokens into."""
+        return Finisher(self.stop_ids, self.stop, self.tokenizer, self.prompt_tail)
+
+    def take(self, tokens: Sequence[int], accepted: int, budget: int) -> End:
+        """The next tokens of the sequence: ``accepted`` drafts, then the bonus token; at most ``budget`` are text."""
+        pieces: list[Piece] = []
+        reason = None
+        for i, token in enumerate(tokens[: min(accepted + 1, budget)]):
+            text = self._text(token)
+            if token in self.stop_ids or self._stopped:
+                reason = "stop"
+            elif i + 1 == budget:
+                reason = "length"
+            if reason is not None:
+                text += self._flush()
+            pieces.append(Piece(token, text, drafted=i < accepted))
+            if reason is not None:
+                break
+        return End(list(tokens[: len(pieces)]), min(accepted, len(pieces)), tuple(pieces), reason)
+
+    @property
+    def _stopped(self) -> bool:
+        return self._matcher is not None and self._matcher.stopped
+
+    def _text(self, token: int) -> str:
+        """Text that a token makes certain; a stop id has none."""
+        if self._detokenizer is None or self._matcher is None or token in self.stop_ids:
+            return ""
+        return self._matcher.push(self._detokenizer.push(token))
+
+    def _flush(self) -> str:
+        """Text that was held back, once the sequence has ended."""
+        if self._detokenizer is None or self._matcher is None or self._matcher.stopped:
+            return ""
+        rest = self._matcher.push(self._detokenizer.flush())
+        return rest if self._matcher.stopped else rest + self._matcher.flush()

@@ -1,0 +1,142 @@
+"""From what a user names to what runs: a target with its tokenizer, and a drafter that fits it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from outrider import registry
+from outrider.checkpoints import load_calibration
+from outrider.config import build
+from outrider.drafters.base import CalibratedDrafter
+from outrider.engine.auto import EMBEDDED_DRAFTERS
+from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
+from outrider.models.loading import load_backend, load_target, load_tokenizer, runs_natively
+from outrider.models.locations import resolve_model
+from outrider.tokenization.tokenizer import Tokenizer
+from outrider.types import Drafter, SchedulerPolicy, TargetModel
+
+__all__ = ["EMBEDDED", "LoadedModel", "load_drafter", "load_model", "load_policy"]
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A target, its tokenizer, and how it was asked for, so that a draft model can be loaded alike."""
+
+    target: TargetModel
+    tokenizer: Tokenizer
+    name: str = ""  # "" for a target that the caller made
+    dtype: str = "auto"
+    backend: str = "auto"
+
+
+def load_model(
+    model: str | Path | TargetModel, *, dtype: str = "auto", backend: str = "auto", tokenizer: Tokenizer | None = None
+) -> LoadedModel:
+    """Raises CheckpointError for files that cannot be used, InvalidRequest for a ready target without a tokenizer."""
+    if isinstance(model, (str, Path)):
+        target = load_target(str(model), dtype=dtype, backend=backend)
+        return LoadedModel(target, tokenizer or load_tokenizer(str(model)), str(model), dtype, backend)
+    if tokenizer is None:
+        raise InvalidRequest("a loaded target needs its tokenizer: LLM(target, tokenizer=...)")
+    return LoadedModel(model, tokenizer, "", dtype, backend)
+
+
+def load_policy(name: str, options: Mapping[str, Any], drafter: Drafter) -> SchedulerPolicy:
+    """A policy by name, which drafts as much as the drafter can where the options do not say."""
+    kind = registry.find("policy", name)
+    config = build(kind.Config, {"draft_tokens": drafter.block, **options}, f"policy {name!r}")
+    policy: SchedulerPolicy = kind.from_config(config)
+    return policy
+
+
+def load_drafter(
+    drafter: str | Path | Drafter, model: LoadedModel, options: Mapping[str, Any], *, max_rows: int
+) -> tuple[str, Drafter]:
+    """A drafter by name, by the directory of a draft model or a trained drafter, or as it is: its name, and itself.
+
+    ``options``: fields of the kind's ``Config``, and ``calibration``, a directory whose calibration.json its
+    confidences go through. Raises CheckpointError, IncompatibleDrafter, InvalidRequest, UnknownKind.
+    """
+    if isinstance(drafter, Drafter):
+        return type(drafter).__name__, drafter
+    options = dict(options)
+    calibration = options.pop("calibration", None)
+    name = str(drafter)
+    if name in EMBEDDED_DRAFTERS and model.name == EMBEDDED:
+        options.setdefault("model", EMBEDDED_DRAFTERS[name])
+    if name not in registry.names("drafter"):
+        options["model"], name = name, _recognise(name)
+    if options.get("draft_tokens") == 0:
+        name, options = "none", {}
+    if name == "none":
+        options.pop("draft_tokens", None)
+    shared = "model" in options and _shares_tokenizer(str(options["model"]), model.tokenizer)
+    kind = registry.find("drafter", name)
+    made: Drafter = kind.from_config(
+        build(kind.Config, options, f"drafter {name!r}"),
+        model.target,
+        load_target=lambda path, dtype: _load_draft_model(path, dtype, model),
+        backend=load_backend(model.backend, model.dtype),
+        max_rows=max_rows,
+        tokens=model.tokenizer.vocab_size if shared else None,
+    )
+    return name, made if calibration is None else _calibrated(made, Path(calibration))
+
+
+@runtime_checkable
+class _Recognises(Protocol):
+    """A kind of drafter that is told by the config.json of its directory."""
+
+    def recognises(self, config: Mapping[str, Any]) -> bool: ...
+
+
+def _recognise(path: str) -> str:
+    """Which kind of drafter a directory holds, by the content of its config.json."""
+    folder = resolve_model(path)
+    if folder.is_file():  # a GGUF file
+        return "draft_model"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected a drafter's name or a directory with config.json: {error}") from error
+    for name in registry.names("drafter"):
+        kind = registry.find("drafter", name)
+        if isinstance(kind, _Recognises) and kind.recognises(config):
+            return name
+    raise CheckpointError(f"{path}: config.json describes no drafter this version knows; see `outrider models`")
+
+
+def _shares_tokenizer(path: str, tokenizer: Tokenizer) -> bool:
+    """Whether a draft model has a tokenizer, which must be the target's; trained drafters come without one.
+
+    Raises IncompatibleDrafter for another one.
+    """
+    folder = resolve_model(path)
+    if not folder.is_file() and not (folder / "tokenizer.json").exists():
+        return False
+    if not load_tokenizer(path).same_as(tokenizer):
+        raise IncompatibleDrafter(
+            f"{path} has another vocabulary than the target; a draft model must share its tokenizer"
+        )
+    return True
+
+
+def _load_draft_model(path: str, dtype: str, model: LoadedModel) -> TargetModel:
+    if dtype == "auto" and runs_natively(path):
+        dtype = "int8" if load_backend(model.backend, model.dtype).name == "native" else model.dtype
+    elif dtype == "auto":  # Transformers runs it, which has no quantised dtypes
+        dtype = "float32" if model.dtype in ("int8", "int4") else model.dtype
+    return load_target(path, dtype=dtype, backend=model.backend)
+
+
+def _calibrated(drafter: Drafter, folder: Path) -> CalibratedDrafter:
+    found = load_calibration(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no calibration.json; `outrider calibrate` makes one")
+    return CalibratedDrafter(drafter, found)

@@ -1,0 +1,54 @@
+"""The events of one request, read at the reader's own pace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol
+
+from outrider.engine.request import Request
+from outrider.types import Event
+
+__all__ = ["EventStream"]
+
+
+class _Engine(Protocol):
+    def advance(self, done: Callable[[], bool]) -> None: ...
+    def cancel(self, request: Request, reason: str = "cancelled") -> None: ...
+
+
+class EventStream:
+    """An iterator over a request's events, the last one with its ``finish_reason``. Raises the request's error where it
+    failed. Closing it, or dropping it unread, cancels the request."""
+
+    def __init__(self, engine: _Engine, request: Request) -> None:
+        self._engine, self.request = engine, request
+        self._read = 0
+
+    def __iter__(self) -> EventStream:
+        return self
+
+    def __next__(self) -> Event:
+        request, read = self.request, self._read
+        self._engine.advance(lambda: len(request.events) > read or request.finish_reason is not None)
+        if len(request.events) > read:
+            self._read += 1
+            return request.events[read]
+        if request.error is not None:
+            raise request.error
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel the request, unless it has finished."""
+        self._engine.cancel(self.request)
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()

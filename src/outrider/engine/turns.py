@@ -1,0 +1,47 @@
+"""Which of the threads that wait for an engine runs its next step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Condition, get_ident
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """One thread at a time runs steps; the others wait for what these bring, or for their turn."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._runner = 0  # a thread's identifier; 0: none
+
+    def run_until(self, done: Callable[[], bool], step: Callable[[], object]) -> None:
+        """Call ``step``, or wait while another thread does, until ``done()``."""
+        while not done():
+            with self._changed:
+                # An interrupt may have left this thread's own claim behind.
+                while self._runner not in (0, get_ident()) and not done():
+                    self._changed.wait()
+                if done():
+                    return
+                self._runner = get_ident()
+            try:
+                step()
+            finally:
+                self._release()
+
+    def run_if_free(self, act: Callable[[], object]) -> None:
+        """Call ``act`` while no thread runs a step; do nothing where one does, this thread's own included."""
+        with self._changed:
+            if self._runner:
+                return
+            self._runner = get_ident()
+        try:
+            act()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        with self._changed:
+            self._runner = 0
+            self._changed.notify_all()

@@ -1,0 +1,361 @@
+"""Many readers of one engine: late, interleaved, closed, interrupted, in threads; and requests that cannot run."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_engine import DRAFT_TABLE, PROMPTS, TABLE, MarkovDrafter
+
+from outrider import LLM, SamplingParams
+from outrider.engine.engine import Engine
+from outrider.errors import InvalidRequest, OutriderError
+from outrider.kv_cache.contiguous import ContiguousCache
+from outrider.models.toy import ToyTarget
+from outrider.scheduling.fixed import FixedPolicy
+from outrider.types import StepRecord
+
+FREE = {"ignore_eos": True}
+
+
+@pytest.fixture
+def llm() -> LLM:
+    first = _loaded()
+    return first.with_drafter("suffix", draft_tokens=3)
+
+
+def _loaded(cache: list[LLM] = []) -> LLM:  # noqa: B006 (one target for all tests of this file)
+    if not cache:
+        cache.append(LLM(drafter="none"))
+    return cache[0]
+
+
+def params(tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=tokens, **{**FREE, **more})
+
+
+# ------------------------------------------------------------------------------------------------ readers
+
+
+def test_a_stream_that_is_read_late_ends_and_has_its_own_text(llm: LLM) -> None:
+    alone = "".join(e.text for e in llm.stream("def f(", params(4)))
+    late = llm.stream("def f(", params(4))
+    llm.generate(["x"], params(40))
+    events = list(late)
+    assert sum(len(e.pieces) for e in events) == 4 and "".join(e.text for e in events) == alone
+    assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + ["length"]
+
+
+def test_stats_count_each_request_once_however_streams_are_read(llm: LLM) -> None:
+    one, other = llm.stream("def f(", params(4)), llm.stream("x", params(40))
+    next(other)
+    list(one)
+    list(other)
+    assert list(one) == [] and list(other) == []
+    stats = llm.stats()
+    assert (stats["requests"], stats["generated"]) == (2, 44)
+
+
+def test_a_late_reader_sees_whole_characters_and_the_stop_string(llm: LLM) -> None:
+    text = llm.generate("Once upon a time", params(40, temperature=1.0, seed=6))[0].text
+    stop = text[len(text) // 2 :][:3]
+    wanted = params(40, temperature=1.0, seed=6, stop=(stop,))
+    expected = llm.generate("Once upon a time", wanted)[0]
+    run = llm.run("Once upon a time", wanted)
+    llm.generate("x", params(60))
+    assert "".join(e.text for e in run.events()) == expected.text == text[: text.index(stop)]
+    assert run.output().token_ids == expected.token_ids
+
+
+def test_a_stream_that_is_closed_or_dropped_before_its_first_event_leaves_nothing(llm: LLM) -> None:
+    closed = llm.stream("abc", params(2000 - 3))
+    closed.close()  # type: ignore[attr-defined]
+    dropped = llm.stream("abc", params(50))
+    del dropped
+    gc.collect()
+    assert not llm.engine.busy
+    assert llm.stats()["requests"] == 0
+
+
+def test_a_longer_context_grows_the_cache_of_the_same_engine() -> None:
+    """Also while another request runs: its text goes on as if nothing had happened."""
+    llm = _loaded().with_drafter("ngram")
+    llm = LLM(llm.loaded, "ngram", capacity=64)
+    engine = llm.engine
+    expected = llm.with_drafter("none").generate("def f(", params(50, temperature=1.0, seed=3))[0].token_ids
+    stream = llm.stream("def f(", params(50, temperature=1.0, seed=3))
+    first = [next(stream)]
+    long = llm.generate([[5] * 61], params(60))[0]
+    assert len(long.token_ids) == 60 and llm.engine is engine
+    assert [p.token_id for e in [*first, *stream] for p in e.pieces] == expected
+
+
+def test_threads_share_an_engine(llm: LLM) -> None:
+    prompts = ["def read(", "Once upon", "Question: 3 + 4?", "x = ["]
+    wanted = [params(24, temperature=1.0, seed=i) for i in range(4)]
+    expected = [llm.generate(p, w)[0].token_ids for p, w in zip(prompts, wanted, strict=True)]
+    found: dict[int, list[list[int]]] = {i: [] for i in range(4)}
+    errors: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            for turn in range(3):
+                if turn % 2:
+                    found[i].append([p.token_id for e in llm.stream(prompts[i], wanted[i]) for p in e.pieces])
+                else:
+                    found[i].append(llm.generate(prompts[i], wanted[i])[0].token_ids)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not errors and not llm.engine.busy
+    assert all(found[i] == [expected[i]] * 3 for i in range(4))
+
+
+# ------------------------------------------------------------------------------------------------ bad requests
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        ({"logit_bias": {999999: 1}}, "logit_bias names token 999999"),
+        ({"logit_bias": {7: float("nan")}}, "logit_bias"),
+        ({"logit_bias": {7: 1e39}}, "logit_bias"),
+        ({"logit_bias": {7.5: 1.0}}, "logit_bias"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"stop": [""]}, "stop"),
+        ({"max_tokens": 2.5}, "max_tokens"),
+    ],
+)
+def test_a_bad_request_is_refused_when_it_is_submitted(llm: LLM, bad: dict[str, Any], word: str) -> None:
+    expected = llm.generate("def f(", params(12))[0].text
+    open_one = llm.stream("def f(", params(12))
+    first = next(open_one)
+    with pytest.raises(InvalidRequest, match=word):
+        llm.stream("y", SamplingParams(**bad))
+    assert first.text + "".join(e.text for e in open_one) == expected
+
+
+def test_a_bias_against_every_token_is_refused(llm: LLM) -> None:
+    everything = {i: float("-inf") for i in range(llm.target.spec.vocab_size)}
+    with pytest.raises(InvalidRequest, match="forbids every token"):
+        llm.generate("y", SamplingParams(logit_bias=everything))
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 0.0])
+def test_a_temperature_that_is_zero_in_float32_is_greedy(llm: LLM, temperature: float) -> None:
+    greedy = llm.generate("def f(", params(8))[0].token_ids
+    assert llm.generate("def f(", params(8, temperature=temperature, seed=1))[0].token_ids == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_options_that_overflow_fail_their_own_request_alone(llm: LLM, temperature: float) -> None:
+    expected = llm.generate("def f(", params(12))[0].text
+    bad = params(12, repetition_penalty=1e-45, temperature=temperature)
+    good, broken = llm.run("def f(", params(12)), llm.run("def f(", bad)
+    with pytest.raises(InvalidRequest, match="repetition_penalty=1e-45"):
+        list(broken.events())
+    assert "".join(e.text for e in good.events()) == expected
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_refused_under_every_rule(temperature: float, rule: str) -> None:
+    table = torch.randn(5, 5)
+    table[3, 2] = torch.nan
+    target = ToyTarget(table)
+    policy = FixedPolicy.from_config(FixedPolicy.Config(draft_tokens=0))
+    engine = Engine(target, MarkovDrafter(DRAFT_TABLE, 0), policy, max_rows=4, capacity=64)
+    wanted = SamplingParams(max_tokens=30, temperature=temperature, rule=rule)  # type: ignore[arg-type]
+    bad = engine.submit([3], wanted, 0)
+    good = engine.submit([0], SamplingParams(max_tokens=1), 0)
+    engine.wait([good])
+    assert len(good.output) == 1
+    with pytest.raises(OutriderError, match="NaN or infinite after 1 tokens"):
+        engine.wait([bad])
+    assert not engine.busy
+
+
+# ------------------------------------------------------------------------------------------------ python callers
+
+
+def test_what_is_clearly_a_prompt_is_taken(llm: LLM) -> None:
+    ids = llm.encode("def f(")
+    expected = llm.generate("def f(", params(6))[0].token_ids
+    rows = np.array([ids, ids])
+    for prompts in (
+        ids,
+        tuple(ids),
+        np.array(ids),
+        torch.tensor(ids),
+        rows,
+        torch.tensor(rows),
+        [np.array(ids)],
+        "def f(",
+    ):
+        outputs = llm.generate(prompts, params(6, stop=None))  # type: ignore[arg-type]
+        assert all(o.token_ids == expected for o in outputs)
+    assert llm.generate([]) == []
+
+
+@pytest.mark.parametrize("prompt", [[1.5, 2.0], [[1.5]], [None], 7, [b"x"], {"a": 1}, [[True, "x"]]])
+def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        llm.generate(prompt, params(4))
+
+
+def test_wrong_params_are_refused(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="SamplingParams"):
+        llm.generate("x", {"max_tokens": 3})  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ interrupts
+
+
+def _toy(rows: int = 3, chunk: int = 4, **options: Any) -> Engine:
+    policy = FixedPolicy.from_config(FixedPolicy.Config(draft_tokens=3))
+    drafter = MarkovDrafter(DRAFT_TABLE, 3)
+    return Engine(ToyTarget(TABLE, **options), drafter, policy, max_rows=rows, capacity=64, chunk=chunk)
+
+
+TEXT = SamplingParams(max_tokens=12, temperature=1.0, seed=9)
+
+
+def _finish(engine: Engine, requests: list[Any]) -> list[list[int]]:
+    engine.wait(requests)
+    return [r.output for r in requests]
+
+
+class _Interrupt:
+    """Raises KeyboardInterrupt at the n-th line that the package runs, once."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+
+    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if "outrider" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupt_at_any_line_of_a_step_loses_nothing(stride: int) -> None:
+    """The texts, the counts and the memory afterwards are those of a run that was not interrupted."""
+    wanted, prompts = SamplingParams(max_tokens=7, temperature=1.0, seed=9), PROMPTS[:3]
+    whole = _toy()
+    expected = _finish(whole, [whole.submit(p, wanted, 9, i) for i, p in enumerate(prompts)])
+    tracer, line = _Interrupt(1), 1
+    while tracer.left <= 0 or line == 1:
+        engine = _toy()
+        requests = [engine.submit(p, wanted, 9, i) for i, p in enumerate(prompts)]
+        tracer = _Interrupt(line)
+        sys.settrace(tracer)
+        try:
+            for _ in range(5):
+                engine.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert _finish(engine, requests) == expected, f"interrupted at line {line}"
+        assert not engine.busy and not engine.drafter.seen  # type: ignore[attr-defined]
+        assert not engine.cache._open  # type: ignore[attr-defined]
+        assert engine.totals[0] == len(prompts)
+        assert engine.totals[1].generated == sum(map(len, expected))
+        line += stride
+    assert line > 1500, "a step was never traced"
+
+
+def test_an_interrupted_generate_leaves_a_working_engine(llm: LLM) -> None:
+    expected = llm.generate("def f(", params(20))[0].token_ids
+    for line in (5, 60, 130, 400, 777, 1500):
+        sys.settrace(_Interrupt(line))
+        try:
+            llm.generate(["def f(", "x"], params(20))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        gc.collect()
+        assert llm.generate("def f(", params(20))[0].token_ids == expected
+        assert not llm.engine.busy
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+class _Pool(ContiguousCache):
+    """A cache whose slots share room for a number of tokens."""
+
+    room = 0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._reserved: dict[int, int] = {}
+
+    def reserve(self, slot: int, tokens: int) -> bool:
+        others = sum(n for s, n in self._reserved.items() if s != slot)
+        if others + tokens > self.room:
+            return False
+        self._reserved[slot] = tokens
+        return True
+
+    def release(self, slot: int) -> None:
+        self._reserved.pop(slot, None)
+        super().release(slot)
+
+
+@pytest.mark.parametrize("room", [30, 47, 80])
+def test_rows_that_are_preempted_are_computed_again_and_lose_nothing(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = _toy()
+    expected = _finish(plain, [plain.submit(p, TEXT, 9, i) for i, p in enumerate(PROMPTS)])
+    preempted: list[int] = []
+
+    def new_cache(self: ToyTarget, slots: int, capacity: int) -> _Pool:
+        cache = _Pool(slots, capacity, [((1, capacity, 1), (0,))], torch.int64)
+        cache.room = room
+        return cache
+
+    monkeypatch.setattr(ToyTarget, "new_cache", new_cache)
+    engine = _toy()
+    keep = engine._preempt
+    monkeypatch.setattr(engine, "_preempt", lambda r: (preempted.append(r.number), keep(r)))
+    assert _finish(engine, [engine.submit(p, TEXT, 9, i) for i, p in enumerate(PROMPTS)]) == expected
+    assert bool(preempted) == (room < 60)
+
+
+def test_observers_see_every_step_as_it_was_committed() -> None:
+    class Watch:
+        def __init__(self) -> None:
+            self.records: list[StepRecord] = []
+
+        def step(self, record: StepRecord) -> None:
+            self.records.append(record)
+
+    engine, watch = _toy(), Watch()
+    engine.observers.append(watch)
+    requests = [engine.submit(p, TEXT, 9, i) for i, p in enumerate(PROMPTS)]
+    outputs = _finish(engine, requests)
+    for request, output in zip(requests, outputs, strict=True):
+        rows = [row for record in watch.records for row in record.rows if row.request == request.number]
+        assert [t for row in rows for t in row.committed] == output
+        assert [row.first for row in rows] == [True] + [False] * (len(rows) - 1)
+        assert sum(row.accepted for row in rows) == request.stats.accepted
+        assert sum(row.verified for row in rows) == request.stats.drafted
+        assert all(row.accepted <= row.verified <= row.drafted <= row.limit for row in rows)
