@@ -189,6 +189,7 @@ void Linear::fill_int4(char* to, const float* row, int column, int width) {
 
 bool Linear::takes(const Rows& rows) const {
   const DType dtype = weights_.dtype;
+  if (!rows.count) return true;
   if (rows.weight) return !is_blocks(dtype) || !is_nibbles(dtype);
   return rows.kind == dtype || dtype == DType::q8_min;
 }

@@ -150,7 +150,7 @@ void Stack::set_embedding(const Rows& rows, int64_t first) {
     if (first % kernels_.panel) refuse("embed.weight must be given from a multiple of 64 rows on");
     return fill(embedding_, static_cast<int>(first / kernels_.panel), rows, "embed.weight");
   }
-  if (!rows.weight) refuse("embed.weight is given in a format that this stack was not made for");
+  if (rows.count && !rows.weight) refuse("embed.weight is given in a format that this stack was not made for");
   const int64_t count = rows.count * rows.inner, at = first * rows.inner;
   if (embedding_f32_)
     std::copy(rows.weight, rows.weight + count, embedding_f32_ + at);
