@@ -14,13 +14,18 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
-from outrider.sampling.distribution import Categorical
-from outrider.sampling.processors import process
+from outrider.sampling import processors
+from outrider.sampling.distribution import Categorical, settled
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, RequestRows
 
 PROMPT, OUTPUT = [1, 4, 4, 7], [2, 4, 9, 9, 9]
 ERROR_RATE = 1e-5
+
+
+def process(*arguments: Any, **options: Any) -> Categorical:
+    """The distribution itself, as one of its three forms."""
+    return settled(processors.process(*arguments, **options))
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -108,7 +108,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
 
     found = read_gguf_tokenizer(GGUFFile(path).keys)
     settings = {**found.special_tokens, "chat_template": found.chat_template}
-    return Tokenizer.from_parts(path, found.parsing, settings)
+    return Tokenizer(path, found.parsing, settings)
 
 
 def runs_natively(model: str | Path) -> bool:
