@@ -49,7 +49,8 @@ struct StepTile {
 template <class Format>
 struct GroupTile {
   using Acc = F;
-  static constexpr int kRows = kTileRows;
+  // Block formats need more registers for each row. On Zen 4, 8 rows at a time were 10 % faster in a prefill than 14.
+  static constexpr int kRows = Format::kBlocks ? kTileRows / 2 + 1 : kTileRows;
   template <int M>
   static inline void fixed(const char* w, const Operand& x, int row, size_t offset, int group, int groups, bool first,
                            F (*total)[kVectors]) {

@@ -1,4 +1,4 @@
-// Packs matrices into the layout that the kernels read: panels of P output columns, quantised for int8 and int4.
+// Packs matrices into the layout that the kernels read: panels of P output columns, quantised or in given blocks.
 #pragma once
 
 #include <cstring>
