@@ -26,7 +26,7 @@ from outrider.files import cache_folder, replace_file
 __all__ = ["PackedFile"]
 
 SLOW = 0.3  # seconds of packing from which a file pays
-DTYPES = ("int8", "int4")
+DTYPES = ("int8", "int4", "file")
 CHUNK = 8 << 20  # bytes that a thread reads and checks at a time: they are still in the cache when they are checked
 
 

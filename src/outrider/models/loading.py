@@ -25,7 +25,7 @@ from outrider.types import Backend, TargetModel
 __all__ = ["load_backend", "load_layers", "load_target", "load_tokenizer", "model_config", "runs_natively"]
 
 WITHOUT_FILES = ("huggingface", "toy")  # kinds that are no ``model_type``
-QUANTISED = ("int8", "int4")
+QUANTISED = ("int8", "int4", "file")
 
 
 def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto") -> TargetModel:
