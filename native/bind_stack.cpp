@@ -1,5 +1,8 @@
 // Python bindings: layer stacks and their KV caches.
+#include <nanobind/stl/variant.h>
+
 #include <memory>
+#include <variant>
 #include <vector>
 
 #include "bindings.hpp"
@@ -99,12 +102,42 @@ void unembed(Stack& stack, const FloatMatrix& hidden, const FloatMatrixOut& logi
 
 // ------------------------------------------------------------------------------------------------ weights
 
-void set_linear(Stack& stack, int layer, const std::string& name, const FloatMatrix& weight,
+// A matrix as Python gives it: float32, or the parts of a block format (format, values, scales, minima or None).
+using BlockMatrix = std::tuple<DType, Array<const uint8_t, 2>, FloatMatrix, std::optional<FloatMatrix>>;
+using AnyMatrix = std::variant<FloatMatrix, BlockMatrix>;
+
+Rows rows_of(const AnyMatrix& matrix) {
+  Rows rows;
+  if (const FloatMatrix* weight = std::get_if<FloatMatrix>(&matrix)) {
+    rows.count = weight->shape(0);
+    rows.inner = weight->shape(1);
+    rows.weight = weight->data();
+    return rows;
+  }
+  const auto& [kind, values, scale, minimum] = std::get<BlockMatrix>(matrix);
+  if (kind != DType::q8_0 && kind != DType::q4_0 && kind != DType::q4_1)
+    throw std::invalid_argument("blocks must be of kind q8_0, q4_0 or q4_1");
+  rows.count = values.shape(0);
+  rows.inner = values.shape(1);
+  if (rows.inner % kGroup) throw std::invalid_argument("rows of blocks must be a multiple of 32 wide");
+  expect_matrix("scale", scale, rows.count, rows.inner / kGroup);
+  if (minimum) expect_matrix("minimum", *minimum, rows.count, rows.inner / kGroup);
+  if (kind == DType::q4_1 && !minimum) throw std::invalid_argument("blocks of kind q4_1 need a minimum");
+  rows.kind = kind;
+  rows.values = values.data();
+  rows.scale = scale.data();
+  rows.minimum = data_or_null(minimum);
+  return rows;
+}
+
+void set_linear(Stack& stack, int layer, const std::string& name, const AnyMatrix& weight,
                 const std::optional<FloatVector>& bias) {
-  if (bias && bias->size() != weight.shape(0))
+  Rows rows = rows_of(weight);
+  if (bias && static_cast<int64_t>(bias->size()) != rows.count)
     throw std::invalid_argument("layers." + std::to_string(layer) + "." + name + ".bias has " +
-                                std::to_string(bias->size()) + " values, expected " + std::to_string(weight.shape(0)));
-  stack.set_linear(layer, name, weight.data(), weight.shape(0), weight.shape(1), data_or_null(bias));
+                                std::to_string(bias->size()) + " values, expected " + std::to_string(rows.count));
+  rows.bias = data_or_null(bias);
+  stack.set_linear(layer, name, rows);
 }
 
 using Bytes = nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>>;
@@ -143,7 +176,15 @@ nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>> lengths(const std::shared_ptr<KVC
 // ------------------------------------------------------------------------------------------------ specs
 
 void bind_specs(nb::module_& m) {
-  nb::enum_<DType>(m, "DType").value("f32", DType::f32).value("bf16", DType::bf16).value("i8", DType::i8).value("i4", DType::i4);
+  nb::enum_<DType>(m, "DType")
+      .value("f32", DType::f32)
+      .value("bf16", DType::bf16)
+      .value("i8", DType::i8)
+      .value("i4", DType::i4)
+      .value("q8_0", DType::q8_0)
+      .value("q4_0", DType::q4_0)
+      .value("q4_1", DType::q4_1)
+      .value("q8_min", DType::q8_min);
   nb::enum_<Activation>(m, "Activation")
       .value("silu", Activation::silu)
       .value("gelu_tanh", Activation::gelu_tanh)
@@ -154,6 +195,10 @@ void bind_specs(nb::module_& m) {
       .def_rw("scale", &RopeSpec::scale);
   nb::class_<LayerSpec>(m, "LayerSpec")
       .def(nb::init<>())
+      .def_rw("qkv", &LayerSpec::qkv)
+      .def_rw("out", &LayerSpec::out)
+      .def_rw("gate_up", &LayerSpec::gate_up)
+      .def_rw("down", &LayerSpec::down)
       .def_rw("heads", &LayerSpec::heads)
       .def_rw("kv_heads", &LayerSpec::kv_heads)
       .def_rw("head_dim", &LayerSpec::head_dim)
@@ -168,6 +213,9 @@ void bind_specs(nb::module_& m) {
   nb::class_<StackSpec>(m, "StackSpec")
       .def(nb::init<>())
       .def_rw("dtype", &StackSpec::dtype)
+      .def_rw("head", &StackSpec::head)
+      .def_rw("embedding", &StackSpec::embedding)
+      .def_rw("tied", &StackSpec::tied)
       .def_rw("isa", &StackSpec::isa)
       .def_rw("hidden", &StackSpec::hidden)
       .def_rw("input_width", &StackSpec::input_width)
@@ -202,12 +250,12 @@ void bind_stack(nb::module_& m) {
       .def("set_norm", [](Stack& stack, int layer, const std::string& name,
                           const FloatVector& gain) { stack.set_norm(layer, name, gain.data(), gain.size()); })
       .def("set_linear", &set_linear, "layer"_a, "name"_a, "weight"_a, "bias"_a = nb::none())
-      .def("set_embedding", [](Stack& stack, const FloatMatrix& weight) {
-        stack.set_embedding(weight.data(), weight.shape(0), weight.shape(1));
-      })
-      .def("set_head", [](Stack& stack, const FloatMatrix& weight) {
-        stack.set_head(weight.data(), weight.shape(0), weight.shape(1));
-      })
+      .def("set_embedding", [](Stack& stack, const AnyMatrix& rows, int64_t first) {
+        stack.set_embedding(rows_of(rows), first);
+      }, "rows"_a, "first"_a = 0)
+      .def("set_head", [](Stack& stack, const AnyMatrix& rows, int64_t first) {
+        stack.set_head(rows_of(rows), first);
+      }, "rows"_a, "first"_a = 0)
       .def("new_cache", &Stack::new_cache)
       .def("forward", &forward, "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "offsets"_a.noconvert(), "causal"_a, "aux_layers"_a, "hidden"_a.noconvert().none(),

@@ -10,7 +10,8 @@
 namespace outrider::OUTRIDER_ISA {
 
 constexpr int kChunkSteps = 128;                        // of 4 * P bytes: 16 KiB with 32 columns
-constexpr int kChunkGroups = 1024 / kGroup;             // int4: 1,024 k
+constexpr int kNibbleChunk = 1024 / kGroup;             // groups: as many bytes
+constexpr int kByteChunk = 512 / kGroup;
 
 // Sums all chunks into total[m][v]. `Tile` multiplies one chunk with up to kRows rows.
 template <class Tile>
@@ -43,27 +44,51 @@ struct StepTile {
                          bool first, Acc (*total)[kVectors]);
 };
 
+// Groups of kGroup k: an exact integer product of each, scaled and added to a float32 sum, group after group. Block
+// formats scale by the weights' and by the activations' scale of the group, and add minimum * (sum of the activations).
+template <class Format>
 struct GroupTile {
   using Acc = F;
-  static constexpr int kRows = kTileRows;
+  // Block formats need more registers for each row. On Zen 4, 8 rows at a time were 10 % faster in a prefill than 14.
+  static constexpr int kRows = Format::kBlocks ? kTileRows / 2 + 1 : kTileRows;
   template <int M>
   static inline void fixed(const char* w, const Operand& x, int row, size_t offset, int group, int groups, bool first,
                            F (*total)[kVectors]) {
+    using Sizes = GroupSizes<Format>;
     F sum[M][kVectors];
     for (int m = 0; m < M; m++)
       for (int v = 0; v < kVectors; v++) sum[m][v] = F{};
     const char* rows = x.data + row * x.stride + offset;
-    const int32_t* start = x.sums + static_cast<ptrdiff_t>(row) * x.sums_stride + group;
-    for (int g = 0; g < groups; g++, w += kGroupBytes, rows += kGroup) {
-      prefetch_ahead<2 * M>(w, kGroupBytes);  // a byte is two weights
+    const ptrdiff_t stride = x.sums_stride;
+    const int32_t* start = x.sums + row * stride + group;
+    const float* row_scale = x.scale + row * stride + group;
+    const float* row_offset = x.offsets + row * stride + group;
+    for (int g = 0; g < groups; g++, w += Sizes::kBytes, rows += Sizes::kOperandBytes) {
+      prefetch_ahead<Format::kNibbles ? 2 * M : M>(w, Sizes::kBytes);  // a byte is one weight or two
       I acc[M][kVectors];
       for (int m = 0; m < M; m++)
-        for (int v = 0; v < kVectors; v++) acc[m][v] = set_int(start[static_cast<ptrdiff_t>(m) * x.sums_stride + g]);
-      group_product<M>(w + kPanel * 2, rows, x.stride, acc);
-      F scale[kVectors];
-      group_scales(w, scale);
-      for (int m = 0; m < M; m++)
-        for (int v = 0; v < kVectors; v++) sum[m][v] = fma(to_float(acc[m][v]), scale[v], sum[m][v]);
+        for (int v = 0; v < kVectors; v++) acc[m][v] = Format::kStart ? set_int(start[m * stride + g]) : I{};
+      if constexpr (Format::kNibbles)
+        group_product<M>(w + Sizes::kHeader, rows, x.stride, acc);
+      else
+        byte_product<M>(w + Sizes::kHeader, rows, x.stride, acc);
+      if constexpr (!Format::kBlocks) {
+        F scale[kVectors];
+        group_scales(w, scale);
+        for (int m = 0; m < M; m++)
+          for (int v = 0; v < kVectors; v++) sum[m][v] = fma(to_float(acc[m][v]), scale[v], sum[m][v]);
+        continue;
+      }
+      for (int v = 0; v < kVectors; v++) {
+        const F scale = load_half(w + v * kLanes * 2);
+        for (int m = 0; m < M; m++)
+          sum[m][v] = fma(to_float(acc[m][v]), scale * set(row_scale[m * stride + g]), sum[m][v]);
+      }
+      if constexpr (Format::kMinimum)
+        for (int v = 0; v < kVectors; v++) {
+          const F minimum = load_half(w + (kVectors + v) * kLanes * 2);
+          for (int m = 0; m < M; m++) sum[m][v] = fma(minimum, set(row_offset[m * stride + g]), sum[m][v]);
+        }
     }
     for (int m = 0; m < M; m++)
       for (int v = 0; v < kVectors; v++) total[m][v] = first ? sum[m][v] : total[m][v] + sum[m][v];
@@ -84,9 +109,10 @@ inline void StepTile<Op>::run(int rows, const char* w, const Operand& x, int row
                               bool first, Acc (*total)[kVectors]) {
   dispatch<StepTile<Op>>(rows, w, x, row, offset, step, steps, first, total);
 }
-inline void GroupTile::run(int rows, const char* w, const Operand& x, int row, size_t offset, int group, int groups,
-                           bool first, F (*total)[kVectors]) {
-  dispatch<GroupTile>(rows, w, x, row, offset, group, groups, first, total);
+template <class Format>
+inline void GroupTile<Format>::run(int rows, const char* w, const Operand& x, int row, size_t offset, int group,
+                                   int groups, bool first, F (*total)[kVectors]) {
+  dispatch<GroupTile<Format>>(rows, w, x, row, offset, group, groups, first, total);
 }
 
 // Converts one row's accumulators to float32 outputs.
@@ -118,6 +144,13 @@ static void gemm_panels(const Weights& w, const Operand& x, int rows, int first,
   }
 }
 
+template <class Format>
+static void gemm_groups(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride) {
+  using Sizes = GroupSizes<Format>;
+  gemm_panels<GroupTile<Format>>(w, x, rows, first, last, Sizes::kBytes, Sizes::kOperandBytes, w.inner / kGroup,
+                                 Format::kNibbles ? kNibbleChunk : kByteChunk, y, y_stride);
+}
+
 static void gemm(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride) {
   const int steps = w.inner / k_per_step(w.dtype);
   switch (w.dtype) {
@@ -130,9 +163,11 @@ static void gemm(const Weights& w, const Operand& x, int rows, int first, int la
     case DType::i8:
       return gemm_panels<StepTile<OpI8>>(w, x, rows, first, last, OpI8::kBytes, OpI8::kOperandBytes, steps, kChunkSteps,
                                          y, y_stride);
-    case DType::i4:
-      return gemm_panels<GroupTile>(w, x, rows, first, last, kGroupBytes, kGroup, w.inner / kGroup, kChunkGroups, y,
-                                    y_stride);
+    case DType::i4: return gemm_groups<GroupI4>(w, x, rows, first, last, y, y_stride);
+    case DType::q8_0: return gemm_groups<GroupQ80>(w, x, rows, first, last, y, y_stride);
+    case DType::q4_0: return gemm_groups<GroupQ40>(w, x, rows, first, last, y, y_stride);
+    case DType::q4_1: return gemm_groups<GroupQ41>(w, x, rows, first, last, y, y_stride);
+    case DType::q8_min: return gemm_groups<GroupQ8Min>(w, x, rows, first, last, y, y_stride);
   }
 }
 

@@ -12,15 +12,26 @@
 
 namespace outrider {
 
-enum class DType : int { f32 = 0, bf16 = 1, i8 = 2, i4 = 3 };
+// q8_0, q4_0 and q4_1 are the block formats of GGUF files: blocks of 32 inner elements with an fp16 scale, q4_1 with an
+// fp16 minimum too. q8_min is q8_0 with a minimum; it holds the values of all three, for matrices that are packed
+// together but come in different formats.
+enum class DType : int { f32 = 0, bf16 = 1, i8 = 2, i4 = 3, q8_0 = 4, q4_0 = 5, q4_1 = 6, q8_min = 7 };
 
 // Functions of this header that kernels.cpp calls are static: it is compiled once per instruction set, and the linker
 // must not merge the copies.
 
 // Inner elements that share one 4-byte lane of a panel: the K step of the kernels.
 static constexpr int k_per_step(DType dtype) { return dtype == DType::f32 ? 1 : dtype == DType::bf16 ? 2 : 4; }
+static constexpr bool is_blocks(DType dtype) { return dtype >= DType::q8_0; }
+static constexpr bool has_groups(DType dtype) { return dtype == DType::i4 || is_blocks(dtype); }
+static constexpr bool has_minimum(DType dtype) { return dtype == DType::q4_1 || dtype == DType::q8_min; }
+static constexpr bool is_nibbles(DType dtype) {
+  return dtype == DType::i4 || dtype == DType::q4_0 || dtype == DType::q4_1;
+}
+// What is added to a weight's integer where it is stored: kInt8Zero for signed bytes, kInt4Zero for signed nibbles.
+static constexpr int zero_of(DType dtype) { return dtype == DType::q4_1 ? 0 : is_nibbles(dtype) ? 8 : 128; }
 
-constexpr int kGroup = 32;       // inner elements that share an int4 scale
+constexpr int kGroup = 32;       // inner elements that share a scale: int4 and the block formats
 constexpr int kBlock = 64;       // positions of one softmax step; blocks start at absolute multiples of it
 constexpr int kSplit = 512;      // positions whose partial softmax is merged in order; a multiple of kBlock
 constexpr int kRowBlock = 256;   // rows one panel is multiplied with before the next row block
@@ -33,7 +44,7 @@ static constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 
 // A [N, K] matrix as panels of P output columns, read front to back exactly once per pass.
 struct Weights {
   DType dtype = DType::f32;
-  int inner = 0;                // K, padded to whole steps (whole groups for int4)
+  int inner = 0;                // K, padded to whole steps (whole groups where the format has them)
   int panels = 0;               // ceil(N / P)
   size_t panel_bytes = 0;
   const char* data = nullptr;
@@ -45,9 +56,10 @@ struct Weights {
 struct Operand {
   char* data = nullptr;
   size_t stride = 0;            // bytes between rows
-  float* scale = nullptr;       // int8, int4: one per row
-  int32_t* sums = nullptr;      // -zero * sum of the quantised row (int8) or of each of its groups (int4)
-  int sums_stride = 0;
+  float* scale = nullptr;       // int8, int4: one per row; block formats: one per group of a row
+  int32_t* sums = nullptr;      // -zero * sum of the quantised row (int8) or of each of its groups
+  float* offsets = nullptr;     // block formats with a minimum: scale * sum of each group
+  int sums_stride = 0;          // groups per row, of all three where they are per group
 };
 
 // A matrix whose rows are read one by one: float32 or bfloat16, K padded to whole panels (see pack_row).

@@ -146,7 +146,6 @@ static inline void tile(const char* w, const char* x, size_t x_stride, int steps
 // Integer sums of a group are scaled and added to float32 accumulators, group after group.
 constexpr int kGroupSteps = kGroup / 4;
 constexpr int kNibbleBytes = kPanel * 2;
-constexpr int kGroupBytes = kPanel * 2 + kGroupSteps * kNibbleBytes;
 
 static inline void group_scales(const char* group, F (&scale)[kVectors]) {
   for (int v = 0; v < kVectors / 2; v++) {
@@ -191,5 +190,40 @@ static inline void group_product(const char* w, const char* x, size_t x_stride, 
   }
 }
 #endif
+
+// 8-bit groups: kGroup / 4 steps as int8 has them.
+template <int M>
+static inline void byte_product(const char* w, const char* x, size_t x_stride, I (&acc)[M][kVectors]) {
+#pragma GCC unroll 8
+  for (int s = 0; s < kGroupSteps; s++, w += OpI8::kBytes, x += OpI8::kOperandBytes) {
+    const OpI8::Slice slice = OpI8::read(w);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) OpI8::multiply(acc[m], slice, x + m * x_stride);
+  }
+}
+
+// How groups are stored: P scales (bfloat16 in int4, else fp16), P fp16 minima where the format has them, the values.
+struct GroupI4 {
+  static constexpr bool kNibbles = true, kBlocks = false, kMinimum = false, kStart = true;
+};
+struct GroupQ80 {
+  static constexpr bool kNibbles = false, kBlocks = true, kMinimum = false, kStart = true;
+};
+struct GroupQ40 {
+  static constexpr bool kNibbles = true, kBlocks = true, kMinimum = false, kStart = true;
+};
+struct GroupQ41 {  // stored as it is: no sum to start from
+  static constexpr bool kNibbles = true, kBlocks = true, kMinimum = true, kStart = false;
+};
+struct GroupQ8Min {
+  static constexpr bool kNibbles = false, kBlocks = true, kMinimum = true, kStart = true;
+};
+
+template <class Format>
+struct GroupSizes {
+  static constexpr int kHeader = kPanel * (Format::kMinimum ? 4 : 2);
+  static constexpr int kBytes = kHeader + kGroupSteps * (Format::kNibbles ? kNibbleBytes : OpI8::kBytes);
+  static constexpr int kOperandBytes = Format::kNibbles ? kGroup : kGroupSteps * OpI8::kOperandBytes;
+};
 
 }  // namespace outrider::OUTRIDER_ISA

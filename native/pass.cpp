@@ -61,9 +61,11 @@ void Pass::allocate(int rows, size_t partial) {
       Operand to;
       to.stride = row_stride(static_cast<size_t>(widest) * sizeof(float));
       to.data = allocator.take<char>(to.stride * count);
-      to.scale = allocator.take<float>(count);
       to.sums_stride = widest / kGroup;
-      to.sums = allocator.take<int32_t>(static_cast<size_t>(to.sums_stride) * count);
+      const size_t groups = static_cast<size_t>(to.sums_stride) * count;
+      to.scale = allocator.take<float>(groups);
+      to.sums = allocator.take<int32_t>(groups);
+      to.offsets = allocator.take<float>(groups);
       return to;
     };
     space_.y = allocator.take<float>(space_.x_stride * rows);
@@ -299,20 +301,23 @@ void Pass::project(const Chunk& chunk, const float* hidden) {
   if (stack_.layers_.empty()) return;
   allocate(chunk.count, 0);
   const int width = stack_.spec_.hidden;
-  std::vector<std::array<int, 3>> items;  // layer, key/value head, part
-  for (size_t i = 0; i < stack_.layers_.size(); i++)
-    for (int kv = 0; kv < stack_.layers_[i].spec.kv_heads; kv++)
-      for (int part = stack_.layers_[i].group; part < stack_.layers_[i].parts; part++)
-        items.push_back({static_cast<int>(i), kv, part});
-  pool_.run([&](int thread) {
-    // No layer applies its norm here, so all layers can use the same operand.
-    const Operand x = prepare(thread, rows_, stack_.layers_[0].qkv, width, nullptr, [&](int m) {
-      return hidden + (chunk_->first + m) * static_cast<size_t>(width);
+  // No layer applies its norm here, so layers of one format in a row can use the same operand.
+  for (size_t begin = 0, end; begin < stack_.layers_.size(); begin = end) {
+    const DType dtype = stack_.layers_[begin].spec.qkv;
+    std::vector<std::array<int, 3>> items;  // layer, key/value head, part
+    for (end = begin; end < stack_.layers_.size() && stack_.layers_[end].spec.qkv == dtype; end++)
+      for (int kv = 0; kv < stack_.layers_[end].spec.kv_heads; kv++)
+        for (int part = stack_.layers_[end].group; part < stack_.layers_[end].parts; part++)
+          items.push_back({static_cast<int>(end), kv, part});
+    pool_.run([&](int thread) {
+      const Operand x = prepare(thread, rows_, stack_.layers_[begin].qkv, width, nullptr, [&](int m) {
+        return hidden + (chunk_->first + m) * static_cast<size_t>(width);
+      });
+      pool_.parallel_for(thread, static_cast<int>(items.size()), [&](int i) {
+        project_head(thread, items[i][0], x, items[i][1], items[i][2]);
+      });
     });
-    pool_.parallel_for(thread, static_cast<int>(items.size()), [&](int i) {
-      project_head(thread, items[i][0], x, items[i][1], items[i][2]);
-    });
-  });
+  }
 }
 
 void Pass::unembed(const float* hidden, int64_t rows) {

@@ -31,7 +31,9 @@ static int operand_bytes(DType dtype) {
   switch (dtype) {
     case DType::f32: return 4;
     case DType::bf16: return OpBF16::kOperandBytes / 2;
-    case DType::i8: return OpI8::kOperandBytes / 4;
+    case DType::i8:
+    case DType::q8_0:
+    case DType::q8_min: return OpI8::kOperandBytes / 4;
     default: return 1;
   }
 }
@@ -73,6 +75,16 @@ static inline void store_quantised(I q, char* to) {
   }
 }
 
+static inline int32_t sum_lanes(I a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(raw(a));
+#else
+  int32_t total = 0;
+  for (int l = 0; l < kLanes; l++) total += a[l];
+  return total;
+#endif
+}
+
 // Symmetric 8-bit quantisation of n values, n a multiple of `span`; sums[j] = -zero * sum of the j-th span.
 template <bool wide>
 static inline float quantise(const float* x, int n, int span, int zero, char* out, int32_t* sums) {
@@ -97,11 +109,34 @@ static inline float quantise(const float* x, int n, int span, int zero, char* ou
       store_quantised<wide>(q, bytes);
       std::memcpy(out + (wide ? 2 : 1) * static_cast<ptrdiff_t>(i), bytes, (wide ? 2 : 1) * (n - i));
     }
-    int32_t total = 0;
-    for (int l = 0; l < kLanes; l++) total += sum[l];
-    *sums = -zero * total;
+    *sums = -zero * sum_lanes(sum);
   }
   return largest / 127.0f;
+}
+
+// The same with a scale for every kGroup values: offsets[j] = scale[j] * sum of group j. n is a multiple of kGroup.
+template <bool wide>
+static inline void quantise_blocks(const float* x, int n, int zero, char* out, float* scale, int32_t* sums,
+                                   float* offsets) {
+  constexpr int kParts = kGroup / kLanes;
+  for (int begin = 0; begin < n; begin += kGroup, x += kGroup, out += (wide ? 2 : 1) * kGroup) {
+    F part[kParts];
+    F most = set(1e-10f);
+    for (int i = 0; i < kParts; i++) most = max(most, abs(part[i] = load(x + i * kLanes)));
+    const float largest = reduce_max(most);
+    const F inverse = set(127.0f / largest);
+    I sum = {};
+    for (int i = 0; i < kParts; i++) {
+      const I q = to_int(part[i] * inverse);
+      sum += q;
+      store_quantised<wide>(q, out + (wide ? 2 : 1) * static_cast<ptrdiff_t>(i * kLanes));
+    }
+    const int total = sum_lanes(sum);
+    *scale = largest / 127.0f;
+    *sums++ = -zero * total;
+    *offsets++ = *scale * static_cast<float>(total);
+    scale++;
+  }
 }
 
 static void prepare(DType dtype, const float* x, const float* gain, float eps, int width, int inner, float* scratch,
@@ -129,6 +164,11 @@ static void prepare(DType dtype, const float* x, const float* gain, float eps, i
       out.scale[row] = quantise<false>(x, inner, kGroup, kInt4Zero, to,
                                        out.sums + static_cast<ptrdiff_t>(row) * out.sums_stride);
       break;
+    default: {
+      const ptrdiff_t first = static_cast<ptrdiff_t>(row) * out.sums_stride;
+      const auto convert = is_nibbles(dtype) ? quantise_blocks<false> : quantise_blocks<OpI8::kOperandBytes == 8>;
+      convert(x, inner, zero_of(dtype), to, out.scale + first, out.sums + first, out.offsets + first);
+    }
   }
 }
 

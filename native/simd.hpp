@@ -139,6 +139,23 @@ static inline float reduce_max(F a) {
 
 static inline float first_of(F a) { return a[0]; }
 
+// kLanes fp16 values, subnormal ones too, exactly.
+static inline F load_half(const void* p) {
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+  uint16_t half[kLanes];
+  std::memcpy(half, p, sizeof half);
+  I wide;
+  for (int l = 0; l < kLanes; l++) wide[l] = half[l];
+  // The exponent's bias is 15 in fp16 and 127 in float32: a product with 2^112 moves it, whatever the exponent is.
+  const F magnitude = as_float(shift_left<13>(wide & 0x7fff)) * set(0x1p112f);
+  return as_float(as_int(magnitude) | shift_left<16>(wide & 0x8000));
+#endif
+}
+
 constexpr int kPanel = kLanes * kVectors;
 
 // 2^n for whole n in [-126, 127].

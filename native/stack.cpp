@@ -20,9 +20,6 @@ void expect(bool fits, const std::string& what, int64_t got_a, int64_t got_b, in
          std::to_string(want_a) + ", " + std::to_string(want_b) + "]");
 }
 
-// The format of the output head. With int4 weights it stays int8: int4 would cost far more accuracy than it saves time.
-DType head_dtype(DType dtype) { return dtype == DType::i4 ? DType::i8 : dtype; }
-
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------ loading
@@ -43,22 +40,27 @@ Stack::Stack(StackSpec spec) : spec_(std::move(spec)), kernels_(find_kernels(spe
     layer.parts = layer.group + (s.value_is_key ? 1 : 2);
     const int inner = i == 0 && spec_.input_width ? spec_.input_width : spec_.hidden;
     const int head_panels = layer.head_pad / panel;
-    layer.qkv = Linear(arena_, spec_.dtype, inner, s.kv_heads * layer.parts * head_panels, panel, spec_.bias);
-    layer.out = Linear(arena_, spec_.dtype, s.heads * s.head_dim, padded(spec_.hidden) / panel, panel,
-                       spec_.bias);
-    layer.gate_up = Linear(arena_, spec_.dtype, spec_.hidden, 2 * padded(s.intermediate) / panel, panel, spec_.bias);
-    layer.down = Linear(arena_, spec_.dtype, s.intermediate, padded(spec_.hidden) / panel, panel, spec_.bias);
+    layer.qkv = Linear(arena_, s.qkv, inner, s.kv_heads * layer.parts * head_panels, panel, spec_.bias);
+    layer.out = Linear(arena_, s.out, s.heads * s.head_dim, padded(spec_.hidden) / panel, panel, spec_.bias);
+    layer.gate_up = Linear(arena_, s.gate_up, spec_.hidden, 2 * padded(s.intermediate) / panel, panel, spec_.bias);
+    layer.down = Linear(arena_, s.down, s.intermediate, padded(spec_.hidden) / panel, panel, spec_.bias);
     layer.v_norm.assign(s.v_norm ? s.head_dim : 0, 1.0f);
     layers_.push_back(std::move(layer));
   }
   if (spec_.vocabulary)
-    head_ = Linear(arena_, head_dtype(spec_.dtype), spec_.hidden, padded(spec_.vocabulary) / panel, panel, false);
+    head_ = Linear(arena_, spec_.head, spec_.hidden, padded(spec_.vocabulary) / panel, panel, false);
   if (spec_.embeddings) {
     const size_t count = static_cast<size_t>(spec_.embeddings) * spec_.hidden;
-    if (spec_.dtype == DType::f32)
+    if (spec_.tied) {
+      if (!is_blocks(spec_.head) || spec_.embeddings != spec_.vocabulary)
+        refuse("a tied embedding needs a head in a block format with as many rows");
+    } else if (is_blocks(spec_.embedding)) {
+      embedding_ = Linear(arena_, spec_.embedding, spec_.hidden, padded(spec_.embeddings) / panel, panel, false);
+    } else if (spec_.embedding == DType::f32) {
       embedding_f32_ = arena_.take<float>(count);
-    else
+    } else {
       embedding_bf16_ = arena_.take<uint16_t>(count);
+    }
   }
 }
 
@@ -82,28 +84,27 @@ void Stack::set_norm(int layer, const std::string& name, const float* gain, int6
   to->assign(gain, gain + size);
 }
 
-// Packs `count` rows of a matrix into consecutive columns, the first of them column 0 of `first_panel`.
-void Stack::fill(Linear& linear, int first_panel, const float* rows, int64_t count, int64_t inner, const float* bias) {
+// Packs rows of a matrix into the columns of every `step`-th panel, the first of them column 0 of `first_panel`.
+void Stack::fill(Linear& linear, int first_panel, const Rows& rows, const std::string& name, int step) {
+  if (!linear.takes(rows)) refuse(name + " is given in a format that this matrix was not made for");
   const int panel = kernels_.panel;
-  const int64_t panels = (count + panel - 1) / panel;
   const auto pool = shared_pool();
   pool->run([&](int thread) {
-    pool->parallel_for(thread, panels, [&](int64_t p) {
-      linear.fill(first_panel + static_cast<int>(p), rows + p * panel * inner,
-                  static_cast<int>(std::min<int64_t>(panel, count - p * panel)), bias ? bias + p * panel : nullptr);
+    pool->parallel_for(thread, (rows.count + panel - 1) / panel, [&](int64_t p) {
+      linear.fill(first_panel + static_cast<int>(p) * step,
+                  rows.slice(p * panel, std::min<int64_t>(panel, rows.count - p * panel)));
     });
   });
 }
 
-void Stack::set_linear(int layer, const std::string& name, const float* weight, int64_t outputs, int64_t inner,
-                       const float* bias) {
+void Stack::set_linear(int layer, const std::string& name, const Rows& rows) {
   Layer& l = layers_.at(layer);
   const LayerSpec& s = l.spec;
-  const int panel = kernels_.panel, head_panels = l.head_pad / panel;
+  const int head_panels = l.head_pad / kernels_.panel;
   const int64_t input = layer == 0 && spec_.input_width ? spec_.input_width : spec_.hidden;
-  const auto shape = [&](int64_t want_outputs, int64_t want_inner) {
-    expect(outputs == want_outputs && inner == want_inner, "layers." + std::to_string(layer) + "." + name + ".weight",
-           outputs, inner, want_outputs, want_inner);
+  const std::string full = "layers." + std::to_string(layer) + "." + name + ".weight";
+  const auto shape = [&](int64_t outputs, int64_t inner) {
+    expect(rows.count == outputs && rows.inner == inner, full, rows.count, rows.inner, outputs, inner);
   };
   // Heads are stored group by group (queries, key, value), so that the thread that projects a key/value head also has
   // the queries that attend to it.
@@ -111,16 +112,13 @@ void Stack::set_linear(int layer, const std::string& name, const float* weight, 
     shape(static_cast<int64_t>(heads) * s.head_dim, input);
     for (int h = 0; h < heads; h++) {
       const int column = h / per_group * l.parts + part + h % per_group;  // in heads
-      fill(l.qkv, column * head_panels, weight + static_cast<int64_t>(h) * s.head_dim * inner, s.head_dim, inner,
-           bias ? bias + static_cast<int64_t>(h) * s.head_dim : nullptr);
+      fill(l.qkv, column * head_panels, rows.slice(static_cast<int64_t>(h) * s.head_dim, s.head_dim), full);
     }
   };
   // Gate and up panels alternate, so that a thread can multiply the two as soon as it has computed them.
   const auto fill_interleaved = [&](int offset) {
     shape(s.intermediate, spec_.hidden);
-    for (int64_t row = 0, p = 0; row < outputs; row += panel, p++)
-      l.gate_up.fill(static_cast<int>(2 * p) + offset, weight + row * inner,
-                     static_cast<int>(std::min<int64_t>(panel, outputs - row)), bias ? bias + row : nullptr);
+    fill(l.gate_up, offset, rows, full, 2);
   };
   if (name == "q") {
     fill_heads(s.heads, l.group, 0);
@@ -130,31 +128,42 @@ void Stack::set_linear(int layer, const std::string& name, const float* weight, 
     fill_heads(s.kv_heads, 1, l.group + 1);
   } else if (name == "o") {
     shape(spec_.hidden, static_cast<int64_t>(s.heads) * s.head_dim);
-    fill(l.out, 0, weight, outputs, inner, bias);
+    fill(l.out, 0, rows, full);
   } else if (name == "gate") {
     fill_interleaved(0);
   } else if (name == "up") {
     fill_interleaved(1);
   } else if (name == "down") {
     shape(spec_.hidden, s.intermediate);
-    fill(l.down, 0, weight, outputs, inner, bias);
+    fill(l.down, 0, rows, full);
   } else {
     refuse("unknown linear " + name);
   }
 }
 
-void Stack::set_embedding(const float* weight, int64_t rows, int64_t width) {
-  expect(rows == spec_.embeddings && width == spec_.hidden, "embed.weight", rows, width, spec_.embeddings, spec_.hidden);
-  const int64_t count = rows * width;
+void Stack::set_embedding(const Rows& rows, int64_t first) {
+  const int64_t end = first + rows.count;
+  expect(first >= 0 && end <= spec_.embeddings && rows.inner == spec_.hidden, "embed.weight", end, rows.inner,
+         spec_.embeddings, spec_.hidden);
+  if (spec_.tied) refuse("a tied embedding is set with the head");
+  if (is_blocks(spec_.embedding)) {
+    if (first % kernels_.panel) refuse("embed.weight must be given from a multiple of 64 rows on");
+    return fill(embedding_, static_cast<int>(first / kernels_.panel), rows, "embed.weight");
+  }
+  if (rows.count && !rows.weight) refuse("embed.weight is given in a format that this stack was not made for");
+  const int64_t count = rows.count * rows.inner, at = first * rows.inner;
   if (embedding_f32_)
-    std::copy(weight, weight + count, embedding_f32_);
+    std::copy(rows.weight, rows.weight + count, embedding_f32_ + at);
   else
-    std::transform(weight, weight + count, embedding_bf16_, bf16_bits);
+    std::transform(rows.weight, rows.weight + count, embedding_bf16_ + at, bf16_bits);
 }
 
-void Stack::set_head(const float* weight, int64_t rows, int64_t width) {
-  expect(rows == spec_.vocabulary && width == spec_.hidden, "head.weight", rows, width, spec_.vocabulary, spec_.hidden);
-  fill(head_, 0, weight, rows, width, nullptr);
+void Stack::set_head(const Rows& rows, int64_t first) {
+  const int64_t end = first + rows.count;
+  expect(first >= 0 && end <= spec_.vocabulary && rows.inner == spec_.hidden, "head.weight", end, rows.inner,
+         spec_.vocabulary, spec_.hidden);
+  if (first % kernels_.panel) refuse("head.weight must be given from a multiple of 64 rows on");
+  fill(head_, static_cast<int>(first / kernels_.panel), rows, "head.weight");
 }
 
 // ------------------------------------------------------------------------------------------------ cache and checks
@@ -212,7 +221,11 @@ void Stack::embed(const int64_t* tokens, int64_t count, float* out) const {
     if (tokens[t] < 0 || tokens[t] >= spec_.embeddings)
       refuse("token id " + std::to_string(tokens[t]) + " is outside 0 .. " + std::to_string(spec_.embeddings - 1));
     const size_t row = static_cast<size_t>(tokens[t]) * width;
-    if (embedding_f32_)
+    if (spec_.tied || is_blocks(spec_.embedding)) {
+      (spec_.tied ? head_ : embedding_).unpack(tokens[t], out);
+      if (spec_.embedding_scale != 1.0f)
+        for (int d = 0; d < width; d++) out[d] *= spec_.embedding_scale;
+    } else if (embedding_f32_)
       for (int d = 0; d < width; d++) out[d] = embedding_f32_[row + d] * spec_.embedding_scale;
     else
       for (int d = 0; d < width; d++) out[d] = bf16_value(embedding_bf16_[row + d]) * spec_.embedding_scale;

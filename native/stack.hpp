@@ -55,12 +55,12 @@ class Stack {
  public:
   explicit Stack(StackSpec spec);
 
-  // Weights, one call each. Matrices are [outputs, inner] float32 rows; norms are gains with any offset already added.
+  // Weights. Matrices are [outputs, inner]; norms are gains with any offset already added. Embedding and head may be
+  // given in parts, from row `first` on, a multiple of P (which a multiple of 64 always is).
   void set_norm(int layer, const std::string& name, const float* gain, int64_t size);
-  void set_linear(int layer, const std::string& name, const float* weight, int64_t outputs, int64_t inner,
-                  const float* bias);
-  void set_embedding(const float* weight, int64_t rows, int64_t width);
-  void set_head(const float* weight, int64_t rows, int64_t width);
+  void set_linear(int layer, const std::string& name, const Rows& rows);
+  void set_embedding(const Rows& rows, int64_t first);
+  void set_head(const Rows& rows, int64_t first);
 
   std::shared_ptr<KVCache> new_cache(int slots, int64_t capacity);
   // Checks the batch, runs it through all layers, and appends its keys and values to the cache.
@@ -79,7 +79,7 @@ class Stack {
  private:
   friend class Pass;
   void check(const Batch& batch, const KVCache& cache, bool check_tokens) const;
-  void fill(Linear& linear, int first_panel, const float* rows, int64_t count, int64_t inner, const float* bias);
+  void fill(Linear& linear, int first_panel, const Rows& rows, const std::string& name, int step = 1);
   int padded(int64_t width) const { return static_cast<int>(round_up(width, kernels_.panel)); }
 
   StackSpec spec_;
@@ -88,7 +88,7 @@ class Stack {
   std::vector<Layer> layers_;
   std::vector<RopeTable> ropes_;
   std::vector<float> final_norm_;
-  Linear head_;
+  Linear head_, embedding_;  // embedding_: block formats that are not tied
   float* embedding_f32_ = nullptr;
   uint16_t* embedding_bf16_ = nullptr;
   std::mutex pass_mutex_;  // one pass at a time: passes share scratch_ and the thread pool

@@ -15,6 +15,7 @@ struct RopeSpec {
 };
 
 struct LayerSpec {
+  DType qkv = DType::f32, out = DType::f32, gate_up = DType::f32, down = DType::f32;
   int heads = 0, kv_heads = 0, head_dim = 0, intermediate = 0;
   int rope = 0;        // index into StackSpec::ropes
   int64_t window = 0;  // 0: unlimited
@@ -24,7 +25,9 @@ struct LayerSpec {
 };
 
 struct StackSpec {
-  DType dtype = DType::f32;
+  DType dtype = DType::f32;  // of keys and values: f32 where it is f32, else bf16
+  DType head = DType::f32, embedding = DType::f32;  // embedding: f32, bf16 or a block format
+  bool tied = false;         // the embedding's rows are read from the head; block formats only
   std::string isa;  // empty: what OUTRIDER_ISA says, else the best this processor has
   int hidden = 0, input_width = 0;
   int embeddings = 0;  // rows of the embedding; 0: none

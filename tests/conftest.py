@@ -9,8 +9,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine it waits long
 
 # Several processes share the machine's cores: no deadline per example, and the same examples on every run.
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)

@@ -644,7 +644,7 @@ def small_drafter(model: PrefixModel, **options: Any) -> DraftModelDrafter:
     return DraftModelDrafter.from_config(config, TARGET, load_target=lambda name, dtype: model)
 
 
-def test_draft_model_draws_each_token_from_the_law_it_reports() -> None:
+def test_draft_model_draws_each_token_from_the_distribution_it_reports() -> None:
     """Recomputed without a cache: the processed logits of the whole prefix, and the row's own rng."""
     model = PrefixModel(seed=1)
     drafter, rows = small_drafter(model, draft_tokens=5), rows_of(range(4))
@@ -670,7 +670,7 @@ def test_draft_model_draws_each_token_from_the_law_it_reports() -> None:
         commit(drafter, rows, proposal)
 
 
-def test_draft_model_has_no_law_where_every_row_is_greedy() -> None:
+def test_draft_model_has_no_distribution_where_every_row_is_greedy() -> None:
     drafter, rows = small_drafter(PrefixModel(seed=1)), rows_of([0])
     start(drafter, rows)
     assert propose(drafter, rows, [4]).distribution is None

@@ -91,7 +91,7 @@ def dense_bias(checkpoint: DraftCheckpoint, previous: list[int], hidden: Tensor)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_drafts_and_their_laws_are_those_of_a_direct_computation(name: str) -> None:
+def test_drafts_and_their_distributions_are_those_of_a_direct_computation(name: str) -> None:
     target = make_target(dtype=torch.float64)
     checkpoint = make_checkpoint(BLOCKS[name], target=target)
     drafter = make_drafter(checkpoint, target, torch.float64)
@@ -251,7 +251,7 @@ def test_a_row_drafts_the_same_alone_and_in_a_ragged_batch(name: str, params: Sa
             )
 
 
-def test_greedy_drafts_carry_no_law_and_a_mixed_batch_does() -> None:
+def test_greedy_drafts_carry_no_distribution_and_a_mixed_batch_does() -> None:
     target = make_target()
     drafter = make_drafter(make_checkpoint(BLOCKS["vanilla"], target=target), target)
     history = random_tokens(6, 1)
@@ -282,7 +282,7 @@ def test_a_reduced_vocabulary_drafts_its_own_tokens_only() -> None:
     torch.testing.assert_close(distributions[:, ids], (logits / 0.8).softmax(-1), atol=1e-6, rtol=0, check_dtype=False)
 
 
-def test_drafted_tokens_follow_the_law_they_carry() -> None:
+def test_drafted_tokens_follow_the_distribution_they_carry() -> None:
     """The second draft of 1,200 rounds, given the first: total variation to its distribution is sampling noise."""
     target = make_target()
     drafter = make_drafter(make_checkpoint(BLOCKS["vanilla"], target=target), target, draft_tokens=2)
@@ -460,7 +460,7 @@ def test_a_greedy_block_takes_the_best_of_all_tokens_that_could_win(kind: str, s
 
 @pytest.mark.skipif(not available(), reason="the compiled core is not built")
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
-def test_a_sampled_block_is_drawn_from_the_law_it_reports(kind: str) -> None:
+def test_a_sampled_block_is_drawn_from_the_distribution_it_reports(kind: str) -> None:
     """The shortlist holds the largest base logits, its distribution is the full one truncated, the keys decide."""
     head, temperatures = wide_head(kind, 0.5), torch.tensor([0.0, 0.7, 1.0, 1e-4, 2.0])
     base, hidden, anchors, keys = block_inputs(5, 4)

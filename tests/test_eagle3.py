@@ -35,7 +35,7 @@ def make_drafter(checkpoint: DraftCheckpoint, target: TargetModel, dtype=torch.f
     return Eagle3Drafter(checkpoint, target, ReferenceBackend(), config=config, dtype=dtype, max_rows=8)
 
 
-def dense_law(checkpoint: DraftCheckpoint, target, features: Tensor, tokens: list[int]) -> Tensor:
+def dense_distribution(checkpoint: DraftCheckpoint, target, features: Tensor, tokens: list[int]) -> Tensor:
     """Distribution of the token after ``tokens``; those past the features are drafts. One pass over everything. [V]"""
     w = {name: tensor.double() for name, tensor in checkpoint.tensors.items()}
     design, features = checkpoint.design, features.double()
@@ -58,7 +58,7 @@ def dense_law(checkpoint: DraftCheckpoint, target, features: Tensor, tokens: lis
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_drafts_follow_the_laws_of_a_direct_computation(name: str) -> None:
+def test_drafts_follow_the_distributions_of_a_direct_computation(name: str) -> None:
     target = make_target(dtype=torch.float64)
     checkpoint = make_checkpoint(CHAINS[name], target=target)
     drafter, history = make_drafter(checkpoint, target), random_tokens(9, 3)
@@ -71,7 +71,7 @@ def test_drafts_follow_the_laws_of_a_direct_computation(name: str) -> None:
         assert len(drafts) == 4
         distributions = proposal.distribution.dense(torch.arange(4))
         for j in range(4):
-            expected = dense_law(checkpoint, target, features, [*history, *drafts[:j]])
+            expected = dense_distribution(checkpoint, target, features, [*history, *drafts[:j]])
             torch.testing.assert_close(distributions[j], expected, atol=1e-6, rtol=0, check_dtype=False)
         session.observe([[history[-1], *drafts[:accepted]]], [len(history) - 1])
         history += [*drafts[:accepted], accepted]

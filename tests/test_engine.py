@@ -133,7 +133,7 @@ def test_coupled_text_under_penalties_is_the_plain_text() -> None:
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
-def test_the_sampled_law_end_to_end(rule: str) -> None:
+def test_the_sampled_distribution_end_to_end(rule: str) -> None:
     """First three tokens after [0] against the exact distribution: chi-square, false alarms below 1 in 10,000."""
     count = 2000
     params = SamplingParams(max_tokens=3, temperature=1.0, rule=rule)  # type: ignore[arg-type]
@@ -150,7 +150,7 @@ def test_the_sampled_law_end_to_end(rule: str) -> None:
     assert statistic < chi2.ppf(1 - 1e-4, len(expected) - 1)
 
 
-def test_a_drafter_that_misstates_its_law_is_caught_by_the_same_check() -> None:
+def test_a_drafter_that_misstates_its_distribution_is_caught_by_the_same_check() -> None:
     """Negative control: drafts from one distribution passed off as draws from another bias the text."""
 
     class Lying(MarkovDrafter):

@@ -42,7 +42,7 @@ def test_the_fused_measures_are_their_definitions(
     torch.testing.assert_close(got, logits.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_equal_laws_are_always_accepted_and_disjoint_ones_never() -> None:
+def test_equal_distributions_are_always_accepted_and_disjoint_ones_never() -> None:
     same = torch.tensor([[2.0, -1.0, 0.5]])
     equal = divergence(same, same.softmax(-1), torch.tensor([0]), torch.tensor([0]))
     apart = divergence(torch.tensor([[50.0, -50.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([0]), torch.tensor([0]))

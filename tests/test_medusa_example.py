@@ -22,7 +22,7 @@ FILES = ("medusa_drafter.py", "medusa_training.py")
 TEXTS, HELD_OUT = 24, 3
 OPTIONS: dict[str, Any] = {
     "steps": 40,
-    "batch": 6,
+    "batch": 4,
     "length": 128,
     "learning_rate": 3e-3,
     "eval_every": 0,

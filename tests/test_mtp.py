@@ -29,7 +29,7 @@ def make_drafter(target, checkpoint, **options) -> MTPDrafter:
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_drafts_follow_the_laws_of_a_direct_computation(depth: int) -> None:
+def test_drafts_follow_the_distributions_of_a_direct_computation(depth: int) -> None:
     """Applied once or to its own output; re-run on the target's states as tokens are accepted."""
     target = make_target(dtype=torch.float64)
     checkpoint = make_checkpoint(DESIGNS["mtp"], target=target)

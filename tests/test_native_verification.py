@@ -1,7 +1,7 @@
-"""The core's verifications against the rules written out in ``acceptance``, and its cuts against numpy's.
+"""The core's verification against the rules in ``sampling.verification``, and its truncation against numpy's.
 
-Both see the same distributions and the same rng, so they must agree in every draft and every token; only where a uniform
-number falls within rounding of a probability might they differ, which the fixed seeds here do not meet.
+Both see the same distributions and random numbers, so they must agree in every draft and every token; only where a
+uniform number falls within rounding of a probability might they differ, which the fixed seeds here do not meet.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class Case:
         self.rows = torch.arange(rows).repeat_interleave(drafts)
         self.base = torch.randn(rows, drafts + 1, width, generator=random) * 2
         self.draft_logits = self.base[:, :drafts] + near * torch.randn(rows, drafts, width, generator=random)
-        distribution = self.draft_law()
+        distribution = self.draft_distribution()
         positions = torch.tensor([len(h) for h in self.histories])[self.rows] + places
         self.tokens = distribution.draw(self.rng.token_keys(self.rows, positions, "draft")).view(rows, drafts)
 
-    def draft_law(self) -> Categorical:
+    def draft_distribution(self) -> Categorical:
         width = self.base.shape[-1]
         plain = [SamplingParams(temperature=p.temperature or 1.0) for p in self.params]
         context = Context(plain, self.context.history, self.context.prompt_lengths)
@@ -94,13 +94,13 @@ class Case:
             target = settled(target)
             assert target.ids is None or target.ids.shape[1] < target.vocab_size
         proposal = Proposal(
-            self.tokens, torch.full_like(self.keep, self.tokens.shape[1]), distribution(self.draft_law())
+            self.tokens, torch.full_like(self.keep, self.tokens.shape[1]), distribution(self.draft_distribution())
         )
         return verify_native(target, proposal, self.keep, self.context, self.rng)
 
 
 def sparse(distribution: Categorical) -> Categorical:
-    """The same distribution over listed tokens: the 60 likeliest of each place, and what was drafted is likely among them."""
+    """The same distribution over the 60 likeliest tokens of each row, which probably include the drafted one."""
     distribution = settled(distribution)
     values, ids = distribution.logits.topk(min(60, distribution.vocab_size), -1)
     order = ids.argsort(-1)
@@ -110,7 +110,7 @@ def sparse(distribution: Categorical) -> Categorical:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("rule", RULES)
-def test_same_verdict_as_the_rules(rule: Any, options: dict[str, Any], width: int, monkeypatch: Any) -> None:
+def test_same_result_as_the_rules(rule: Any, options: dict[str, Any], width: int, monkeypatch: Any) -> None:
     """Rows alone and together, with drafts that are near the target's distribution and far from it."""
     params = SamplingParams(**{"temperature": 1.0, "rule": rule, **options})
     accepted = 0
@@ -138,7 +138,7 @@ def test_rows_of_all_kinds_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_laws_that_were_settled_before(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributions_that_were_settled_before(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a cut distribution list different numbers of tokens, and are padded."""
     params = SamplingParams(temperature=1.0, rule=rule, top_p=0.7)
     for seed in range(4):
@@ -174,7 +174,7 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
         expect_equal(*in_turn(monkeypatch, Case(11, 4099, [params] * 3, 6, near=0.3).verify))
 
 
-def test_equal_laws_accept_everything() -> None:
+def test_equal_distributions_accept_everything() -> None:
     for rule in ("rejection", "block"):
         case = Case(5, 300, [SamplingParams(temperature=1.0, rule=rule)] * 8, 6, near=0.0)  # type: ignore[arg-type]
         found = case.verify()
@@ -183,7 +183,7 @@ def test_equal_laws_accept_everything() -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_two_tokens_follow_the_targets_law(rule: Any, deterministic: bool) -> None:
+def test_two_tokens_follow_the_targets_distribution(rule: Any, deterministic: bool) -> None:
     """20,000 rounds of two drafts over five tokens: a chi-square of the first token and of each pair stays under the
     1e-5 quantile of its degrees of freedom (4 and 24)."""
     rounds, size = 20_000, 5

@@ -87,7 +87,7 @@ def outrider(*arguments: str) -> Any:
         ("run=3", "run must be a section"),
         ("target={a=1}", "target must be no section"),
         ("target=3", "target must be a str, got 3"),
-        ("target=./nowhere", "no such model directory: ./nowhere"),
+        ("target=./nowhere", "no such model directory or GGUF file: ./nowhere"),
         ('skip=["run"]', "skip may list calibrate, eval, export"),
         ('eval_prompts=["none.jsonl"]', "no such file"),
         ("run", "expected KEY=VALUE"),

@@ -142,7 +142,7 @@ def test_nan_is_refused() -> None:
             gumbel_argmax(logits, keys(3))
 
 
-def test_draws_follow_the_law() -> None:
+def test_draws_follow_the_distribution() -> None:
     distribution = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.0099, 0.0001], dtype=torch.float64)
     rng = RowRng([5], [0], ["coupled"])
     n = 200000

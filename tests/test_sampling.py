@@ -1,4 +1,4 @@
-"""Sampling: the distribution against a naive one and against Transformers' processors, and the forms a distribution may take."""
+"""Sampling: distributions against naive ones and Transformers' processors, and the forms a distribution may take."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
-from outrider.sampling.distribution import Categorical
-from outrider.sampling.processors import process
+from outrider.sampling import processors
+from outrider.sampling.distribution import Categorical, settled
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, RequestRows
 
 PROMPT, OUTPUT = [1, 4, 4, 7], [2, 4, 9, 9, 9]
 ERROR_RATE = 1e-5
+
+
+def process(*arguments: Any, **options: Any) -> Categorical:
+    """The distribution itself, as one of its three forms."""
+    return settled(processors.process(*arguments, **options))
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,7 +96,7 @@ def options(i: int) -> SamplingParams:
 
 @pytest.mark.parametrize("size", [12, 700, 40001])
 @pytest.mark.parametrize("i", range(len(GRID)))
-def test_law_against_naive(i: int, size: int) -> None:
+def test_distribution_against_naive(i: int, size: int) -> None:
     params = options(i)
     logits = randn(4, size, seed=i, dtype=torch.float64) * 2.5
     before = logits.clone()
@@ -143,7 +148,7 @@ def test_large_nuclei(shape: str) -> None:
 
 
 @pytest.mark.parametrize("i", range(len(GRID)))
-def test_float32_law_is_near_the_exact_one(i: int) -> None:
+def test_float32_distribution_is_near_the_exact_one(i: int) -> None:
     logits = randn(6, 3000, seed=i) * 3
     distribution = process(logits, context(*[options(i)] * 6))
     found = rows_of(distribution)
@@ -238,7 +243,7 @@ def test_other_processors_join_those_of_the_request() -> None:
 
 
 def test_a_row_sums_alone() -> None:
-    """Bit for bit the same distribution and the same cut with other rows around it: coupled text must not know its company."""
+    """Bit for bit the same distribution with other rows around it: coupled text must not depend on the batch."""
     logits = randn(9, 30011, seed=6) * 2
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=0.9, top_p=0.9)):
         distribution = process(logits, context(*[params] * 9))
@@ -249,7 +254,7 @@ def test_a_row_sums_alone() -> None:
             assert torch.equal(rows_of(alone)[0] > 0, rows_of(distribution)[r] > 0)
 
 
-# ------------------------------------------------------------------------------------------------ forms of a distribution
+# ------------------------------------------------------------------------------------------------ forms
 
 
 def forms(size: int = 40) -> dict[str, Categorical]:
@@ -344,7 +349,7 @@ def test_pick_inverts_the_distribution_function(name: str) -> None:
 
 @pytest.mark.parametrize("how", ["draw", "pick"])
 @pytest.mark.parametrize("name", forms(8))
-def test_samples_follow_the_law(name: str, how: str) -> None:
+def test_samples_follow_the_distribution(name: str, how: str) -> None:
     distribution, n = forms(8)[name].take(torch.zeros(20000, dtype=torch.int64)), 20000
     rng = RowRng([77], [0], ["block"])
     zeros, index = torch.zeros(n, dtype=torch.int64), torch.arange(n)

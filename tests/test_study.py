@@ -18,7 +18,7 @@ from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.evaluation.recording import read_prompts
 from outrider.sampling.distribution import Categorical
-from outrider.sampling.verification import Round, acceptance_probabilities
+from outrider.sampling.verification import DraftRound, acceptance_probabilities
 from outrider.training.run import save_drafter, trainable
 from outrider.types import Proposal
 
@@ -59,7 +59,7 @@ def test_only_the_signal_that_says_so_sees_the_drafted_token() -> None:
         assert other[j] == 0 < seeing[j]
 
 
-def test_margin_and_entropy_of_known_laws() -> None:
+def test_margin_and_entropy_of_known_distributions() -> None:
     distribution = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0]])
     assert signals.margin_signal(distribution) == pytest.approx([2 / 3, 1 / 2, 1])
     assert signals.entropy_signal(distribution) == pytest.approx([2**-1.5, 1 / 4, 1])
@@ -74,7 +74,7 @@ def test_the_oracle_is_the_probability_with_which_the_rule_accepts() -> None:
     accepted = 0.0
     for token in range(6):
         proposal = Proposal(torch.tensor([[token]]), torch.tensor([1]), Categorical(6, probabilities=q[None]), None)
-        result = acceptance_probabilities(Round.of(target, proposal, torch.tensor([1])), np.array([False]))
+        result = acceptance_probabilities(DraftRound.of(target, proposal, torch.tensor([1])), np.array([False]))
         accepted += float(q[token]) * result.probability[0, 0]
     assert signals.overlap(p[None], q[None]) == pytest.approx([accepted])
 

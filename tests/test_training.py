@@ -285,7 +285,7 @@ def test_a_full_disk_keeps_the_previous_state(answers: Path, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "line 2: expected an object"),
+        ("{broken", "line 2 is not JSON"),
         ('{"id": 1, "prompt": [3]}', "line 2: expected an object"),
         ('{"id": 1, "prompt": [3], "answer": [4, 99999]}', "token 99999 is outside the target's vocabulary of 4096"),
     ],

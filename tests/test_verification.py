@@ -1,7 +1,8 @@
-"""Losslessness, by enumeration: the exact distribution of what a round commits, in float64, against the target's own distribution.
+"""Losslessness by enumeration: the exact distribution of what a round commits, in float64, against the target's.
 
 The world is a vocabulary of three tokens and a table of logits for every prefix of a target and of a drafter. A round
-drafts up to K = 2 tokens; where it commits fewer than K + 1, the text goes on from the target's distribution. ``output_law``
+drafts up to K = 2 tokens; where it commits fewer than K + 1, the text goes on from the target's distribution.
+``output_distribution``
 walks all drafts, all accept / reject patterns and all own tokens through the very functions that ``verify`` calls.
 """
 
@@ -57,25 +58,25 @@ class World:
         return self.draft_table[[self.index[p] for p in prefixes]]
 
 
-def law_after(logits: Tensor, prefixes: Sequence[tuple[int, ...]], params: SamplingParams) -> Categorical:
+def distribution_after(logits: Tensor, prefixes: Sequence[tuple[int, ...]], params: SamplingParams) -> Categorical:
     """The processed distribution after each prefix, one request for each."""
     n = len(prefixes)
     return process(logits, Context([params] * n, [HISTORY + list(p) for p in prefixes], [PROMPT] * n))
 
 
-def plain_laws(world: World, params: SamplingParams) -> list[np.ndarray]:
-    """What plain decoding does: for n = 0 to K, the distribution of the next token after each prefix of n, [V] * (n + 1)."""
+def plain_distributions(world: World, params: SamplingParams) -> list[np.ndarray]:
+    """Plain decoding: for n = 0 to K, the distribution of the next token after each prefix of n, [V] * (n + 1)."""
     distributions = []
     for n in range(K + 1):
         prefixes = list(product(range(world.size), repeat=n))
-        rows = law_after(world.target(prefixes), prefixes, params).dense(torch.arange(len(prefixes))).double()
+        rows = distribution_after(world.target(prefixes), prefixes, params).dense(torch.arange(len(prefixes))).double()
         distributions.append(rows.numpy().reshape([world.size] * (n + 1)))
     return distributions
 
 
-def target_law(world: World, params: SamplingParams) -> np.ndarray:
+def target_distribution(world: World, params: SamplingParams) -> np.ndarray:
     """[V] * (K + 1): the distribution of the next K + 1 tokens of plain decoding."""
-    distributions = plain_laws(world, params)
+    distributions = plain_distributions(world, params)
     out = np.ones([world.size] * (K + 1))
     for n, distribution in enumerate(distributions):
         out *= distribution.reshape([world.size] * (n + 1) + [1] * (K - n))
@@ -101,12 +102,12 @@ def lay_out(world: World, drafts: list[tuple[int, ...]], keep: list[int], params
     return process(logits, context, torch.tensor(rows), torch.tensor(depth), drafted=torch.tensor(drafts))
 
 
-def draft_law(world: World, drafts: list[tuple[int, ...]], params: SamplingParams) -> Categorical:
+def draft_distribution(world: World, drafts: list[tuple[int, ...]], params: SamplingParams) -> Categorical:
     prefixes = [draft[:j] for draft in drafts for j in range(K)]
-    return law_after(world.draft(prefixes), prefixes, params)
+    return distribution_after(world.draft(prefixes), prefixes, params)
 
 
-def output_law(
+def output_distribution(
     world: World,
     params: SamplingParams,
     rule: Rule,
@@ -122,18 +123,18 @@ def output_law(
     is told about the distribution of the drafts. own: stands in for ``bonus_distribution``.
     """
     drafts = [(1, 0)] if deterministic else list(product(range(world.size), repeat=K))
-    drawn = draft_law(world, drafts, params)
+    drawn = draft_distribution(world, drafts, params)
     weights = np.ones(len(drafts))
     if not deterministic:
         chance = drawn.at(torch.tensor(drafts).flatten()).view(len(drafts), K).double().numpy()
         weights = chance.prod(1)
     possible = [i for i, w in enumerate(weights) if w > 0]  # only what can be drafted
     drafts, weights = [drafts[i] for i in possible], weights[possible]
-    distribution = None if deterministic else reported(draft_law(world, drafts, params))
+    distribution = None if deterministic else reported(draft_distribution(world, drafts, params))
     keep = [keep_of(draft) for draft in drafts]
     proposal = Proposal(torch.tensor(drafts), torch.full((len(drafts),), K), distribution)
     round = DraftRound.of(lay_out(world, drafts, keep, params), proposal, torch.tensor(keep))
-    out, plain = np.zeros([world.size] * (K + 1)), plain_laws(world, params)
+    out, plain = np.zeros([world.size] * (K + 1)), plain_distributions(world, params)
 
     if rule == "coupled":
         for row, draft in enumerate(drafts):
@@ -151,9 +152,9 @@ def output_law(
         passes = np.array(pattern)
         chance = np.where(passes, a, 1 - a).prod(1)
         accepted = count_accepted(probabilities, np.where(passes, a / 2, (1 + a) / 2))
-        own_laws = own(round, probabilities, accepted).dense(torch.arange(len(drafts))).numpy()
+        own_distributions = own(round, probabilities, accepted).dense(torch.arange(len(drafts))).numpy()
         for row, token in product(range(len(drafts)), range(world.size)):
-            weight = weights[row] * chance[row] * own_laws[row, token]
+            weight = weights[row] * chance[row] * own_distributions[row, token]
             if weight:
                 finish(plain, (*drafts[row][: accepted[row]], token), out, weight)
     return out
@@ -188,20 +189,20 @@ KEEPS: dict[str, Keep] = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_output_law_is_the_targets(rule: Rule, name: str) -> None:
+def test_output_distribution_is_the_targets(rule: Rule, name: str) -> None:
     params = SamplingParams(**{"temperature": 1.0, **OPTIONS[name]})
     for seed, (label, keep) in enumerate(KEEPS.items()):
         world = World(seed)
-        want = target_law(world, params)
+        want = target_distribution(world, params)
         for deterministic in (False, True):
-            found = output_law(world, params, rule, keep, deterministic=deterministic)
+            found = output_distribution(world, params, rule, keep, deterministic=deterministic)
             assert found.sum() == pytest.approx(1, abs=EXACT)
             assert distance(found, want) < EXACT, (label, deterministic)
 
 
 @pytest.mark.parametrize("rule", ("rejection", "block"))
 def test_drafter_that_never_drafts_some_tokens(rule: Rule) -> None:
-    """Zeros in the drafter's distribution, in the target's, in both, and equal distributions (a residual without mass)."""
+    """Zeros in the drafter's distribution, in the target's, in both; equal ones (a residual without mass)."""
     params = SamplingParams(temperature=1.0)
     never = -torch.inf
     for target_zero, draft_zero, same in product([False, True], [False, True], [False, True]):
@@ -212,7 +213,9 @@ def test_drafter_that_never_drafts_some_tokens(rule: Rule) -> None:
             world.target_table[:, 1] = never
         if draft_zero:
             world.draft_table[:, 2] = never
-        assert distance(output_law(world, params, rule, KEEPS["all"]), target_law(world, params)) < EXACT
+        assert (
+            distance(output_distribution(world, params, rule, KEEPS["all"]), target_distribution(world, params)) < EXACT
+        )
 
 
 def test_drafter_with_sampling_options_of_its_own() -> None:
@@ -223,10 +226,13 @@ def test_drafter_with_sampling_options_of_its_own() -> None:
         sharper = SamplingParams(temperature=0.3, top_k=2)
         draft_only = World(3)
         draft_only.draft_table = (
-            settled(law_after(world.draft(list(world.index)), list(world.index), sharper))._spread().double()
+            settled(distribution_after(world.draft(list(world.index)), list(world.index), sharper))._spread().double()
             * params.temperature
         )
-        assert distance(output_law(draft_only, params, rule, KEEPS["all"]), target_law(world, params)) < EXACT
+        assert (
+            distance(output_distribution(draft_only, params, rule, KEEPS["all"]), target_distribution(world, params))
+            < EXACT
+        )
 
 
 def test_acceptance_length_of_block_is_at_least_that_of_rejection() -> None:
@@ -235,7 +241,7 @@ def test_acceptance_length_of_block_is_at_least_that_of_rejection() -> None:
     for seed in range(10):
         world, drafts = World(seed), list(product(range(V), repeat=K))
         params = SamplingParams(temperature=1.0)
-        distribution = draft_law(world, drafts, params)
+        distribution = draft_distribution(world, drafts, params)
         weights = distribution.at(torch.tensor(drafts).flatten()).view(-1, K).prod(1).numpy()
         keep = torch.full((len(drafts),), K)
         proposal = Proposal(torch.tensor(drafts), keep, distribution)
@@ -257,7 +263,7 @@ def test_acceptance_length_of_block_is_at_least_that_of_rejection() -> None:
 def test_coupled_is_exact_whatever_the_draft_has_to_do_with_the_draws() -> None:
     """Drafts share the target's rng: here they are functions of its draws, right, wrong, and by turns."""
     world, params = World(8), SamplingParams(temperature=1.0)
-    plain = plain_laws(world, params)
+    plain = plain_distributions(world, params)
     for guess in (lambda d, j: d[j], lambda d, j: (d[j] + 1) % V, lambda d, j: (d[j] + (j > 0 and d[j - 1] == 1)) % V):
         out = np.zeros([V] * (K + 1))
         for draws in product(range(V), repeat=K + 1):
@@ -268,7 +274,7 @@ def test_coupled_is_exact_whatever_the_draft_has_to_do_with_the_draws() -> None:
             accepted, token = match(round, np.array(draws))
             chance = float(np.prod([distributions[j, draw] for j, draw in enumerate(draws)]))
             finish(plain, (*draft[: accepted[0]], int(token[0])), out, chance)
-        assert distance(out, target_law(world, params)) < EXACT
+        assert distance(out, target_distribution(world, params)) < EXACT
 
 
 # ------------------------------------------------------------------------------------------------ negative controls
@@ -281,9 +287,9 @@ def bfloat16(distribution: Categorical) -> Categorical:
 
 
 @pytest.mark.parametrize("rule", ("rejection", "block"))
-def test_enumeration_catches_what_breaks_the_law(rule: Rule) -> None:
+def test_enumeration_catches_what_breaks_the_distribution(rule: Rule) -> None:
     world, params = World(1), SamplingParams(temperature=0.6)
-    want = target_law(world, params)
+    want = target_distribution(world, params)
 
     def unprocessed(distribution: Categorical) -> Categorical:
         prefixes = [draft[:j] for draft in product(range(V), repeat=K) for j in range(K)]
@@ -293,15 +299,17 @@ def test_enumeration_catches_what_breaks_the_law(rule: Rule) -> None:
         return round.target.take(torch.from_numpy(round.starts + accepted))
 
     found = {
-        "q before temperature": output_law(world, params, rule, KEEPS["all"], reported=unprocessed),
-        "own token from p, not from the residual": output_law(world, params, rule, KEEPS["all"], own=no_residual),
-        "keep that saw the first token": output_law(world, params, rule, lambda draft: 2 * (draft[0] == 1)),
-        "keep that saw the second token": output_law(world, params, rule, lambda draft: 1 + (draft[1] == 1)),
+        "q before temperature": output_distribution(world, params, rule, KEEPS["all"], reported=unprocessed),
+        "own token from p, not from the residual": output_distribution(
+            world, params, rule, KEEPS["all"], own=no_residual
+        ),
+        "keep that saw the first token": output_distribution(world, params, rule, lambda draft: 2 * (draft[0] == 1)),
+        "keep that saw the second token": output_distribution(world, params, rule, lambda draft: 1 + (draft[1] == 1)),
     }
     assert {name: distance(distribution, want) > 1e-3 for name, distribution in found.items()} == dict.fromkeys(
         found, True
     )
-    rounded = output_law(world, params, rule, KEEPS["all"], reported=bfloat16)
+    rounded = output_distribution(world, params, rule, KEEPS["all"], reported=bfloat16)
     assert distance(rounded, want) > 1e-5
 
 
@@ -311,17 +319,17 @@ def test_peeking_keep_of_the_papers_appendix() -> None:
     world = World(0, size=2)
     world.target_table[:] = torch.tensor([0.7, 0.3], dtype=torch.float64).log()
     world.draft_table[:] = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
-    peeked = output_law(world, params, "rejection", lambda draft: int(draft[0] == 0)).sum((1, 2))
+    peeked = output_distribution(world, params, "rejection", lambda draft: int(draft[0] == 0)).sum((1, 2))
     assert peeked == pytest.approx([0.85, 0.15], abs=EXACT)
     for keep in KEEPS.values():
-        honest = output_law(world, params, "rejection", keep).sum((1, 2))
+        honest = output_distribution(world, params, "rejection", keep).sum((1, 2))
         assert honest == pytest.approx([0.7, 0.3], abs=EXACT)
 
 
 def test_coupled_does_not_mind_a_peeking_keep() -> None:
     world, params = World(2), SamplingParams(temperature=1.0)
     for keep in (lambda draft: 2 * (draft[0] == 1), lambda draft: 1 + (draft[1] == 1)):
-        assert distance(output_law(world, params, "coupled", keep), target_law(world, params)) < EXACT
+        assert distance(output_distribution(world, params, "coupled", keep), target_distribution(world, params)) < EXACT
 
 
 # ------------------------------------------------------------------------------------------------ verify, end to end
@@ -391,7 +399,7 @@ def p_value(world: World, params: SamplingParams, texts: list[list[int]]) -> flo
     counts = np.zeros([world.size] * (K + 1))
     for text in texts:
         counts[tuple(text[: K + 1])] += 1
-    want = target_law(world, params) * len(texts)
+    want = target_distribution(world, params) * len(texts)
     likely = want > 5
     if not likely.all():
         counts = np.append(counts[likely], counts[~likely].sum())
@@ -464,7 +472,7 @@ def test_greedy_text_is_the_argmax_under_every_rule() -> None:
 
 
 def test_row_is_verified_as_it_is_alone() -> None:
-    """Rows of all rules, temperatures and lengths in one batch: each as it would be by itself, distribution and rng alike."""
+    """Rows of all rules, temperatures and lengths in one batch: each as it would be alone."""
     world, n = World(9, depth=6), 48
     params = [
         SamplingParams(temperature=(0.0, 0.8, 1.0)[b // 3 % 3], rule=RULES[b % 3], top_p=(1.0, 0.9)[b % 2])
@@ -481,13 +489,13 @@ def test_row_is_verified_as_it_is_alone() -> None:
         assert alone == [together[b]]
 
 
-def test_law_may_lack_places_of_rows_that_drafted_nothing() -> None:
+def test_distribution_may_lack_places_of_rows_that_drafted_nothing() -> None:
     """The engine adds rows that finish their prompt to a proposal whose distribution does not know them."""
     world = World(11)
     params = SamplingParams(temperature=1.0, rule="block")
     context = Context([params] * 2, [HISTORY] * 2, [PROMPT] * 2)
     tokens, keep = torch.tensor([[1, 0], [0, 0]]), torch.tensor([2, 0])
-    distribution = law_after(world.draft([(), (1,)]), [(), (1,)], params)
+    distribution = distribution_after(world.draft([(), (1,)]), [(), (1,)], params)
     target = Categorical.of(world.target([(), (1,), (1, 0), ()]))
     rng = RowRng([1, 2], [0, 0], ["block"] * 2)
     verification = verify(target, Proposal(tokens, keep, distribution), keep, context, rng)
@@ -530,7 +538,7 @@ def test_meaningless_entries_of_a_proposal_are_not_read(rule: Rule, sampled: boo
     assert set(found[0][0]) > {0}
 
 
-def test_law_of_another_class() -> None:
+def test_distribution_of_another_class() -> None:
     """A drafter's distribution needs the protocol only."""
 
     class Table:
@@ -547,9 +555,9 @@ def test_law_of_another_class() -> None:
             return self.rows[places]
 
     world, params = World(14), SamplingParams(temperature=1.0, top_k=2)
-    want = target_law(world, params)
+    want = target_distribution(world, params)
     for rule in ("rejection", "block"):
-        found = output_law(
+        found = output_distribution(
             world,
             params,
             rule,
@@ -562,7 +570,7 @@ def test_law_of_another_class() -> None:
 # ------------------------------------------------------------------------------------------------ ends
 
 
-def test_stop_token_in_a_round_leaves_the_law_exact() -> None:
+def test_stop_token_in_a_round_leaves_the_distribution_exact() -> None:
     """Texts that end at token 0 against plain decoding's distribution of such texts."""
     world, params = World(15), SamplingParams(temperature=1.0)
 
@@ -573,7 +581,7 @@ def test_stop_token_in_a_round_leaves_the_law_exact() -> None:
             out[text[:end]] = out.get(text[:end], 0) + distribution[text]
         return out
 
-    want = ended(target_law(world, params))
+    want = ended(target_distribution(world, params))
     for rule in ("rejection", "block"):
-        found = ended(output_law(world, params, rule, KEEPS["all"]))
+        found = ended(output_distribution(world, params, rule, KEEPS["all"]))
         assert found == pytest.approx(want, abs=EXACT)

@@ -137,7 +137,7 @@ def _number(value: Any) -> float | int | None:
 
 
 def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
-    """Pairs of a token id and a finite number or -inf (never that token). Whole numbers written as 7.0 or "7" are ids."""
+    """Pairs of a token id and a finite number, or -inf to forbid it. Ids may be written as 7.0 or "7"."""
     if given is None:
         return ()
     pairs = given.items() if isinstance(given, Mapping) else given

@@ -59,8 +59,8 @@ class RowsFailed(OutriderError):
         """``rows`` of the logits, as they were given."""
         self.rows = sorted(rows)
         super().__init__(
-            f"the logits of rows {self.rows} hold NaN or infinity, or forbid every token; expected numbers. The weights or "
-            "the model's configuration are damaged, or sampling options overflow"
+            f"the logits of rows {self.rows} hold NaN or infinity, or forbid every token; expected numbers. The "
+            "weights or the model's configuration are damaged, or sampling options overflow"
         )
 
 

@@ -1,4 +1,4 @@
-"""The values that pass between packages, and the contracts (protocols) of targets, drafters, policies, backends and caches.
+"""The values that pass between packages, and the contracts of targets, drafters, policies, backends and caches.
 
 Shape legend, used in names and docstrings everywhere:
 B rows in a step   K drafted tokens at most   T packed tokens   R rows of logits   V vocabulary   D model width

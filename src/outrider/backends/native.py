@@ -8,13 +8,23 @@ else as bfloat16. Letters: T packed tokens, R rows of logits, V vocabulary, D mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from outrider.backends.file_formats import (
+    BLOCKS,
+    FILE,
+    FORMATS,
+    GROUPS,
+    BlockWeights,
+    Formats,
+    choose_formats,
+    takes_blocks,
+)
 from outrider.backends.layers import check_weights, shapes_of
 from outrider.backends.native_verification import verify_native
 from outrider.backends.packed_weights import PackedFile
@@ -27,8 +37,8 @@ from outrider.types import Context, Distribution, KVCache, Mask, Proposal, Ragge
 
 __all__ = ["NativeBackend", "NativeCache", "NativeMarkovHead", "NativeStack", "available"]
 
-DTYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "i8", "int4": "i4"}
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+DTYPES = (*FORMATS, FILE)
+PIECE = 8192  # rows of an embedding or a head that are read at a time; a multiple of 64
 NORMS = ("input_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm", "q_norm", "k_norm")
 
 
@@ -81,9 +91,10 @@ class NativeBackend:
         self.isa = isa
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> NativeStack:
-        """``dtype``: float32, bfloat16, ``int8`` (a scale per output channel) or ``int4`` (a scale per 32 weights; the
-        head stays int8). Weights are packed one by one; they are left as they are. Quantised ones of files that took a
-        while are kept on disk for the next time (``backends.packed_weights``).
+        """``dtype``: float32, bfloat16, ``int8`` (a scale per output channel), ``int4`` (a scale per 32 weights; the
+        head stays int8) or ``file`` (weights of a GGUF file as it stores them, see ``backends.file_formats``). Weights
+        are packed one by one; they are left as they are. Quantised ones of files that took a while are kept on
+        disk for the next time (``backends.packed_weights``).
 
         Raises CheckpointError for weights that do not fit the config, OutriderError where the core is missing.
         """
@@ -95,7 +106,8 @@ class NativeBackend:
                 f"the native backend has no dtype {key!r}; {nearest(key, DTYPES)} (it has {', '.join(DTYPES)})"
             )
         check_weights(config, weights)
-        spec = _spec(config, weights, key)
+        formats = choose_formats(config, weights, key)
+        spec = _spec(config, weights, formats)
         spec.isa = self.isa
         try:
             core = _native.Stack(spec)
@@ -103,10 +115,10 @@ class NativeBackend:
             raise InvalidRequest(str(error)) from error
         kept, began = PackedFile(weights, key, core.isa), perf_counter()
         if not kept.read_into(core.packed):
-            _pack(core, config, weights)
+            _pack(core, config, weights, formats)
             kept.write(core.packed, perf_counter() - began)
         _set_norms(core, config, weights)
-        return NativeStack(config, core, key)
+        return NativeStack(config, core, key, formats)
 
     def verify(
         self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
@@ -147,8 +159,8 @@ class NativeBackend:
 class NativeStack:
     """A decoder stack in the core."""
 
-    def __init__(self, config: StackConfig, core: Any, dtype: str) -> None:
-        self.config, self.core, self.dtype = config, core, dtype
+    def __init__(self, config: StackConfig, core: Any, dtype: str, formats: Formats) -> None:
+        self.config, self.core, self.dtype, self.formats = config, core, dtype, formats
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
@@ -284,10 +296,11 @@ class NativeMarkovHead:
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def _spec(config: StackConfig, weights: Mapping[str, Tensor], dtype: str) -> Any:
+def _spec(config: StackConfig, weights: Mapping[str, Tensor], formats: Formats) -> Any:
     """The shape of a stack, as the core wants it."""
     spec = _native.StackSpec()
-    spec.dtype = getattr(_native.DType, DTYPES[dtype])
+    spec.dtype, spec.tied = _dtype(formats.cache), formats.tied
+    spec.head, spec.embedding = _dtype(formats.head), _dtype(formats.embedding)
     spec.activation = getattr(_native.Activation, config.activation)
     spec.hidden, spec.input_width = config.hidden_size, config.input_width
     spec.vocabulary = config.vocab_size
@@ -298,7 +311,14 @@ def _spec(config: StackConfig, weights: Mapping[str, Tensor], dtype: str) -> Any
     ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
     spec.ropes = [_rope(rope) for rope in ropes]
     spec.layers = [_layer(layer, ropes, weights.get(f"layers.{i}.scalar")) for i, layer in enumerate(config.layers)]
+    for layer, chosen in zip(spec.layers, formats.layers, strict=True):
+        for group, name in chosen.items():
+            setattr(layer, group, _dtype(name))
     return spec
+
+
+def _dtype(name: str) -> Any:
+    return getattr(_native.DType, name)
 
 
 def _rope(config: RopeConfig) -> Any:
@@ -319,25 +339,47 @@ def _layer(config: LayerConfig, ropes: list[RopeConfig], scalar: Tensor | None) 
     return layer
 
 
-def _pack(core: Any, config: StackConfig, weights: Mapping[str, Tensor]) -> None:
-    """Pack every matrix; each is float32 only while it is being packed."""
+def _pack(core: Any, config: StackConfig, weights: Mapping[str, Tensor], formats: Formats) -> None:
+    """Pack every matrix; each is float32, or the parts of its blocks, only while it is being packed."""
+    for i, chosen in enumerate(formats.layers):
+        for group, names in GROUPS.items():
+            for name in names:
+                key = f"layers.{i}.{name}"
+                if f"{key}.weight" in weights:
+                    bias = _matrix(weights, f"{key}.bias", "f32") if f"{key}.bias" in weights else None
+                    core.set_linear(i, name, _matrix(weights, f"{key}.weight", chosen[group]), bias)
+    shared = bool(config.vocab_size) and "head.weight" not in weights
+    if "embed.weight" in weights and not formats.tied:
+        for first, rows in _pieces(weights, "embed.weight", formats.embedding):
+            core.set_embedding(rows, first)
+            if shared:
+                core.set_head(rows, first)
+    if config.vocab_size and (formats.tied or not shared):
+        for first, rows in _pieces(weights, "embed.weight" if shared else "head.weight", formats.head):
+            core.set_head(rows, first)
 
-    def read(name: str) -> Tensor:
-        return weights[name].detach().to(torch.float32).contiguous()
 
-    for i in range(len(config.layers)):
-        for name in LINEARS:
-            key = f"layers.{i}.{name}"
-            if f"{key}.weight" in weights:
-                core.set_linear(
-                    i, name, read(f"{key}.weight"), read(f"{key}.bias") if f"{key}.bias" in weights else None
-                )
-    embedding = read("embed.weight") if "embed.weight" in weights else None
-    if embedding is not None:
-        core.set_embedding(embedding)
-    if config.vocab_size:
-        head = embedding if "head.weight" not in weights else read("head.weight")
-        core.set_head(head)
+def _pieces(weights: Mapping[str, Tensor], name: str, chosen: str) -> Iterator[tuple[int, Any]]:
+    """A large matrix: the first row of each piece, and the piece. Only files that are read by rows have several."""
+    if not isinstance(weights, BlockWeights):
+        yield 0, _matrix(weights, name, chosen)
+        return
+    rows = shapes_of(weights)[name][0]
+    for first in range(0, rows, PIECE):
+        yield first, _matrix(weights, name, chosen, first, min(first + PIECE, rows))
+
+
+def _matrix(weights: Mapping[str, Tensor], name: str, chosen: str, begin: int = 0, end: int | None = None) -> Any:
+    """Rows of a weight as the core takes them for that format: float32, or the parts of their blocks."""
+    if not isinstance(weights, BlockWeights):
+        whole = weights[name][begin:end]
+    elif takes_blocks(chosen, weights.kinds[name]):
+        parts = weights.blocks(name, begin, end)
+        assert parts is not None, f"{name} is {weights.kinds[name]}, but has no parts"
+        return _dtype(BLOCKS[parts.kind]), parts.values.contiguous().view(torch.uint8), parts.scale, parts.minimum
+    else:
+        whole = weights.read(name, begin, end)
+    return whole.detach().to(torch.float32).contiguous()
 
 
 def _set_norms(core: Any, config: StackConfig, weights: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ from outrider.files import cache_folder, replace_file
 __all__ = ["PackedFile", "cache_limit", "prune", "stored"]
 
 SLOW = 0.3  # seconds of packing from which a file pays
-DTYPES = ("int8", "int4")
+DTYPES = ("int8", "int4", "file")
 LIMIT = 8 << 30  # bytes of all files, unless OUTRIDER_CACHE_LIMIT says otherwise
 CHUNK = 8 << 20  # bytes that a thread reads and checks at a time: they are still in the cache when they are checked
 

@@ -97,7 +97,8 @@ Dtype = Annotated[
     _option(
         _MODEL,
         "--dtype",
-        help="float32, bfloat16, float64, int8, int4, or 'auto' (float32; a GGUF file: about its own size).",
+        help="float32, bfloat16, float64, int8, int4, file (as a GGUF file stores it), or 'auto': file for GGUF files, "
+        "else float32.",
     ),
 ]
 Backend = Annotated[str, _option(_MODEL, "--backend", help="native, reference, or 'auto'.")]

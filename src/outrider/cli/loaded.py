@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,12 @@ __all__ = ["describe_loaded", "dtype_hint"]
 FASTER = 1.1  # ratio from which another dtype is worth a line
 LARGE = 256 << 20  # bytes of float32 weights that no processor cache holds
 CONTEXT = 256  # cached tokens of the pass that dtypes are compared by
-DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
 def describe_loaded(llm: LLM) -> str:
-    """Model, dtype (of a GGUF file also the file's type), threads, instruction set and drafter."""
-    dtype, engine = _running(llm)
+    """Model, dtype (of a GGUF file also its tensor types), threads, instruction set and drafter."""
     drafter = "no drafter" if llm.drafter_name == "none" else f"drafter {llm.drafter_name}"
-    return f"{llm.model}{_file(llm)} in {dtype}, {engine}, {drafter}"
+    return f"{llm.model} {_weights(llm)}, {_engine(llm)}, {drafter}"
 
 
 def dtype_hint(llm: LLM) -> str | None:
@@ -30,6 +29,7 @@ def dtype_hint(llm: LLM) -> str | None:
 
     Without a measurement: the expectation for float32 weights that no processor cache holds, told as such. Else None.
     """
+    from outrider.backends.file_formats import FORMATS
     from outrider.backends.native import NativeStack
     from outrider.evaluation.pass_times import weight_bytes
     from outrider.models.decoder import DecoderTarget
@@ -38,7 +38,7 @@ def dtype_hint(llm: LLM) -> str | None:
     if not isinstance(target, DecoderTarget) or not isinstance(target.stack, NativeStack):
         return None
     used = target.stack.dtype
-    seconds = _measured(llm)
+    seconds = _measured(llm, {used, *FORMATS})
     if used in seconds and len(seconds) > 1:
         best = min(seconds, key=lambda dtype: seconds[dtype])
         ratio = seconds[used] / seconds[best]
@@ -53,37 +53,43 @@ def dtype_hint(llm: LLM) -> str | None:
     return None
 
 
-def _running(llm: LLM) -> tuple[str, str]:
-    """The dtype of the weights; threads and instruction set."""
+def _engine(llm: LLM) -> str:
+    """Threads and instruction set."""
     from outrider.backends.native import NativeStack
     from outrider.evaluation.pass_times import threads
 
     stack = getattr(llm.target, "stack", None)
-    native = isinstance(stack, NativeStack)
-    count = threads("native" if native else "reference")
-    plural = "thread" if count == 1 else "threads"
-    dtype = stack.dtype if isinstance(stack, NativeStack) else str(llm.target.spec.dtype).removeprefix("torch.")
-    return dtype, f"{count} {plural}, {stack.core.isa if isinstance(stack, NativeStack) else 'PyTorch'}"
+    isa = stack.core.isa if isinstance(stack, NativeStack) else "PyTorch"
+    count = threads("native" if isinstance(stack, NativeStack) else "reference")
+    return f"{count} {'thread' if count == 1 else 'threads'}, {isa}"
 
 
-def _file(llm: LLM) -> str:
-    """The tensor type of a GGUF file, in brackets; empty for a directory."""
+def _weights(llm: LLM) -> str:
+    """The dtype of the weights: ``in int8``; of a GGUF file also its type, or what became of each of its types."""
+    from outrider.backends.file_formats import BLOCKS, FILE
+    from outrider.backends.native import NativeStack
     from outrider.models.gguf import GGUFFile, main_type
     from outrider.models.locations import resolve_model
 
+    stack = getattr(llm.target, "stack", None)
+    if isinstance(stack, NativeStack) and stack.dtype == FILE:
+        stored = BLOCKS | {"F32": "f32", "BF16": "bf16"}
+        kinds = [kind if stored.get(kind) == chosen else f"{kind} as {chosen}" for kind, chosen in stack.formats.kinds]
+        return f"as its file stores it ({', '.join(kinds)})"
+    dtype = stack.dtype if isinstance(stack, NativeStack) else str(llm.target.spec.dtype).removeprefix("torch.")
     with suppress(CheckpointError, OSError):
         path = resolve_model(llm.model)
         if path.is_file():
-            return f" ({main_type(GGUFFile(path))} file)"
-    return ""
+            return f"({main_type(GGUFFile(path))} file) in {dtype}"
+    return f"in {dtype}"
 
 
-def _measured(llm: LLM) -> dict[str, float]:
+def _measured(llm: LLM, dtypes: Iterable[str]) -> dict[str, float]:
     """Dtype -> seconds of a pass of one token in one row; of those measured on this machine."""
     from outrider.evaluation.pass_times import describe, load_costs, model_key, threads
     from outrider.evaluation.speedup import machine
     from outrider.scheduling.costs import CostKey
 
     where, count, key = describe(machine()), threads("native"), model_key(llm.target)
-    tables = {dtype: load_costs(CostKey(key, dtype, "native", where, count)) for dtype in DTYPES}
+    tables = {dtype: load_costs(CostKey(key, dtype, "native", where, count)) for dtype in dtypes}
     return {dtype: table.seconds(1, 1, CONTEXT) for dtype, table in tables.items() if table is not None}

@@ -1,7 +1,8 @@
 """What ``drafter="auto"`` means for a target that comes with drafters: the one that measures fastest on this machine.
 
-Each candidate answers for some seconds, greedily and sampled; plain decoding is one of them, and a drafter that is slower
-than it in either is not chosen. The result is cached with everything it depends on, and measured again when that changes.
+Each candidate answers for some seconds, greedily and sampled; plain decoding is one of them, and a drafter that is
+slower than it in either is not chosen. The result is cached with everything it depends on, and measured again when that
+changes.
 """
 
 from __future__ import annotations

@@ -59,12 +59,13 @@ class Engine:
         capacity: int,
         chunk: int = 512,
         tokenizer: Tokenizer | None = None,
-        observers: Sequence[StepObserver] = (),
+        observers: list[StepObserver] | None = None,
     ) -> None:
         """``capacity``: tokens of a sequence at first; a longer request makes it grow. ``tokenizer``: None = events
         without text."""
         self.target, self.drafter, self.policy = target, drafter, policy
-        self.tokenizer, self.observers = tokenizer, list(observers)
+        self.tokenizer = tokenizer
+        self.observers = [] if observers is None else observers
         self.max_rows, self.capacity = max_rows, capacity
         self.cache = target.new_cache(max_rows, capacity)
         self.admission = Admission(max_rows, chunk)

@@ -79,7 +79,7 @@ class LLM:
         self.drafter_name, self.drafter = load_drafter(drafter, loaded, options, max_rows=max_rows)
         self.policy = load_policy(policy, policy_options or {}, self.drafter)
         self.observers: list[StepObserver] = []
-        """See every step of the engine; add to it before the first request."""
+        """See every step of the engine."""
         self._engine: Engine | None = None
         self._making = Lock()
 

@@ -135,8 +135,8 @@ def sampling_error(request: Request, finite: bool) -> OutriderError:
     """Why a request's logits cannot be sampled from. ``finite``: the target's own logits are numbers."""
     if not finite:
         return OutriderError(
-            f"the target's logits are NaN or infinite after {len(request.history)} tokens: its weights or its config are "
-            "damaged, or its dtype is too narrow for it; check the files, or try dtype='float32'"
+            f"the target's logits are NaN or infinite after {len(request.history)} tokens: its weights or its config "
+            "are damaged, or its dtype is too narrow for it; check the files, or try dtype='float32'"
         )
     names = ("logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature")
     values = ", ".join(f"{name}={getattr(request.params, name)!r}"[:80] for name in names)

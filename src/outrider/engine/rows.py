@@ -66,7 +66,7 @@ class Rows:
         return StepView([len(r.history) for r in ready], [r.stats for r in ready], [r.params for r in ready])
 
     def limits(self, planned: Sequence[int], block: int, capacity: int) -> list[int]:
-        """No draft past what the drafter can propose, the request's budget (the bonus token counts) or the slot. [ready]"""
+        """Drafts within the drafter's block, the request's budget (less the bonus token) and the slot. [ready]"""
         return [
             min(drafts, block, r.left - 1, capacity - len(r.history))
             for drafts, r in zip(planned, self.requests[: self.ready], strict=True)

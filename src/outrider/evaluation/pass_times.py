@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from outrider.backends.layers import weight_shapes
+from outrider.backends.native import NativeStack
 from outrider.config import StackConfig
 from outrider.errors import InvalidRequest
 from outrider.files import cache_folder, read_json, write_json
@@ -92,6 +93,13 @@ def weight_bytes(config: StackConfig, dtype: str) -> int:
         total += outputs * inner * {"float64": 8, "float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}[kind]
         total += {"int8": 4 * outputs, "int4": 2 * outputs * inner / INT4_GROUP}.get(kind, 0)
     return round(total)
+
+
+def matrix_bytes(target: DecoderTarget, dtype: str) -> int:
+    """``weight_bytes`` of a loaded target, whose file may hold each matrix in a format of its own."""
+    if dtype == "file" and isinstance(target.stack, NativeStack):
+        return int(target.stack.core.weight_bytes)
+    return weight_bytes(target.stack.config, dtype)
 
 
 def cache_bytes(config: StackConfig, dtype: str, cell: Cell) -> int:
@@ -337,8 +345,8 @@ def time_passes(
         seconds, bandwidths = measure(target, here, repeats, probe, tick)
         for cell in here:
             share = None
-            if config is not None:
-                size = weight_bytes(config, dtype) + cache_bytes(config, dtype, cell)
+            if isinstance(target, DecoderTarget) and config is not None:
+                size = matrix_bytes(target, dtype) + cache_bytes(config, dtype, cell)
                 share = median(size / s / b for s, b in zip(seconds[cell], bandwidths, strict=True))
             ratio = median(s / first for s, first in zip(seconds[cell], seconds[one], strict=True))
             timings.append(Timing(dtype, cell, median(seconds[cell]), median(bandwidths), share, ratio, repeats))

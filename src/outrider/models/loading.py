@@ -14,7 +14,7 @@ from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.files import read_config
 from outrider.models.decoder import check_finite
-from outrider.models.gguf import GGUFFile, nearest_dtype, read_model
+from outrider.models.gguf import GGUFFile, read_model
 from outrider.models.gguf import read_config as read_gguf_config
 from outrider.models.locations import resolve_model
 from outrider.models.weights import load_dtype, reading_dtype
@@ -25,15 +25,15 @@ from outrider.types import Backend, TargetModel
 __all__ = ["load_backend", "load_layers", "load_target", "load_tokenizer", "model_config", "runs_natively"]
 
 WITHOUT_FILES = ("huggingface", "toy")  # kinds that are no ``model_type``
-QUANTISED = ("int8", "int4")
+QUANTISED = ("int8", "int4", "file")
 
 
 def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto") -> TargetModel:
     """Load a model by any name that ``resolve_model`` takes.
 
-    ``dtype``: float32, bfloat16, float64, int8, int4, or ``auto``: float32 for a directory; for a GGUF file
-    ``nearest_dtype`` where the native core runs, else float32. ``backend``: a name of the catalogue, or ``auto``: the
-    native core where it is built and runs this dtype, else plain PyTorch.
+    ``dtype``: float32, bfloat16, float64, int8, int4, ``file`` (a GGUF file's own block formats, native core), or
+    ``auto``: float32 for a directory, ``file`` for a GGUF file where the native core runs. ``backend``: a name of the
+    catalogue, or ``auto``: the native core where it is built and runs this dtype, else plain PyTorch.
     Raises CheckpointError, InvalidRequest, UnknownKind.
     """
     if dtype != "auto":
@@ -50,11 +50,8 @@ def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto"
 def _load_gguf(path: Path, dtype: str, backend: str) -> TargetModel:
     file = GGUFFile(path)
     if dtype == "auto":
-        dtype = nearest_dtype(file)
-        if dtype != "float32" and load_backend(backend).name != "native":
-            dtype = "float32"
+        dtype = "file" if load_backend(backend).name == "native" else "float32"
     engine = load_backend(backend, dtype)
-    # A kernel that multiplies Q8_0, Q4_0 and Q4_1 as they are would be given ``weights.blocks(name)`` by its backend.
     config, weights = read_model(file, reading_dtype(dtype, engine))
     kind = find("target", config["model_type"])
     target: TargetModel = kind.from_weights(
@@ -108,7 +105,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
 
     found = read_gguf_tokenizer(GGUFFile(path).keys)
     settings = {**found.special_tokens, "chat_template": found.chat_template}
-    return Tokenizer.from_parts(path, found.parsing, settings)
+    return Tokenizer(path, found.parsing, settings)
 
 
 def runs_natively(model: str | Path) -> bool:

@@ -31,6 +31,8 @@ DTYPES: dict[str, torch.dtype] = {
     # Quantised when loaded, by backends that can: they are given float32.
     "int8": torch.float32,
     "int4": torch.float32,
+    # GGUF files as they store their matrices; what is no block format that the core multiplies is given in float32.
+    "file": torch.float32,
 }
 CHUNK = 64 << 20  # bytes read through one memory map
 

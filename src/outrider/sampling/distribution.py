@@ -133,7 +133,7 @@ class Categorical:
         return dense.scatter_(1, self.ids[rows], self.probabilities[rows])[:, :-1]
 
     def columns(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A copy of the distributions as they are kept: probabilities [n, S], ids [n, S] (None: column v is token v)."""
+        """A copy of some rows as they are stored: probabilities [n, S], ids [n, S] (None: column v is token v)."""
         if self.tokens is not None:
             return torch.ones(len(rows), 1, dtype=self.dtype, device=self.tokens.device), self.tokens[rows, None]
         return self.probabilities[rows], None if self.ids is None else self.ids[rows]
@@ -185,7 +185,7 @@ class Categorical:
 
     @staticmethod
     def stack(steps: Sequence[Categorical | ProcessedLogits]) -> Categorical:
-        """K steps of B rows each, drafted one after the other, as ``Proposal.distribution`` wants them: row b * K + j."""
+        """K steps of B rows each, drafted one after the other, in the order of a ``Proposal``: row b * K + j."""
         count, rows = len(steps), len(steps[0])
         joined = Categorical.concatenate(steps)
         if rows == 1 or count == 1:

@@ -1,4 +1,4 @@
-"""Counter-based rng: every random number is a function of (request seed, round, position, purpose), never of state.
+"""Counter-based random numbers: each is a function of (request seed, round, position, purpose), never of state.
 
 The mixer is SplitMix64's (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)::
 
@@ -11,15 +11,15 @@ A key absorbs round, purpose and position, in that order, into a word made of th
     Gumbel value    x = mix64(key + (v + 1) * GAMMA) of token id v
                     u = min((double(x) + 0.5) * 2**-64, 1 - 2**-53);  E = -log1p(-u);  g = -log(E), float64
 
-so the value of token v depends on the key and on v alone: a distribution cut to its top k sees the very rng of the full one.
-E is a unit exponential and the winner of ``argmax(logit + g)`` is the first of the clocks E / p to ring. Winners have
-a small E, so what decides is the *relative* precision of u near 0; that is why x keeps all its bits (a float holds
-them at any magnitude) and why it is log1p(-u), not log(u), that is taken. With 32 bits tokens of p < 1e-10 would be
-drawn too seldom; with 64 the distribution is exact to float64 for every token that could ever be met.
+so the value of token v depends on the key and on v alone: a distribution truncated to its top k meets the same values
+as the full one. E is a unit exponential, and ``argmax(logit + g)`` is the token with the smallest E / p. That token has
+a small E, so the *relative* precision of u near 0 matters: x keeps all its bits (a float holds them at any magnitude),
+and log1p(-u) is used instead of log(u). With 32 bits tokens of p < 1e-10 would be drawn too rarely; with 64 the
+distribution is exact to float64 for every token that can occur.
 
-**A draw is defined in float64**: the largest ``double(logit) + g``, the lowest id on ties. It is *found* in float32
-and only contenders too close to call are compared in float64, so that another implementation (C++, CUDA), whatever
-its logarithm's last bits, finds the same token.
+**A draw is defined in float64**: the largest ``double(logit) + g``, the lowest id on ties. It is *found* in float32,
+and only scores within float32's error of the largest are compared in float64, so that another implementation (C++,
+CUDA) finds the same token, whatever the last bits of its logarithm.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ def _word(value: int | str) -> int:
 
 
 def purpose_word(purpose: str, tokens: bool = False) -> int:
-    """What stands for a purpose in the keys of ``RowRng``: of its uniform numbers, or of its token keys; an empty
-    purpose of token keys is the one that rows under ``coupled`` share."""
+    """The word of a purpose in the keys of ``RowRng``: of its uniform numbers, or of its token keys. The empty purpose
+    of token keys is the one that rows under ``coupled`` share."""
     kind = "tokens" if tokens else "uniform"
     return _word(f"{kind} {purpose}".rstrip())
 
 
 class RowRng:
-    """The rng of one step's rows (``types.Rng``).
+    """The random numbers of one step's rows (``types.Rng``).
 
     seeds, rounds, rules: one per row. A row's numbers depend on its own three alone, never on its neighbours.
 
@@ -184,23 +184,23 @@ def gumbel_argmax(logits: Tensor, keys: Tensor, ids: Tensor | None = None) -> Te
     n, width = scores.shape
     rows = max(1, _CHUNK // max(width, 1))
     if n <= rows:
-        return torch.from_numpy(_race(scores, words, tokens))
+        return torch.from_numpy(_largest_score(scores, words, tokens))
     groups = [slice(r, r + rows) for r in range(0, n, rows)]
-    winners = [_race(scores[g], words[g], None if tokens is None else tokens[g]) for g in groups]
+    winners = [_largest_score(scores[g], words[g], None if tokens is None else tokens[g]) for g in groups]
     return torch.from_numpy(np.concatenate(winners))
 
 
 _STEPS = np.arange(1, _CHUNK + 1, dtype=np.uint64)[None] * _G  # of columns that are tokens: one piece serves them all
 
 
-def _race(logits: npt.NDArray[np.floating], keys: _Words, ids: _Words | None) -> npt.NDArray[np.int64]:
-    """Winners of a few rows: scores in float32, a piece of the columns at a time, then photo finishes in float64."""
+def _largest_score(logits: npt.NDArray[np.floating], keys: _Words, ids: _Words | None) -> npt.NDArray[np.int64]:
+    """Winners of a few rows: scores in float32, a piece of the columns at a time, then the close ones in float64."""
     n, width = logits.shape
     peak = logits.max(1)
     if not (peak < np.inf).all():
         raise OutriderError("logits must be numbers, got NaN or +inf; the model's weights or its input are damaged")
     best = np.full(n, -np.inf, np.float32)
-    lines: list[npt.NDArray[np.int64]] = []  # row and column of whoever may yet win
+    lines: list[npt.NDArray[np.int64]] = []  # row and column of each score that may still be the largest
     for c in range(0, width, _CHUNK):
         piece = logits[:, c : c + _CHUNK]
         if ids is None:
@@ -211,7 +211,7 @@ def _race(logits: npt.NDArray[np.floating], keys: _Words, ids: _Words | None) ->
         leader = scores.max(1)
         best = np.maximum(best, leader)
         # Error of a score: under 1e-5 from u and the logarithms while g > -1.9, but up to 1 past that, where 1 - u has
-        # few bits left (such rng matters only where a logit stands that far above the best score); and the rounding
+        # few bits left (such a value matters only where a logit stands that far above the best score); and the rounding
         # of the sum, 2**-24 of its size, and of a float64 logit.
         floor = best - np.where(peak > best + 1.8, 2.5, 1e-4) - np.abs(best) * 5e-7
         if (leader >= floor).any():

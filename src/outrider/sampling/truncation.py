@@ -18,24 +18,24 @@ __all__ = ["Limits", "kept_tokens", "limited"]
 
 _SPARSE_SHARE = 4  # keep only the kept tokens where they are at most one in so many
 
-_STEP = 3.5  # a nucleus is looked for among tokens of at least exp(-2 * this), then so much farther, and so on
+_STEP = 3.5  # top-p looks at tokens of at least exp(-2 * this) first, then lowers the bound by this until it has enough
 _BLOCK = 64  # columns summarised by their maximum when few of many are wanted
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Steps 4 to 7 of ``sampling`` at some places, each array [R]. temperatures: None for 1; top_k V, top_p 1 and
-    min_p 0 cut nothing, and are None where no place is cut. Certain places have top_k 1."""
+    """Steps 4 to 7 of ``sampling.processors`` for R rows, each array [R]. temperatures: None for 1; top_k V, top_p 1
+    and min_p 0 truncate nothing, and are None where no row is truncated. Greedy rows have top_k 1."""
 
     temperatures: npt.NDArray[np.float64] | None
     top_k: npt.NDArray[np.int64] | None
     top_p: npt.NDArray[np.float64] | None
     min_p: npt.NDArray[np.float64] | None
 
-    def take(self, places: npt.NDArray[np.int64]) -> Limits:
-        """The same places' limits, in this order. int64 [n]"""
+    def take(self, rows: npt.NDArray[np.int64]) -> Limits:
+        """These rows' limits, in this order. int64 [n]"""
         parts: list[Any] = [self.temperatures, self.top_k, self.top_p, self.min_p]
-        return Limits(*(None if part is None else part[places] for part in parts))
+        return Limits(*(None if part is None else part[rows] for part in parts))
 
 
 def limited(logits: Tensor, limits: Limits) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +47,7 @@ def limited(logits: Tensor, limits: Limits) -> tuple[Tensor, Tensor | None]:
         return logits, None
     size = logits.shape[1]
     cut = np.flatnonzero((k < size) | (p < 1) | (min_p > 0))
-    if not len(cut):  # the rows whose distribution is cut have no place here
+    if not len(cut):  # none of these rows is truncated
         return logits, None
     rows = logits.cpu().numpy()
     kept = [kept_tokens(rows[r], int(k[r]), float(p[r]), float(min_p[r])) for r in cut]
@@ -90,7 +90,7 @@ def _kept(logits: npt.NDArray[np.floating], k: int, p: float, min_p: float) -> n
     if k == 1:
         return np.array([logits.argmax()])
     peak = float(logits.max())
-    alone = k >= size and p < 1  # the nucleus of the whole row, as yet of unknown size
+    alone = k >= size and p < 1  # top-p of the whole row: how many tokens it needs is not known yet
     total = float(np.exp(logits.astype(np.float64) - peak).sum()) if alone else 0.0
     if alone:
         floor = peak + math.log(total) - _STEP
@@ -114,7 +114,7 @@ def _kept(logits: npt.NDArray[np.floating], k: int, p: float, min_p: float) -> n
 
 
 def _slightly_less(p: float, dtype: np.dtype[np.floating]) -> float:
-    """A mass that misses p by the rounding of its logits alone has reached it."""
+    """p less the rounding of its logits: a mass that misses p by no more has reached it."""
     return p * (1 - 4 * float(np.finfo(dtype).eps))
 
 

@@ -108,15 +108,18 @@ class AcceptanceProbabilities:
 def verify(target: Processed, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
     """Verify the first ``keep[b]`` drafts of each row; rows may differ in rule and temperature.
 
-    target: the distributions after ``process``, sum(keep + 1) of them: row b's first follows ``context.history[b]``, its
-    next ones each verified draft. keep int64 [B], at most ``proposal.lengths``. The rule is each request's
-    ``effective_rule``. ``proposal.distribution`` may leave out rows at the end that keep nothing. Results are on the CPU.
+    target: the distributions after ``process``, sum(keep + 1) of them: row b's first follows ``context.history[b]``,
+    its next ones each verified draft. keep int64 [B], at most ``proposal.lengths``. The rule is each request's
+    ``effective_rule``. ``proposal.distribution`` may leave out rows at the end that keep nothing. Results are on the
+    CPU.
     """
     target = settled(target)
     if target.is_greedy:
         return _verify_greedy(target.argmax().tolist(), proposal.tokens.tolist(), keep.tolist())
     whole = DraftRound.of(target, proposal, keep)
-    rules = [p.effective_rule if p.temperature else "coupled" for p in context.params]  # cheapest for a sure token
+    rules = [
+        p.effective_rule if p.temperature else "coupled" for p in context.params
+    ]  # the cheapest one for greedy rows
     positions = np.array([len(tokens) for tokens in context.history], np.int64)
     accepted, bonus = np.zeros((2, len(rules)), np.int64)
     coupled = np.array([rule == "coupled" for rule in rules])
@@ -144,7 +147,7 @@ def verify(target: Processed, proposal: Proposal, keep: Tensor, context: Context
 
 
 def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -> Verification:
-    """Drafts that are the target's argmax are accepted. draws [R], drafts [B, K]; plain lists are fastest for so few."""
+    """Accept drafts that are the target's argmax. draws [R], drafts [B, K]; plain lists are fastest for so few."""
     accepted, tokens, start = [], [], 0
     for row, count in zip(drafts, keep, strict=True):
         same = 0
@@ -161,7 +164,7 @@ def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -
 
 
 def match(round: DraftRound, draws: _Ints) -> tuple[_Ints, _Ints]:
-    """Drafts equal to the target's draw at their position, up to the first that is not. draws [R] -> accepted, bonus [B]."""
+    """Accept drafts that equal the target's draw, up to the first that does not. draws [R] -> accepted, bonus [B]."""
     depth = np.arange(round.tokens.shape[1])
     index = np.minimum(round.starts[:, None] + depth, len(draws) - 1)
     same = (round.tokens == draws[index]) & (depth < round.keep[:, None])
@@ -190,14 +193,14 @@ def _follow(round: DraftRound, keys: Tensor) -> tuple[_Ints, _Ints]:
 
 
 def acceptance_probabilities(round: DraftRound, block: npt.NDArray[np.bool_]) -> AcceptanceProbabilities:
-    """The probability that decides about each draft. block [B]: rows under ``block``, the others under ``rejection``.
+    """The acceptance probability of each draft. block [B]: rows under ``block``, the others under ``rejection``.
 
     ``rejection``: min(1, p(x_j) / q(x_j)), and the residual is norm(max(p - q, 0)).
 
     ``block``, equations 3 and 4 of the paper, with gamma = keep[b] and i drafts accepted: p_0 = 1,
-    p_i = min(p_{i-1} p(x_i) / q(x_i), 1), the residual is norm(max(p_i p - q, 0)) of the distributions that follow draft i, its
-    mass before norming is S_i, and h_i = S_i / (S_i + 1 - p_i), h_gamma = p_gamma. i drafts are accepted where
-    uniform i < h_i; the longest such i wins.
+    p_i = min(p_{i-1} p(x_i) / q(x_i), 1), the residual is norm(max(p_i p - q, 0)) of the distributions that follow
+    draft i, its mass before norming is S_i, and h_i = S_i / (S_i + 1 - p_i), h_gamma = p_gamma. i drafts are accepted
+    where uniform i < h_i; the largest such i counts.
     """
     row, depth = _unfold(round.keep)
     tokens = round.tokens[row, depth]
@@ -232,16 +235,18 @@ def acceptance_probabilities(round: DraftRound, block: npt.NDArray[np.bool_]) ->
 
 def count_accepted(probabilities: AcceptanceProbabilities, uniforms: _Floats) -> _Ints:
     """How many drafts each row keeps. uniforms in (0, 1), [B, K] -> [B]."""
-    passed = uniforms < probabilities.probability  # strictly: what has probability 0 never passes, not even at 0
+    passed = uniforms < probabilities.probability  # strictly: a draft of probability 0 is never accepted
     first = np.logical_and.accumulate(passed, 1).sum(1)  # rejection: up to the first that fails
     last = np.where(passed, np.arange(1, passed.shape[1] + 1), 0).max(1, initial=0)  # block: up to the last that passes
     return np.where(probabilities.block, last, first)
 
 
 def bonus_distribution(round: DraftRound, probabilities: AcceptanceProbabilities, accepted: _Ints) -> Categorical:
-    """The distribution of each row's bonus token after ``accepted[b]`` drafts: the target's where all were accepted, else the
-    residual. Where rounding leaves a residual without mass, p and q agree to the last bits and the draft was rejected
-    by those bits: the target's distribution is then right to the same precision. -> B rows
+    """The distribution of each row's bonus token after ``accepted[b]`` drafts: the target's where all were accepted,
+    else the residual. -> B rows
+
+    Where rounding leaves a residual without mass, p and q agree to the last bits and the draft was rejected by those
+    bits: the target's distribution is then right to the same precision.
     """
     rejected = accepted < round.keep
     index = torch.from_numpy(round.starts + accepted)
@@ -260,7 +265,7 @@ def bonus_distribution(round: DraftRound, probabilities: AcceptanceProbabilities
 def _residual(round: DraftRound, row: _Ints, depth: _Ints, weight: _Floats) -> tuple[Tensor, Tensor | None]:
     """max(weight * p - q, 0) after ``depth[i]`` drafts of row ``row[i]``; meaningless where that is all of them.
 
-    -> [n, S] in the columns of the target's distribution, and the tokens they stand for, int64 [n, S] (None: column v is v).
+    -> [n, S] in the columns of the target's distribution, and their tokens, int64 [n, S] (None: column v is token v).
     """
     mass, ids = round.target.columns(torch.from_numpy(round.starts[row] + depth))
     if (weight != 1).any():
@@ -274,7 +279,7 @@ def _residual(round: DraftRound, row: _Ints, depth: _Ints, weight: _Floats) -> t
     return (mass - q if q.dtype != mass.dtype else mass.sub_(q)).clamp_min_(0), ids
 
 
-# ------------------------------------------------------------------------------------------------ small things
+# ------------------------------------------------------------------------------------------------ helpers
 
 
 def _lookup(distribution: Distribution, index: Tensor, ids: Tensor) -> Tensor:

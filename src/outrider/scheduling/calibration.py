@@ -1,4 +1,4 @@
-"""Confidences against what verification accepted: how far they are off, and the scaling that puts them right.
+"""Calibration of confidences against what verification accepted: its error, and the scaling that corrects it.
 
 A confidence c_j says P(draft j accepted | drafts 1..j-1 were). What a scheduler spends its budget by is the survival
 a_j = prod_{i<=j} c_i = P(drafts 1..j all accepted), in which small errors multiply.
@@ -63,7 +63,7 @@ GRID = tuple(10 ** (k / 40 - 1) for k in range(101))
 """Temperatures tried: 0.1 to 32, each 6 % above the one before."""
 ENOUGH = 0.01
 """Calibration error of a position that no shift is fitted for."""
-LARGEST_LOGIT = 14.0  # what a float32 sigmoid can still say
+LARGEST_LOGIT = 14.0  # beyond it a float32 sigmoid rounds to 0 or 1
 FORMAT, VERSION = "outrider-calibration", 1
 
 
@@ -216,7 +216,7 @@ class Scaling:
         return torch.sigmoid(logits.double() / temperatures[places] + shifts[places])
 
     def adjust(self, confidence: Sequence[float]) -> list[float]:
-        """One row's probabilities, put right. Element by element: a row's bits do not depend on its neighbours."""
+        """One row's probabilities, corrected. Element by element: a row's bits do not depend on its neighbours."""
         last = len(self.temperatures) - 1
         return [
             sigmoid(logit(c) / self.temperatures[min(j, last)] + self.shifts[min(j, last)])
@@ -260,7 +260,7 @@ def fit(
 def _best(
     z: Tensor, survived: Tensor, outcomes: Tensor, grid: Sequence[float], bins: int, *, shift: bool
 ) -> tuple[float, float, float]:
-    """The least error on the grid, and the temperature and shift that have it; of equals the mildest."""
+    """The least error on the grid, and the temperature and shift that have it; of equals those nearest to 1 and 0."""
     tried = []
     for t in grid:
         b = _shift(z / t, survived, outcomes) if shift else 0.0
@@ -306,7 +306,7 @@ def sigmoid(z: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What is right for one drafter: a scaling for each verification rule and temperature it was fitted for."""
+    """One drafter's calibration: a scaling for each verification rule and temperature it was fitted for."""
 
     scalings: Mapping[tuple[str, float], Scaling]  # (rule, temperature)
     facts: Mapping[str, Any] = field(default_factory=dict)  # how it was made; nothing is computed from it
@@ -317,7 +317,7 @@ class Calibration:
         return self.scalings[rule, min(near)[1]] if near else None
 
     def calibrated(self, proposal: Proposal, context: Context) -> Proposal:
-        """The same drafts, each row's confidence put right for its request's rule and temperature.
+        """The same drafts, each row's confidence corrected for its request's rule and temperature.
 
         Confidence j is made of confidence j alone, so what did not anticipate still does not.
         """

@@ -36,7 +36,7 @@ class CostKey:
 
 @dataclass(frozen=True, slots=True)
 class CostPoint:
-    """One measured kind of pass. Raises InvalidRequest for a pass that cannot be."""
+    """One measured kind of pass. Raises InvalidRequest for impossible sizes."""
 
     tokens: int
     rows: int

@@ -1,4 +1,4 @@
-"""Always the same number of drafted tokens."""
+"""Draft the same number of tokens in every round."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ class FixedPolicy:
         return lengths.clamp(max=self._draft_tokens)
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
-        """Nothing: neither time nor success changes k."""
+        """Nothing: k never changes."""

@@ -1,4 +1,4 @@
-"""Drift: confidences that were right when they were calibrated, corrected by what is being accepted now."""
+"""Online correction of calibrated confidences that have drifted, from what is being accepted now."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class OnlineCorrection:
     """Share of the way back to the identity that each round goes."""
 
     def adjust(self, confidence: Sequence[float]) -> list[float]:
-        """One row's probabilities, put right, element by element."""
+        """One row's probabilities, corrected, element by element."""
         known = len(self.slopes)
         return [
             sigmoid(self.slopes[j] * logit(c) + self.shifts[j]) if j < known else c for j, c in enumerate(confidence)
@@ -46,7 +46,7 @@ class OnlineCorrection:
             if j < seen:
                 z = logit(confidence[j])
                 error = int(j < accepted) - sigmoid(slopes[j] * z + shifts[j])
-                step = self.rate * error / (1 + z * z)  # normalised: a logit of 10 must not throw the slope about
-                slopes[j] = max(0.05, slopes[j] + step * z)  # never turns the order round
+                step = self.rate * error / (1 + z * z)  # normalised: a logit of 10 must not change the slope by much
+                slopes[j] = max(0.05, slopes[j] + step * z)  # the order of confidences is kept
                 shifts[j] += step
         return replace(self, slopes=tuple(slopes), shifts=tuple(shifts))

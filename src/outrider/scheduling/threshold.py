@@ -1,4 +1,4 @@
-"""Verify a draft up to the first token the drafter is not sure of."""
+"""Verify a draft up to the first confidence below a threshold."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ThresholdConfig:
     threshold: float = 0.5
     """The least confidence of a token that is verified, between 0 and 1."""
     follow_drift: bool = False
-    """Correct the confidences by what is being accepted (``drift.OnlineCorrection``)."""
+    """Correct the confidences by what is being accepted (``scheduling.online_correction``)."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens < 0:
@@ -64,7 +64,7 @@ class ThresholdPolicy:
             raw = confidence.tolist()
             right = [self._correction.adjust(row) for row in raw]
             confidence = torch.tensor(right).view(confidence.shape)
-        # A running product of "sure enough" is 1 up to the first doubt and 0 after it.
+        # A running product of "at least the threshold" is 1 up to the first low confidence and 0 after it.
         sure = (confidence >= self._threshold).long().cumprod(1).sum(1)
         keep = lengths.minimum(sure)
         if self._correction is not None:

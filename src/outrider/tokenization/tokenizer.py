@@ -44,20 +44,16 @@ _ALPHABET = _byte_alphabet()
 class Tokenizer:
     """The tokenizer of one model directory. Raises CheckpointError where it has none, or one that cannot be read."""
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(
+        self, directory: str | Path, fast: FastTokenizer | None = None, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        """``fast`` and ``settings`` (as in tokenizer_config.json) replace the directory's: a GGUF file has its own."""
         self.directory = Path(directory)
-        self._settings = _read_json(self.directory / "tokenizer_config.json")
-        self._fast = _load(self.directory)
+        self._settings = _read_json(self.directory / "tokenizer_config.json") if settings is None else dict(settings)
+        self._fast = fast or _load(self.directory)
         self._fast.no_truncation()  # a file may hold settings that were used in training
         self._fast.no_padding()
         self._templates: dict[str, ChatTemplate] = {}
-
-    @classmethod
-    def from_parts(cls, path: Path, fast: FastTokenizer, settings: Mapping[str, Any]) -> Tokenizer:
-        """A tokenizer that was read from elsewhere (a GGUF file): ``settings`` as in tokenizer_config.json."""
-        made = cls.__new__(cls)
-        made.directory, made._settings, made._fast, made._templates = path, dict(settings), fast, {}
-        return made
 
     # ------------------------------------------------------------------------------------------ text and tokens
 

@@ -49,7 +49,7 @@ def read_texts(path: Path, *, length: int, vocab_size: int) -> list[Text]:
         wrong = [token for token in (*prompt, *answer) if not 0 <= token < vocab_size]
         if wrong:
             raise InvalidRequest(
-                f"{path}, line {number}: token {wrong[0]} is none of the target's {vocab_size}; "
+                f"{path}, line {number}: token {wrong[0]} is outside the target's vocabulary of {vocab_size}; "
                 "the answers were made by another target"
             )
         tokens = tuple((prompt + answer)[:length])

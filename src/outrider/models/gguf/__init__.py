@@ -4,7 +4,7 @@ from outrider.models.gguf.architecture import ARCHITECTURES
 from outrider.models.gguf.blocks import BlockParts
 from outrider.models.gguf.container import GGUFFile, TensorInfo, find_gguf, gguf_parts
 from outrider.models.gguf.gguf_config import read_config
-from outrider.models.gguf.gguf_weights import GGUFWeights, main_type, nearest_dtype, read_model
+from outrider.models.gguf.gguf_weights import GGUFWeights, main_type, read_model
 
 __all__ = [
     "ARCHITECTURES",
@@ -15,7 +15,6 @@ __all__ = [
     "find_gguf",
     "gguf_parts",
     "main_type",
-    "nearest_dtype",
     "read_config",
     "read_model",
 ]

@@ -25,7 +25,7 @@ from outrider.models.gguf.blocks import MULTIPLIABLE, BlockParts, block_parts, d
 from outrider.models.gguf.container import GGUFFile, TensorInfo
 from outrider.models.gguf.gguf_config import read_config
 
-__all__ = ["GGUFWeights", "main_type", "nearest_dtype", "read_model"]
+__all__ = ["GGUFWeights", "main_type", "read_model"]
 
 CHUNK = 1 << 17  # values decoded, checked and converted at a time: they stay in the second-level cache
 
@@ -47,20 +47,6 @@ def main_type(file: GGUFFile) -> str:
         if len(info.shape) == 2:
             sizes[info.kind.name] += info.size
     return sizes.most_common(1)[0][0] if sizes else ""
-
-
-def nearest_dtype(file: GGUFFile) -> str:
-    """The core's dtype that a file's matrices run in by default.
-
-    float32 and float64 run in float32. float16 and bfloat16 run in bfloat16, at the file's size: bfloat16 is exact,
-    float16 loses 3 bits of 11, a relative error of at most 0.2 % of each weight and none in models that were trained
-    in bfloat16. Block formats run in int8 (one scale for each output row, a step of 0.8 % of the row's largest weight),
-    also those of 4 bits: the core's own int4 would quantise them a second time on another grid.
-    """
-    kind = main_type(file)
-    if kind in ("F32", "F64", ""):
-        return "float32"
-    return "bfloat16" if kind in ("F16", "BF16") else "int8"
 
 
 class GGUFWeights(Mapping[str, Tensor]):
