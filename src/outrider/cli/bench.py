@@ -84,7 +84,6 @@ def bench(
 
     given = {path.stem: read_prompts(path) for path in prompts or []}
     plain = LLM(load_target_model(model, dtype, backend), "none", max_rows=concurrency)
-    say_loaded(plain)
     as_chat = asks_as_chat(chat, model, plain.tokenizer)
     read = given or {path.stem: read_prompts(path) for path in default_prompt_files(as_chat)}
     known = ["ngram", "suffix", *(["draft_model"] if model == "embedded" else [])]
@@ -94,6 +93,7 @@ def bench(
         if name in loaded:
             raise InvalidRequest(f"--drafter {name} was given twice")
         loaded[name] = plain.with_drafter(name, draft_tokens=draft_tokens)
+    say_loaded(plain, loaded)
     params = SamplingParams(max_tokens=max_tokens)
     failed: list[FailedPrompt] = []
     sets = {}

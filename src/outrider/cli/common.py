@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -165,11 +165,11 @@ def load_target_model(model: str, dtype: str, backend: str) -> LoadedModel:
         return load_model(model, dtype=dtype, backend=backend)
 
 
-def say_loaded(llm: LLM) -> None:
+def say_loaded(llm: LLM, drafters: Iterable[str] = ()) -> None:
     """One line on stderr about what was loaded, and a second one where another dtype should be faster."""
     from outrider.cli.loaded import describe_loaded, dtype_hint
 
-    note(describe_loaded(llm))
+    note(describe_loaded(llm, drafters))
     hint = dtype_hint(llm)
     if hint is not None:
         note(hint)

@@ -18,9 +18,13 @@ LARGE = 256 << 20  # bytes of float32 weights that no processor cache holds
 CONTEXT = 256  # cached tokens of the pass that dtypes are compared by
 
 
-def describe_loaded(llm: LLM) -> str:
-    """Model, dtype (of a GGUF file also its tensor types), threads, instruction set and drafter."""
-    drafter = "no drafter" if llm.drafter_name == "none" else f"drafter {llm.drafter_name}"
+def describe_loaded(llm: LLM, drafters: Iterable[str] = ()) -> str:
+    """Model, dtype (of a GGUF file also its tensor types), threads, instruction set and drafter.
+
+    ``drafters``: those that are compared, instead of the LLM's own.
+    """
+    names = ", ".join(drafters) or llm.drafter_name
+    drafter = "no drafter" if names == "none" else f"drafter {names}"
     return f"{llm.model} {_weights(llm)}, {_engine(llm)}, {drafter}"
 
 

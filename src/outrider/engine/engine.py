@@ -74,7 +74,9 @@ class Engine:
         self._numbers = count()
         self._totals = Totals()
         self._commits: list[Commit] = []  # of the step in progress, once all of them are known
+        self._news = False  # whether requests were submitted or cancelled since the last step
         self._whole = True  # False while a step is under way: what it leaves behind cannot be relied on
+        self._reads_hidden = isinstance(drafter, ReadsHidden)
         self._turns = Turns()
 
     # ------------------------------------------------------------------------------------------ for any thread
@@ -93,24 +95,22 @@ class Engine:
         number = next(self._numbers)
         request = Request(number, index, params, seed, finisher, list(prompt), len(prompt), pending=len(prompt))
         self._arrivals.append(request)
+        self._news = True  # after the append: a step that clears it first has not seen the request
         return request
 
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
         """Stop a request, wherever it is; what it has committed stays. At once, or at the end of a running step."""
         if request.finish_reason is None:
             request.cancelled = reason
+            self._news = True
             self._turns.run_if_free(self._tidy)
 
     def wait(self, requests: Sequence[Request]) -> None:
-        """Until all of them have finished; where that is interrupted, they are cancelled. Raises the first error."""
-        try:
-            for request in requests:
-                self.advance(lambda request=request: request.finish_reason is not None)  # type: ignore[misc]
-                if request.error is not None:
-                    raise request.error
-        finally:
-            for request in requests:
-                self.cancel(request)
+        """Until all of them have finished. Raises the first error."""
+        for request in requests:
+            self.advance(lambda request=request: request.finish_reason is not None)  # type: ignore[misc]
+            if request.error is not None:
+                raise request.error
 
     @property
     def busy(self) -> bool:
@@ -178,31 +178,40 @@ class Engine:
 
     def _begin(self) -> None:
         """Act on what was asked for since the last step. From here on the engine is not whole until the step ends."""
-        self._tidy()
+        if self._news or not self._whole:
+            self._tidy()
         self._whole = False
-        needed = max((r.prompt_length + r.params.max_tokens for r in self.admission.waiting), default=0)
-        if needed > self.capacity:
-            self.capacity = min(max(needed, 2 * self.capacity), self.target.spec.max_positions)
-            self._repair()
+        waiting = self.admission.waiting
+        if waiting:
+            needed = max(request.prompt_length + request.params.max_tokens for request in waiting)
+            if needed > self.capacity:
+                self.capacity = min(max(needed, 2 * self.capacity), self.target.spec.max_positions)
+                self._repair()
+            self.admission.admit(self._open)
 
     def _next_rows(self) -> Rows:
-        """Admit what fits. Where a row's memory cannot be had, the latest rows wait until earlier ones are done."""
-        self.admission.admit(self._open)
+        """The rows of this step, each with memory for what it may write."""
         for request in list(self.admission.running):
-            if request.slot < 0:
-                continue
             needed = min(len(request.history) + self.drafter.block + 1, self.capacity)
-            while not self.cache.reserve(request.slot, needed):
-                latest = self.admission.running[-1]
-                if latest is request and len(self.admission.running) == 1:
-                    raise CacheFull(
-                        f"a sequence of {needed} tokens does not fit the memory of the KV cache, and no other row can "
-                        "make room; shorten the prompt or lower max_tokens"
-                    )
-                self._preempt(latest)
-                if latest is request:
-                    break
+            if not self.cache.reserve(request.slot, needed):
+                self._make_room(request, needed)
         return self.admission.next()
+
+    def _make_room(self, request: Request, needed: int) -> None:
+        """Let the latest rows wait until there is memory for ``request``; a request that is alone fails."""
+        while request.slot >= 0 and not self.cache.reserve(request.slot, needed):
+            latest = self.admission.running[-1]
+            if len(self.admission.running) > 1:
+                self._preempt(latest)
+                continue
+            request.error, request.finish_reason = (
+                CacheFull(
+                    f"a sequence of {needed} tokens does not fit the memory of the KV cache, and no other row can make "
+                    "room; shorten the prompt or lower max_tokens"
+                ),
+                "error",
+            )
+            self._retire(request)
 
     def _propose(self, rows: Rows, planned: Sequence[int]) -> Proposal:
         """Drafts for the rows that are past their prompt; none where the policy or their budgets say so."""
@@ -235,7 +244,7 @@ class Engine:
             ends = torch.tensor([len(c.request.history) - 1 for c in commits], dtype=torch.int64)
             self.cache.rewind(batch.slots[: rows.complete], ends)
         hidden = None
-        if isinstance(self.drafter, ReadsHidden) and output.hidden is not None:
+        if self._reads_hidden and output.hidden is not None:
             hidden = output.hidden[_last_rows(run.rows, [c.accepted for c in commits])]
         if sum(kept) < len(batch.tokens):
             first, tokens, positions = batch.offsets.tolist(), batch.tokens.tolist(), batch.positions.tolist()
@@ -302,9 +311,11 @@ class Engine:
     @torch.inference_mode()  # caches that were made in a step can be changed in this mode only
     def _tidy(self) -> None:
         """Make good what an interrupted step left behind; queue what was submitted, retire what was cancelled."""
-        if not self._whole:
-            self._repair()
+        whole = self._whole
         self._whole = False
+        self._news = False
+        if not whole:
+            self._repair()
         while self._arrivals:
             request = self._arrivals[0]  # in one place at least, wherever this is interrupted
             if request.number not in self._requests:

@@ -93,8 +93,14 @@ class LLM:
         ids, wanted = [self.encode(prompt) for prompt in many], _params_of(params, len(many))
         for tokens, one in zip(ids, wanted, strict=True):
             self.engine.check(tokens, one)
-        requests = [self._submit(i, tokens, one) for i, (tokens, one) in enumerate(zip(ids, wanted, strict=True))]
-        self.engine.wait(requests)
+        requests: list[Request] = []
+        try:
+            for i, (tokens, one) in enumerate(zip(ids, wanted, strict=True)):
+                requests.append(self._submit(i, tokens, one))
+            self.engine.wait(requests)
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
         return [self._output(prompt, request) for prompt, request in zip(many, requests, strict=True)]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -288,9 +289,9 @@ def argmax(scores: Tensor) -> Tensor:
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
         values = scores.numpy()
         found = values.argmax(1)
-        largest = values[np.arange(len(values)), found]
-        if not np.isfinite(largest).all():
-            raise RowsFailed(np.flatnonzero(~np.isfinite(largest)).tolist())
+        bad = [r for r, column in enumerate(found.tolist()) if not isfinite(values.item(r, column))]
+        if bad:
+            raise RowsFailed(bad)
         return torch.from_numpy(found)
     found_there = scores.argmax(1)
     check_rows(scores.gather(1, found_there[:, None]))
