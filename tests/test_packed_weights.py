@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from outrider.backends import packed_weights
 from outrider.backends.native import available
+from outrider.errors import InvalidRequest
 from outrider.models.loading import load_target
 from outrider.models.locations import resolve_model
 from outrider.types import RaggedBatch
@@ -86,3 +88,41 @@ def test_only_quantised_weights_of_files_are_kept(kept: Path) -> None:
     logits("embedded-draft", "float32")
     load_target("embedded-draft", dtype="bfloat16", backend="native")
     assert not kept.exists()
+
+
+def test_the_least_recently_used_files_are_dropped(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for name in ("first", "second", "third"):
+        shutil.copytree(resolve_model("embedded-draft"), tmp_path / name)
+        models.append(tmp_path / name)
+    logits(models[0], "int8")
+    (first,) = kept.iterdir()
+    logits(models[1], "int8")
+    (second,) = set(kept.iterdir()) - {first}
+    os.utime(first, ns=(1, first.stat().st_mtime_ns))
+    logits(models[0], "int8")  # used again: now the second one is the oldest
+    monkeypatch.setenv("OUTRIDER_CACHE_LIMIT", str(int(2.5 * first.stat().st_size)))
+    logits(models[2], "int8")
+    assert first.exists() and not second.exists() and packed_weights.stored()[0] == 2
+
+
+def test_nothing_is_kept_past_the_limit(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTRIDER_CACHE_LIMIT", "1M")
+    logits("embedded-draft", "int8")
+    assert packed_weights.stored() == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("", 8 << 30), ("0", 0), ("1000", 1000), ("1.5G", 3 << 29), ("20 MiB", 20 << 20), ("7gb", 7 << 30)],
+)
+def test_sizes_of_the_limit(text: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTRIDER_CACHE_LIMIT", text)
+    assert packed_weights.cache_limit() == size
+
+
+@pytest.mark.parametrize("text", ["lots", "-1", "8X", "G", "1e9", "nan"])
+def test_a_limit_that_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTRIDER_CACHE_LIMIT", text)
+    with pytest.raises(InvalidRequest, match="OUTRIDER_CACHE_LIMIT must be a size"):
+        packed_weights.cache_limit()

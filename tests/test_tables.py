@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +12,7 @@ from outrider.cli import bench, demo, models
 from outrider.cli import eval as evaluation
 from outrider.evaluation.comparison import Confidence, Difference, Evaluation, Row, SweepPoint
 from outrider.evaluation.intervals import Estimate
+from outrider.models.locations import LocalModel
 from outrider.scheduling.calibration import Quality
 
 NAME = "my-long-drafter-dspark-7"
@@ -57,4 +59,8 @@ def test_eval() -> None:
 def test_models_and_demo() -> None:
     printed(models._embedded_table(models._embedded()))
     printed(models._catalogue_table({"drafter": {"eagle3": "the package some-package is not installed here " * 3}}))
-    printed(demo._table([demo.Row("prose", 1234.5, 2345.6, 1.9, 4.56, 0.534, True, 128)], NAME, 1.0))
+    local = LocalModel("ollama:somebody/a-rather-long-name:latest", Path("/x"), 12 << 30, "llama", "Q4_K", NAME * 3)
+    assert "12.0 GiB" in printed(models._local_table([local]))
+    row = demo.Row("explanation", 1234.5, 2345.6, 1.9, 4.56, 0.534, True, True, 128)
+    text = printed(demo._table([row], "smollm2", NAME, 1.0))
+    assert all(word in text for word in ("explanation", "speculative", "8-grams", "ended by"))

@@ -3,6 +3,9 @@
 Only what took a while is kept (SLOW seconds). A file belongs to one state of the model's files, one dtype, one
 instruction set and one build of the core; it appears whole or not at all, and a damaged one is replaced. It is a
 safetensors file, read and written straight from and to the stack's memory, by two threads.
+
+All files together keep within ``OUTRIDER_CACHE_LIMIT`` (8 GiB by default): a new one drops those that were not used for
+the longest time.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import time
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,12 +26,14 @@ from pathlib import Path
 from torch import Tensor
 
 from outrider.core import native
+from outrider.errors import InvalidRequest
 from outrider.files import cache_folder, replace_file
 
-__all__ = ["PackedFile"]
+__all__ = ["PackedFile", "cache_limit", "prune", "stored"]
 
 SLOW = 0.3  # seconds of packing from which a file pays
 DTYPES = ("int8", "int4", "file")
+LIMIT = 8 << 30  # bytes of all files, unless OUTRIDER_CACHE_LIMIT says otherwise
 CHUNK = 8 << 20  # bytes that a thread reads and checks at a time: they are still in the cache when they are checked
 
 
@@ -46,6 +53,7 @@ class PackedFile:
             return False
         with suppress(OSError, ValueError, KeyError, TypeError):
             if self._read(self.path, regions):
+                _used_now(self.path)
                 return True
         for region in regions:
             region.zero_()
@@ -82,6 +90,9 @@ class PackedFile:
         """Keep what took ``seconds`` to pack. A disk that is full or not writable costs a warning."""
         if self.path is None or seconds < SLOW:
             return
+        size, limit = sum(region.nbytes for region in regions), cache_limit()
+        if size > limit:
+            return
         parts = _parts(regions)
         with ThreadPoolExecutor(2) as threads:
             sums = list(threads.map(zlib.crc32, parts))
@@ -96,9 +107,59 @@ class PackedFile:
                         rest = rest[file.write(rest) :]
 
         try:
+            _drop_to(limit - size, self.path)
             replace_file(self.path, write)
         except OSError as error:
             warnings.warn(f"quantised weights could not be kept in {self.path.parent}: {error}", stacklevel=2)
+
+
+# ------------------------------------------------------------------------------------------------ all files together
+
+
+def cache_limit() -> int:
+    """Bytes that all files may take. Raises InvalidRequest for an OUTRIDER_CACHE_LIMIT that is no size."""
+    text = os.environ.get("OUTRIDER_CACHE_LIMIT", "").strip()
+    if not text:
+        return LIMIT
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if found is None:
+        raise InvalidRequest(f"OUTRIDER_CACHE_LIMIT must be a size like 8G, 500M or 0 (keep nothing), got {text!r}")
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+
+
+def stored() -> tuple[int, int]:
+    """How many files are kept, and their bytes."""
+    sizes = [file.stat().st_size for file in cache_folder("packed").glob("*.safetensors")]
+    return len(sizes), sum(sizes)
+
+
+def prune() -> int:
+    """Remove all of them, and what interrupted writes left. -> bytes that were freed."""
+    freed, folder = 0, cache_folder("packed")
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        size = file.stat().st_size
+        file.unlink()
+        freed += size
+    return freed
+
+
+def _drop_to(limit: int, replaced: Path) -> None:
+    """Remove the files that were not used for the longest time, until the rest takes at most ``limit`` bytes."""
+    files = {file: file.stat() for file in cache_folder("packed").glob("*.safetensors") if file != replaced}
+    left = sum(stat.st_size for stat in files.values())
+    for file in sorted(files, key=lambda file: files[file].st_atime_ns):
+        if left <= limit:
+            break
+        file.unlink(missing_ok=True)
+        left -= files[file].st_size
+
+
+def _used_now(path: Path) -> None:
+    """Set the time of the last use, which many file systems do not keep up to date; the file's own time stays."""
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+# ------------------------------------------------------------------------------------------------ one file
 
 
 def _parts(regions: Sequence[Tensor]) -> list[memoryview]:

@@ -12,15 +12,20 @@ from rich.table import Table
 
 from outrider.cli.common import (
     Backend,
+    Chat,
     DraftTokens,
     Dtype,
     FailFast,
     JsonFile,
     Model,
     add_columns,
+    asks_as_chat,
     command,
     human,
+    load_target_model,
     report_failed,
+    say_asked,
+    say_loaded,
     write_json,
 )
 from outrider.config import SamplingParams
@@ -41,7 +46,7 @@ def bench(
         typer.Option(
             "--prompts",
             help="A prompt set: JSON Lines with `text`, `turns` or `prompt` (ids). May be repeated. "
-            "Default: embedded sets.",
+            "Default: packaged questions for a chat model, else packaged beginnings of documents.",
         ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Prompts of each set.")] = 8,
@@ -51,6 +56,7 @@ def bench(
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Prompts answered together.")] = 1,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="New tokens of each answer.")] = 96,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times each pair is measured.")] = 3,
+    chat: Chat = None,
     fail_fast: FailFast = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampled texts; both sides write the same.")] = 1,
     draft_tokens: DraftTokens = None,
@@ -61,10 +67,10 @@ def bench(
     """Measure drafters against plain decoding, in turns (A B A B), in one process.
 
     The speed-up is the ratio of the two sides' summed seconds, each prompt the median of its repeats, with a
-    bootstrap 95 % interval over prompts. Answers go on past the end of the text, so that both sides write the same
-    number of tokens. `accept` is the acceptance length, `same` the share of prompts whose text equals plain
-    decoding's, `rep.` the share of 8-grams that occurred before. Prompts that cannot be answered are left out and
-    listed under `errors` in the JSON, and the exit code is then 3.
+    bootstrap 95 % interval over prompts. Answers to chat questions end by themselves; continued text goes on past its
+    end, so that both sides write the same number of tokens. `accept` is the acceptance length, `same` the share of
+    prompts whose text equals plain decoding's, `rep.` the share of 8-grams that occurred before. Prompts that cannot be
+    answered are left out and listed under `errors` in the JSON, and the exit code is then 3.
 
     [bold]Examples[/bold]
 
@@ -74,11 +80,13 @@ def bench(
     """
     from outrider.engine.llm import LLM
     from outrider.evaluation.recording import FailedPrompt, read_prompts, runnable
-    from outrider.evaluation.speedup import run_bench
-    from outrider.models.locations import EMBEDDED_PROMPTS
+    from outrider.evaluation.speedup import default_prompt_files, run_bench
 
-    read = {path.stem: read_prompts(path) for path in prompts or sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
-    plain = LLM(model, "none", dtype=dtype, backend=backend, max_rows=concurrency)
+    given = {path.stem: read_prompts(path) for path in prompts or []}
+    plain = LLM(load_target_model(model, dtype, backend), "none", max_rows=concurrency)
+    say_loaded(plain)
+    as_chat = asks_as_chat(chat, model, plain.tokenizer)
+    read = given or {path.stem: read_prompts(path) for path in default_prompt_files(as_chat)}
     known = ["ngram", "suffix", *(["draft_model"] if model == "embedded" else [])]
     console = human(json)
     loaded: dict[str, LLM] = {}
@@ -90,7 +98,7 @@ def bench(
     failed: list[FailedPrompt] = []
     sets = {}
     for name, some in read.items():
-        good, bad = runnable(plain, some[:limit], params, fail_fast=fail_fast)
+        good, bad = runnable(plain, some[:limit], params, chat=as_chat, fail_fast=fail_fast)
         failed += bad
         if good:
             sets[name] = [prompt.prompt for prompt in good]
@@ -107,10 +115,12 @@ def bench(
             max_tokens=max_tokens,
             repeats=repeats,
             seed=seed,
+            ignore_eos=not as_chat,
             progress=status.update,
         )
     console.print(_table(result))
-    write_json(json, {**result, "errors": [asdict(one) for one in failed]})
+    say_asked(chat, as_chat)
+    write_json(json, {**result, "chat": as_chat, "errors": [asdict(one) for one in failed]})
     report_failed(failed, sum(len(some[:limit]) for some in read.values()))
 
 

@@ -11,13 +11,16 @@ from rich.table import Table
 
 from outrider.cli.common import (
     Backend,
+    Chat,
     DraftTokens,
     Dtype,
     JsonFile,
+    asks_as_chat,
     check_measurement,
     command,
     human,
     progress_bar,
+    say_asked,
     write_json,
 )
 from outrider.errors import InvalidRequest
@@ -38,7 +41,9 @@ def calibrate(
     target: Annotated[str, typer.Option("--target", help="The drafter's target.")] = "embedded",
     prompts: Annotated[
         list[Path] | None,
-        typer.Option("--prompts", help="Held-out prompts or answers, JSON Lines. May be repeated. Default: embedded."),
+        typer.Option(
+            "--prompts", help="Held-out prompts or answers, JSON Lines. May be repeated. Default: packaged ones."
+        ),
     ] = None,
     rule: Annotated[
         list[str] | None, typer.Option("--rule", help="rejection, block, coupled. May be repeated. Default: all.")
@@ -55,7 +60,7 @@ def calibrate(
             help="Fit a shift beside each temperature. Default: where temperatures alone do not suffice.",
         ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Write prompts into the target's chat template.")] = False,
+    chat: Chat = None,
     draft_tokens: DraftTokens = None,
     dtype: Dtype = "auto",
     backend: Backend = "auto",
@@ -74,6 +79,8 @@ def calibrate(
     """
     from outrider.config import RULES
     from outrider.evaluation.plots import available
+    from outrider.evaluation.speedup import default_prompt_files
+    from outrider.models.loading import load_tokenizer
     from outrider.training.fit_calibration import Config
     from outrider.training.fit_calibration import calibrate as run
 
@@ -82,6 +89,7 @@ def calibrate(
     if rule and len(chosen) < len(set(rule)):
         raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {', '.join(rule)}")
     check_measurement(draft_tokens, temperature)
+    as_chat = asks_as_chat(chat, target, load_tokenizer(target))
     config = Config(
         rules=tuple(chosen),
         temperatures=tuple(temperature or (0.0, 0.7, 1.0)),
@@ -89,19 +97,20 @@ def calibrate(
         max_tokens=max_tokens,
         draft_tokens=draft_tokens,
         shift=shift,
-        chat=chat,
+        chat=as_chat,
     )
     with progress_bar(console) as progress:
         report = run(
             config,
             drafter,
-            prompts or [],
+            prompts or default_prompt_files(as_chat),
             out,
             target,
             dtype=dtype,
             backend=backend,
             progress=progress,
         )
+    say_asked(chat, as_chat)
     for bucket in report.buckets:
         console.print(_table(bucket))
     console.print(f"{out / 'drafter'}: calibrated", style="green", markup=False)

@@ -44,7 +44,7 @@ def chat(
     if system and not llm.tokenizer.takes_system:
         note("the chat template takes no system messages: the instruction goes before your first message")
     messages = list(beginning)
-    note(f"{model.model}, drafter {llm.drafter_name}: {HELP}")
+    note(HELP)
     while (line := _listen()) is not None and line != "/exit":
         if line == "/reset":
             messages = list(beginning)

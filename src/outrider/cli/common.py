@@ -13,6 +13,7 @@ from functools import wraps
 from importlib.util import find_spec
 from inspect import Parameter
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -25,12 +26,17 @@ from outrider.errors import InvalidRequest, OutriderError
 
 if TYPE_CHECKING:
     from outrider.engine.llm import LLM
+    from outrider.engine.loader import LoadedModel
     from outrider.evaluation.recording import FailedPrompt
+    from outrider.tokenization.tokenizer import Tokenizer
     from outrider.types import Output
 
 __all__ = [
+    "MODELS",
+    "PATIENCE",
     "SOME_FAILED",
     "Backend",
+    "Chat",
     "DraftTokens",
     "Drafter",
     "Dtype",
@@ -43,15 +49,22 @@ __all__ = [
     "Seed",
     "Temperature",
     "add_columns",
+    "asks_as_chat",
+    "check_writable",
     "command",
     "complain",
     "describe",
     "figures",
     "human",
+    "is_chat_model",
+    "load_target_model",
     "note",
     "output_record",
     "read_stdin",
     "report_failed",
+    "said_when_slow",
+    "say_asked",
+    "say_loaded",
     "write_json",
 ]
 
@@ -64,7 +77,10 @@ def _option(panel: str, *names: str, help: str, metavar: str | None = None) -> A
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=True)
 
 
-Model = Annotated[str, _option(_MODEL, "--model", help="A model directory, a hub id, or 'embedded'.")]
+MODELS = "A model directory, a GGUF file, a hub id, 'smollm2', 'ollama:NAME', 'lmstudio:NAME', or 'embedded'."
+PATIENCE = 2.0
+"""Seconds of loading without a word."""
+Model = Annotated[str, _option(_MODEL, "--model", help=MODELS)]
 Drafter = Annotated[
     str,
     _option(
@@ -76,7 +92,15 @@ Drafter = Annotated[
 DraftTokens = Annotated[
     int | None, _option(_MODEL, "--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
 ]
-Dtype = Annotated[str, _option(_MODEL, "--dtype", help="float32, bfloat16, int8, int4, or 'auto' (float32).")]
+Dtype = Annotated[
+    str,
+    _option(
+        _MODEL,
+        "--dtype",
+        help="float32, bfloat16, float64, int8, int4, file (as a GGUF file stores it), or 'auto': file for GGUF files, "
+        "else float32.",
+    ),
+]
 Backend = Annotated[str, _option(_MODEL, "--backend", help="native, reference, or 'auto'.")]
 MaxTokens = Annotated[int, _option(_SAMPLING, "--max-tokens", help="The most new tokens of an answer.")]
 Temperature = Annotated[
@@ -90,6 +114,13 @@ FailFast = Annotated[
     bool,
     typer.Option(
         "--fail-fast", help="Stop at the first prompt that cannot be answered, instead of going on without it."
+    ),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Ask `turns` through the model's chat template. Default: where it has one, except 'embedded'.",
     ),
 ]
 JsonFile = Annotated[
@@ -117,9 +148,64 @@ class ModelOptions:
         """Raises CheckpointError and its kin for what cannot be loaded."""
         from outrider.engine.llm import LLM
 
-        if self.backend == "auto" and find_spec("outrider._native") is None:
-            note("the native core is not built here: the slower PyTorch backend runs (`make native` builds the core)")
-        return LLM(self.model, self.drafter, dtype=self.dtype, backend=self.backend, draft_tokens=self.draft_tokens)
+        loaded = load_target_model(self.model, self.dtype, self.backend)
+        with said_when_slow(f"loading the drafter {self.drafter}{_measuring(self.model, self.drafter)}"):
+            llm = LLM(loaded, self.drafter, draft_tokens=self.draft_tokens)
+        say_loaded(llm)
+        return llm
+
+
+def load_target_model(model: str, dtype: str, backend: str) -> LoadedModel:
+    """A target and its tokenizer; says what it does where that takes long. Raises CheckpointError and its kin."""
+    if backend == "auto" and find_spec("outrider._native") is None:
+        note("the native core is not built here: the slower PyTorch backend runs (`make native` builds the core)")
+    with said_when_slow(f"loading {model}: reading its weights and packing them for the core"):
+        from outrider.engine.loader import load_model
+
+        return load_model(model, dtype=dtype, backend=backend)
+
+
+def say_loaded(llm: LLM) -> None:
+    """One line on stderr about what was loaded, and a second one where another dtype should be faster."""
+    from outrider.cli.loaded import describe_loaded, dtype_hint
+
+    note(describe_loaded(llm))
+    hint = dtype_hint(llm)
+    if hint is not None:
+        note(hint)
+
+
+def is_chat_model(model: str, tokenizer: Tokenizer) -> bool:
+    """Whether it has a chat template. The embedded model's is for tests: it was trained on plain text."""
+    return tokenizer.has_chat_template and model != "embedded"
+
+
+def asks_as_chat(chosen: bool | None, model: str, tokenizer: Tokenizer) -> bool:
+    """Whether prompts go through the chat template: as ``--chat`` or ``--no-chat`` chose, else for a chat model."""
+    return is_chat_model(model, tokenizer) if chosen is None else chosen
+
+
+def say_asked(chosen: bool | None, as_chat: bool) -> None:
+    """How prompts were asked, where that was not chosen and is not as they are."""
+    if chosen is None and as_chat:
+        note("prompts with `turns` were asked through the model's chat template; --no-chat gives them as they are")
+
+
+@contextmanager
+def said_when_slow(text: str) -> Iterator[None]:
+    """Print ``text`` on stderr once what is inside has taken ``PATIENCE`` seconds."""
+    timer = Timer(PATIENCE, note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _measuring(model: str, drafter: str) -> str:
+    slow = model == "embedded" and drafter == "auto"
+    return ": measuring which one is fastest on this machine, which is remembered" if slow else ""
 
 
 @dataclass(frozen=True)
@@ -267,13 +353,14 @@ def human(json_file: str | None) -> Console:
     Raises InvalidRequest where the JSON file could not be written, before any work is done.
     """
     if json_file is not None and json_file != "-":
-        path = Path(json_file)
-        parent = path if path.exists() else path.parent
-        if path.is_dir() or not os.access(parent, os.W_OK):
-            raise InvalidRequest(
-                f"--json: cannot write {json_file}; expected a file in a directory that exists, or '-'"
-            )
+        check_writable("--json", Path(json_file), ", or '-'")
     return Console(stderr=json_file == "-", highlight=False)
+
+
+def check_writable(option: str, path: Path, other: str = "") -> None:
+    """Raises InvalidRequest where no file can be written there."""
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InvalidRequest(f"{option}: cannot write {path}; expected a file in a directory that exists{other}")
 
 
 def write_json(json_file: str | None, value: Any) -> None:

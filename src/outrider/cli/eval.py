@@ -11,16 +11,19 @@ from rich.table import Table
 
 from outrider.cli.common import (
     Backend,
+    Chat,
     DraftTokens,
     Dtype,
     FailFast,
     JsonFile,
     add_columns,
+    asks_as_chat,
     check_measurement,
     command,
     human,
     progress_bar,
     report_failed,
+    say_asked,
     write_json,
 )
 from outrider.errors import InvalidRequest
@@ -44,7 +47,7 @@ def evaluate(
     target: Annotated[str, typer.Option("--target", help="A model directory, a hub id, or 'embedded'.")] = "embedded",
     prompts: Annotated[
         list[Path] | None,
-        typer.Option("--prompts", help="A prompt set: JSON Lines. May be repeated. Default: embedded sets."),
+        typer.Option("--prompts", help="A prompt set: JSON Lines. May be repeated. Default: packaged sets."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Prompts of each set. Default: all.")] = None,
     temperature: Annotated[
@@ -58,7 +61,7 @@ def evaluate(
         typer.Option("--threshold", help="Cut drafts under this confidence. May be repeated. Default: 0.2 to 0.8."),
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep/--no-sweep", help="Try the thresholds.")] = True,
-    chat: Annotated[bool, typer.Option("--chat", help="Write prompts into the target's chat template.")] = False,
+    chat: Chat = None,
     fail_fast: FailFast = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampled texts.")] = 1,
     draft_tokens: DraftTokens = None,
@@ -91,7 +94,8 @@ def evaluate(
     from outrider.evaluation.drafter_quality import evaluate as run
     from outrider.evaluation.plots import available
     from outrider.evaluation.recording import FailedPrompt
-    from outrider.evaluation.speedup import machine
+    from outrider.evaluation.speedup import default_prompt_files, machine
+    from outrider.models.loading import load_tokenizer
 
     console = human(json)
     if rule not in RULES:
@@ -100,6 +104,7 @@ def evaluate(
     wrong = [value for value in threshold or () if not 0 <= value <= 1]
     if wrong:
         raise InvalidRequest(f"--threshold must be between 0 and 1, got {wrong[0]:g}")
+    as_chat = asks_as_chat(chat, target, load_tokenizer(target))
     config = Config(
         temperatures=tuple(dict.fromkeys(temperature or (0.0, 1.0))),
         rule=rule,  # type: ignore[arg-type]
@@ -108,14 +113,14 @@ def evaluate(
         limit=limit,
         repeats=repeats,
         thresholds=tuple(sorted(set(threshold or THRESHOLDS))) if sweep else (),
-        chat=chat,
+        chat=as_chat,
         seed=seed,
     )
     with progress_bar(console) as progress:
         found = run(
             config,
             drafter,
-            prompts or [],
+            prompts or default_prompt_files(as_chat),
             target,
             out,
             dtype=dtype,
@@ -124,6 +129,7 @@ def evaluate(
             fail_fast=fail_fast,
             progress=progress,
         )
+    say_asked(chat, as_chat)
     console.print(_acceptance(found))
     console.print(*_positions(found), sep="\n")
     if found.differences:

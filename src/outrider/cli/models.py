@@ -1,36 +1,97 @@
-"""``outrider models``: what is embedded, what is known, and what works on this machine."""
+"""``outrider models``: what is on this machine, what is known, and what works here."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
+from rich.text import Text
 
 from outrider.cli.common import JsonFile, command, human, write_json
+
+if TYPE_CHECKING:
+    from outrider.models.locations import LocalModel
 
 __all__ = ["models"]
 
 
 @command
-def models(json: JsonFile = None) -> None:
-    """List the embedded models, and every kind of target, drafter, policy and backend with what is missing for it.
+def models(
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove the packed weights that are kept for faster loading, and end.")
+    ] = False,
+    json: JsonFile = None,
+) -> None:
+    """List the models on this machine, and every kind of target, drafter, policy and backend with what is missing.
+
+    Models: SmolLM2, the embedded ones, and the GGUF files that Ollama and LM Studio keep here; `--model` takes their
+    names. Quantised weights are kept packed, within OUTRIDER_CACHE_LIMIT (8G by default; 0 keeps none).
 
     [bold]Examples[/bold]
 
     [cyan]outrider models[/cyan]
 
-    [cyan]outrider models --json - | jq .embedded[/cyan]
+    [cyan]outrider models --json - | jq .models[/cyan]
+
+    [cyan]outrider models --prune[/cyan]
     """
+    from outrider.backends import packed_weights
+    from outrider.models.locations import list_local_models
+
+    console = human(json)
+    if prune:
+        freed = packed_weights.prune()
+        console.print(f"{_size(freed)} of packed weights removed")
+        write_json(json, {"freed_bytes": freed})
+        return
+    local = list_local_models()
     embedded, instruction_sets = _embedded(), _instruction_sets()
     catalogues = _catalogues()
     if instruction_sets is None:
         catalogues["backend"]["native"] = "the native core is not built"
-    console = human(json)
+    files, size = packed_weights.stored()
+    limit = packed_weights.cache_limit()
+    console.print(_local_table(local))
     console.print(_embedded_table(embedded))
     console.print(_catalogue_table(catalogues))
     console.print(f"native core: {', '.join(instruction_sets or ()) or 'not built, plain PyTorch runs'}")
+    console.print(
+        f"packed weights kept: {_size(size)} of at most {_size(limit)} in {files} files (--prune removes them)"
+    )
     native = {"built": instruction_sets is not None, "instruction_sets": instruction_sets or []}
-    write_json(json, {"embedded": embedded, "catalogues": catalogues, "native": native})
+    packed = {"files": files, "bytes": size, "limit_bytes": limit}
+    found = {"models": [_record(one) for one in local], "embedded": embedded, "catalogues": catalogues}
+    write_json(json, {**found, "native": native, "packed_weights": packed})
+
+
+def _record(model: LocalModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "path": None if model.path is None else str(model.path),
+        "bytes": model.bytes,
+        "architecture": model.architecture,
+        "quantisation": model.quantisation,
+        "runs": model.runs,
+        "problem": model.problem,
+    }
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def _local_table(models: list[LocalModel]) -> Table:
+    table = Table(title="models on this machine")
+    table.add_column("name", overflow="fold")
+    for name in ("size", "type", "architecture"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("runs", overflow="fold")
+    for model in models:
+        size = _size(model.bytes) if model.bytes else "-"
+        runs = "yes" if model.runs else f"no: {model.problem}"
+        table.add_row(*map(Text, (model.name, size, model.quantisation or "-", model.architecture or "-", runs)))
+    return table
 
 
 def _embedded() -> list[dict[str, Any]]:

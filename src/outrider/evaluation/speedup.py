@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ __all__ = [
     "BenchRow",
     "Prompt",
     "bootstrap_ratio",
+    "default_prompt_files",
     "embedded_prompt_sets",
     "machine",
     "repeated_ngrams",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 
+EMBEDDED_QUESTIONS = EMBEDDED_PROMPTS.parent / "questions"
+T = TypeVar("T")
 Prompt = str | list[int]
 """Text, or token ids."""
 
@@ -51,9 +54,15 @@ class BenchRow:
     generated: int
 
 
-def embedded_prompt_sets() -> dict[str, list[str]]:
-    """The packaged prompts by domain, from documents that the embedded models were not trained on."""
-    sets = {path.stem: read_prompts(path) for path in sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))}
+def default_prompt_files(chat: bool) -> list[Path]:
+    """The packaged prompt sets: questions for chat models, or beginnings of documents that the embedded models were not
+    trained on."""
+    return sorted((EMBEDDED_QUESTIONS if chat else EMBEDDED_PROMPTS).glob("*.jsonl"))
+
+
+def embedded_prompt_sets(chat: bool = False) -> dict[str, list[str]]:
+    """The packaged prompts by domain: see ``default_prompt_files``."""
+    sets = {path.stem: read_prompts(path) for path in default_prompt_files(chat)}
     return {name: [str(prompt.prompt) for prompt in prompts] for name, prompts in sets.items()}
 
 
@@ -85,9 +94,9 @@ def machine() -> dict[str, Any]:
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
 
 
-def _chunks(prompts: Sequence[Prompt], size: int) -> Iterator[Sequence[Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
+def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 def run_bench(
@@ -101,17 +110,19 @@ def run_bench(
     max_tokens: int = 64,
     repeats: int = 2,
     seed: int = 1,
+    ignore_eos: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Time every drafter against ``plain`` on the same prompts, alternating; sampled text is seeded and coupled.
 
     Each prompt (or group of ``concurrency`` prompts) is answered by plain decoding, then with the drafter; the whole
     set is repeated ``repeats`` times. The time of a prompt is the median of its repeats. Drafters that store earlier
-    text are emptied before each repeat. The share of identical texts is measured, not assumed.
+    text are emptied before each repeat. The share of identical texts is measured, not assumed. With ``ignore_eos``
+    answers go on past the end of the text; without it their lengths may differ, and seconds count for each token.
     """
     rows: list[BenchRow] = []
     for temperature in temperatures:
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos)
         for set_name, prompts in prompt_sets.items():
             groups = list(_chunks(prompts, concurrency))
             for name, llm in drafters.items():
@@ -142,7 +153,12 @@ def _row(
     seconds: dict[str, list[float]],
     outputs: dict[str, list[Output]],
 ) -> BenchRow:
-    speedup, interval = bootstrap_ratio(seconds["plain"], seconds["fast"])
+    lengths = {
+        side: [sum(len(output.token_ids) for output in group) for group in _chunks(outputs[side], concurrency)]
+        for side in outputs
+    }
+    alike = [s * a / b for s, a, b in zip(seconds["fast"], lengths["plain"], lengths["fast"], strict=True)]
+    speedup, interval = bootstrap_ratio(seconds["plain"], alike)  # seconds for as many tokens as plain decoding wrote
     stats = [output.stats for output in outputs["fast"]]
     rounds = sum(s.rounds for s in stats)
     depth = max((len(s.drafted_per_position) for s in stats), default=0)
@@ -154,7 +170,7 @@ def _row(
         total([s.accepted_per_position for s in stats], j) / max(1, total([s.drafted_per_position for s in stats], j))
         for j in range(depth)
     ]
-    generated = {side: sum(len(output.token_ids) for output in outputs[side]) for side in outputs}
+    generated = {side: sum(lengths[side]) for side in outputs}
     same = [a.token_ids == b.token_ids for a, b in zip(outputs["plain"], outputs["fast"], strict=True)]
     repeated = [repeated_ngrams(output.token_ids) for output in outputs["fast"]]
     return BenchRow(

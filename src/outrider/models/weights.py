@@ -40,7 +40,9 @@ CHUNK = 64 << 20  # bytes read through one memory map
 def load_dtype(name: str) -> torch.dtype:
     """The dtype tensors are read in for a ``dtype`` option. Raises InvalidRequest."""
     if name not in DTYPES:
-        raise InvalidRequest(f"unknown dtype {name!r}; {nearest(name, DTYPES)}")
+        raise InvalidRequest(
+            f"unknown dtype {name!r}; {nearest(name, DTYPES)} (there are {', '.join(DTYPES)} and auto)"
+        )
     return DTYPES[name]
 
 
