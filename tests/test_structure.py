@@ -24,7 +24,7 @@ FROZEN = Path(__file__).parent / "data" / "command_line.json"
 
 # The rooms by floor. A room imports only from rooms on lower floors: two rooms of one floor never import each other.
 FLOORS: list[tuple[str, ...]] = [
-    ("config", "core", "errors", "files", "registry", "types"),
+    ("config", "core", "errors", "files", "registry", "types", "version"),
     ("kv_cache", "sampling", "scheduling", "tokenization"),
     ("backends",),
     ("models",),

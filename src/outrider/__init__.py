@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from outrider.version import __version__
+
 __all__ = ["LLM", "SamplingParams", "__version__"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:

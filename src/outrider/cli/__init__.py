@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from outrider import __version__
 from outrider.cli.command import make_command
+from outrider.version import __version__
 
 __all__ = ["COMMANDS", "app", "main"]
 

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import torch
 
-from outrider import __version__
 from outrider.config import SamplingParams
 from outrider.files import cache_folder, read_json, read_json_lines, write_json
 from outrider.models.locations import EMBEDDED, EMBEDDED_PROMPTS, resolve_model
 from outrider.types import Output
+from outrider.version import __version__
 
 __all__ = ["EMBEDDED_DRAFTERS", "fastest"]
 

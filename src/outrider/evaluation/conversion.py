@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from outrider import __version__, checkpoints
+from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import CheckpointError
 from outrider.evaluation.replay import Acceptance, Prompts, least_score, replay, transcribe
@@ -22,6 +22,7 @@ from outrider.models.locations import resolve_model
 from outrider.models.weights import TensorFiles
 from outrider.registry import find
 from outrider.types import Backend, TargetModel
+from outrider.version import __version__
 
 __all__ = ["Conversion", "convert", "named_target"]
 

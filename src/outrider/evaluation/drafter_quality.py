@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from outrider import __version__, registry
+from outrider import registry
 from outrider.config import Rule, SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
@@ -44,6 +44,7 @@ from outrider.evaluation.recording import (
 )
 from outrider.files import read_json, write_json
 from outrider.models.locations import EMBEDDED_PROMPTS, resolve_model
+from outrider.version import __version__
 
 __all__ = ["Config", "evaluate"]
 

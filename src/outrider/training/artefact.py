@@ -29,11 +29,11 @@ from typing import Any, BinaryIO
 import torch
 from pydantic import BaseModel
 
-from outrider import __version__
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.files import read_json, read_json_lines, replace_file, write_json
 from outrider.models.gguf import gguf_parts
 from outrider.models.locations import resolve_model
+from outrider.version import __version__
 
 try:
     import fcntl

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from outrider import __version__, checkpoints
+from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.files import read_json, write_json
 from outrider.models.loading import load_target
@@ -20,6 +20,7 @@ from outrider.models.locations import public_name
 from outrider.training.artefact import Artefact
 from outrider.training.networks import Frozen
 from outrider.training.progress import duration
+from outrider.version import __version__
 
 __all__ = ["Config", "card", "export"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from outrider import __version__, registry
+from outrider import registry
 from outrider.config import RULES, Rule, SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
@@ -40,6 +40,7 @@ from outrider.models.locations import EMBEDDED_PROMPTS, public_name, resolve_mod
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Calibration, Quality, Scaling
 from outrider.training.artefact import content_hash, file_hash, target_hash
+from outrider.version import __version__
 
 __all__ = ["Bucket", "Config", "Report", "calibrate"]
 
