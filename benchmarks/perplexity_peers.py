@@ -1,6 +1,6 @@
 """Perplexity of a GGUF file's own precision against llama.cpp's on the very same file.
 
-    python benchmarks/perplexity_peers.py --text FILE [--model smollm2] [--tokens 20000] [--dtype file int8] [--json FILE]
+    python benchmarks/perplexity_peers.py --text FILE [--model smollm2] [--tokens 20000] [--dtype file int8]
 
 The text is cut into windows of ``--window`` tokens; the second half of each window is scored, in both engines alike.
 The ratio's standard error is over windows. Needs llama-cpp-python.
