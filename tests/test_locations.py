@@ -6,11 +6,14 @@ import json
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TEXTS, byte_level_bpe
+from typer.testing import CliRunner
 
 from outrider import LLM, SamplingParams
+from outrider.cli import app
 from outrider.errors import CheckpointError
 from outrider.models.loading import load_layers, load_target, load_tokenizer, model_config, runs_natively
 from outrider.models.locations import list_local_models, resolve_model
@@ -112,6 +115,65 @@ def test_paths_that_are_refused(file: Path, tmp_path: Path) -> None:
         resolve_model(tmp_path)
 
 
+def rewritten(file: Path, path: Path, **keys: Any) -> Path:
+    """A copy of the file with other string keys of its tokenizer; None leaves one out."""
+    reader, writer = gguf.GGUFReader(file), gguf.GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        short = name.rpartition(".")[2]
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        value = keys[short] if short in keys else field.contents()
+        if value is not None:
+            writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_what_is_wrong_with_a_tokenizer_names_the_file(file: Path, tmp_path: Path) -> None:
+    other = rewritten(file, tmp_path / "other.gguf", pre="no-such")
+    with pytest.raises(CheckpointError, match=r"other\.gguf: unknown pre-tokenizer 'no-such'"):
+        load_tokenizer(other)
+    broken = load_tokenizer(rewritten(file, tmp_path / "broken.gguf", chat_template="{% for %}"))
+    with pytest.raises(CheckpointError, match=r"broken\.gguf: the chat template does not compile"):
+        broken.apply_chat([{"role": "user", "content": "hello"}])
+    without = load_tokenizer(rewritten(file, tmp_path / "without.gguf", chat_template=None))
+    with pytest.raises(CheckpointError, match="expected the key tokenizer.chat_template"):
+        without.apply_chat([{"role": "user", "content": "hello"}])
+
+
+def test_a_pre_tokenizer_that_is_assumed_is_said(file: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(file).notes == ()
+    path = rewritten(file, tmp_path / "assumed.gguf", pre=None)
+    result = CliRunner().invoke(app, ["generate", "the", "--model", str(path), "--max-tokens", "2"])
+    assert result.exit_code == 0 and "the file names no pre-tokenizer" in result.stderr
+
+
+def test_doctor_and_gguf_files(file: Path) -> None:
+    """A target may be one; a drafter is none."""
+    result = CliRunner().invoke(app, ["doctor", str(file)])
+    assert result.exit_code == 1 and "is a GGUF file, a whole model" in " ".join(result.stdout.split())
+    result = CliRunner().invoke(app, ["doctor", "embedded-dspark", "--target", str(file), "--json"])
+    assert "config.json" not in result.output and result.exit_code == 1
+    assert any(finding["level"] == "fault" for finding in json.loads(result.stdout)["findings"])
+
+
+def test_names_are_shown_as_they_are(file: Path, tmp_path: Path) -> None:
+    """Rich reads ``:a:`` as an emoji, and brackets as styles."""
+    folder = tmp_path / "with[" / "red] and"
+    path = put(folder, file, "[bold]:fox:.gguf")
+    (tmp_path / "prompts.jsonl").write_text('{"text": "the"}')
+    words = ["--drafter", "suffix", "--prompts", str(tmp_path / "prompts.jsonl"), "--max-tokens", "2"]
+    result = CliRunner().invoke(app, ["bench", "--model", str(path), *words])
+    assert result.exit_code == 0 and str(path).replace(" ", "") in "".join(result.stdout.split())
+    result = CliRunner().invoke(app, ["generate", "the", "--model", "ollama:a:b:c"])
+    assert result.exit_code == 2 and "'ollama:a:b:c' is no name of Ollama's" in result.stderr
+
+
 # ------------------------------------------------------------------------------------------------ smollm2
 
 
@@ -196,6 +258,7 @@ def test_damaged_manifests_of_ollama(file: Path, home: Path) -> None:
         '{"layers": 3}': "names no model file",
         "[]": "expected an object",
         "{": "not readable as JSON",
+        "[" * 100_000: "nested too deeply",
     }.items():
         manifest.write_text(raw)
         with pytest.raises(CheckpointError, match=message):

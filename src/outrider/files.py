@@ -35,6 +35,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable as JSON: {error}") from error
+    except RecursionError:
+        raise CheckpointError(f"{path} is not readable as JSON: it is nested too deeply") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object")
     return value

@@ -86,6 +86,11 @@ def load(folder: str | Path) -> DraftCheckpoint:
     calibration.json that is not readable as one.
     """
     path = resolve_model(folder)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a GGUF file, a whole model; expected the directory of a trained drafter "
+            "(--drafter takes the file as a draft model)"
+        )
     checkpoint = read_header(read_json(path / "config.json"))
     stored = _StoredTensors(path)
     shapes = checkpoint.shapes()

@@ -170,6 +170,8 @@ def say_loaded(llm: LLM, drafters: Iterable[str] = ()) -> None:
     from outrider.cli.loaded import describe_loaded, dtype_hint
 
     note(describe_loaded(llm, drafters))
+    for text in llm.tokenizer.notes if llm.tokenizer is not None else ():
+        note(text)
     hint = dtype_hint(llm)
     if hint is not None:
         note(hint)
@@ -327,7 +329,9 @@ def _errors_in_one_line() -> Iterator[None]:
 def complain(message: str) -> None:
     """An error in one line, on stderr."""
     line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {line}", style="bold red", markup=False)
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"error: {line}", style="bold red", markup=False, emoji=False
+    )
 
 
 def report_failed(failed: Sequence[FailedPrompt], prompts: int) -> None:
@@ -354,7 +358,7 @@ def human(json_file: str | None) -> Console:
     """
     if json_file is not None and json_file != "-":
         check_writable("--json", Path(json_file), ", or '-'")
-    return Console(stderr=json_file == "-", highlight=False)
+    return Console(stderr=json_file == "-", highlight=False, emoji=False)  # names may hold ":a:"
 
 
 def check_writable(option: str, path: Path, other: str = "") -> None:
@@ -434,4 +438,4 @@ def figures(output: Output) -> None:
 
 def note(text: str) -> None:
     """Print a remark on stderr, dim."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim", markup=False, emoji=False)

@@ -52,8 +52,7 @@ def doctor(
     """
     from outrider.evaluation.diagnosis import examine
     from outrider.evaluation.replay import sample_prompts
-    from outrider.files import read_json
-    from outrider.models.loading import load_backend, load_target
+    from outrider.models.loading import load_backend, load_target, model_config
     from outrider.models.locations import resolve_model
 
     layers = tuple(target_layer) if target_layer else None
@@ -64,7 +63,7 @@ def doctor(
         report = examine(
             checkpoint,
             load_target(target, dtype=dtype, backend=backend),
-            target_config=read_json(folder / "config.json"),
+            target_config=model_config(target),
             prompts=sample_prompts(folder, prompts),
             target_layers=layers,
             backend=load_backend(backend, "float32" if dtype == "auto" else dtype),

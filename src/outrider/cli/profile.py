@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from outrider.cli.common import Backend, JsonFile, Model, command, human, write_json
 
@@ -90,7 +91,7 @@ def profile(
 
 
 def _table(result: Profile, title: str) -> Table:
-    table = Table(title=title)
+    table = Table(title=Text(title))
     for name in ("dtype", "context", "rows", "new tokens", "milliseconds", "ratio", "bandwidth"):
         table.add_column(name, justify="left" if name == "dtype" else "right")
     for before, timing in zip([None, *result.timings], result.timings, strict=False):

@@ -103,9 +103,12 @@ def load_tokenizer(model: str | Path) -> Tokenizer:
         return Tokenizer(path)
     from outrider.tokenization.gguf_tokenizer import read_gguf_tokenizer
 
-    found = read_gguf_tokenizer(GGUFFile(path).keys)
+    try:
+        found = read_gguf_tokenizer(GGUFFile(path).keys)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     settings = {**found.special_tokens, "chat_template": found.chat_template}
-    return Tokenizer(path, found.parsing, settings)
+    return Tokenizer(path, found.parsing, settings, found.notes)
 
 
 def runs_natively(model: str | Path) -> bool:

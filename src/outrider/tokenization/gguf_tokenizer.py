@@ -259,7 +259,7 @@ def _pre_name(metadata: Mapping[str, Any], pre: str | None) -> tuple[str, tuple[
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"unknown pre-tokenizer {name!r} (tokenizer.ggml.pre): {nearest(str(name), PRE_TOKENIZERS)}; "
-            "if you know that the model splits text as one of these does, name it with pre=..."
+            "use another file of this model, or a Hugging Face directory with tokenizer.json"
         )
     return name, ()
 

@@ -45,10 +45,18 @@ class Tokenizer:
     """The tokenizer of one model directory. Raises CheckpointError where it has none, or one that cannot be read."""
 
     def __init__(
-        self, directory: str | Path, fast: FastTokenizer | None = None, settings: Mapping[str, Any] | None = None
+        self,
+        directory: str | Path,
+        fast: FastTokenizer | None = None,
+        settings: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
-        """``fast`` and ``settings`` (as in tokenizer_config.json) replace the directory's: a GGUF file has its own."""
+        """``fast`` and ``settings`` (as in tokenizer_config.json) replace the directory's: a GGUF file has its own.
+
+        ``notes``: what a user should be told about this tokenizer.
+        """
         self.directory = Path(directory)
+        self.notes = tuple(notes)
         self._settings = _read_json(self.directory / "tokenizer_config.json") if settings is None else dict(settings)
         self._fast = fast or _load(self.directory)
         self._fast.no_truncation()  # a file may hold settings that were used in training
@@ -179,12 +187,18 @@ class Tokenizer:
         name = name if name in sources else "default"
         if name not in sources:
             named = f" named default (there are {', '.join(sorted(sources))})" if sources else ""
+            expected = "chat_template.jinja, or chat_template in tokenizer_config.json"
+            if self.directory.is_file():
+                expected = "the key tokenizer.chat_template"
             raise CheckpointError(
-                f"{self.directory} has no chat template{named}: expected chat_template.jinja, or chat_template in "
-                "tokenizer_config.json; give the model a plain prompt instead"
+                f"{self.directory} has no chat template{named}: expected {expected}; "
+                "give the model a plain prompt instead"
             )
         if name not in self._templates:
-            self._templates[name] = ChatTemplate(sources[name], self.special_tokens)
+            try:
+                self._templates[name] = ChatTemplate(sources[name], self.special_tokens)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.directory}: {error}; give the model a plain prompt instead") from None
         return self._templates[name]
 
     # ------------------------------------------------------------------------------------------ byte level
