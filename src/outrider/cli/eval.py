@@ -44,7 +44,9 @@ def evaluate(
     drafter: Annotated[
         list[str], typer.Option("--drafter", help="A name or a directory. May be repeated, to compare them.")
     ],
-    target: Annotated[str, typer.Option("--target", help="A model directory, a hub id, or 'embedded'.")] = "embedded",
+    target: Annotated[
+        str, typer.Option("--target", help="A model directory, a GGUF file, a hub id, or 'embedded'.")
+    ] = "embedded",
     prompts: Annotated[
         list[Path] | None,
         typer.Option("--prompts", help="A prompt set: JSON Lines. May be repeated. Default: packaged sets."),

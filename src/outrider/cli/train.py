@@ -78,7 +78,7 @@ Change = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any option, by its name; VALUE as TOML has it. May be repeated."),
 ]
-Target = Annotated[str, typer.Option("--target", help="A model directory, a hub id, or 'embedded'.")]
+Target = Annotated[str, typer.Option("--target", help="A model directory, a GGUF file, a hub id, or 'embedded'.")]
 
 
 # ------------------------------------------------------------------------------------------------ a recipe
