@@ -408,3 +408,11 @@ def test_an_interrupt_after_the_last_commit_leaves_no_row(llm: LLM) -> None:
     llm.observers.clear()
     assert not llm.engine.busy and not llm.engine.admission.running
     assert llm.stats()["requests"] == 1
+
+
+def test_a_run_that_is_dropped_unread_leaves_nothing(llm: LLM) -> None:
+    run = llm.run("abc", params(50))
+    del run
+    gc.collect()
+    assert not llm.engine.busy
+    assert len(list(llm.run("abc", params(5)).events())) > 0

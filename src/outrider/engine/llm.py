@@ -197,14 +197,16 @@ class LLM:
 
 
 class Run:
-    """One request in flight."""
+    """One request in flight. Dropping it without having asked for its events cancels it."""
 
     def __init__(self, llm: LLM, prompt: Prompt, request: Request) -> None:
         self._llm, self._prompt, self._request = llm, prompt, request
+        self._first: EventStream | None = EventStream(llm.engine, request)  # cancels when dropped
 
     def events(self) -> EventStream:
         """Its events from the first one on."""
-        return EventStream(self._llm.engine, self._request)
+        stream, self._first = self._first, None
+        return stream or EventStream(self._llm.engine, self._request)
 
     def output(self) -> Output:
         """The request as it stands: finished, or cut off where it was cancelled."""

@@ -103,11 +103,13 @@ def _prompt(entry: dict[str, object]) -> tuple[str | list[int], bool]:
         value = entry.get(key)
         if value is None:
             continue
-        if not isinstance(value, list) or not value or not all(isinstance(part, kind) for part in value):
+        if not isinstance(value, list) or not all(isinstance(part, kind) for part in value):
+            raise TypeError(key)
+        if not value and kind is str:  # no ids are an empty prompt, no turns are none
             raise TypeError(key)
         return (value, False) if kind is int else (value[0], True)
     text = entry["text"]
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str):
         raise TypeError("text")
     return text, False
 

@@ -377,7 +377,7 @@ class Journal:
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write lines with a single call."""
-        self._file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode())
+        self._file.write("".join(map(_json_line, records)).encode())
         self._file.flush()
         if time.monotonic() - self._synced >= self._every:
             self._sync()
@@ -412,9 +412,19 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(map(_json_line, records))
 
     replace_file(path, write)
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    """One line; lone surrogates, which UTF-8 cannot hold, are escaped as JSON can."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(record)
+    return line + "\n"
 
 
 def write_state(path: Path, state: Any) -> None:

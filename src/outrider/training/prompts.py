@@ -212,7 +212,7 @@ def _prompt(record: Any, source: Source, where: str) -> tuple[dict[str, Any], st
 
 
 def _fields(record: Mapping[str, Any], source: Source, where: str) -> tuple[str | None, list[str], str]:
-    """(text to continue, or None; a user's turns; the system's instruction) of one line."""
+    """(text to continue, or None; a user's turns; the system's instructions) of one line."""
     if source.field is not None:
         if not isinstance(record.get(source.field), str):
             raise InvalidRequest(f"{where} has no text under {source.field!r}; its keys are {_keys(record)}")
@@ -220,12 +220,15 @@ def _fields(record: Mapping[str, Any], source: Source, where: str) -> tuple[str 
     for name in ("text", "prompt"):
         if isinstance(record.get(name), str):
             return record[name], [], ""
+    system = record.get("system")
+    system = system if isinstance(system, str) else ""
     turns = record.get("turns")
     if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
-        return None, turns, ""
+        return None, turns, system
     for name in ("messages", "prompt", "conversations"):
         if isinstance(record.get(name), list):
-            return None, *_chat(record[name], f"{where}: {name}")
+            turns, told = _chat(record[name], f"{where}: {name}")
+            return None, turns, "\n\n".join(filter(None, (system, told)))
     raise InvalidRequest(f"{where}: got the keys {_keys(record)}, expected {EXPECTED}")
 
 
