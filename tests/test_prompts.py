@@ -63,6 +63,8 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"turns": ["a", "b"], "system": "s\n\nt"},
     ),
     ({"conversations": [{"role": "User", "content": ["a", {"text": None}]}]}, {"turns": ["a"]}),
+    ({"system": "s", "conversations": [{"from": "human", "value": "a"}]}, {"turns": ["a"], "system": "s"}),
+    ({"turns": ["a"], "system": "s"}, {"turns": ["a"], "system": "s"}),
 ]
 
 
@@ -167,3 +169,11 @@ def test_conversations_are_cut_to_the_turns_that_are_wanted(tmp_path: Path) -> N
     path = write(tmp_path / "x.jsonl", [{"turns": ["a", "b", "c"]}])
     train, _ = split(tmp_path / "out", Source(path=path), held_out=0, turns=1)
     assert train[0]["turns"] == ["a"]
+
+
+def test_text_that_utf8_cannot_hold_is_kept(tmp_path: Path) -> None:
+    """A lone surrogate, as JSON may hold it."""
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"text": "a \udce9"}) + "\n" + json.dumps({"text": "é"}))
+    make_prompts(Config(sources=(Source(path=path),), held_out=0.0), tmp_path / "out")
+    assert {line["text"] for line in read_lines(tmp_path / "out" / "train.jsonl")} == {"a \udce9", "é"}

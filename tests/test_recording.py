@@ -11,7 +11,7 @@ import pytest
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.evaluation.recording import EvalPrompt, Round, answer, counted, observed, read_prompts, recorded
+from outrider.evaluation.recording import EvalPrompt, Round, answer, counted, observed, read_prompts, recorded, runnable
 
 BLOCK = 3
 
@@ -97,6 +97,15 @@ def test_questions_of_every_shape(tmp_path: Path) -> None:
         EvalPrompt("x", "d", "t"),
         EvalPrompt("mixed-5", "mixed", [1, 2]),
     ]
+
+
+@pytest.mark.parametrize(("line", "prompt"), [('{"text": ""}', ""), ('{"prompt": []}', [])])
+def test_an_empty_prompt_is_one_that_cannot_be_answered(tmp_path: Path, line: str, prompt: str | list[int]) -> None:
+    (tmp_path / "some.jsonl").write_text('{"text": "fine"}\n' + line)
+    prompts = read_prompts(tmp_path / "some.jsonl")
+    assert [p.prompt for p in prompts] == ["fine", prompt]
+    good, failed = runnable(LLM(drafter="none"), prompts, SamplingParams(max_tokens=2))
+    assert [p.prompt for p in good] == ["fine"] and "empty" in failed[0].error
 
 
 @pytest.mark.parametrize("line", ["{}", "[]", "nonsense", '{"turns": []}', '{"text": 3}', '{"prompt": ["a"]}'])

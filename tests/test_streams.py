@@ -359,3 +359,60 @@ def test_observers_see_every_step_as_it_was_committed() -> None:
         assert sum(row.accepted for row in rows) == request.stats.accepted
         assert sum(row.verified for row in rows) == request.stats.drafted
         assert all(row.accepted <= row.verified <= row.drafted <= row.limit for row in rows)
+
+
+@pytest.mark.parametrize("prompts", [[[[1, 2], [3]]], np.array(5), [np.array(5.0)]])
+def test_prompts_of_odd_shapes_are_refused(prompts: Any, llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match="token ids"):
+        llm.generate(prompts, params(1))
+
+
+def test_numbers_too_large_for_a_float_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="temperature must be between"):
+        SamplingParams(temperature=10**400)
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        SamplingParams(logit_bias={7: 10**400})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["capacity", "max_rows", "draft_tokens"])
+@pytest.mark.parametrize("value", [-1, 2.5, "3", True])
+def test_sizes_that_are_no_whole_numbers_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name} must be a whole number of at least"):
+        LLM(_loaded().loaded, "suffix", **{name: value})
+
+
+def test_no_capacity_is_not_the_default_one() -> None:
+    with pytest.raises(InvalidRequest, match="capacity must be a whole number of at least 1, got 0"):
+        LLM(_loaded().loaded, "suffix", capacity=0)
+
+
+def test_a_dtype_that_is_no_name_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="unknown dtype torch.float32; did you mean 'float32'"):
+        LLM(dtype=torch.float32)  # type: ignore[arg-type]
+
+
+def test_an_interrupt_after_the_last_commit_leaves_no_row(llm: LLM) -> None:
+    """The request has finished, and its step was interrupted before the request left."""
+
+    class Interrupts:
+        def step(self, record: StepRecord) -> None:
+            if finished():
+                raise KeyboardInterrupt
+
+    def finished() -> bool:  # but not retired
+        return any(r.finish_reason is not None for r in llm.engine._requests.values())
+
+    llm.observers.append(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate("def f(", params(4))
+    llm.observers.clear()
+    assert not llm.engine.busy and not llm.engine.admission.running
+    assert llm.stats()["requests"] == 1
+
+
+def test_a_run_that_is_dropped_unread_leaves_nothing(llm: LLM) -> None:
+    run = llm.run("abc", params(50))
+    del run
+    gc.collect()
+    assert not llm.engine.busy
+    assert len(list(llm.run("abc", params(5)).events())) > 0

@@ -392,6 +392,24 @@ def test_generation_defaults_that_are_no_numbers(saved: Any, tmp_path: Path) -> 
             load_target(directory, backend="reference")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}}, "logits .* NaN or infinite"),
+        ({"vocab_size": "101"}, "Transformers could not load .*vocab_size"),
+        ({"eos_token_id": 7.5}, "Transformers could not load .*eos_token_id"),
+    ],
+)
+def test_configs_of_adapted_models_that_are_refused(
+    changes: dict[str, Any], message: str, saved: Any, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(saved["gpt_neox"][0], tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
+        load_target(directory, backend="reference")
+
+
 def test_a_model_that_cannot_be_rewound(tmp_path: Path) -> None:
     config = transformers.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from outrider.errors import InvalidRequest, nearest
 
-__all__ = ["LayerConfig", "RopeConfig", "Rule", "SamplingParams", "StackConfig", "build"]
+__all__ = ["LayerConfig", "RopeConfig", "Rule", "SamplingParams", "StackConfig", "build", "whole_number"]
 
 Rule = Literal["rejection", "block", "coupled"]
 RULES: tuple[Rule, ...] = ("rejection", "block", "coupled")
@@ -69,17 +69,14 @@ class SamplingParams:
 
         def number(name: str, low: float, high: float, expected: str, above: bool = False) -> None:
             value = _number(getattr(self, name))
-            if value is None or not math.isfinite(value):
+            if value is None or (isinstance(value, float) and not math.isfinite(value)):
                 refuse(name, f"a finite number, {expected}")
             if value < low or value > high or (above and value == low):
                 refuse(name, expected)
             object.__setattr__(self, name, value)
 
         def whole(name: str, low: int) -> None:
-            value = _whole(getattr(self, name))
-            if value is None or value < low:
-                refuse(name, f"a whole number of at least {low}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), low))
 
         whole("max_tokens", 1)
         whole("top_k", 0)
@@ -117,6 +114,14 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+def whole_number(name: str, value: Any, least: int) -> int:
+    """The Python int of an option. Raises InvalidRequest for what is no whole number of at least ``least``."""
+    number = _whole(value)
+    if number is None or number < least:
+        raise InvalidRequest(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
 def _whole(value: Any) -> int | None:
     """A Python int of anything that is one (numpy's integers, 0-dimensional tensors of integers); None for the rest."""
     if isinstance(value, bool):
@@ -151,7 +156,7 @@ def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
             total[token] = total.get(token, 0.0) + float(amount)
             if total[token] > LARGEST_BIAS:
                 raise ValueError(key, value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         pair = f"{error.args[0]!r}: {error.args[1]!r}" if len(error.args) == 2 else repr(given)
         raise InvalidRequest(
             f"logit_bias must hold token ids with a number below {LARGEST_BIAS:g} or -inf each, got {pair[:80]}"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from outrider.cli.common import (
     Backend,
@@ -126,7 +127,7 @@ def bench(
 
 def _table(result: dict[str, Any]) -> Table:
     title = f"{result['model']} on {result['machine']['cpu']}, {result['machine']['cores']} cores"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=0)  # ten columns in eighty characters
+    table = Table(title=Text(title), box=SIMPLE_HEAD, padding=0)  # ten columns in eighty characters
     numbers = ("temp", "plain/s", "tokens/s", "x", "95 %", "accept", "same", "rep.")
     add_columns(table, ("drafter", "prompts"), numbers)
     for row in result["rows"]:

@@ -104,6 +104,8 @@ class Engine:
             request.cancelled = reason
             self._news = True
             self._turns.run_if_free(self._tidy)
+        elif request.number in self._requests:  # finished in a step that was interrupted before the request left
+            self._turns.run_if_free(self._tidy)
 
     def wait(self, requests: Sequence[Request]) -> None:
         """Until all of them have finished. Raises the first error."""

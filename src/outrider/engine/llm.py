@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from outrider.config import SamplingParams
+from outrider.config import SamplingParams, whole_number
 from outrider.engine.auto import fastest
 from outrider.engine.engine import Engine
 from outrider.engine.loader import EMBEDDED, LoadedModel, load_drafter, load_model, load_policy
@@ -55,10 +55,9 @@ class LLM:
         capacity: int | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        if max_rows < 1:
-            raise InvalidRequest(f"max_rows must be at least 1, got {max_rows}")
-        if draft_tokens is not None and draft_tokens < 0:
-            raise InvalidRequest(f"draft_tokens must be at least 0, got {draft_tokens}")
+        max_rows = whole_number("max_rows", max_rows, 1)
+        draft_tokens = None if draft_tokens is None else whole_number("draft_tokens", draft_tokens, 0)
+        capacity = None if capacity is None else whole_number("capacity", capacity, 1)
         loaded = (
             model
             if isinstance(model, LoadedModel)
@@ -67,7 +66,7 @@ class LLM:
         self.loaded, self.target, self.tokenizer, self.model = loaded, loaded.target, loaded.tokenizer, loaded.name
         self.max_rows = max_rows
         self.capacity = capacity or min(self.target.spec.max_positions, CONTEXT)
-        if not 1 <= self.capacity <= self.target.spec.max_positions:
+        if self.capacity > self.target.spec.max_positions:
             raise InvalidRequest(
                 f"capacity must be between 1 and the model's {self.target.spec.max_positions} positions, got {capacity}"
             )
@@ -198,14 +197,16 @@ class LLM:
 
 
 class Run:
-    """One request in flight."""
+    """One request in flight. Dropping it without having asked for its events cancels it."""
 
     def __init__(self, llm: LLM, prompt: Prompt, request: Request) -> None:
         self._llm, self._prompt, self._request = llm, prompt, request
+        self._first: EventStream | None = EventStream(llm.engine, request)  # cancels when dropped
 
     def events(self) -> EventStream:
         """Its events from the first one on."""
-        return EventStream(self._llm.engine, self._request)
+        stream, self._first = self._first, None
+        return stream or EventStream(self._llm.engine, self._request)
 
     def output(self) -> Output:
         """The request as it stands: finished, or cut off where it was cancelled."""
@@ -226,13 +227,13 @@ def _as_list(prompts: Any) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, (bytes, Mapping)):
         raise InvalidRequest(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}")
-    if isinstance(prompts, (np.ndarray, Tensor)):
+    if isinstance(prompts, (np.ndarray, Tensor)) and prompts.ndim:
         return [prompts.tolist()] if prompts.ndim == 1 else list(prompts)
     try:
         many = list(prompts)
     except TypeError:
         raise InvalidRequest(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}") from None
-    one = bool(many) and not isinstance(many[0], (str, bytes)) and np.ndim(many[0]) == 0
+    one = bool(many) and (not isinstance(many[0], Iterable) or getattr(many[0], "ndim", 1) == 0)
     return [many] if one else many
 
 

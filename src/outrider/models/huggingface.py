@@ -215,7 +215,7 @@ class HuggingFaceTarget:
             again = self.forward(RaggedBatch.pack([[2, 3]], [1], [slot]), cache).logits
         finally:
             hook.remove()
-        if not torch.isfinite(whole).all():
+        if not torch.isfinite(torch.cat([whole, again])).all():
             raise CheckpointError(
                 f"the logits of {self.spec.name} are NaN or infinite: its weights or its config are damaged, or its "
                 "dtype is too narrow for it; check the files, or try dtype='float32'"

@@ -41,7 +41,7 @@ def load_dtype(name: str) -> torch.dtype:
     """The dtype tensors are read in for a ``dtype`` option. Raises InvalidRequest."""
     if name not in DTYPES:
         raise InvalidRequest(
-            f"unknown dtype {name!r}; {nearest(name, DTYPES)} (there are {', '.join(DTYPES)} and auto)"
+            f"unknown dtype {name!r}; {nearest(str(name), DTYPES)} (there are {', '.join(DTYPES)} and auto)"
         )
     return DTYPES[name]
 
