@@ -2,6 +2,10 @@
 // activations.
 #pragma once
 
+#include <cmath>
+#include <cstring>
+#include <limits>
+
 #include "ops.hpp"
 
 namespace outrider::OUTRIDER_ISA {
@@ -18,8 +22,12 @@ static inline float sum_of_squares(const float* x, int n) {
   return total;
 }
 
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// NaN where the squares overflow: 1 / inf would turn a broken row into zeros, which look like a healthy one.
 static inline float inverse_rms(const float* x, float eps, int n) {
-  return 1.0f / std::sqrt(sum_of_squares(x, n) / static_cast<float>(n) + eps);
+  const float mean = sum_of_squares(x, n) / static_cast<float>(n) + eps;
+  return mean <= std::numeric_limits<float>::max() ? 1.0f / std::sqrt(mean) : kNaN;
 }
 
 static void rms_norm(const float* x, const float* gain, float eps, int width, float* out) {
@@ -85,9 +93,15 @@ static inline int32_t sum_lanes(I a) {
 #endif
 }
 
-// Symmetric 8-bit quantisation of n values, n a multiple of `span`; sums[j] = -zero * sum of the j-th span.
+// Symmetric 8-bit quantisation of n values, n a multiple of `span`; sums[j] = -zero * sum of the j-th span. A row that
+// begins with NaN (see inverse_rms) has a scale of NaN, so that whatever is multiplied with it is NaN.
 template <bool wide>
 static inline float quantise(const float* x, int n, int span, int zero, char* out, int32_t* sums) {
+  if (std::isnan(x[0])) {
+    std::memset(out, 0, static_cast<size_t>(n) * (wide ? 2 : 1));
+    std::memset(sums, 0, static_cast<size_t>(n / span) * sizeof(int32_t));
+    return kNaN;
+  }
   F most = set(1e-10f);
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) most = max(most, abs(load(x + i)));
@@ -120,6 +134,12 @@ static inline void quantise_blocks(const float* x, int n, int zero, char* out, f
                                    float* offsets) {
   constexpr int kParts = kGroup / kLanes;
   for (int begin = 0; begin < n; begin += kGroup, x += kGroup, out += (wide ? 2 : 1) * kGroup) {
+    if (std::isnan(x[0])) {
+      std::memset(out, 0, (wide ? 2 : 1) * kGroup);
+      *scale++ = *offsets++ = kNaN;
+      *sums++ = 0;
+      continue;
+    }
     F part[kParts];
     F most = set(1e-10f);
     for (int i = 0; i < kParts; i++) most = max(most, abs(part[i] = load(x + i * kLanes)));

@@ -417,3 +417,16 @@ def test_outputs_are_plain_float32() -> None:
     output: StackOutput = made.forward(RaggedBatch.pack([[1]], [0], [cache.open()]), cache, aux_layers=(0,))
     for tensor in (output.hidden, output.logits, output.features):
         assert tensor is not None and tensor.dtype is torch.float32 and tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_weights_that_overflow_give_logits_that_are_not_numbers(dtype: str, isa: str) -> None:
+    """Not zeros, of which token 0 would be chosen for ever: the engine refuses NaN."""
+    config = stack()
+    weights = {name: tensor.clone() for name, tensor in random_weights(config).items()}
+    weights["layers.0.down.weight"].fill_(3e38)
+    made = NativeBackend(isa).load(config, weights, dtype)
+    cache = made.new_cache(1, 8)
+    logits = made.forward(RaggedBatch.pack([[1, 2, 3]], [0], [cache.open()]), cache).logits
+    assert logits is not None and bool(logits.isnan().all())

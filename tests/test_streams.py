@@ -135,6 +135,7 @@ def test_threads_share_an_engine(llm: LLM) -> None:
         ({"temperature": float("inf")}, "temperature"),
         ({"stop": [""]}, "stop"),
         ({"max_tokens": 2.5}, "max_tokens"),
+        ({"ignore_eos": "no"}, "ignore_eos"),
     ],
 )
 def test_a_bad_request_is_refused_when_it_is_submitted(llm: LLM, bad: dict[str, Any], word: str) -> None:
@@ -208,10 +209,30 @@ def test_what_is_clearly_a_prompt_is_taken(llm: LLM) -> None:
     assert llm.generate([]) == []
 
 
-@pytest.mark.parametrize("prompt", [[1.5, 2.0], [[1.5]], [None], 7, [b"x"], {"a": 1}, [[True, "x"]]])
+@pytest.mark.parametrize("prompt", [[1.5, 2.0], [[1.5]], [None], 7, [b"x"], {"a": 1}, {1, 2}, [[True, "x"]]])
 def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
     with pytest.raises(InvalidRequest):
         llm.generate(prompt, params(4))
+
+
+def test_a_stream_shared_by_threads_gives_each_event_once(llm: LLM) -> None:
+    expected = llm.generate("def f(", params(40))[0].token_ids
+    stream, seen = llm.stream("def f(", params(40)), []
+    threads = [threading.Thread(target=lambda: seen.extend(stream)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sum(len(event.pieces) for event in seen) == 40
+    assert sorted(p.token_id for event in seen for p in event.pieces) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"model": None}, {"model": 3}, {"drafter": None}, {"drafter": 3}, {"drafter_options": [1]}]
+)
+def test_wrong_arguments_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(wrong))):
+        LLM(**({"model": _loaded().loaded, "drafter": "ngram"} | wrong))
 
 
 def test_wrong_params_are_refused(llm: LLM) -> None:

@@ -93,6 +93,8 @@ class SamplingParams:
             if seed is None:
                 refuse("seed", "a whole number or None")
             object.__setattr__(self, "seed", seed)
+        if not isinstance(self.ignore_eos, bool):
+            refuse("ignore_eos", "True or False")
         if self.rule is not None and self.rule not in RULES:
             raise InvalidRequest(
                 f"rule must be one of {', '.join(RULES)}, got {self.rule!r}; {nearest(str(self.rule), RULES)}"

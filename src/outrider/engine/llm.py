@@ -72,6 +72,8 @@ class LLM:
             )
         if drafter == "auto":
             drafter = _resolve_auto(loaded)
+        if drafter_options is not None and not isinstance(drafter_options, Mapping):
+            raise InvalidRequest(f"drafter_options must be a mapping of names to values, got {drafter_options!r}")
         options = dict(drafter_options or {})
         if draft_tokens is not None:
             options["draft_tokens"] = draft_tokens
@@ -225,7 +227,7 @@ def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt or many, as texts or token ids; arrays of one dimension are a prompt, of two are rows of ids."""
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, (bytes, Mapping)):
+    if isinstance(prompts, (bytes, Mapping, Set)):
         raise InvalidRequest(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}")
     if isinstance(prompts, (np.ndarray, Tensor)) and prompts.ndim:
         return [prompts.tolist()] if prompts.ndim == 1 else list(prompts)
@@ -240,7 +242,7 @@ def _as_list(prompts: Any) -> list[Prompt]:
 def _token_ids(prompt: Any) -> list[int]:
     values = prompt.tolist() if isinstance(prompt, (np.ndarray, Tensor)) else prompt
     try:
-        if isinstance(values, (bytes, Mapping)) or any(isinstance(value, bool) for value in values):
+        if isinstance(values, (bytes, Mapping, Set)) or any(isinstance(value, bool) for value in values):
             raise TypeError
         ids = [value.__index__() for value in values]
     except (TypeError, AttributeError):

@@ -42,6 +42,8 @@ def load_model(
     if isinstance(model, (str, Path)):
         target = load_target(str(model), dtype=dtype, backend=backend)
         return LoadedModel(target, tokenizer or load_tokenizer(str(model)), str(model), dtype, backend)
+    if not isinstance(model, TargetModel):
+        raise InvalidRequest(f"model must be a name, a path or a loaded target, got {model!r}")
     if tokenizer is None:
         raise InvalidRequest("a loaded target needs its tokenizer: LLM(target, tokenizer=...)")
     return LoadedModel(model, tokenizer, "", dtype, backend)
@@ -65,6 +67,8 @@ def load_drafter(
     """
     if isinstance(drafter, Drafter):
         return type(drafter).__name__, drafter
+    if not isinstance(drafter, (str, Path)):
+        raise InvalidRequest(f"drafter must be a name, a path or a drafter, got {drafter!r}; 'none' drafts nothing")
     options = dict(options)
     calibration = options.pop("calibration", None)
     name = str(drafter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 from types import TracebackType
 from typing import Protocol
 
@@ -24,16 +25,19 @@ class EventStream:
     def __init__(self, engine: _Engine, request: Request) -> None:
         self._engine, self.request = engine, request
         self._read = 0
+        self._reading = Lock()  # several threads may share a stream: each event goes to one of them
 
     def __iter__(self) -> EventStream:
         return self
 
     def __next__(self) -> Event:
-        request, read = self.request, self._read
-        self._engine.advance(lambda: len(request.events) > read or request.finish_reason is not None)
-        if len(request.events) > read:
-            self._read += 1
-            return request.events[read]
+        request = self.request
+        with self._reading:
+            read = self._read
+            self._engine.advance(lambda: len(request.events) > read or request.finish_reason is not None)
+            if len(request.events) > read:
+                self._read += 1
+                return request.events[read]
         if request.error is not None:
             raise request.error
         raise StopIteration
