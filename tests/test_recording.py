@@ -25,22 +25,23 @@ def held(accepted: int, drafted: int = BLOCK, planned: int = BLOCK) -> Round:
 
 def test_rounds_of_a_text_that_goes_on_count_as_they_are() -> None:
     rounds = [held(3), held(0), held(2)]
-    assert counted(rounds, generated=1 + 4 + 1 + 3, max_tokens=100, block=BLOCK) == rounds
+    assert counted(rounds, max_tokens=100, block=BLOCK) == rounds
 
 
 def test_rounds_whose_draft_was_cut_to_the_budget_do_not_count() -> None:
     rounds = [held(3), held(1, drafted=2), held(0, drafted=0)]  # 12 tokens left, 8, then no room for 3 drafts and one
-    assert counted(rounds, generated=8, max_tokens=8, block=BLOCK) == rounds[:1]
-    assert counted([held(3), held(3)], generated=9, max_tokens=9, block=BLOCK) == [held(3), held(3)]  # it just fits
+    assert counted(rounds, max_tokens=8, block=BLOCK) == rounds[:1]
+    assert counted([held(3), held(3)], max_tokens=9, block=BLOCK) == [held(3), held(3)]  # it just fits
 
 
 def test_the_round_in_which_the_text_ends_counts_up_to_its_end() -> None:
-    (last,) = counted([held(3)], generated=1 + 2, max_tokens=100, block=BLOCK)
+    ended = Round((0.5,) * 3, BLOCK, 3, 3, accepted=2, committed=2)  # the second draft was the end of the text
+    (last,) = counted([ended], max_tokens=100, block=BLOCK)
     assert (last.verified, last.accepted, last.committed, len(last.confidence or ())) == (2, 2, 2, 2)
 
 
 def test_an_end_that_the_target_wrote_itself_changes_nothing() -> None:
-    assert counted([held(1)], generated=1 + 2, max_tokens=100, block=BLOCK) == [held(1)]
+    assert counted([held(1)], max_tokens=100, block=BLOCK) == [held(1)]
 
 
 def test_side_by_side_rounds_are_padded_with_nan_and_empty_ones_left_out() -> None:

@@ -329,6 +329,7 @@ class _Pool(ContiguousCache):
         self._reserved: dict[int, int] = {}
 
     def reserve(self, slot: int, tokens: int) -> bool:
+        assert slot in self._open, "only open slots are asked for"
         others = sum(n for s, n in self._reserved.items() if s != slot)
         if others + tokens > self.room:
             return False

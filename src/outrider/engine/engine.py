@@ -195,7 +195,8 @@ class Engine:
         """The rows of this step, each with memory for what it may write."""
         for request in list(self.admission.running):
             needed = min(len(request.history) + self.drafter.block + 1, self.capacity)
-            if not self.cache.reserve(request.slot, needed):
+            # An earlier row of this loop may have preempted it.
+            if request.slot >= 0 and not self.cache.reserve(request.slot, needed):
                 self._make_room(request, needed)
         return self.admission.next()
 

@@ -195,21 +195,21 @@ def answer(llm: LLM, recorder: Recorder, prompt: str | Sequence[int], params: Sa
     llm.forget()
     recorder.take()
     (output,) = llm.generate([prompt], params)
-    rounds = counted(recorder.take(), len(output.token_ids), params.max_tokens, llm.drafter.block)
+    rounds = counted(recorder.take(), params.max_tokens, llm.drafter.block)
     return Answer(output.token_ids, output.stats.seconds, rounds)
 
 
-def counted(rounds: Iterable[Round], generated: int, max_tokens: int, block: int) -> list[Round]:
-    """The rounds of one answer of ``generated`` tokens that count, the last one up to the end of the text."""
+def counted(rounds: Iterable[Round], max_tokens: int, block: int) -> list[Round]:
+    """The rounds of one answer that count; of the one that an accepted draft ended, the drafts behind it do not."""
     committed, kept = 1, []
     for one in rounds:
         if max_tokens - committed - 1 < min(one.planned, block):
             break
-        new = min(one.accepted + 1, generated - committed)
-        committed += new
-        if new <= one.accepted:
-            confidences = None if one.confidence is None else one.confidence[:new]
-            one = replace(one, confidence=confidences, drafted=new, verified=new, accepted=new, committed=new)
+        committed += one.committed
+        if one.committed == one.accepted:  # no bonus token: the text ended before it
+            text = one.accepted
+            confidences = None if one.confidence is None else one.confidence[:text]
+            one = replace(one, confidence=confidences, drafted=text, verified=text)
         kept.append(one)
     return kept
 
