@@ -233,8 +233,10 @@ class ProcessedLogits:
 
     @property
     def core_form(self) -> CoreForm | None:
-        """What the compiled core reads, None where it is not float32 logits on a CPU."""
-        return _core_form(self.logits, None, self.limits)
+        """What the compiled core reads, None where it is not float32 logits on a CPU: rows that were drawn from are
+        truncated already, and are not truncated again."""
+        computed: Categorical | None = self.__dict__.get("distribution")
+        return _core_form(self.logits, None, self.limits) if computed is None else computed.core_form
 
     is_greedy = False
 
