@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -133,8 +134,8 @@ class Proposal:
 
     @staticmethod
     def empty(rows: int) -> Proposal:
-        """No drafts at all: the step is plain decoding."""
-        return Proposal(torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
+        """No drafts at all: the step is plain decoding. Not to be written to: one proposal serves every such step."""
+        return _empty(rows)
 
     @staticmethod
     def pack(tokens: Sequence[Sequence[int]], confidence: Sequence[Sequence[float]]) -> Proposal:
@@ -147,6 +148,12 @@ class Proposal:
             None,
             torch.tensor([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence]).view(shape),
         )
+
+
+@cache
+def _empty(rows: int) -> Proposal:
+    with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
+        return Proposal(torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
 
 
 @dataclass(frozen=True, slots=True)

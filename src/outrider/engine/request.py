@@ -71,22 +71,16 @@ class Commit:
     def of(request: Request, verified: int, tokens: list[int], accepted: int, seconds: float) -> Commit:
         """Let the request's finisher decide what of ``tokens`` is text. ``verified``: drafts that were checked."""
         end = request.finisher.take(tokens, accepted, request.left)
-        old = request.stats
+        old, counts = request.stats, bool(request.round)  # the first token comes from the prompt's own pass
         stats = RequestStats(
-            rounds=old.rounds,
-            drafted=old.drafted,
-            accepted=old.accepted,
-            generated=old.generated + len(end.tokens),
-            seconds=seconds,
-            accepted_per_position=old.accepted_per_position,
-            drafted_per_position=old.drafted_per_position,
+            old.rounds + counts,
+            old.drafted + counts * verified,
+            old.accepted + counts * end.accepted,
+            old.generated + len(end.tokens),
+            seconds,
+            _counted(old.accepted_per_position, counts * end.accepted),
+            _counted(old.drafted_per_position, counts * verified),
         )
-        if request.round:  # the first token comes from the prompt's own pass
-            stats.rounds += 1
-            stats.drafted += verified
-            stats.accepted += end.accepted
-            stats.drafted_per_position = _counted(old.drafted_per_position, verified)
-            stats.accepted_per_position = _counted(old.accepted_per_position, end.accepted)
         event = Event(request.index, end.pieces, end.reason)
         return Commit(
             request,
@@ -147,7 +141,9 @@ def sampling_error(request: Request, finite: bool) -> OutriderError:
 
 
 def _counted(counts: list[int], n: int) -> list[int]:
-    """``counts`` with one more at each of the first ``n`` positions, as a new list."""
+    """``counts`` with one more at each of the first ``n`` positions; a new list, unless nothing changes."""
+    if not n:
+        return counts
     new = [*counts, *[0] * (n - len(counts))]
     for j in range(n):
         new[j] += 1
