@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from conftest import byte_level_bpe, save_tokenizer
 
 from outrider import LLM, SamplingParams
 from outrider.drafters.draft_model import DraftModelDrafter
+from outrider.engine import loader
 from outrider.errors import IncompatibleDrafter
 from outrider.models.loading import load_target
 from outrider.types import Context, Proposal, Rng
@@ -23,10 +24,8 @@ PROMPTS = ["The quick brown fox", "def add(first", "naïve"]
 def save(folder: Path, rows: int, *, layers: int, seed: int, tokens: int = TOKENS, family: str = "Llama") -> Path:
     """A random model with a head of ``rows`` rows and a tokenizer of ``tokens``; padding is as likely as any token."""
     sizes = {"vocab_size": rows, "eos_token_id": None, "bos_token_id": None, "initializer_range": 0.3}
-    if family == "GPTNeoX":
-        sizes |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
-    else:
-        sizes |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
+    sizes |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2}
+    if family != "GPTNeoX":
         sizes |= {"num_key_value_heads": 1, "head_dim": 16}
     sizes |= {"max_position_embeddings": 128}
     config = getattr(transformers, f"{family}Config")(**sizes)
@@ -34,15 +33,6 @@ def save(folder: Path, rows: int, *, layers: int, seed: int, tokens: int = TOKEN
         torch.manual_seed(seed)
         getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     return save_tokenizer(folder, byte_level_bpe(tokens))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose time to torch's threads, on a busy machine most of it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +151,12 @@ def test_models_that_transformers_runs_draft_for_each_other(tmp_path: Path) -> N
 )
 def test_which_configs_are_draft_models(config: dict[str, object], recognised: bool) -> None:
     assert DraftModelDrafter.recognises(config) is recognised
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "file"])
+def test_a_draft_model_that_transformers_runs_is_not_quantised_with_its_target(dtype: str, tmp_path: Path) -> None:
+    target = LLM("embedded", "none")
+    folder = save(tmp_path / "draft", 272, layers=1, seed=2, family="GPTNeoX")
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    asked = replace(target.loaded, dtype=dtype)
+    assert loader._load_draft_model(str(folder), "auto", asked).spec.dtype == torch.float32

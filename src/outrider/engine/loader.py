@@ -14,7 +14,7 @@ from outrider.config import build
 from outrider.drafters.base import CalibratedDrafter
 from outrider.engine.auto import EMBEDDED_DRAFTERS
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
-from outrider.models.loading import load_backend, load_target, load_tokenizer, runs_natively
+from outrider.models.loading import QUANTISED, load_backend, load_target, load_tokenizer, runs_natively
 from outrider.models.locations import resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Drafter, SchedulerPolicy, TargetModel
@@ -135,7 +135,7 @@ def _load_draft_model(path: str, dtype: str, model: LoadedModel) -> TargetModel:
     if dtype == "auto" and runs_natively(path):
         dtype = "int8" if load_backend(model.backend, model.dtype).name == "native" else model.dtype
     elif dtype == "auto":  # Transformers runs it, which has no quantised dtypes
-        dtype = "float32" if model.dtype in ("int8", "int4") else model.dtype
+        dtype = "float32" if model.dtype in QUANTISED else model.dtype
     return load_target(path, dtype=dtype, backend=model.backend)
 
 

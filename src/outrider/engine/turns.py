@@ -18,14 +18,14 @@ class Turns:
     def run_until(self, done: Callable[[], bool], step: Callable[[], object]) -> None:
         """Call ``step``, or wait while another thread does, until ``done()``."""
         while not done():
-            with self._changed:
-                # An interrupt may have left this thread's own claim behind.
-                while self._runner not in (0, get_ident()) and not done():
-                    self._changed.wait()
-                if done():
-                    return
-                self._runner = get_ident()
             try:
+                with self._changed:
+                    while self._runner not in (0, get_ident()) and not done():
+                        self._changed.wait()
+                    if done():
+                        return
+                    # Inside the try: an interrupt right here leaves no claim behind.
+                    self._runner = get_ident()
                 step()
             finally:
                 self._release()
@@ -42,6 +42,8 @@ class Turns:
             self._release()
 
     def _release(self) -> None:
+        """Give up this thread's claim, if it has one."""
         with self._changed:
-            self._runner = 0
-            self._changed.notify_all()
+            if self._runner == get_ident():
+                self._runner = 0
+                self._changed.notify_all()

@@ -22,7 +22,7 @@ from outrider.registry import find, names
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Backend, TargetModel
 
-__all__ = ["load_backend", "load_layers", "load_target", "load_tokenizer", "model_config", "runs_natively"]
+__all__ = ["QUANTISED", "load_backend", "load_layers", "load_target", "load_tokenizer", "model_config", "runs_natively"]
 
 WITHOUT_FILES = ("huggingface", "toy")  # kinds that are no ``model_type``
 QUANTISED = ("int8", "int4", "file")
