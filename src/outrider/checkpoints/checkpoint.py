@@ -187,7 +187,8 @@ class DraftCheckpoint:
         shapes = (weight_shapes(stack) if stack.layers else {}) | self.design.shapes(sizes)
         shapes["embed.weight"] = Shape((self.vocab_size, self.hidden_size), required=self._own_width)
         shapes["head.weight"] = Shape(
-            (self.draft_vocab_size, self.hidden_size), required=self.reduced or self._own_width
+            (self.draft_vocab_size, self.hidden_size),
+            required=self._own_width,  # a reduced one is made of the target's rows
         )
         shapes["d2t"] = Shape((self.draft_vocab_size,), required=self.reduced)
         shapes["t2d"] = Shape((self.vocab_size,), required=False)
