@@ -54,6 +54,8 @@ class MarkovHead {
 
   const MarkovSpec& spec() const { return spec_; }
   int mixed_width() const;  // 0 for vanilla
+  int padded_rank() const { return w1_.inner; }
+  void embed(int64_t token, float* out) const;  // W1 of a target id, padded with zeros to padded_rank()
   void draft(const MarkovBlock& block);
 
  private:

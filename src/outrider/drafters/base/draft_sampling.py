@@ -13,7 +13,7 @@ from torch import Tensor
 from outrider.drafters.base.network import DraftNet, rowwise
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
-from outrider.types import Context, Proposal, Rng
+from outrider.types import BlockDrafts, Context, Proposal, Rng
 
 __all__ = ["Drawing"]
 
@@ -25,13 +25,13 @@ class Drawing:
         """``lengths`` of all B rows; those above 0 take part."""
         self._net, self._context, self._rng = net, context, rng
         self._lengths = lengths
-        self.rows = torch.tensor([b for b, n in enumerate(lengths) if n], dtype=torch.int64)
-        self._positions = torch.tensor([len(context.history[b]) for b in self.rows.tolist()], dtype=torch.int64)
+        self.participants = [b for b, n in enumerate(lengths) if n]
+        self.rows = torch.tensor(self.participants, dtype=torch.int64)
+        self._positions = torch.tensor([len(context.history[b]) for b in self.participants], dtype=torch.int64)
         self.tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         self._distributions: list[Processed] = []
         self._logits: list[Tensor] = []
         self._whole: Processed | None = None  # of all positions, where they were drawn at once
-        self._margins: Tensor | None = None
 
     def draw(self, logits: Tensor) -> Tensor:
         """The next draft of each row that takes part. [n, Vd] -> int64 [n], target ids."""
@@ -70,9 +70,14 @@ class Drawing:
         )
 
     @property
-    def temperatures(self) -> Tensor:
-        """Of each row that takes part, float32 [n]."""
-        return torch.tensor([self._context.params[b].temperature for b in self.rows.tolist()], dtype=torch.float32)
+    def width(self) -> int:
+        """K: drafts of the longest row."""
+        return self.tokens.shape[1]
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Of each row that takes part."""
+        return [self._context.params[b].temperature for b in self.participants]
 
     def keys(self) -> Tensor:
         """Of all drafts of each row that takes part, int64 [n, K]; zeros where nothing is sampled."""
@@ -83,22 +88,21 @@ class Drawing:
         rows = self.rows.repeat_interleave(drafts)
         return self._rng.token_keys(rows, positions.flatten(), "draft").view(-1, drafts)
 
-    def record(self, tokens: Tensor, margins: Tensor, distribution: tuple[Tensor, Tensor] | None) -> None:
-        """All drafts at once, as a backend has drawn them from the keys: tokens int64 [n, K], margins float32 [n, K],
-        and the distributions as ids [n K, S] and logits [n K, S], row by row; None where all drafts are greedy."""
-        self.tokens[self.rows] = tokens
-        self._margins = margins
-        size = self._net.vocab_size
-        if distribution is None:
-            self._whole = Categorical.greedy(tokens.flatten(), size)
+    def record(self, drafts: BlockDrafts) -> None:
+        """All drafts at once, as a backend has drawn them from the keys."""
+        if len(self.participants) == len(self._lengths):
+            self.tokens = drafts.tokens
         else:
-            self._whole = Categorical(size, ids=distribution[0], logits=distribution[1])
+            self.tokens[self.rows] = drafts.tokens
+        size = self._net.vocab_size
+        if drafts.logits is None:
+            self._whole = Categorical.greedy(drafts.tokens.flatten(), size)
+        else:
+            self._whole = Categorical(size, ids=drafts.ids, logits=drafts.logits)
 
     def margins(self) -> Tensor:
         """A confidence for drafters without a confidence head: sigmoid(the largest logit - the second), for each draft.
         It does not depend on the draft itself nor on later ones. float32 [n, K]"""
-        if self._margins is not None:
-            return rowwise(torch.sigmoid, self._margins)
         best = torch.stack(self._logits, 1).topk(2, -1).values.float()
         return rowwise(torch.sigmoid, best[..., 0] - best[..., 1])
 

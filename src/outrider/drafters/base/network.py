@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from outrider.checkpoints import DraftCheckpoint
 from outrider.config import StackConfig
 from outrider.errors import IncompatibleDrafter
-from outrider.types import Backend, Stack, StackOutput, TargetModel
+from outrider.types import Backend, HasStack, Stack, StackOutput, TargetModel
 
 __all__ = ["DraftNet", "linear", "load_net", "rms_norm", "rowwise"]
 
@@ -37,6 +37,8 @@ class DraftNet:
     target_ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
     vocab_size: int
     backend: Backend
+    embedding: Stack | None  # the stacks that embed and unembed; None: the target is no stack
+    head: Stack | None
 
     def logits(self, output: StackOutput) -> Tensor:
         """[R, Vd] of a pass through ``stack``, which has made them already where the head is its own."""
@@ -78,6 +80,7 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
         weights["head.weight"] = tensors["head.weight"]
     stack = backend.load(checkpoint.stack(head=own_head), weights, dtype)
     ids = tensors["d2t"].long() + torch.arange(checkpoint.draft_vocab_size) if checkpoint.reduced else None
+    theirs = target.stack if isinstance(target, HasStack) else None
     return DraftNet(
         stack,
         stack.embed if own_embed else target.embed,
@@ -85,6 +88,8 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
         ids,
         checkpoint.vocab_size,
         backend,
+        embedding=stack if own_embed else theirs,
+        head=stack if own_head else theirs,
     )
 
 
