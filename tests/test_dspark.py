@@ -31,8 +31,10 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.core import native
 from outrider.drafters.base import Drawing
+from outrider.drafters.base.network import head_rows
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead, markov_parts
 from outrider.drafters.dspark_design import BlockDesign
+from outrider.engine.loader import load_drafter, load_model
 from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.registry import find
 from outrider.sampling.distribution import Categorical
@@ -285,6 +287,30 @@ def test_a_reduced_vocabulary_drafts_its_own_tokens_only() -> None:
     torch.testing.assert_close(distributions[:, ids], (logits / 0.8).softmax(-1), atol=1e-6, rtol=0, check_dtype=False)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_a_reduced_head_is_made_of_the_targets_rows_where_the_checkpoint_holds_none(dtype: str) -> None:
+    """The same drafts as with those rows in the checkpoint, in every precision the core has for it."""
+    if not available():
+        pytest.skip("the compiled core is not built")
+    backend = NativeBackend()
+    target = make_target(backend=backend)
+    given = make_checkpoint(BLOCKS["vanilla"], target=target, drafted=20)
+    ids = given.tensors["d2t"] + torch.arange(20)
+    rows = target.tensors["head.weight"][ids]
+    torch.testing.assert_close(head_rows(target, ids), rows, atol=0, rtol=1e-6)
+    absent = {name: tensor for name, tensor in given.tensors.items() if name != "head.weight"}
+    history, proposals = random_tokens(20, 3), []
+    for tensors in (absent, {**absent, "head.weight": head_rows(target, ids)}):
+        made = replace(given, tensors=tensors)
+        drafter = DSparkDrafter(made, target, backend, config=DSparkConfig(""), dtype=dtype, max_rows=1)
+        assert drafter.net.head is drafter.net.stack and drafter.net.stack.config.vocab_size == 20
+        Session(target, drafter, 1).observe([history[:-1]], [0])
+        proposals.append(propose(drafter, [0], [history], params=SAMPLED))
+    ours, theirs = proposals
+    assert torch.equal(ours.tokens, theirs.tokens) and set(ours.tokens[0].tolist()) <= set(ids.tolist())
+    assert torch.equal(ours.distribution.dense(torch.arange(5)), theirs.distribution.dense(torch.arange(5)))
+
+
 def test_drafted_tokens_follow_the_distribution_they_carry() -> None:
     """The second draft of 1,200 rounds, given the first: total variation to its distribution is sampling noise."""
     target = make_target()
@@ -343,6 +369,28 @@ def test_embedding_and_head_are_the_targets_where_equal() -> None:
     head[17, 3] += 0.01  # one value of one row
     net = make_drafter(replace(checkpoint, tensors={**checkpoint.tensors, "head.weight": head}), target).net
     assert net.embed == target.embed and net.unembed == net.stack.unembed
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+def test_a_drafter_of_fewer_bits_than_its_target_has_a_head_of_its_own() -> None:
+    backend = NativeBackend()
+    target = make_target(backend=backend)
+    checkpoint = make_checkpoint(BLOCKS["vanilla"], target=target)
+    shared, narrow = (
+        DSparkDrafter(checkpoint, target, backend, config=DSparkConfig(""), dtype=dtype, max_rows=1).net
+        for dtype in ("float32", "int8")
+    )
+    assert shared.head is target.stack and narrow.head is narrow.stack and narrow.embedding is target.stack
+    hidden = torch.randn(3, 32)
+    torch.testing.assert_close(narrow.unembed(hidden), target.unembed(hidden), atol=0.2, rtol=0)
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+def test_the_packaged_drafter_is_quantised_unless_told_otherwise() -> None:
+    model = load_model("embedded")
+    for asked, got in (("auto", "int8"), ("bfloat16", "bfloat16")):
+        _, drafter = load_drafter("dspark", model, {"dtype": asked}, max_rows=1)
+        assert isinstance(drafter, DSparkDrafter) and drafter.net.stack.dtype == got and drafter.core is not None
 
 
 def test_drafters_of_other_targets_are_refused() -> None:

@@ -369,6 +369,8 @@ class Stack(Protocol):
 
     config: StackConfig
 
+    @property
+    def dtype(self) -> torch.dtype | str: ...  # of its weights, as it was loaded
     def new_cache(self, slots: int, capacity: int) -> KVCache: ...
     def forward(
         self,
