@@ -44,28 +44,30 @@ void absorb(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints
 }
 
 void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints& counts,
-           const std::vector<FloatMatrix>& features, const Ints& anchors, const IntMatrix& keys,
+           const std::vector<FloatMatrix>& features, const Ints& anchors,
+           const std::optional<IntMatrix>& keys,
            const std::vector<float>& temperatures, const IntMatrixOut& tokens, const FloatMatrixOut& confidence,
            const std::optional<IntMatrixOut>& ids, const std::optional<FloatMatrixOut>& logits) {
   BlockTask task{};
   task.waiting = waiting_of(drafter, slots, counts, features);
   const int64_t rows = task.waiting.rows;
-  task.drafts = keys.shape(1);
+  task.drafts = tokens.shape(1);
   if (task.drafts < 1 || task.drafts > drafter.drafts())
     throw std::invalid_argument("a block gives 1 to " + std::to_string(drafter.drafts()) + " drafts, got " +
                                 std::to_string(task.drafts));
-  expect_shape("anchors", anchors.size(), 1, rows, 1);
+  expect_shape("anchors", static_cast<int64_t>(anchors.size()), 1, rows, 1);
   expect_shape("temperatures", temperatures.size(), 1, rows, 1);
-  expect_matrix("keys", keys, rows, task.drafts);
+  if (keys) expect_matrix("keys", *keys, rows, task.drafts);
   expect_matrix("tokens", tokens, rows, task.drafts);
   expect_matrix("confidence", confidence, rows, task.drafts);
   if (logits) expect_matrix("logits", *logits, rows * task.drafts, drafter.width());
   if (ids) expect_matrix("ids", *ids, rows * task.drafts, drafter.width());
   for (int64_t b = 0; b < rows; b++)
-    if (temperatures[b] > 0 && !logits) throw std::invalid_argument("sampled rows need an array for logits");
+    if (temperatures[b] > 0 && !(keys && logits))
+      throw std::invalid_argument("sampled rows need keys, and an array for logits");
   if (logits && drafter.lists_ids() && !ids) throw std::invalid_argument("this drafter needs an array for ids");
   task.anchors = anchors.data();
-  task.keys = keys.data();
+  task.keys = data_or_null(keys);
   task.temperatures = temperatures.data();
   task.tokens = tokens.data();
   task.confidence = confidence.data();
@@ -101,7 +103,7 @@ void bind_block(nb::module_& m) {
       .def_prop_ro("lists_ids", &BlockDrafter::lists_ids)
       .def("absorb", &absorb, "cache"_a, "slots"_a, "counts"_a, "features"_a)
       .def("draft", &draft, "cache"_a, "slots"_a, "counts"_a, "features"_a,
-           "anchors"_a, "keys"_a.noconvert(), "temperatures"_a, "tokens"_a.noconvert(),
+           "anchors"_a, "keys"_a.noconvert().none(), "temperatures"_a, "tokens"_a.noconvert(),
            "confidence"_a.noconvert(), "ids"_a.noconvert().none(), "logits"_a.noconvert().none());
 }
 

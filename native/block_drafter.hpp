@@ -48,7 +48,7 @@ struct BlockTask {
   WaitingFeatures waiting;    // of the rows that draft
   int64_t drafts = 0;         // K
   const int64_t* anchors;     // [n] target ids
-  const int64_t* keys;        // [n, K]
+  const int64_t* keys;        // [n, K]; null where all rows are greedy
   const float* temperatures;  // [n]; 0: greedy
   int64_t* tokens;            // [n, K] target ids
   float* confidence;          // [n, K]: of the confidence head, else sigmoid(largest logit - second)

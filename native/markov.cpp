@@ -113,7 +113,7 @@ void MarkovHead::draft(const MarkovBlock& block) {
       if (greedy) extend(*pool, base, list, row);
       const int64_t entry = i * spec_.shortlist;
       block.tokens[i] = row.previous =
-          draw(list, row, block.keys[i], greedy ? 0.0f : block.temperatures[b], block.ids ? block.ids + entry : nullptr,
+          draw(list, row, block.keys ? block.keys[i] : 0, greedy ? 0.0f : block.temperatures[b], block.ids ? block.ids + entry : nullptr,
                block.logits ? block.logits + entry : nullptr);
       block.margins[i] = row.largest - row.second;
     }

@@ -34,7 +34,7 @@ struct MarkovBlock {
   const float* base;          // [n, K, Vd]
   const float* mixed;         // [n, K, mixed_width]: the mixing layer's projection of the hidden states, with its bias
   const int64_t* anchors;     // [n], target ids
-  const int64_t* keys;        // [n, K]
+  const int64_t* keys;        // [n, K]; null where all rows are greedy
   const float* temperatures;  // [n]; 0: greedy
   int64_t* tokens;            // [n, K], target ids
   float* margins;             // [n, K]: the largest corrected logit minus the second

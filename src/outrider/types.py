@@ -497,11 +497,13 @@ class BlockDrafter(Protocol):
         counts: Sequence[int],
         features: Sequence[Tensor],
         anchors: Sequence[int],
-        keys: Tensor,
+        drafts: int,
+        keys: Tensor | None,
         temperatures: Sequence[float],
     ) -> BlockDrafts:
-        """The same, then K drafts for each of n rows; nothing of them stays in the cache. anchors [n]: the rows' last
-        tokens; keys int64 [n, K] of ``Rng.token_keys``; temperatures [n] (0: the largest logit)."""
+        """The same, then K ``drafts`` for each of n rows; nothing of them stays in the cache. anchors [n]: the rows'
+        last tokens; keys int64 [n, K] of ``Rng.token_keys``, None where all temperatures [n] are 0 (the largest
+        logit)."""
         ...
 
 

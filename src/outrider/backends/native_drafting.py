@@ -78,14 +78,16 @@ class NativeBlockDrafter:
         counts: Sequence[int],
         features: Sequence[Tensor],
         anchors: Sequence[int],
-        keys: Tensor,
+        drafts: int,
+        keys: Tensor | None,
         temperatures: Sequence[float],
     ) -> BlockDrafts:
         """The same, then K drafts a row. Raises InvalidRequest, and CacheFull past the capacity."""
-        tokens, confidence = np.empty(keys.shape, np.int64), np.empty(keys.shape, np.float32)
+        count = len(slots)
+        tokens, confidence = np.empty((count, drafts), np.int64), np.empty((count, drafts), np.float32)
         ids = logits = None
-        if any(temperatures):
-            shape = keys.numel(), self._width
+        if keys is not None:
+            shape = count * drafts, self._width
             logits = np.empty(shape, np.float32)
             ids = np.empty(shape, np.int64) if self._lists_ids else None
         try:
@@ -95,7 +97,7 @@ class NativeBlockDrafter:
                 counts,
                 _arrays(features),
                 anchors,
-                keys.numpy(),
+                None if keys is None else keys.numpy(),
                 temperatures,
                 tokens,
                 confidence,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from outrider.checkpoints import DraftCheckpoint
-from outrider.drafters.base import CachedDrafter, Drawing, linear, rms_norm, rowwise
+from outrider.config import SamplingParams
+from outrider.drafters.base import CachedDrafter, Drawing, block_proposal, draft_keys, linear, rms_norm, rowwise
 from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import InvalidRequest
 from outrider.types import (
@@ -126,16 +127,19 @@ class DSparkDrafter(CachedDrafter):
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
-        drawing = Drawing(self.net, context, rng, lengths)
-        if self.core is not None and drawing.plain:
-            confidence = self._draft_at_once(self.core, drawing, named, last)
+        if self.core is not None and all(map(_plain, context.params)):
+            proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
         else:
-            confidence = self._draft_stepwise(drawing, named, last)
-        return self.calibrated(drawing.proposal(confidence), context)
+            proposal = self._draft_stepwise(named, last, lengths, context, rng)
+        return self.calibrated(proposal, context)
 
-    def _draft_at_once(self, core: BlockDrafter, drawing: Drawing, named: list[int], last: Tensor) -> Tensor:
-        """One call of the backend for the rows that draft. -> their confidences, float32 [n, K]"""
-        rows, anchors = drawing.participants, last.tolist()
+    def _draft_at_once(
+        self, core: BlockDrafter, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+    ) -> Proposal:
+        """One call of the backend for the rows that draft."""
+        rows, anchors = [b for b, n in enumerate(lengths) if n], last.tolist()
+        temperatures = [context.params[b].temperature for b in rows]
+        keys = draft_keys(rows, max(lengths), context, rng) if any(temperatures) else None
         slots, counts, features = self.cache.take_features([named[b] for b in rows])
         drafts = core.draft(
             self.cache.kv_cache,
@@ -143,23 +147,26 @@ class DSparkDrafter(CachedDrafter):
             counts,
             features,
             [anchors[b] for b in rows],
-            drawing.keys(),
-            drawing.temperatures,
+            max(lengths),
+            keys,
+            temperatures,
         )
-        drawing.record(drafts)
-        return drafts.confidence
+        return block_proposal(drafts, rows, lengths, self.net.vocab_size)
 
-    def _draft_stepwise(self, drawing: Drawing, named: list[int], last: Tensor) -> Tensor:
-        """The block in one pass of the layers, then draft after draft. -> their confidences, float32 [n, K]"""
+    def _draft_stepwise(
+        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+    ) -> Proposal:
+        """The block in one pass of the layers, then draft after draft."""
+        drawing = Drawing(self.net, context, rng, lengths)
         anchors = last[drawing.rows]
-        hidden, base = self.run_block([named[b] for b in drawing.participants], anchors, drawing.width)
+        hidden, base = self.run_block([named[b] for b in drawing.rows.tolist()], anchors, max(lengths))
         before: list[Tensor] = []
         if not self.design.markov_rank:
             drawing.draw_all(base)
         else:
             before = self._draw_in_turn(drawing, anchors, hidden, base)
         confidence = self.head.confidence(hidden, before)
-        return drawing.margins() if confidence is None else confidence
+        return drawing.proposal(drawing.margins() if confidence is None else confidence)
 
     def _draw_in_turn(self, drawing: Drawing, anchors: Tensor, hidden: Tensor, base: Tensor) -> list[Tensor]:
         """Draw draft after draft from its full distribution. -> W1 of the token before each"""
@@ -276,6 +283,12 @@ class SequentialHead:
         """P(draft k is accepted | those before it were), float32 [n, K]."""
         logits = self.confidence_logits(hidden, before)
         return None if logits is None else rowwise(torch.sigmoid, logits)
+
+
+def _plain(params: SamplingParams) -> bool:
+    """Whether a request samples from softmax(logits / temperature) or greedily: no penalty, bias or truncation."""
+    truncated = params.temperature and (params.top_k or params.top_p < 1 or params.min_p)
+    return not (params.penalised or params.logit_bias or truncated)
 
 
 def markov_parts(design: BlockDesign, tensors: Mapping[str, Tensor], shortlist: int) -> MarkovParts | None:

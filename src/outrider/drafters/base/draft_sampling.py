@@ -15,7 +15,7 @@ from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
 from outrider.types import BlockDrafts, Context, Proposal, Rng
 
-__all__ = ["Drawing"]
+__all__ = ["Drawing", "block_proposal", "draft_keys"]
 
 
 class Drawing:
@@ -25,9 +25,8 @@ class Drawing:
         """``lengths`` of all B rows; those above 0 take part."""
         self._net, self._context, self._rng = net, context, rng
         self._lengths = lengths
-        self.participants = [b for b, n in enumerate(lengths) if n]
-        self.rows = torch.tensor(self.participants, dtype=torch.int64)
-        self._positions = torch.tensor([len(context.history[b]) for b in self.participants], dtype=torch.int64)
+        self.rows = torch.tensor([b for b, n in enumerate(lengths) if n], dtype=torch.int64)
+        self._positions = torch.tensor([len(context.history[b]) for b in self.rows.tolist()], dtype=torch.int64)
         self.tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         self._distributions: list[Processed] = []
         self._logits: list[Tensor] = []
@@ -61,24 +60,6 @@ class Drawing:
         """Whether a row's distribution depends on the tokens drafted before it by an option of its request."""
         return any(p.penalised for p in self._context.params)
 
-    @property
-    def plain(self) -> bool:
-        """Whether all requests sample from softmax(logits / temperature) or greedily: no penalty, bias, truncation."""
-        return not any(
-            p.penalised or p.logit_bias or (p.temperature and (p.top_k or p.top_p < 1 or p.min_p))
-            for p in self._context.params
-        )
-
-    @property
-    def width(self) -> int:
-        """K: drafts of the longest row."""
-        return self.tokens.shape[1]
-
-    @property
-    def temperatures(self) -> list[float]:
-        """Of each row that takes part."""
-        return [self._context.params[b].temperature for b in self.participants]
-
     def keys(self) -> Tensor:
         """Of all drafts of each row that takes part, int64 [n, K]; zeros where nothing is sampled."""
         drafts = self.tokens.shape[1]
@@ -87,18 +68,6 @@ class Drawing:
         positions = self._positions[:, None] + torch.arange(drafts)
         rows = self.rows.repeat_interleave(drafts)
         return self._rng.token_keys(rows, positions.flatten(), "draft").view(-1, drafts)
-
-    def record(self, drafts: BlockDrafts) -> None:
-        """All drafts at once, as a backend has drawn them from the keys."""
-        if len(self.participants) == len(self._lengths):
-            self.tokens = drafts.tokens
-        else:
-            self.tokens[self.rows] = drafts.tokens
-        size = self._net.vocab_size
-        if drafts.logits is None:
-            self._whole = Categorical.greedy(drafts.tokens.flatten(), size)
-        else:
-            self._whole = Categorical(size, ids=drafts.ids, logits=drafts.logits)
 
     def margins(self) -> Tensor:
         """A confidence for drafters without a confidence head: sigmoid(the largest logit - the second), for each draft.
@@ -126,3 +95,27 @@ class Drawing:
         )  # rows that drafted nothing point to 0, which is never read
         index[self.rows] = torch.arange(len(distribution)).view(-1, drafts)
         return distribution.take(index.flatten())
+
+
+def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> Tensor:
+    """The keys of all drafts of some rows, int64 [n, K]."""
+    owners = [b for b in rows for _ in range(drafts)]
+    positions = [len(context.history[b]) + k for b in rows for k in range(drafts)]
+    both = torch.tensor([owners, positions], dtype=torch.int64)
+    return rng.token_keys(both[0], both[1], "draft").view(len(rows), drafts)
+
+
+def block_proposal(drafts: BlockDrafts, rows: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Proposal:
+    """What a backend drafted for ``rows``, as the proposal of all rows; ``lengths`` [B]."""
+    tokens, confidence = drafts.tokens, drafts.confidence
+    distribution: Processed | None = None
+    if drafts.logits is not None:
+        distribution = Categorical(vocab_size, ids=drafts.ids, logits=drafts.logits)
+    if len(rows) < len(lengths):  # rows that drafted nothing point to the first draft, which is never read
+        index = torch.zeros(len(lengths), dtype=torch.int64)
+        index[list(rows)] = torch.arange(len(rows))
+        tokens, confidence = tokens[index], confidence[index]
+        if distribution is not None:
+            count = drafts.tokens.shape[1]
+            distribution = distribution.take((index[:, None] * count + torch.arange(count)).flatten())
+    return Proposal(tokens, torch.tensor(lengths, dtype=torch.int64), distribution, confidence)
