@@ -37,7 +37,7 @@ from outrider.training.artefact import Artefact, begin, open_artefact
 from outrider.training.dataset import Text, TextSampler, read_texts
 from outrider.training.device_target import DeviceRunner, DeviceTarget, check_device
 from outrider.training.features import CachedFeatures
-from outrider.training.networks import Frozen, training_of
+from outrider.training.networks import Frozen, fill, training_of
 from outrider.training.progress import Progress
 from outrider.training.report import read_log, write_report
 from outrider.training.target_runner import FeatureSource, TargetRunner
@@ -60,6 +60,8 @@ class Config(BaseModel):
     """Kind of drafter: a trainable name of the catalogue (see ``outrider models``)."""
     drafter: dict[str, Any] = Field(default_factory=dict)
     """Options of that kind: layers, block_size, target_layers, markov_rank, loss, ..."""
+    start_from: str | None = None
+    """A finished drafter of the same shape, whose weights training goes on from."""
     epochs: float = Field(3.0, gt=0)
     """Passes over all texts."""
     steps: int | None = Field(None, ge=1)
@@ -113,7 +115,13 @@ def trainable(
         layers = layers[0], _ReadOnCpu(layers[1])
     counts = partial(_counts, texts, llm.target.spec.vocab_size)
     target = llm.target if target is None else target
-    module: nn.Module = options.start(target, facts, llm.tokenizer.vocabulary, layers, counts)
+    if config.start_from is None:
+        module: nn.Module = options.start(target, facts, llm.tokenizer.vocabulary, layers, counts)
+        return module
+    with torch.device("cpu"):
+        given = checkpoints.load(config.start_from)
+    module = options.start(target, facts, llm.tokenizer.vocabulary, None, lambda: given.drafted)
+    fill(module, given, config.start_from)
     return module
 
 
