@@ -49,6 +49,7 @@ __all__ = [
     "StepObserver",
     "StepRecord",
     "StepView",
+    "StepsAside",
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
@@ -550,6 +551,17 @@ class SchedulerPolicy(Protocol):
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """What the step cost, and accepted drafts per row [B]."""
+        ...
+
+
+@runtime_checkable
+class StepsAside(Protocol):
+    """A policy that can leave the drafter out altogether, so that steps cost what plain decoding costs."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether the drafter is shown what is committed from this step on. Rows that it has not followed from their
+        beginning are drafted for again only after they were shown to it, which counts as time spent on drafting."""
         ...
 
 
