@@ -1,9 +1,10 @@
-"""A drafter and a policy as the engine uses them: which rows the drafter follows, and what happens when either fails.
+"""A drafter and a policy as the engine uses them: which rows are drafted for, and what happens when either fails.
 
-The drafter *follows* a row when it has seen all of the row's committed tokens; only such rows are drafted for. While the
-policy steps aside (``types.StepsAside``) nothing is followed: no auxiliary features are computed, nothing is proposed or
-shown. When it comes back, new requests are followed from their prompts on, and a drafter that reads tokens alone is
-shown the texts of the rows that are there; one that reads features leaves those to plain decoding until they end.
+The drafter *follows* a row when it has seen all of the row's committed tokens; only such rows are drafted for. While
+the policy steps aside (``types.StepsAside``) nothing is followed: no auxiliary features are computed, nothing is
+proposed or shown. When it comes back, new requests are followed from their prompts on, and a drafter that reads tokens
+alone is shown the texts of the rows that are there; one that reads features leaves those to plain decoding until they
+end.
 
 An error of the drafter ends drafting for the rows that it happened on, an error of the policy ends it for all. Texts go
 on without drafts, and a warning says so, once.

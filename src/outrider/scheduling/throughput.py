@@ -112,6 +112,11 @@ class ThroughputPolicy:
     def from_config(cls, config: ThroughputConfig, costs: CostModel | None = None, **services: Any) -> ThroughputPolicy:
         return cls(config, costs)
 
+    def try_again(self) -> None:
+        """Draft for every row once more, whether or not it paid."""
+        self._idle[:] = LONGEST_WAIT
+        self._ledger.balance = self._ledger.most
+
     # ------------------------------------------------------------------------------------------ before drafting
 
     def plan(self, step: StepView) -> list[int]:
