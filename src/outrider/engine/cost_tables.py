@@ -157,16 +157,14 @@ def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, se
         shapes = [shape for shape in shapes if shape[1] == 1 and shape[0] in FEWEST and shape[2] == context]
     times: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in shapes}
     order = random.Random(0)
-    filled = context
-    for round in range(ROUNDS):
-        for shape in order.sample(shapes, len(shapes)):
-            if round and perf_counter() > ends:
-                break
-            if shape[2] > filled:
-                _fill(target, cache, slots[0], longest)
-                filled = longest
-            times[shape].append(_time(target, cache, slots, shape))
-    points = tuple(CostPoint(m, r, c * r, median(found)) for (m, r, c), found in times.items() if found)
+    for c in (context, longest):
+        _fill(target, cache, slots[0], c)
+        here = [shape for shape in shapes if shape[2] == c]
+        for _ in range(ROUNDS):
+            for shape in order.sample(here, len(here)):
+                if not times[shape] or perf_counter() < ends:
+                    times[shape].append(_time(target, cache, slots, shape))
+    points = tuple(CostPoint(m, r, c * r, median(found)) for (m, r, c), found in times.items())
     return CostTable(key, points)
 
 
