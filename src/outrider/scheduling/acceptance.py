@@ -13,6 +13,9 @@ hundreds of rows in a few array operations. K positions; slots number the rows f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,6 +30,7 @@ ROW_MEMORY = 40.0
 PRIOR, SLOPE_PRIOR, ROW_PRIOR = 1.0, 6.0, 1.5  # curvature of what is believed before: about 4 outcomes to a unit
 PULL = 0.001  # of the way back to the identity that a round goes
 LEAST_SLOPE, MOST_SLOPE = 0.05, 4.0
+FEW = 16  # rounds that are learnt from together may be of the same row
 SHARED_ROWS = 8  # of a round, about so many rows stand for all
 
 
@@ -40,6 +44,7 @@ class AcceptanceModel:
         self._slope_curvature = np.full(drafts, SLOPE_PRIOR)
         self._row_shift = np.zeros(0)
         self._row_curvature = np.zeros(0)
+        self._plain: tuple[list[float], list[float]] = ([], [])  # slopes and shifts, for a few rows
 
     def forget_row(self, slots: Ints) -> None:
         """Other requests have these rows now."""
@@ -47,23 +52,36 @@ class AcceptanceModel:
         self._row_shift[slots] = 0.0
         self._row_curvature[slots] = ROW_PRIOR
 
-    def logits(self, confidence: npt.NDArray[np.float32] | None, rows: int, drafts: int) -> Floats:
-        """[B, K] of what the drafter says; zeros where it says nothing."""
-        if confidence is None:
-            return np.zeros((rows, drafts))
-        p = np.clip(confidence.astype(np.float64), LEAST, 1 - LEAST)
-        return np.log(p / (1 - p))
-
-    def adjust(self, logits: Floats, slots: Ints) -> Floats:
-        """float64 [B, K]: corrected probabilities."""
+    def adjust(self, confidence: npt.NDArray[np.float32] | None, slots: Ints, drafts: int) -> tuple[Floats, Floats]:
+        """confidence [B, K] or None -> logits and corrected probabilities, float64 [B, K] each."""
         self._reach(slots)
-        drafts = logits.shape[1]
         self._widen(drafts)
-        z = logits * self._slope[:drafts] + self._shift[:drafts] + self._row_shift[slots, None]
-        return 1 / (1 + np.exp(-z))
+        if confidence is None:
+            z = np.zeros((len(slots), drafts), dtype=np.float32)
+        else:
+            p = np.clip(confidence, LEAST, 1 - LEAST)
+            z = np.log(p / (1 - p))
+        moved = z * self._slope[:drafts].astype(np.float32) + self._shift[:drafts].astype(np.float32)
+        moved += self._row_shift[slots, None].astype(np.float32)
+        return z.astype(np.float64), (1 / (1 + np.exp(-moved))).astype(np.float64)
+
+    def adjust_row(self, confidence: Sequence[float] | None, slot: int, drafts: int) -> tuple[list[float], list[float]]:
+        """The same for one row, in plain Python, which is quicker for a few."""
+        if slot >= len(self._row_shift):
+            self._reach(np.array([slot]))
+        if len(self._plain[0]) < drafts:
+            self._widen(drafts)
+            self._plain = self._slope.tolist(), self._shift.tolist()
+        slopes, shifts = self._plain
+        row = float(self._row_shift[slot])
+        if confidence is None:
+            z = [0.0] * drafts
+        else:
+            z = [math.log(p / (1 - p)) for p in (min(max(c, LEAST), 1 - LEAST) for c in confidence[:drafts])]
+        return z, [1 / (1 + math.exp(-(x * slopes[j] + shifts[j] + row))) for j, x in enumerate(z)]
 
     def update(self, logits: Floats, adjusted: Floats, slots: Ints, verified: Ints, accepted: Ints) -> None:
-        """After a round: drafts 1..accepted of each row held, and the next did not, where it was verified."""
+        """After some rows' rounds: drafts 1..accepted held, and the next did not, where it was verified."""
         drafts = logits.shape[1]
         position = np.arange(drafts)
         seen = position < np.minimum(verified, accepted + 1)[:, None]
@@ -76,13 +94,17 @@ class AcceptanceModel:
         keep = (1 - 1 / MEMORY) ** outcomes
         self._curvature[part] = np.maximum(keep * self._curvature[part], PRIOR) + curvature.sum(0)
         self._shift[part] += error.sum(0) / self._curvature[part]
-        squared = (curvature * logits * logits).sum(0)
+        weighted = curvature * logits
+        squared = (weighted * logits).sum(0)
         self._slope_curvature[part] = np.maximum(keep * self._slope_curvature[part], SLOPE_PRIOR) + squared
         self._slope[part] += (error * logits).sum(0) / self._slope_curvature[part]
-        np.clip(self._slope, LEAST_SLOPE, MOST_SLOPE, out=self._slope)
-        kept = (1 - 1 / ROW_MEMORY) ** seen.sum(1)
-        self._row_curvature[slots] = np.maximum(kept * self._row_curvature[slots], ROW_PRIOR) + curvature.sum(1)
-        self._row_shift[slots] = kept * self._row_shift[slots] + error.sum(1) / self._row_curvature[slots]
+        self._slope = self._slope.clip(LEAST_SLOPE, MOST_SLOPE)
+        rows = len(self._row_shift)
+        kept = (1 - 1 / ROW_MEMORY) ** np.bincount(slots, seen.sum(1), rows)
+        self._row_curvature = np.maximum(kept * self._row_curvature, ROW_PRIOR)
+        self._row_curvature += np.bincount(slots, curvature.sum(1), rows)
+        self._row_shift = kept * self._row_shift + np.bincount(slots, error.sum(1), rows) / self._row_curvature
+        self._plain = self._slope.tolist(), self._shift.tolist()
 
     def _reach(self, slots: Ints) -> None:
         missing = (int(slots.max()) + 1 if len(slots) else 0) - len(self._row_shift)
@@ -125,7 +147,8 @@ class SurvivalHistory:
         self._counts[slots] = 0
 
     def add(self, slots: Ints, adjusted: Floats, survival: Floats, lengths: Ints, limits: Ints) -> None:
-        """What a round drafted. Positions that a row's limit cut off are estimated; those it left out itself are 0."""
+        """What rows drafted, each slot once or in the order of its rounds. Positions that a row's limit cut off are
+        estimated; those it left out itself are 0."""
         if not len(slots):
             return
         self._reach(slots)
@@ -134,14 +157,20 @@ class SurvivalHistory:
         full[:, :width] = survival[:, :width]
         for j in range(width):
             there = lengths > j
-            if there.any():
-                self._conditional[j] += 0.1 * (adjusted[there, j].mean() - self._conditional[j])
+            count = int(there.sum())
+            if count:
+                self._conditional[j] += 0.1 * (adjusted[:, j] @ there / count - self._conditional[j])
         shortest = int(limits.min())
         for j in range(max(shortest, 1), self.drafts):
             cut = (limits <= j) & (lengths >= limits)
             full[cut, j] = full[cut, j - 1] * self._conditional[min(j, max(width - 1, 0))]
-        self._rows[slots, self._counts[slots] % self.kept] = full
-        self._counts[slots] += 1
+        if len(slots) <= FEW:
+            for slot, row in zip(slots.tolist(), full, strict=True):
+                self._rows[slot, self._counts[slot] % self.kept] = row
+                self._counts[slot] += 1
+        else:
+            self._rows[slots, self._counts[slots] % self.kept] = full
+            self._counts[slots] += 1
         for row in full[:: max(1, len(full) // SHARED_ROWS)]:
             self._shared[self._shared_count % len(self._shared)] = row
             self._shared_count += 1

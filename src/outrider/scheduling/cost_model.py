@@ -98,7 +98,9 @@ class CostModel:
 
     def verify(self, tokens: int, rows: int = 1, context: int = 0) -> float:
         """Seconds of a target pass."""
-        return float(self.verify_curve(tokens, 0, rows, context)[0])
+        if self._dirty or tokens >= len(self._cell_of):
+            return float(self.verify_curve(tokens, 0, rows, context)[0])
+        return float(self._base(rows, context)[tokens] * self._correction[tokens]) * math.exp(self._speed)
 
     def verify_curve(self, tokens: int, more: int, rows: int = 1, context: int = 0) -> Floats:
         """float64 [more + 1]: seconds of passes over ``tokens``, ``tokens + 1``, ... new tokens."""

@@ -14,7 +14,7 @@ drafts add to them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -40,7 +40,10 @@ MARGIN = 1.005  # drafting must promise so much more than plain decoding
 SAMPLED = 512  # drafts of the past that a plan is made of, about
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
-REUSED = 4  # steps that a plan for few rows is good for
+REUSED = 8  # steps that a plan is good for
+FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
+LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
+EARLY = 16  # rounds that are learnt from at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +80,26 @@ class _Step:
     tokens: int  # of the pass without drafts
     rows: int
     context: int
+    limits: list[int]  # [B]
+    longest: int  # of the limits
     free: bool = False  # no row's text depends on the schedule
-    limits: Ints | None = None  # [B]
     probe: bool = False
-    # from ``choose``
-    logits: Floats | None = None  # [D, K]
-    adjusted: Floats | None = None
-    survival: Floats | None = None
-    drafted: Ints | None = None  # [D] rows with drafts
-    lengths: Ints | None = None  # [D]
-    keep: Ints | None = None  # [all rows of choose]
+    chosen: _Chosen | None = None
+
+
+@dataclass(slots=True)
+class _Chosen:
+    """What was drafted and kept. D rows have drafts."""
+
+    rows: Ints  # [D]
+    slots: Ints  # [D]
+    lengths: Ints  # [D]
+    limits: Ints  # [D]
+    logits: Floats  # [D, K]
+    adjusted: Floats  # [D, K]
+    survival: Floats  # [D, K]
+    keep: Ints  # [D]
+    accepted: Ints | None = None  # [D]
 
 
 class ThroughputPolicy:
@@ -103,10 +116,15 @@ class ThroughputPolicy:
         self._owners = np.full(0, -1)  # by slot: the request that has it
         self._idle = np.zeros(0, dtype=np.int64)  # by slot: steps since it was drafted for
         self._wait = np.zeros(0, dtype=np.int64)  # by slot: steps after which it is tried again
+        self._planned = np.zeros(0, dtype=np.int64)  # by slot: limits of the last plan
+        self._common = 0  # the limit of rows that were drafted for in the last plan
+        self._stale = 0  # the turn at which a new plan is made
+        self._latest: tuple[Sequence[int], list[int], Ints] = ((), [], np.zeros(0, dtype=np.int64))
         self._turn = 0
         self._step: _Step | None = None
-        self._reusable: tuple[Sequence[int], Ints, int] | None = None  # requests, limits, turn of the last plan
-        self._past: list[tuple[Floats, int]] = []  # survivals in order and rows, of the last two steps that drafted
+        self._rounds: list[_Chosen] = []  # not learnt from yet
+        self._learnt = 0
+        self._past: list[tuple[Floats, int]] = []  # survivals in order and rows, of the last steps that drafted
 
     @classmethod
     def from_config(cls, config: ThroughputConfig, costs: CostModel | None = None, **services: Any) -> ThroughputPolicy:
@@ -116,24 +134,35 @@ class ThroughputPolicy:
         """Draft for every row once more, whether or not it paid."""
         self._idle[:] = LONGEST_WAIT
         self._ledger.balance = self._ledger.most
+        self._stale = 0
 
     # ------------------------------------------------------------------------------------------ before drafting
 
     def plan(self, step: StepView) -> list[int]:
         ready = len(step)
         self._turn += 1
+        self._step = None
         if not ready or not self._block:
-            self._step = None
             return [0] * ready
-        slots = np.fromiter(step.slots, np.int64, ready) if step.slots else np.arange(ready)
         context = step.context or sum(step.contexts)
-        now = _Step(slots, ready, max(step.tokens, ready), max(step.rows, ready), context)
-        self._step = now
-        self._take_over(slots, step.requests)
         able = ready if step.can_draft < 0 else min(step.can_draft, ready)
-        now.limits = self._limits(now, slots[:able], step.requests)
-        now.free = self._free(step)
-        return now.limits.tolist()
+        tokens, rows = max(step.tokens, ready), max(step.rows, ready)
+        requests, limits, slots = self._latest
+        if self._turn >= self._stale or able < ready or not step.requests or step.requests != requests:
+            slots = np.fromiter(step.slots, np.int64, ready) if step.slots else np.arange(ready)
+            self._take_over(slots, step.requests)
+            now = _Step(slots, ready, tokens, rows, context, [], 0)
+            limits = self._limits(now, able)
+            probe = now.probe
+            # A probe is for one step; the plan itself is good for some.
+            self._latest = (list(step.requests) if not probe and able == ready else (), limits, slots)
+        else:
+            probe = False
+        longest = max(limits)
+        self._step = _Step(slots, ready, tokens, rows, context, limits, longest, probe=probe)
+        if longest:
+            self._step.free = self._free(step)
+        return limits
 
     def _free(self, step: StepView) -> bool:
         if self._config.search != "auto":
@@ -148,34 +177,34 @@ class ThroughputPolicy:
             self._owners = np.concatenate([self._owners, np.full(missing, -1)])
             self._idle = np.concatenate([self._idle, np.zeros(missing, dtype=np.int64)])
             self._wait = np.concatenate([self._wait, np.full(missing, FIRST_WAIT)])
+            self._planned = np.concatenate([self._planned, np.full(missing, self._block)])
         owners = np.fromiter(requests, np.int64, len(slots)) if requests else slots
         new = self._owners[slots] != owners
         if new.any():
+            self._learn()  # of the rows before them
             fresh = slots[new]
             self._owners[fresh] = owners[new]
             self._idle[fresh], self._wait[fresh] = 0, FIRST_WAIT
+            self._planned[fresh] = self._common
             self._acceptance.forget_row(fresh)
             self._history.forget_row(fresh)
-            self._reusable = None
 
-    def _limits(self, now: _Step, slots: Ints, requests: Sequence[int]) -> Ints:
-        """int64 [B]: the most drafts of each row."""
+    def _limits(self, now: _Step, able: int) -> list[int]:
+        """The most drafts of each of the B rows, of which the first ``able`` can be drafted for."""
         limits = np.zeros(now.ready, dtype=np.int64)
-        if not len(slots):
-            return limits
-        if self._history.empty:  # nothing is known: see what a draft is like
-            limits[: len(slots)] = self._block
+        slots = now.slots[:able]
+        if able and self._history.empty:  # nothing is known: see what a draft is like
+            limits[:able] = self._block
             now.probe = True
-            return limits
-        if self._reusable is not None and self._reusable[2] > self._turn and self._reusable[0] == requests:
-            planned = self._reusable[1]
-        else:
-            planned = self._best_limits(now, slots)
-            if requests and now.ready <= EVERY_LENGTH:
-                self._reusable = (list(requests), planned, self._turn + REUSED)
-        limits[: len(slots)] = planned
-        self._probe(now, slots, limits)
-        return limits
+        elif able:
+            if self._turn >= self._stale:
+                self._learn()
+                self._planned[slots] = planned = self._best_limits(now, slots)
+                self._common = int(planned.max())
+                self._stale = self._turn + REUSED
+            limits[:able] = self._planned[slots]
+            self._probe(now, slots, limits)
+        return limits.tolist()
 
     def _best_limits(self, now: _Step, slots: Ints) -> Ints:
         """int64 [D]: what would have been the best drafts of the past, had they been proposed now."""
@@ -187,11 +216,11 @@ class ThroughputPolicy:
         seconds = seconds + costs.bookkeeping(ready, drafting=True)
         # Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of T_draft.
         token = plain * (seconds[-1] - seconds[0]) / (rows * block)
-        worth = np.maximum(past - token, 0).sum(2).mean(1)
         chosen = np.ones(rows, dtype=bool)
         if rows > 1:
             some = max(1, rows // 2)
             share = (costs.draft(rows, block) - costs.draft(some, block)) / (rows - some)
+            worth = np.maximum(past - token, 0).sum(2).mean(1)
             chosen = worth > plain * max(share, 0.0)
         drafting = int(chosen.sum())
         limits = np.zeros(rows, dtype=np.int64)
@@ -218,7 +247,10 @@ class ThroughputPolicy:
     def _probe(self, now: _Step, slots: Ints, limits: Ints) -> None:
         """Let rows that were left out for long be drafted for, as far as the account reaches."""
         left_out = limits[: len(slots)] == 0
-        self._idle[slots] = np.where(left_out, self._idle[slots] + 1, 0)
+        if not left_out.any():
+            self._idle[slots], self._wait[slots] = 0, FIRST_WAIT
+            return
+        self._idle[slots] = np.where(left_out, self._idle[slots] + REUSED, 0)  # a plan that leaves out is kept as long
         self._wait[slots] = np.where(left_out, self._wait[slots], FIRST_WAIT)
         due = np.flatnonzero(left_out & (self._idle[slots] >= self._wait[slots]))
         if not len(due):
@@ -236,45 +268,63 @@ class ThroughputPolicy:
     # ------------------------------------------------------------------------------------------ once drafted
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        batch = len(lengths)
+        batch, most = len(lengths), lengths.numpy()
         now = self._step
         if now is None or now.ready > batch:  # no plan was asked for: nothing is known but the drafts
-            now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, free=self._config.search == "global")
-        most = lengths.numpy()
-        width = 0 if confidence is None else confidence.shape[1]
-        longest = int(most.max()) if batch else 0
-        if not longest:
-            now.drafted = None
-            return torch.zeros(batch, dtype=torch.int64)
-        drafted = np.flatnonzero(most[: now.ready])
-        raw = None if confidence is None else confidence.numpy()[drafted]
-        slots, its = now.slots[drafted], most[drafted]
-        z = self._acceptance.logits(raw, len(drafted), width or longest)
-        p = self._acceptance.adjust(z, slots)
-        survival = survivals(p, its)
+            limits = [self._block] * batch
+            free = self._config.search == "global"
+            now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, free)
+        rows = np.flatnonzero(most[: now.ready])
+        keep = np.zeros(batch, dtype=np.int64)
+        if len(rows):
+            width = int(most.max()) if confidence is None else confidence.shape[1]
+            now.chosen = self._choose(now, rows, most[rows], confidence, width)
+            keep[rows] = now.chosen.keep
+        return torch.from_numpy(keep)
+
+    def _choose(self, now: _Step, rows: Ints, lengths: Ints, confidence: Tensor | None, width: int) -> _Chosen:
+        slots = now.slots[rows]
+        if len(rows) * width <= FEW_DRAFTS:
+            z, p, survival = self._few(rows, slots, lengths, confidence, width)
+        else:
+            z, p = self._acceptance.adjust(None if confidence is None else confidence.numpy()[rows], slots, width)
+            survival = survivals(p, lengths)
         ranking = rank(survival)
-        seconds = self._decode_seconds(now, len(ranking.survival))
         # T_draft by what was planned: how long a draft became is known only once its tokens are.
-        spent = self.costs.draft(len(drafted), self._block if now.limits is None else int(now.limits.max()))
-        seconds = seconds + spent + self.costs.bookkeeping(now.ready, drafting=True)
+        spent = self.costs.draft(len(rows), now.longest) + self.costs.bookkeeping(now.ready, drafting=True)
+        seconds = self._decode_seconds(now, len(ranking.survival)) + spent
         if self._config.search == "lagged":
-            count = self._budget(ranking.survival, batch, now.ready, seconds)
+            count = self._budget(ranking.survival, now.ready, seconds)
         else:
             form: Search = "global" if now.free else "early"
             count = best_count(now.ready, ranking.survival, seconds, form)
-        keep = np.zeros(batch, dtype=np.int64)
-        keep[drafted] = ranking.keep(count)
-        now.logits, now.adjusted, now.survival = z, p, survival
-        now.drafted, now.lengths, now.keep = drafted, its, keep
-        return torch.from_numpy(keep)
+        limits = np.array([now.limits[b] for b in rows.tolist()])
+        keep = np.bincount(ranking.rows[:count], minlength=len(rows))
+        return _Chosen(rows, slots, lengths, np.maximum(limits, lengths), z, p, survival, keep)
 
-    def _budget(self, survival: Floats, batch: int, ready: int, seconds: Floats) -> int:
+    def _few(
+        self, rows: Ints, slots: Ints, lengths: Ints, confidence: Tensor | None, width: int
+    ) -> tuple[Floats, Floats, Floats]:
+        """Logits, probabilities and survivals, row by row."""
+        logits, adjusted, survival = [], [], []
+        said = None if confidence is None else confidence.tolist()
+        for b, slot, length in zip(rows.tolist(), slots.tolist(), lengths.tolist(), strict=True):
+            z, p = self._acceptance.adjust_row(None if said is None else said[b], slot, width)
+            product, products = 1.0, []
+            for j, one in enumerate(p):
+                product = product * one if j < length else 0.0
+                products.append(product)
+            logits.append(z)
+            adjusted.append(p)
+            survival.append(products)
+        return np.array(logits), np.array(adjusted), np.array(survival)
+
+    def _budget(self, survival: Floats, ready: int, seconds: Floats) -> int:
         """Drafts to verify, from confidences two steps old: today's only rank."""
-        today = (survival, ready)
-        self._past = [*self._past[-2:], today]
+        self._past = [*self._past[-2:], (survival, ready)]
         then, rows = self._past[0]  # two steps old, or the oldest there is
         if then is survival:
-            return 0 if not len(survival) else min(ready, len(survival))  # the first step: one draft a row
+            return min(ready, len(survival))  # the first step: about one draft a row
         most = min(len(then), len(seconds) - 1)
         count = best_count(rows, then[:most], seconds, "global")
         return min(len(survival), round(count * ready / rows))
@@ -285,41 +335,59 @@ class ThroughputPolicy:
         now, self._step = self._step, None
         if now is None:
             return
-        rows, costs = now.ready, self.costs
-        kept = 0 if now.keep is None or now.drafted is None else int(now.keep.sum())
-        if cost.rows == rows and cost.tokens == rows + kept:  # no chunks of prompts beside it
+        ready, costs, chosen = now.ready, self.costs, now.chosen
+        kept = 0 if chosen is None else int(chosen.keep.sum())
+        if cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
             costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify)
-        planned = 0 if now.limits is None else int(now.limits.max())
-        asked = 0 if now.limits is None else int(np.count_nonzero(now.limits))
-        if asked:
-            costs.observe_draft(asked, planned, cost.draft)
-        costs.observe_bookkeeping(rows, asked > 0, cost.bookkeeping)
-        if asked == 0:
+        costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping)
+        if not now.longest:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
-        if now.drafted is not None and now.keep is not None:
-            self._learn(now, np.asarray(accepted))
-        asked_rows = np.flatnonzero(now.limits) if now.limits is not None else np.zeros(0, dtype=np.int64)
-        empty = asked_rows if now.drafted is None else np.setdiff1d(asked_rows, now.drafted, assume_unique=True)
-        if len(empty):  # the drafter had nothing to propose
+        costs.observe_draft(sum(n > 0 for n in now.limits), now.longest, cost.draft)
+        gained = 0
+        if chosen is not None:
+            chosen.accepted = np.array([accepted[b] for b in chosen.rows.tolist()])
+            gained = int(chosen.accepted.sum())
+            self._rounds.append(chosen)
+        if chosen is None or len(chosen.rows) < ready:
+            self._nothing_drafted(now, chosen)
+        self._learnt += 1
+        if self._learnt <= EARLY or sum(len(one.rows) for one in self._rounds) + ready > LEARNT_AT_ONCE:
+            self._learn()
+        if now.probe:
+            plain = costs.verify(ready, ready, now.context) / ready
+            more = self._decode_seconds(now, kept)
+            self._ledger.settle(min(0.0, gained * plain - cost.draft - float(more[-1] - more[0])))
+
+    def _nothing_drafted(self, now: _Step, chosen: _Chosen | None) -> None:
+        """Remember the rows for which the drafter was asked and had nothing to propose."""
+        has = set() if chosen is None else set(chosen.rows.tolist())
+        empty = [b for b, n in enumerate(now.limits) if n and b not in has]
+        if empty:
             nothing, none = np.zeros((len(empty), 1)), np.zeros(len(empty), dtype=np.int64)
             self._history.add(now.slots[empty], nothing, nothing, none, none + self._block)
-        if now.probe:
-            gained = 0 if now.drafted is None else int(np.asarray(accepted)[now.drafted].sum())
-            plain = costs.verify(rows, rows, now.context) / rows
-            self._ledger.settle(min(0.0, gained * plain - cost.draft - kept * self._token_seconds(now, kept)))
 
-    def _token_seconds(self, now: _Step, kept: int) -> float:
-        seconds = self._decode_seconds(now, kept)
-        return float(seconds[-1] - seconds[0]) / max(kept, 1)
+    def _learn(self) -> None:
+        """Learn from the rounds collected. Of one step with very many rows, some stand for all."""
+        rounds, self._rounds = self._rounds, []
+        while rounds:
+            width = rounds[0].logits.shape[1]
+            alike = [one for one in rounds if one.logits.shape[1] == width]
+            rounds = [one for one in rounds if one.logits.shape[1] != width]
+            one = _together(alike)
+            some = slice(self._turn % max(1, len(one.rows) // LEARNT_ROWS), None, max(1, len(one.rows) // LEARNT_ROWS))
+            slots, adjusted, lengths = one.slots[some], one.adjusted[some], one.lengths[some]
+            assert one.accepted is not None
+            self._acceptance.update(one.logits[some], adjusted, slots, one.keep[some], one.accepted[some])
+            self._history.add(slots, adjusted, one.survival[some], lengths, one.limits[some])
 
-    def _learn(self, now: _Step, accepted: Ints) -> None:
-        assert now.drafted is not None and now.keep is not None and now.logits is not None
-        assert now.adjusted is not None and now.survival is not None and now.lengths is not None
-        slots, kept = now.slots[now.drafted], now.keep[now.drafted]
-        self._acceptance.update(now.logits, now.adjusted, slots, kept, accepted[now.drafted])
-        limits = now.lengths if now.limits is None else now.limits[now.drafted]
-        self._history.add(slots, now.adjusted, now.survival, now.lengths, np.maximum(limits, now.lengths))
+
+def _together(rounds: Sequence[_Chosen]) -> _Chosen:
+    """Several rounds of few rows, in order, as one."""
+    if len(rounds) == 1:
+        return rounds[0]
+    names = [field.name for field in fields(_Chosen)]
+    return _Chosen(*(np.concatenate([getattr(one, name) for one in rounds]) for name in names))
 
 
 def _best_length(past: Floats, ready: int, seconds: Floats, lengths: Sequence[int], spent: Floats) -> tuple[int, float]:
