@@ -53,6 +53,7 @@ __all__ = [
     "StepObserver",
     "StepRecord",
     "StepView",
+    "StepsAside",
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
@@ -293,6 +294,12 @@ class StepView:
     contexts: Sequence[int]  # B: committed tokens, the prompt included
     stats: Sequence[RequestStats]  # B: rounds, drafts and accepted drafts so far; read only
     params: Sequence[SamplingParams]  # B
+    slots: Sequence[int] = ()  # B: the row's slot; empty: 0, 1, ...
+    requests: Sequence[int] = ()  # B: the number of the row's request; empty: unknown
+    can_draft: int = -1  # only so many rows, the first ones, can be drafted for; -1: all
+    tokens: int = 0  # of the target pass without drafts: B, and chunks of prompts beside them; 0: B
+    rows: int = 0  # of the target pass; 0: B
+    context: int = 0  # cached tokens over all rows of the pass; 0: those of the B rows
 
     def __len__(self) -> int:
         return len(self.contexts)
@@ -586,7 +593,8 @@ class SchedulerPolicy(Protocol):
     """How much is drafted, and how much of it is verified.
 
     Non-anticipating: (keep[b] >= j) may depend on confidence[b, :j], on other rows and on the past; never on
-    confidence[b, j:]; and it never sees the tokens (DSpark, Appendix A).
+    confidence[b, j:]; and it never sees the tokens (DSpark, Appendix A). Where every row that ``plan`` was shown is
+    greedy or ``coupled``, texts do not depend on the schedule, and the next ``choose`` may look at everything.
     """
 
     def plan(self, step: StepView) -> Sequence[int]:
@@ -599,6 +607,17 @@ class SchedulerPolicy(Protocol):
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """What the step cost, and accepted drafts per row [B]."""
+        ...
+
+
+@runtime_checkable
+class StepsAside(Protocol):
+    """A policy that can leave the drafter out altogether, so that steps cost what plain decoding costs."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether the drafter is shown what is committed from this step on. Rows that it has not followed from their
+        beginning are drafted for again only after they were shown to it, which counts as time spent on drafting."""
         ...
 
 
