@@ -36,6 +36,8 @@ __all__ = [
     "MarkovParts",
     "Mask",
     "Output",
+    "PagedCache",
+    "PagedTarget",
     "Piece",
     "Processor",
     "Proposal",
@@ -47,6 +49,7 @@ __all__ = [
     "Rng",
     "RowRecord",
     "SchedulerPolicy",
+    "SharesPrefixes",
     "Stack",
     "StackOutput",
     "StepCost",
@@ -368,6 +371,42 @@ class KVCache(Protocol):
 
     def release(self, slot: int) -> None:
         """Give a slot and its memory back. A preempted row is released and computed again later."""
+        ...
+
+
+@runtime_checkable
+class SharesPrefixes(Protocol):
+    """A KV cache, or a drafter that has one, in which sequences that begin alike share what they hold, during their
+    lives and afterwards."""
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """How many tokens from the beginning of a sequence are held."""
+        ...
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """Begin an empty slot with the first ``count`` tokens of a sequence, at most as many as ``match`` has found."""
+        ...
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """Let others take over what a slot holds; ``tokens`` of the sequence, from its start."""
+        ...
+
+
+@runtime_checkable
+class PagedCache(KVCache, SharesPrefixes, Protocol):
+    """A cache whose slots share blocks of one pool, so that ``reserve`` says what memory there really is."""
+
+    block_bytes: int
+    free_blocks: int  # that ``reserve`` can still get
+
+
+@runtime_checkable
+class PagedTarget(Protocol):
+    """A stack or target with such a cache."""
+
+    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+        """``capacity``: most tokens of a sequence (less, where ``memory`` holds no such). ``memory``: bytes for all
+        slots together; None: as much as all of them can need. ``kv_dtype``: what keys and values are kept as."""
         ...
 
 
