@@ -52,6 +52,7 @@ __all__ = [
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
+    "TokenLogprobs",
     "Verification",
 ]
 
@@ -222,12 +223,21 @@ class RequestStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the target's probabilities at one position: softmax of its logits as they are."""
+
+    logprob: float  # of the committed token
+    top: tuple[tuple[int, float], ...]  # token ids with theirs, the likeliest first; on ties the lowest id
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Text of one committed token (may be empty while a character is incomplete)."""
 
     token_id: int
     text: str
     drafted: bool  # the drafter proposed it and the target accepted it
+    logprobs: TokenLogprobs | None = None  # where the request asked for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
@@ -18,6 +18,7 @@ from outrider.engine.rows import Admission, Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.logprobs import token_logprobs
 from outrider.sampling.processors import process
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import (
@@ -34,6 +35,7 @@ from outrider.types import (
     StepRecord,
     TargetModel,
     TargetOutput,
+    TokenLogprobs,
 )
 
 __all__ = ["Engine"]
@@ -157,7 +159,8 @@ class Engine:
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
             accepted, tokens = result.accepted.tolist(), result.tokens.tolist()
-        commits = self._commit(rows, kept, accepted, tokens)  # commit, where texts may end
+        logprobs = token_logprobs(output.logits, run.rows, tokens, accepted, rows.context.params)
+        commits = self._commit(rows, kept, accepted, tokens, logprobs)  # commit, where texts may end
         self._observe(rows, run, commits, output)
         forward_seconds = (draft_ended - draft_began) + (verify_ended - verify_began)
         cost = StepCost(
@@ -224,11 +227,18 @@ class Engine:
         limit = torch.tensor(limits, dtype=torch.int64)
         return self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
 
-    def _commit(self, rows: Rows, keep: list[int], accepted: list[int], tokens: list[list[int]]) -> list[Commit]:
+    def _commit(
+        self,
+        rows: Rows,
+        keep: list[int],
+        accepted: list[int],
+        tokens: list[list[int]],
+        logprobs: Mapping[int, Sequence[TokenLogprobs]],
+    ) -> list[Commit]:
         """Append each row's new tokens up to where its text ends; nothing after that is kept or counted."""
         now = perf_counter()
         commits = [
-            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started)
+            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started, logprobs.get(b, ()))
             for b, request in enumerate(rows.requests[: rows.complete])
         ]
         self._commits = commits  # from here on the step counts, whatever interrupts it

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from outrider.config import SamplingParams
 from outrider.engine.finisher import Finisher
 from outrider.errors import InvalidRequest, OutriderError
-from outrider.types import Event, RequestStats, TargetSpec
+from outrider.types import Event, RequestStats, TargetSpec, TokenLogprobs
 
 __all__ = ["Commit", "Request", "check_request", "sampling_error"]
 
@@ -68,8 +68,16 @@ class Commit:
     event_index: int
 
     @staticmethod
-    def of(request: Request, verified: int, tokens: list[int], accepted: int, seconds: float) -> Commit:
-        """Let the request's finisher decide what of ``tokens`` is text. ``verified``: drafts that were checked."""
+    def of(
+        request: Request,
+        verified: int,
+        tokens: list[int],
+        accepted: int,
+        seconds: float,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> Commit:
+        """Let the request's finisher decide what of ``tokens`` is text. ``verified``: drafts that were checked.
+        ``logprobs``: of each token, or none."""
         end = request.finisher.take(tokens, accepted, request.left)
         old, counts = request.stats, bool(request.round)  # the first token comes from the prompt's own pass
         stats = RequestStats(
@@ -81,7 +89,10 @@ class Commit:
             _counted(old.accepted_per_position, counts * end.accepted),
             _counted(old.drafted_per_position, counts * verified),
         )
-        event = Event(request.index, end.pieces, end.reason)
+        pieces = end.pieces
+        if logprobs:
+            pieces = tuple(replace(piece, logprobs=one) for piece, one in zip(pieces, logprobs, strict=False))
+        event = Event(request.index, pieces, end.reason)
         return Commit(
             request,
             start=len(request.history),

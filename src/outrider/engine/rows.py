@@ -66,9 +66,10 @@ class Rows:
         return StepView([len(r.history) for r in ready], [r.stats for r in ready], [r.params for r in ready])
 
     def limits(self, planned: Sequence[int], block: int, capacity: int) -> list[int]:
-        """Drafts within the drafter's block, the request's budget (less the bonus token) and the slot. [ready]"""
+        """Drafts within the drafter's block, the request's own limit, its budget (less the bonus token) and the slot.
+        [ready]"""
         return [
-            min(drafts, block, r.left - 1, capacity - len(r.history))
+            min(_at_most(drafts, r.params.draft_tokens), block, r.left - 1, capacity - len(r.history))
             for drafts, r in zip(planned, self.requests[: self.ready], strict=True)
         ]
 
@@ -149,3 +150,7 @@ class Admission:
         """Back to the head of the queue: its text goes on from where it is once it has a row again."""
         self.running.remove(request)
         self.waiting.appendleft(request)
+
+
+def _at_most(drafts: int, limit: int | None) -> int:
+    return drafts if limit is None else min(drafts, limit)
