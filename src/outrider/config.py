@@ -68,7 +68,7 @@ class SamplingParams:
     """Report each new token's log-probability and those of this many likeliest tokens, of the target's logits before
     bias, penalties, temperature and truncation. None: not computed."""
     draft_tokens: int | None = None
-    """The most drafts of a round, within what drafter and policy allow; 0 decodes plainly. None: no limit of its own."""
+    """The most drafts of a round, within what drafter and policy allow; 0 decodes plainly. None: no own limit."""
 
     def __post_init__(self) -> None:
         def refuse(name: str, expected: str) -> NoReturn:
