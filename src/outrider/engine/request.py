@@ -66,6 +66,7 @@ class Commit:
     stats: RequestStats
     event: Event
     event_index: int
+    error: Exception | None = None  # what ends the request instead of its text
 
     @staticmethod
     def of(request: Request, verified: int, tokens: list[int], accepted: int, seconds: float) -> Commit:
@@ -81,7 +82,8 @@ class Commit:
             _counted(old.accepted_per_position, counts * end.accepted),
             _counted(old.drafted_per_position, counts * verified),
         )
-        event = Event(request.index, end.pieces, end.reason)
+        failed = end.reason == "error"
+        event = Event(request.index, end.pieces, None if failed else end.reason)
         return Commit(
             request,
             start=len(request.history),
@@ -91,6 +93,7 @@ class Commit:
             stats=stats,
             event=event,
             event_index=len(request.events),
+            error=InvalidRequest(request.finisher.failure) if failed else None,
         )
 
     def apply(self) -> None:
@@ -100,7 +103,8 @@ class Commit:
         request.round = self.round
         request.stats = self.stats
         request.events[self.event_index :] = [self.event]
-        request.finish_reason = self.event.finish_reason
+        request.error = self.error
+        request.finish_reason = self.event.finish_reason if self.error is None else "error"
 
 
 def check_request(spec: TargetSpec, prompt: Sequence[int], params: SamplingParams) -> None:
