@@ -181,6 +181,11 @@ class Context:
     prompt_lengths: Sequence[int]  # B
     processors: Sequence[Sequence[Processor]] | None = None  # B: applied after the request's own (a grammar's mask)
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether the distribution of some row depends on the tokens before it by other ways than the model."""
+        return self.processors is not None or any(p.penalised for p in self.params)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestRows:

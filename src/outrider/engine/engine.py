@@ -18,6 +18,8 @@ from outrider.engine.rows import Admission, Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.grammar import GrammarMatcher, Grammars
+from outrider.sampling.grammar_drafts import fit_drafts, to_draft
 from outrider.sampling.logprobs import token_logprobs
 from outrider.sampling.processors import process
 from outrider.tokenization.tokenizer import Tokenizer
@@ -78,6 +80,10 @@ class Engine:
         self._commits: list[Commit] = []  # of the step in progress, once all of them are known
         self._news = False  # whether requests were submitted or cancelled since the last step
         self._whole = True  # False while a step is under way: what it leaves behind cannot be relied on
+        self._grammars: Grammars | None = None
+        if tokenizer is not None:
+            spec = target.spec
+            self._grammars = Grammars(lambda: tokenizer.definition, spec.vocab_size, spec.eos_token_ids)
         self._reads_hidden = isinstance(drafter, ReadsHidden)
         self._turns = Turns()
 
@@ -86,6 +92,10 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise InvalidRequest for a request that this engine cannot run."""
         check_request(self.target.spec, prompt, params)
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise InvalidRequest("a grammar needs a tokenizer, and this engine has none")
+            self._grammars.check(params.grammar)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this engine has none")
 
@@ -93,7 +103,8 @@ class Engine:
         """Queue a request. Raises InvalidRequest. ``index`` is what its events carry."""
         self.check(prompt, params)
         stop_ids = frozenset() if params.ignore_eos else frozenset(self.target.spec.eos_token_ids)
-        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]))
+        grammar = GrammarMatcher(self._grammars, params) if self._grammars is not None and params.grammar else None
+        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]), grammar)
         number = next(self._numbers)
         request = Request(number, index, params, seed, finisher, list(prompt), len(prompt), pending=len(prompt))
         self._arrivals.append(request)
@@ -224,8 +235,13 @@ class Engine:
         limits = rows.limits(planned, self.drafter.block, self.capacity)
         if not any(limits):
             return Proposal.empty(rows.ready)
-        limit = torch.tensor(limits, dtype=torch.int64)
-        return self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
+        grammars = rows.grammars[: rows.ready]
+        wanted = to_draft(grammars, limits) if any(grammars) else limits
+        proposal = Proposal.empty(rows.ready)
+        if any(wanted):
+            limit = torch.tensor(wanted, dtype=torch.int64)
+            proposal = self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
+        return fit_drafts(proposal, grammars, limits, rows.context) if any(grammars) else proposal
 
     def _commit(
         self,

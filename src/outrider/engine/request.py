@@ -66,6 +66,7 @@ class Commit:
     stats: RequestStats
     event: Event
     event_index: int
+    error: Exception | None = None  # what ends the request instead of its text
 
     @staticmethod
     def of(
@@ -92,7 +93,8 @@ class Commit:
         pieces = end.pieces
         if logprobs:
             pieces = tuple(replace(piece, logprobs=one) for piece, one in zip(pieces, logprobs, strict=False))
-        event = Event(request.index, pieces, end.reason)
+        failed = end.reason == "error"
+        event = Event(request.index, pieces, None if failed else end.reason)
         return Commit(
             request,
             start=len(request.history),
@@ -102,6 +104,7 @@ class Commit:
             stats=stats,
             event=event,
             event_index=len(request.events),
+            error=InvalidRequest(request.finisher.failure) if failed else None,
         )
 
     def apply(self) -> None:
@@ -111,7 +114,8 @@ class Commit:
         request.round = self.round
         request.stats = self.stats
         request.events[self.event_index :] = [self.event]
-        request.finish_reason = self.event.finish_reason
+        request.error = self.error
+        request.finish_reason = self.event.finish_reason if self.error is None else "error"
 
 
 def check_request(spec: TargetSpec, prompt: Sequence[int], params: SamplingParams) -> None:

@@ -39,8 +39,12 @@ class Rows:
         self.ready = sum(r.pending == 1 and r.round > 0 for r in self.requests)
         self.complete = sum(r.pending == c for r, c in zip(self.requests, self.chunks, strict=True))
         verified = self.requests[: self.complete]
+        self.grammars = [r.finisher.grammar for r in verified]
         self.context = Context(
-            [r.params for r in verified], [r.history for r in verified], [r.prompt_length for r in verified]
+            [r.params for r in verified],
+            [r.history for r in verified],
+            [r.prompt_length for r in verified],
+            [() if g is None else (g,) for g in self.grammars] if any(self.grammars) else None,
         )
         self.rng = RowRng(
             [r.seed for r in verified], [r.round for r in verified], [r.params.effective_rule for r in verified]

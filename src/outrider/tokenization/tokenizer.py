@@ -135,6 +135,11 @@ class Tokenizer:
         token = self._fast.token_to_id(self.special_tokens.get("eos_token", ""))
         return () if token is None else (token,)
 
+    @property
+    def definition(self) -> str:
+        """The tokenizer as JSON, in the ``tokenizers`` library's form."""
+        return str(self._fast.to_str())
+
     def same_as(self, other: Tokenizer) -> bool:
         """Whether every token has the same id in both, so that one model can verify ids that the other drafted."""
         return self is other or self.vocabulary == other.vocabulary

@@ -59,14 +59,13 @@ class Drawing:
     @property
     def penalised(self) -> bool:
         """Whether a row's distribution depends on the tokens drafted before it by an option of its request."""
-        return any(p.penalised for p in self._context.params)
+        return self._context.stepwise
 
     @property
     def plain(self) -> bool:
         """Whether all requests sample from softmax(logits / temperature) or greedily: no penalty, bias, truncation."""
-        return not any(
-            p.penalised or p.logit_bias or (p.temperature and (p.top_k or p.top_p < 1 or p.min_p))
-            for p in self._context.params
+        return not self._context.stepwise and not any(
+            p.logit_bias or (p.temperature and (p.top_k or p.top_p < 1 or p.min_p)) for p in self._context.params
         )
 
     @property
