@@ -22,7 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from outrider.serving.chat_endpoint import chat_completions
 from outrider.serving.chat_run import api_error
+from outrider.serving.completion_endpoint import completions
 from outrider.serving.service import Service
+from outrider.serving.token_endpoints import detokenize, tokenize
 from outrider.serving.web import ApiError, Disconnected, JsonResponse, error_response, read_json, until_disconnect
 
 __all__ = ["make_app"]
@@ -35,6 +37,9 @@ Endpoint = Callable[[Service, Mapping[str, Any], Request], Awaitable[Response]]
 
 POSTS: Mapping[str, Endpoint] = {
     "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/v1/tokenize": tokenize,
+    "/v1/detokenize": detokenize,
 }
 
 
