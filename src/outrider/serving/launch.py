@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from outrider.serving.app import make_app
 from outrider.serving.service import Service
 from outrider.serving.settings import ServerSettings
 
-__all__ = ["make_service", "serve_until_stopped"]
+__all__ = ["make_server", "make_service", "serve_until_stopped"]
+
+LAST_SECONDS = 2.0  # in which clients are told why their answers ended
 
 log = logging.getLogger("outrider.serving")
 
@@ -31,6 +34,12 @@ def make_service(llm: LLM, settings: ServerSettings) -> Service:
 def serve_until_stopped(service: Service, ready: Callable[[str], None]) -> None:
     """Serve until a signal. ``ready`` is told the address once requests are answered. Raises InvalidRequest for an
     address that cannot be used."""
+    server, listener = make_server(service, ready)
+    server.run(sockets=[listener])
+
+
+def make_server(service: Service, ready: Callable[[str], None]) -> tuple[uvicorn.Server, socket.socket]:
+    """A server that listens already, and its socket."""
     settings = service.settings
     listener = _listen(settings.host, settings.port)
     config = uvicorn.Config(
@@ -46,7 +55,7 @@ def serve_until_stopped(service: Service, ready: Callable[[str], None]) -> None:
     )
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    _Server(config, service, lambda: ready(f"http://{shown}:{port}")).run(sockets=[listener])
+    return _Server(config, service, lambda: ready(f"http://{shown}:{port}")), listener
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -69,8 +78,10 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._service, self._ready = service, ready
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             self._ready()
@@ -80,7 +91,11 @@ class _Server(uvicorn.Server):
             self._service.draining = True
             self.should_exit = True
             log.info("signal %d: %d answers are finished, no new ones begin", sig, len(self._service.thread.answers()))
-        else:
-            log.info("signal %d again: everything ends", sig)
-            self._service.thread.cancel_all("shutdown")
-            self.force_exit = True
+            return
+        log.info("signal %d again: every answer ends now", sig)
+        self._service.thread.cancel_all("shutdown")
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, LAST_SECONDS, self._force)
+
+    def _force(self) -> None:
+        self.force_exit = True
