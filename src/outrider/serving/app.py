@@ -23,6 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from outrider.serving.chat_endpoint import chat_completions
 from outrider.serving.chat_run import api_error
 from outrider.serving.completion_endpoint import completions
+from outrider.serving.messages_endpoint import count_tokens, messages
+from outrider.serving.responses_endpoint import responses
 from outrider.serving.service import Service
 from outrider.serving.token_endpoints import detokenize, tokenize
 from outrider.serving.web import ApiError, Disconnected, JsonResponse, error_response, read_json, until_disconnect
@@ -38,6 +40,9 @@ Endpoint = Callable[[Service, Mapping[str, Any], Request], Awaitable[Response]]
 POSTS: Mapping[str, Endpoint] = {
     "/v1/chat/completions": chat_completions,
     "/v1/completions": completions,
+    "/v1/responses": responses,
+    "/v1/messages": messages,
+    "/v1/messages/count_tokens": count_tokens,
     "/v1/tokenize": tokenize,
     "/v1/detokenize": detokenize,
 }
@@ -56,6 +61,7 @@ def make_app(service: Service) -> Starlette:
 
     routes = [Route(path, _endpoint(service, run, path), methods=["POST"]) for path, run in POSTS.items()]
     routes += [Route(path, _get(service, show), methods=["GET"]) for path, show in GETS.items()]
+    routes.append(Route("/v1/models/{name:path}", _one_model(service), methods=["GET"]))
     middleware = [Middleware(_Surroundings, service=service, paths={route.path for route in routes})]
     if service.settings.cors_origins:
         middleware.insert(
@@ -115,6 +121,17 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 def _models(service: Service) -> Response:
     return JsonResponse({"object": "list", "data": [_model(service)]})
+
+
+def _one_model(service: Service) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        try:
+            service.check_model(request.path_params["name"])
+        except ApiError as error:
+            return error_response(error)
+        return JsonResponse(_model(service))
+
+    return answer
 
 
 def _model(service: Service) -> dict[str, Any]:

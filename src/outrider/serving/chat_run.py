@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,20 +88,21 @@ class ChatAnswer:
         self._parser = None if tools is None else tools.parser()
         self.finish_reason: Reason = "stop"
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Its text as it comes; the last one has the reason why it ended. Raises ApiError where it failed."""
         parser, called = self._parser, False
         try:
-            async for event in self.answer.events():
-                reports = token_reports(self._service, event.pieces)
-                if parser is None:
-                    yield Delta(event.text, logprobs=reports)
-                    continue
-                text, calls = parser.feed(event.text)
-                called = called or bool(calls)
-                yield Delta(text, calls, reports)
-                if parser.complete:  # one call was asked for, and it is there
-                    break
+            async with aclosing(self.answer.events()) as events:
+                async for event in events:
+                    reports = token_reports(self._service, event.pieces)
+                    if parser is None:
+                        yield Delta(event.text, logprobs=reports)
+                        continue
+                    text, calls = parser.feed(event.text)
+                    called = called or bool(calls)
+                    yield Delta(text, calls, reports)
+                    if parser.complete:  # one call was asked for, and it is there
+                        break
         except OutriderError as error:
             raise api_error(error) from None
         if parser is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from threading import Event as Flag
 from threading import Lock, Thread
 from time import perf_counter
@@ -51,7 +51,7 @@ class Answer:
                 continue
         return True
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncGenerator[Event, None]:
         """Its events from the first one on. Raises the request's error where it failed. Leaving early cancels it."""
         read = 0
         request = self.request

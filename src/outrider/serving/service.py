@@ -22,7 +22,7 @@ from outrider.serving.web import ApiError
 from outrider.types import RequestStats
 from outrider.version import __version__
 
-__all__ = ["Service"]
+__all__ = ["Service", "cached_tokens"]
 
 T = TypeVar("T")
 INLINE = 4096  # characters that are turned into tokens at once; longer texts go to a thread
