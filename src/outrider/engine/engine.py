@@ -13,11 +13,13 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.engine.finisher import Finisher
+from outrider.engine.predicted_text import CONFIDENCE, PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
 from outrider.engine.rows import Admission, Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.added_drafts import with_drafts
 from outrider.sampling.grammar import GrammarMatcher, Grammars
 from outrider.sampling.grammar_drafts import fit_drafts, to_draft
 from outrider.sampling.logprobs import token_logprobs
@@ -99,14 +101,18 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this engine has none")
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> Request:
-        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry."""
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0, expected: Sequence[int] = ()
+    ) -> Request:
+        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry. ``expected``: tokens that the
+        answer may be made of; they are proposed where it follows them, and change no distribution."""
         self.check(prompt, params)
         stop_ids = frozenset() if params.ignore_eos else frozenset(self.target.spec.eos_token_ids)
         grammar = GrammarMatcher(self._grammars, params) if self._grammars is not None and params.grammar else None
         finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]), grammar)
         number = next(self._numbers)
         request = Request(number, index, params, seed, finisher, list(prompt), len(prompt), pending=len(prompt))
+        request.predicted = PredictedText(expected) if expected else None
         self._arrivals.append(request)
         self._news = True  # after the append: a step that clears it first has not seen the request
         return request
@@ -237,10 +243,15 @@ class Engine:
             return Proposal.empty(rows.ready)
         grammars = rows.grammars[: rows.ready]
         wanted = to_draft(grammars, limits) if any(grammars) else limits
+        predicted = rows.predicted(wanted)
+        if predicted:
+            wanted = [0 if b in predicted else limit for b, limit in enumerate(wanted)]
         proposal = Proposal.empty(rows.ready)
         if any(wanted):
             limit = torch.tensor(wanted, dtype=torch.int64)
             proposal = self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
+        if predicted:
+            proposal = with_drafts(proposal, predicted, CONFIDENCE)
         return fit_drafts(proposal, grammars, limits, rows.context) if any(grammars) else proposal
 
     def _commit(

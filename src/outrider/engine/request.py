@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from outrider.config import SamplingParams
 from outrider.engine.finisher import Finisher
+from outrider.engine.predicted_text import PredictedText
 from outrider.errors import InvalidRequest, OutriderError
 from outrider.types import Event, RequestStats, TargetSpec, TokenLogprobs
 
@@ -34,6 +35,7 @@ class Request:
     error: Exception | None = None  # why it failed, with finish_reason "error"
     stats: RequestStats = field(default_factory=RequestStats)
     events: list[Event] = field(default_factory=list)  # one a commit; only grows
+    predicted: PredictedText | None = None  # drafts of its own, which come before the drafter's
 
     @property
     def output(self) -> list[int]:

@@ -77,6 +77,16 @@ class Rows:
             for drafts, r in zip(planned, self.requests[: self.ready], strict=True)
         ]
 
+    def predicted(self, limits: Sequence[int]) -> dict[int, list[int]]:
+        """Row -> drafts from the request's expected text, for rows whose output follows one."""
+        found = {}
+        for b, (request, most) in enumerate(zip(self.requests, limits, strict=False)):
+            if request.predicted is not None:
+                drafts = request.predicted.drafts(request.history, request.prompt_length, most)
+                if drafts:
+                    found[b] = drafts
+        return found
+
     def pad(self, proposal: Proposal) -> Proposal:
         """The same proposal with no drafts for the rows that finish their prompt in this step."""
         extra = self.complete - len(proposal.lengths)

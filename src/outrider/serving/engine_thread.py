@@ -127,9 +127,11 @@ class EngineThread:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> Answer:
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0, expected: Sequence[int] = ()
+    ) -> Answer:
         """Queue a request. Raises InvalidRequest."""
-        request = self.engine.submit(prompt, params, seed, index)
+        request = self.engine.submit(prompt, params, seed, index, expected)
         answer = Answer(self, request)
         with self._changing:
             self._answers[request.number] = answer

@@ -132,14 +132,19 @@ class Service:
         running = len(self.thread.answers())
         if running + n * len(prompts) > self.settings.max_requests:
             self._refuse(f"{running} requests run and wait, the limit is {self.settings.max_requests}")
-        for prompt in prompts:
-            self.llm.engine.check(prompt, params)
+        if prediction and (self.llm.drafter.block == 0 or params.draft_tokens == 0):
+            raise ApiError(400, "prediction: nothing is drafted for this request; leave it out", param="prediction")
+        for prompt in prompts:  # a grammar is compiled here, which may take long
+            if params.grammar is None:
+                self.llm.engine.check(prompt, params)
+            else:
+                await asyncio.to_thread(self.llm.engine.check, prompt, params)
         answers: list[Answer] = []
         try:
             for index in range(n * len(prompts)):
                 seed = secrets.randbits(63) if params.seed is None else params.seed + index % n
                 one = replace(params, seed=None if params.seed is None else seed)
-                answers.append(self.thread.submit(prompts[index // n], one, seed, index))
+                answers.append(self.thread.submit(prompts[index // n], one, seed, index, prediction))
             for answer in answers:
                 if not await answer.started(self.settings.queue_seconds):
                     self._refuse(f"no row became free within {self.settings.queue_seconds:g} seconds")
