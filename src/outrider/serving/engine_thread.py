@@ -148,9 +148,14 @@ class EngineThread:
             self.cancel(answer.request, reason)
 
     def answers(self) -> list[Answer]:
-        """Those that have not ended."""
+        """Those that have not ended, or whose end is still to be told."""
         with self._changing:
             return list(self._answers.values())
+
+    @property
+    def unfinished(self) -> int:
+        """How many have not ended: a reader may see an end before the step that brought it is over."""
+        return sum(answer.request.finish_reason is None for answer in self.answers())
 
     # ------------------------------------------------------------------------------------------ the thread
 

@@ -126,7 +126,7 @@ class Metrics:
             drafts.accepted / drafts.verified if drafts.verified else 0.0,
         )
         running = list(engine.admission.running)
-        outstanding = len(self.thread.answers()) if self.thread else 0
+        outstanding = self.thread.unfinished if self.thread else 0
         yield gauge("outrider_num_requests_running", "Requests with a row.", len(running))
         yield gauge("outrider_num_requests_waiting", "Requests without a row.", max(0, outstanding - len(running)))
         held = sum(len(request.history) - request.pending for request in running)

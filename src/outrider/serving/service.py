@@ -129,7 +129,7 @@ class Service:
         """
         if n > self.settings.max_n:
             raise ApiError(400, f"n: this server gives at most {self.settings.max_n} answers, got {n}", param="n")
-        running = len(self.thread.answers())
+        running = self.thread.unfinished
         if running + n * len(prompts) > self.settings.max_requests:
             self._refuse(f"{running} requests run and wait, the limit is {self.settings.max_requests}")
         if prediction and (self.llm.drafter.block == 0 or params.draft_tokens == 0):
@@ -165,7 +165,7 @@ class Service:
     @property
     def patience(self) -> int:
         """Seconds after which a row should be free: what requests took lately, for those that wait."""
-        waiting = max(1, len(self.thread.answers()) - self.llm.max_rows)
+        waiting = max(1, self.thread.unfinished - self.llm.max_rows)
         return max(1, min(60, round(self.metrics.mean_seconds * waiting / self.llm.max_rows)))
 
     # ------------------------------------------------------------------------------------------ usage
