@@ -32,13 +32,14 @@ from outrider.config import Grammar, SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.types import RequestRows
 
-__all__ = ["GrammarMatcher", "Grammars"]
+__all__ = ["JSON_WHITESPACE", "GrammarMatcher", "Grammars"]
 
 _Mask = npt.NDArray[np.uint32]  # [W], bit t % 32 of word t // 32: token t is allowed
 _Floats = npt.NDArray[np.floating]
 _COMPILED = 64  # grammars that are kept ready
 _LONGEST_REASON = 300  # characters of llguidance's messages, which quote the grammar
-_WHITESPACE = r"[ ]|\n[ ]{0,32}"  # in JSON: a model that may write any number of spaces may write nothing else
+JSON_WHITESPACE = r"[ ]|\n[ ]{0,32}"
+"""Between the parts of a JSON text: a model that may write any number of spaces may write nothing else."""
 _LEXER_STATES = 50_000  # at most, about 100 MB; llguidance's other limits bound the time of a step
 
 
@@ -260,7 +261,7 @@ def _source(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.text)
     schema = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
 
 
 def _refused(grammar: Grammar, reason: str) -> InvalidRequest:
@@ -275,8 +276,7 @@ def _short(reason: str) -> str:
 
 def _only(mask: _Mask | None) -> int | None:
     """The one token of a mask; None where there are none or several."""
-    words = () if mask is None else np.flatnonzero(mask)
-    if mask is None or len(words) != 1:
+    if mask is None or len(words := np.flatnonzero(mask)) != 1:
         return None
     word = int(mask[words[0]])
     return 32 * int(words[0]) + word.bit_length() - 1 if word & (word - 1) == 0 else None
