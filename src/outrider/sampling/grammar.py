@@ -32,13 +32,14 @@ from outrider.config import Grammar, SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.types import RequestRows
 
-__all__ = ["GrammarMatcher", "Grammars"]
+__all__ = ["JSON_WHITESPACE", "GrammarMatcher", "Grammars"]
 
 _Mask = npt.NDArray[np.uint32]  # [W], bit t % 32 of word t // 32: token t is allowed
 _Floats = npt.NDArray[np.floating]
 _COMPILED = 64  # grammars that are kept ready
 _LONGEST_REASON = 300  # characters of llguidance's messages, which quote the grammar
-_WHITESPACE = r"[ ]|\n[ ]{0,32}"  # in JSON: a model that may write any number of spaces may write nothing else
+JSON_WHITESPACE = r"[ ]|\n[ ]{0,32}"
+"""Between the parts of a JSON text: a model that may write any number of spaces may write nothing else."""
 _LEXER_STATES = 50_000  # at most, about 100 MB; llguidance's other limits bound the time of a step
 
 
@@ -51,7 +52,6 @@ class Grammars:
         self._definition = definition
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
-        self._end = 1 << vocab_size  # the mask of the id that stands for the end where no token does
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = Lock()
@@ -78,7 +78,7 @@ class Grammars:
 
     def only_end(self, mask: _Mask | None) -> bool:
         """Whether nothing but the end may follow, in a vocabulary that has no token for it."""
-        return mask is not None and not self.eos_token_ids and int.from_bytes(mask.tobytes(), "little") == self._end
+        return not self.eos_token_ids and _only(mask) == self.vocab_size
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         if self._tokenizer is None:
@@ -170,10 +170,8 @@ class GrammarMatcher:
 
     def only(self, drafts: tuple[int, ...]) -> int | None:
         """The one token that may follow these drafts; None where there are none or several."""
-        mask = self.mask(drafts)
-        tokens = 0 if mask is None else int.from_bytes(mask.tobytes(), "little")
-        token = tokens.bit_length() - 1
-        return token if tokens.bit_count() == 1 and token < self._grammars.vocab_size else None
+        token = _only(self.mask(drafts))
+        return token if token is not None and token < self._grammars.vocab_size else None
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -213,7 +211,13 @@ class GrammarMatcher:
     def _restrict(self, values: _Floats, mask: _Mask) -> None:
         """values [V], in place"""
         allowed = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(values)).view(bool)
-        np.putmask(values, ~allowed, -np.inf)
+        if np.count_nonzero(allowed) < len(values) // 8:  # the faster of two ways
+            columns = np.flatnonzero(allowed)
+            kept = values[columns]
+            values.fill(-np.inf)
+            values[columns] = kept
+        else:
+            np.copyto(values, -np.inf, where=~allowed)
         if values.max() == -np.inf:
             open_ = allowed.copy()
             open_[self._barred] = False
@@ -257,7 +261,7 @@ def _source(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.text)
     schema = grammar.text if grammar.kind == "json_schema" else '{"type": "object"}'
-    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": JSON_WHITESPACE})
 
 
 def _refused(grammar: Grammar, reason: str) -> InvalidRequest:
@@ -268,6 +272,14 @@ def _short(reason: str) -> str:
     """The first lines of a message of llguidance's."""
     text = " ".join(reason.replace("<non-verbose/>", "").split())
     return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
+
+
+def _only(mask: _Mask | None) -> int | None:
+    """The one token of a mask; None where there are none or several."""
+    if mask is None or len(words := np.flatnonzero(mask)) != 1:
+        return None
+    word = int(mask[words[0]])
+    return 32 * int(words[0]) + word.bit_length() - 1 if word & (word - 1) == 0 else None
 
 
 def _has(mask: _Mask, token: int) -> bool:

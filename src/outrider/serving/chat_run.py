@@ -85,33 +85,33 @@ class ChatAnswer:
     def __init__(self, service: Service, answer: Answer, tools: ToolUse | None = None) -> None:
         self.answer = answer
         self._service = service
-        self._parser = None if tools is None else tools.parser()
+        self._reader = None if tools is None else tools.reader()
         self.finish_reason: Reason = "stop"
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Its text as it comes; the last one has the reason why it ended. Raises ApiError where it failed."""
-        parser, called = self._parser, False
+        reader, called = self._reader, False
         try:
             async with aclosing(self.answer.events()) as events:
                 async for event in events:
                     reports = token_reports(self._service, event.pieces)
-                    if parser is None:
+                    if reader is None:
                         yield Delta(event.text, logprobs=reports)
                         continue
-                    text, calls = parser.feed(event.text)
+                    text, calls = reader.feed(event.pieces)
                     called = called or bool(calls)
                     yield Delta(text, calls, reports)
-                    if parser.complete:  # one call was asked for, and it is there
+                    if reader.complete:  # one call was asked for, and it is there
                         break
         except OutriderError as error:
             raise api_error(error) from None
-        if parser is not None:
-            text, calls = parser.finish()
+        if reader is not None:
+            text, calls = reader.finish()
             called = called or bool(calls)
             if text or calls:
                 yield Delta(text, calls)
         reason = self.answer.request.finish_reason
-        if parser is not None and parser.complete:
+        if reader is not None and reader.complete:
             self.finish_reason = "tool_calls"
         elif reason == "stop":
             self.finish_reason = "tool_calls" if called else "stop"

@@ -70,6 +70,7 @@ class Tool(Strict):
                 "name": function.name,
                 "description": function.description or "",
                 "parameters": function.parameters or {"type": "object", "properties": {}},
+                **({"strict": True} if function.strict else {}),
             },
         }
 

@@ -216,7 +216,8 @@ def _tools(service: Service, asked: MessagesRequest) -> ToolUse | None:
     shown = [
         {
             "type": "function",
-            "function": {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema},
+            "function": {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema}
+            | ({"strict": True} if tool.strict else {}),
         }
         for tool in asked.tools
     ]

@@ -193,6 +193,7 @@ def _tools(service: Service, asked: ResponsesRequest) -> ToolUse | None:
                 "name": tool.name,
                 "description": tool.description or "",
                 "parameters": tool.parameters or {"type": "object", "properties": {}},
+                **({"strict": True} if tool.strict else {}),
             },
         }
         for tool in asked.tools

@@ -156,6 +156,11 @@ class Tokenizer:
         """Whether a system message reaches the text; else ``with_system_in_user`` puts it where it does."""
         return self._chat_template().takes_system
 
+    def chat_template_text(self, tools: bool = False) -> str:
+        """The template itself, of conversations with or without tools; empty where there is none."""
+        sources = self._template_sources
+        return sources.get("tool_use" if tools and "tool_use" in sources else "default", "")
+
     def apply_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> str:
         """The conversation in the form that the model was trained on; encode it with ``add_special_tokens=False``.
 
