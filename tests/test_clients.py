@@ -94,7 +94,8 @@ def test_openai_json_schema(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
         messages=ASK,
-        max_tokens=60,
+        max_tokens=100,
+        temperature=0,
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
     )
     assert answer.choices[0].finish_reason == "stop"
