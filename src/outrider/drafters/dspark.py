@@ -127,7 +127,7 @@ class DSparkDrafter(CachedDrafter):
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
-        if self.core is not None and all(map(_plain, context.params)):
+        if self.core is not None and not context.stepwise and all(map(_plain, context.params)):
             proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
         else:
             proposal = self._draft_stepwise(named, last, lengths, context, rng)

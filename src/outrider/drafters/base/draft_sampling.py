@@ -58,7 +58,7 @@ class Drawing:
     @property
     def penalised(self) -> bool:
         """Whether a row's distribution depends on the tokens drafted before it by an option of its request."""
-        return any(p.penalised for p in self._context.params)
+        return self._context.stepwise
 
     def keys(self) -> Tensor:
         """Of all drafts of each row that takes part, int64 [n, K]; zeros where nothing is sampled."""
