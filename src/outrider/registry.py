@@ -62,6 +62,7 @@ BACKENDS = {
 }
 KV_CACHES = {
     "contiguous": "outrider.kv_cache.contiguous:ContiguousCache",
+    "gathered": "outrider.kv_cache.gathered:GatheredCache",
     "native": "outrider.backends.native:NativeCache",
     "transformers": "outrider.models.huggingface:TransformersCache",
 }
