@@ -32,6 +32,7 @@ from outrider.types import StepCost, StepView
 __all__ = ["ThroughputConfig", "ThroughputPolicy"]
 
 Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Form = Literal["auto", "early", "lagged", "global"]
 FORMS: tuple[Form, ...] = ("auto", "early", "lagged", "global")
@@ -97,8 +98,8 @@ class _Chosen:
     slots: Ints  # [D]
     lengths: Ints  # [D]
     limits: Ints  # [D]
-    logits: Floats  # [D, K]
-    adjusted: Floats  # [D, K]
+    logits: Floats | Singles  # [D, K]
+    adjusted: Floats | Singles  # [D, K]
     survival: Floats  # [D, K]
     keep: Ints  # [D]
     accepted: Ints | None = None  # [D]
@@ -291,6 +292,8 @@ class ThroughputPolicy:
 
     def _choose(self, now: _Step, rows: Ints, lengths: Ints, confidence: Tensor | None, width: int) -> _Chosen:
         slots = now.slots[rows]
+        z: Floats | Singles
+        p: Floats | Singles
         if len(rows) * width <= FEW_DRAFTS:
             z, p, survival = self._few(rows, slots, lengths, confidence, width)
         else:
@@ -306,8 +309,8 @@ class ThroughputPolicy:
         else:
             form: Search = "global" if now.free else "early"
             count = best_count(now.ready, ranking.survival, seconds, form)
-        limits = np.array([now.limits[b] for b in rows.tolist()])
-        keep = np.bincount(ranking.rows[:count], minlength=len(rows))
+        limits = np.array(now.limits)[rows]
+        keep = ranking.keep(count)
         return _Chosen(rows, slots, lengths, np.maximum(limits, lengths), z, p, survival, keep)
 
     def _few(
