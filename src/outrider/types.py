@@ -20,18 +20,21 @@ from torch import Tensor
 from outrider.config import SamplingParams, StackConfig
 
 __all__ = [
+    "AutoregressiveParts",
     "Backend",
     "BlockDrafter",
-    "BlockDrafts",
     "BlockParts",
     "Context",
     "Distribution",
     "DraftLoop",
     "Drafter",
+    "Drafts",
     "DraftsBlocks",
+    "DraftsInTurn",
     "Event",
     "Forgets",
     "HasStack",
+    "InTurnDrafter",
     "KVCache",
     "MarkovParts",
     "Mask",
@@ -465,7 +468,7 @@ class BlockParts:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockDrafts:
+class Drafts:
     """Drafts of n rows, K each."""
 
     tokens: Tensor  # int64 [n, K]
@@ -500,10 +503,60 @@ class BlockDrafter(Protocol):
         drafts: int,
         keys: Tensor | None,
         temperatures: Sequence[float],
-    ) -> BlockDrafts:
+    ) -> Drafts:
         """The same, then K ``drafts`` for each of n rows; nothing of them stays in the cache. anchors [n]: the rows'
         last tokens; keys int64 [n, K] of ``Rng.token_keys``, None where all temperatures [n] are 0 (the largest
         logit)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AutoregressiveParts:
+    """What an autoregressive drafter that reads features is made of. Vd: tokens it can draft."""
+
+    layers: Stack
+    embedding: Stack  # the stack whose embedding it reads, and the one whose head it uses: its own or the target's
+    head: Stack
+    fusion: Tensor | None  # [D, F]: features to a state; None: they are one
+    feature_norm: Tensor | None  # [F], before the fusion
+    feature_groups: int  # parts of the features that are normalised each by itself
+    embed_norm: Tensor  # [D]
+    hidden_norm: Tensor  # [D]
+    projection: Tensor | None  # [D, 2 D]; None: the layers take embedding and state side by side, and a residual
+    norm_residual: bool  # whether that residual is the normalised state
+    feeds_normed: bool  # whether the state fed back is the one after the final norm
+    ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
+
+
+@runtime_checkable
+class DraftsInTurn(Protocol):
+    """A backend that drafts several tokens, each from the state of the one before, in one call."""
+
+    def autoregressive_drafter(self, parts: AutoregressiveParts, dtype: torch.dtype | str) -> InTurnDrafter | None:
+        """None where it cannot: a part is on another backend, for instance."""
+        ...
+
+
+class InTurnDrafter(Protocol):
+    """An autoregressive drafter on one kind of hardware."""
+
+    def draft(
+        self,
+        cache: KVCache,
+        slots: Sequence[int],
+        counts: Sequence[int],
+        features: Sequence[Tensor],
+        tokens: Sequence[int],
+        drafts: int,
+        keys: Tensor | None,
+        temperatures: Sequence[float],
+    ) -> Drafts:
+        """Run the waiting features of n rows, then draft K ``drafts`` a row.
+
+        ``counts`` [n], at least 1: waiting features of each row; ``features`` [T, F] in pieces and ``tokens`` [T], the
+        one that follows each of them, row after row. All but each row's last one stay in the cache. keys and
+        temperatures as in ``BlockDrafter.draft``.
+        """
         ...
 
 

@@ -1,7 +1,8 @@
-"""Block drafters in the compiled core: features in, drafts and their distributions out, in one call.
+"""Drafters that read features in the compiled core: features in, drafts and their distributions out, in one call.
 
-Greedy drafts are the largest of all corrected logits; where a Markov head corrects them, sampled drafts are drawn from
-a shortlist of the tokens whose base logits are largest, and that distribution is the one reported.
+A block is drafted at once, or tokens in turn. Greedy drafts are the largest of all logits. Where a Markov head corrects
+a block's logits, sampled drafts are drawn from a shortlist of the tokens whose base logits are largest, and that
+distribution is the one reported.
 
 n rows, K drafts, D width, F feature width, r Markov rank, V and Vd vocabularies of target and drafter, S entries of a
 distribution.
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from outrider.core import native
 from outrider.errors import CacheFull, InvalidRequest
-from outrider.types import BlockDrafts, BlockParts, MarkovParts
+from outrider.types import AutoregressiveParts, BlockParts, Drafts, MarkovParts
 
-__all__ = ["NativeBlockDrafter", "block_parts", "markov_head"]
+__all__ = ["NativeBlockDrafter", "NativeInTurnDrafter", "autoregressive_parts", "block_parts", "markov_head"]
 
 
 def markov_head(parts: MarkovParts, ids: Tensor | None, isa: str, dtype: torch.dtype | str) -> Any:
@@ -57,12 +58,26 @@ def block_parts(parts: BlockParts, stacks: dict[str, Any], isa: str, dtype: torc
     return made
 
 
+def autoregressive_parts(parts: AutoregressiveParts, stacks: dict[str, Any]) -> Any:
+    """A drafter's parts as the core takes them. ``stacks``: the core's ``layers``, ``embedding``, ``head`` and, where
+    there are any, ``fusion`` and ``projection``."""
+    made = native.AutoregressiveParts()
+    for name, stack in stacks.items():
+        setattr(made, name, stack)
+    if parts.feature_norm is not None:
+        made.feature_norm, made.feature_groups = parts.feature_norm.float().tolist(), parts.feature_groups
+    made.embed_norm, made.hidden_norm = parts.embed_norm.float().tolist(), parts.hidden_norm.float().tolist()
+    made.norm_residual, made.feeds_normed = parts.norm_residual, parts.feeds_normed
+    if parts.ids is not None:
+        made.ids = parts.ids.tolist()
+    return made
+
+
 class NativeBlockDrafter:
     """See ``outrider.types.BlockDrafter``."""
 
     def __init__(self, parts: Any) -> None:
         self.core = native.BlockDrafter(parts)
-        self._width, self._lists_ids = self.core.width, self.core.lists_ids
 
     def absorb(self, cache: Any, slots: Sequence[int], counts: Sequence[int], features: Sequence[Tensor]) -> None:
         """Append the keys and values of waiting features. Raises InvalidRequest, and CacheFull past the capacity."""
@@ -81,37 +96,63 @@ class NativeBlockDrafter:
         drafts: int,
         keys: Tensor | None,
         temperatures: Sequence[float],
-    ) -> BlockDrafts:
+    ) -> Drafts:
         """The same, then K drafts a row. Raises InvalidRequest, and CacheFull past the capacity."""
-        count = len(slots)
-        tokens, confidence = np.empty((count, drafts), np.int64), np.empty((count, drafts), np.float32)
-        ids = logits = None
-        if keys is not None:
-            shape = count * drafts, self._width
-            logits = np.empty(shape, np.float32)
-            ids = np.empty(shape, np.int64) if self._lists_ids else None
-        try:
-            self.core.draft(
-                cache.core,
-                slots,
-                counts,
-                _arrays(features),
-                anchors,
-                None if keys is None else keys.numpy(),
-                temperatures,
-                tokens,
-                confidence,
-                ids,
-                logits,
-            )
-        except (ValueError, IndexError) as error:
-            raise _explained(error) from error
-        return BlockDrafts(
-            torch.from_numpy(tokens),
-            torch.from_numpy(confidence),
-            None if ids is None else torch.from_numpy(ids),
-            None if logits is None else torch.from_numpy(logits),
-        )
+        return _draft(self.core, cache, slots, counts, features, anchors, drafts, keys, temperatures)
+
+
+class NativeInTurnDrafter:
+    """See ``outrider.types.InTurnDrafter``."""
+
+    def __init__(self, parts: Any) -> None:
+        self.core = native.AutoregressiveDrafter(parts)
+
+    def draft(
+        self,
+        cache: Any,
+        slots: Sequence[int],
+        counts: Sequence[int],
+        features: Sequence[Tensor],
+        tokens: Sequence[int],
+        drafts: int,
+        keys: Tensor | None,
+        temperatures: Sequence[float],
+    ) -> Drafts:
+        """Raises InvalidRequest, and CacheFull past the capacity."""
+        return _draft(self.core, cache, slots, counts, features, tokens, drafts, keys, temperatures)
+
+
+def _draft(
+    core: Any,
+    cache: Any,
+    slots: Sequence[int],
+    counts: Sequence[int],
+    features: Sequence[Tensor],
+    given: Sequence[int],
+    drafts: int,
+    keys: Tensor | None,
+    temperatures: Sequence[float],
+) -> Drafts:
+    """One call of a drafter in the core; ``given``: the tokens that it drafts from."""
+    count = len(slots)
+    tokens, confidence = np.empty((count, drafts), np.int64), np.empty((count, drafts), np.float32)
+    ids = logits = None
+    if keys is not None:
+        shape = count * drafts, core.width
+        logits = np.empty(shape, np.float32)
+        ids = np.empty(shape, np.int64) if core.lists_ids else None
+    words = None if keys is None else keys.numpy()
+    arrays = (words, temperatures, tokens, confidence, ids, logits)
+    try:
+        core.draft(cache.core, slots, counts, _arrays(features), given, *arrays)
+    except (ValueError, IndexError) as error:
+        raise _explained(error) from error
+    return Drafts(
+        torch.from_numpy(tokens),
+        torch.from_numpy(confidence),
+        None if ids is None else torch.from_numpy(ids),
+        None if logits is None else torch.from_numpy(logits),
+    )
 
 
 def _arrays(features: Sequence[Tensor]) -> list[Any]:

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from outrider.config import SamplingParams
 from outrider.drafters.base.network import DraftNet, rowwise
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
-from outrider.types import BlockDrafts, Context, Proposal, Rng
+from outrider.types import Context, Drafts, Proposal, Rng
 
-__all__ = ["Drawing", "block_proposal", "draft_keys"]
+__all__ = ["Drawing", "draft_keys", "packed_proposal", "plainly_sampled"]
 
 
 class Drawing:
@@ -105,7 +106,7 @@ def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> 
     return rng.token_keys(both[0], both[1], "draft").view(len(rows), drafts)
 
 
-def block_proposal(drafts: BlockDrafts, rows: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Proposal:
+def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Proposal:
     """What a backend drafted for ``rows``, as the proposal of all rows; ``lengths`` [B]."""
     tokens, confidence = drafts.tokens, drafts.confidence
     distribution: Processed | None = None
@@ -119,3 +120,9 @@ def block_proposal(drafts: BlockDrafts, rows: Sequence[int], lengths: Sequence[i
             count = drafts.tokens.shape[1]
             distribution = distribution.take((index[:, None] * count + torch.arange(count)).flatten())
     return Proposal(tokens, torch.tensor(lengths, dtype=torch.int64), distribution, confidence)
+
+
+def plainly_sampled(params: SamplingParams) -> bool:
+    """Whether a request samples from softmax(logits / temperature) or greedily: no penalty, bias or truncation."""
+    truncated = params.temperature and (params.top_k or params.top_p < 1 or params.min_p)
+    return not (params.penalised or params.logit_bias or truncated)

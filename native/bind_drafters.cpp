@@ -1,7 +1,8 @@
-// Python bindings: a block drafter.
+// Python bindings: drafters that read the target's features, a block at a time or a token at a time.
 #include <memory>
 #include <vector>
 
+#include "autoregressive.hpp"
 #include "bindings.hpp"
 #include "block_drafter.hpp"
 
@@ -77,9 +78,80 @@ void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints&
   drafter.draft(cache, task);
 }
 
+void draft_in_turn(AutoregressiveDrafter& drafter, KVCache& cache, const Ints& slots, const Ints& counts,
+                   const std::vector<FloatMatrix>& features, const Ints& tokens,
+                   const std::optional<IntMatrix>& keys, const std::vector<float>& temperatures,
+                   const IntMatrixOut& drawn, const FloatMatrixOut& confidence, const std::optional<IntMatrixOut>& ids,
+                   const std::optional<FloatMatrixOut>& logits) {
+  AutoregressiveTask task{};
+  task.rows = static_cast<int64_t>(slots.size());
+  task.drafts = drawn.shape(1);
+  if (!task.rows || !task.drafts) throw std::invalid_argument("a draft needs a row and a token at least");
+  int64_t given = 0, wanted = 0;
+  for (const FloatMatrix& piece : features) {
+    expect_matrix("features", piece, piece.shape(0), drafter.feature_width());
+    task.features.push_back({piece.data(), static_cast<int64_t>(piece.shape(0))});
+    given += piece.shape(0);
+  }
+  expect_shape("counts", counts.size(), 1, task.rows, 1);
+  for (int64_t count : counts) {
+    if (count < 1) throw std::invalid_argument("a row that drafts needs a waiting token at least");
+    wanted += count;
+  }
+  if (given != wanted || static_cast<int64_t>(tokens.size()) != wanted)
+    throw std::invalid_argument("got features of " + std::to_string(given) + " tokens and " +
+                                std::to_string(tokens.size()) + " following tokens, expected " + std::to_string(wanted));
+  expect_shape("temperatures", temperatures.size(), 1, task.rows, 1);
+  expect_matrix("drawn", drawn, task.rows, task.drafts);
+  expect_matrix("confidence", confidence, task.rows, task.drafts);
+  if (keys) expect_matrix("keys", *keys, task.rows, task.drafts);
+  if (logits) expect_matrix("logits", *logits, task.rows * task.drafts, drafter.width());
+  if (ids) expect_matrix("ids", *ids, task.rows * task.drafts, drafter.width());
+  for (float temperature : temperatures)
+    if (temperature > 0 && !(keys && logits))
+      throw std::invalid_argument("sampled rows need keys, and an array for logits");
+  if (logits && drafter.lists_ids() && !ids) throw std::invalid_argument("this drafter needs an array for ids");
+  task.slots = slots.data();
+  task.counts = counts.data();
+  task.tokens = tokens.data();
+  task.keys = data_or_null(keys);
+  task.temperatures = temperatures.data();
+  task.drawn = drawn.data();
+  task.confidence = confidence.data();
+  task.ids = data_or_null(ids);
+  task.logits = data_or_null(logits);
+  nb::gil_scoped_release released;
+  drafter.draft(cache, task);
+}
+
+void bind_autoregressive(nb::module_& m) {
+  nb::class_<AutoregressiveParts>(m, "AutoregressiveParts")
+      .def(nb::init<>())
+      .def_rw("layers", &AutoregressiveParts::layers)
+      .def_rw("embedding", &AutoregressiveParts::embedding)
+      .def_rw("head", &AutoregressiveParts::head)
+      .def_rw("fusion", &AutoregressiveParts::fusion)
+      .def_rw("feature_norm", &AutoregressiveParts::feature_norm)
+      .def_rw("feature_groups", &AutoregressiveParts::feature_groups)
+      .def_rw("embed_norm", &AutoregressiveParts::embed_norm)
+      .def_rw("hidden_norm", &AutoregressiveParts::hidden_norm)
+      .def_rw("projection", &AutoregressiveParts::projection)
+      .def_rw("norm_residual", &AutoregressiveParts::norm_residual)
+      .def_rw("feeds_normed", &AutoregressiveParts::feeds_normed)
+      .def_rw("ids", &AutoregressiveParts::ids);
+  nb::class_<AutoregressiveDrafter>(m, "AutoregressiveDrafter")
+      .def(nb::init<AutoregressiveParts>(), "parts"_a)
+      .def_prop_ro("width", &AutoregressiveDrafter::width)
+      .def_prop_ro("lists_ids", &AutoregressiveDrafter::lists_ids)
+      .def("draft", &draft_in_turn, "cache"_a, "slots"_a, "counts"_a, "features"_a, "tokens"_a,
+           "keys"_a.noconvert().none(), "temperatures"_a, "drawn"_a.noconvert(), "confidence"_a.noconvert(),
+           "ids"_a.noconvert().none(), "logits"_a.noconvert().none());
+}
+
 }  // namespace
 
-void bind_block(nb::module_& m) {
+void bind_drafters(nb::module_& m) {
+  bind_autoregressive(m);
   nb::class_<BlockParts>(m, "BlockParts")
       .def(nb::init<>())
       .def_rw("size", &BlockParts::size)
