@@ -86,7 +86,8 @@ class RaggedBatch:
         offsets = [0]
         for row in rows:
             offsets.append(offsets[-1] + len(row))
-        as_tensor = torch.tensor([*tokens, *positions, *slots, *offsets], dtype=torch.int64)  # one allocation
+        # One allocation, by numpy: it reads a list several times faster than torch.
+        as_tensor = torch.from_numpy(np.array([*tokens, *positions, *slots, *offsets], np.int64))
         t, b = len(tokens), len(rows)
         return RaggedBatch(as_tensor[:t], as_tensor[t : 2 * t], as_tensor[2 * t : 2 * t + b], as_tensor[2 * t + b :])
 
@@ -149,11 +150,13 @@ class Proposal:
         """Pad ragged deterministic drafts, and how sure of each token the drafter is, to the longest row."""
         lengths = [len(row) for row in tokens]
         shape = len(lengths), max(lengths, default=0)
+        drafts = np.array([[*row, *[0] * (shape[1] - len(row))] for row in tokens], np.int64)
+        sure = np.array([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence], np.float32)
         return Proposal(
-            torch.tensor([[*row, *[0] * (shape[1] - len(row))] for row in tokens], dtype=torch.int64).view(shape),
-            torch.tensor(lengths, dtype=torch.int64),
+            torch.from_numpy(drafts.reshape(shape)),
+            torch.from_numpy(np.array(lengths, np.int64)),
             None,
-            torch.tensor([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence]).view(shape),
+            torch.from_numpy(sure.reshape(shape)),
         )
 
 
