@@ -112,6 +112,7 @@ void AutoregressiveDrafter::draft(KVCache& cache, const AutoregressiveTask& task
   std::vector<int64_t> positions, offsets{0}, ends(rows), kept(rows), next(rows), drawn(rows), each(rows + 1);
   for (int64_t b = 0; b < rows; b++) {
     const int64_t start = cache.lengths().at(task.slots[b]);
+    expect_room(cache, task.slots[b], start, start + task.counts[b] + task.drafts - 1);
     for (int64_t i = 0; i < task.counts[b]; i++) positions.push_back(start + i);
     offsets.push_back(offsets.back() + task.counts[b]);
     ends[b] = offsets.back() - 1;

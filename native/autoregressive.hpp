@@ -56,6 +56,7 @@ class AutoregressiveDrafter {
   bool lists_ids() const { return !parts_.ids.empty(); }
 
   // All waiting tokens but each row's last one stay in the cache: the token that follows it is not certain yet.
+  // Throws NoRoom before anything is written.
   void draft(KVCache& cache, const AutoregressiveTask& task);
 
  private:

@@ -53,7 +53,16 @@ int BlockDrafter::width() const { return parts_.markov ? parts_.markov->spec().s
 
 void BlockDrafter::absorb(KVCache& cache, const WaitingFeatures& waiting) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  check_room(cache, waiting, 0);
   append(cache, waiting);
+}
+
+// Before anything is written: the caller finds room and calls again.
+void BlockDrafter::check_room(const KVCache& cache, const WaitingFeatures& waiting, int64_t more) const {
+  for (int64_t b = 0; b < waiting.rows; b++) {
+    const int64_t start = cache.lengths().at(waiting.slots[b]);
+    expect_room(cache, waiting.slots[b], start, start + waiting.counts[b] + more);
+  }
 }
 
 void BlockDrafter::append(KVCache& cache, const WaitingFeatures& waiting) {
@@ -91,6 +100,7 @@ void BlockDrafter::append(KVCache& cache, const WaitingFeatures& waiting) {
 
 void BlockDrafter::draft(KVCache& cache, const BlockTask& task) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  check_room(cache, task.waiting, parts_.size);
   append(cache, task.waiting);
   run_block(cache, task);
   if (parts_.markov)

@@ -68,12 +68,13 @@ class BlockDrafter {
   int width() const;  // entries of a distribution: a shortlist, or Vd without a Markov head
   bool lists_ids() const { return parts_.markov || !parts_.ids.empty(); }
 
-  // Appends the keys and values of waiting features to the cache.
+  // Appends the keys and values of waiting features to the cache. Throws NoRoom before anything is written.
   void absorb(KVCache& cache, const WaitingFeatures& waiting);
   // The same, then drafts. Leaves the cache as `absorb` would.
   void draft(KVCache& cache, const BlockTask& task);
 
  private:
+  void check_room(const KVCache& cache, const WaitingFeatures& waiting, int64_t more) const;
   void append(KVCache& cache, const WaitingFeatures& waiting);
   void run_block(KVCache& cache, const BlockTask& task);
   void draw_block(const BlockTask& task);

@@ -39,6 +39,8 @@ __all__ = [
     "MarkovParts",
     "Mask",
     "Output",
+    "PagedCache",
+    "PagedTarget",
     "Piece",
     "Processor",
     "Proposal",
@@ -50,12 +52,14 @@ __all__ = [
     "Rng",
     "RowRecord",
     "SchedulerPolicy",
+    "SharesPrefixes",
     "Stack",
     "StackOutput",
     "StepCost",
     "StepObserver",
     "StepRecord",
     "StepView",
+    "StepsAside",
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
@@ -299,6 +303,12 @@ class StepView:
     contexts: Sequence[int]  # B: committed tokens, the prompt included
     stats: Sequence[RequestStats]  # B: rounds, drafts and accepted drafts so far; read only
     params: Sequence[SamplingParams]  # B
+    slots: Sequence[int] = ()  # B: the row's slot; empty: 0, 1, ...
+    requests: Sequence[int] = ()  # B: the number of the row's request; empty: unknown
+    can_draft: int = -1  # only so many rows, the first ones, can be drafted for; -1: all
+    tokens: int = 0  # of the target pass without drafts: B, and chunks of prompts beside them; 0: B
+    rows: int = 0  # of the target pass; 0: B
+    context: int = 0  # cached tokens over all rows of the pass; 0: those of the B rows
 
     def __len__(self) -> int:
         return len(self.contexts)
@@ -367,6 +377,42 @@ class KVCache(Protocol):
 
     def release(self, slot: int) -> None:
         """Give a slot and its memory back. A preempted row is released and computed again later."""
+        ...
+
+
+@runtime_checkable
+class SharesPrefixes(Protocol):
+    """A KV cache, or a drafter that has one, in which sequences that begin alike share what they hold, during their
+    lives and afterwards."""
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """How many tokens from the beginning of a sequence are held."""
+        ...
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """Begin an empty slot with the first ``count`` tokens of a sequence, at most as many as ``match`` has found."""
+        ...
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """Let others take over what a slot holds; ``tokens`` of the sequence, from its start."""
+        ...
+
+
+@runtime_checkable
+class PagedCache(KVCache, SharesPrefixes, Protocol):
+    """A cache whose slots share blocks of one pool, so that ``reserve`` says what memory there really is."""
+
+    block_bytes: int
+    free_blocks: int  # that ``reserve`` can still get
+
+
+@runtime_checkable
+class PagedTarget(Protocol):
+    """A stack or target with such a cache."""
+
+    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+        """``capacity``: most tokens of a sequence (less, where ``memory`` holds no such). ``memory``: bytes for all
+        slots together; None: as much as all of them can need. ``kv_dtype``: what keys and values are kept as."""
         ...
 
 
@@ -642,7 +688,8 @@ class SchedulerPolicy(Protocol):
     """How much is drafted, and how much of it is verified.
 
     Non-anticipating: (keep[b] >= j) may depend on confidence[b, :j], on other rows and on the past; never on
-    confidence[b, j:]; and it never sees the tokens (DSpark, Appendix A).
+    confidence[b, j:]; and it never sees the tokens (DSpark, Appendix A). Where every row that ``plan`` was shown is
+    greedy or ``coupled``, texts do not depend on the schedule, and the next ``choose`` may look at everything.
     """
 
     def plan(self, step: StepView) -> Sequence[int]:
@@ -655,6 +702,17 @@ class SchedulerPolicy(Protocol):
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """What the step cost, and accepted drafts per row [B]."""
+        ...
+
+
+@runtime_checkable
+class StepsAside(Protocol):
+    """A policy that can leave the drafter out altogether, so that steps cost what plain decoding costs."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether the drafter is shown what is committed from this step on. Rows that it has not followed from their
+        beginning are drafted for again only after they were shown to it, which counts as time spent on drafting."""
         ...
 
 

@@ -8,7 +8,7 @@ else as bfloat16. Letters: T packed tokens, R rows of logits, V vocabulary, D mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -37,6 +37,8 @@ from outrider.backends.packed_weights import PackedFile
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
+from outrider.kv_cache.block_cache import RETAINED, BlockCache
+from outrider.kv_cache.block_pool import BlockPool
 from outrider.registry import find
 from outrider.sampling.distribution import Processed
 from outrider.types import (
@@ -46,6 +48,7 @@ from outrider.types import (
     Distribution,
     KVCache,
     Mask,
+    PagedCache,
     Proposal,
     RaggedBatch,
     Rng,
@@ -56,6 +59,7 @@ from outrider.types import (
 __all__ = ["NativeBackend", "NativeCache", "NativeStack", "available"]
 
 DTYPES = (*FORMATS, FILE)
+KV_DTYPES = ("auto", "int8")
 PIECE = 8192  # rows of an embedding or a head that are read at a time; a multiple of 64
 NORMS = ("input_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm", "q_norm", "k_norm")
 
@@ -65,37 +69,36 @@ def available() -> bool:
     return _native is not None
 
 
-class NativeCache:
-    """The core's cache: contiguous per slot, blocked by absolute positions. Untouched pages cost no memory."""
+class NativeCache(BlockCache):
+    """The core's cache: pages of 64 positions, read through each slot's table. Untouched pages cost no memory."""
 
     def __init__(self, core: Any) -> None:
+        pool = BlockPool(core.pages, _native.block_tokens, retained=max(1, RETAINED // core.page_bytes))
+        super().__init__(core.slots, core.capacity, pool, core.page_bytes)
         self.core = core
-        self.capacity: int = core.capacity
         self.lengths: Tensor = _native.lengths(core)  # shares memory with the core
-        self._free = list(range(core.slots))
-
-    def open(self) -> int:
-        """Reserve an empty slot, the lowest free one. Raises CacheFull."""
-        if not self._free:
-            raise CacheFull(f"all {len(self.lengths)} slots are in use; close one, or make the cache with more slots")
-        slot = min(self._free)
-        self._free.remove(slot)
-        self.core.set_open(slot, True)
-        return slot
-
-    def reserve(self, slot: int, tokens: int) -> bool:
-        """Whether a sequence of ``tokens`` fits: every slot has its full capacity from the start."""
-        return tokens <= self.capacity
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
         """Drop everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
-        self.core.rewind(slots.numpy(), lengths.numpy())
+        if self.core.rewind(slots.numpy(), lengths.numpy()):
+            for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+                self._cut(slot, length)
 
-    def release(self, slot: int) -> None:
-        """Give a slot back."""
-        assert slot not in self._free, f"slot {slot} is not open"
-        self._free.append(slot)
-        self.core.set_open(slot, False)
+    def make_room(self, batch: RaggedBatch, more: int = 0) -> None:
+        """Room for a batch, and for ``more`` tokens of each row after it. Raises CacheFull."""
+        offsets, positions = batch.offsets.tolist(), batch.positions.tolist()
+        for slot, begin, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
+            if begin < end:
+                self.require(slot, positions[begin], positions[end - 1] + 1 + more)
+
+    def _apply(self, slot: int, table: list[int], fixed: int) -> None:
+        self.core.set_table(slot, table, fixed * self.pool.size)
+
+    def _copy(self, source: int, target: int) -> None:
+        self.core.copy_page(source, target)
+
+    def _set_open(self, slot: int, is_open: bool) -> None:
+        self.core.set_open(slot, is_open)
 
 
 class NativeBackend:
@@ -189,7 +192,21 @@ class NativeStack:
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """A cache of ``slots`` sequences of up to ``capacity`` tokens."""
-        cache: KVCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity))
+        return self.paged_cache(slots, capacity)
+
+    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+        """See ``outrider.types.PagedTarget``. ``kv_dtype``: ``auto`` (float32 with float32 weights, else bfloat16) or
+        ``int8``, with a scale per position and head. Raises InvalidRequest."""
+        if kv_dtype not in KV_DTYPES:
+            raise InvalidRequest(
+                f"the native backend keeps no keys and values as {kv_dtype!r}; {nearest(kv_dtype, KV_DTYPES)}"
+            )
+        int8, size = kv_dtype == "int8", _native.block_tokens
+        pages = slots * -(-capacity // size)
+        if memory is not None:
+            page_bytes = self.core.new_cache(1, 1, 1, int8).page_bytes
+            pages = min(pages, max(1, memory // max(1, page_bytes)))
+        cache: PagedCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity, pages, int8))
         return cache
 
     def forward(
@@ -210,7 +227,7 @@ class NativeStack:
         logits = torch.empty(rows, self._vocabulary) if self._vocabulary else None
         features = torch.empty(count, len(aux_layers) * self._width) if aux_layers else None
         try:
-            self.core.forward(
+            arguments = (
                 cache.core,
                 *_arrays(batch),
                 mask == "causal",
@@ -222,6 +239,7 @@ class NativeStack:
                 None if logits is None else logits.numpy(),
                 None if features is None else features.numpy(),
             )
+            _with_room(self.core.forward, arguments, cache, batch)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, residual, logits_at) from error
         return StackOutput(last, logits, features)
@@ -236,7 +254,8 @@ class NativeStack:
         logits = torch.empty(keys.numel(), self._vocabulary)
         arrays = (keys, temperatures, drawn, logits)
         try:
-            self.core.draft_loop(cache.core, *_arrays(batch), *(array.numpy() for array in arrays))
+            arguments = (cache.core, *_arrays(batch), *(array.numpy() for array in arrays))
+            _with_room(self.core.draft_loop, arguments, cache, batch, keys.shape[1] - 1)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, None, None, None) from error
         return drawn, logits
@@ -245,7 +264,7 @@ class NativeStack:
         """Write every layer's keys and values of ``hidden`` [T, D], taken as it is: no layer's norm is applied."""
         given = hidden.detach().float().numpy()
         try:
-            self.core.project(cache.core, *_arrays(batch), given)
+            _with_room(self.core.project, (cache.core, *_arrays(batch), given), cache, batch)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, None, None) from error
 
@@ -275,6 +294,17 @@ def _shared(parts: BlockParts | AutoregressiveParts) -> dict[str, Any]:
     ascending = parts.ids is None or bool((parts.ids.diff() > 0).all())
     found = {name: stack.core for name, stack in stacks.items() if isinstance(stack, NativeStack)}
     return found if ascending and len(found) == len(stacks) else {}
+
+
+def _with_room(
+    call: Callable[..., None], arguments: tuple[Any, ...], cache: NativeCache, batch: RaggedBatch, more: int = 0
+) -> None:
+    """Call the core; where a slot has no page yet for what is written, give it some and call again."""
+    try:
+        call(*arguments)
+    except _native.NoRoom:
+        cache.make_room(batch, more)
+        call(*arguments)
 
 
 def _arrays(batch: RaggedBatch) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ distribution.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,13 +78,12 @@ class NativeBlockDrafter:
 
     def __init__(self, parts: Any) -> None:
         self.core = native.BlockDrafter(parts)
+        self._size = parts.size
 
     def absorb(self, cache: Any, slots: Sequence[int], counts: Sequence[int], features: Sequence[Tensor]) -> None:
         """Append the keys and values of waiting features. Raises InvalidRequest, and CacheFull past the capacity."""
-        try:
-            self.core.absorb(cache.core, slots, counts, _arrays(features))
-        except (ValueError, IndexError) as error:
-            raise _explained(error) from error
+        arguments = (cache.core, slots, counts, _arrays(features))
+        _with_room(self.core.absorb, arguments, cache, slots, counts, 0)
 
     def draft(
         self,
@@ -98,7 +97,7 @@ class NativeBlockDrafter:
         temperatures: Sequence[float],
     ) -> Drafts:
         """The same, then K drafts a row. Raises InvalidRequest, and CacheFull past the capacity."""
-        return _draft(self.core, cache, slots, counts, features, anchors, drafts, keys, temperatures)
+        return _draft(self.core, cache, slots, counts, features, anchors, drafts, keys, temperatures, self._size)
 
 
 class NativeInTurnDrafter:
@@ -119,7 +118,7 @@ class NativeInTurnDrafter:
         temperatures: Sequence[float],
     ) -> Drafts:
         """Raises InvalidRequest, and CacheFull past the capacity."""
-        return _draft(self.core, cache, slots, counts, features, tokens, drafts, keys, temperatures)
+        return _draft(self.core, cache, slots, counts, features, tokens, drafts, keys, temperatures, drafts)
 
 
 def _draft(
@@ -132,8 +131,10 @@ def _draft(
     drafts: int,
     keys: Tensor | None,
     temperatures: Sequence[float],
+    scratch: int,
 ) -> Drafts:
-    """One call of a drafter in the core; ``given``: the tokens that it drafts from."""
+    """One call of a drafter in the core; ``given``: the tokens that it drafts from; ``scratch``: positions after a
+    row's waiting features that it writes."""
     count = len(slots)
     tokens, confidence = np.empty((count, drafts), np.int64), np.empty((count, drafts), np.float32)
     ids = logits = None
@@ -143,16 +144,35 @@ def _draft(
         ids = np.empty(shape, np.int64) if core.lists_ids else None
     words = None if keys is None else keys.numpy()
     arrays = (words, temperatures, tokens, confidence, ids, logits)
-    try:
-        core.draft(cache.core, slots, counts, _arrays(features), given, *arrays)
-    except (ValueError, IndexError) as error:
-        raise _explained(error) from error
+    arguments = (cache.core, slots, counts, _arrays(features), given, *arrays)
+    _with_room(core.draft, arguments, cache, slots, counts, scratch)
     return Drafts(
         torch.from_numpy(tokens),
         torch.from_numpy(confidence),
         None if ids is None else torch.from_numpy(ids),
         None if logits is None else torch.from_numpy(logits),
     )
+
+
+def _with_room(
+    call: Callable[..., None],
+    arguments: tuple[Any, ...],
+    cache: Any,
+    slots: Sequence[int],
+    counts: Sequence[int],
+    scratch: int,
+) -> None:
+    """Call the core; where a slot has no page yet for what is written, give it some and call again."""
+    try:
+        try:
+            call(*arguments)
+        except native.NoRoom:
+            for slot, count in zip(slots, counts, strict=True):
+                held = int(cache.lengths[slot])
+                cache.require(slot, held, held + count + scratch)
+            call(*arguments)
+    except (ValueError, IndexError) as error:
+        raise _explained(error) from error
 
 
 def _arrays(features: Sequence[Tensor]) -> list[Any]:
