@@ -63,6 +63,7 @@ __all__ = [
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
+    "TokenLogprobs",
     "Verification",
 ]
 
@@ -194,6 +195,11 @@ class Context:
     prompt_lengths: Sequence[int]  # B
     processors: Sequence[Sequence[Processor]] | None = None  # B: applied after the request's own (a grammar's mask)
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether the distribution of some row depends on the tokens before it by other ways than the model."""
+        return self.processors is not None or any(p.penalised for p in self.params)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestRows:
@@ -236,12 +242,21 @@ class RequestStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the target's probabilities at one position: softmax of its logits as they are."""
+
+    logprob: float  # of the committed token
+    top: tuple[tuple[int, float], ...]  # token ids with theirs, the likeliest first; on ties the lowest id
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Text of one committed token (may be empty while a character is incomplete)."""
 
     token_id: int
     text: str
     drafted: bool  # the drafter proposed it and the target accepted it
+    logprobs: TokenLogprobs | None = None  # where the request asked for them
 
 
 @dataclass(frozen=True, slots=True)

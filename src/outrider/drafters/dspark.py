@@ -135,7 +135,7 @@ class DSparkDrafter(CachedDrafter):
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
-        if self.core is not None and all(map(plainly_sampled, context.params)):
+        if self.core is not None and plainly_sampled(context):
             proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
         else:
             proposal = self._draft_stepwise(named, last, lengths, context, rng)

@@ -20,8 +20,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from outrider.engine.predicted_text import CONFIDENCE
 from outrider.engine.request import Request
 from outrider.engine.rows import Rows
+from outrider.sampling.added_drafts import with_drafts
+from outrider.sampling.grammar_drafts import fit_drafts, to_draft
 from outrider.types import (
     Drafter,
     Proposal,
@@ -134,12 +137,22 @@ class Drafting:
         return rows.pad(proposal), perf_counter() - began + self._seconds
 
     def _propose(self, rows: Rows, limits: list[int]) -> Proposal:
-        limit = torch.tensor(limits, dtype=torch.int64)
-        try:
-            return self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
-        except Exception as error:
-            self._fails(rows.requests[: rows.drafting], error)
-            return Proposal.empty(rows.drafting)
+        """The drafter's, an expected text's where the output follows one, and both as the rows' grammars have them."""
+        grammars = rows.grammars[: rows.drafting]
+        wanted = to_draft(grammars, limits) if any(grammars) else limits
+        predicted = rows.predicted(wanted)
+        if predicted:
+            wanted = [0 if b in predicted else limit for b, limit in enumerate(wanted)]
+        proposal = Proposal.empty(rows.drafting)
+        if any(wanted):
+            limit = torch.tensor(wanted, dtype=torch.int64)
+            try:
+                proposal = self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
+            except Exception as error:
+                self._fails(rows.requests[: rows.drafting], error)
+        if predicted:
+            proposal = with_drafts(proposal, predicted, CONFIDENCE)
+        return fit_drafts(proposal, grammars, limits, rows.context) if any(grammars) else proposal
 
     def choose(self, proposal: Proposal) -> Tensor:
         """Drafts of each row to verify."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
@@ -14,11 +14,14 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
+from outrider.engine.predicted_text import PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
 from outrider.engine.rows import Admission, Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.grammar import GrammarMatcher, Grammars
+from outrider.sampling.logprobs import token_logprobs
 from outrider.sampling.processors import process
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import (
@@ -33,6 +36,7 @@ from outrider.types import (
     StepRecord,
     TargetModel,
     TargetOutput,
+    TokenLogprobs,
 )
 
 __all__ = ["Engine"]
@@ -76,6 +80,10 @@ class Engine:
         self._commits: list[Commit] = []  # of the step in progress, once all of them are known
         self._news = False  # whether requests were submitted or cancelled since the last step
         self._whole = True  # False while a step is under way: what it leaves behind cannot be relied on
+        self._grammars: Grammars | None = None
+        if tokenizer is not None:
+            spec = target.spec
+            self._grammars = Grammars(lambda: tokenizer.definition, spec.vocab_size, spec.eos_token_ids)
         self._turns = Turns()
 
     @property
@@ -101,16 +109,25 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise InvalidRequest for a request that this engine cannot run."""
         check_request(self.target.spec, prompt, params)
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise InvalidRequest("a grammar needs a tokenizer, and this engine has none")
+            self._grammars.check(params.grammar)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this engine has none")
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> Request:
-        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry."""
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0, expected: Sequence[int] = ()
+    ) -> Request:
+        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry. ``expected``: tokens that the
+        answer may be made of; they are proposed where it follows them, and change no distribution."""
         self.check(prompt, params)
         stop_ids = frozenset() if params.ignore_eos else frozenset(self.target.spec.eos_token_ids)
-        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]))
+        grammar = GrammarMatcher(self._grammars, params) if self._grammars is not None and params.grammar else None
+        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]), grammar)
         number = next(self._numbers)
         request = Request(number, index, params, seed, finisher, list(prompt), len(prompt), pending=len(prompt))
+        request.predicted = PredictedText(expected) if expected else None
         self._arrivals.append(request)
         self._news = True  # after the append: a step that clears it first has not seen the request
         return request
@@ -172,7 +189,8 @@ class Engine:
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
             accepted, tokens = result.accepted.tolist(), result.tokens.tolist()
-        commits = self._commit(rows, kept, accepted, tokens)  # commit, where texts may end
+        logprobs = token_logprobs(output.logits, run.rows, tokens, accepted, rows.context.params)
+        commits = self._commit(rows, kept, accepted, tokens, logprobs)  # commit, where texts may end
         self._observe(rows, run, commits, output)
         bookkeeping = perf_counter() - began - draft_seconds - verify_seconds
         cost = StepCost(draft_seconds, verify_seconds, bookkeeping, len(rows), len(run.batch.tokens), rows.cached)
@@ -225,11 +243,18 @@ class Engine:
             )
             self._retire(request)
 
-    def _commit(self, rows: Rows, keep: list[int], accepted: list[int], tokens: list[list[int]]) -> list[Commit]:
+    def _commit(
+        self,
+        rows: Rows,
+        keep: list[int],
+        accepted: list[int],
+        tokens: list[list[int]],
+        logprobs: Mapping[int, Sequence[TokenLogprobs]],
+    ) -> list[Commit]:
         """Append each row's new tokens up to where its text ends; nothing after that is kept or counted."""
         now = perf_counter()
         commits = [
-            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started)
+            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started, logprobs.get(b, ()))
             for b, request in enumerate(rows.requests[: rows.complete])
         ]
         self._commits = commits  # from here on the step counts, whatever interrupts it

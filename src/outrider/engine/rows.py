@@ -42,8 +42,12 @@ class Rows:
         self.drafting = sum(r.followed for r in self.requests[: self.ready])
         self.complete = sum(r.pending == c for r, c in zip(self.requests, self.chunks, strict=True))
         verified = self.requests[: self.complete]
+        self.grammars = [r.finisher.grammar for r in verified]
         self.context = Context(
-            [r.params for r in verified], [r.history for r in verified], [r.prompt_length for r in verified]
+            [r.params for r in verified],
+            [r.history for r in verified],
+            [r.prompt_length for r in verified],
+            [() if g is None else (g,) for g in self.grammars] if any(self.grammars) else None,
         )
         self.rng = RowRng(
             [r.seed for r in verified], [r.round for r in verified], [r.params.effective_rule for r in verified]
@@ -84,23 +88,34 @@ class Rows:
         return sum(len(r.history) for r in self.requests)
 
     def limits(self, planned: Sequence[int], block: int, capacity: int) -> list[int]:
-        """Drafts within the drafter's block, the request's budget (less the bonus token) and the slot. [drafting]"""
+        """Drafts within the drafter's block, the request's own limit, its budget (less the bonus token) and the slot.
+        [drafting]"""
         return [
-            min(drafts, block, r.left - 1, capacity - len(r.history))
+            min(_at_most(drafts, r.params.draft_tokens), block, r.left - 1, capacity - len(r.history))
             for drafts, r in zip(planned, self.requests[: self.drafting], strict=False)
         ]
+
+    def predicted(self, limits: Sequence[int]) -> dict[int, list[int]]:
+        """Row -> drafts from the request's expected text, for rows whose output follows one."""
+        found = {}
+        for b, (request, most) in enumerate(zip(self.requests, limits, strict=False)):
+            if request.predicted is not None:
+                drafts = request.predicted.drafts(request.history, request.prompt_length, most)
+                if drafts:
+                    found[b] = drafts
+        return found
 
     def pad(self, proposal: Proposal) -> Proposal:
         """The same proposal with no drafts for rows that cannot be drafted for, or finish their prompt in this step."""
         extra = self.complete - len(proposal.lengths)
         if extra == 0:
             return proposal
-        tokens, lengths = proposal.tokens, proposal.lengths
+        tokens, lengths, sure = proposal.tokens, proposal.lengths, proposal.confidence
         return Proposal(
             torch.cat([tokens, tokens.new_zeros(extra, tokens.shape[1])]),
             torch.cat([lengths, lengths.new_zeros(extra)]),
             proposal.distribution,
-            proposal.confidence,
+            None if sure is None else torch.cat([sure, sure.new_zeros(extra, sure.shape[1])]),
         )
 
     def candidates(self, proposal: Proposal, keep: list[int]) -> Candidates:
@@ -167,3 +182,7 @@ class Admission:
         """Back to the head of the queue: its text goes on from where it is once it has a row again."""
         self.running.remove(request)
         self.waiting.appendleft(request)
+
+
+def _at_most(drafts: int, limit: int | None) -> int:
+    return drafts if limit is None else min(drafts, limit)

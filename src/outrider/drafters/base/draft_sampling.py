@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from outrider.config import SamplingParams
 from outrider.drafters.base.network import DraftNet, rowwise
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
@@ -59,7 +58,7 @@ class Drawing:
     @property
     def penalised(self) -> bool:
         """Whether a row's distribution depends on the tokens drafted before it by an option of its request."""
-        return any(p.penalised for p in self._context.params)
+        return self._context.stepwise
 
     def keys(self) -> Tensor:
         """Of all drafts of each row that takes part, int64 [n, K]; zeros where nothing is sampled."""
@@ -122,7 +121,8 @@ def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: Sequence[int],
     return Proposal(tokens, torch.tensor(lengths, dtype=torch.int64), distribution, confidence)
 
 
-def plainly_sampled(params: SamplingParams) -> bool:
-    """Whether a request samples from softmax(logits / temperature) or greedily: no penalty, bias or truncation."""
-    truncated = params.temperature and (params.top_k or params.top_p < 1 or params.min_p)
-    return not (params.penalised or params.logit_bias or truncated)
+def plainly_sampled(context: Context) -> bool:
+    """Whether all rows sample from softmax(logits / temperature) or greedily: no penalty, bias, mask or truncation."""
+    if context.stepwise:
+        return False
+    return not any(p.logit_bias or (p.temperature and (p.top_k or p.top_p < 1 or p.min_p)) for p in context.params)
