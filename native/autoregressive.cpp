@@ -138,6 +138,7 @@ void AutoregressiveDrafter::draft(KVCache& cache, const AutoregressiveTask& task
                          vocabulary,
                          parts_.ids.empty() ? nullptr : parts_.ids.data(),
                          task.temperatures[b],
+                         task.truncations[b],
                          task.keys ? task.keys[i] : 0,
                          task.logits ? task.logits + i * vocabulary : nullptr,
                          task.ids ? task.ids + i * vocabulary : nullptr,

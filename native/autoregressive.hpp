@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "stack.hpp"
+#include "truncation.hpp"
 
 namespace outrider {
 
@@ -37,7 +38,8 @@ struct AutoregressiveTask {
   };
   std::vector<Piece> features;   // row by row, T together
   const int64_t* keys;           // [n, K]; null where all rows are greedy
-  const float* temperatures;     // [n]; 0: greedy
+  const float* temperatures;      // [n]; 0: greedy
+  const Truncation* truncations;  // [n], of sampled rows
   int64_t* drawn;                // [n, K] target ids
   float* confidence;             // [n, K] sigmoid(largest logit - second)
   // What each draft was drawn from, [n K, Vd]: logits / temperature, and target ids where the vocabulary is reduced.

@@ -14,6 +14,25 @@ namespace {
 
 // Short lists of numbers cross as Python lists: that costs less than an array.
 using Ints = std::vector<int64_t>;
+// Temperature, top-k, top-p and min-p of each row; a temperature of 0 is greedy.
+using Sampling = std::vector<std::tuple<float, int64_t, double, double>>;
+
+struct RowSampling {
+  std::vector<float> temperatures;
+  std::vector<Truncation> truncations;
+};
+
+RowSampling checked(const Sampling& sampling, int64_t rows, bool samples) {
+  expect_shape("sampling", static_cast<int64_t>(sampling.size()), 1, rows, 1);
+  RowSampling all;
+  for (const auto& [temperature, top_k, top_p, min_p] : sampling) {
+    if (temperature > 0 && !samples) throw std::invalid_argument("sampled rows need keys, and an array for logits");
+    if (top_k < 1) throw std::invalid_argument("truncation keeps at least one token");
+    all.temperatures.push_back(temperature);
+    all.truncations.push_back({top_k, top_p, min_p});
+  }
+  return all;
+}
 
 WaitingFeatures waiting_of(const BlockDrafter& drafter, const Ints& slots, const Ints& counts,
                            const std::vector<FloatMatrix>& features) {
@@ -47,7 +66,7 @@ void absorb(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints
 void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints& counts,
            const std::vector<FloatMatrix>& features, const Ints& anchors,
            const std::optional<IntMatrix>& keys,
-           const std::vector<float>& temperatures, const IntMatrixOut& tokens, const FloatMatrixOut& confidence,
+           const Sampling& sampling, const IntMatrixOut& tokens, const FloatMatrixOut& confidence,
            const std::optional<IntMatrixOut>& ids, const std::optional<FloatMatrixOut>& logits) {
   BlockTask task{};
   task.waiting = waiting_of(drafter, slots, counts, features);
@@ -57,19 +76,17 @@ void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints&
     throw std::invalid_argument("a block gives 1 to " + std::to_string(drafter.drafts()) + " drafts, got " +
                                 std::to_string(task.drafts));
   expect_shape("anchors", static_cast<int64_t>(anchors.size()), 1, rows, 1);
-  expect_shape("temperatures", temperatures.size(), 1, rows, 1);
   if (keys) expect_matrix("keys", *keys, rows, task.drafts);
   expect_matrix("tokens", tokens, rows, task.drafts);
   expect_matrix("confidence", confidence, rows, task.drafts);
   if (logits) expect_matrix("logits", *logits, rows * task.drafts, drafter.width());
   if (ids) expect_matrix("ids", *ids, rows * task.drafts, drafter.width());
-  for (int64_t b = 0; b < rows; b++)
-    if (temperatures[b] > 0 && !(keys && logits))
-      throw std::invalid_argument("sampled rows need keys, and an array for logits");
+  const RowSampling row_sampling = checked(sampling, rows, keys && logits);
   if (logits && drafter.lists_ids() && !ids) throw std::invalid_argument("this drafter needs an array for ids");
   task.anchors = anchors.data();
   task.keys = data_or_null(keys);
-  task.temperatures = temperatures.data();
+  task.temperatures = row_sampling.temperatures.data();
+  task.truncations = row_sampling.truncations.data();
   task.tokens = tokens.data();
   task.confidence = confidence.data();
   task.ids = data_or_null(ids);
@@ -80,7 +97,7 @@ void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints&
 
 void draft_in_turn(AutoregressiveDrafter& drafter, KVCache& cache, const Ints& slots, const Ints& counts,
                    const std::vector<FloatMatrix>& features, const Ints& tokens,
-                   const std::optional<IntMatrix>& keys, const std::vector<float>& temperatures,
+                   const std::optional<IntMatrix>& keys, const Sampling& sampling,
                    const IntMatrixOut& drawn, const FloatMatrixOut& confidence, const std::optional<IntMatrixOut>& ids,
                    const std::optional<FloatMatrixOut>& logits) {
   AutoregressiveTask task{};
@@ -101,21 +118,19 @@ void draft_in_turn(AutoregressiveDrafter& drafter, KVCache& cache, const Ints& s
   if (given != wanted || static_cast<int64_t>(tokens.size()) != wanted)
     throw std::invalid_argument("got features of " + std::to_string(given) + " tokens and " +
                                 std::to_string(tokens.size()) + " following tokens, expected " + std::to_string(wanted));
-  expect_shape("temperatures", temperatures.size(), 1, task.rows, 1);
   expect_matrix("drawn", drawn, task.rows, task.drafts);
   expect_matrix("confidence", confidence, task.rows, task.drafts);
   if (keys) expect_matrix("keys", *keys, task.rows, task.drafts);
   if (logits) expect_matrix("logits", *logits, task.rows * task.drafts, drafter.width());
   if (ids) expect_matrix("ids", *ids, task.rows * task.drafts, drafter.width());
-  for (float temperature : temperatures)
-    if (temperature > 0 && !(keys && logits))
-      throw std::invalid_argument("sampled rows need keys, and an array for logits");
+  const RowSampling row_sampling = checked(sampling, task.rows, keys && logits);
   if (logits && drafter.lists_ids() && !ids) throw std::invalid_argument("this drafter needs an array for ids");
   task.slots = slots.data();
   task.counts = counts.data();
   task.tokens = tokens.data();
   task.keys = data_or_null(keys);
-  task.temperatures = temperatures.data();
+  task.temperatures = row_sampling.temperatures.data();
+  task.truncations = row_sampling.truncations.data();
   task.drawn = drawn.data();
   task.confidence = confidence.data();
   task.ids = data_or_null(ids);
@@ -144,7 +159,7 @@ void bind_autoregressive(nb::module_& m) {
       .def_prop_ro("width", &AutoregressiveDrafter::width)
       .def_prop_ro("lists_ids", &AutoregressiveDrafter::lists_ids)
       .def("draft", &draft_in_turn, "cache"_a, "slots"_a, "counts"_a, "features"_a, "tokens"_a,
-           "keys"_a.noconvert().none(), "temperatures"_a, "drawn"_a.noconvert(), "confidence"_a.noconvert(),
+           "keys"_a.noconvert().none(), "sampling"_a, "drawn"_a.noconvert(), "confidence"_a.noconvert(),
            "ids"_a.noconvert().none(), "logits"_a.noconvert().none());
 }
 
@@ -175,7 +190,7 @@ void bind_drafters(nb::module_& m) {
       .def_prop_ro("lists_ids", &BlockDrafter::lists_ids)
       .def("absorb", &absorb, "cache"_a, "slots"_a, "counts"_a, "features"_a)
       .def("draft", &draft, "cache"_a, "slots"_a, "counts"_a, "features"_a,
-           "anchors"_a, "keys"_a.noconvert().none(), "temperatures"_a, "tokens"_a.noconvert(),
+           "anchors"_a, "keys"_a.noconvert().none(), "sampling"_a, "tokens"_a.noconvert(),
            "confidence"_a.noconvert(), "ids"_a.noconvert().none(), "logits"_a.noconvert().none());
 }
 

@@ -162,6 +162,7 @@ void BlockDrafter::draw_block(const BlockTask& task) {
   block.anchors = task.anchors;
   block.keys = task.keys;
   block.temperatures = task.temperatures;
+  block.truncations = task.truncations;
   block.tokens = task.tokens;
   block.margins = task.confidence;
   block.ids = task.ids;
@@ -179,6 +180,7 @@ void BlockDrafter::draw_independently(const BlockTask& task) {
                        vocabulary,
                        parts_.ids.empty() ? nullptr : parts_.ids.data(),
                        task.temperatures[i / task.drafts],
+                       task.truncations[i / task.drafts],
                        task.keys ? task.keys[i] : 0,
                        task.logits ? task.logits + i * vocabulary : nullptr,
                        task.ids ? task.ids + i * vocabulary : nullptr,

@@ -11,6 +11,7 @@
 
 #include "markov.hpp"
 #include "stack.hpp"
+#include "truncation.hpp"
 
 namespace outrider {
 
@@ -50,6 +51,7 @@ struct BlockTask {
   const int64_t* anchors;     // [n] target ids
   const int64_t* keys;        // [n, K]; null where all rows are greedy
   const float* temperatures;  // [n]; 0: greedy
+  const Truncation* truncations;  // [n], of sampled rows
   int64_t* tokens;            // [n, K] target ids
   float* confidence;          // [n, K]: of the confidence head, else sigmoid(largest logit - second)
   // What each draft was drawn from, rows of `width()`: logits / temperature, and target ids, ascending, filled up with V

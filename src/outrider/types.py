@@ -566,11 +566,11 @@ class BlockDrafter(Protocol):
         anchors: Sequence[int],
         drafts: int,
         keys: Tensor | None,
-        temperatures: Sequence[float],
+        params: Sequence[SamplingParams],
     ) -> Drafts:
         """The same, then K ``drafts`` for each of n rows; nothing of them stays in the cache. anchors [n]: the rows'
-        last tokens; keys int64 [n, K] of ``Rng.token_keys``, None where all temperatures [n] are 0 (the largest
-        logit)."""
+        last tokens; keys int64 [n, K] of ``Rng.token_keys``, None where all rows are greedy; ``params`` [n]: of which
+        temperature and truncation are applied."""
         ...
 
 
@@ -613,13 +613,13 @@ class InTurnDrafter(Protocol):
         tokens: Sequence[int],
         drafts: int,
         keys: Tensor | None,
-        temperatures: Sequence[float],
+        params: Sequence[SamplingParams],
     ) -> Drafts:
         """Run the waiting features of n rows, then draft K ``drafts`` a row.
 
         ``counts`` [n], at least 1: waiting features of each row; ``features`` [T, F] in pieces and ``tokens`` [T], the
-        one that follows each of them, row after row. All but each row's last one stay in the cache. keys and
-        temperatures as in ``BlockDrafter.draft``.
+        one that follows each of them, row after row. All but each row's last one stay in the cache. ``keys`` and
+        ``params`` as in ``BlockDrafter.draft``.
         """
         ...
 

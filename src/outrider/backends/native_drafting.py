@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.config import SamplingParams
 from outrider.core import native
 from outrider.errors import CacheFull, InvalidRequest
 from outrider.types import AutoregressiveParts, BlockParts, Drafts, MarkovParts
 
 __all__ = ["NativeBlockDrafter", "NativeInTurnDrafter", "autoregressive_parts", "block_parts", "markov_head"]
+
+NO_LIMIT = 1 << 62  # a top-k that keeps everything
 
 
 def markov_head(parts: MarkovParts, ids: Tensor | None, isa: str, dtype: torch.dtype | str) -> Any:
@@ -94,10 +97,10 @@ class NativeBlockDrafter:
         anchors: Sequence[int],
         drafts: int,
         keys: Tensor | None,
-        temperatures: Sequence[float],
+        params: Sequence[SamplingParams],
     ) -> Drafts:
         """The same, then K drafts a row. Raises InvalidRequest, and CacheFull past the capacity."""
-        return _draft(self.core, cache, slots, counts, features, anchors, drafts, keys, temperatures, self._size)
+        return _draft(self.core, cache, slots, counts, features, anchors, drafts, keys, params, self._size)
 
 
 class NativeInTurnDrafter:
@@ -115,10 +118,10 @@ class NativeInTurnDrafter:
         tokens: Sequence[int],
         drafts: int,
         keys: Tensor | None,
-        temperatures: Sequence[float],
+        params: Sequence[SamplingParams],
     ) -> Drafts:
         """Raises InvalidRequest, and CacheFull past the capacity."""
-        return _draft(self.core, cache, slots, counts, features, tokens, drafts, keys, temperatures, drafts)
+        return _draft(self.core, cache, slots, counts, features, tokens, drafts, keys, params, drafts)
 
 
 def _draft(
@@ -130,7 +133,7 @@ def _draft(
     given: Sequence[int],
     drafts: int,
     keys: Tensor | None,
-    temperatures: Sequence[float],
+    params: Sequence[SamplingParams],
     scratch: int,
 ) -> Drafts:
     """One call of a drafter in the core; ``given``: the tokens that it drafts from; ``scratch``: positions after a
@@ -143,7 +146,8 @@ def _draft(
         logits = np.empty(shape, np.float32)
         ids = np.empty(shape, np.int64) if core.lists_ids else None
     words = None if keys is None else keys.numpy()
-    arrays = (words, temperatures, tokens, confidence, ids, logits)
+    sampling = [(p.temperature, p.top_k or NO_LIMIT, p.top_p, p.min_p) for p in params]
+    arrays = (words, sampling, tokens, confidence, ids, logits)
     arguments = (cache.core, slots, counts, _arrays(features), given, *arrays)
     _with_room(core.draft, arguments, cache, slots, counts, scratch)
     return Drafts(

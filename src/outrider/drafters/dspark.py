@@ -20,9 +20,9 @@ from outrider.drafters.base import (
     CachedDrafter,
     Drawing,
     draft_keys,
+    known_sampling,
     linear,
     packed_proposal,
-    plainly_sampled,
     rms_norm,
     rowwise,
 )
@@ -135,7 +135,7 @@ class DSparkDrafter(CachedDrafter):
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
-        if self.core is not None and plainly_sampled(context):
+        if self.core is not None and known_sampling(context):
             proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
         else:
             proposal = self._draft_stepwise(named, last, lengths, context, rng)
@@ -146,8 +146,8 @@ class DSparkDrafter(CachedDrafter):
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
         rows, anchors = [b for b, n in enumerate(lengths) if n], last.tolist()
-        temperatures = [context.params[b].temperature for b in rows]
-        keys = draft_keys(rows, max(lengths), context, rng) if any(temperatures) else None
+        params = [context.params[b] for b in rows]
+        keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
         slots, counts, features = self.cache.take_features([named[b] for b in rows])
         drafts = core.draft(
             self.cache.kv_cache,
@@ -157,7 +157,7 @@ class DSparkDrafter(CachedDrafter):
             [anchors[b] for b in rows],
             max(lengths),
             keys,
-            temperatures,
+            params,
         )
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.drafters.base.draft_sampling import Drawing, draft_keys, packed_proposal, plainly_sampled
+from outrider.drafters.base.draft_sampling import Drawing, draft_keys, known_sampling, packed_proposal
 from outrider.drafters.base.trained import CachedDrafter
 from outrider.types import (
     AutoregressiveParts,
@@ -105,7 +105,7 @@ class AutoregressiveDrafter(CachedDrafter):
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
-        if self.core is not None and plainly_sampled(context):
+        if self.core is not None and known_sampling(context):
             proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
         else:
             proposal = self._draft_stepwise(named, last, lengths, context, rng)
@@ -116,10 +116,10 @@ class AutoregressiveDrafter(CachedDrafter):
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
         rows, ends = [b for b, n in enumerate(lengths) if n], last.tolist()
-        temperatures = [context.params[b].temperature for b in rows]
-        keys = draft_keys(rows, max(lengths), context, rng) if any(temperatures) else None
+        params = [context.params[b] for b in rows]
+        keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
         taken = self.cache.take_paired_features([named[b] for b in rows], [ends[b] for b in rows])
-        drafts = core.draft(self.cache.kv_cache, *taken, max(lengths), keys, temperatures)
+        drafts = core.draft(self.cache.kv_cache, *taken, max(lengths), keys, params)
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 
     def _draft_stepwise(

@@ -15,7 +15,7 @@ from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
 from outrider.types import Context, Drafts, Proposal, Rng
 
-__all__ = ["Drawing", "draft_keys", "packed_proposal", "plainly_sampled"]
+__all__ = ["Drawing", "draft_keys", "known_sampling", "packed_proposal"]
 
 
 class Drawing:
@@ -121,8 +121,7 @@ def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: Sequence[int],
     return Proposal(tokens, torch.tensor(lengths, dtype=torch.int64), distribution, confidence)
 
 
-def plainly_sampled(context: Context) -> bool:
-    """Whether all rows sample from softmax(logits / temperature) or greedily: no penalty, bias, mask or truncation."""
-    if context.stepwise:
-        return False
-    return not any(p.logit_bias or (p.temperature and (p.top_k or p.top_p < 1 or p.min_p)) for p in context.params)
+def known_sampling(context: Context) -> bool:
+    """Whether all rows are sampled in ways that a backend knows: temperature and truncation, but no bias, penalty or
+    mask."""
+    return not (context.stepwise or any(p.logit_bias for p in context.params))
