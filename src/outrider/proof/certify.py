@@ -20,8 +20,8 @@ from outrider.models.decoder import DecoderTarget
 from outrider.models.loading import load_target
 from outrider.proof import contracts, equality, exact, statistical
 from outrider.proof.certificate import Certificate, Check, Tier, run_tier
-from outrider.proof.proposing import DraftRow, Session
 from outrider.proof.evidence import Budget
+from outrider.proof.proposing import DraftRow, Session
 from outrider.proof.toy_world import ToyWorld, make_policy
 from outrider.types import Drafter, TargetModel
 
