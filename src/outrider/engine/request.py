@@ -80,6 +80,7 @@ class Commit:
             seconds,
             _counted(old.accepted_per_position, counts * end.accepted),
             _counted(old.drafted_per_position, counts * verified),
+            old.cached_tokens,
         )
         event = Event(request.index, end.pieces, end.reason)
         return Commit(
