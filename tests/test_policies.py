@@ -31,7 +31,8 @@ def make(name: str) -> SchedulerPolicy:
 
 
 def view(rows: int) -> StepView:
-    return StepView([10] * rows, [RequestStats() for _ in range(rows)], [SamplingParams()] * rows)
+    params = SamplingParams(temperature=1.0)  # text that depends on the schedule: greedy rows leave a policy free
+    return StepView([10] * rows, [RequestStats() for _ in range(rows)], [params] * rows)
 
 
 def anticipates(make_policy: Callable[[], SchedulerPolicy], trials: int = 20) -> bool:

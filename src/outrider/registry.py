@@ -54,6 +54,7 @@ TRAINERS = {  # drafter -> how a new one starts, and its network with gradients;
 POLICIES = {
     "fixed": "outrider.scheduling.fixed:FixedPolicy",
     "threshold": "outrider.scheduling.threshold:ThresholdPolicy",
+    "throughput": "outrider.scheduling.throughput:ThroughputPolicy",
 }
 BACKENDS = {
     "reference": "outrider.backends.reference:ReferenceBackend",

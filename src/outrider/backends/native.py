@@ -26,6 +26,7 @@ from outrider.backends.file_formats import (
     takes_blocks,
 )
 from outrider.backends.layers import check_weights, shapes_of
+from outrider.backends.native_drafting import NativeBlockDrafter, block_parts
 from outrider.backends.native_verification import verify_native
 from outrider.backends.packed_weights import PackedFile
 from outrider.config import LayerConfig, RopeConfig, StackConfig
@@ -36,6 +37,7 @@ from outrider.kv_cache.block_pool import BlockPool
 from outrider.registry import find
 from outrider.sampling.distribution import Processed
 from outrider.types import (
+    BlockParts,
     Context,
     Distribution,
     KVCache,
@@ -48,7 +50,7 @@ from outrider.types import (
     Verification,
 )
 
-__all__ = ["NativeBackend", "NativeCache", "NativeMarkovHead", "NativeStack", "available"]
+__all__ = ["NativeBackend", "NativeCache", "NativeStack", "available"]
 
 DTYPES = (*FORMATS, FILE)
 KV_DTYPES = ("auto", "int8")
@@ -145,28 +147,26 @@ class NativeBackend:
         assert isinstance(distribution, Processed)
         return distribution.draw(keys)
 
-    def markov_head(
-        self,
-        kind: str,
-        w1: Tensor,
-        w2: Tensor,
-        mix: Tensor | None,
-        ids: Tensor | None,
-        dtype: torch.dtype | str,
-        shortlist: int,
-    ) -> NativeMarkovHead:
-        """The sequential head of a block drafter: see ``NativeMarkovHead``.
+    def block_drafter(self, parts: BlockParts, dtype: torch.dtype | str) -> NativeBlockDrafter | None:
+        """See ``outrider.types.DraftsBlocks``: None where a stack is not the core's, or ids do not ascend."""
+        stacks: dict[str, Any] = {}
+        for name in ("layers", "embedding", "head"):
+            stack = getattr(parts, name)
+            if not isinstance(stack, NativeStack):
+                return None
+            stacks[name] = stack.core
+        if parts.ids is not None and not bool((parts.ids.diff() > 0).all()):
+            return None
+        stacks["fusion"] = self._product(parts.fusion, dtype)
+        if parts.markov is not None and parts.markov.mix_hidden is not None:
+            stacks["mix"] = self._product(parts.markov.mix_hidden, dtype)
+        return NativeBlockDrafter(block_parts(parts, stacks, self.isa, dtype))
 
-        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: the part without hidden states, [r, r] gated,
-        [3 r, 2 r] rnn; ids int64 [Vd]: the target id of each draft id, ascending, None where they are the same.
-        Stored as float32 with ``float32``, else as bfloat16: only a few rows are read, so fewer bits save nothing.
-        """
-        spec = _native.MarkovSpec()
-        spec.isa, spec.kind, spec.rank = self.isa, getattr(_native.MarkovKind, kind), w1.shape[1]
-        spec.dtype = _native.DType.f32 if str(dtype).removeprefix("torch.") == "float32" else _native.DType.bf16
-        spec.vocabulary, spec.drafted, spec.shortlist = len(w1), len(w2), shortlist
-        matrices = [None if m is None else m.detach().float().contiguous() for m in (w1, w2, mix)]
-        return NativeMarkovHead(_native.MarkovHead(spec, *matrices, ids))
+    def _product(self, weight: Tensor, dtype: torch.dtype | str) -> Any:
+        """A matrix [out, in] as the head of a stack without layers."""
+        out, width = weight.shape
+        config = StackConfig(vocab_size=out, hidden_size=width, layers=())
+        return self.load(config, {"head.weight": weight, "norm.weight": torch.ones(width)}, dtype).core
 
 
 class NativeStack:
@@ -290,49 +290,6 @@ def _with_room(
 def _arrays(batch: RaggedBatch) -> tuple[Any, ...]:
     """A batch as numpy arrays on the same memory: they cross to the core several times faster than tensors."""
     return batch.tokens.numpy(), batch.positions.numpy(), batch.slots.numpy(), batch.offsets.numpy()
-
-
-class NativeMarkovHead:
-    """Drafts a block in one call, from a shortlist of the tokens whose base logits are largest.
-
-    Greedy drafts are the largest of all corrected logits all the same: a bound shows whether a token outside the
-    shortlist could win, and then it is computed. Sampled ones are drawn from the distribution of the shortlist.
-    n rows, K drafts, Vd draft vocabulary, S entries of a shortlist.
-    """
-
-    def __init__(self, core: Any) -> None:
-        self.core = core
-
-    def draft(
-        self, base: Tensor, mixed: Tensor | None, anchors: Tensor, keys: Tensor, temperatures: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """base [n, K, Vd] logits, mixed [n, K, r or 3 r] of the hidden states with its bias (None: vanilla), anchors
-        int64 [n], keys int64 [n, K] of ``rng.gumbel``, temperatures float32 [n] (0 = the largest logit).
-
-        -> target ids int64 [n, K]; by how much the largest corrected logit exceeds the second, float32 [n, K]; and,
-        where rows are sampled, what each draft was drawn from: target ids int64 [n * K, S], ascending (the vocabulary's
-        size: no token), and logits after temperature [n * K, S].
-        """
-        count = keys.numel()
-        tokens, margins = torch.empty_like(keys), torch.empty(keys.shape)
-        distribution = None
-        if bool(temperatures.any()):
-            size = self.core.shortlist
-            distribution = torch.empty(count, size, dtype=torch.int64), torch.empty(count, size)
-        try:
-            self.core.draft(
-                base.reshape(count, -1).numpy(),
-                None if mixed is None else mixed.reshape(count, -1).numpy(),
-                anchors.numpy(),
-                keys.numpy(),
-                temperatures.numpy(),
-                tokens.numpy(),
-                margins.numpy(),
-                *((None, None) if distribution is None else (distribution[0].numpy(), distribution[1].numpy())),
-            )
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from error
-        return tokens, margins, distribution
 
 
 # ------------------------------------------------------------------------------------------------ loading

@@ -154,6 +154,7 @@ class DraftCache:
             self._truncate(row, known)  # a round may have been committed in part only
             ready = row.cache_slot >= 0 and row.end == known > 0
             ready &= not self._pairs or bool(row.tokens)  # the last pair's features were not kept with a shared prefix
+            ready = ready and self.kv_cache.reserve(row.cache_slot, row.end + self._scratch)
             lengths.append(max(0, min(wanted, most)) if ready else 0)
         return lengths
 
@@ -162,6 +163,7 @@ class DraftCache:
         rows = [row for slot in slots if (row := self._rows[slot]).tokens]
         if not rows:
             return None
+        self._make_room(rows)
         batch = RaggedBatch.pack(
             [row.tokens for row in rows], [row.held for row in rows], [row.cache_slot for row in rows]
         )
@@ -170,6 +172,16 @@ class DraftCache:
             row.drop(len(row.tokens))
         return Waiting(batch, features)
 
+    def take_features(self, slots: Sequence[int]) -> tuple[list[int], list[int], list[Tensor]]:
+        """The same in pieces, for a backend that packs them itself: each row's slot in the KV cache and number of
+        waiting tokens, and all features, row after row."""
+        rows = [self._rows[slot] for slot in slots]
+        counts = [len(row.tokens) for row in rows]
+        features = [piece for row in rows for piece in row.features]
+        for row in rows:
+            row.drop(len(row.tokens))
+        return [row.cache_slot for row in rows], counts, features
+
     def take_pairs(self, slots: Sequence[int], last: Sequence[int] | None) -> Waiting:
         """Waiting features of some rows, each with the token that *follows* it; all but the final pair count as held.
 
@@ -177,6 +189,7 @@ class DraftCache:
         final features; None leaves the final pairs out.
         """
         rows = [self._rows[slot] for slot in slots]
+        self._make_room(rows)
         ends = [[]] * len(rows) if last is None else [[token] for token in last]
         tokens = [[*row.tokens[1:], *end] for row, end in zip(rows, ends, strict=True)]
         batch = RaggedBatch.pack(tokens, [row.held for row in rows], [row.cache_slot for row in rows])
@@ -192,6 +205,10 @@ class DraftCache:
     def held(self, slots: Sequence[int]) -> Tensor:
         """int64 [n]: tokens of the rows that the KV cache holds."""
         return torch.tensor([self._rows[slot].held for slot in slots], dtype=torch.int64)
+
+    def _make_room(self, rows: Sequence[_Row]) -> None:
+        for row in rows:
+            self.kv_cache.reserve(row.cache_slot, row.held + len(row.tokens))
 
     def _truncate(self, row: _Row, end: int) -> None:
         if end < row.end:
