@@ -109,12 +109,12 @@ class Rows:
         extra = self.complete - len(proposal.lengths)
         if extra == 0:
             return proposal
-        tokens, lengths = proposal.tokens, proposal.lengths
+        tokens, lengths, sure = proposal.tokens, proposal.lengths, proposal.confidence
         return Proposal(
             torch.cat([tokens, tokens.new_zeros(extra, tokens.shape[1])]),
             torch.cat([lengths, lengths.new_zeros(extra)]),
             proposal.distribution,
-            proposal.confidence,
+            None if sure is None else torch.cat([sure, sure.new_zeros(extra, sure.shape[1])]),
         )
 
     def candidates(self, proposal: Proposal, keep: list[int]) -> Candidates:
