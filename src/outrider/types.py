@@ -230,6 +230,7 @@ class RequestStats:
     seconds: float = 0.0  # from the first prefill to the last commit
     accepted_per_position: list[int] = field(default_factory=list)  # rounds that accepted at least j + 1 drafts
     drafted_per_position: list[int] = field(default_factory=list)  # rounds that verified at least j + 1 drafts
+    cached_tokens: int = 0  # of the prompt: taken over from an earlier request instead of computed
 
     @property
     def acceptance_length(self) -> float:
@@ -418,16 +419,28 @@ class PagedCache(KVCache, SharesPrefixes, Protocol):
     """A cache whose slots share blocks of one pool, so that ``reserve`` says what memory there really is."""
 
     block_bytes: int
+    block_tokens: int
     free_blocks: int  # that ``reserve`` can still get
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        ...
+
+    def reset(self) -> None:
+        """Release every slot; what was published stays."""
+        ...
 
 
 @runtime_checkable
 class PagedTarget(Protocol):
     """A stack or target with such a cache."""
 
-    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
         """``capacity``: most tokens of a sequence (less, where ``memory`` holds no such). ``memory``: bytes for all
-        slots together; None: as much as all of them can need. ``kv_dtype``: what keys and values are kept as."""
+        slots together; None: as much as all of them can need. ``kv_dtype``: what keys and values are kept as.
+        ``ahead``: tokens after a position that its keys and values depend on."""
         ...
 
 

@@ -72,8 +72,8 @@ def available() -> bool:
 class NativeCache(BlockCache):
     """The core's cache: pages of 64 positions, read through each slot's table. Untouched pages cost no memory."""
 
-    def __init__(self, core: Any) -> None:
-        pool = BlockPool(core.pages, _native.block_tokens, retained=max(1, RETAINED // core.page_bytes))
+    def __init__(self, core: Any, ahead: int = 0) -> None:
+        pool = BlockPool(core.pages, _native.block_tokens, ahead, retained=max(1, RETAINED // core.page_bytes))
         super().__init__(core.slots, core.capacity, pool, core.page_bytes)
         self.core = core
         self.lengths: Tensor = _native.lengths(core)  # shares memory with the core
@@ -194,7 +194,9 @@ class NativeStack:
         """A cache of ``slots`` sequences of up to ``capacity`` tokens."""
         return self.paged_cache(slots, capacity)
 
-    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
         """See ``outrider.types.PagedTarget``. ``kv_dtype``: ``auto`` (float32 with float32 weights, else bfloat16) or
         ``int8``, with a scale per position and head. Raises InvalidRequest."""
         if kv_dtype not in KV_DTYPES:
@@ -206,7 +208,7 @@ class NativeStack:
         if memory is not None:
             page_bytes = self.core.new_cache(1, 1, 1, int8).page_bytes
             pages = min(pages, max(1, memory // max(1, page_bytes)))
-        cache: PagedCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity, pages, int8))
+        cache: PagedCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity, pages, int8), ahead)
         return cache
 
     def forward(

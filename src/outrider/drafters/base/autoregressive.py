@@ -42,6 +42,7 @@ class AutoregressiveState:
 class AutoregressiveDrafter(CachedDrafter):
     """The part that EAGLE-3 and multi-token prediction have in common. They differ in what enters the stack."""
 
+    pairs = True
     feeds_normed = False
     """Whether the state fed back is the one after the final norm."""
 
