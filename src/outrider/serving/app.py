@@ -7,6 +7,7 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from secrets import token_hex
 from time import perf_counter
 from typing import Any
@@ -31,7 +32,7 @@ from outrider.serving.web import ApiError, Disconnected, JsonResponse, error_res
 
 __all__ = ["make_app"]
 
-OPEN = ("/health", "/ready")  # asked by what watches the server, which holds no key
+OPEN = ("/", "/health", "/ready")  # the page asks for the key itself; what watches a server holds none
 ANTHROPIC = "/v1/messages"
 
 log = logging.getLogger("outrider.serving")
@@ -61,6 +62,7 @@ def make_app(service: Service) -> Starlette:
 
     routes = [Route(path, _endpoint(service, run, path), methods=["POST"]) for path, run in POSTS.items()]
     routes += [Route(path, _get(service, show), methods=["GET"]) for path, show in GETS.items()]
+    routes.append(Route("/", _page, methods=["GET"]))
     routes.append(Route("/v1/models/{name:path}", _one_model(service), methods=["GET"]))
     middleware = [Middleware(_Surroundings, service=service, paths={route.path for route in routes})]
     if service.settings.cors_origins:
@@ -117,6 +119,19 @@ def _http_error(request: Request, error: Exception) -> Response:
 
 
 # ------------------------------------------------------------------------------------------------ what is shown
+
+
+async def _page(request: Request) -> Response:
+    """The playground. It is one file that asks nobody but this server."""
+    page = files("outrider.serving").joinpath("playground.html")
+    if not page.is_file():
+        return JsonResponse({"models": "/v1/models"})
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    )
+    return Response(
+        page.read_bytes(), media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy}
+    )
 
 
 def _models(service: Service) -> Response:

@@ -91,6 +91,8 @@ async def messages(service: Service, body: Mapping[str, Any], request: Request) 
     """Answer a conversation."""
     asked = parse(MessagesRequest, body, UNSUPPORTED)
     service.check_model(asked.model)
+    if asked.wants_pieces:
+        raise ApiError(400, "outrider.pieces: only chat completions and completions have them", param="outrider.pieces")
     if asked.stop is not None and asked.stop_sequences is not None:
         raise ApiError(400, "stop and stop_sequences are the same here: send one of them", param="stop")
     fields = asked.model_copy(update={"stop": asked.stop_sequences or asked.stop})
