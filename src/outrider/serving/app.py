@@ -25,6 +25,7 @@ from outrider.serving.chat_endpoint import chat_completions
 from outrider.serving.chat_run import api_error
 from outrider.serving.completion_endpoint import completions
 from outrider.serving.messages_endpoint import count_tokens, messages
+from outrider.serving.openapi import openapi
 from outrider.serving.responses_endpoint import responses
 from outrider.serving.service import Service
 from outrider.serving.token_endpoints import detokenize, tokenize
@@ -175,11 +176,16 @@ def _metrics(service: Service) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
+def _openapi(service: Service) -> Response:
+    return JsonResponse(openapi())
+
+
 GETS: Mapping[str, Callable[[Service], Response]] = {
     "/v1/models": _models,
     "/health": _health,
     "/ready": _ready,
     "/metrics": _metrics,
+    "/openapi.json": _openapi,
 }
 
 
