@@ -60,6 +60,8 @@ def make_app(service: Service) -> Starlette:
             yield
         finally:
             service.thread.stop()
+            if service.telemetry is not None:
+                service.telemetry.close()
 
     routes = [Route(path, _endpoint(service, run, path), methods=["POST"]) for path, run in POSTS.items()]
     routes += [Route(path, _get(service, show), methods=["GET"]) for path, show in GETS.items()]
@@ -224,6 +226,10 @@ class _Surroundings:
                 response = error_response(error, path.startswith(ANTHROPIC))
                 response.headers["WWW-Authenticate"] = "Bearer"
                 await response(scope, receive, named)
+            elif self._service.telemetry is not None:
+                with self._service.telemetry.request(scope["method"], path[:200], headers) as span:
+                    await self._app(scope, receive, named)
+                    span.set_attribute("http.response.status_code", status)
             else:
                 await self._app(scope, receive, named)
         finally:

@@ -19,6 +19,7 @@ from outrider.scheduling.costs import CostKey, CostTable
 from outrider.serving.app import make_app
 from outrider.serving.service import Service
 from outrider.serving.settings import ServerSettings
+from outrider.serving.telemetry import Telemetry
 
 __all__ = ["make_server", "make_service", "serve_until_stopped"]
 
@@ -32,7 +33,8 @@ def make_service(llm: LLM, settings: ServerSettings) -> Service:
     most, context = settings.max_prompt_tokens, llm.target.spec.max_positions
     if most is not None and most >= context:
         raise InvalidRequest(f"max_prompt_tokens must be below the model's context of {context} tokens, got {most}")
-    return Service(llm, settings, costs=_costs(llm), keys=settings.api_keys())
+    telemetry = Telemetry(settings.served_name) if settings.telemetry else None
+    return Service(llm, settings, costs=_costs(llm), keys=settings.api_keys(), telemetry=telemetry)
 
 
 def _costs(llm: LLM) -> CostTable | None:
