@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from trained import DESIGNS, VOCABULARY, make_checkpoint, make_target
 from typer.testing import CliRunner
 
+import outrider.sampling.grammar as grammar_module
 from outrider import LLM, SamplingParams
 from outrider.backends.reference import ReferenceBackend
 from outrider.cli import app
@@ -173,6 +174,19 @@ def test_a_forbidden_token_is_refused_and_the_text_goes_on() -> None:
     assert matcher.consume(1) and not matcher.ended
     assert allowed(matcher.mask(()), 4) == {1, 3} and matcher.mask((3,)) is None
     assert matcher.consume(3) and matcher.ended, "the end of the text is a token of this vocabulary"
+
+
+def test_a_grammar_is_not_used_up_by_earlier_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """llguidance's lexer is shared by all requests of a grammar, and its limit with it."""
+    monkeypatch.setattr(grammar_module, "_LEXER_STATES", 1500)
+    grammars = grammars_of(["a", "b"])
+    grammar = Grammar("regex", "(a|b)*a(a|b){30}c?")
+    for seed in range(4):
+        rng, matcher = random.Random(seed), matcher_of(grammars, grammar)
+        for _ in range(600):
+            for drafts in ((), (0,), (0, 1)):
+                assert {0, 1} <= (allowed(matcher.mask(drafts), 3) or set())
+            assert matcher.consume(rng.randrange(2))
 
 
 def test_the_end_of_a_grammar_is_known_without_a_token_for_it() -> None:

@@ -100,6 +100,11 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("colon", "<start_function_call>call:weather{city:<escape>Rome<escape>,days:3}<end_function_call>", "", [ROME]),
     ("colon", "Yes. <start_function_call>call:now{}<end_function_call>", "Yes.", [NOW]),
     ("colon", "<start_function_call>call:weather{city:Rome,days:3}<end_function_call>", "", [ROME]),
+    ("colon", "call:weather{city:Rome,days:3}", "", [ROME]),  # the marks are special tokens that nobody fed
+    ("colon", "callers", "callers", []),
+    ("colon", '{"name": "now", "arguments": {}}', "", [NOW]),
+    ("colon", '{"name": "nobody"}', '{"name": "nobody"}', []),
+    ("colon", "call:me", "call:me", []),
     (
         "colon",
         "<start_function_call>call:f{a:{b:[1,<escape>x, y<escape>,true]},c:null}<end_function_call>",
@@ -191,7 +196,7 @@ def test_hostile_answers_are_text(form: str, text: str) -> None:
         assert calls == [] and found.replace(" ", "") == whole
 
 
-@pytest.mark.parametrize("form", [name for name in TEMPLATES if name != "colon"])
+@pytest.mark.parametrize("form", TEMPLATES)
 @pytest.mark.parametrize("name", [None, "weather"])
 def test_forced_calls_parse_and_are_valid(form: str, name: str | None, llm: LLM) -> None:
     found = form_of(TEMPLATES[form])

@@ -29,6 +29,7 @@ COMMANDS = {  # in the order of the help
     "train": "outrider.cli.train:app",
     "calibrate": "outrider.cli.calibrate:calibrate",
     "eval": "outrider.cli.eval:evaluate",
+    "audit": "outrider.cli.audit:audit",
 }
 
 

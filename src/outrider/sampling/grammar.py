@@ -36,11 +36,11 @@ __all__ = ["JSON_WHITESPACE", "GrammarMatcher", "Grammars"]
 
 _Mask = npt.NDArray[np.uint32]  # [W], bit t % 32 of word t // 32: token t is allowed
 _Floats = npt.NDArray[np.floating]
-_COMPILED = 64  # grammars that are kept ready
+_COMPILED = 32  # grammars that are kept ready
 _LONGEST_REASON = 300  # characters of llguidance's messages, which quote the grammar
 JSON_WHITESPACE = r"[ ]|\n[ ]{0,32}"
 """Between the parts of a JSON text: a model that may write any number of spaces may write nothing else."""
-_LEXER_STATES = 50_000  # at most, about 100 MB; llguidance's other limits bound the time of a step
+_LEXER_STATES = 20_000  # about 20 MB; llguidance's other limits bound the time of a step
 
 
 class Grammars:
@@ -60,10 +60,13 @@ class Grammars:
         """Raise InvalidRequest for a grammar that cannot be used: not valid, too large, or without any text."""
         self.start(grammar)
 
-    def start(self, grammar: Grammar) -> LLMatcher:
-        """llguidance's matcher before the first token. Raises InvalidRequest."""
+    def start(self, grammar: Grammar, anew: bool = False) -> LLMatcher:
+        """llguidance's matcher before the first token. ``anew``: compile it again. Raises InvalidRequest.
+
+        All matchers of a compiled grammar share what its lexer has found so far, up to a limit that fails them all.
+        """
         with self._lock:
-            compiled = self._compiled.get(grammar)
+            compiled = None if anew else self._compiled.get(grammar)
             if compiled is None:
                 compiled = self._compiled[grammar] = self._compile(grammar)
                 if len(self._compiled) > _COMPILED:
@@ -127,7 +130,7 @@ class GrammarMatcher:
         if token in self._grammars.eos_token_ids:  # not shown to llguidance, which does not take it back in a rollback
             self.ended = True
             return True
-        if not self._move((token,)):
+        if not (self._move((token,)) or self._move((token,))):  # once more, with a new lexer
             self.failure = (
                 f"the grammar's parser failed after {len(self._taken)} tokens: {_short(self._matcher.get_error())}"
             )
@@ -181,13 +184,14 @@ class GrammarMatcher:
             if last in self._grammars.eos_token_ids or not self.allows(drafts[:-1], last):
                 return None
         mask = self._grammars.no_token()
-        if not self._move(drafts):
-            return mask
-        if self._matcher.is_stopped():
-            return None
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error():  # the mask is then that of the end
-            mask[:] = 0
+        for _ in range(2):  # what fails with a lexer that is full succeeds with a new one
+            if self._move(drafts):
+                if self._matcher.is_stopped():
+                    return None
+                self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                if not self._matcher.is_error():
+                    return mask
+        mask[:] = 0  # after an error it is the mask of the end
         return mask
 
     def _move(self, drafts: tuple[int, ...]) -> bool:
@@ -197,8 +201,9 @@ class GrammarMatcher:
             same += 1
         back = len(self._ahead) - same
         if self._matcher.is_error() or (back and not self._matcher.rollback(back)):  # an error cannot be taken back
-            self._matcher = self._grammars.start(self._grammar)
+            self._matcher = self._grammars.start(self._grammar, anew=True)
             same = 0
+            self._ahead.clear()
             if not self._matcher.consume_tokens(self._taken):
                 return False
         del self._ahead[same:]

@@ -12,8 +12,8 @@ A template shows how its model writes a call (``form_of``)::
 
 ``ToolParser`` splits the text of an answer into text and calls. Nothing that may be the beginning of a call is given
 away as text, and what turns out to be none is given back as text. Marks that are special tokens are no part of an
-answer's text: feed their text (``Form.marks``) where such a token comes; Llama's and Mistral's calls are found without
-them where they are the whole answer.
+answer's text: feed their text (``Form.marks``) where such a token comes; without them, calls that begin the answer are
+found in all forms but those that start with ``<tool_call>`` or a block of code.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Form:
     """Any of these ends it; a JSON object ends by itself."""
     body: str = "json"
     """See ``tool_bodies.BODIES``."""
-    bare: str = ""
-    """Characters that begin a call without a mark where they begin the answer."""
+    bare: tuple[str, ...] = ()
+    """Any of these begins a call without a mark where it begins the answer."""
     arguments: str = "arguments"
     """Their name in JSON."""
 
@@ -60,15 +60,18 @@ class Form:
 
 _STRING_MARKS = ("<escape>", '<|"|>')
 _FORMS = (  # the first one whose words are all in the template
-    (("<start_function_call>",), Form("colon", ("<start_function_call>",), ("<end_function_call>",), "colon")),
-    (("<|tool_call>",), Form("colon", ("<|tool_call>",), ("<tool_call|>",), "colon")),
+    (
+        ("<start_function_call>",),
+        Form("colon", ("<start_function_call>",), ("<end_function_call>",), "colon", ("call:", "{")),
+    ),
+    (("<|tool_call>",), Form("colon", ("<|tool_call>",), ("<tool_call|>",), "colon", ("call:", "{"))),
     (("<tool_call>", "<function="), Form("tags", ("<tool_call>",), ("</tool_call>",), "tags")),
     (("<tool_call>",), Form("hermes", ("<tool_call>",), ("</tool_call>",))),
-    (("[TOOL_CALLS]",), Form("mistral", ("[TOOL_CALLS]",), bare="[")),
-    (("<|python_tag|>",), Form("llama", ("<|python_tag|>",), bare="{", arguments="parameters")),
-    (("ipython", '"parameters"'), Form("llama", ("<|python_tag|>",), bare="{", arguments="parameters")),
+    (("[TOOL_CALLS]",), Form("mistral", ("[TOOL_CALLS]",), bare=("[",))),
+    (("<|python_tag|>",), Form("llama", ("<|python_tag|>",), bare=("{",), arguments="parameters")),
+    (("ipython", '"parameters"'), Form("llama", ("<|python_tag|>",), bare=("{",), arguments="parameters")),
     (("tool_code",), Form("tool_code", ("```tool_code", "```tool_call"), ("```",), "python")),
-    (("tools",), Form("json", bare="{[")),
+    (("tools",), Form("json", bare=("{", "["))),
 )
 
 
@@ -152,10 +155,13 @@ class ToolParser:
         """Text up to where a call may begin."""
         if not self._begun and self.form.bare:
             first = self._text.lstrip(_SPACE)
-            possible = any(first.startswith(mark) or mark.startswith(first) for mark in self.form.begin)
-            if first and first[0] in self.form.bare and (final or not possible):
-                self._open(self._text[: -len(first)], first, marked=False)
-                return []
+            marked = any(first.startswith(mark) or (mark.startswith(first) and not final) for mark in self.form.begin)
+            if first and not marked:
+                if first.startswith(self.form.bare):
+                    self._open(self._text[: -len(first)], first, marked=False)
+                    return []
+                if not final and any(one.startswith(first) for one in self.form.bare):
+                    return []
         marks = [(at, -len(mark), mark) for mark in self.form.begin if (at := self._text.find(mark)) >= 0]
         if marks:
             at, _, mark = min(marks)
@@ -219,7 +225,7 @@ class ToolParser:
             calls = BODIES[kind](body, self._parameters)
         except (Malformed, RecursionError):
             calls = []
-        if not calls:
+        if not calls or not (self._marked or all(call.name in self._parameters for call in calls)):
             text, self._raw, self._state, self._begun = self._raw + body + mark, "", "text", True
             return [text]
         self._raw, self._state = "", "after"
@@ -262,7 +268,7 @@ class ToolParser:
                 return []
         if not rest:
             self._text = ""
-        elif rest[0] in "{" and self.form.bare:
+        elif rest[0] == "{" and self.form.bare:
             self._open("", rest, marked=self._marked)
         else:
             self._text, self._state = rest, "text"
