@@ -8,9 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from served import serving
+from served import drafting, serving
 
-from outrider.engine.llm import LLM
 from outrider.serving.service import Service
 
 CHAT = "/v1/chat/completions"
@@ -19,7 +18,7 @@ ASK = [{"role": "user", "content": "def add(a, b):\n    return a"}]
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[tuple[str, Service]]:
-    with serving(LLM("embedded", "suffix")) as found:
+    with serving(drafting()) as found:
         yield found
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
-from served import eventually, serving
+from served import drafting, eventually, serving
 
-from outrider.engine.llm import LLM
 from outrider.serving.openapi import BODIES
 from outrider.serving.service import Service
 
@@ -25,7 +24,7 @@ SLOWEST = 10.0  # seconds, on a busy machine
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[tuple[str, Service]]:
-    with serving(LLM("embedded", "suffix"), max_new_tokens=8) as found:
+    with serving(drafting(), max_new_tokens=8) as found:
         yield found
 
 

@@ -10,12 +10,9 @@ from types import FrameType
 
 import uvicorn
 
-from outrider.backends.native import NativeStack
+from outrider.engine.cost_tables import cost_key, load_costs
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
-from outrider.evaluation.pass_times import describe, load_costs, model_key, threads
-from outrider.evaluation.speedup import machine
-from outrider.scheduling.costs import CostKey, CostTable
 from outrider.serving.app import make_app
 from outrider.serving.service import Service
 from outrider.serving.settings import ServerSettings
@@ -34,15 +31,8 @@ def make_service(llm: LLM, settings: ServerSettings) -> Service:
     if most is not None and most >= context:
         raise InvalidRequest(f"max_prompt_tokens must be below the model's context of {context} tokens, got {most}")
     telemetry = Telemetry(settings.served_name) if settings.telemetry else None
-    return Service(llm, settings, costs=_costs(llm), keys=settings.api_keys(), telemetry=telemetry)
-
-
-def _costs(llm: LLM) -> CostTable | None:
-    """Measured by ``outrider profile`` for this model on this machine; None where it has not run."""
-    stack = getattr(llm.target, "stack", None)
-    if not isinstance(stack, NativeStack):
-        return None
-    return load_costs(CostKey(model_key(llm.target), stack.dtype, "native", describe(machine()), threads("native")))
+    costs = load_costs(cost_key(llm.target, llm.loaded.dtype))  # measured at some start, or by `outrider profile`
+    return Service(llm, settings, costs=costs, keys=settings.api_keys(), telemetry=telemetry)
 
 
 def serve_until_stopped(service: Service, ready: Callable[[str], None]) -> None:
