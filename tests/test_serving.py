@@ -173,9 +173,11 @@ def test_pieces_say_where_each_token_comes_from(client: httpx.Client, path: str)
     assert len(pieces) == whole["usage"]["completion_tokens"]
     assert sum(piece["drafted"] for piece in pieces) == whole["usage"]["speculative"]["accepted"] > 0
     assert all(0 < piece["probability"] <= 1 for piece in pieces)
+    assert all((0 < (p["confidence"] or 0) <= 1) == p["drafted"] for p in pieces)
     assert "".join(p["text"] for p in pieces) == (choice["message"]["content"] if path == CHAT else choice["text"])
     chunks = events(client, path, **body)
     streamed = [p for chunk in chunks for c in chunk["choices"] for p in c["outrider"]["pieces"]]
     # What is drafted may differ: this drafter has seen the answer by now.
-    assert [{**p, "drafted": 0} for p in streamed] == [{**p, "drafted": 0} for p in pieces]
+    own = {"drafted": 0, "confidence": 0}
+    assert [{**p, **own} for p in streamed] == [{**p, **own} for p in pieces]
     assert choice["logprobs"] is None  # they were not asked for

@@ -439,7 +439,11 @@ class _Simulation:
         return keep, accepted, len(asked), longest
 
     def _commit(
-        self, ready: Sequence[_Row], accepted: Sequence[int], chunks: Sequence[tuple[_Row, int]], finishing: Sequence[_Row]
+        self,
+        ready: Sequence[_Row],
+        accepted: Sequence[int],
+        chunks: Sequence[tuple[_Row, int]],
+        finishing: Sequence[_Row],
     ) -> None:
         committed = 0
         for row, n in zip(ready, accepted, strict=True):

@@ -136,6 +136,8 @@ def piece_reports(pieces: Iterable[Piece]) -> dict[str, Any]:
                 "text": piece.text,
                 "drafted": piece.drafted,
                 "probability": None if piece.logprobs is None else math.exp(piece.logprobs.logprob),
+                "draft_probability": None if piece.draft is None else piece.draft.probability,
+                "confidence": None if piece.draft is None else piece.draft.confidence,
             }
             for piece in pieces
         ]
