@@ -27,6 +27,7 @@ __all__ = [
     "Context",
     "Distribution",
     "DraftLoop",
+    "DraftReport",
     "Drafter",
     "Drafts",
     "DraftsBlocks",
@@ -251,6 +252,14 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftReport:
+    """What the drafter said of a draft."""
+
+    probability: float | None  # with which it was drawn; None: it was not sampled
+    confidence: float | None  # that it would be accepted; None: the drafter reports none
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Text of one committed token (may be empty while a character is incomplete)."""
 
@@ -258,6 +267,7 @@ class Piece:
     text: str
     drafted: bool  # the drafter proposed it and the target accepted it
     logprobs: TokenLogprobs | None = None  # where the request asked for them
+    draft: DraftReport | None = None  # of an accepted draft, where the request asked for log-probabilities
 
 
 @dataclass(frozen=True, slots=True)
