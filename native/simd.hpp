@@ -44,8 +44,7 @@ static inline F to_float(I a) { return _mm512_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm512_cvtps_epi32(a)); }
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #elif defined(__AVX2__)
 
@@ -76,8 +75,7 @@ template <int n> static inline I shift_left(I a) { return lanes(_mm256_slli_epi3
 template <int n> static inline I shift_right(I a) { return lanes(_mm256_srli_epi32(raw(a), n)); }
 static inline F to_float(I a) { return _mm256_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm256_cvtps_epi32(a)); }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #else
 
@@ -115,8 +113,7 @@ static inline F abs(F a) { return as_float(as_int(a) & 0x7fffffff); }
 static inline F round(F a) { return (a + 12582912.0f) - 12582912.0f; }
 static inline F to_float(I a) { return __builtin_convertvector(a, F); }
 static inline I to_int(F a) { return __builtin_convertvector(round(a), I); }
-static inline void prefetch(const void* p) { __builtin_prefetch(p); }
-static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #endif
 

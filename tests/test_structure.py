@@ -34,7 +34,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("engine",),
     ("evaluation",),
     ("training.networks",),
-    ("training",),
+    ("planning", "proof", "training"),
     ("serving",),
     ("cli",),
 ]

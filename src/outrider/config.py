@@ -28,6 +28,8 @@ Rule = Literal["rejection", "block", "coupled"]
 RULES: tuple[Rule, ...] = ("rejection", "block", "coupled")
 SMALLEST_TEMPERATURE = 1e-37
 """Below it a temperature is 0, or not a normal number, in float32: greedy."""
+MOST_LOGPROBS = 100
+"""Likeliest tokens whose log-probabilities a request may ask for at each position."""
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 GRAMMARS: tuple[GrammarKind, ...] = ("json_object", "json_schema", "regex", "lark")
 LONGEST_GRAMMAR = 100_000
@@ -121,6 +123,11 @@ class SamplingParams:
     """Strings that end the text; they are not part of it."""
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
+    logprobs: int | None = None
+    """Report each new token's log-probability and those of this many likeliest tokens, of the target's logits before
+    bias, penalties, temperature and truncation. None: not computed."""
+    draft_tokens: int | None = None
+    """The most drafts of a round, within what drafter and policy allow; 0 decodes plainly. None: no own limit."""
     grammar: Grammar | None = None
     """What the text must be; its end ends the text, whatever ``ignore_eos`` says."""
 
@@ -156,6 +163,12 @@ class SamplingParams:
             object.__setattr__(self, "seed", seed)
         if not isinstance(self.ignore_eos, bool):
             refuse("ignore_eos", "True or False")
+        for name, most in (("logprobs", MOST_LOGPROBS), ("draft_tokens", None)):
+            given = getattr(self, name)
+            value = None if given is None else _whole(given)
+            if given is not None and (value is None or value < 0 or (most is not None and value > most)):
+                refuse(name, f"None or a whole number from 0{'' if most is None else f' to {most}'}")
+            object.__setattr__(self, name, value)
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             refuse("grammar", "a Grammar or None")
         if self.rule is not None and self.rule not in RULES:

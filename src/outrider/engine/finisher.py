@@ -77,6 +77,11 @@ class Finisher:
         return f"{reason}; simplify it, or allow more tokens"
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text."""
+        return None if self._matcher is None else self._matcher.matched
+
+    @property
     def _stopped(self) -> bool:
         return self._matcher is not None and self._matcher.stopped
 
