@@ -48,6 +48,7 @@ class CompletionServer:
         if not self.url.startswith(("http://", "https://")):
             raise InvalidRequest(f"--url: expected an address like http://localhost:8000, got {url!r}")
         self._requests, self._timeout = requests, timeout
+        self._refused = 0  # how many sets of options the server does not take
         self.model = model or self._first_model()
 
     def complete(
@@ -67,13 +68,11 @@ class CompletionServer:
             "temperature": temperature,
             "top_p": 1.0,
         }
-        if temperature:
-            body |= NEUTRAL
         if seed is not None:
             body["seed"] = seed
         if logprobs is not None:
             body["logprobs"] = logprobs
-        reply = self._call("/v1/completions", body)
+        reply = self._ask(body)
         try:
             choice = reply["choices"][0]
             told = choice.get("logprobs") or {}
@@ -94,6 +93,17 @@ class CompletionServer:
             ]
             return [future.result() for future in asked]
 
+    def _ask(self, body: dict[str, Any]) -> Any:
+        """With the options that leave the distribution alone, as far as the server takes them."""
+        while True:
+            neutral = NEUTRAL[self._refused] if body["temperature"] else {}
+            try:
+                return self._call("/v1/completions", {**body, **neutral})
+            except _Refused as error:
+                if not neutral or self._refused + 1 == len(NEUTRAL):
+                    raise OutriderError(str(error)) from None
+                self._refused += 1
+
     def _first_model(self) -> str:
         reply = self._call("/v1/models")
         try:
@@ -111,14 +121,24 @@ class CompletionServer:
                 return json.load(reply)
         except HTTPError as error:
             said = error.read(300).decode("utf-8", "replace")
-            raise OutriderError(f"{self.url}{path} refuses the request (HTTP {error.code}: {said})") from None
+            kind = _Refused if error.code in (400, 422) else OutriderError
+            raise kind(f"{self.url}{path} refuses the request (HTTP {error.code}: {said})") from None
         except (URLError, HTTPException, OSError, ValueError) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
             raise OutriderError(f"{self.url}{path} gives no answer ({problem}); is the server running?") from None
 
 
-NEUTRAL = {"top_k": -1, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0}
-"""Not in OpenAI's API: servers that have defaults of their own for them are asked to leave the distribution alone."""
+NEUTRAL: tuple[dict[str, float], ...] = (
+    {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0, "repetition_penalty": 1.0},
+    {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
+    {},
+)
+"""Not in OpenAI's API: servers that have defaults of their own for them are asked to leave the distribution alone; a
+server that refuses a set gets the next one."""
+
+
+class _Refused(OutriderError):
+    """A request that the server does not take as it is."""
 
 
 def _tokens(told: dict[str, Any]) -> tuple[SampledToken, ...] | None:

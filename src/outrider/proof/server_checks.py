@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from outrider.errors import OutriderError
 from outrider.proof.alternatives import Bets
 from outrider.proof.certificate import Check
 from outrider.proof.completion_server import Completion, CompletionServer, SampledToken
@@ -30,12 +31,14 @@ METHOD = (
     "token log-probabilities (2512.03816), by permutation. The false-alarm rate over all of them is at most 1e-3."
 )
 Floats = npt.NDArray[np.float64]
-TOP = 5
-"""Of log-probabilities that are asked for: what every server allows."""
+TOP = (20, 5)
+"""How many of the likeliest tokens a server is asked to tell: more find a truncation sooner, 5 is what all allow."""
 NEAR_TIE = 0.1
 """Difference of log-probability that rounding in 16 bits explains."""
 SAME = 0.02
 """Mean difference of first-token log-probabilities that is rounding and not tested."""
+SAME_LOGPROB = 1e-3
+"""Two log-probabilities of one token, as they are written."""
 BORDER = 0.3
 """Difference of log-probability of a near-tied prompt's two likeliest tokens, at most."""
 
@@ -56,6 +59,17 @@ class ServerAudit:
     """To each near-tied prompt."""
     greedy_prompts: int = 12
     seed: int = 0
+
+    @cached_property
+    def top(self) -> int:
+        """Of ``TOP``, what both servers give."""
+        for server in (self.server, self.baseline):
+            if server is not None:
+                try:
+                    server.complete(self.prompts[0], max_tokens=1, temperature=0.0, logprobs=TOP[0])
+                except OutriderError:
+                    return TOP[1]
+        return TOP[0]
 
     @cached_property
     def budget(self) -> Budget:
@@ -84,7 +98,9 @@ class ServerAudit:
 
     def _greedy(self, server: CompletionServer) -> list[Completion]:
         prompts = self.prompts[: self.greedy_prompts]
-        return server.many(prompts, [None] * len(prompts), max_tokens=self.max_tokens, temperature=0.0, logprobs=TOP)
+        return server.many(
+            prompts, [None] * len(prompts), max_tokens=self.max_tokens, temperature=0.0, logprobs=self.top
+        )
 
     def _usage(self, answers: Sequence[Completion]) -> Check:
         """What the server counts is what it gives."""
@@ -132,7 +148,9 @@ class ServerAudit:
             seeds = [(self.seed << 20) + asked + i for i in range(len(prompts))]
             asked += len(prompts)
             before = bets.samples
-            for answer in server.many(prompts, list(seeds), max_tokens=self.max_tokens, temperature=1.0, logprobs=TOP):
+            for answer in server.many(
+                prompts, list(seeds), max_tokens=self.max_tokens, temperature=1.0, logprobs=self.top
+            ):
                 if answer.tokens:
                     add_tokens(bets, answer.tokens)
             if bets.samples == before:
@@ -188,7 +206,7 @@ class ServerAudit:
         repeats = 4
         prompts = [prompt for prompt in self.prompts[: self.greedy_prompts] for _ in range(repeats)]
         both = [
-            server.many(prompts, [None] * len(prompts), max_tokens=1, temperature=0.0, logprobs=TOP)
+            server.many(prompts, [None] * len(prompts), max_tokens=1, temperature=0.0, logprobs=self.top)
             for server in (self.server, baseline)
         ]
         wanted = [answer.tokens[0].top[0][0] if answer.tokens and answer.tokens[0].top else "" for answer in both[1]]
@@ -214,13 +232,15 @@ def add_tokens(bets: Bets, tokens: Sequence[SampledToken]) -> None:
     known = [(i, token) for i, token in enumerate(tokens) if len(token.top) >= 2 and np.isfinite(token.logprob)]
     if not known:
         return
-    width = min(TOP, *(len(token.top) for _, token in known))
+    width = min(len(token.top) for _, token in known)
     p = np.exp(np.array([[value for _, value in token.top[:width]] for _, token in known]))
     rest = np.clip(1 - p.sum(1, keepdims=True), 1e-9, 1)
     p = np.concatenate([p, rest], 1)
-    p /= p.sum(1, keepdims=True)
     logprobs = np.array([token.logprob for _, token in known])
-    columns = (np.log(p[:, :-1]) > logprobs[:, None] + 1e-4).sum(1)
+    told = np.log(p[:, :-1])
+    columns = (told > logprobs[:, None] + SAME_LOGPROB).sum(1)
+    inside = np.abs(told - logprobs[:, None]).min(1) < SAME_LOGPROB
+    columns = np.where(inside, columns, width)  # of two tokens with one text a server may tell only one
     bets.add(p, True, columns.astype(np.int64), np.array([i for i, _ in known], np.int64))
 
 
