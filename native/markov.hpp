@@ -34,7 +34,7 @@ struct MarkovBlock {
   const float* base;          // [n, K, Vd]
   const float* mixed;         // [n, K, mixed_width]: the mixing layer's projection of the hidden states, with its bias
   const int64_t* anchors;     // [n], target ids
-  const int64_t* keys;        // [n, K]
+  const int64_t* keys;        // [n, K]; null where all rows are greedy
   const float* temperatures;  // [n]; 0: greedy
   int64_t* tokens;            // [n, K], target ids
   float* margins;             // [n, K]: the largest corrected logit minus the second
@@ -54,6 +54,8 @@ class MarkovHead {
 
   const MarkovSpec& spec() const { return spec_; }
   int mixed_width() const;  // 0 for vanilla
+  int padded_rank() const { return w1_.inner; }
+  void embed(int64_t token, float* out) const;  // W1 of a target id, padded with zeros to padded_rank()
   void draft(const MarkovBlock& block);
 
  private:

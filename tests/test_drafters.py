@@ -23,8 +23,9 @@ from outrider.drafters.ngram import NgramConfig, NgramDrafter
 from outrider.drafters.suffix import SuffixAutomaton, SuffixConfig, SuffixDrafter
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.models.loading import load_backend
+from outrider.proof.contracts import drafter_anticipates, draws_off_distribution
+from outrider.proof.proposing import Draft, context_of, drafts_of, propose, rng_of
 from outrider.sampling.processors import process
-from outrider.sampling.rng import RowRng
 from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec
 
 V = 5
@@ -174,14 +175,6 @@ def rows_of(indices: Sequence[int]) -> list[Row]:
     return [Row(ROWS[i].seed, ROWS[i].params, ROWS[i].prompt_length, ROWS[i].slot) for i in indices]
 
 
-def rng_of(rows: Sequence[Row]) -> RowRng:
-    return RowRng([r.seed for r in rows], [r.round for r in rows], [r.params.effective_rule for r in rows])
-
-
-def context_of(rows: Sequence[Row]) -> Context:
-    return Context([r.params for r in rows], [r.history for r in rows], [r.prompt_length for r in rows])
-
-
 def observe(drafter: Drafter, tokens: Sequence[Sequence[int]], starts: Sequence[int], rows: Sequence[Row]) -> None:
     """What passed through the target, with features that are a function of the token where the drafter reads any."""
     batch = RaggedBatch.pack(tokens, starts, [row.slot for row in rows])
@@ -195,16 +188,6 @@ def start(drafter: Drafter, rows: Sequence[Row], chunk: int = 8, capacity: int =
         for first in range(0, len(row.history), chunk):
             observe(drafter, [row.history[first : first + chunk]], [first], [row])
         row.history.append(random.Random(row.seed).randrange(V))
-
-
-def propose(drafter: Drafter, rows: Sequence[Row], limit: Sequence[int], rng: Rng | None = None) -> Proposal:
-    return drafter.propose(
-        torch.tensor([r.slot for r in rows]),
-        torch.tensor([r.history[-1] for r in rows]),
-        context_of(rows),
-        torch.tensor(limit),
-        rng or rng_of(rows),
-    )
 
 
 def commit(drafter: Drafter, rows: Sequence[Row], proposal: Proposal) -> None:
@@ -232,30 +215,6 @@ LIMITS = [  # of each round, for each row
 
 def limits_of(drafter: Drafter, step: int, indices: Sequence[int]) -> list[int]:
     return [min(LIMITS[step][i], drafter.block) for i in indices]
-
-
-@dataclass
-class Draft:
-    """What was proposed to one row in one round."""
-
-    tokens: list[int]
-    confidence: list[float] | None
-    distributions: list[list[float]] | None
-
-
-def drafts_of(proposal: Proposal) -> list[Draft]:
-    drafts = []
-    width = proposal.tokens.shape[1]
-    for b, length in enumerate(proposal.lengths.tolist()):
-        index = torch.arange(b * width, b * width + length)
-        drafts.append(
-            Draft(
-                proposal.tokens[b, :length].tolist(),
-                None if proposal.confidence is None else proposal.confidence[b, :length].tolist(),
-                None if proposal.distribution is None else proposal.distribution.dense(index).tolist(),
-            )
-        )
-    return drafts
 
 
 def run(drafter: Drafter, indices: Sequence[int], skip: Sequence[int] = ()) -> list[list[Draft]]:
@@ -384,56 +343,31 @@ def test_a_longer_limit_only_adds(name: str) -> None:
                 assert (a.confidence or []) == pytest.approx((b.confidence or [])[:most], abs=1e-6)
 
 
-class FutureNoise:
-    """The same rng, but of another seed from given positions on."""
-
-    def __init__(self, rows: Sequence[Row], depth: int) -> None:
-        self._here = rng_of(rows)
-        rules = [r.params.effective_rule for r in rows]
-        self._there = RowRng([r.seed + 77 for r in rows], [r.round for r in rows], rules)
-        self._from = torch.tensor([len(r.history) + depth for r in rows])
-
-    def uniform(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
-        future = positions >= self._from[rows]
-        return torch.where(
-            future, self._there.uniform(rows, positions, purpose), self._here.uniform(rows, positions, purpose)
-        )
-
-    def token_keys(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
-        future = positions >= self._from[rows]
-        return torch.where(
-            future, self._there.token_keys(rows, positions, purpose), self._here.token_keys(rows, positions, purpose)
-        )
-
-
 def anticipates(make_drafter: Callable[[], Drafter]) -> tuple[bool, bool]:
-    """(whether a length, confidence or distribution up to token j depends on the tokens from j on; whether any token
-    changed)."""
-    moved = False
-    for seed in range(3):
+    """``drafter_anticipates`` with rows that have read their prompts."""
 
-        def draft(depth: int | None, seed: int = seed) -> list[Draft]:
-            drafter = make_drafter()
-            rows = rows_of(range(4))
-            for row in rows:
-                row.seed += 100 * seed
-            start(drafter, rows)
-            limit = [drafter.block] * 4
-            return drafts_of(propose(drafter, rows, limit, None if depth is None else FutureNoise(rows, depth)))
+    def begin(trial: int) -> tuple[Drafter, list[Row]]:
+        drafter, rows = make_drafter(), rows_of(range(4))
+        for row in rows:
+            row.seed += 100 * trial
+        start(drafter, rows)
+        return drafter, rows
 
-        before = draft(None)
-        for depth in range(make_drafter().block):
-            for a, b in zip(before, draft(depth), strict=True):
-                moved |= a.tokens != b.tokens
-                if a.tokens[:depth] != b.tokens[:depth]:
-                    return True, True
-                if (len(a.tokens) > depth) != (len(b.tokens) > depth):
-                    return True, True
-                if (a.confidence or [])[: depth + 1] != (b.confidence or [])[: depth + 1]:
-                    return True, True
-                if (a.distributions or [])[: depth + 1] != (b.distributions or [])[: depth + 1]:
-                    return True, True
-    return False, moved
+    return drafter_anticipates(begin)
+
+
+@each
+def test_sampled_drafts_are_draws_of_their_stated_probabilities(name: str) -> None:
+    looked = 0
+    drafter, rows = make(name), rows_of(range(4))
+    start(drafter, rows)
+    for step in range(len(LIMITS)):
+        proposal = propose(drafter, rows, limits_of(drafter, step, range(4)))
+        wrong, drawn = draws_off_distribution(proposal, rows)
+        assert wrong == 0
+        looked += drawn
+        commit(drafter, rows, proposal)
+    assert looked > 20 or name in ("none", "ngram", "suffix")
 
 
 @each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from outrider.errors import InvalidRequest
 from outrider.models.toy import ToyTarget
 from outrider.sampling.processors import process
 from outrider.scheduling.fixed import FixedPolicy
+from outrider.scheduling.threshold import ThresholdConfig, ThresholdPolicy
 from outrider.types import Context, Proposal, RaggedBatch, Rng
 
 V = 5
@@ -215,6 +217,18 @@ def test_cancelling_frees_the_row_and_leaves_the_others_alone() -> None:
     assert [r.output for r in requests[1:4]] == expected[1:4]
     assert requests[0].output == expected[0][: len(requests[0].output)]
     assert run(loop, PROMPTS, params) == expected  # every slot is whole again
+
+
+def test_rows_that_finish_their_prompt_join_rows_whose_drafts_have_confidences() -> None:
+    class Sure(MarkovDrafter):
+        def propose(self, *args: object) -> Proposal:
+            found = super().propose(*args)  # type: ignore[arg-type]
+            return replace(found, confidence=torch.full(found.tokens.shape, 0.6))
+
+    policy = ThresholdPolicy.from_config(ThresholdConfig(draft_tokens=3, threshold=0.5))
+    loop = Engine(ToyTarget(TABLE), Sure(DRAFT_TABLE, 3), policy, max_rows=2, capacity=64, chunk=4)
+    params = SamplingParams(max_tokens=9, temperature=1.0, seed=3)
+    assert run(loop, PROMPTS, params) == run(engine(0, 1), PROMPTS, params)
 
 
 def test_bad_prompts_are_refused_before_anything_runs() -> None:

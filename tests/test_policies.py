@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from outrider import registry
-from outrider.config import SamplingParams, build
+from outrider.config import build
 from outrider.errors import InvalidRequest
+from outrider.proof.contracts import policy_anticipates, policy_faults, view
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
 from outrider.scheduling.threshold import ThresholdConfig, ThresholdPolicy
-from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepView
+from outrider.types import SchedulerPolicy, StepCost
 
 OPTIONS: dict[str, dict[str, object]] = {"fixed": {"draft_tokens": 3}, "threshold": {"draft_tokens": 6}}
 COST = StepCost(draft=0.002, verify=0.01, bookkeeping=0.0005, rows=4, tokens=12, context=100)
-B, K = 4, 6
+K = 6
 
 
 def make(name: str) -> SchedulerPolicy:
@@ -30,57 +29,9 @@ def make(name: str) -> SchedulerPolicy:
 # ------------------------------------------------------------------------------------------ the contract of all
 
 
-def view(rows: int) -> StepView:
-    return StepView([10] * rows, [RequestStats() for _ in range(rows)], [SamplingParams()] * rows)
-
-
-def anticipates(make_policy: Callable[[], SchedulerPolicy], trials: int = 20) -> bool:
-    """Whether (keep[b] >= j) ever moves with confidence[b, j:], or with what lies past the draft's token j.
-
-    A policy may remember the past, so every call is made on a fresh one with the same past.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def keep(confidence: Tensor, lengths: Tensor) -> Tensor:
-        policy = make_policy()
-        for accepted in (2, 0):
-            policy.plan(view(B))
-            policy.choose(torch.full((B, K), 0.8), torch.full((B,), K))
-            policy.observe(COST, torch.full((B,), accepted))
-        policy.plan(view(B))
-        return policy.choose(confidence, lengths)
-
-    for _ in range(trials):
-        confidence = torch.rand(B, K, generator=generator)
-        lengths = torch.randint(0, K + 1, (B,), generator=generator)
-        before = keep(confidence, lengths)
-        for b in range(B):
-            for j in range(K):
-                for level in (0.0, 0.4, 0.999):
-                    other = confidence.clone()
-                    other[b, j:] = level
-                    if min(int(keep(other, lengths)[b]), j) != min(int(before[b]), j):
-                        return True
-                longer = lengths.clone()
-                longer[b] = K
-                if j <= lengths[b] and min(int(keep(confidence, longer)[b]), j) != min(int(before[b]), j):
-                    return True
-    return False
-
-
 @pytest.mark.parametrize("name", registry.names("policy"))
 def test_keeps_the_contract(name: str) -> None:
-    policy = make(name)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(20):
-        limit = policy.plan(view(B))
-        assert len(limit) == B and min(limit) >= 0
-        lengths = torch.randint(0, K + 1, (B,), generator=generator)
-        for confidence in (torch.rand(B, K, generator=generator), None):
-            keep = policy.choose(confidence, lengths)
-            assert keep.dtype == torch.int64 and keep.shape == (B,)
-            assert bool(((keep >= 0) & (keep <= lengths)).all())
-        policy.observe(COST, torch.minimum(keep, torch.randint(0, K + 1, (B,), generator=generator)))
+    assert not policy_faults(lambda: make(name))
 
 
 @pytest.mark.parametrize("name", registry.names("policy"))
@@ -93,7 +44,7 @@ def test_no_drafts_and_no_rows_are_served(name: str) -> None:
 
 @pytest.mark.parametrize("name", registry.names("policy"))
 def test_does_not_anticipate(name: str) -> None:
-    assert not anticipates(lambda: make(name))
+    assert not policy_anticipates(lambda: make(name))
 
 
 class _LooksOneAhead(FixedPolicy):
@@ -127,7 +78,7 @@ class _AllOrNothing(FixedPolicy):
 
 @pytest.mark.parametrize("kind", [_LooksOneAhead, _BestCut, _AllOrNothing])
 def test_an_anticipating_policy_is_caught(kind: type[FixedPolicy]) -> None:
-    assert anticipates(lambda: kind(FixedConfig(draft_tokens=K)))
+    assert policy_anticipates(lambda: kind(FixedConfig(draft_tokens=K)))
 
 
 # ------------------------------------------------------------------------------------------ one by one
@@ -152,7 +103,7 @@ def drifting() -> ThresholdPolicy:
 
 
 def test_threshold_follows_drift_without_anticipating() -> None:
-    assert not anticipates(drifting)
+    assert not policy_anticipates(drifting)
     policy, sure, full = drifting(), torch.full((1, K), 0.7), torch.tensor([K])
     assert policy.choose(sure, full).tolist() == [K]
     for _ in range(60):  # what it is sure of turns out wrong

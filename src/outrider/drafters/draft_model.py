@@ -141,14 +141,15 @@ class DraftModelDrafter:
         # Longest drafts first: the rows that still draft at depth j are then a prefix.
         order = sorted((b for b, n in enumerate(lengths) if n), key=lambda b: -lengths[b])
         missing = self._catch_up([rows[b] for b in order], [context.history[b] for b in order])
-        if self._draft_loop is not None and min(lengths) == width and all(map(_plain, context.params[: len(rows)])):
+        plain = context.processors is None and all(map(_plain, context.params[: len(rows)]))
+        if self._draft_loop is not None and min(lengths) == width and plain:
             return self._draft_at_once(missing, context, width, rng)
         live = [sum(lengths[b] > j for b in order) for j in range(width)]
         index, cache_slots, positions = torch.tensor(
             [order, [rows[b].cache_slot for b in order], [starts[b] for b in order]], dtype=torch.int64
         ).unbind()
         offsets = torch.arange(len(order) + 1)
-        penalised = any(context.params[b].penalised for b in order)
+        penalised = context.stepwise
         seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts that count for penalties
         distributions: list[Processed] = []
         drafts: list[Tensor] = []

@@ -33,6 +33,9 @@ class Eagle3Config:
     """The most tokens it proposes in a round; None: as many as it was trained for."""
     target_layers: tuple[int, ...] | None = None
     """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
+    dtype: str = "auto"
+    """Precision of the drafter alone: float32, bfloat16, int8 or int4 (its head int8); auto: int8 where the native core
+    runs, else the target's. Rounding changes what it proposes a little, and its speed a lot; never the text."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens is not None and self.draft_tokens < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
+from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
+from outrider.engine.predicted_text import PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
 from outrider.engine.rows import Admission, Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.grammar import GrammarMatcher, Grammars
+from outrider.sampling.logprobs import token_logprobs
 from outrider.sampling.processors import process
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import (
     Drafter,
     Proposal,
     RaggedBatch,
-    ReadsHidden,
     RequestStats,
-    ResetsRows,
     RowRecord,
     SchedulerPolicy,
     StepCost,
@@ -34,6 +36,7 @@ from outrider.types import (
     StepRecord,
     TargetModel,
     TargetOutput,
+    TokenLogprobs,
 )
 
 __all__ = ["Engine"]
@@ -63,7 +66,8 @@ class Engine:
     ) -> None:
         """``capacity``: tokens of a sequence at first; a longer request makes it grow. ``tokenizer``: None = events
         without text."""
-        self.target, self.drafter, self.policy = target, drafter, policy
+        self.target = target
+        self.drafting = Drafting(drafter, policy)
         self.tokenizer = tokenizer
         self.observers = [] if observers is None else observers
         self.max_rows, self.capacity = max_rows, capacity
@@ -76,24 +80,54 @@ class Engine:
         self._commits: list[Commit] = []  # of the step in progress, once all of them are known
         self._news = False  # whether requests were submitted or cancelled since the last step
         self._whole = True  # False while a step is under way: what it leaves behind cannot be relied on
-        self._reads_hidden = isinstance(drafter, ReadsHidden)
+        self._grammars: Grammars | None = None
+        if tokenizer is not None:
+            spec = target.spec
+            self._grammars = Grammars(lambda: tokenizer.definition, spec.vocab_size, spec.eos_token_ids)
         self._turns = Turns()
+
+    @property
+    def drafter(self) -> Drafter:
+        """May be set while no request runs."""
+        return self.drafting.drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter) -> None:
+        self.drafting = Drafting(drafter, self.policy)
+
+    @property
+    def policy(self) -> SchedulerPolicy:
+        """May be set while no request runs."""
+        return self.drafting.policy
+
+    @policy.setter
+    def policy(self, policy: SchedulerPolicy) -> None:
+        self.drafting = Drafting(self.drafter, policy)
 
     # ------------------------------------------------------------------------------------------ for any thread
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise InvalidRequest for a request that this engine cannot run."""
         check_request(self.target.spec, prompt, params)
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise InvalidRequest("a grammar needs a tokenizer, and this engine has none")
+            self._grammars.check(params.grammar)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this engine has none")
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> Request:
-        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry."""
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0, expected: Sequence[int] = ()
+    ) -> Request:
+        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry. ``expected``: tokens that the
+        answer may be made of; they are proposed where it follows them, and change no distribution."""
         self.check(prompt, params)
         stop_ids = frozenset() if params.ignore_eos else frozenset(self.target.spec.eos_token_ids)
-        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]))
+        grammar = GrammarMatcher(self._grammars, params) if self._grammars is not None and params.grammar else None
+        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]), grammar)
         number = next(self._numbers)
         request = Request(number, index, params, seed, finisher, list(prompt), len(prompt), pending=len(prompt))
+        request.predicted = PredictedText(expected) if expected else None
         self._arrivals.append(request)
         self._news = True  # after the append: a step that clears it first has not seen the request
         return request
@@ -139,16 +173,14 @@ class Engine:
         if not len(rows):
             self._whole = True
             return []
-        draft_began = perf_counter()
-        planned = self.policy.plan(rows.view) if rows.ready else []  # draft at all? how far?
-        proposal = rows.pad(self._propose(rows, planned))  # draft
-        draft_ended = perf_counter()
-        keep = self.policy.choose(proposal.confidence, proposal.lengths)  # schedule
+        planned = self.drafting.plan(rows)  # draft at all? how far?
+        proposal, draft_seconds = self.drafting.propose(rows, planned, self.capacity)  # draft
+        keep = self.drafting.choose(proposal)  # schedule
         kept = keep.tolist()
         run = rows.candidates(proposal, kept)
         verify_began = perf_counter()
-        output = self.target.forward(run.batch, self.cache, self.drafter.aux_layers, run.wanted)  # verify
-        verify_ended = perf_counter()
+        output = self.target.forward(run.batch, self.cache, self.drafting.aux_layers(rows), run.wanted)  # verify
+        verify_seconds = perf_counter() - verify_began
         accepted, tokens = kept, []
         if rows.complete:
             try:
@@ -157,18 +189,12 @@ class Engine:
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
             accepted, tokens = result.accepted.tolist(), result.tokens.tolist()
-        commits = self._commit(rows, kept, accepted, tokens)  # commit, where texts may end
+        logprobs = token_logprobs(output.logits, run.rows, tokens, accepted, rows.context.params)
+        commits = self._commit(rows, kept, accepted, tokens, logprobs)  # commit, where texts may end
         self._observe(rows, run, commits, output)
-        forward_seconds = (draft_ended - draft_began) + (verify_ended - verify_began)
-        cost = StepCost(
-            draft=draft_ended - draft_began,
-            verify=verify_ended - verify_began,
-            bookkeeping=perf_counter() - began - forward_seconds,
-            rows=len(rows),
-            tokens=len(run.batch.tokens),
-            context=sum(len(r.history) for r in rows.requests),
-        )
-        self.policy.observe(cost, accepted)
+        bookkeeping = perf_counter() - began - draft_seconds - verify_seconds
+        cost = StepCost(draft_seconds, verify_seconds, bookkeeping, len(rows), len(run.batch.tokens), rows.cached)
+        self.drafting.learn(cost, accepted)
         if self.observers:
             self._report(commits, planned, proposal, kept, cost)
         for commit in commits:
@@ -190,6 +216,7 @@ class Engine:
                 self.capacity = min(max(needed, 2 * self.capacity), self.target.spec.max_positions)
                 self._repair()
             self.admission.admit(self._open)
+        self.drafting.begin(self.admission.running, self.capacity)
 
     def _next_rows(self) -> Rows:
         """The rows of this step, each with memory for what it may write."""
@@ -216,19 +243,18 @@ class Engine:
             )
             self._retire(request)
 
-    def _propose(self, rows: Rows, planned: Sequence[int]) -> Proposal:
-        """Drafts for the rows that are past their prompt; none where the policy or their budgets say so."""
-        limits = rows.limits(planned, self.drafter.block, self.capacity)
-        if not any(limits):
-            return Proposal.empty(rows.ready)
-        limit = torch.tensor(limits, dtype=torch.int64)
-        return self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
-
-    def _commit(self, rows: Rows, keep: list[int], accepted: list[int], tokens: list[list[int]]) -> list[Commit]:
+    def _commit(
+        self,
+        rows: Rows,
+        keep: list[int],
+        accepted: list[int],
+        tokens: list[list[int]],
+        logprobs: Mapping[int, Sequence[TokenLogprobs]],
+    ) -> list[Commit]:
         """Append each row's new tokens up to where its text ends; nothing after that is kept or counted."""
         now = perf_counter()
         commits = [
-            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started)
+            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started, logprobs.get(b, ()))
             for b, request in enumerate(rows.requests[: rows.complete])
         ]
         self._commits = commits  # from here on the step counts, whatever interrupts it
@@ -237,7 +263,7 @@ class Engine:
         return commits
 
     def _observe(self, rows: Rows, run: Candidates, commits: list[Commit], output: TargetOutput) -> None:
-        """Take the rejected drafts back, and show the drafter what was committed."""
+        """Take the rejected drafts back, and show the drafter what was committed of the rows that it follows."""
         batch, features = run.batch, output.features
         kept = [chunk + c.accepted for chunk, c in zip(rows.chunks, commits, strict=False)]
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
@@ -246,17 +272,22 @@ class Engine:
         if commits:
             ends = torch.tensor([len(c.request.history) - 1 for c in commits], dtype=torch.int64)
             self.cache.rewind(batch.slots[: rows.complete], ends)
+        shown = [b for b, request in enumerate(rows.requests) if request.followed]
+        if not shown:
+            return
         hidden = None
-        if self._reads_hidden and output.hidden is not None:
-            hidden = output.hidden[_last_rows(run.rows, [c.accepted for c in commits])]
-        if sum(kept) < len(batch.tokens):
+        if self.drafting.reads_hidden and output.hidden is not None:
+            last = [(b, commits[b].accepted) for b in shown if b < rows.complete]
+            hidden = output.hidden[_last_rows(run.rows, last)]
+        if len(shown) < len(rows) or sum(kept) < len(batch.tokens):
             first, tokens, positions = batch.offsets.tolist(), batch.tokens.tolist(), batch.positions.tolist()
             if features is not None:  # slices: an index would wake all of PyTorch's threads for a few rows
-                parts = [features[at : at + n] for at, n in zip(first, kept, strict=False)]
+                parts = [features[first[b] : first[b] + kept[b]] for b in shown]
                 features = parts[0] if len(parts) == 1 else torch.cat(parts)
-            new = [tokens[at : at + n] for at, n in zip(first, kept, strict=False)]
-            batch = RaggedBatch.pack(new, [positions[at] for at in first[: len(kept)]], batch.slots.tolist())
-        self.drafter.observe(batch, features, hidden)
+            new = [tokens[first[b] : first[b] + kept[b]] for b in shown]
+            slots = [rows.requests[b].slot for b in shown]
+            batch = RaggedBatch.pack(new, [positions[first[b]] for b in shown], slots)
+        self.drafting.observe([rows.requests[b] for b in shown], batch, features, hidden)
 
     def _report(
         self, commits: list[Commit], planned: Sequence[int], proposal: Proposal, keep: list[int], cost: StepCost
@@ -283,14 +314,13 @@ class Engine:
     # ------------------------------------------------------------------------------------------ rows come and go
 
     def _open(self, request: Request) -> None:
-        slot = self.cache.open()
-        self.drafter.open(slot, self.capacity)
-        request.slot = slot
+        request.slot = self.cache.open()
+        self.drafting.open(request, self.capacity)
         request.started = request.started or perf_counter()
 
     def _close(self, request: Request) -> None:
+        self.drafting.close(request)
         slot, request.slot = request.slot, -1
-        self.drafter.close(slot)
         self.cache.release(slot)
 
     def _preempt(self, request: Request) -> None:
@@ -349,17 +379,12 @@ class Engine:
         for commit in self._commits:
             commit.apply()
         for request in list(self._requests.values()):
-            request.slot = -1
+            request.slot, request.followed = -1, False
             if request.finish_reason is not None:
                 self._totals = self._totals.with_finished(request)
                 del self._requests[request.number]
         self._commits = []
-        if isinstance(self.drafter, ResetsRows):
-            self.drafter.reset_rows()
-        else:
-            for slot in range(self.max_rows):
-                with suppress(KeyError):
-                    self.drafter.close(slot)
+        self.drafting.reset(self.max_rows)
         self.cache = self.target.new_cache(self.max_rows, self.capacity)
         self.admission = Admission(self.max_rows, self.admission.chunk)
         for number in sorted(self._requests):
@@ -371,7 +396,8 @@ class Engine:
             self.admission.waiting.append(request)
 
 
-def _last_rows(rows: Tensor, accepted: list[int]) -> Tensor:
-    """The row of logits that follows each request's last accepted draft. rows int64 [R]: each one's request."""
-    starts = torch.searchsorted(rows, torch.arange(len(accepted)))
-    return starts + torch.tensor(accepted, dtype=torch.int64)
+def _last_rows(rows: Tensor, last: Sequence[tuple[int, int]]) -> Tensor:
+    """The row of logits that follows the last accepted draft. rows int64 [R]: each one's row of the step; last: rows of
+    the step and how many drafts each accepted."""
+    starts = torch.searchsorted(rows, torch.tensor([b for b, _ in last], dtype=torch.int64))
+    return starts + torch.tensor([accepted for _, accepted in last], dtype=torch.int64)

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from outrider.config import SamplingParams, whole_number
 from outrider.engine.auto import fastest
+from outrider.engine.cost_tables import start_costs
 from outrider.engine.engine import Engine
 from outrider.engine.loader import EMBEDDED, LoadedModel, load_drafter, load_model, load_policy
 from outrider.engine.request import Request
 from outrider.engine.stream import EventStream
 from outrider.errors import InvalidRequest
 from outrider.models.loading import load_backend
+from outrider.scheduling.cost_model import CostModel
 from outrider.tokenization.tokenizer import Tokenizer
-from outrider.types import Drafter, Event, Forgets, Output, StepObserver, TargetModel
+from outrider.types import Drafter, Event, Forgets, Output, SchedulerPolicy, StepObserver, TargetModel
 
 __all__ = ["LLM", "Run"]
 
@@ -34,6 +36,9 @@ class LLM:
     ``model``: a local Hugging Face directory, a hub id, ``"embedded"``, or a loaded target (then pass ``tokenizer``).
     ``drafter``: ``none``, ``ngram``, ``suffix``, another name of the drafters' catalogue, a directory with a
     draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``).
+    ``policy``: ``auto``, which drafts where that raises tokens per second, or a name of the policies' catalogue
+    (``fixed`` drafts the same number in every round). ``guard``: decoding is never slower than without the drafter,
+    because drafting stops where it does not pay, whatever the policy says.
     ``drafter_options`` are the fields of the chosen kind's ``Config``, and ``calibration``: a directory with the
     calibration.json of a drafter that has no checkpoint to keep it in.
 
@@ -49,8 +54,9 @@ class LLM:
         backend: str = "auto",
         draft_tokens: int | None = None,
         drafter_options: Mapping[str, Any] | None = None,
-        policy: str = "fixed",
+        policy: str = "auto",
         policy_options: Mapping[str, Any] | None = None,
+        guard: bool = True,
         max_rows: int = 8,
         capacity: int | None = None,
         tokenizer: Tokenizer | None = None,
@@ -78,7 +84,7 @@ class LLM:
         if draft_tokens is not None:
             options["draft_tokens"] = draft_tokens
         self.drafter_name, self.drafter = load_drafter(drafter, loaded, options, max_rows=max_rows)
-        self.policy = load_policy(policy, policy_options or {}, self.drafter)
+        self.policy = self._load_policy(policy, policy_options or {}, guard=guard)
         self.observers: list[StepObserver] = []
         """See every step of the engine."""
         self._engine: Engine | None = None
@@ -141,9 +147,11 @@ class LLM:
         draft_tokens: int | None = None,
         policy: str = "fixed",
         policy_options: Mapping[str, Any] | None = None,
+        guard: bool = False,
         **options: Any,
     ) -> LLM:
-        """The same loaded target with another drafter, as an engine of its own: what a fair comparison needs."""
+        """The same loaded target with another drafter, as an engine of its own: what a fair comparison needs. It always
+        drafts, unless another policy or the guard is asked for."""
         return LLM(
             self.loaded,
             drafter,
@@ -151,6 +159,7 @@ class LLM:
             drafter_options=options,
             policy=policy,
             policy_options=policy_options,
+            guard=guard,
             max_rows=self.max_rows,
             capacity=self.capacity,
         )
@@ -181,6 +190,16 @@ class LLM:
             return self._engine
 
     # ------------------------------------------------------------------------------------------------ parts
+
+    def _load_policy(self, name: str, options: Mapping[str, Any], *, guard: bool) -> SchedulerPolicy:
+        """The policy; what passes cost is measured, or was before, where it matters."""
+        costs = None
+        if self.drafter.block and (guard or name in ("auto", "throughput")):
+            rows = self.max_rows
+            costs = CostModel(
+                start_costs(self.target, self.loaded.dtype, rows=rows, tokens=rows * (self.drafter.block + 1))
+            )
+        return load_policy(name, options, self.drafter, costs, guard=guard)
 
     def _submit(self, index: int, tokens: list[int], params: SamplingParams) -> Request:
         seed = params.seed if params.seed is not None else secrets.randbits(63)

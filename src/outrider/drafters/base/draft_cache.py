@@ -141,6 +141,16 @@ class DraftCache:
             row.drop(len(row.tokens))
         return Waiting(batch, features)
 
+    def take_features(self, slots: Sequence[int]) -> tuple[list[int], list[int], list[Tensor]]:
+        """The same in pieces, for a backend that packs them itself: each row's slot in the KV cache and number of
+        waiting tokens, and all features, row after row."""
+        rows = [self._rows[slot] for slot in slots]
+        counts = [len(row.tokens) for row in rows]
+        features = [piece for row in rows for piece in row.features]
+        for row in rows:
+            row.drop(len(row.tokens))
+        return [row.cache_slot for row in rows], counts, features
+
     def take_pairs(self, slots: Sequence[int], last: Sequence[int] | None) -> Waiting:
         """Waiting features of some rows, each with the token that *follows* it; all but the final pair count as held.
 

@@ -1,0 +1,167 @@
+"""The audit: its quick tier on the packaged models, its negative controls, and the certificate's forms."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from outrider.cli import app
+from outrider.config import SamplingParams
+from outrider.proof import controls
+from outrider.proof.certificate import Certificate, Check, Tier
+from outrider.proof.controls import CONTROLS, Control, sound_repetition
+from outrider.proof.enumeration import enumerate_texts
+from outrider.proof.evidence import Budget, Evidence, power, samples_needed
+from outrider.proof.exact import OPTIONS, RULES, TOLERANCE, Setting
+from outrider.proof.literal import Chain, next_token, plain_texts, total_variation
+from outrider.proof.toy_world import make_policy
+
+RUN = CliRunner()
+
+
+def test_the_quick_audit_of_the_packaged_models_passes(tmp_path: Path) -> None:
+    files = {option: tmp_path / f"certificate.{option}" for option in ("json", "markdown", "html")}
+    options = [word for option, path in files.items() for word in (f"--{option}", str(path))]
+    result = RUN.invoke(app, ["audit", "--tier", "quick", *options])
+    assert result.exit_code == 0, result.output
+    found = json.loads(files["json"].read_text())
+    assert found["verdict"] == "pass" and found["machine"]["cpu"] and found["versions"]["outrider"]
+    assert [tier["tier"] for tier in found["tiers"]] == ["exact", "contracts", "equality", "statistical"]
+    checks = {check["name"]: check for tier in found["tiers"] for check in tier["checks"]}
+    assert all(check["passed"] for check in checks.values())
+    assert found["tiers"][3]["false_alarm_rate"] == 1e-3
+    assert sum(check.get("accepted", 0) for check in checks.values()) > 100, "an audit without accepted drafts is empty"
+    assert all(check["samples"] > 1000 and check["power"] > 0.9 for check in found["tiers"][3]["checks"])
+    page = files["markdown"].read_text()
+    assert page.startswith("# Losslessness certificate: pass") and all(
+        tier["method"] in page for tier in found["tiers"]
+    )
+    assert files["html"].read_text().count("<tr class=pass>") == len(checks)
+
+
+def test_one_tier_can_be_chosen_and_bad_options_are_refused() -> None:
+    result = RUN.invoke(app, ["audit", "--tier", "equality", "--tier", "quick", "--drafter", "ngram", "--json", "-"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["subject"]["drafters"] == ["ngram"]
+    for words, message in [
+        (["--tier", "exakt"], "did you mean 'exact'"),
+        (["--policy", "fixt"], "did you mean 'fixed'"),
+        (["--drafter", "ngramm"], "ngramm"),
+    ]:
+        refused = RUN.invoke(app, ["audit", "--tier", "quick", *words])
+        assert refused.exit_code == 2 and message in refused.output
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=lambda control: control.name)
+def test_broken_variants_are_caught(control: Control) -> None:
+    outcome = control.run()
+    assert outcome.caught, outcome.found
+
+
+def test_every_control_that_the_certificate_promises_is_there() -> None:
+    assert len({control.name for control in CONTROLS}) == len(CONTROLS) == 16
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 2)) for seed in range(1, 21)])
+def test_the_sound_configuration_raises_no_alarm(seed: int) -> None:
+    assert sound_repetition(seed) == []
+
+
+def test_a_missed_control_fails_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless = Control("harmless", "exact", "nothing is broken", controls._exact(Setting("rejection", length=3)))
+    monkeypatch.setattr(controls, "CONTROLS", (harmless,))
+    result = RUN.invoke(app, ["audit", "--self-test", "--repetitions", "0", "--json", "-"])
+    assert result.exit_code == 1
+    assert [one["caught"] for one in json.loads(result.stdout)["controls"]] == [False]
+
+
+# ------------------------------------------------------------------------------------------------ exact
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("rule", RULES)
+def test_texts_of_three_tokens_are_exact(rule: str, option: str) -> None:
+    setting = Setting(rule, option, "remembers", size=3, length=3, seed=4)  # type: ignore[arg-type]
+    assert setting.distance() <= TOLERANCE
+
+
+def test_a_policy_that_looks_at_its_neighbours_is_enumerated_jointly() -> None:
+    """All rows of one engine follow one sequence of outcomes, and the marginals are those of plain decoding."""
+    setting = Setting("block", length=3, rows=2)
+    found = enumerate_texts(
+        lambda: setting.world.enumerated(make_policy("threshold", 2), 2, rows=2),
+        [[0], [1, 0]],
+        setting.params,
+        together=True,
+    )
+    for texts, prompt in zip(found, ([0], [1, 0]), strict=True):
+        assert sum(texts.values()) == pytest.approx(1)
+        assert total_variation(texts, plain_texts(setting.world.chain, prompt, setting.params)) <= TOLERANCE
+
+
+def test_literal_decoding_by_hand() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.2]))
+    assert next_token(logits, SamplingParams(temperature=1.0, top_k=2), [0], []) == pytest.approx([0.625, 0.375, 0])
+    assert next_token(logits, SamplingParams(temperature=1.0, top_p=0.75), [0], []) == pytest.approx([0.625, 0.375, 0])
+    assert next_token(logits, SamplingParams(temperature=1.0, min_p=0.5), [0], []) == pytest.approx([0.625, 0.375, 0])
+    assert next_token(logits, SamplingParams(temperature=0.5), [0], []) == pytest.approx([25 / 38, 9 / 38, 4 / 38])
+    assert next_token(logits, SamplingParams(), [0], []) == pytest.approx([1, 0, 0])
+    presence = SamplingParams(temperature=1.0, presence_penalty=float(np.log(2)))
+    assert next_token(logits, presence, [1], [0]) == pytest.approx([1 / 3, 0.4, 4 / 15])
+    repetition = SamplingParams(temperature=1.0, repetition_penalty=2.0)  # negative logits are doubled
+    assert next_token(logits, repetition, [1], []) == pytest.approx(np.array([0.5, 0.09, 0.2]) / 0.79)
+    chain = Chain(np.zeros((2, 2)), no_repeat=1)
+    assert plain_texts(chain, [0], SamplingParams(max_tokens=2, temperature=1.0)) == pytest.approx(
+        {(0, 0): 0.25, (0, 1): 0.25, (1, 0): 0.5}
+    )
+
+
+# ------------------------------------------------------------------------------------------------ evidence
+
+
+def test_evidence_is_the_mixture_it_says_it_is() -> None:
+    """Two categories: the Dirichlet mixture by numerical integration over its beta prior."""
+    expected, concentration = np.array([[0.3, 0.7]]), 8.0
+    evidence = Evidence(expected, concentration)
+    evidence.add([0, 1, 1, 0, 0])
+    x = (np.arange(200_000) + 0.5) / 200_000
+    prior = x ** (0.3 * concentration - 1) * (1 - x) ** (0.7 * concentration - 1)
+    mean = (prior * x**3 * (1 - x) ** 2).sum() / prior.sum()
+    assert evidence.log_value == pytest.approx(np.log(mean / (0.3**3 * 0.7**2)), abs=1e-4)
+    evidence.add([1], [0])
+    assert evidence.samples == 6
+
+
+def test_false_alarms_and_power_are_as_stated() -> None:
+    """Rates of simulated tests: no more false alarms than the budget allows, looking 20 times; power where promised."""
+    expected = np.full((1, 16), 1 / 16)
+    budget = Budget(tests=5, alpha=0.05)
+    needed = samples_needed(expected, 0.03, budget.threshold)
+    rates = [power(expected, bias, needed, budget.threshold, needed / 3, repetitions=400) for bias in (0.0, 0.03)]
+    assert rates[0] <= 0.01 + 3 * np.sqrt(0.01 * 0.99 / 400)
+    assert rates[1] > 0.95
+
+
+def test_a_token_of_no_probability_is_proof() -> None:
+    evidence = Evidence(np.array([[0.5, 0.5, 0.0]]), 10.0)
+    evidence.add([0, 1, 2])
+    assert evidence.log_value == np.inf
+
+
+# ------------------------------------------------------------------------------------------------ certificate
+
+
+def test_a_certificate_fails_with_one_check_and_says_which() -> None:
+    tiers = (Tier("exact", "by hand", (Check("a", True, "fine"), Check("b | c", False, "<off>")), 1.0),)
+    certificate = Certificate({"model": "toy"}, tiers)
+    assert certificate.to_json()["verdict"] == certificate.to_json()["tiers"][0]["verdict"] == "fail"
+    assert re.search(r"\| b \\\| c \| \*\*fail\*\* \| <off> \|", certificate.to_markdown())
+    assert "<tr class=fail><td>b | c</td><td>fail</td><td>&lt;off&gt;</td></tr>" in certificate.to_html()
+    assert not Certificate({}, ()).passed and not Tier("exact", "", ()).passed, "nothing checked is nothing proved"
