@@ -102,7 +102,7 @@ class Audit:
 
     def _llm(self, drafter: str, policy: str = "fixed", rows: int | None = None) -> LLM:
         capacity = min(self._size.prompt_tokens + self._size.max_tokens + 1, self._target.spec.max_positions)
-        return LLM(self.model, drafter, policy=policy, max_rows=rows or self.max_rows, capacity=capacity)
+        return LLM(self.model, drafter, policy=policy, guard=False, max_rows=rows or self.max_rows, capacity=capacity)
 
     def _engine(self, drafter: str, policy: str) -> Engine:
         return self._llm(drafter, policy).engine
