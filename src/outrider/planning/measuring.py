@@ -15,6 +15,7 @@ import numpy as np
 
 from outrider import checkpoints
 from outrider.backends.layers import weight_shapes
+from outrider.backends.native import NativeStack
 from outrider.config import SamplingParams, StackConfig
 from outrider.drafters.base.trained import TrainedDrafter
 from outrider.drafters.draft_model import DraftModelDrafter
@@ -169,13 +170,18 @@ def measured_shape(llm: LLM) -> TargetShape | None:
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         parameters=float(matrices + config.vocab_size * config.hidden_size),
-        bytes=matrix_bytes(target, llm.loaded.dtype) / matrices,
+        bytes=matrix_bytes(target, _dtype(target)) / matrices,
         kv_heads=max(1, round(cached / (2 * len(config.layers) * layer.head_dim))),
         head_dim=layer.head_dim,
         heads=layer.num_heads,
-        kv_bytes=4.0 if llm.loaded.dtype in ("float32", "float64") else 2.0,
+        kv_bytes=4.0 if _dtype(target) in ("float32", "float64") else 2.0,
         name=llm.model,
     )
+
+
+def _dtype(target: DecoderTarget) -> str:
+    stack = target.stack
+    return stack.dtype if isinstance(stack, NativeStack) else str(target.spec.dtype).removeprefix("torch.")
 
 
 def _parameters(config: StackConfig) -> int:
@@ -197,7 +203,7 @@ def _drafter_shape(name: str, llm: LLM) -> DrafterShape:
         )
     if isinstance(drafter, DraftModelDrafter) and isinstance(drafter.model, DecoderTarget):
         config = drafter.model.stack.config
-        count, size = _parameters(config), matrix_bytes(drafter.model, llm.loaded.dtype)
+        count, size = _parameters(config), matrix_bytes(drafter.model, _dtype(drafter.model))
         return DrafterShape(
             "draft_model", most, length=1.0, parameters=float(count), bytes=size / count, layers=len(config.layers)
         )
