@@ -32,6 +32,7 @@ DESCRIBED_HERE = {  # descriptions of files that have no docstring
     "constraints.txt": "The exact versions that `make` installs.",
     "docs/architecture.md": "The shape of the whole, its floors and contracts, and why.",
     "docs/evaluation.md": "How drafters are compared, and how their confidences are calibrated.",
+    "docs/grammars.md": "Structured output, tool calls and the playground.",
     "docs/log.md": "Decisions, failed tries and measured figures.",
     "docs/study.md": "Measurements of drafters on the embedded target.",
     "docs/training.md": "How to train a drafter for your own model in one command, and what each stage does.",
