@@ -34,6 +34,7 @@ from outrider.backends.native_drafting import (
 )
 from outrider.backends.native_verification import verify_native
 from outrider.backends.packed_weights import PackedFile
+from outrider.backends.tuning import apply_once
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
@@ -134,6 +135,7 @@ class NativeBackend:
             core = _native.Stack(spec)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
+        apply_once(core.isa, core.weight_bytes)
         kept, began = PackedFile(weights, key, core.isa), perf_counter()
         if not kept.read_into(core.packed):
             _pack(core, config, weights, formats)
