@@ -38,7 +38,7 @@ _Mask = npt.NDArray[np.uint32]  # [W], bit t % 32 of word t // 32: token t is al
 _Floats = npt.NDArray[np.floating]
 _COMPILED = 32  # grammars that are kept ready
 _LONGEST_REASON = 300  # characters of llguidance's messages, which quote the grammar
-JSON_WHITESPACE = r"[ ]|\n[ ]{0,32}"
+JSON_WHITESPACE = r"[ ]|\n[ ]{0,16}"
 """Between the parts of a JSON text: a model that may write any number of spaces may write nothing else."""
 _LEXER_STATES = 20_000  # about 20 MB; llguidance's other limits bound the time of a step
 
