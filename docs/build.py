@@ -32,6 +32,7 @@ DESCRIBED_HERE = {  # descriptions of files that have no docstring
     "constraints.txt": "The exact versions that `make` installs.",
     "docs/architecture.md": "The shape of the whole, its floors and contracts, and why.",
     "docs/evaluation.md": "How drafters are compared, and how their confidences are calibrated.",
+    "docs/grammars.md": "Structured output, tool calls and the playground.",
     "docs/log.md": "Decisions, failed tries and measured figures.",
     "docs/losslessness.md": "Why speculative decoding is lossless, what is promised, and how the audit checks it.",
     "docs/study.md": "Measurements of drafters on the embedded target.",
