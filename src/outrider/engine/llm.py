@@ -36,7 +36,8 @@ class LLM:
 
     ``model``: a local Hugging Face directory, a hub id, ``"embedded"``, or a loaded target (then pass ``tokenizer``).
     ``drafter``: ``none``, ``ngram``, ``suffix``, another name of the drafters' catalogue, a directory with a
-    draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``).
+    draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``). Of a list, each
+    row takes the drafter that gives most tokens per second for it.
     ``policy``: ``auto``, which drafts where that raises tokens per second, or a name of the policies' catalogue
     (``fixed`` drafts the same number in every round). ``guard``: decoding is never slower than without the drafter,
     because drafting stops where it does not pay, whatever the policy says.
@@ -53,7 +54,7 @@ class LLM:
     def __init__(
         self,
         model: str | Path | TargetModel | LoadedModel = EMBEDDED,
-        drafter: str | Path | Drafter = "auto",
+        drafter: str | Path | Drafter | Sequence[str | Path | Drafter] = "auto",
         *,
         dtype: str = "auto",
         backend: str = "auto",
@@ -152,7 +153,7 @@ class LLM:
 
     def with_drafter(
         self,
-        drafter: str | Path | Drafter,
+        drafter: str | Path | Drafter | Sequence[str | Path | Drafter],
         *,
         draft_tokens: int | None = None,
         policy: str = "fixed",
@@ -249,12 +250,14 @@ class Run:
         return self._llm._output(self._prompt, self._request)
 
 
-def _resolve_auto(loaded: LoadedModel) -> str:
-    """The drafter that ``auto`` means for a target: what measures fastest of those it comes with, else ``suffix``."""
+def _resolve_auto(loaded: LoadedModel) -> str | list[str]:
+    """The drafters that ``auto`` means for a target: what measures fastest of those it comes with, and ``suffix``, that
+    costs next to nothing."""
     if loaded.name != EMBEDDED:
         return "suffix"
     backend = load_backend(loaded.backend, loaded.dtype).name
-    return fastest(lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend)
+    best = fastest(lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend)
+    return best if best in ("none", "suffix") else [best, "suffix"]
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
