@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
@@ -13,13 +14,18 @@ from outrider.serving.launch import make_server, make_service
 from outrider.serving.service import Service
 from outrider.serving.settings import ServerSettings
 
-__all__ = ["eventually", "serving"]
+__all__ = ["drafting", "eventually", "serving"]
+
+
+def drafting(model: str | Path = "embedded", drafter: str = "suffix") -> LLM:
+    """One that drafts in every round, whether or not that pays on a busy machine."""
+    return LLM(model, drafter, policy="fixed", guard=False)
 
 
 @contextmanager
 def serving(llm: LLM, **settings: Any) -> Iterator[tuple[str, Service]]:
     """The address and the service of a running server."""
-    service = make_service(llm, ServerSettings(port=0, **settings))
+    service = make_service(llm, ServerSettings(port=0, policy="fixed", **settings))
     ready, address = Event(), []
 
     def announce(url: str) -> None:

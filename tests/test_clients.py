@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from served import eventually, serving
+from served import drafting, eventually, serving
 
-from outrider.engine.llm import LLM
 from outrider.serving.service import Service
 
 openai = pytest.importorskip("openai")
@@ -20,7 +19,7 @@ ASK = [{"role": "user", "content": "def add(a, b):\n    return a"}]
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[tuple[str, Service]]:
-    with serving(LLM("embedded", "suffix")) as found:
+    with serving(drafting()) as found:
         yield found
 
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import serving
+from served import drafting, serving
 from typer.testing import CliRunner
 
 from outrider.cli import app
-from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest, OutriderError
 from outrider.evaluation.load import Load, run_load, summary
 from outrider.evaluation.load_client import LoadClient, Timed
@@ -22,7 +21,7 @@ PROMPTS = ["It was", "def add(a, b):\n    return a"]
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(LLM("embedded", "suffix"), max_requests=3) as (found, _):
+    with serving(drafting(), max_requests=3) as (found, _):
         yield found
 
 

@@ -55,7 +55,7 @@ def test_added_drafts_have_all_mass_beside_sampled_ones() -> None:
     "params", [SamplingParams(), SamplingParams(temperature=0.8, seed=4)], ids=["greedy", "coupled"]
 )
 def test_the_output_is_the_same_in_fewer_rounds(drafter: str, params: SamplingParams) -> None:
-    llm = LLM("embedded", drafter)
+    llm = LLM("embedded", drafter, policy="fixed", guard=False)
     alone = llm.with_drafter("none").generate(PROMPTS, params)
     wrong = [alone[2].token_ids, (), alone[2].token_ids]  # the first one expects another answer, the second one none
     for expected in ([output.token_ids for output in alone], wrong):
@@ -71,7 +71,7 @@ def test_the_output_is_the_same_in_fewer_rounds(drafter: str, params: SamplingPa
 def test_sampled_rows_beside_an_expected_text_keep_their_distribution() -> None:
     """A row whose neighbour is drafted from a text writes what it writes alone: its random numbers and distributions
     are its own."""
-    llm = LLM("embedded", "draft_model")
+    llm = LLM("embedded", "draft_model", policy="fixed", guard=False)
     params = SamplingParams(temperature=1.0, seed=9, rule="rejection")
     prompt = llm.encode(PROMPTS[1])
     alone = llm.engine.submit(prompt, params, 9)

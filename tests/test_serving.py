@@ -8,9 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from served import serving
+from served import drafting, serving
 
-from outrider.engine.llm import LLM
 from outrider.serving.service import Service
 
 CHAT = "/v1/chat/completions"
@@ -19,7 +18,7 @@ ASK = [{"role": "user", "content": "def add(a, b):\n    return a"}]
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[tuple[str, Service]]:
-    with serving(LLM("embedded", "suffix")) as found:
+    with serving(drafting()) as found:
         yield found
 
 
@@ -163,3 +162,22 @@ def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     ask(
         client, messages=ASK, max_tokens=1, store=False, modalities=["text"], service_tier="auto", user="me", audio=None
     )
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_pieces_say_where_each_token_comes_from(client: httpx.Client, path: str) -> None:
+    what = {"messages": ASK} if path == CHAT else {"prompt": ASK[0]["content"]}
+    body = {**what, "max_tokens": 40, "temperature": 0, "outrider": {"pieces": True}}
+    (choice,) = (whole := ask(client, path, **body))["choices"]
+    pieces = choice["outrider"]["pieces"]
+    assert len(pieces) == whole["usage"]["completion_tokens"]
+    assert sum(piece["drafted"] for piece in pieces) == whole["usage"]["speculative"]["accepted"] > 0
+    assert all(0 < piece["probability"] <= 1 for piece in pieces)
+    assert all((0 < (p["confidence"] or 0) <= 1) == p["drafted"] for p in pieces)
+    assert "".join(p["text"] for p in pieces) == (choice["message"]["content"] if path == CHAT else choice["text"])
+    chunks = events(client, path, **body)
+    streamed = [p for chunk in chunks for c in chunk["choices"] for p in c["outrider"]["pieces"]]
+    # What is drafted may differ: this drafter has seen the answer by now.
+    own = {"drafted": 0, "confidence": 0}
+    assert [{**p, **own} for p in streamed] == [{**p, **own} for p in pieces]
+    assert choice["logprobs"] is None  # they were not asked for

@@ -272,3 +272,52 @@ def test_a_signal_lets_answers_finish_and_a_second_ends_them(signals: int) -> No
         process.kill()
         process.stderr.close()
         process.wait()
+
+
+# ------------------------------------------------------------------------------------------------ telemetry, logs
+
+
+def test_spans_of_requests_and_answers() -> None:
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    from outrider.serving.telemetry import Telemetry
+
+    exporter = memory.InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with serving(LLM("embedded", "none")) as (url, service), httpx.Client(base_url=url) as client:
+        service.telemetry = Telemetry("embedded", provider)
+        caller = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+        client.post(CHAT, json={"messages": ASK, "max_tokens": 5, "ignore_eos": True}, headers=caller)
+        assert eventually(lambda: len(exporter.get_finished_spans()) == 2)
+    generate, http = sorted(exporter.get_finished_spans(), key=lambda span: not span.name.startswith("generate"))
+    assert http.name == f"POST {CHAT}" and http.attributes["http.response.status_code"] == 200
+    assert f"{http.context.trace_id:032x}" == "a" * 32 and f"{http.parent.span_id:016x}" == "b" * 16
+    assert generate.parent.span_id == http.context.span_id
+    assert generate.attributes["gen_ai.usage.output_tokens"] == 5
+    assert [event.name for event in generate.events] == ["row", "first token"]
+    assert http.start_time <= generate.start_time <= generate.end_time <= http.end_time + 1_000_000
+
+
+def test_logs_are_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from outrider.serving.logs import set_up_logs
+    from outrider.serving.settings import ServerSettings
+
+    loggers = [logging.getLogger(name) for name in ("outrider", "uvicorn")]
+    before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
+    try:
+        set_up_logs(ServerSettings(log_format="json"))
+        with serving(LLM("embedded", "none")) as (url, _):
+            httpx.post(url + CHAT, json={"messages": ASK, "max_tokens": 2}, headers={"X-Request-Id": "mine"})
+            httpx.post(url + CHAT, content=b"{\n", headers={**JSON, "X-Request-Id": "broken"})
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    finally:
+        for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            one.handlers[:], one.propagate = handlers, propagate
+            one.setLevel(level)
+    found = {line["request_id"]: line for line in lines if "request_id" in line}
+    assert found["mine"]["status"] == 200 and found["broken"]["status"] == 400 and found["mine"]["path"] == CHAT

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import CHAT_TEMPLATE, save_llama
-from served import serving
+from served import drafting, serving
 
 from outrider.engine.llm import LLM
 
@@ -37,7 +37,7 @@ TOOLS = [
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = save_llama(tmp_path_factory.mktemp("tools"), chat_template=TEMPLATE)
-    with serving(LLM(folder, "suffix"), model_name="tiny") as (found, _):
+    with serving(drafting(folder), model_name="tiny") as (found, _):
         yield found
 
 

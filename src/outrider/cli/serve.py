@@ -24,7 +24,7 @@ def serve(
     ] = None,
     drafter: Annotated[str | None, typer.Option("--drafter", help="As of `generate`. Default: auto.")] = None,
     policy: Annotated[
-        str | None, typer.Option("--policy", help="How much is drafted: NAME or NAME:DRAFTS. Default: fixed.")
+        str | None, typer.Option("--policy", help="How much is drafted: auto, NAME or NAME:DRAFTS. Default: auto.")
     ] = None,
     draft_tokens: Annotated[
         int | None, typer.Option("--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
@@ -85,6 +85,7 @@ def serve(
             draft_tokens=settings.draft_tokens,
             policy=policy_name,
             policy_options=policy_options,
+            guard=settings.guard,
             max_rows=settings.max_rows,
             capacity=settings.capacity,
         )

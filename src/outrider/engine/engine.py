@@ -22,11 +22,12 @@ from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
 from outrider.sampling.grammar import GrammarMatcher, Grammars
-from outrider.sampling.logprobs import token_logprobs
+from outrider.sampling.logprobs import draft_reports, token_logprobs
 from outrider.sampling.processors import process
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import (
     Drafter,
+    DraftReport,
     Forgets,
     KVCache,
     PagedCache,
@@ -219,7 +220,8 @@ class Engine:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
             accepted, tokens = result.accepted.tolist(), result.tokens.tolist()
         logprobs = token_logprobs(output.logits, run.rows, tokens, accepted, rows.context.params)
-        commits = self._commit(rows, kept, accepted, tokens, logprobs)  # commit, where texts may end
+        drafts = draft_reports(proposal, accepted, rows.context.params)
+        commits = self._commit(rows, kept, accepted, tokens, logprobs, drafts)  # commit, where texts may end
         self._observe(rows, run, commits, output)
         self._publish_prompts(rows)
         bookkeeping = perf_counter() - began - draft_seconds - verify_seconds
@@ -282,11 +284,14 @@ class Engine:
         accepted: list[int],
         tokens: list[list[int]],
         logprobs: Mapping[int, Sequence[TokenLogprobs]],
+        drafts: Mapping[int, Sequence[DraftReport]],
     ) -> list[Commit]:
         """Append each row's new tokens up to where its text ends; nothing after that is kept or counted."""
         now = perf_counter()
         commits = [
-            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started, logprobs.get(b, ()))
+            Commit.of(
+                request, keep[b], tokens[b], accepted[b], now - request.started, logprobs.get(b, ()), drafts.get(b, ())
+            )
             for b, request in enumerate(rows.requests[: rows.complete])
         ]
         self._commits = commits  # from here on the step counts, whatever interrupts it

@@ -254,7 +254,7 @@ def _resolve_auto(loaded: LoadedModel) -> str:
     if loaded.name != EMBEDDED:
         return "suffix"
     backend = load_backend(loaded.backend, loaded.dtype).name
-    return fastest(lambda name: LLM(loaded, name), loaded.dtype, backend)
+    return fastest(lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

@@ -10,7 +10,7 @@ from outrider.config import SamplingParams
 from outrider.engine.finisher import Finisher
 from outrider.engine.predicted_text import PredictedText
 from outrider.errors import InvalidRequest, OutriderError
-from outrider.types import Event, RequestStats, TargetSpec, TokenLogprobs
+from outrider.types import DraftReport, Event, RequestStats, TargetSpec, TokenLogprobs
 
 __all__ = ["Commit", "Request", "check_request", "sampling_error"]
 
@@ -79,9 +79,10 @@ class Commit:
         accepted: int,
         seconds: float,
         logprobs: Sequence[TokenLogprobs] = (),
+        drafts: Sequence[DraftReport] = (),
     ) -> Commit:
         """Let the request's finisher decide what of ``tokens`` is text. ``verified``: drafts that were checked.
-        ``logprobs``: of each token, or none."""
+        ``logprobs``: of each token, or none; ``drafts``: of each accepted draft, or none."""
         end = request.finisher.take(tokens, accepted, request.left)
         old, counts = request.stats, bool(request.round)  # the first token comes from the prompt's own pass
         stats = RequestStats(
@@ -96,7 +97,10 @@ class Commit:
         )
         pieces = end.pieces
         if logprobs:
-            pieces = tuple(replace(piece, logprobs=one) for piece, one in zip(pieces, logprobs, strict=False))
+            pieces = tuple(
+                replace(piece, logprobs=one, draft=drafts[i] if i < len(drafts) else None)
+                for i, (piece, one) in enumerate(zip(pieces, logprobs, strict=False))
+            )
         failed = end.reason == "error"
         event = Event(request.index, pieces, None if failed else end.reason)
         return Commit(

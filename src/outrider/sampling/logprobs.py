@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
-from outrider.types import TokenLogprobs
+from outrider.sampling.distribution import Categorical, ProcessedLogits
+from outrider.types import DraftReport, Proposal, TokenLogprobs
 
-__all__ = ["token_logprobs"]
+__all__ = ["draft_reports", "token_logprobs"]
 
 
 def token_logprobs(
@@ -38,6 +39,23 @@ def token_logprobs(
         rows = logits[start : start + len(ids)]
         values = (rows if rows.dtype in (torch.float32, torch.float64) else rows.float()).cpu().numpy()
         found[b] = [_of_row(row, token, params[b].logprobs or 0) for row, token in zip(values, ids, strict=True)]
+    return found
+
+
+def draft_reports(
+    proposal: Proposal, accepted: Sequence[int], params: Sequence[SamplingParams]
+) -> Mapping[int, list[DraftReport]]:
+    """Request -> one entry for each of its ``accepted[b]`` drafts, of the requests that ask for log-probabilities."""
+    asked = [b for b, n in enumerate(accepted) if n and params[b].logprobs is not None]
+    found = {}
+    for b in asked:
+        n, width = accepted[b], proposal.tokens.shape[1]
+        sure = [None] * n if proposal.confidence is None else proposal.confidence[b, :n].tolist()
+        drawn = [None] * n
+        if isinstance(proposal.distribution, Categorical | ProcessedLogits):
+            rows = torch.arange(b * width, b * width + n)
+            drawn = proposal.distribution.at(proposal.tokens[b, :n], rows).tolist()
+        found[b] = [DraftReport(p, c) for p, c in zip(drawn, sure, strict=True)]
     return found
 
 

@@ -27,8 +27,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import brentq
-from scipy.stats import rankdata
 from torch import Tensor
 
 from outrider.core import native
@@ -132,6 +130,8 @@ def area_under_curve(scores: Tensor, outcomes: Tensor) -> float:
     positives, negatives = int(true.sum()), int((~true).sum())
     if not positives * negatives:
         return math.nan
+    from scipy.stats import rankdata  # half a second of imports that only fitting needs
+
     ranks = torch.from_numpy(rankdata(scores.double().numpy()))
     return (float(ranks[true].sum()) - positives * (positives + 1) / 2) / (positives * negatives)
 
@@ -280,6 +280,8 @@ def _shift(z: Tensor, survived: Tensor, outcomes: Tensor) -> float:
 
     def excess(b: float) -> float:
         return float((survived * torch.sigmoid(z + b)).mean()) - wanted
+
+    from scipy.optimize import brentq
 
     most = 2 * LARGEST_LOGIT
     if excess(-most) >= 0:

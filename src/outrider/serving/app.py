@@ -7,6 +7,7 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from secrets import token_hex
 from time import perf_counter
 from typing import Any
@@ -24,6 +25,7 @@ from outrider.serving.chat_endpoint import chat_completions
 from outrider.serving.chat_run import api_error
 from outrider.serving.completion_endpoint import completions
 from outrider.serving.messages_endpoint import count_tokens, messages
+from outrider.serving.openapi import openapi
 from outrider.serving.responses_endpoint import responses
 from outrider.serving.service import Service
 from outrider.serving.token_endpoints import detokenize, tokenize
@@ -31,7 +33,7 @@ from outrider.serving.web import ApiError, Disconnected, JsonResponse, error_res
 
 __all__ = ["make_app"]
 
-OPEN = ("/health", "/ready")  # asked by what watches the server, which holds no key
+OPEN = ("/", "/health", "/ready")  # the page asks for the key itself; what watches a server holds none
 ANTHROPIC = "/v1/messages"
 
 log = logging.getLogger("outrider.serving")
@@ -58,9 +60,12 @@ def make_app(service: Service) -> Starlette:
             yield
         finally:
             service.thread.stop()
+            if service.telemetry is not None:
+                service.telemetry.close()
 
     routes = [Route(path, _endpoint(service, run, path), methods=["POST"]) for path, run in POSTS.items()]
     routes += [Route(path, _get(service, show), methods=["GET"]) for path, show in GETS.items()]
+    routes.append(Route("/", _page, methods=["GET"]))
     routes.append(Route("/v1/models/{name:path}", _one_model(service), methods=["GET"]))
     middleware = [Middleware(_Surroundings, service=service, paths={route.path for route in routes})]
     if service.settings.cors_origins:
@@ -119,6 +124,19 @@ def _http_error(request: Request, error: Exception) -> Response:
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
+async def _page(request: Request) -> Response:
+    """The playground. It is one file that asks nobody but this server."""
+    page = files("outrider.serving").joinpath("playground.html")
+    if not page.is_file():
+        return JsonResponse({"models": "/v1/models"})
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    )
+    return Response(
+        page.read_bytes(), media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy}
+    )
+
+
 def _models(service: Service) -> Response:
     return JsonResponse({"object": "list", "data": [_model(service)]})
 
@@ -160,11 +178,16 @@ def _metrics(service: Service) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
+def _openapi(service: Service) -> Response:
+    return JsonResponse(openapi())
+
+
 GETS: Mapping[str, Callable[[Service], Response]] = {
     "/v1/models": _models,
     "/health": _health,
     "/ready": _ready,
     "/metrics": _metrics,
+    "/openapi.json": _openapi,
 }
 
 
@@ -203,6 +226,10 @@ class _Surroundings:
                 response = error_response(error, path.startswith(ANTHROPIC))
                 response.headers["WWW-Authenticate"] = "Bearer"
                 await response(scope, receive, named)
+            elif self._service.telemetry is not None:
+                with self._service.telemetry.request(scope["method"], path[:200], headers) as span:
+                    await self._app(scope, receive, named)
+                    span.set_attribute("http.response.status_code", status)
             else:
                 await self._app(scope, receive, named)
         finally:

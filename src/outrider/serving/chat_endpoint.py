@@ -12,7 +12,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outrider.serving.chat_run import ChatAnswer, ChatJob, TokenReport, api_error, begin
+from outrider.serving.chat_run import ChatAnswer, ChatJob, Delta, TokenReport, api_error, begin, piece_reports
 from outrider.serving.conversation import ChatMessage, Tool, plain_text, template_messages
 from outrider.serving.fields import SamplingFields, StreamOptions
 from outrider.serving.response_format import grammar_of
@@ -96,8 +96,8 @@ async def chat_completions(service: Service, body: Mapping[str, Any], request: R
     }
     if asked.stream:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStreamResponse(_stream(service, head, choices, bool(asked.logprobs), usage))
-    return JsonResponse(await _whole(service, head, choices, bool(asked.logprobs)))
+        return EventStreamResponse(_stream(service, head, choices, asked, usage))
+    return JsonResponse(await _whole(service, head, choices, asked))
 
 
 def _tools(service: Service, asked: ChatRequest) -> ToolUse | None:
@@ -173,9 +173,9 @@ def _call(delta: CallDelta) -> dict[str, Any]:
 
 
 async def _whole(
-    service: Service, head: Mapping[str, Any], choices: Sequence[ChatAnswer], logprobs: bool
+    service: Service, head: Mapping[str, Any], choices: Sequence[ChatAnswer], asked: ChatRequest
 ) -> dict[str, Any]:
-    found = []
+    found: list[dict[str, Any]] = []
     try:
         for index, choice in enumerate(choices):
             deltas = [delta async for delta in choice.deltas()]
@@ -191,10 +191,12 @@ async def _whole(
                 {
                     "index": index,
                     "message": message,
-                    "logprobs": _logprobs([one for d in deltas for one in d.logprobs]) if logprobs else None,
+                    "logprobs": _logprobs([one for d in deltas for one in d.logprobs]) if asked.logprobs else None,
                     "finish_reason": choice.finish_reason,
                 }
             )
+            if asked.wants_pieces:
+                found[-1]["outrider"] = piece_reports(piece for delta in deltas for piece in delta.pieces)
     finally:
         for choice in choices:
             choice.cancel()
@@ -203,25 +205,27 @@ async def _whole(
 
 
 async def _stream(
-    service: Service, head: Mapping[str, Any], choices: Sequence[ChatAnswer], logprobs: bool, usage: bool
+    service: Service, head: Mapping[str, Any], choices: Sequence[ChatAnswer], asked: ChatRequest, usage: bool
 ) -> AsyncIterator[bytes]:
     whole = {**head, "object": "chat.completion.chunk"}
 
-    def chunk(index: int, delta: Mapping[str, Any], reports: Sequence[TokenReport], reason: str | None) -> bytes:
-        choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": reason}
-        choice["logprobs"] = _logprobs(reports) if logprobs and reports else None
+    def chunk(index: int, message: Mapping[str, Any], delta: Delta) -> bytes:
+        choice: dict[str, Any] = {"index": index, "delta": message, "finish_reason": delta.finish_reason}
+        choice["logprobs"] = _logprobs(delta.logprobs) if asked.logprobs and delta.logprobs else None
+        if asked.wants_pieces:
+            choice["outrider"] = piece_reports(delta.pieces)
         return sse({**whole, "choices": [choice], **({"usage": None} if usage else {})})
 
     try:
         for index in range(len(choices)):
-            yield chunk(index, {"role": "assistant", "content": "", "refusal": None}, (), None)
+            yield chunk(index, {"role": "assistant", "content": "", "refusal": None}, Delta())
         async with aclosing(merged([choice.deltas() for choice in choices])) as deltas:
             async for index, delta in deltas:
                 new: dict[str, Any] = {"content": delta.text} if delta.text else {}
                 if delta.calls:
                     new["tool_calls"] = [_call(call) for call in delta.calls]
-                if new or delta.logprobs or delta.finish_reason:
-                    yield chunk(index, new, delta.logprobs, delta.finish_reason)
+                if new or delta.logprobs or delta.finish_reason or (asked.wants_pieces and delta.pieces):
+                    yield chunk(index, new, delta)
         if usage:
             total = service.usage([choice.answer for choice in choices])
             yield sse({**whole, "choices": [], "usage": total})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import math
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from outrider.serving.tool_use import CallDelta, ToolUse
 from outrider.serving.web import ApiError
 from outrider.types import Piece
 
-__all__ = ["ChatAnswer", "ChatJob", "Delta", "TokenReport", "api_error", "begin", "token_reports"]
+__all__ = ["ChatAnswer", "ChatJob", "Delta", "TokenReport", "api_error", "begin", "piece_reports", "token_reports"]
 
 Reason = Literal["stop", "length", "tool_calls"]
 
@@ -56,6 +57,7 @@ class Delta:
     text: str = ""
     calls: Sequence[CallDelta] = ()
     logprobs: list[TokenReport] = field(default_factory=list)
+    pieces: Sequence[Piece] = ()
     finish_reason: Reason | None = None  # on the last one
 
 
@@ -96,11 +98,11 @@ class ChatAnswer:
                 async for event in events:
                     reports = token_reports(self._service, event.pieces)
                     if reader is None:
-                        yield Delta(event.text, logprobs=reports)
+                        yield Delta(event.text, logprobs=reports, pieces=event.pieces)
                         continue
                     text, calls = reader.feed(event.pieces)
                     called = called or bool(calls)
-                    yield Delta(text, calls, reports)
+                    yield Delta(text, calls, reports, event.pieces)
                     if reader.complete:  # one call was asked for, and it is there
                         break
         except OutriderError as error:
@@ -123,6 +125,23 @@ class ChatAnswer:
 
     def cancel(self) -> None:
         self.answer.cancel()
+
+
+def piece_reports(pieces: Iterable[Piece]) -> dict[str, Any]:
+    """The field ``outrider`` of a choice: what ``outrider.pieces`` asks for."""
+    return {
+        "pieces": [
+            {
+                "token_id": piece.token_id,
+                "text": piece.text,
+                "drafted": piece.drafted,
+                "probability": None if piece.logprobs is None else math.exp(piece.logprobs.logprob),
+                "draft_probability": None if piece.draft is None else piece.draft.probability,
+                "confidence": None if piece.draft is None else piece.draft.confidence,
+            }
+            for piece in pieces
+        ]
+    }
 
 
 def api_error(error: Exception) -> ApiError:

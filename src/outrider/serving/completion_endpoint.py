@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outrider.serving.chat_run import ChatAnswer, Delta, TokenReport, api_error
+from outrider.serving.chat_run import ChatAnswer, Delta, TokenReport, api_error, piece_reports
 from outrider.serving.fields import SamplingFields, StreamOptions
 from outrider.serving.infilling import infill_tokens
 from outrider.serving.response_format import grammar_of
@@ -53,7 +53,7 @@ class _Shown:
     """What every chunk of one answer shares."""
 
     head: Mapping[str, Any]
-    logprobs: int | None
+    asked: CompletionRequest
     echoes: Sequence[str]  # of each choice
 
 
@@ -84,7 +84,7 @@ async def completions(service: Service, body: Mapping[str, Any], request: Reques
     }
     decode = service.llm.tokenizer.decode
     echoed = [decode(prompt, skip_special_tokens=True) if asked.echo else "" for prompt in prompts]
-    shown = _Shown(head, asked.logprobs, [text for text in echoed for _ in range(asked.n)])
+    shown = _Shown(head, asked, [text for text in echoed for _ in range(asked.n)])
     if asked.max_tokens == 0:
         return JsonResponse(_prompts_alone(service, shown, prompts))
     answers = await service.submit(prompts, params, asked.n)
@@ -149,8 +149,10 @@ async def _whole(service: Service, shown: _Shown, choices: Sequence[ChatAnswer])
             deltas: list[Delta] = [delta async for delta in choice.deltas()]
             text = shown.echoes[index] + "".join(delta.text for delta in deltas)
             reports = [one for delta in deltas for one in delta.logprobs]
-            logprobs = None if shown.logprobs is None else _logprobs(reports, 0)
+            logprobs = None if shown.asked.logprobs is None else _logprobs(reports, 0)
             found.append(_choice(index, text, logprobs, choice.finish_reason))
+            if shown.asked.wants_pieces:
+                found[-1]["outrider"] = piece_reports(piece for delta in deltas for piece in delta.pieces)
     finally:
         for choice in choices:
             choice.answer.cancel()
@@ -160,20 +162,23 @@ async def _whole(service: Service, shown: _Shown, choices: Sequence[ChatAnswer])
 async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer], usage: bool) -> AsyncIterator[bytes]:
     offsets = [0] * len(choices)
 
-    def chunk(index: int, text: str, reports: Sequence[TokenReport], reason: str | None) -> bytes:
-        logprobs = _logprobs(reports, offsets[index]) if shown.logprobs is not None and reports else None
+    def chunk(index: int, delta: Delta) -> bytes:
+        reports = delta.logprobs if shown.asked.logprobs is not None else []
+        logprobs = _logprobs(reports, offsets[index]) if reports else None
         offsets[index] += sum(len(one.token) for one in reports)
-        choice = _choice(index, text, logprobs, reason)
+        choice = _choice(index, delta.text, logprobs, delta.finish_reason)
+        if shown.asked.wants_pieces:
+            choice["outrider"] = piece_reports(delta.pieces)
         return sse({**shown.head, "choices": [choice], **({"usage": None} if usage else {})})
 
     try:
         for index, text in enumerate(shown.echoes):
             if text:
-                yield chunk(index, text, (), None)
+                yield chunk(index, Delta(text))
         async with aclosing(merged([choice.deltas() for choice in choices])) as deltas:
             async for index, delta in deltas:
-                if delta.text or delta.logprobs or delta.finish_reason:
-                    yield chunk(index, delta.text, delta.logprobs, delta.finish_reason)
+                if delta.text or delta.pieces or delta.finish_reason:
+                    yield chunk(index, delta)
         if usage:
             total = service.usage([choice.answer for choice in choices])
             yield sse({**shown.head, "choices": [], "usage": total})

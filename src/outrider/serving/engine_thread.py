@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from threading import Event as Flag
 from threading import Lock, Thread
 from time import perf_counter
+from typing import Any
 
 from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
@@ -26,8 +27,8 @@ class Answer:
     """One request of the engine, read from the event loop. It keeps no queue: a slow reader finds the events in the
     request, whose ``max_tokens`` bounds them."""
 
-    def __init__(self, thread: EngineThread, request: Request) -> None:
-        self.request = request
+    def __init__(self, thread: EngineThread, request: Request, context: Any = None) -> None:
+        self.request, self.context = request, context
         self.submitted = perf_counter()
         self.first_token = 0.0  # perf_counter; 0: none yet
         self.latest_token = 0.0
@@ -128,11 +129,17 @@ class EngineThread:
             self._thread.join(timeout=10)
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0, expected: Sequence[int] = ()
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        index: int = 0,
+        expected: Sequence[int] = (),
+        context: Any = None,
     ) -> Answer:
-        """Queue a request. Raises InvalidRequest."""
+        """Queue a request. Raises InvalidRequest. ``context``: kept with the answer."""
         request = self.engine.submit(prompt, params, seed, index, expected)
-        answer = Answer(self, request)
+        answer = Answer(self, request, context)
         with self._changing:
             self._answers[request.number] = answer
         self._work.set()

@@ -33,6 +33,8 @@ class OutriderOptions(Strict):
     rule: Literal["rejection", "block", "coupled"] | None = None
     draft_tokens: int | None = Field(default=None, ge=0, le=1024)
     """The most drafts of a round."""
+    pieces: bool = False
+    """Report each token, its probability, and whether it was drafted (chat completions and completions)."""
 
 
 class StreamOptions(Strict):
@@ -57,6 +59,10 @@ class SamplingFields(Strict):
     ignore_eos: bool = False
     outrider: OutriderOptions | None = None
 
+    @property
+    def wants_pieces(self) -> bool:
+        return self.outrider is not None and self.outrider.pieces
+
     def sampling(self, defaults: dict[str, float], max_tokens: int, **more: Any) -> SamplingParams:
         """``defaults``: of the model's generation_config.json. Raises InvalidRequest."""
         options = self.outrider or OutriderOptions()
@@ -70,6 +76,8 @@ class SamplingFields(Strict):
         values["top_k"] = max(0, int(values.get("top_k", 0)))
         if self.logit_bias:
             values["logit_bias"] = tuple((_token_id(key), bias) for key, bias in self.logit_bias.items())
+        if options.pieces and more.get("logprobs") is None:
+            more["logprobs"] = 0
         plain = options.off or "none" in (options.drafter, options.policy)
         return SamplingParams(
             max_tokens=max_tokens,

@@ -10,11 +10,13 @@ from types import FrameType
 
 import uvicorn
 
+from outrider.engine.cost_tables import cost_key, load_costs
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.serving.app import make_app
 from outrider.serving.service import Service
 from outrider.serving.settings import ServerSettings
+from outrider.serving.telemetry import Telemetry
 
 __all__ = ["make_server", "make_service", "serve_until_stopped"]
 
@@ -28,7 +30,9 @@ def make_service(llm: LLM, settings: ServerSettings) -> Service:
     most, context = settings.max_prompt_tokens, llm.target.spec.max_positions
     if most is not None and most >= context:
         raise InvalidRequest(f"max_prompt_tokens must be below the model's context of {context} tokens, got {most}")
-    return Service(llm, settings, keys=settings.api_keys())
+    telemetry = Telemetry(settings.served_name) if settings.telemetry else None
+    costs = load_costs(cost_key(llm.target, llm.loaded.dtype))  # measured at some start, or by `outrider profile`
+    return Service(llm, settings, costs=costs, keys=settings.api_keys(), telemetry=telemetry)
 
 
 def serve_until_stopped(service: Service, ready: Callable[[str], None]) -> None:

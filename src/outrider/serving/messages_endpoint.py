@@ -21,7 +21,7 @@ from outrider.serving.service import Service, cached_tokens
 from outrider.serving.tool_use import CallDelta, ToolUse, joined
 from outrider.serving.web import ApiError, EventStreamResponse, JsonResponse, parse, sse
 
-__all__ = ["MessagesRequest", "count_tokens", "messages"]
+__all__ = ["CountRequest", "MessagesRequest", "count_tokens", "messages"]
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "container": (),
@@ -35,7 +35,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "workspace_id": (),
     "cache_control": ({"type": "ephemeral"},),
 }
-COUNTED = ("model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "output_format")
 
 
 class _Message(Strict):
@@ -70,20 +69,25 @@ class _OutputConfig(Strict):
     format: dict[str, Any] | None = None
 
 
-class MessagesRequest(SamplingFields):
-    """The body of a message."""
+class CountRequest(Strict):
+    """What a prompt is made of."""
 
     messages: list[_Message] = Field(min_length=1)
-    max_tokens: int = Field(ge=1)
     model: str | None = None
     system: str | list[dict[str, Any]] | None = None
-    stop_sequences: list[str] | None = None
-    stream: bool | None = None
     tools: list[_Tool] | None = None
     tool_choice: _Choice | None = None
     thinking: _Thinking | None = None
     output_config: _OutputConfig | None = None
     output_format: dict[str, Any] | None = None
+
+
+class MessagesRequest(CountRequest, SamplingFields):
+    """The body of a message."""
+
+    max_tokens: int = Field(ge=1)
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
     metadata: dict[str, Any] | None = None
 
 
@@ -91,6 +95,8 @@ async def messages(service: Service, body: Mapping[str, Any], request: Request) 
     """Answer a conversation."""
     asked = parse(MessagesRequest, body, UNSUPPORTED)
     service.check_model(asked.model)
+    if asked.wants_pieces:
+        raise ApiError(400, "outrider.pieces: only chat completions and completions have them", param="outrider.pieces")
     if asked.stop is not None and asked.stop_sequences is not None:
         raise ApiError(400, "stop and stop_sequences are the same here: send one of them", param="stop")
     fields = asked.model_copy(update={"stop": asked.stop_sequences or asked.stop})
@@ -118,11 +124,7 @@ async def messages(service: Service, body: Mapping[str, Any], request: Request) 
 
 async def count_tokens(service: Service, body: Mapping[str, Any], request: Request) -> Response:
     """How many tokens a conversation's prompt has; nothing runs."""
-    known = {name: value for name, value in body.items() if name in COUNTED}
-    unknown = [name for name in body if name not in COUNTED and name not in UNSUPPORTED]
-    if unknown:
-        raise ApiError(400, f"unknown field {unknown[0][:80]!r}; remove it", param=unknown[0])
-    asked = parse(MessagesRequest, {**known, "max_tokens": 1}, UNSUPPORTED)
+    asked = parse(CountRequest, body, UNSUPPORTED)
     service.check_model(asked.model)
     tools = _tools(service, asked)
     tokens = await encode_conversation(
@@ -138,7 +140,7 @@ async def count_tokens(service: Service, body: Mapping[str, Any], request: Reque
 # ------------------------------------------------------------------------------------------------ what is asked
 
 
-def _conversation(asked: MessagesRequest) -> list[dict[str, Any]]:
+def _conversation(asked: CountRequest) -> list[dict[str, Any]]:
     """As chat templates take it: results of tools are messages of their own."""
     found: list[dict[str, Any]] = []
     if asked.system:
@@ -203,7 +205,7 @@ def _blocks(content: Any, where: str) -> Any:
     return content
 
 
-def _tools(service: Service, asked: MessagesRequest) -> ToolUse | None:
+def _tools(service: Service, asked: CountRequest) -> ToolUse | None:
     choice = asked.tool_choice or _Choice(type="auto")
     if not asked.tools:
         if choice.type in ("any", "tool"):

@@ -89,6 +89,8 @@ async def responses(service: Service, body: Mapping[str, Any], request: Request)
     """Answer a conversation."""
     asked = parse(ResponsesRequest, body, UNSUPPORTED)
     service.check_model(asked.model)
+    if asked.wants_pieces:
+        raise ApiError(400, "outrider.pieces: only chat completions and completions have them", param="outrider.pieces")
     for wanted in asked.include or ():
         if wanted not in INCLUDED:
             raise ApiError(

@@ -18,6 +18,7 @@ from outrider.serving.engine_thread import Answer, EngineThread
 from outrider.serving.fields import OutriderOptions
 from outrider.serving.metrics import Metrics
 from outrider.serving.settings import ServerSettings
+from outrider.serving.telemetry import Telemetry
 from outrider.serving.web import ApiError
 from outrider.types import RequestStats
 from outrider.version import __version__
@@ -39,12 +40,13 @@ class Service:
     costs: CostTable | None = None
     """Measured costs of a pass; None: ``outrider profile`` has not run, and nothing is said of time saved."""
     keys: tuple[bytes, ...] = ()
+    telemetry: Telemetry | None = None
     draining: bool = False
     created: int = field(default_factory=lambda: int(time()))
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.llm.engine)
-        self.thread = EngineThread(self.llm.engine, self.metrics.tokens, self.metrics.finished)
+        self.thread = EngineThread(self.llm.engine, self.metrics.tokens, self._ended)
         self.metrics.thread = self.thread
         self._texts: dict[int, tuple[str, bytes]] = {}  # at most the vocabulary
         self._longest_token = max((len(token) for token in self.llm.tokenizer.vocabulary), default=1)
@@ -144,7 +146,8 @@ class Service:
             for index in range(n * len(prompts)):
                 seed = secrets.randbits(63) if params.seed is None else params.seed + index % n
                 one = replace(params, seed=None if params.seed is None else seed)
-                answers.append(self.thread.submit(prompts[index // n], one, seed, index, prediction))
+                context = None if self.telemetry is None else self.telemetry.here()
+                answers.append(self.thread.submit(prompts[index // n], one, seed, index, prediction, context))
             for answer in answers:
                 if not await answer.started(self.settings.queue_seconds):
                     self._refuse(f"no row became free within {self.settings.queue_seconds:g} seconds")
@@ -155,6 +158,12 @@ class Service:
                 answer.cancel()
             raise
         return answers
+
+    def _ended(self, answer: Answer) -> None:
+        """In the engine's thread."""
+        self.metrics.finished(answer)
+        if self.telemetry is not None:
+            self.telemetry.finished(answer, answer.context)
 
     def _refuse(self, reason: str) -> None:
         self.metrics.refused()

@@ -26,8 +26,10 @@ class ServerSettings(BaseModel):
     model_name: str = ""
     """What clients call it; empty: ``model``."""
     drafter: str = "auto"
-    policy: str = "fixed"
-    """A policy of the catalogue, as NAME or NAME:DRAFTS."""
+    policy: str = "auto"
+    """``auto``, or a policy of the catalogue, as NAME or NAME:DRAFTS."""
+    guard: bool = True
+    """Stop drafting where it makes decoding slower."""
     draft_tokens: int | None = Field(default=None, ge=0)
     dtype: str = "auto"
     backend: str = "auto"

@@ -198,6 +198,19 @@ class DraftCache:
             row.drop(len(row.tokens) - 1)
         return Waiting(batch, features)
 
+    def take_paired_features(
+        self, slots: Sequence[int], last: Sequence[int]
+    ) -> tuple[list[int], list[int], list[Tensor], list[int]]:
+        """The same in pieces, for a backend that packs them itself: each row's slot in the KV cache and number of
+        waiting features, all features, and the token that follows each, row after row."""
+        rows = [self._rows[slot] for slot in slots]
+        counts = [len(row.tokens) for row in rows]
+        features = [piece for row in rows for piece in row.features]
+        tokens = [token for row, end in zip(rows, last, strict=True) for token in (*row.tokens[1:], end)]
+        for row in rows:
+            row.drop(len(row.tokens) - 1)
+        return [row.cache_slot for row in rows], counts, features, tokens
+
     def cache_slots(self, slots: Sequence[int]) -> Tensor:
         """int64 [n]: the rows' slots in the KV cache."""
         return torch.tensor([self._rows[slot].cache_slot for slot in slots], dtype=torch.int64)
