@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from outrider.engine.engine import Engine
@@ -24,6 +24,7 @@ class Metrics:
     """One server's. Counts of drafts grow with every step, latencies are observed as tokens and requests come."""
 
     def __init__(self, engine: Engine) -> None:
+        disable_created_metrics()  # a gauge beside every counter that says when it was made
         self.registry = CollectorRegistry()
         self._engine = engine
         self.thread: EngineThread | None = None
