@@ -49,7 +49,7 @@ static inline void panel_product(const char* panel, const char* x, size_t x_stri
   F acc[M][kVectors];
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++) acc[m][v] = F{};
-  tile<Op, M>(panel, x, x_stride, steps, acc);
+  tile<Op, M>(panel, x, x_stride, steps, ahead_of(Op::kWidth, M), acc);
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++) {
       float* to = out + m * out_stride + v * kLanes;

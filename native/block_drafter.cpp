@@ -1,26 +1,18 @@
 #include "block_drafter.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 
-#include "sampler.hpp"
+#include "draft_row.hpp"
 
 namespace outrider {
 
 namespace {
 
-constexpr float kCold = 1e-3f;  // a temperature under which logits / temperature may overflow
-
 double dot(const float* x, const float* y, int count) {
   double sums[4] = {};
   for (int i = 0; i < count; i++) sums[i % 4] += static_cast<double>(x[i]) * y[i];
   return sums[0] + sums[1] + sums[2] + sums[3];
-}
-
-float sigmoid(double z) {
-  const double small = std::exp(-std::fabs(z));  // never overflows
-  return static_cast<float>((z >= 0 ? 1.0 : small) / (1.0 + small));
 }
 
 void expect(bool fits, const char* message) {
@@ -61,7 +53,16 @@ int BlockDrafter::width() const { return parts_.markov ? parts_.markov->spec().s
 
 void BlockDrafter::absorb(KVCache& cache, const WaitingFeatures& waiting) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  check_room(cache, waiting, 0);
   append(cache, waiting);
+}
+
+// Before anything is written: the caller finds room and calls again.
+void BlockDrafter::check_room(const KVCache& cache, const WaitingFeatures& waiting, int64_t more) const {
+  for (int64_t b = 0; b < waiting.rows; b++) {
+    const int64_t start = cache.lengths().at(waiting.slots[b]);
+    expect_room(cache, waiting.slots[b], start, start + waiting.counts[b] + more);
+  }
 }
 
 void BlockDrafter::append(KVCache& cache, const WaitingFeatures& waiting) {
@@ -99,6 +100,7 @@ void BlockDrafter::append(KVCache& cache, const WaitingFeatures& waiting) {
 
 void BlockDrafter::draft(KVCache& cache, const BlockTask& task) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  check_room(cache, task.waiting, parts_.size);
   append(cache, task.waiting);
   run_block(cache, task);
   if (parts_.markov)
@@ -160,6 +162,7 @@ void BlockDrafter::draw_block(const BlockTask& task) {
   block.anchors = task.anchors;
   block.keys = task.keys;
   block.temperatures = task.temperatures;
+  block.truncations = task.truncations;
   block.tokens = task.tokens;
   block.margins = task.confidence;
   block.ids = task.ids;
@@ -172,38 +175,20 @@ void BlockDrafter::draw_block(const BlockTask& task) {
 void BlockDrafter::draw_independently(const BlockTask& task) {
   const int64_t vocabulary = parts_.head->spec().vocabulary, count = task.waiting.rows * task.drafts;
   const auto pool = shared_pool();
-  std::vector<char> failed(count, 0);
   const auto one = [&](int64_t i) {
-    float* row = base_.data() + i * vocabulary;
-    float largest, second;
-    const int64_t best = kernels_.find_max(row, vocabulary, &largest);
-    if (!std::isfinite(largest)) {
-      failed[i] = 1;
-      return;
-    }
-    row[best] = kMaskedLogit;
-    kernels_.find_max(row, vocabulary, &second);
-    row[best] = largest;
-    task.confidence[i] = sigmoid(static_cast<double>(largest) - second);
-    const float temperature = task.temperatures[i / task.drafts];
-    int64_t drawn = best;
-    if (task.logits) {
-      float* out = task.logits + i * vocabulary;
-      if (temperature > 0) {
-        const float shift = temperature < kCold ? largest : 0.0f;
-        for (int64_t v = 0; v < vocabulary; v++) out[v] = (row[v] - shift) / temperature;
-        gumbel_argmax(out, 1, vocabulary, task.keys + i, nullptr, parts_.ids.empty() ? nullptr : parts_.ids.data(),
-                      &drawn, false);
-      } else {
-        std::fill_n(out, vocabulary, kMaskedLogit);
-        out[best] = 0.0f;
-      }
-    }
-    task.tokens[i] = parts_.ids.empty() ? drawn : parts_.ids[drawn];
-    if (task.ids) std::copy(parts_.ids.begin(), parts_.ids.end(), task.ids + i * vocabulary);
+    const DraftRow row{base_.data() + i * vocabulary,
+                       vocabulary,
+                       parts_.ids.empty() ? nullptr : parts_.ids.data(),
+                       task.temperatures[i / task.drafts],
+                       task.truncations[i / task.drafts],
+                       task.keys ? task.keys[i] : 0,
+                       task.logits ? task.logits + i * vocabulary : nullptr,
+                       task.ids ? task.ids + i * vocabulary : nullptr,
+                       false};
+    task.tokens[i] = draw_draft(kernels_, row, task.confidence + i);
   };
   pool->run([&](int thread) { pool->parallel_for(thread, count, one); });
-  expect(std::none_of(failed.begin(), failed.end(), [](char is) { return is; }),
+  expect(std::none_of(task.tokens, task.tokens + count, [](int64_t token) { return token < 0; }),
          "logits must be numbers, got NaN or infinity; the weights or the input are damaged");
 }
 

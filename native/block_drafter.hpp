@@ -11,6 +11,7 @@
 
 #include "markov.hpp"
 #include "stack.hpp"
+#include "truncation.hpp"
 
 namespace outrider {
 
@@ -50,6 +51,7 @@ struct BlockTask {
   const int64_t* anchors;     // [n] target ids
   const int64_t* keys;        // [n, K]; null where all rows are greedy
   const float* temperatures;  // [n]; 0: greedy
+  const Truncation* truncations;  // [n], of sampled rows
   int64_t* tokens;            // [n, K] target ids
   float* confidence;          // [n, K]: of the confidence head, else sigmoid(largest logit - second)
   // What each draft was drawn from, rows of `width()`: logits / temperature, and target ids, ascending, filled up with V
@@ -68,12 +70,13 @@ class BlockDrafter {
   int width() const;  // entries of a distribution: a shortlist, or Vd without a Markov head
   bool lists_ids() const { return parts_.markov || !parts_.ids.empty(); }
 
-  // Appends the keys and values of waiting features to the cache.
+  // Appends the keys and values of waiting features to the cache. Throws NoRoom before anything is written.
   void absorb(KVCache& cache, const WaitingFeatures& waiting);
   // The same, then drafts. Leaves the cache as `absorb` would.
   void draft(KVCache& cache, const BlockTask& task);
 
  private:
+  void check_room(const KVCache& cache, const WaitingFeatures& waiting, int64_t more) const;
   void append(KVCache& cache, const WaitingFeatures& waiting);
   void run_block(KVCache& cache, const BlockTask& task);
   void draw_block(const BlockTask& task);

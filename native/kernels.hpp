@@ -5,6 +5,7 @@
 // on the number of rows, nor on the thread that computes it.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -30,6 +31,15 @@ static constexpr bool is_nibbles(DType dtype) {
 }
 // What is added to a weight's integer where it is stored: kInt8Zero for signed bytes, kInt4Zero for signed nibbles.
 static constexpr int zero_of(DType dtype) { return dtype == DType::q4_1 ? 0 : is_nibbles(dtype) ? 8 : 128; }
+
+// How many bits a weight has decides whether reading it or multiplying it takes longer.
+enum class Width : int { float32 = 0, bfloat16 = 1, byte = 2, nibble = 3 };
+constexpr int kWidths = 4;
+static constexpr Width width_of(DType dtype) {
+  if (dtype == DType::f32) return Width::float32;
+  if (dtype == DType::bf16) return Width::bfloat16;
+  return is_nibbles(dtype) ? Width::nibble : Width::byte;
+}
 
 constexpr int kGroup = 32;       // inner elements that share a scale: int4 and the block formats
 constexpr int kBlock = 64;       // positions of one softmax step; blocks start at absolute multiples of it
@@ -100,6 +110,13 @@ struct AttentionTask {
   float* state;                 // per query: head_pad sums, then the maximum and the normaliser
 };
 
+// Software prefetch of weights: what is best depends on the machine and is measured (backends/tuning.py). No result
+// depends on it. One for each table of kernels.
+struct ReadAhead {
+  std::atomic<int> bytes;          // from what is multiplied to what is prefetched
+  std::atomic<int> rows[kWidths];  // of a product, from which on it prefetches
+};
+
 constexpr int kStateTail = 16;  // floats after the sums of an attention state; keeps rows aligned
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2 };
@@ -142,6 +159,7 @@ struct Kernels {
   int64_t (*collect)(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* columns);
   void (*dot_rows)(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out);
   double (*read_sum)(const char* data, size_t bytes);
+  ReadAhead* read_ahead;
 };
 
 // The kernels of that name: avx512 (either of avx512_bf16, avx512_vnni), avx2 or portable. An empty name asks

@@ -7,8 +7,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "draft_row.hpp"
 #include "pack.hpp"
-#include "sampler.hpp"
 
 namespace outrider {
 
@@ -113,7 +113,8 @@ void MarkovHead::draft(const MarkovBlock& block) {
       if (greedy) extend(*pool, base, list, row);
       const int64_t entry = i * spec_.shortlist;
       block.tokens[i] = row.previous =
-          draw(list, row, block.keys ? block.keys[i] : 0, greedy ? 0.0f : block.temperatures[b], block.ids ? block.ids + entry : nullptr,
+          draw(list, row, block.keys ? block.keys[i] : 0, greedy ? 0.0f : block.temperatures[b],
+               block.truncations ? block.truncations + b : nullptr, block.ids ? block.ids + entry : nullptr,
                block.logits ? block.logits + entry : nullptr);
       block.margins[i] = row.largest - row.second;
     }
@@ -222,8 +223,8 @@ void MarkovHead::extend(ThreadPool& pool, const float* base, Shortlist& list, Ro
 }
 
 // Draws the next draft and writes the distribution it came from. Returns a target id.
-int64_t MarkovHead::draw(const Shortlist& list, const Row& row, int64_t key, float temperature, int64_t* ids,
-                         float* logits) const {
+int64_t MarkovHead::draw(const Shortlist& list, const Row& row, int64_t key, float temperature,
+                         const Truncation* truncation, int64_t* ids, float* logits) const {
   const int64_t count = static_cast<int64_t>(list.tokens.size());
   if (ids) {
     std::fill(ids, ids + spec_.shortlist, static_cast<int64_t>(spec_.vocabulary));
@@ -242,6 +243,7 @@ int64_t MarkovHead::draw(const Shortlist& list, const Row& row, int64_t key, flo
     ids[i] = target_id(list.tokens[i]);
     logits[i] = (row.logits[i] - shift) / temperature;
   }
+  if (truncation) mask_truncated(kernels_, logits, count, *truncation);
   int64_t column;
   gumbel_argmax(logits, 1, count, &key, nullptr, ids, &column);
   return ids[column];

@@ -16,6 +16,7 @@
 #include "arena.hpp"
 #include "kernels.hpp"
 #include "threadpool.hpp"
+#include "truncation.hpp"
 
 namespace outrider {
 
@@ -36,6 +37,7 @@ struct MarkovBlock {
   const int64_t* anchors;     // [n], target ids
   const int64_t* keys;        // [n, K]; null where all rows are greedy
   const float* temperatures;  // [n]; 0: greedy
+  const Truncation* truncations;  // [n], of sampled rows: applied to what the shortlist holds; null: none
   int64_t* tokens;            // [n, K], target ids
   float* margins;             // [n, K]: the largest corrected logit minus the second
   // The distribution each draft was drawn from, [n, K, S]: target ids, ascending, filled up with V; logits /
@@ -79,7 +81,8 @@ class MarkovHead {
   void compute_latent(ThreadPool& pool, const float* mixed, Row& row) const;
   void correct(ThreadPool& pool, const float* base, const Shortlist& list, Row& row) const;
   void extend(ThreadPool& pool, const float* base, Shortlist& list, Row& row) const;
-  int64_t draw(const Shortlist& list, const Row& row, int64_t key, float temperature, int64_t* ids, float* logits) const;
+  int64_t draw(const Shortlist& list, const Row& row, int64_t key, float temperature, const Truncation* truncation,
+               int64_t* ids, float* logits) const;
   int64_t target_id(int32_t draft_id) const { return ids_.empty() ? draft_id : ids_[draft_id]; }
 
   MarkovSpec spec_;

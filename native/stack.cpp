@@ -14,6 +14,11 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
+[[noreturn]] void refuse_room(const KVCache& cache, int64_t slot) {
+  throw NoRoom("slot " + std::to_string(slot) + " has room to write positions " + std::to_string(cache.fixed(slot)) +
+               " to " + std::to_string(cache.room(slot) - 1) + " only");
+}
+
 void expect(bool fits, const std::string& what, int64_t got_a, int64_t got_b, int64_t want_a, int64_t want_b) {
   if (fits) return;
   refuse(what + ": got shape [" + std::to_string(got_a) + ", " + std::to_string(got_b) + "], expected [" +
@@ -214,9 +219,14 @@ void Stack::check(const Batch& batch, const KVCache& cache, bool check_tokens) c
     if (batch.tokens[t] < 0 || batch.tokens[t] >= spec_.embeddings)
       refuse("token id " + std::to_string(batch.tokens[t]) + " is outside 0 .. " + std::to_string(spec_.embeddings - 1));
   // Last: the caller finds room and calls again, and then everything else must be in order.
-  if (lacking >= 0)
-    throw NoRoom("slot " + std::to_string(lacking) + " has room to write positions " +
-                 std::to_string(cache.fixed(lacking)) + " to " + std::to_string(cache.room(lacking) - 1) + " only");
+  if (lacking >= 0) refuse_room(cache, lacking);
+}
+
+void expect_room(const KVCache& cache, int64_t slot, int64_t first, int64_t end) {
+  if (end > cache.capacity())
+    throw std::out_of_range("slot " + std::to_string(slot) + " reaches position " + std::to_string(end - 1) +
+                            ", past the capacity of " + std::to_string(cache.capacity()) + " tokens");
+  if (first < cache.fixed(slot) || end > cache.room(slot)) refuse_room(cache, slot);
 }
 
 void Stack::embed(const int64_t* tokens, int64_t count, float* out) const {

@@ -57,6 +57,9 @@ struct NoRoom : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Throws NoRoom unless a slot has pages of its own for positions [first, end).
+void expect_room(const KVCache& cache, int64_t slot, int64_t first, int64_t end);
+
 class Stack {
  public:
   explicit Stack(StackSpec spec);

@@ -29,7 +29,6 @@ from outrider.backends.native_drafting import markov_head
 from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
-from outrider.core import native
 from outrider.drafters.base import Drawing
 from outrider.drafters.base.network import head_rows
 from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead, markov_parts
@@ -40,8 +39,6 @@ from outrider.registry import find
 from outrider.sampling.distribution import Categorical
 from outrider.types import RaggedBatch, TargetModel
 
-ISAS = [] if native is None else list(native.instruction_sets())
-CUT = SamplingParams(temperature=1.0, top_k=5, top_p=0.9)
 BLOCKS = {name: design for name, design in DESIGNS.items() if isinstance(design, BlockDesign)}
 
 
@@ -590,50 +587,6 @@ def test_equal_logits_and_reduced_vocabularies_of_a_block() -> None:
         head.draft(base, torch.zeros(1, 3, 8), torch.tensor([0]), keys, one)
     with pytest.raises(ValueError, match="token id 5000"):
         head.draft(base, torch.zeros(1, 3, 8), torch.tensor([5000]), keys, one)
-
-
-@pytest.mark.skipif(not available(), reason="the compiled core is not built")
-@pytest.mark.parametrize("params", [SamplingParams(), SAMPLED, SamplingParams(temperature=1e-4), CUT], ids=repr)
-@pytest.mark.parametrize("drafted", [VOCABULARY, 20])
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("isa", ISAS)
-def test_blocks_in_one_call_are_those_drawn_step_by_step(
-    isa: str, name: str, drafted: int, params: SamplingParams
-) -> None:
-    """Ragged rows, some without drafts: tokens, confidences and distributions, of whole and reduced vocabularies."""
-    backend = NativeBackend(isa)
-    target = make_target(backend=backend)
-    checkpoint = make_checkpoint(BLOCKS[name], target=target, drafted=drafted)
-    drafters = [
-        DSparkDrafter(checkpoint, target, backend, config=DSparkConfig(""), dtype="float32", max_rows=4)
-        for _ in range(2)
-    ]
-    assert drafters[0].core is not None
-    drafters[1].core = None
-    history, proposals = random_tokens(80, 3), []
-    histories = [history[:20], history[:8], history, history[:5]]
-    for drafter in drafters:
-        session = Session(target, drafter, 4)
-        session.observe([h[:-1] for h in histories], [0] * 4)
-        proposals.append(propose(drafter, session.slots, histories, limit=[4, 2, 0, 3], params=params))
-        held = [len(h) - 1 for h in histories]
-        assert drafter.cache.kv_cache.lengths[drafter.cache.cache_slots([0, 1, 3])].tolist() == [
-            held[0],
-            held[1],
-            held[3],
-        ]
-    quick, steps = proposals
-    assert torch.equal(quick.lengths, steps.lengths) and quick.lengths.tolist() == [4, 2, 0, 3]
-    for b, count in enumerate(quick.lengths.tolist()):
-        assert torch.equal(quick.tokens[b, :count], steps.tokens[b, :count])
-        torch.testing.assert_close(quick.confidence[b, :count], steps.confidence[b, :count], atol=1e-5, rtol=0)
-    assert (quick.distribution is None) == (steps.distribution is None) == (params.temperature == 0)
-    if params.temperature:
-        index = torch.tensor([0, 1, 2, 3, 4, 5, 12, 13, 14])
-        ours, theirs = quick.distribution.dense(index), steps.distribution.dense(index)
-        torch.testing.assert_close(ours, theirs, atol=1e-5 if params.temperature > 0.1 else 0.2, rtol=0)
-        if checkpoint.reduced:
-            assert not ours[:, ~checkpoint.tensors["t2d"]].any()
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SAMPLED, SamplingParams(temperature=1.0, top_p=0.8)], ids=repr)

@@ -123,6 +123,8 @@ class SamplingParams:
     """Strings that end the text; they are not part of it."""
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
+    priority: int = 0
+    """Of requests that wait, those of the smallest number get a row first; -100 to 100."""
     logprobs: int | None = None
     """Report each new token's log-probability and those of this many likeliest tokens, of the target's logits before
     bias, penalties, temperature and truncation. None: not computed."""
@@ -148,6 +150,9 @@ class SamplingParams:
 
         whole("max_tokens", 1)
         whole("top_k", 0)
+        whole("priority", -100)
+        if self.priority > 100:
+            refuse("priority", "between -100 and 100")
         number("temperature", 0, 100, "between 0 (greedy) and 100")
         number("top_p", 0, 1, "above 0 and at most 1", above=True)
         number("min_p", 0, 1, "between 0 and 1")

@@ -20,19 +20,22 @@ from torch import Tensor
 from outrider.config import SamplingParams, StackConfig
 
 __all__ = [
+    "AutoregressiveParts",
     "Backend",
     "BlockDrafter",
-    "BlockDrafts",
     "BlockParts",
     "Context",
     "Distribution",
     "DraftLoop",
     "DraftReport",
     "Drafter",
+    "Drafts",
     "DraftsBlocks",
+    "DraftsInTurn",
     "Event",
     "Forgets",
     "HasStack",
+    "InTurnDrafter",
     "KVCache",
     "MarkovParts",
     "Mask",
@@ -89,7 +92,8 @@ class RaggedBatch:
         offsets = [0]
         for row in rows:
             offsets.append(offsets[-1] + len(row))
-        as_tensor = torch.tensor([*tokens, *positions, *slots, *offsets], dtype=torch.int64)  # one allocation
+        # One allocation, by numpy: it reads a list several times faster than torch.
+        as_tensor = torch.from_numpy(np.array([*tokens, *positions, *slots, *offsets], np.int64))
         t, b = len(tokens), len(rows)
         return RaggedBatch(as_tensor[:t], as_tensor[t : 2 * t], as_tensor[2 * t : 2 * t + b], as_tensor[2 * t + b :])
 
@@ -152,11 +156,13 @@ class Proposal:
         """Pad ragged deterministic drafts, and how sure of each token the drafter is, to the longest row."""
         lengths = [len(row) for row in tokens]
         shape = len(lengths), max(lengths, default=0)
+        drafts = np.array([[*row, *[0] * (shape[1] - len(row))] for row in tokens], np.int64)
+        sure = np.array([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence], np.float32)
         return Proposal(
-            torch.tensor([[*row, *[0] * (shape[1] - len(row))] for row in tokens], dtype=torch.int64).view(shape),
-            torch.tensor(lengths, dtype=torch.int64),
+            torch.from_numpy(drafts.reshape(shape)),
+            torch.from_numpy(np.array(lengths, np.int64)),
             None,
-            torch.tensor([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence]).view(shape),
+            torch.from_numpy(sure.reshape(shape)),
         )
 
 
@@ -225,6 +231,7 @@ class RequestStats:
     seconds: float = 0.0  # from the first prefill to the last commit
     accepted_per_position: list[int] = field(default_factory=list)  # rounds that accepted at least j + 1 drafts
     drafted_per_position: list[int] = field(default_factory=list)  # rounds that verified at least j + 1 drafts
+    cached_tokens: int = 0  # of the prompt: taken over from an earlier request instead of computed
 
     @property
     def acceptance_length(self) -> float:
@@ -422,16 +429,28 @@ class PagedCache(KVCache, SharesPrefixes, Protocol):
     """A cache whose slots share blocks of one pool, so that ``reserve`` says what memory there really is."""
 
     block_bytes: int
+    block_tokens: int
     free_blocks: int  # that ``reserve`` can still get
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        ...
+
+    def reset(self) -> None:
+        """Release every slot; what was published stays."""
+        ...
 
 
 @runtime_checkable
 class PagedTarget(Protocol):
     """A stack or target with such a cache."""
 
-    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
         """``capacity``: most tokens of a sequence (less, where ``memory`` holds no such). ``memory``: bytes for all
-        slots together; None: as much as all of them can need. ``kv_dtype``: what keys and values are kept as."""
+        slots together; None: as much as all of them can need. ``kv_dtype``: what keys and values are kept as.
+        ``ahead``: tokens after a position that its keys and values depend on."""
         ...
 
 
@@ -536,7 +555,7 @@ class BlockParts:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockDrafts:
+class Drafts:
     """Drafts of n rows, K each."""
 
     tokens: Tensor  # int64 [n, K]
@@ -570,11 +589,61 @@ class BlockDrafter(Protocol):
         anchors: Sequence[int],
         drafts: int,
         keys: Tensor | None,
-        temperatures: Sequence[float],
-    ) -> BlockDrafts:
+        params: Sequence[SamplingParams],
+    ) -> Drafts:
         """The same, then K ``drafts`` for each of n rows; nothing of them stays in the cache. anchors [n]: the rows'
-        last tokens; keys int64 [n, K] of ``Rng.token_keys``, None where all temperatures [n] are 0 (the largest
-        logit)."""
+        last tokens; keys int64 [n, K] of ``Rng.token_keys``, None where all rows are greedy; ``params`` [n]: of which
+        temperature and truncation are applied."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AutoregressiveParts:
+    """What an autoregressive drafter that reads features is made of. Vd: tokens it can draft."""
+
+    layers: Stack
+    embedding: Stack  # the stack whose embedding it reads, and the one whose head it uses: its own or the target's
+    head: Stack
+    fusion: Tensor | None  # [D, F]: features to a state; None: they are one
+    feature_norm: Tensor | None  # [F], before the fusion
+    feature_groups: int  # parts of the features that are normalised each by itself
+    embed_norm: Tensor  # [D]
+    hidden_norm: Tensor  # [D]
+    projection: Tensor | None  # [D, 2 D]; None: the layers take embedding and state side by side, and a residual
+    norm_residual: bool  # whether that residual is the normalised state
+    feeds_normed: bool  # whether the state fed back is the one after the final norm
+    ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
+
+
+@runtime_checkable
+class DraftsInTurn(Protocol):
+    """A backend that drafts several tokens, each from the state of the one before, in one call."""
+
+    def autoregressive_drafter(self, parts: AutoregressiveParts, dtype: torch.dtype | str) -> InTurnDrafter | None:
+        """None where it cannot: a part is on another backend, for instance."""
+        ...
+
+
+class InTurnDrafter(Protocol):
+    """An autoregressive drafter on one kind of hardware."""
+
+    def draft(
+        self,
+        cache: KVCache,
+        slots: Sequence[int],
+        counts: Sequence[int],
+        features: Sequence[Tensor],
+        tokens: Sequence[int],
+        drafts: int,
+        keys: Tensor | None,
+        params: Sequence[SamplingParams],
+    ) -> Drafts:
+        """Run the waiting features of n rows, then draft K ``drafts`` a row.
+
+        ``counts`` [n], at least 1: waiting features of each row; ``features`` [T, F] in pieces and ``tokens`` [T], the
+        one that follows each of them, row after row. All but each row's last one stay in the cache. ``keys`` and
+        ``params`` as in ``BlockDrafter.draft``.
+        """
         ...
 
 

@@ -26,9 +26,15 @@ from outrider.backends.file_formats import (
     takes_blocks,
 )
 from outrider.backends.layers import check_weights, shapes_of
-from outrider.backends.native_drafting import NativeBlockDrafter, block_parts
+from outrider.backends.native_drafting import (
+    NativeBlockDrafter,
+    NativeInTurnDrafter,
+    autoregressive_parts,
+    block_parts,
+)
 from outrider.backends.native_verification import verify_native
 from outrider.backends.packed_weights import PackedFile
+from outrider.backends.tuning import apply_once
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
@@ -37,6 +43,7 @@ from outrider.kv_cache.block_pool import BlockPool
 from outrider.registry import find
 from outrider.sampling.distribution import Processed
 from outrider.types import (
+    AutoregressiveParts,
     BlockParts,
     Context,
     Distribution,
@@ -66,8 +73,8 @@ def available() -> bool:
 class NativeCache(BlockCache):
     """The core's cache: pages of 64 positions, read through each slot's table. Untouched pages cost no memory."""
 
-    def __init__(self, core: Any) -> None:
-        pool = BlockPool(core.pages, _native.block_tokens, retained=max(1, RETAINED // core.page_bytes))
+    def __init__(self, core: Any, ahead: int = 0) -> None:
+        pool = BlockPool(core.pages, _native.block_tokens, ahead, retained=max(1, RETAINED // core.page_bytes))
         super().__init__(core.slots, core.capacity, pool, core.page_bytes)
         self.core = core
         self.lengths: Tensor = _native.lengths(core)  # shares memory with the core
@@ -128,6 +135,7 @@ class NativeBackend:
             core = _native.Stack(spec)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
+        apply_once(core.isa, core.weight_bytes)
         kept, began = PackedFile(weights, key, core.isa), perf_counter()
         if not kept.read_into(core.packed):
             _pack(core, config, weights, formats)
@@ -149,18 +157,26 @@ class NativeBackend:
 
     def block_drafter(self, parts: BlockParts, dtype: torch.dtype | str) -> NativeBlockDrafter | None:
         """See ``outrider.types.DraftsBlocks``: None where a stack is not the core's, or ids do not ascend."""
-        stacks: dict[str, Any] = {}
-        for name in ("layers", "embedding", "head"):
-            stack = getattr(parts, name)
-            if not isinstance(stack, NativeStack):
-                return None
-            stacks[name] = stack.core
-        if parts.ids is not None and not bool((parts.ids.diff() > 0).all()):
+        stacks = _shared(parts)
+        if not stacks:
             return None
         stacks["fusion"] = self._product(parts.fusion, dtype)
         if parts.markov is not None and parts.markov.mix_hidden is not None:
             stacks["mix"] = self._product(parts.markov.mix_hidden, dtype)
         return NativeBlockDrafter(block_parts(parts, stacks, self.isa, dtype))
+
+    def autoregressive_drafter(
+        self, parts: AutoregressiveParts, dtype: torch.dtype | str
+    ) -> NativeInTurnDrafter | None:
+        """See ``outrider.types.DraftsInTurn``: None where a stack is not the core's, or ids do not ascend."""
+        stacks = _shared(parts)
+        if not stacks:
+            return None
+        if parts.fusion is not None:
+            stacks["fusion"] = self._product(parts.fusion, dtype)
+        if parts.projection is not None:
+            stacks["projection"] = self._product(parts.projection, dtype)
+        return NativeInTurnDrafter(autoregressive_parts(parts, stacks))
 
     def _product(self, weight: Tensor, dtype: torch.dtype | str) -> Any:
         """A matrix [out, in] as the head of a stack without layers."""
@@ -180,7 +196,9 @@ class NativeStack:
         """A cache of ``slots`` sequences of up to ``capacity`` tokens."""
         return self.paged_cache(slots, capacity)
 
-    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
         """See ``outrider.types.PagedTarget``. ``kv_dtype``: ``auto`` (float32 with float32 weights, else bfloat16) or
         ``int8``, with a scale per position and head. Raises InvalidRequest."""
         if kv_dtype not in KV_DTYPES:
@@ -192,7 +210,7 @@ class NativeStack:
         if memory is not None:
             page_bytes = self.core.new_cache(1, 1, 1, int8).page_bytes
             pages = min(pages, max(1, memory // max(1, page_bytes)))
-        cache: PagedCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity, pages, int8))
+        cache: PagedCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity, pages, int8), ahead)
         return cache
 
     def forward(
@@ -272,6 +290,14 @@ class NativeStack:
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"cannot unembed {_described(hidden)}: {error}") from error
         return logits.view(*hidden.shape[:-1], self._vocabulary)
+
+
+def _shared(parts: BlockParts | AutoregressiveParts) -> dict[str, Any]:
+    """The core's stacks of a drafter's parts by name; empty where one is on another backend, or ids do not ascend."""
+    stacks = {"layers": parts.layers, "embedding": parts.embedding, "head": parts.head}
+    ascending = parts.ids is None or bool((parts.ids.diff() > 0).all())
+    found = {name: stack.core for name, stack in stacks.items() if isinstance(stack, NativeStack)}
+    return found if ascending and len(found) == len(stacks) else {}
 
 
 def _with_room(

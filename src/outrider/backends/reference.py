@@ -241,7 +241,9 @@ class ReferenceStack:
         cache: KVCache = find("kv_cache", "contiguous")(slots, capacity, [(s, s) for s in shapes], self.dtype)
         return cache
 
-    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
         """See ``outrider.types.PagedTarget``. Raises InvalidRequest for a ``kv_dtype`` that is not ``auto``."""
         if kv_dtype != "auto":
             raise InvalidRequest(f"the reference backend keeps keys and values in its own dtype, not as {kv_dtype!r}")
@@ -249,7 +251,7 @@ class ReferenceStack:
             rotary.grow(capacity)
         shapes = [(layer.num_kv_heads, BLOCK, layer.head_dim) for layer in self.config.layers]
         cache: PagedCache = find("kv_cache", "gathered")(
-            slots, capacity, [(s, s) for s in shapes], self.dtype, memory=memory
+            slots, capacity, [(s, s) for s in shapes], self.dtype, memory=memory, ahead=ahead
         )
         return cache
 

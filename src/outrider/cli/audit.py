@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,18 +22,21 @@ from outrider.cli.common import (
     note,
     write_json,
 )
-from outrider.errors import InvalidRequest, nearest
+from outrider.errors import InvalidRequest, OutriderError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from outrider.engine.loader import LoadedModel
     from outrider.proof.certificate import Certificate
+    from outrider.types import TargetModel
 
 __all__ = ["audit"]
 
 CHOICES = ("exact", "contracts", "equality", "statistical", "quick", "all")
 SHOWN = 400  # checks of a tier in the terminal
+SERVER_PROMPTS = 24  # of a server
+REFERENCE_TOKENS = 6000  # several times what tells a copy in 4 bits
 
 
 @command
@@ -63,6 +67,27 @@ def audit(
         bool, typer.Option("--self-test", help="Run broken variants, each of which must be caught, and sound ones.")
     ] = False,
     repetitions: Annotated[int, typer.Option("--repetitions", min=0, help="Sound repetitions of --self-test.")] = 20,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Audit an OpenAI-compatible server instead of a model.")
+    ] = None,
+    baseline_url: Annotated[
+        str | None, typer.Option("--baseline-url", help="The same server without speculation, to compare with.")
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option("--server-model", help="The model's name on the server. Default: the first it lists.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Is the server's model this one? A directory or another model.")
+    ] = None,
+    shared_seeds: Annotated[
+        bool, typer.Option("--shared-seeds", help="The server is Outrider: its seeds tell what it must draw.")
+    ] = False,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Most tokens of a server to test by their log-probabilities.")
+    ] = 20_000,
+    answers: Annotated[
+        int, typer.Option("--answers", min=2, help="To each prompt, where a server is compared with a baseline.")
+    ] = 10,
     dtype: Dtype = "auto",
     backend: Backend = "auto",
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the certificate for people.")] = None,
@@ -73,7 +98,8 @@ def audit(
 
     exact: the distribution of whole texts, enumerated through the engine on toy targets. contracts: drafters, policies,
     caches, backends and random numbers, by perturbation. equality: greedy and seeded text against plain decoding.
-    statistical: sampled text, by sequential tests.
+    statistical: sampled text, by sequential tests. With --url another server is audited: its greedy text, and its
+    sampled tokens against its own log-probabilities, a baseline, or a local reference model.
 
     [bold]Examples[/bold]
 
@@ -82,6 +108,8 @@ def audit(
     [cyan]outrider audit --model ./my-model --drafter runs/dspark/drafter --json certificate.json[/cyan]
 
     [cyan]outrider audit --self-test[/cyan]
+
+    [cyan]outrider audit --url http://localhost:8000 --baseline-url http://localhost:8001 --html certificate.html[/cyan]
     """
     from outrider.proof.certify import TIERS, Audit
 
@@ -92,6 +120,15 @@ def audit(
     if self_test:
         _self_test(console, repetitions, json)
         return
+    if url is not None:
+        certificate = _audit_server(
+            url, baseline_url, server_model, reference, shared_seeds, prompts, tokens, answers, seed, dtype, backend
+        )
+        _show(console, certificate)
+        _write(certificate, markdown, html, json)
+        return
+    if baseline_url or reference or shared_seeds or server_model:
+        raise InvalidRequest("--baseline-url, --server-model, --reference and --shared-seeds need --url")
     chosen = tier or ["all"]
     for name in chosen:
         if name not in CHOICES:
@@ -114,6 +151,67 @@ def audit(
     _write(certificate, markdown, html, json)
 
 
+def _audit_server(
+    url: str,
+    baseline_url: str | None,
+    server_model: str | None,
+    reference: str | None,
+    shared_seeds: bool,
+    files: list[Path] | None,
+    tokens: int,
+    answers: int,
+    seed: int,
+    dtype: str,
+    backend: str,
+) -> Certificate:
+    from outrider.proof import reference_check, server_checks
+    from outrider.proof.certificate import Certificate, run_tier
+    from outrider.proof.completion_server import CompletionServer
+
+    if shared_seeds and reference is None:
+        raise InvalidRequest("--shared-seeds needs --reference: a model that draws what the server must draw")
+    prompts = tuple(one for one in _texts(files) if isinstance(one, str))[:SERVER_PROMPTS]
+    if not prompts:
+        raise InvalidRequest("--prompts: a server is asked with texts, got token ids alone; give `text` or `turns`")
+    server = CompletionServer(url, model=server_model)
+    baseline = CompletionServer(baseline_url, model=server_model) if baseline_url else None
+    audit = server_checks.ServerAudit(
+        server, baseline, prompts, tokens=tokens, answers=answers, tied_answers=2 * answers, seed=seed
+    )
+    tiers = [run_tier("server", server_checks.METHOD, audit.checks(), note)]
+    subject = {"server": server.url, "model": server.model}
+    if baseline is not None:
+        subject["baseline"] = baseline.url
+    if reference is not None:
+        loaded = load_target_model(reference, dtype, backend)
+        copies = _copies(loaded)
+        check = reference_check.ReferenceAudit(
+            server,
+            loaded.target,
+            loaded.tokenizer,
+            copies,
+            prompts,
+            tokens=min(tokens, REFERENCE_TOKENS),
+            shared_seeds=shared_seeds,
+            seed=seed,
+        )
+        tiers.append(run_tier("reference", reference_check.METHOD, check.checks(), note))
+        subject |= {"reference": loaded.name, "copies": ", ".join(copies) or "none"}
+    return Certificate(subject, tuple(tiers))
+
+
+def _copies(loaded: LoadedModel) -> dict[str, TargetModel]:
+    """The model in fewer bits, where a backend can: what a server may run in its stead."""
+    from outrider.models.loading import load_target
+
+    found = {}
+    for dtype in ("int8", "int4"):
+        if loaded.dtype != dtype:
+            with suppress(OutriderError):
+                found[dtype] = load_target(loaded.name, dtype=dtype, backend=loaded.backend)
+    return found
+
+
 def _write(certificate: Certificate, markdown: Path | None, html: Path | None, json: str | None) -> None:
     """Every form that was asked for; ends the command with code 1 where something failed."""
     if markdown is not None:
@@ -134,14 +232,18 @@ def _drafters_of(loaded: LoadedModel) -> list[str]:
 
 
 def _prompts(loaded: LoadedModel, files: list[Path] | None) -> tuple[tuple[int, ...], ...]:
-    """Token ids of all prompts, the files taking turns."""
+    """Token ids of all prompts."""
+    encoded = [loaded.tokenizer.encode(text) if isinstance(text, str) else text for text in _texts(files)]
+    return tuple(tuple(ids) for ids in encoded if ids)
+
+
+def _texts(files: list[Path] | None) -> list[str | list[int]]:
+    """All prompts, the files taking turns."""
     from outrider.evaluation.recording import read_prompts
     from outrider.evaluation.speedup import default_prompt_files
 
     sets = [read_prompts(path) for path in files or default_prompt_files(chat=False)]
-    mixed = [one.prompt for one in chain.from_iterable(zip_longest(*sets)) if one is not None]
-    encoded = [loaded.tokenizer.encode(text) if isinstance(text, str) else text for text in mixed]
-    return tuple(tuple(ids) for ids in encoded if ids)
+    return [one.prompt for one in chain.from_iterable(zip_longest(*sets)) if one is not None]
 
 
 def _self_test(console: Console, repetitions: int, json: str | None) -> None:

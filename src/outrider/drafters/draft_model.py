@@ -18,7 +18,17 @@ from outrider.config import SamplingParams
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
-from outrider.types import Context, DraftLoop, KVCache, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import (
+    Context,
+    DraftLoop,
+    KVCache,
+    PagedCache,
+    Proposal,
+    RaggedBatch,
+    Rng,
+    SharesPrefixes,
+    TargetModel,
+)
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
 
@@ -199,6 +209,28 @@ class DraftModelDrafter:
                 chunks.append((row, tokens[first:end]))
         if chunks:
             self._run(chunks)
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """See ``outrider.types.SharesPrefixes``."""
+        return self._cache.match(tokens) if isinstance(self._cache, SharesPrefixes) else 0
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        row = self._rows[slot]
+        if isinstance(self._cache, SharesPrefixes) and count <= row.capacity:
+            self._cache.adopt(row.cache_slot, tokens, count)
+            row.cached = count
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        row = self._rows[slot]
+        if isinstance(self._cache, SharesPrefixes) and row.cached:
+            self._cache.publish(row.cache_slot, tokens[: row.cached])
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        if isinstance(self._cache, PagedCache):
+            self._cache.forget()
 
     def reset_rows(self) -> None:
         """Close all slots at once, with a cache made anew."""

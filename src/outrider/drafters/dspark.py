@@ -16,8 +16,16 @@ import torch
 from torch import Tensor
 
 from outrider.checkpoints import DraftCheckpoint
-from outrider.config import SamplingParams
-from outrider.drafters.base import CachedDrafter, Drawing, block_proposal, draft_keys, linear, rms_norm, rowwise
+from outrider.drafters.base import (
+    CachedDrafter,
+    Drawing,
+    draft_keys,
+    known_sampling,
+    linear,
+    packed_proposal,
+    rms_norm,
+    rowwise,
+)
 from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import InvalidRequest
 from outrider.types import (
@@ -127,7 +135,7 @@ class DSparkDrafter(CachedDrafter):
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
-        if self.core is not None and not context.stepwise and all(map(_plain, context.params)):
+        if self.core is not None and known_sampling(context):
             proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
         else:
             proposal = self._draft_stepwise(named, last, lengths, context, rng)
@@ -138,8 +146,8 @@ class DSparkDrafter(CachedDrafter):
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
         rows, anchors = [b for b, n in enumerate(lengths) if n], last.tolist()
-        temperatures = [context.params[b].temperature for b in rows]
-        keys = draft_keys(rows, max(lengths), context, rng) if any(temperatures) else None
+        params = [context.params[b] for b in rows]
+        keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
         slots, counts, features = self.cache.take_features([named[b] for b in rows])
         drafts = core.draft(
             self.cache.kv_cache,
@@ -149,9 +157,9 @@ class DSparkDrafter(CachedDrafter):
             [anchors[b] for b in rows],
             max(lengths),
             keys,
-            temperatures,
+            params,
         )
-        return block_proposal(drafts, rows, lengths, self.net.vocab_size)
+        return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 
     def _draft_stepwise(
         self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
@@ -283,12 +291,6 @@ class SequentialHead:
         """P(draft k is accepted | those before it were), float32 [n, K]."""
         logits = self.confidence_logits(hidden, before)
         return None if logits is None else rowwise(torch.sigmoid, logits)
-
-
-def _plain(params: SamplingParams) -> bool:
-    """Whether a request samples from softmax(logits / temperature) or greedily: no penalty, bias or truncation."""
-    truncated = params.temperature and (params.top_k or params.top_p < 1 or params.min_p)
-    return not (params.penalised or params.logit_bias or truncated)
 
 
 def markov_parts(design: BlockDesign, tensors: Mapping[str, Tensor], shortlist: int) -> MarkovParts | None:

@@ -64,6 +64,8 @@ class MTPDrafter(AutoregressiveDrafter):
         tensors = checkpoint.tensors
         self._project = linear(backend, tensors["fc.weight"], dtype)
         self._embed_norm, self._hidden_norm = (tensors[f"{name}_norm.weight"].float() for name in ("embed", "hidden"))
+        norms = (self._embed_norm, self._hidden_norm)
+        self.core = self.in_turn(backend, dtype, norms=norms, projection=tensors["fc.weight"])
 
     def condition(self, features: Tensor) -> Tensor:
         """The auxiliary state itself. [T, D] -> [T, D]"""

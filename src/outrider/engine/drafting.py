@@ -32,12 +32,14 @@ from outrider.types import (
     ReadsHidden,
     ResetsRows,
     SchedulerPolicy,
+    SharesPrefixes,
     StepCost,
     StepsAside,
 )
 
 __all__ = ["Drafting"]
 
+CATCH_UP = 4  # prompt tokens that are worth reading again for each new token that is then drafted for
 FAILURES = 8  # rows on which a drafter may fail before it is not asked any more
 
 
@@ -49,6 +51,7 @@ class Drafting:
         self.block = drafter.block
         self.reads_hidden = isinstance(drafter, ReadsHidden)
         self._reads_tokens_alone = not drafter.aux_layers and not self.reads_hidden
+        self._sharing = drafter if isinstance(drafter, SharesPrefixes) else None
         self._aside = policy if isinstance(policy, StepsAside) else None
         self._followed: dict[int, Request] = {}  # by slot
         self._failures = 0
@@ -65,13 +68,48 @@ class Drafting:
 
     # ------------------------------------------------------------------------------------------ rows come and go
 
-    def open(self, request: Request, capacity: int) -> None:
-        """A request has got its slot, and nothing of it is in the cache."""
+    def prefix(self, request: Request, found: int) -> int:
+        """How many of the ``found`` tokens that the target's cache holds of a request's beginning it is to begin with.
+
+        A drafter that reads features cannot follow a row in whose prefix they are missing. The part that it does not
+        hold itself is computed again, unless that takes longer than drafting can make good.
+        """
+        if not self.drafter.aux_layers or not self.follows:
+            return found
+        known = min(found, self._sharing.match(request.history)) if self._sharing is not None else 0
+        return known if found - known <= CATCH_UP * request.left else found
+
+    def open(self, request: Request, capacity: int, shared: int = 0) -> None:
+        """A request has got its slot, and the target's cache holds its first ``shared`` tokens, of an earlier one."""
         request.followed = self.follows and self._try(
             [request], lambda: self.drafter.open(request.slot, capacity), closes=False
         )
-        if request.followed:
-            self._followed[request.slot] = request
+        if not request.followed:
+            return
+        self._followed[request.slot] = request
+        if shared:
+            self._try([request], lambda: self._begin_with(request, shared))
+
+    def _begin_with(self, request: Request, shared: int) -> None:
+        """Let the drafter take over what it holds of a prefix; one that reads tokens alone is shown the rest."""
+        known = 0
+        if self._sharing is not None:
+            known = min(shared, self._sharing.match(request.history))
+            if known:
+                self._sharing.adopt(request.slot, request.history, known)
+        if known == shared:
+            return
+        if self._reads_tokens_alone:
+            batch = RaggedBatch.pack([request.history[known:shared]], [known], [request.slot])
+            self.drafter.observe(batch, None)
+        elif self.drafter.aux_layers:
+            self.close(request)
+
+    def publish(self, request: Request) -> None:
+        """Let later requests begin with what the drafter holds of this one."""
+        if request.followed and self._sharing is not None:
+            sharing = self._sharing
+            self._try([request], lambda: sharing.publish(request.slot, request.history))
 
     def close(self, request: Request) -> None:
         """Before a request's slot is released."""

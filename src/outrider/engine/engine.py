@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from time import perf_counter
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
+from outrider.engine.admission import Admission
 from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
 from outrider.engine.predicted_text import PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
-from outrider.engine.rows import Admission, Candidates, Rows
+from outrider.engine.rows import Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
@@ -27,6 +28,10 @@ from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import (
     Drafter,
     DraftReport,
+    Forgets,
+    KVCache,
+    PagedCache,
+    PagedTarget,
     Proposal,
     RaggedBatch,
     RequestStats,
@@ -62,20 +67,30 @@ class Engine:
         max_rows: int,
         capacity: int,
         chunk: int = 512,
+        beside: int = 128,
+        memory: int | None = None,
+        kv_dtype: str = "auto",
         tokenizer: Tokenizer | None = None,
         observers: list[StepObserver] | None = None,
     ) -> None:
-        """``capacity``: tokens of a sequence at first; a longer request makes it grow. ``tokenizer``: None = events
-        without text."""
+        """``capacity``: tokens of a sequence at first; a longer request makes it grow. ``chunk``: most prompt tokens of
+        a step, ``beside``: where other rows decode. ``memory``: bytes for all keys and values, None = as much as
+        ``max_rows`` sequences can need; ``kv_dtype``: see ``PagedTarget``. ``tokenizer``: None = events without text.
+        """
         self.target = target
         self.drafting = Drafting(drafter, policy)
         self.tokenizer = tokenizer
         self.observers = [] if observers is None else observers
         self.max_rows, self.capacity = max_rows, capacity
-        self.cache = target.new_cache(max_rows, capacity)
-        self.admission = Admission(max_rows, chunk)
+        self._memory, self._kv_dtype = memory, kv_dtype
+        self._limit = target.spec.max_positions  # tokens of a sequence that there is memory for
+        self._paged: PagedCache | None = None  # the cache, where it has blocks
+        self.cache: KVCache = self._new_cache()
+        self.admission = Admission(max_rows, chunk, beside)
         self._arrivals: deque[Request] = deque()  # submitted, not yet seen by a step
+        self._cancelled: deque[Request] = deque()  # to be stopped by the next step
         self._requests: dict[int, Request] = {}  # seen and not finished: what a repair goes by
+        self._longest = 0  # tokens that any request seen so far may grow to
         self._numbers = count()
         self._totals = Totals()
         self._commits: list[Commit] = []  # of the step in progress, once all of them are known
@@ -110,6 +125,8 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise InvalidRequest for a request that this engine cannot run."""
         check_request(self.target.spec, prompt, params)
+        if len(prompt) + params.max_tokens > self._limit:
+            raise InvalidRequest(self._too_long(len(prompt), params.max_tokens))
         if params.grammar is not None:
             if self._grammars is None:
                 raise InvalidRequest("a grammar needs a tokenizer, and this engine has none")
@@ -137,6 +154,7 @@ class Engine:
         """Stop a request, wherever it is; what it has committed stays. At once, or at the end of a running step."""
         if request.finish_reason is None:
             request.cancelled = reason
+            self._cancelled.append(request)
             self._news = True
             self._turns.run_if_free(self._tidy)
         elif request.number in self._requests:  # finished in a step that was interrupted before the request left
@@ -148,6 +166,17 @@ class Engine:
             self.advance(lambda request=request: request.finish_reason is not None)  # type: ignore[misc]
             if request.error is not None:
                 raise request.error
+
+    def forget(self) -> None:
+        """Drop what earlier requests have left in the cache and in the drafter; nothing happens while a step runs."""
+
+        def drop() -> None:
+            if self._paged is not None:
+                self._paged.forget()
+            if isinstance(self.drafter, Forgets):
+                self.drafter.forget()
+
+        self._turns.run_if_free(torch.inference_mode()(drop))
 
     @property
     def busy(self) -> bool:
@@ -194,6 +223,7 @@ class Engine:
         drafts = draft_reports(proposal, accepted, rows.context.params)
         commits = self._commit(rows, kept, accepted, tokens, logprobs, drafts)  # commit, where texts may end
         self._observe(rows, run, commits, output)
+        self._publish_prompts(rows)
         bookkeeping = perf_counter() - began - draft_seconds - verify_seconds
         cost = StepCost(draft_seconds, verify_seconds, bookkeeping, len(rows), len(run.batch.tokens), rows.cached)
         self.drafting.learn(cost, accepted)
@@ -211,13 +241,14 @@ class Engine:
         if self._news or not self._whole:
             self._tidy()
         self._whole = False
-        waiting = self.admission.waiting
-        if waiting:
-            needed = max(request.prompt_length + request.params.max_tokens for request in waiting)
-            if needed > self.capacity:
-                self.capacity = min(max(needed, 2 * self.capacity), self.target.spec.max_positions)
+        if self.admission.waiting:
+            if self._longest > self.capacity:
+                self.capacity = min(max(self._longest, 2 * self.capacity), self.target.spec.max_positions)
                 self._repair()
             self.admission.admit(self._open)
+            alone = None if self.admission.running else self.admission.waiting.first()
+            if alone is not None:
+                self._refuse(alone, len(alone.history) + 1)
         self.drafting.begin(self.admission.running, self.capacity)
 
     def _next_rows(self) -> Rows:
@@ -230,20 +261,21 @@ class Engine:
         return self.admission.next()
 
     def _make_room(self, request: Request, needed: int) -> None:
-        """Let the latest rows wait until there is memory for ``request``; a request that is alone fails."""
+        """Let the least urgent and latest rows wait until there is memory for ``request``; one that is alone fails."""
         while request.slot >= 0 and not self.cache.reserve(request.slot, needed):
-            latest = self.admission.running[-1]
             if len(self.admission.running) > 1:
-                self._preempt(latest)
-                continue
-            request.error, request.finish_reason = (
-                CacheFull(
-                    f"a sequence of {needed} tokens does not fit the memory of the KV cache, and no other row can make "
-                    "room; shorten the prompt or lower max_tokens"
-                ),
-                "error",
-            )
-            self._retire(request)
+                self._preempt(max(self.admission.running, key=lambda r: (r.params.priority, r.number)))
+            else:
+                self._refuse(request, needed)
+
+    def _refuse(self, request: Request, needed: int) -> None:
+        """A request that is alone has too little memory."""
+        request.error = CacheFull(
+            f"a sequence of {needed} tokens does not fit the memory of the KV cache, and no other row can make room; "
+            "shorten the prompt or lower max_tokens"
+        )
+        request.finish_reason = "error"
+        self._retire(request)
 
     def _commit(
         self,
@@ -318,15 +350,80 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ rows come and go
 
-    def _open(self, request: Request) -> None:
-        request.slot = self.cache.open()
-        self.drafting.open(request, self.capacity)
-        request.started = request.started or perf_counter()
+    def _new_cache(self) -> KVCache:
+        """An empty cache for all rows, in blocks where the target can."""
+        if not isinstance(self.target, PagedTarget):
+            if self._kv_dtype != "auto":
+                raise InvalidRequest(f"this target keeps keys and values in its own dtype, not as {self._kv_dtype!r}")
+            return self.target.new_cache(self.max_rows, self.capacity)
+        self._paged = cache = self.target.paged_cache(self.max_rows, self.capacity, self._memory, self._kv_dtype)
+        if self._memory is not None:
+            blocks = max(1, self._memory // cache.block_bytes)
+            self._limit = min(self._limit, blocks * cache.block_tokens)
+            self.capacity = min(self.capacity, self._limit)
+        return cache
+
+    def _too_long(self, prompt: int, new: int) -> str:
+        """Why there can never be memory for a request."""
+        assert self._paged is not None and self._memory is not None
+        blocks = -(-(prompt + new) // self._paged.block_tokens)
+        needed, given = blocks * self._paged.block_bytes / 2**20, self._memory / 2**20
+        return (
+            f"the prompt has {prompt} tokens and max_tokens is {new}: together they need {needed:.1f} MiB of keys and "
+            f"values, but {given:.1f} MiB are set aside, enough for {self._limit} tokens; shorten the prompt, lower "
+            "max_tokens or raise kv_memory"
+        )
+
+    def _open(self, request: Request) -> bool:
+        """Give a request a row that begins with what earlier requests have left; False: there is no memory for it."""
+        slot = self.cache.open()
+        shared = self._prefix(request)
+        if shared:
+            assert self._paged is not None
+            self._paged.adopt(slot, request.history, shared)
+        if not self._has_memory(slot, request):
+            self.cache.release(slot)
+            return False
+        request.slot = slot
+        request.pending = len(request.history) - shared
+        self.drafting.open(request, self.capacity, shared)
+        if not request.started:
+            request.started = perf_counter()
+            request.stats = replace(request.stats, cached_tokens=shared)
+        return True
+
+    def _prefix(self, request: Request) -> int:
+        """How many tokens of a request need not be computed; its last one always is."""
+        if self._paged is None:
+            return 0
+        found = min(self._paged.match(request.history), len(request.history) - 1)
+        return self.drafting.prefix(request, found) if found else 0
+
+    def _has_memory(self, slot: int, request: Request) -> bool:
+        """Whether a request fits beside the running ones, each of which may soon need another block."""
+        if not self.cache.reserve(slot, min(len(request.history) + self.drafting.block + 1, self.capacity)):
+            return False
+        running = len(self.admission.running)
+        return not running or self._paged is None or self._paged.free_blocks >= running
+
+    def _publish_prompts(self, rows: Rows) -> None:
+        """Let later requests begin with what this step has read of prompts."""
+        for request, chunk in zip(rows.requests, rows.chunks, strict=True):
+            if chunk > 1:
+                self._publish(request)
+
+    def _publish(self, request: Request) -> None:
+        """Let later requests begin with what a row holds."""
+        if self._paged is not None:
+            self._paged.publish(request.slot, request.history)
+            self.drafting.publish(request)
 
     def _close(self, request: Request) -> None:
+        self._publish(request)
         self.drafting.close(request)
         slot, request.slot = request.slot, -1
         self.cache.release(slot)
+        self.admission.freed()
 
     def _preempt(self, request: Request) -> None:
         """Give a row's memory back; its tokens are computed again when it gets a row next."""
@@ -341,8 +438,7 @@ class Engine:
         if request in self.admission.running:
             self.admission.running.remove(request)
         else:
-            with suppress(ValueError):
-                self.admission.waiting.remove(request)
+            self.admission.waiting.discard(request)
         self._totals = self._totals.with_finished(request)
         self._requests.pop(request.number, None)
 
@@ -354,16 +450,25 @@ class Engine:
         self._news = False
         if not whole:
             self._repair()
+        self._take_arrivals()
+        while self._cancelled:
+            request = self._cancelled[0]
+            self._take_arrivals()  # another thread may have submitted and cancelled it since
+            if request.number in self._requests:
+                request.finish_reason = request.finish_reason or request.cancelled
+                self._retire(request)
+            self._cancelled.popleft()
+        self._whole = True
+
+    def _take_arrivals(self) -> None:
+        """Queue what was submitted."""
         while self._arrivals:
             request = self._arrivals[0]  # in one place at least, wherever this is interrupted
             if request.number not in self._requests:
                 self._requests[request.number] = request
-                self.admission.waiting.append(request)
+                self.admission.waiting.add(request)
+                self._longest = max(self._longest, request.prompt_length + request.params.max_tokens)
             self._arrivals.popleft()
-        for request in [r for r in self._requests.values() if r.cancelled is not None]:
-            request.finish_reason = request.finish_reason or request.cancelled
-            self._retire(request)
-        self._whole = True
 
     def _fail(self, rows: Rows, failed: Tensor, logits: Tensor) -> list[Commit]:
         """End requests whose logits cannot be sampled from; the step's other rows are computed again.
@@ -374,13 +479,14 @@ class Engine:
             request = rows.requests[b]
             request.error = sampling_error(request, are_numbers)
             request.finish_reason = "error"
-        self._repair()
+        self._repair(keep_blocks=True)
         self._whole = True
         return []
 
-    def _repair(self) -> None:
+    def _repair(self, keep_blocks: bool = False) -> None:
         """Start from what is certain: committed tokens. Every unfinished request is queued again, in order, and the
-        cache and the drafter's rows are made anew, so that nothing of an interrupted step remains."""
+        cache and the drafter's rows are made anew, so that nothing of an interrupted step remains. ``keep_blocks``:
+        no step was interrupted, so that what the cache has published is whole."""
         for commit in self._commits:
             commit.apply()
         for request in list(self._requests.values()):
@@ -390,15 +496,18 @@ class Engine:
                 del self._requests[request.number]
         self._commits = []
         self.drafting.reset(self.max_rows)
-        self.cache = self.target.new_cache(self.max_rows, self.capacity)
-        self.admission = Admission(self.max_rows, self.admission.chunk)
+        if keep_blocks and self._paged is not None:
+            self._paged.reset()
+        else:
+            self.cache = self._new_cache()
+        self.admission = Admission(self.max_rows, self.admission.chunk, self.admission.beside)
         for number in sorted(self._requests):
             request = self._requests[number]
             request.pending = len(request.history)
             request.finisher = request.finisher.fresh()
             if request.output:
                 request.finisher.take(request.output, len(request.output), len(request.output) + 1)
-            self.admission.waiting.append(request)
+            self.admission.waiting.add(request)
 
 
 def _last_rows(rows: Tensor, last: Sequence[tuple[int, int]]) -> Tensor:

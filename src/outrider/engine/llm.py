@@ -16,13 +16,14 @@ from outrider.engine.auto import fastest
 from outrider.engine.cost_tables import start_costs
 from outrider.engine.engine import Engine
 from outrider.engine.loader import EMBEDDED, LoadedModel, load_drafter, load_model, load_policy
+from outrider.engine.memory import default_memory
 from outrider.engine.request import Request
 from outrider.engine.stream import EventStream
 from outrider.errors import InvalidRequest
 from outrider.models.loading import load_backend
 from outrider.scheduling.cost_model import CostModel
 from outrider.tokenization.tokenizer import Tokenizer
-from outrider.types import Drafter, Event, Forgets, Output, SchedulerPolicy, StepObserver, TargetModel
+from outrider.types import Drafter, Event, Output, SchedulerPolicy, StepObserver, TargetModel
 
 __all__ = ["LLM", "Run"]
 
@@ -42,6 +43,10 @@ class LLM:
     ``drafter_options`` are the fields of the chosen kind's ``Config``, and ``calibration``: a directory with the
     calibration.json of a drafter that has no checkpoint to keep it in.
 
+    ``kv_memory``: bytes for the target's keys and values, those kept for requests that begin alike included; None: what
+    ``max_rows`` sequences of ``capacity`` tokens need, at most half of the memory that is available. ``kv_dtype``:
+    ``int8`` keeps them in 8 bits, which changes the text a little (native backend only).
+
     Raises CheckpointError for files that cannot be used, IncompatibleDrafter for a drafter of another target.
     """
 
@@ -59,11 +64,15 @@ class LLM:
         guard: bool = True,
         max_rows: int = 8,
         capacity: int | None = None,
+        kv_memory: int | None = None,
+        kv_dtype: str = "auto",
         tokenizer: Tokenizer | None = None,
     ) -> None:
         max_rows = whole_number("max_rows", max_rows, 1)
         draft_tokens = None if draft_tokens is None else whole_number("draft_tokens", draft_tokens, 0)
         capacity = None if capacity is None else whole_number("capacity", capacity, 1)
+        self.kv_memory = None if kv_memory is None else whole_number("kv_memory", kv_memory, 1)
+        self.kv_dtype = kv_dtype
         loaded = (
             model
             if isinstance(model, LoadedModel)
@@ -137,6 +146,7 @@ class LLM:
             "accepted_per_position": list(total.accepted_per_position),
             "acceptance_length": 1 + total.accepted / total.rounds if total.rounds else 1.0,
             "acceptance_rate": total.accepted / total.drafted if total.drafted else 0.0,
+            "cached_tokens": total.cached_tokens,
             "drafter": self.drafter_name,
         }
 
@@ -162,12 +172,13 @@ class LLM:
             guard=guard,
             max_rows=self.max_rows,
             capacity=self.capacity,
+            kv_memory=self.kv_memory,
+            kv_dtype=self.kv_dtype,
         )
 
     def forget(self) -> None:
-        """Drop what the drafter learnt from earlier requests: every measurement starts cold."""
-        if isinstance(self.drafter, Forgets):
-            self.drafter.forget()
+        """Drop what earlier requests have left in the cache and in the drafter: every measurement starts cold."""
+        self.engine.forget()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text; ids are taken as they are. Raises InvalidRequest for anything else."""
@@ -176,6 +187,8 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """Made when it is first needed."""
+        if self._engine is not None:  # an interrupt at the end of a ``with`` may leave its lock taken
+            return self._engine
         with self._making:
             if self._engine is None:
                 self._engine = Engine(
@@ -184,6 +197,8 @@ class LLM:
                     self.policy,
                     max_rows=self.max_rows,
                     capacity=self.capacity,
+                    memory=default_memory() if self.kv_memory is None else self.kv_memory,
+                    kv_dtype=self.kv_dtype,
                     tokenizer=self.tokenizer,
                     observers=self.observers,
                 )
@@ -239,7 +254,7 @@ def _resolve_auto(loaded: LoadedModel) -> str:
     if loaded.name != EMBEDDED:
         return "suffix"
     backend = load_backend(loaded.backend, loaded.dtype).name
-    return fastest(lambda name: LLM(loaded, name), loaded.dtype, backend)
+    return fastest(lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

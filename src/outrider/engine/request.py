@@ -93,6 +93,7 @@ class Commit:
             seconds,
             _counted(old.accepted_per_position, counts * end.accepted),
             _counted(old.drafted_per_position, counts * verified),
+            old.cached_tokens,
         )
         pieces = end.pieces
         if logprobs:

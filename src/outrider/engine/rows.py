@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from outrider.engine.request import Request
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, Proposal, RaggedBatch, StepView
 
-__all__ = ["Admission", "Candidates", "Rows"]
+__all__ = ["Candidates", "Rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,43 +144,6 @@ class Rows:
             [len(part) for part in parts]
         )
         return Candidates(RaggedBatch(*packed[:4]), *packed[4:])
-
-
-class Admission:
-    """First come, first served, up to ``max_rows`` rows and ``chunk`` prompt tokens in a step."""
-
-    def __init__(self, max_rows: int, chunk: int) -> None:
-        self.max_rows, self.chunk = max_rows, chunk
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-
-    def __len__(self) -> int:
-        return len(self.waiting) + len(self.running)
-
-    def admit(self, open_slot: Callable[[Request], None]) -> None:
-        """Give waiting requests the free rows, in order."""
-        while self.waiting and len(self.running) < self.max_rows:
-            request = self.waiting[0]
-            open_slot(request)
-            self.waiting.popleft()
-            self.running.append(request)
-
-    def next(self) -> Rows:
-        """Share out the step's prompt tokens; rows that decode always take part."""
-        budget = self.chunk
-        requests, chunks = [], []
-        for request in self.running:
-            chunk = request.pending if request.pending == 1 else min(request.pending, budget)
-            if chunk:
-                requests.append(request)
-                chunks.append(chunk)
-                budget -= chunk if request.pending > 1 else 0
-        return Rows(requests, chunks)
-
-    def preempt(self, request: Request) -> None:
-        """Back to the head of the queue: its text goes on from where it is once it has a row again."""
-        self.running.remove(request)
-        self.waiting.appendleft(request)
 
 
 def _at_most(drafts: int, limit: int | None) -> int:

@@ -43,7 +43,7 @@ class BlockCache(ABC):
         pool: BlockPool,
         block_bytes: int,
     ) -> None:
-        self.pool, self.block_bytes = pool, block_bytes
+        self.pool, self.block_bytes, self.block_tokens = pool, block_bytes, pool.size
         self.capacity = min(capacity, pool.count * pool.size)
         self._slots: list[_Slot | None] = [None] * slots
         self._closed = list(range(slots))
@@ -130,6 +130,16 @@ class BlockCache(ABC):
             pool.name(block, name)
         state.fixed = full
         self._apply(slot, state.table, full)
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        self.pool.forget_idle()
+
+    def reset(self) -> None:
+        """Release every slot; what was published stays."""
+        for slot, state in enumerate(self._slots):
+            if state is not None:
+                self.release(slot)
 
     # ------------------------------------------------------------------------------------------------ blocks
 

@@ -101,6 +101,13 @@ class BlockPool:
         if name is not None:
             del self._named[name]
 
+    def forget_idle(self) -> None:
+        """Give up every block that no sequence holds."""
+        for block in list(self._idle):
+            self.forget(block)
+            del self._idle[block]
+            self._free.append(block)
+
     def find(self, tokens: Sequence[int]) -> list[int]:
         """The blocks that hold the beginning of a sequence."""
         found = []

@@ -33,6 +33,7 @@ class GatheredCache(BlockCache):
         *,
         size: int = BLOCK,
         memory: int | None = None,
+        ahead: int = 0,
     ) -> None:
         elements = sum(torch.Size(shape).numel() for pair in layer_shapes for shape in pair)
         block_bytes = max(1, elements * dtype.itemsize)
@@ -40,7 +41,7 @@ class GatheredCache(BlockCache):
         count = slots * longest
         if memory is not None:
             count = min(count, max(1, memory // block_bytes))
-        pool = BlockPool(count, size, retained=max(1, RETAINED // block_bytes))
+        pool = BlockPool(count, size, ahead, retained=max(1, RETAINED // block_bytes))
         super().__init__(slots, capacity, pool, block_bytes)
         self.lengths = torch.zeros(slots, dtype=torch.int64)
         self.keys: list[Tensor] = [torch.empty(count, *key, dtype=dtype) for key, _ in layer_shapes]

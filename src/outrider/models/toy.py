@@ -56,11 +56,13 @@ class ToyTarget:
         cache: KVCache = find("kv_cache", "contiguous")(slots, capacity, [((1, capacity, 1), (0,))], torch.int64)
         return cache
 
-    def paged_cache(self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto") -> PagedCache:
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
         """The same in blocks of ``block`` tokens, of 8 bytes each."""
         shapes = [((1, self.block, 1), (0,))]
         cache: PagedCache = find("kv_cache", "gathered")(
-            slots, capacity, shapes, torch.int64, size=self.block, memory=memory
+            slots, capacity, shapes, torch.int64, size=self.block, memory=memory, ahead=ahead
         )
         return cache
 

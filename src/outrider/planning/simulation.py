@@ -1,8 +1,8 @@
 """A discrete-event simulation of an engine: the real policies, under any cost curve, acceptance profile and traffic.
 
 Time is virtual and every step is an event: its drafts are asked of the policy's ``plan``, what is verified of its
-``choose``, and its ``observe`` is told the seconds that the costs say, so a policy cannot tell the difference. Texts are
-lengths: a draft is accepted with the probability that the acceptance profile says. Days of traffic take minutes.
+``choose``, and its ``observe`` is told the seconds that the costs say, so a policy cannot tell the difference. Texts
+are lengths: a draft is accepted with the probability that the acceptance profile says. Days of traffic take minutes.
 
 Everything random follows from the seed.
 """
@@ -173,7 +173,7 @@ def _centred(profile: Sequence[float], spread: float, row_spread: float) -> Floa
 
 @dataclass
 class Recorded:
-    """Rounds of real requests, in their order: each request replays one of the recorded ones, from a random round on."""
+    """Rounds of real requests, in their order: a request replays one of the recorded ones, from a random round on."""
 
     requests: Sequence[Sequence[tuple[Sequence[float], int]]]
     """For each request its rounds: the confidences of all drafts, and how many were accepted, all being verified."""
@@ -307,9 +307,9 @@ def simulate(
 ) -> Result:
     """Run ``seconds`` of virtual time.
 
-    ``max_rows``: rows of the engine (0: as many as there are users, or 256). ``noise``: how far single passes differ, as
-    the deviation of the log; ``stalls``: the share of passes that take ten times as long. ``slowness``: a factor on all
-    times by the time of day, for a machine that is not alone.
+    ``max_rows``: rows of the engine (0: as many as there are users, or 256). ``noise``: how far single passes differ,
+    as the deviation of the log; ``stalls``: the share of passes that take ten times as long. ``slowness``: a factor on
+    all times by the time of day, for a machine that is not alone.
     """
     run = _Simulation(policy, costs, acceptance, traffic, max_rows or traffic.concurrency or 256, chunk, seed)
     run.noise, run.stalls, run.window, run.slowness = noise, stalls, window, slowness

@@ -102,7 +102,7 @@ class Audit:
 
     def _llm(self, drafter: str, policy: str = "fixed", rows: int | None = None) -> LLM:
         capacity = min(self._size.prompt_tokens + self._size.max_tokens + 1, self._target.spec.max_positions)
-        return LLM(self.model, drafter, policy=policy, max_rows=rows or self.max_rows, capacity=capacity)
+        return LLM(self.model, drafter, policy=policy, guard=False, max_rows=rows or self.max_rows, capacity=capacity)
 
     def _engine(self, drafter: str, policy: str) -> Engine:
         return self._llm(drafter, policy).engine
@@ -162,9 +162,10 @@ class Audit:
                 )
                 engines[f"{drafter}, {rule}, policy {policy}"] = (partial(self._engine, drafter, policy), asked)
         budget = Budget(len(toys) + len(engines))
+        short = [text[-QUICK.prompt_tokens :] for text in self._texts]
         checks = chain(
             statistical.toy_checks(toys, self._size.toy_bias, budget),
-            statistical.real_checks(engines, self._texts, self._size.real_bias, budget, seed=self.seed),
+            statistical.real_checks(engines, short, self._size.real_bias, budget, seed=self.seed),
         )
         method = statistical.method(budget, self._size.toy_bias, self._size.real_bias)
         figures = {"false_alarm_rate": budget.alpha, "tests": budget.tests}

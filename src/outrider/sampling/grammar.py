@@ -111,6 +111,7 @@ class GrammarMatcher:
         self._taken: list[int] = []  # committed tokens
         self._ahead: list[int] = []  # drafts that ``_matcher`` has read behind them
         self._masks: dict[tuple[int, ...], _Mask | None] = {}  # by the drafts before
+        self._forced: dict[tuple[int, ...], tuple[list[int], int]] = {}  # tokens that must come, and which is next
         self._barred = [token for token, bias in params.logit_bias if bias == -math.inf]
         self.ended = False
         """Whether the committed text is complete and nothing may follow it."""
@@ -138,6 +139,10 @@ class GrammarMatcher:
         self._taken.append(token)
         self._ahead.clear()
         self._masks = {drafts[1:]: mask for drafts, mask in self._masks.items() if drafts[:1] == (token,)}
+        tokens, at = self._forced.get((), ([], 0))
+        self._forced = {drafts[1:]: forced for drafts, forced in self._forced.items() if drafts[:1] == (token,)}
+        if at + 1 < len(tokens):
+            self._masks.setdefault((), self._force((), tokens, at + 1))
         self.ended = self._matcher.is_stopped() or self._grammars.only_end(self.mask(()))
         return True
 
@@ -184,14 +189,27 @@ class GrammarMatcher:
             if last in self._grammars.eos_token_ids or not self.allows(drafts[:-1], last):
                 return None
         mask = self._grammars.no_token()
+        tokens, at = self._forced.get(drafts[:-1], ([], 0)) if drafts else ([], 0)
+        if at + 1 < len(tokens):
+            return self._force(drafts, tokens, at + 1)
         for _ in range(2):  # what fails with a lexer that is full succeeds with a new one
             if self._move(drafts):
                 if self._matcher.is_stopped():
                     return None
+                if tokens := self._matcher.compute_ff_tokens():
+                    return self._force(drafts, tokens, 0)
                 self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
                 if not self._matcher.is_error():
                     return mask
         mask[:] = 0  # after an error it is the mask of the end
+        return mask
+
+    def _force(self, drafts: tuple[int, ...], tokens: list[int], at: int) -> _Mask:
+        """The mask of one token of a text that can go on in one way only, which is turned into tokens once: token by
+        token llguidance would do so anew each time."""
+        self._forced[drafts] = tokens, at
+        mask = self._grammars.no_token()
+        mask[tokens[at] >> 5] = 1 << (tokens[at] & 31)
         return mask
 
     def _move(self, drafts: tuple[int, ...]) -> bool:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 __all__ = ["AcceptanceModel", "SurvivalHistory"]
 
 Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 LEAST = 1e-6  # confidences are kept off 0 and 1
@@ -52,8 +53,8 @@ class AcceptanceModel:
         self._row_shift[slots] = 0.0
         self._row_curvature[slots] = ROW_PRIOR
 
-    def adjust(self, confidence: npt.NDArray[np.float32] | None, slots: Ints, drafts: int) -> tuple[Floats, Floats]:
-        """confidence [B, K] or None -> logits and corrected probabilities, float64 [B, K] each."""
+    def adjust(self, confidence: npt.NDArray[np.float32] | None, slots: Ints, drafts: int) -> tuple[Singles, Singles]:
+        """confidence [B, K] or None -> logits and corrected probabilities, float32 [B, K] each."""
         self._reach(slots)
         self._widen(drafts)
         if confidence is None:
@@ -63,7 +64,7 @@ class AcceptanceModel:
             z = np.log(p / (1 - p))
         moved = z * self._slope[:drafts].astype(np.float32) + self._shift[:drafts].astype(np.float32)
         moved += self._row_shift[slots, None].astype(np.float32)
-        return z.astype(np.float64), (1 / (1 + np.exp(-moved))).astype(np.float64)
+        return z, np.divide(1, 1 + np.exp(-moved), dtype=np.float32)
 
     def adjust_row(self, confidence: Sequence[float] | None, slot: int, drafts: int) -> tuple[list[float], list[float]]:
         """The same for one row, in plain Python, which is quicker for a few."""
@@ -80,8 +81,11 @@ class AcceptanceModel:
             z = [math.log(p / (1 - p)) for p in (min(max(c, LEAST), 1 - LEAST) for c in confidence[:drafts])]
         return z, [1 / (1 + math.exp(-(x * slopes[j] + shifts[j] + row))) for j, x in enumerate(z)]
 
-    def update(self, logits: Floats, adjusted: Floats, slots: Ints, verified: Ints, accepted: Ints) -> None:
+    def update(
+        self, logits: Floats | Singles, adjusted: Floats | Singles, slots: Ints, verified: Ints, accepted: Ints
+    ) -> None:
         """After some rows' rounds: drafts 1..accepted held, and the next did not, where it was verified."""
+        logits, adjusted = logits.astype(np.float64), adjusted.astype(np.float64)
         drafts = logits.shape[1]
         position = np.arange(drafts)
         seen = position < np.minimum(verified, accepted + 1)[:, None]
@@ -146,7 +150,7 @@ class SurvivalHistory:
         self._reach(slots)
         self._counts[slots] = 0
 
-    def add(self, slots: Ints, adjusted: Floats, survival: Floats, lengths: Ints, limits: Ints) -> None:
+    def add(self, slots: Ints, adjusted: Floats | Singles, survival: Floats, lengths: Ints, limits: Ints) -> None:
         """What rows drafted, each slot once or in the order of its rounds. Positions that a row's limit cut off are
         estimated; those it left out itself are 0."""
         if not len(slots):

@@ -32,10 +32,12 @@ from outrider.types import StepCost, StepView
 __all__ = ["ThroughputConfig", "ThroughputPolicy"]
 
 Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Form = Literal["auto", "early", "lagged", "global"]
 FORMS: tuple[Form, ...] = ("auto", "early", "lagged", "global")
 
+CAUGHT = 0.98  # an early stop that gives less of the best of all is caught in a dip
 MARGIN = 1.005  # drafting must promise so much more than plain decoding
 SAMPLED = 512  # drafts of the past that a plan is made of, about
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
@@ -55,7 +57,8 @@ class ThroughputConfig:
     search: Form = "auto"
     """early: Algorithm 1, which stops at the first draft that does not pay. lagged: a budget from confidences two steps
     old, which looks past dips of the costs and is lossless too. global: the best of all, for text that does not depend
-    on the schedule. auto: global where every row is greedy or coupled, else early."""
+    on the schedule. auto: global where every row is greedy or coupled, else early, or lagged while the past says that
+    an early stop would be caught in a dip."""
     probe_share: float = 0.005
     """Of the time of plain steps, what may be spent on trying rows that drafting did not pay for."""
 
@@ -95,8 +98,8 @@ class _Chosen:
     slots: Ints  # [D]
     lengths: Ints  # [D]
     limits: Ints  # [D]
-    logits: Floats  # [D, K]
-    adjusted: Floats  # [D, K]
+    logits: Floats | Singles  # [D, K]
+    adjusted: Floats | Singles  # [D, K]
     survival: Floats  # [D, K]
     keep: Ints  # [D]
     accepted: Ints | None = None  # [D]
@@ -121,9 +124,11 @@ class ThroughputPolicy:
         self._stale = 0  # the turn at which a new plan is made
         self._latest: tuple[Sequence[int], list[int], Ints] = ((), [], np.zeros(0, dtype=np.int64))
         self._turn = 0
+        self._counted = 0  # the turn up to which ``_idle`` is counted
         self._step: _Step | None = None
         self._rounds: list[_Chosen] = []  # not learnt from yet
         self._learnt = 0
+        self._caught = False  # an early stop would have been caught in a dip of the costs
         self._past: list[tuple[Floats, int]] = []  # survivals in order and rows, of the last steps that drafted
 
     @classmethod
@@ -228,7 +233,8 @@ class ThroughputPolicy:
             return limits
         lengths = self._lengths_to_try(ready)
         spent = np.array([costs.draft(drafting, k) for k in lengths])
-        length, rate = _best_length(past[chosen, :samples], ready, seconds, lengths, spent)
+        length, rate, early = _best_length(past[chosen, :samples], ready, seconds, lengths, spent)
+        self._caught = early < CAUGHT * rate
         if rate > MARGIN * plain:
             limits[chosen] = length
         return limits
@@ -249,8 +255,10 @@ class ThroughputPolicy:
         left_out = limits[: len(slots)] == 0
         if not left_out.any():
             self._idle[slots], self._wait[slots] = 0, FIRST_WAIT
+            self._counted = self._turn
             return
-        self._idle[slots] = np.where(left_out, self._idle[slots] + REUSED, 0)  # a plan that leaves out is kept as long
+        passed, self._counted = self._turn - self._counted, self._turn
+        self._idle[slots] = np.where(left_out, self._idle[slots] + passed, 0)
         self._wait[slots] = np.where(left_out, self._wait[slots], FIRST_WAIT)
         due = np.flatnonzero(left_out & (self._idle[slots] >= self._wait[slots]))
         if not len(due):
@@ -284,6 +292,8 @@ class ThroughputPolicy:
 
     def _choose(self, now: _Step, rows: Ints, lengths: Ints, confidence: Tensor | None, width: int) -> _Chosen:
         slots = now.slots[rows]
+        z: Floats | Singles
+        p: Floats | Singles
         if len(rows) * width <= FEW_DRAFTS:
             z, p, survival = self._few(rows, slots, lengths, confidence, width)
         else:
@@ -293,13 +303,14 @@ class ThroughputPolicy:
         # T_draft by what was planned: how long a draft became is known only once its tokens are.
         spent = self.costs.draft(len(rows), now.longest) + self.costs.bookkeeping(now.ready, drafting=True)
         seconds = self._decode_seconds(now, len(ranking.survival)) + spent
-        if self._config.search == "lagged":
-            count = self._budget(ranking.survival, now.ready, seconds)
+        lagged = self._budget(ranking.survival, now.ready, seconds)
+        if self._config.search == "lagged" or (self._config.search == "auto" and not now.free and self._caught):
+            count = lagged
         else:
             form: Search = "global" if now.free else "early"
             count = best_count(now.ready, ranking.survival, seconds, form)
-        limits = np.array([now.limits[b] for b in rows.tolist()])
-        keep = np.bincount(ranking.rows[:count], minlength=len(rows))
+        limits = np.array(now.limits)[rows]
+        keep = ranking.keep(count)
         return _Chosen(rows, slots, lengths, np.maximum(limits, lengths), z, p, survival, keep)
 
     def _few(
@@ -323,6 +334,8 @@ class ThroughputPolicy:
         """Drafts to verify, from confidences two steps old: today's only rank."""
         self._past = [*self._past[-2:], (survival, ready)]
         then, rows = self._past[0]  # two steps old, or the oldest there is
+        if self._config.search != "lagged" and not self._caught:
+            return 0  # not asked for
         if then is survival:
             return min(ready, len(survival))  # the first step: about one draft a row
         most = min(len(then), len(seconds) - 1)
@@ -390,8 +403,10 @@ def _together(rounds: Sequence[_Chosen]) -> _Chosen:
     return _Chosen(*(np.concatenate([getattr(one, name) for one in rounds]) for name in names))
 
 
-def _best_length(past: Floats, ready: int, seconds: Floats, lengths: Sequence[int], spent: Floats) -> tuple[int, float]:
-    """The draft length with the most tokens per second, and how many.
+def _best_length(
+    past: Floats, ready: int, seconds: Floats, lengths: Sequence[int], spent: Floats
+) -> tuple[int, float, float]:
+    """The draft length with the most tokens per second, how many, and how many an early stop would have given.
 
     past [D, samples, K]: every sample is a step as it could be, and the walk over all of them counts a draft as the
     part of a token that one sample is. spent [lengths]: T_draft of each.
@@ -406,5 +421,8 @@ def _best_length(past: Floats, ready: int, seconds: Floats, lengths: Sequence[in
     whole = np.minimum(count.astype(np.int64), len(seconds) - 2)
     verify = seconds[whole] + (count - whole) * (seconds[whole + 1] - seconds[whole])
     rate = tokens / (verify + spent[:, None])
-    best = int(rate.argmax())
-    return lengths[best // rate.shape[1]], float(rate.flat[best])
+    best, at = divmod(int(rate.argmax()), rate.shape[1])
+    walk = rate[best]
+    falls = walk[1:] < walk[:-1]
+    early = walk[int(falls.argmax())] if falls.any() else walk[at]
+    return lengths[best], float(walk[at]), float(early)

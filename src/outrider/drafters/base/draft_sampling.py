@@ -13,9 +13,9 @@ from torch import Tensor
 from outrider.drafters.base.network import DraftNet, rowwise
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
-from outrider.types import BlockDrafts, Context, Proposal, Rng
+from outrider.types import Context, Drafts, Proposal, Rng
 
-__all__ = ["Drawing", "block_proposal", "draft_keys"]
+__all__ = ["Drawing", "draft_keys", "known_sampling", "packed_proposal"]
 
 
 class Drawing:
@@ -105,7 +105,7 @@ def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> 
     return rng.token_keys(both[0], both[1], "draft").view(len(rows), drafts)
 
 
-def block_proposal(drafts: BlockDrafts, rows: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Proposal:
+def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Proposal:
     """What a backend drafted for ``rows``, as the proposal of all rows; ``lengths`` [B]."""
     tokens, confidence = drafts.tokens, drafts.confidence
     distribution: Processed | None = None
@@ -119,3 +119,9 @@ def block_proposal(drafts: BlockDrafts, rows: Sequence[int], lengths: Sequence[i
             count = drafts.tokens.shape[1]
             distribution = distribution.take((index[:, None] * count + torch.arange(count)).flatten())
     return Proposal(tokens, torch.tensor(lengths, dtype=torch.int64), distribution, confidence)
+
+
+def known_sampling(context: Context) -> bool:
+    """Whether all rows are sampled in ways that a backend knows: temperature and truncation, but no bias, penalty or
+    mask."""
+    return not (context.stepwise or any(p.logit_bias for p in context.params))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -128,6 +128,9 @@ class TrainedDrafter(ABC):
 class CachedDrafter(TrainedDrafter):
     """A trained drafter whose layers keep keys and values of the committed tokens."""
 
+    pairs: ClassVar[bool] = False
+    """Whether a position's keys and values depend on the token after it too."""
+
     def __init__(
         self,
         checkpoint: DraftCheckpoint,
@@ -141,10 +144,26 @@ class CachedDrafter(TrainedDrafter):
         """See ``TrainedDrafter``; ``config.target_layers`` replaces the checkpoint's."""
         layers: tuple[int, ...] | None = config.target_layers
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows, layers=layers)
-        self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows)
+        self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows, self.pairs)
 
     def open(self, slot: int, capacity: int) -> None:
         self.cache.open(slot, capacity)
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """See ``outrider.types.SharesPrefixes``."""
+        return self.cache.match(tokens)
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        self.cache.adopt(slot, tokens, count)
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        self.cache.publish(slot, tokens)
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        self.cache.forget()
 
     def reset_rows(self) -> None:
         """Close all slots at once."""
