@@ -166,7 +166,7 @@ def test_a_half_closed_and_a_silent_client(running: tuple[str, Service]) -> None
 def test_a_slow_reader_slows_nobody(running: tuple[str, Service], client: httpx.Client) -> None:
     url, service = running
     host, port = url.removeprefix("http://").split(":")
-    body = json.dumps({**LONG, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    body = json.dumps({**LONG, "max_tokens": 400, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
