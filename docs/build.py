@@ -35,6 +35,7 @@ DESCRIBED_HERE = {  # descriptions of files that have no docstring
     "docs/grammars.md": "Structured output, tool calls and the playground.",
     "docs/log.md": "Decisions, failed tries and measured figures.",
     "docs/losslessness.md": "Why speculative decoding is lossless, what is promised, and how the audit checks it.",
+    "docs/serving.md": "The server: interfaces, what speculation changes, limits, measuring, running it.",
     "docs/study.md": "Measurements of drafters on the embedded target.",
     "docs/training.md": "How to train a drafter for your own model in one command, and what each stage does.",
     "src/outrider/embedded": "Target, drafters, held-out prompts, their model card, and questions for chat models.",
