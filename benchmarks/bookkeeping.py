@@ -1,10 +1,13 @@
 """Time of a round outside the two models: the loop around a target pass, and verification over a large vocabulary.
 
-    python benchmarks/bookkeeping.py rounds | verification [--count 100] [--vocabulary 152000] [--json FILE]
+    python benchmarks/bookkeeping.py rounds | drafts | verification [--count 100] [--vocabulary 152000] [--json FILE]
 
 Rounds: the time of each engine step minus the calls of drafter and target, on the embedded target and on random weights
 of 110M parameters (vocabulary 32,000). Drafts are sampled from distributions prepared beforehand, so that no second
 model disturbs the processor caches; nearly all are rejected.
+
+Drafts: the time of a trained drafter's ``propose`` at one row and a context of 256 tokens, of which the last three wait
+as features; the time that reading its weights takes at the bandwidth probed just before; and the difference.
 
 Verification: ``process`` and ``verify`` over eight rows of logits, with new logits and distributions each time.
 """
@@ -19,11 +22,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from head import checkpoint
 from support import add_json, facts, table, write_json
 from torch import Tensor
 
 from outrider.config import SamplingParams
+from outrider.core import native
+from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.engine.engine import Engine
+from outrider.engine.loader import load_drafter, load_model
 from outrider.models.loading import load_backend, load_target
 from outrider.models.random import random_target
 from outrider.sampling.processors import process
@@ -128,6 +136,96 @@ def measure_rounds(count: int) -> Iterator[dict[str, Any]]:
                 }
 
 
+# ------------------------------------------------------------------------------------------------ drafts
+
+CONTEXT, WAITING = 256, 3  # tokens
+
+
+def weight_bytes(drafter: Any) -> int:
+    """Bytes that a draft reads: layers, head and fusion, and the rows of W2 in the shortlists of a block."""
+    core, design = drafter.net.stack.core, drafter.design
+    width, features = drafter.net.stack.config.hidden_size, len(drafter.aux_layers)
+    size = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 1}[drafter.net.stack.dtype]
+    read = int(core.weight_bytes)
+    if drafter.net.head is not drafter.net.stack:
+        read += drafter.net.head.config.vocab_size * width * size
+    read += features * width * width * size
+    if not isinstance(design, BlockDesign):
+        read += (drafter.block - 1) * int(core.weight_bytes)  # a pass for every draft
+    elif rank := design.markov_rank:
+        read += drafter.block * drafter.core.core.width * rank * (4 if size == 4 else 2)
+    return read
+
+
+def drafts(target: TargetModel, drafter: Any, temperature: float, count: int) -> dict[str, float]:
+    """Medians in microseconds: of a draft of seven (or the drafter's block), and of a plain pass of the target."""
+    cache = target.new_cache(1, CONTEXT + 64)
+    slot = cache.open()
+    drafter.open(0, CONTEXT + 64)
+    history = torch.randint(
+        5, target.spec.vocab_size, (CONTEXT + 1,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    context = Context([replace(SAMPLED, temperature=temperature)], [history], [1])
+    whole = RaggedBatch.pack([history[:-1]], [0], [slot])
+    drafter.observe(whole, target.forward(whole, cache, drafter.aux_layers).features)
+    slots, last, limit = torch.tensor([0]), torch.tensor(history[-1:]), torch.tensor([drafter.block])
+    start = CONTEXT - WAITING
+    times: dict[str, list[float]] = {"draft": [], "pass": []}
+    for turn in range(count):
+        cache.rewind(torch.tensor([slot]), torch.tensor([start]))
+        again = RaggedBatch.pack([history[start:-1]], [start], [slot])
+        drafter.observe(again, target.forward(again, cache, drafter.aux_layers).features)
+        rng = RowRng([1], [turn], ["rejection"])
+        began = perf_counter()
+        drafter.propose(slots, last, context, limit, rng)
+        times["draft"].append(perf_counter() - began)
+        plain = RaggedBatch.pack([history[-1:]], [CONTEXT], [slot])
+        began = perf_counter()
+        target.forward(plain, cache)
+        times["pass"].append(perf_counter() - began)
+    drafter.close(0)
+    return {name: 1e6 * median(seconds[1:]) for name, seconds in times.items()}
+
+
+def measure_drafts(count: int) -> Iterator[dict[str, Any]]:
+    embedded = load_model("embedded")
+    backend = load_backend("native", "int8")
+    large = random_target("llama-110m", "int8", backend)
+    cases = [
+        ("embedded", name, embedded.target, load_drafter(name, embedded, {}, max_rows=1)[1])
+        for name in ("dspark", "dflash", "eagle3")
+    ]
+    block = DSparkDrafter(
+        checkpoint("llama-110m", "vanilla", 0.2), large, backend, config=DSparkConfig(""), dtype="int8", max_rows=1
+    )
+    cases.append(("llama-110m", "dspark", large, block))
+    for name, kind, target, drafter in cases:
+        for temperature in (0.0, 1.0):
+            bandwidth = read_bandwidth()
+            with torch.inference_mode():
+                figures = drafts(target, drafter, temperature, count)
+            read = weight_bytes(drafter)
+            reading = 1e6 * read / bandwidth
+            yield {
+                "target": name,
+                "drafter": kind,
+                "temperature": temperature,
+                "tokens": drafter.block,
+                "draft_us": round(figures["draft"], 1),
+                "weights_MB": round(read / 1e6, 2),
+                "GB_s": round(bandwidth / 1e9, 1),
+                "reading_us": round(reading, 1),
+                "beyond_us": round(figures["draft"] - reading, 1),
+                "plain_pass_us": round(figures["pass"], 1),
+            }
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all threads read from fresh memory."""
+    assert native is not None, "drafts are measured on the compiled core"
+    return float(native.read_bandwidth(256 << 20))
+
+
 # ------------------------------------------------------------------------------------------------ verification
 
 
@@ -182,13 +280,15 @@ def measure_verification(vocabulary: int, count: int) -> Iterator[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["rounds", "verification"])
+    parser.add_argument("what", choices=["rounds", "drafts", "verification"])
     parser.add_argument("--count", type=int, default=100, help="measurements of each kind")
     parser.add_argument("--vocabulary", type=int, default=152_000, help="of the verification")
     add_json(parser)
     options = parser.parse_args()
     if options.what == "rounds":
         rows = list(measure_rounds(options.count))
+    elif options.what == "drafts":
+        rows = list(measure_drafts(options.count))
     else:
         rows = list(measure_verification(options.vocabulary, options.count))
     if options.json != "-":

@@ -1,10 +1,10 @@
-"""Time of a block drafter's sequential head, as a share of a round, with random weights.
+"""Time of a block drafter with a sequential head, in one native call and step by step, with random weights.
 
     python benchmarks/head.py [--dtype bfloat16] [--rounds 20] [--json FILE]
 
 A round is a draft (DSpark: 2 layers of the target's width, Markov rank 256, 7 drafts) and a pass of the target over
 8 tokens. ``bias`` is the spread of the Markov bias; the base logits have spread 1. The bound that makes greedy drafts
-cheap depends on it. "step by step" is the same head in Python, with a full product and a draw per draft.
+cheap depends on it. "step by step": the layers in one call, then a full product and a draw a draft, in Python.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 from support import add_json, facts, say, table, write_json
@@ -80,27 +79,10 @@ class Rounds:
         drafter.observe(batch, target.forward(batch, self.cache, drafter.aux_layers).features)
         self.context, self.turn = context, 0
         self.params = SamplingParams(temperature=temperature, seed=1)
-        self.head_seconds = 0.0
-        self._watch()
 
-    def _watch(self) -> None:
-        head = self.drafter.head
-        for name in ("draft", "step", "corrected"):
-            setattr(head, name, self._timed(getattr(head, name)))
-
-    def _timed(self, work: Any) -> Any:
-        def timed(*arguments: Any) -> Any:
-            began = perf_counter()
-            result = work(*arguments)
-            self.head_seconds += perf_counter() - began
-            return result
-
-        return timed
-
-    def round(self) -> tuple[float, float, float]:
-        """Seconds of a draft, of its sequential head, and of the target's pass."""
+    def round(self) -> tuple[float, float]:
+        """Seconds of a draft and of the target's pass."""
         self.turn += 1
-        self.head_seconds = 0.0
         rng = RowRng([1], [self.turn], ["rejection"])
         context = Context([self.params], [self.history], [1])
         last = torch.tensor([5 + self.turn * 37 % 1000])  # another anchor each time
@@ -111,7 +93,7 @@ class Rounds:
         self.target.forward(batch, self.cache, self.drafter.aux_layers)
         end = perf_counter()
         self.cache.rewind(batch.slots, torch.tensor([self.context]))
-        return drafted - began, self.head_seconds, end - drafted
+        return drafted - began, end - drafted
 
 
 def main() -> None:
@@ -133,22 +115,20 @@ def main() -> None:
             for way in ("one call", "step by step"):
                 drafter = DSparkDrafter(made, target, backend, config=DSparkConfig(""), dtype=options.dtype, max_rows=2)
                 if way == "step by step":
-                    drafter.head.core = None
+                    drafter.core = None
                 for temperature in (0.0, 1.0):
                     rounds = Rounds(target, drafter, options.context, temperature)
                     drafter_times = [rounds.round() for _ in range(options.rounds + 2)][2:]
                     drafter.close(0)
-                    drafts, heads, passes = (list(column) for column in zip(*drafter_times, strict=True))
-                    share = median(h / (d + p) for d, h, p in drafter_times)
+                    drafts, passes = (list(column) for column in zip(*drafter_times, strict=True))
                     row = {
                         "head": kind,
                         "bias": bias,
                         "way": way,
                         "temperature": temperature,
                         "draft_ms": round(1e3 * median(drafts), 3),
-                        "head_ms": round(1e3 * median(heads), 3),
                         "verify_ms": round(1e3 * median(passes), 3),
-                        "head_share": round(share, 4),
+                        "share": round(median(d / (d + p) for d, p in drafter_times), 4),
                     }
                     say(str(row))
                     rows.append(row)

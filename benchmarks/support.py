@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from outrider.engine.cost_tables import machine
 from outrider.evaluation.recording import read_prompts
-from outrider.evaluation.speedup import embedded_prompt_sets, machine
+from outrider.evaluation.speedup import embedded_prompt_sets
 
 __all__ = [
     "add_json",

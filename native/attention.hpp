@@ -11,6 +11,7 @@
 namespace outrider::OUTRIDER_ISA {
 
 constexpr int kPanelsPerBlock = kBlock / kPanel;
+constexpr int kWidestHead = 512 + kPanel;  // padded
 constexpr float kInitialMax = -1e30f;  // before the first visible position; finite, so that differences are not NaN
 
 static_assert(kBlock % kPanel == 0 && kSplit % kBlock == 0);
@@ -48,7 +49,7 @@ static inline void panel_product(const char* panel, const char* x, size_t x_stri
   F acc[M][kVectors];
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++) acc[m][v] = F{};
-  tile<Op, M>(panel, x, x_stride, steps, acc);
+  tile<Op, M>(panel, x, x_stride, steps, ahead_of(Op::kWidth, M), acc);
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++) {
       float* to = out + m * out_stride + v * kLanes;
@@ -56,11 +57,38 @@ static inline void panel_product(const char* panel, const char* x, size_t x_stri
     }
 }
 
-template <class Op>
+template <class Op, bool int8>
 struct BlockTile {
   const AttentionTask& task;
+  const BlockLayout layout;
+  const char *keys, *values;           // of the current block, as operands of the products
+  const float *key_scale, *value_scale;  // int8: one per position
   float score[kTileRows][kBlock];
   alignas(64) char weight[kTileRows][kBlock * 4];  // the probabilities as operands
+  alignas(64) uint16_t wide[int8 ? kBlock * 2 * kWidestHead : 1];  // int8 keys and values as bfloat16, which is exact
+
+  explicit BlockTile(const AttentionTask& of)
+      : task(of), layout(int8 ? DType::i8 : Op::kInner == 1 ? DType::f32 : DType::bf16, of.head_dim, of.head_pad) {}
+
+  // Find the block that begins at position `start`.
+  inline void open(int64_t start) {
+    const char* block = task.pages + static_cast<size_t>(task.table[start / kBlock]) * task.page_bytes;
+    keys = block;
+    values = block + layout.values;
+    if constexpr (int8) {
+      key_scale = reinterpret_cast<const float*>(block + layout.scales);
+      value_scale = key_scale + kBlock;
+      const int8_t* from = reinterpret_cast<const int8_t*>(block);
+      for (size_t i = 0; i < layout.scales; i++) {
+        const float value = from[i];
+        uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        wide[i] = static_cast<uint16_t>(bits >> 16);
+      }
+      keys = reinterpret_cast<const char*>(wide);
+      values = reinterpret_cast<const char*>(wide + layout.values);
+    }
+  }
 
   // Softmax of one query's scores in this block; visible are [low, high) of its kBlock positions.
   inline void softmax(int row, int64_t low, int64_t high, float* state) {
@@ -96,15 +124,18 @@ struct BlockTile {
     const char* x = task.queries + first * task.query_stride;
     constexpr int per_step = Op::kInner;
     const size_t element_block = static_cast<size_t>(task.head_dim) / per_step * Op::kBytes;
-    const char* keys = task.keys + start / kPanel * element_block;
     for (int p = 0; p < kPanelsPerBlock; p++)
       panel_product<Op, M>(keys + p * element_block, x, task.query_stride, task.head_dim / per_step, false,
                            &score[0][p * kPanel], kBlock);
     for (int m = 0; m < M; m++) {
+      if constexpr (int8)
+        for (int i = 0; i < kBlock; i += kLanes) store(score[m] + i, load(score[m] + i) * load(key_scale + i));
       const int64_t position = task.first_position + (first + m) / task.group;
       int64_t low = task.window && position + 1 > task.window ? position + 1 - task.window : 0;
       const int64_t high = task.causal ? position + 1 : task.row_end;
       softmax(m, low - start, high - start, task.state + (first + m) * stride);
+      if constexpr (int8)
+        for (int i = 0; i < kBlock; i += kLanes) store(score[m] + i, load(score[m] + i) * load(value_scale + i));
       if constexpr (Op::kInner == 1)
         std::memcpy(weight[m], score[m], sizeof score[m]);
       else
@@ -112,10 +143,10 @@ struct BlockTile {
     }
     const int64_t known = task.row_end - start < kBlock ? task.row_end - start : kBlock;
     const int steps = static_cast<int>((known + per_step - 1) / per_step);
-    const size_t panel = static_cast<size_t>(task.capacity) / per_step * Op::kBytes;
+    const size_t panel = static_cast<size_t>(kBlock) / per_step * Op::kBytes;
     for (int p = 0; p * kPanel < head_pad; p++)
-      panel_product<Op, M>(task.values + p * panel + start / per_step * Op::kBytes, weight[0], sizeof weight[0], steps,
-                           true, task.state + first * stride + p * kPanel, stride);
+      panel_product<Op, M>(values + p * panel, weight[0], sizeof weight[0], steps, true,
+                           task.state + first * stride + p * kPanel, stride);
   }
 
   template <int M = kTileRows>
@@ -125,11 +156,12 @@ struct BlockTile {
   }
 };
 
-template <class Op>
+template <class Op, bool int8 = false>
 static void attend_as(const AttentionTask& task) {
-  BlockTile<Op> tile{task, {}, {}};
+  BlockTile<Op, int8> tile(task);
   const int tiles = (task.count + kTileRows - 1) / kTileRows, height = (task.count + tiles - 1) / tiles;
-  for (int64_t start = task.begin; start < task.end; start += kBlock)
+  for (int64_t start = task.begin; start < task.end; start += kBlock) {
+    tile.open(start);
     for (int first = 0; first < task.count; first += height) {
       const int rows = task.count - first < height ? task.count - first : height;
       const int64_t earliest = task.first_position + first / task.group;
@@ -138,12 +170,15 @@ static void attend_as(const AttentionTask& task) {
       if (task.window && start + kBlock <= earliest + 1 - task.window) continue;
       tile.dispatch(rows, first, start);
     }
+  }
 }
 
 static void attend(DType dtype, const AttentionTask& task) {
   if (task.count == 0) return;
   if (dtype == DType::f32)
     attend_as<OpF32>(task);
+  else if (dtype == DType::i8)
+    attend_as<OpBF16, true>(task);
   else
     attend_as<OpBF16>(task);
 }
@@ -155,23 +190,56 @@ static inline void put(char* base, int64_t k, int column, int per_step, T value)
   std::memcpy(base + index * static_cast<int64_t>(sizeof(T)), &value, sizeof(T));
 }
 
-static void store_key(DType dtype, const float* key, int head_dim, int64_t position, char* keys) {
-  const int column = static_cast<int>(position % kPanel);
-  const int64_t panel = position / kPanel * head_dim * kPanel;
+// Symmetric 8-bit quantisation of one key or value head; returns the scale, NaN for a head that is not finite.
+static inline float quantise_head(const float* x, int n, int8_t* out) {
+  float largest = 1e-10f, broken = 0.0f;
+  for (int i = 0; i < n; i++) {
+    largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+    broken += x[i] - x[i];
+  }
+  if (broken != 0.0f) {
+    std::memset(out, 0, n);
+    return kNaN;
+  }
+  const float inverse = 127.0f / largest;
+  for (int i = 0; i < n; i++) out[i] = static_cast<int8_t>(std::nearbyint(x[i] * inverse));
+  return largest / 127.0f;
+}
+
+static void store_key(DType dtype, const float* key, int head_dim, int head_pad, int position, char* block) {
+  const int column = position % kPanel, panel = position / kPanel * head_dim * kPanel;
+  int8_t quantised[kWidestHead];
+  if (dtype == DType::i8) {
+    const float scale = quantise_head(key, head_dim, quantised);
+    const BlockLayout layout(dtype, head_dim, head_pad);
+    std::memcpy(block + layout.scales + position * sizeof(float), &scale, sizeof scale);
+  }
   for (int d = 0; d < head_dim; d++) {
     if (dtype == DType::f32)
-      put<float>(keys + panel * 4, d, column, 1, key[d]);
+      put<float>(block + panel * 4, d, column, 1, key[d]);
+    else if (dtype == DType::i8)
+      put<int8_t>(block + panel, d, column, 2, quantised[d]);
     else
-      put<uint16_t>(keys + panel * 2, d, column, 2, to_bf16(key[d]));
+      put<uint16_t>(block + panel * 2, d, column, 2, to_bf16(key[d]));
   }
 }
 
-static void store_value(DType dtype, const float* value, int head_pad, int64_t capacity, int64_t position,
-                        char* values) {
+static void store_value(DType dtype, const float* value, int head_dim, int head_pad, int position, char* block) {
+  const BlockLayout layout(dtype, head_dim, head_pad);
+  char* const values = block + layout.values;
+  int8_t quantised[kWidestHead];
+  if (dtype == DType::i8) {
+    const float scale = quantise_head(value, head_pad, quantised);
+    std::memcpy(block + layout.scales + (kBlock + position) * sizeof(float), &scale, sizeof scale);
+    // The next position's scale is multiplied by probability 0 until it is stored: it must be finite.
+    if (position % 2 == 0) std::memset(block + layout.scales + (kBlock + position + 1) * sizeof(float), 0, 4);
+  }
   for (int d = 0; d < head_pad; d++) {
-    const int64_t panel = d / kPanel * capacity * kPanel;
+    const int panel = d / kPanel * kBlock * kPanel;
     if (dtype == DType::f32) {
       put<float>(values + panel * 4, position, d % kPanel, 1, value[d]);
+    } else if (dtype == DType::i8) {
+      put<int8_t>(values + panel, position, d % kPanel, 2, quantised[d]);
     } else {
       put<uint16_t>(values + panel * 2, position, d % kPanel, 2, to_bf16(value[d]));
       // The next position shares this pair and is multiplied by probability 0 until it is stored: it must be finite.

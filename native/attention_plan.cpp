@@ -9,9 +9,26 @@ namespace outrider {
 namespace {
 
 constexpr int kUnitsPerThread = 4;  // with this many, threads that finish early can take over enough work
+constexpr int kFewQueries = 3;       // of a unit: with fewer, reading the keys and values costs more than multiplying
 
-void add_units(AttentionPlan& plan, const Layer& layer, const std::vector<Segment>& segments, bool causal) {
-  const int tokens_per_unit = std::max(1, kQueryTile / layer.group);
+// As many as a unit's states have room for; fewer where that would leave threads without an equal share.
+int tokens_of_unit(const Layer& layer, const std::vector<Segment>& segments, int threads) {
+  const auto units = [&](int tokens) {
+    int count = 0;
+    for (const Segment& segment : segments) count += (segment.count + tokens - 1) / tokens;
+    return count * layer.spec.kv_heads;
+  };
+  int tokens = 1;
+  for (const Segment& segment : segments) tokens = std::max(tokens, segment.count);
+  tokens = std::min(tokens, std::max(1, kQueryTile / layer.group));
+  while (tokens > 1 && tokens * layer.group >= 2 * kFewQueries && units(tokens) % threads &&
+         units(tokens) < kUnitsPerThread * threads)
+    tokens = (tokens + 1) / 2;
+  return tokens;
+}
+
+void add_units(AttentionPlan& plan, const Layer& layer, const std::vector<Segment>& segments, bool causal,
+               int tokens_per_unit) {
   for (int kv = 0; kv < layer.spec.kv_heads; kv++)
     for (size_t s = 0; s < segments.size(); s++) {
       const Segment& segment = segments[s];
@@ -49,7 +66,7 @@ void split_units(AttentionPlan& plan, const Layer& layer) {
 AttentionPlan plan_attention(const Layer& layer, const std::vector<Segment>& segments, bool causal, int threads) {
   AttentionPlan plan;
   const int heads = layer.spec.kv_heads, enough = kUnitsPerThread * threads;
-  add_units(plan, layer, segments, causal);
+  add_units(plan, layer, segments, causal, tokens_of_unit(layer, segments, threads));
   plan.by_head = heads % threads == 0 || heads >= enough;
   const auto spans_splits = [](const AttentionUnit& unit) { return unit.end - unit.begin > kSplit; };
   const bool few = static_cast<int>(plan.units.size()) < enough;

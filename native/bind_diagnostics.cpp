@@ -1,4 +1,6 @@
-// Python bindings: threads, instruction sets, memory bandwidth.
+// Python bindings: threads, instruction sets, memory bandwidth, and what is tuned to a machine.
+#include <nanobind/stl/pair.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -7,6 +9,7 @@
 #include "arena.hpp"
 #include "bindings.hpp"
 #include "kernels.hpp"
+#include "product_timer.hpp"
 #include "threadpool.hpp"
 
 namespace outrider {
@@ -38,6 +41,34 @@ double read_bandwidth(size_t bytes, int repeats) {
   return best;
 }
 
+using Pairs = std::vector<std::pair<int, int>>;
+
+std::vector<double> products(const std::string& isa, DType dtype, size_t bytes, const Pairs& settings, double seconds) {
+  std::vector<ProductSetting> list;
+  for (const auto& [rows, ahead] : settings) {
+    if (rows < 1 || rows > kRowBlock || ahead < 0)
+      throw std::invalid_argument("a setting needs 1 to 256 rows, and bytes ahead that are not negative");
+    list.push_back({rows, ahead});
+  }
+  const Kernels& kernels = find_kernels(isa);
+  nb::gil_scoped_release released;
+  return time_products(kernels, dtype, bytes, list, seconds);
+}
+
+std::pair<int, std::vector<int>> read_ahead(const std::string& isa) {
+  const ReadAhead& now = *find_kernels(isa).read_ahead;
+  return {now.bytes, {now.rows, now.rows + kWidths}};
+}
+
+void set_read_ahead(const std::string& isa, int bytes, const std::vector<int>& rows) {
+  if (bytes < 64 || bytes > 1 << 20) throw std::invalid_argument("bytes to read ahead must be between 64 and 2^20");
+  if (rows.size() != kWidths || *std::min_element(rows.begin(), rows.end()) < 1)
+    throw std::invalid_argument("rows must be 4 positive numbers: float32, bfloat16, 8 bits, 4 bits");
+  ReadAhead& now = *find_kernels(isa).read_ahead;
+  now.bytes = bytes;
+  std::copy(rows.begin(), rows.end(), now.rows);
+}
+
 }  // namespace
 
 void bind_diagnostics(nb::module_& m) {
@@ -49,6 +80,12 @@ void bind_diagnostics(nb::module_& m) {
     nb::gil_scoped_release released;
     set_threads(threads);
   });
+  m.def("time_products", &products, "isa"_a, "dtype"_a, "bytes"_a, "settings"_a, "seconds"_a,
+        "Seconds of a product with a matrix of `bytes` bytes for each setting (rows, bytes to read ahead; 0: none), "
+        "measured in turns for `seconds` seconds.");
+  m.def("read_ahead", &read_ahead, "isa"_a,
+        "Bytes that are read ahead, and from how many rows on: float32, bfloat16, 8 bits, 4 bits a weight.");
+  m.def("set_read_ahead", &set_read_ahead, "isa"_a, "bytes"_a, "rows"_a);
   m.def("instruction_sets", &usable_kernels, "Those this build has and this processor runs, best first.");
 }
 

@@ -10,7 +10,7 @@ using namespace nb::literals;
 
 namespace {
 
-std::unique_ptr<MarkovHead> markov_head(const MarkovSpec& spec, const FloatMatrix& w1, const FloatMatrix& w2,
+std::shared_ptr<MarkovHead> markov_head(const MarkovSpec& spec, const FloatMatrix& w1, const FloatMatrix& w2,
                                         const std::optional<FloatMatrix>& mix, const std::optional<IntVector>& ids) {
   const int rank = spec.rank;
   expect_matrix("w1", w1, spec.vocabulary, rank);
@@ -26,7 +26,7 @@ std::unique_ptr<MarkovHead> markov_head(const MarkovSpec& spec, const FloatMatri
   if (mix && spec.kind == MarkovKind::gated) expect_matrix("mix", *mix, rank, rank);
   if (mix && spec.kind == MarkovKind::rnn) expect_matrix("mix", *mix, 3 * rank, 2 * rank);
   if (ids) expect_shape("ids", ids->size(), 1, spec.drafted, 1);
-  return std::make_unique<MarkovHead>(spec, w1.data(), w2.data(), data_or_null(mix), data_or_null(ids));
+  return std::make_shared<MarkovHead>(spec, w1.data(), w2.data(), data_or_null(mix), data_or_null(ids));
 }
 
 void draft(MarkovHead& head, const FloatMatrix& base, const std::optional<FloatMatrix>& mixed, const IntVector& anchors,

@@ -1,10 +1,13 @@
 // Python bindings: argmax, Gumbel-max sampling, truncation and verification.
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <tuple>
 #include <vector>
 
 #include "bindings.hpp"
 #include "sampler.hpp"
+#include "splitmix.hpp"
 #include "verification.hpp"
 
 namespace outrider {
@@ -122,9 +125,43 @@ void gumbel_argmax_rows(const FloatMatrix& logits, const IntVector& keys, const 
                 data_or_null(ids), out.data());
 }
 
+// The words of (row, position) pairs from each row's stream, as outrider.sampling.rng absorbs positions.
+void absorb_positions(const Array<const uint64_t, 1>& streams, const IntVector& rows, const IntVector& positions,
+                      const Array<uint64_t, 1>& out) {
+  expect_shape("positions", positions.size(), 1, rows.size(), 1);
+  expect_shape("out", out.size(), 1, rows.size(), 1);
+  for (size_t i = 0; i < rows.size(); i++) {
+    const int64_t row = rows.data()[i];
+    if (row < 0 || row >= static_cast<int64_t>(streams.size()))
+      throw std::invalid_argument("row " + std::to_string(row) + " has no stream");
+    out.data()[i] = absorb(streams.data()[row], static_cast<uint64_t>(positions.data()[i]));
+  }
+}
+
+// Confidences as outrider.scheduling.calibration.Scaling corrects them: sigmoid(logit(c) / temperature + shift).
+void scale_confidence(const FloatMatrix& confidence, const Array<const double, 2>& temperatures,
+                      const Array<const double, 2>& shifts, double largest, const FloatMatrixOut& out) {
+  const int64_t rows = confidence.shape(0), width = confidence.shape(1);
+  expect_matrix("temperatures", temperatures, rows, width);
+  expect_matrix("shifts", shifts, rows, width);
+  expect_matrix("out", out, rows, width);
+  for (int64_t i = 0; i < rows * width; i++) {
+    const double p = confidence.data()[i];
+    double z = p <= 0 ? -largest : p >= 1 ? largest : std::log(p / (1 - p));  // and NaN stays NaN
+    z = std::min(std::max(z, -largest), largest) / temperatures.data()[i] + shifts.data()[i];
+    const double small = std::exp(-std::fabs(z));  // never overflows
+    out.data()[i] = static_cast<float>((z >= 0 ? 1 : small) / (1 + small));
+  }
+}
+
 }  // namespace
 
 void bind_sampling(nb::module_& m) {
+  m.def("absorb_positions", &absorb_positions, "streams"_a.noconvert(), "rows"_a.noconvert(),
+        "positions"_a.noconvert(), "out"_a.noconvert(), "Words of (row, position) pairs: see outrider.sampling.rng.");
+  m.def("scale_confidence", &scale_confidence, "confidence"_a.noconvert(), "temperatures"_a.noconvert(),
+        "shifts"_a.noconvert(), "largest"_a, "out"_a.noconvert(),
+        "sigmoid(logit(confidence) / temperature + shift), element by element, logits within +-largest.");
   m.def("argmax", &argmax_rows, "logits"_a.noconvert(), "out"_a.noconvert(),
         "The column of each row's largest logit, the lowest on ties.");
   m.def("gumbel_argmax", &gumbel_argmax_rows, "logits"_a.noconvert(), "keys"_a.noconvert(), "out"_a.noconvert(),

@@ -152,20 +152,19 @@ std::vector<Bytes> packed(const std::shared_ptr<Stack>& stack) {
 
 // ------------------------------------------------------------------------------------------------ cache
 
-void rewind(KVCache& cache, const IntVector& slots, const IntVector& lengths) {
+// Returns whether a slot now ends among its fixed positions, so that its table must change before it is written.
+bool rewind(KVCache& cache, const IntVector& slots, const IntVector& lengths) {
   if (slots.size() != lengths.size()) throw std::invalid_argument("rewind needs one length for each slot");
+  bool fixed = false;
   for (size_t b = 0; b < slots.size(); b++) {
     int64_t& held = cache.lengths().at(slots.data()[b]);
     if (lengths.data()[b] < 0 || lengths.data()[b] > held)
       throw std::invalid_argument("cannot rewind a slot of " + std::to_string(held) + " tokens to " +
                                   std::to_string(lengths.data()[b]));
     held = lengths.data()[b];
+    fixed |= held < cache.fixed(slots.data()[b]);
   }
-}
-
-void set_open(KVCache& cache, int slot, bool open) {
-  cache.opened().at(slot) = open;
-  cache.lengths().at(slot) = 0;
+  return fixed;
 }
 
 nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>> lengths(const std::shared_ptr<KVCache>& cache) {
@@ -240,7 +239,13 @@ void bind_stack(nb::module_& m) {
       .def_prop_ro("capacity", &KVCache::capacity)
       .def_prop_ro("dtype", &KVCache::dtype)
       .def("rewind", &rewind, "slots"_a.noconvert(), "lengths"_a.noconvert())
-      .def("set_open", &set_open, "slot"_a, "open"_a);
+      .def_prop_ro("pages", &KVCache::page_count)
+      .def_prop_ro("page_bytes", &KVCache::page_bytes)
+      .def("set_open", &KVCache::set_open, "slot"_a, "open"_a)
+      .def("set_table", &KVCache::set_table, "slot"_a, "table"_a, "fixed"_a)
+      .def("copy_page", &KVCache::copy_page, "source"_a, "target"_a);
+  m.attr("block_tokens") = kBlock;
+  nb::exception<NoRoom>(m, "NoRoom");
   m.def("lengths", &lengths, "cache"_a, "A tensor that shares memory with the cache's lengths.");
   nb::class_<Stack>(m, "Stack")
       .def(nb::init<StackSpec>())
@@ -256,7 +261,7 @@ void bind_stack(nb::module_& m) {
       .def("set_head", [](Stack& stack, const AnyMatrix& rows, int64_t first) {
         stack.set_head(rows_of(rows), first);
       }, "rows"_a, "first"_a = 0)
-      .def("new_cache", &Stack::new_cache)
+      .def("new_cache", &Stack::new_cache, "slots"_a, "capacity"_a, "pages"_a, "int8"_a = false)
       .def("forward", &forward, "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "offsets"_a.noconvert(), "causal"_a, "aux_layers"_a, "hidden"_a.noconvert().none(),
            "residual"_a.noconvert().none(), "logits_at"_a.noconvert().none(), "hidden_out"_a.noconvert(),

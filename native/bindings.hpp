@@ -48,6 +48,7 @@ auto* data_or_null(const std::optional<T>& array) {
 }
 
 void bind_stack(nb::module_& m);
+void bind_drafters(nb::module_& m);
 void bind_markov(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_diagnostics(nb::module_& m);

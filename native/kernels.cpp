@@ -28,6 +28,7 @@ const Kernels table = {
     OUTRIDER_TEXT(OUTRIDER_ISA), kPanel, operand_bytes, gemm, prepare, rms_norm, accumulate, activate, rotate,
     store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max,
     gumbel_scores, exp_sum, residual_sum, fold_max, count_from, collect, dot_rows, read_sum,
+    &read_ahead,
 };
 
 }  // namespace outrider::OUTRIDER_ISA

@@ -5,6 +5,7 @@
 // on the number of rows, nor on the thread that computes it.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -30,6 +31,15 @@ static constexpr bool is_nibbles(DType dtype) {
 }
 // What is added to a weight's integer where it is stored: kInt8Zero for signed bytes, kInt4Zero for signed nibbles.
 static constexpr int zero_of(DType dtype) { return dtype == DType::q4_1 ? 0 : is_nibbles(dtype) ? 8 : 128; }
+
+// How many bits a weight has decides whether reading it or multiplying it takes longer.
+enum class Width : int { float32 = 0, bfloat16 = 1, byte = 2, nibble = 3 };
+constexpr int kWidths = 4;
+static constexpr Width width_of(DType dtype) {
+  if (dtype == DType::f32) return Width::float32;
+  if (dtype == DType::bf16) return Width::bfloat16;
+  return is_nibbles(dtype) ? Width::nibble : Width::byte;
+}
 
 constexpr int kGroup = 32;       // inner elements that share a scale: int4 and the block formats
 constexpr int kBlock = 64;       // positions of one softmax step; blocks start at absolute multiples of it
@@ -70,6 +80,18 @@ struct RowMajor {
   const char* data = nullptr;
 };
 
+// What one key/value head keeps of kBlock positions: keys [kBlock / P][head_dim][P], then values [head_pad / P][kBlock][P],
+// both in the order of weight panels; int8 ones are followed by a float scale per position, the keys' first.
+struct BlockLayout {
+  size_t values, scales, bytes;  // where values and scales begin, and the size of it all
+  BlockLayout(DType dtype, int head_dim, int head_pad) {
+    const size_t element = dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
+    values = element * kBlock * head_dim;
+    scales = values + element * kBlock * head_pad;
+    bytes = scales + (dtype == DType::i8 ? 2 * kBlock * sizeof(float) : 0);
+  }
+};
+
 // The queries of one row of the batch that share a key/value head, against cached positions [begin, end).
 struct AttentionTask {
   const char* queries;          // operand rows; query i is head i % group of token i / group
@@ -80,12 +102,19 @@ struct AttentionTask {
   int64_t row_end;              // one past the row's last new token
   bool causal;                  // false: every query sees everything before row_end
   int64_t window;               // 0: unlimited
-  const char* keys;             // [capacity / kBlock][kBlock / P][head_dim][P]
-  const char* values;           // [head_pad / P][capacity][P]
-  int64_t capacity;
+  const char* pages;            // of this layer and head: its part of page 0 (see BlockLayout)
+  size_t page_bytes;
+  const int32_t* table;         // the page of each block of kBlock positions
   int head_dim, head_pad;
   int64_t begin, end;           // begin is a multiple of kBlock
   float* state;                 // per query: head_pad sums, then the maximum and the normaliser
+};
+
+// Software prefetch of weights: what is best depends on the machine and is measured (backends/tuning.py). No result
+// depends on it. One for each table of kernels.
+struct ReadAhead {
+  std::atomic<int> bytes;          // from what is multiplied to what is prefetched
+  std::atomic<int> rows[kWidths];  // of a product, from which on it prefetches
 };
 
 constexpr int kStateTail = 16;  // floats after the sums of an attention state; keeps rows aligned
@@ -108,8 +137,9 @@ struct Kernels {
   // One query or key head: optional norm, rotation by (cos, sin) of half the width, then * factor.
   void (*rotate)(const float* x, const float* gain, float eps, const float* cosine, const float* sine, float factor,
                  int head_dim, float* out);
-  void (*store_key)(DType dtype, const float* key, int head_dim, int64_t position, char* keys);
-  void (*store_value)(DType dtype, const float* value, int head_pad, int64_t capacity, int64_t position, char* values);
+  // Into a block (see BlockLayout), at a position within it.
+  void (*store_key)(DType dtype, const float* key, int head_dim, int head_pad, int position, char* block);
+  void (*store_value)(DType dtype, const float* value, int head_dim, int head_pad, int position, char* block);
   // Reset the states of `count` queries; run one task over its positions; merge a later state into an earlier one.
   void (*attention_begin)(float* state, int count, int head_pad);
   void (*attend)(DType dtype, const AttentionTask& task);
@@ -129,6 +159,7 @@ struct Kernels {
   int64_t (*collect)(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* columns);
   void (*dot_rows)(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out);
   double (*read_sum)(const char* data, size_t bytes);
+  ReadAhead* read_ahead;
 };
 
 // The kernels of that name: avx512 (either of avx512_bf16, avx512_vnni), avx2 or portable. An empty name asks

@@ -7,8 +7,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "draft_row.hpp"
 #include "pack.hpp"
-#include "sampler.hpp"
 
 namespace outrider {
 
@@ -74,6 +74,10 @@ RowMajor MarkovHead::pack(const float* matrix, int64_t rows, int width) {
   return to;
 }
 
+void MarkovHead::embed(int64_t token, float* out) const {
+  unpack_row(w1_.dtype, w1_.data + token * w1_.row_bytes, w1_.inner, kernels_.panel, out);
+}
+
 int MarkovHead::mixed_width() const {
   return spec_.kind == MarkovKind::vanilla ? 0 : spec_.kind == MarkovKind::gated ? spec_.rank : 3 * spec_.rank;
 }
@@ -109,7 +113,8 @@ void MarkovHead::draft(const MarkovBlock& block) {
       if (greedy) extend(*pool, base, list, row);
       const int64_t entry = i * spec_.shortlist;
       block.tokens[i] = row.previous =
-          draw(list, row, block.keys[i], greedy ? 0.0f : block.temperatures[b], block.ids ? block.ids + entry : nullptr,
+          draw(list, row, block.keys ? block.keys[i] : 0, greedy ? 0.0f : block.temperatures[b],
+               block.truncations ? block.truncations + b : nullptr, block.ids ? block.ids + entry : nullptr,
                block.logits ? block.logits + entry : nullptr);
       block.margins[i] = row.largest - row.second;
     }
@@ -167,14 +172,13 @@ void MarkovHead::fill_shortlist(const float* base, Shortlist& list) const {
 // e. rnn: a gated recurrent unit whose state starts from zero in every block.
 void MarkovHead::compute_latent(ThreadPool& pool, const float* mixed, Row& row) const {
   const int rank = spec_.rank;
-  const char* embedding = w1_.data + row.previous * w1_.row_bytes;
   float* z = row.latent.data();
   if (spec_.kind == MarkovKind::vanilla) {
-    unpack_row(w1_.dtype, embedding, w1_.inner, kernels_.panel, z);
+    embed(row.previous, z);
   } else {
     float* state = row.input.data();
     float* token = spec_.kind == MarkovKind::rnn ? state + rank : state;
-    unpack_row(w1_.dtype, embedding, w1_.inner, kernels_.panel, token);
+    embed(row.previous, token);
     const int width = mixed_width();
     std::vector<float>& m = row.mixed;
     products(pool, kernels_, mix_, row.input.data(), mix_rows_, m.data());
@@ -219,8 +223,8 @@ void MarkovHead::extend(ThreadPool& pool, const float* base, Shortlist& list, Ro
 }
 
 // Draws the next draft and writes the distribution it came from. Returns a target id.
-int64_t MarkovHead::draw(const Shortlist& list, const Row& row, int64_t key, float temperature, int64_t* ids,
-                         float* logits) const {
+int64_t MarkovHead::draw(const Shortlist& list, const Row& row, int64_t key, float temperature,
+                         const Truncation* truncation, int64_t* ids, float* logits) const {
   const int64_t count = static_cast<int64_t>(list.tokens.size());
   if (ids) {
     std::fill(ids, ids + spec_.shortlist, static_cast<int64_t>(spec_.vocabulary));
@@ -239,6 +243,7 @@ int64_t MarkovHead::draw(const Shortlist& list, const Row& row, int64_t key, flo
     ids[i] = target_id(list.tokens[i]);
     logits[i] = (row.logits[i] - shift) / temperature;
   }
+  if (truncation) mask_truncated(kernels_, logits, count, *truncation);
   int64_t column;
   gumbel_argmax(logits, 1, count, &key, nullptr, ids, &column);
   return ids[column];

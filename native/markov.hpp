@@ -16,6 +16,7 @@
 #include "arena.hpp"
 #include "kernels.hpp"
 #include "threadpool.hpp"
+#include "truncation.hpp"
 
 namespace outrider {
 
@@ -34,8 +35,9 @@ struct MarkovBlock {
   const float* base;          // [n, K, Vd]
   const float* mixed;         // [n, K, mixed_width]: the mixing layer's projection of the hidden states, with its bias
   const int64_t* anchors;     // [n], target ids
-  const int64_t* keys;        // [n, K]
+  const int64_t* keys;        // [n, K]; null where all rows are greedy
   const float* temperatures;  // [n]; 0: greedy
+  const Truncation* truncations;  // [n], of sampled rows: applied to what the shortlist holds; null: none
   int64_t* tokens;            // [n, K], target ids
   float* margins;             // [n, K]: the largest corrected logit minus the second
   // The distribution each draft was drawn from, [n, K, S]: target ids, ascending, filled up with V; logits /
@@ -54,6 +56,8 @@ class MarkovHead {
 
   const MarkovSpec& spec() const { return spec_; }
   int mixed_width() const;  // 0 for vanilla
+  int padded_rank() const { return w1_.inner; }
+  void embed(int64_t token, float* out) const;  // W1 of a target id, padded with zeros to padded_rank()
   void draft(const MarkovBlock& block);
 
  private:
@@ -77,7 +81,8 @@ class MarkovHead {
   void compute_latent(ThreadPool& pool, const float* mixed, Row& row) const;
   void correct(ThreadPool& pool, const float* base, const Shortlist& list, Row& row) const;
   void extend(ThreadPool& pool, const float* base, Shortlist& list, Row& row) const;
-  int64_t draw(const Shortlist& list, const Row& row, int64_t key, float temperature, int64_t* ids, float* logits) const;
+  int64_t draw(const Shortlist& list, const Row& row, int64_t key, float temperature, const Truncation* truncation,
+               int64_t* ids, float* logits) const;
   int64_t target_id(int32_t draft_id) const { return ids_.empty() ? draft_id : ids_[draft_id]; }
 
   MarkovSpec spec_;

@@ -9,19 +9,27 @@
 
 namespace outrider::OUTRIDER_ISA {
 
-// Software prefetch of weight panels, tuned on Zen 4 with weights in memory. With few rows the hardware prefetcher is
-// best. With many rows the multiplications delay its requests, so prefetch far ahead into L2 and later into L1. Past
-// the end of a panel this prefetches the next one.
+// Software prefetch of weight panels into L2. With few rows the hardware prefetcher alone is best; with more, its
+// requests come too late, and between two tiles of rows that share a chunk it stops. A processor drops prefetches that
+// come in a burst (Zen 4: most of those closer than 6 cycles), so a piece of a panel is requested line by line, spread
+// over the steps of its multiplication. Past the end of a panel this prefetches the next one.
 constexpr int kFewRows = kTileRows / 3;
-constexpr int kNearAhead = 1024, kFarAhead = 8192;
+static ReadAhead read_ahead{{8192}, {{kFewRows + 1}, {kFewRows + 1}, {kFewRows + 1}, {kFewRows / 2 + 1}}};
 
-template <int M>
-static inline void prefetch_ahead(const char* w, int bytes) {
-  if constexpr (M > kFewRows)
-    for (int line = 0; line < bytes; line += 64) {
-      prefetch(w + kNearAhead + line);
-      prefetch_far(w + kFarAhead + line);
-    }
+// Bytes between what `rows` rows multiply and what they prefetch; 0: no prefetch.
+static inline int ahead_of(Width width, int rows) {
+  return rows < read_ahead.rows[static_cast<int>(width)].load(std::memory_order_relaxed)
+             ? 0
+             : read_ahead.bytes.load(std::memory_order_relaxed);
+}
+
+// The share of step `step` of kSteps in a piece of kBytes.
+template <int kBytes, int kSteps>
+static inline void prefetch_share(const char* piece, int step, int ahead) {
+  constexpr int kLines = (kBytes + 63) / 64;
+  if (!ahead) return;
+  for (int line = kLines * step / kSteps; line < kLines * (step + 1) / kSteps; line++)
+    prefetch(piece + ahead + line * 64);
 }
 
 static inline int32_t four_bytes(const char* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
@@ -30,6 +38,7 @@ static inline float one_float(const char* p) { float v; std::memcpy(&v, p, 4); r
 // float32: one k a step.
 struct OpF32 {
   using Acc = F;
+  static constexpr Width kWidth = Width::float32;
   static constexpr int kInner = 1, kBytes = kPanel * 4, kOperandBytes = 4;
   struct Slice { F w[kVectors]; };
   static inline Slice read(const char* w) {
@@ -46,6 +55,7 @@ struct OpF32 {
 // bfloat16 pairs: two k a step, in float32 accumulators.
 struct OpBF16 {
   using Acc = F;
+  static constexpr Width kWidth = Width::bfloat16;
   static constexpr int kInner = 2, kBytes = kPanel * 4;
 #if defined(__AVX512BF16__)
   static constexpr int kOperandBytes = 4;
@@ -121,6 +131,7 @@ struct Quad {
 // int8: four k a step.
 struct OpI8 : Quad {
   using Acc = I;
+  static constexpr Width kWidth = Width::byte;
   static constexpr int kInner = 4, kBytes = kPanel * 4;
   static inline Slice read(const char* w) {
     Slice s;
@@ -131,9 +142,10 @@ struct OpI8 : Quad {
 
 // `steps` steps of M rows against one panel slice. acc starts as given.
 template <class Op, int M>
-static inline void tile(const char* w, const char* x, size_t x_stride, int steps, typename Op::Acc (&acc)[M][kVectors]) {
+static inline void tile(const char* w, const char* x, size_t x_stride, int steps, int ahead,
+                        typename Op::Acc (&acc)[M][kVectors]) {
   for (int s = 0; s < steps; s++) {
-    prefetch_ahead<M>(w, Op::kBytes);
+    prefetch_share<Op::kBytes, 1>(w, 0, ahead);
     const typename Op::Slice slice = Op::read(w);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) Op::multiply(acc[m], slice, x + m * x_stride);
@@ -152,53 +164,6 @@ static inline void group_scales(const char* group, F (&scale)[kVectors]) {
     const I both = load_int(group + v * kLanes * 4);
     scale[v] = as_float(shift_left<16>(both));
     scale[v + kVectors / 2] = as_float(both & static_cast<int32_t>(0xffff0000));
-  }
-}
-
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-// 15 * 127 * 2 * (kGroup / 4) stays under 2^15, so a whole group sums in int16.
-static_assert(15 * 127 * 2 * kGroupSteps < 32768);
-template <int M>
-static inline void group_product(const char* w, const char* x, size_t x_stride, I (&acc)[M][kVectors]) {
-  __m256i sum[M][kVectors] = {};
-  for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
-    const I both = load_int(w);
-    const __m256i low = raw(both & 0x0f0f0f0f), high = raw(shift_right<4>(both) & 0x0f0f0f0f);
-    for (int m = 0; m < M; m++) {
-      const __m256i b = raw(set_int(four_bytes(x + m * x_stride)));
-      sum[m][0] = _mm256_add_epi16(sum[m][0], _mm256_maddubs_epi16(low, b));
-      sum[m][1] = _mm256_add_epi16(sum[m][1], _mm256_maddubs_epi16(high, b));
-    }
-  }
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < kVectors; v++)
-      acc[m][v] += lanes(_mm256_madd_epi16(sum[m][v], _mm256_set1_epi16(1)));
-}
-#else
-template <int M>
-static inline void group_product(const char* w, const char* x, size_t x_stride, I (&acc)[M][kVectors]) {
-#pragma GCC unroll 8
-  for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
-    Quad::Slice slice;
-    for (int v = 0; v < kVectors / 2; v++) {
-      const I both = load_int(w + v * kLanes * 4);
-      Quad::set_lane(slice, v, both & 0x0f0f0f0f);
-      Quad::set_lane(slice, v + kVectors / 2, shift_right<4>(both) & 0x0f0f0f0f);
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) Quad::multiply(acc[m], slice, x + m * x_stride);
-  }
-}
-#endif
-
-// 8-bit groups: kGroup / 4 steps as int8 has them.
-template <int M>
-static inline void byte_product(const char* w, const char* x, size_t x_stride, I (&acc)[M][kVectors]) {
-#pragma GCC unroll 8
-  for (int s = 0; s < kGroupSteps; s++, w += OpI8::kBytes, x += OpI8::kOperandBytes) {
-    const OpI8::Slice slice = OpI8::read(w);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) OpI8::multiply(acc[m], slice, x + m * x_stride);
   }
 }
 
@@ -224,6 +189,63 @@ struct GroupSizes {
   static constexpr int kHeader = kPanel * (Format::kMinimum ? 4 : 2);
   static constexpr int kBytes = kHeader + kGroupSteps * (Format::kNibbles ? kNibbleBytes : OpI8::kBytes);
   static constexpr int kOperandBytes = Format::kNibbles ? kGroup : kGroupSteps * OpI8::kOperandBytes;
+  static constexpr Width kWidth = Format::kNibbles ? Width::nibble : Width::byte;
 };
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// 15 * 127 * 2 * (kGroup / 4) stays under 2^15, so a whole group sums in int16.
+static_assert(15 * 127 * 2 * kGroupSteps < 32768);
+template <class Format, int M>
+static inline void group_product(const char* group, const char* x, size_t x_stride, int ahead,
+                                 I (&acc)[M][kVectors]) {
+  const char* w = group + GroupSizes<Format>::kHeader;
+  __m256i sum[M][kVectors] = {};
+  for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
+    prefetch_share<GroupSizes<Format>::kBytes, kGroupSteps>(group, s, ahead);
+    const I both = load_int(w);
+    const __m256i low = raw(both & 0x0f0f0f0f), high = raw(shift_right<4>(both) & 0x0f0f0f0f);
+    for (int m = 0; m < M; m++) {
+      const __m256i b = raw(set_int(four_bytes(x + m * x_stride)));
+      sum[m][0] = _mm256_add_epi16(sum[m][0], _mm256_maddubs_epi16(low, b));
+      sum[m][1] = _mm256_add_epi16(sum[m][1], _mm256_maddubs_epi16(high, b));
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < kVectors; v++)
+      acc[m][v] += lanes(_mm256_madd_epi16(sum[m][v], _mm256_set1_epi16(1)));
+}
+#else
+template <class Format, int M>
+static inline void group_product(const char* group, const char* x, size_t x_stride, int ahead,
+                                 I (&acc)[M][kVectors]) {
+  const char* w = group + GroupSizes<Format>::kHeader;
+#pragma GCC unroll 8
+  for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
+    prefetch_share<GroupSizes<Format>::kBytes, kGroupSteps>(group, s, ahead);
+    Quad::Slice slice;
+    for (int v = 0; v < kVectors / 2; v++) {
+      const I both = load_int(w + v * kLanes * 4);
+      Quad::set_lane(slice, v, both & 0x0f0f0f0f);
+      Quad::set_lane(slice, v + kVectors / 2, shift_right<4>(both) & 0x0f0f0f0f);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) Quad::multiply(acc[m], slice, x + m * x_stride);
+  }
+}
+#endif
+
+// 8-bit groups: kGroup / 4 steps as int8 has them.
+template <class Format, int M>
+static inline void byte_product(const char* group, const char* x, size_t x_stride, int ahead,
+                                 I (&acc)[M][kVectors]) {
+  const char* w = group + GroupSizes<Format>::kHeader;
+#pragma GCC unroll 8
+  for (int s = 0; s < kGroupSteps; s++, w += OpI8::kBytes, x += OpI8::kOperandBytes) {
+    prefetch_share<GroupSizes<Format>::kBytes, kGroupSteps>(group, s, ahead);
+    const OpI8::Slice slice = OpI8::read(w);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) OpI8::multiply(acc[m], slice, x + m * x_stride);
+  }
+}
 
 }  // namespace outrider::OUTRIDER_ISA

@@ -31,7 +31,7 @@ void Pass::project_head(int thread, size_t index, const Operand& x, int kv_head,
   const size_t half = spec.head_dim / 2, stride = layer.head_pad * sizeof(float);
   const Operand to = query_operand(space_.queries, stride);
   float* rotated = space_.local[thread].row;
-  const DType kind = cache_->dtype();
+  const DType kind = cache_->dtype() == DType::f32 ? DType::f32 : DType::bf16;
   for (const Segment& segment : chunk_->segments)
     for (int i = 0; i < segment.count; i++) {
       const int m = segment.first + i;
@@ -57,11 +57,11 @@ void Pass::store_key_value(int thread, size_t index, int kv_head, int part, cons
       const float* x = tile + static_cast<size_t>(segment.first + i) * layer.head_pad;
       const int64_t position = segment.start + i;
       const size_t at = position * half;
+      char* const block = cache_->block(static_cast<int>(index), segment.slot, kv_head, position);
       if (is_key) {
         kernels_.rotate(x, spec.qk_norm ? layer.k_norm.data() : nullptr, stack_.spec_.eps, rope.cosine.data() + at,
                         rope.sine.data() + at, 1.0f, spec.head_dim, row);
-        kernels_.store_key(kind, row, spec.head_dim, position,
-                           cache_->keys(static_cast<int>(index), segment.slot, kv_head));
+        kernels_.store_key(kind, row, spec.head_dim, layer.head_pad, position % kBlock, block);
       }
       if (!is_value) continue;
       if (spec.v_norm) {
@@ -69,8 +69,7 @@ void Pass::store_key_value(int thread, size_t index, int kv_head, int part, cons
         std::fill(row + spec.head_dim, row + layer.head_pad, 0.0f);
         x = row;
       }
-      kernels_.store_value(kind, x, layer.head_pad, cache_->padded_capacity(), position,
-                           cache_->values(static_cast<int>(index), segment.slot, kv_head));
+      kernels_.store_value(kind, x, spec.head_dim, layer.head_pad, position % kBlock, block);
     }
 }
 
@@ -90,9 +89,9 @@ void Pass::attend(int thread, size_t index, const AttentionUnit& unit, float* st
   task.row_end = segment.start + segment.count;
   task.causal = input_.causal;
   task.window = layer.spec.window;
-  task.keys = cache_->keys(static_cast<int>(index), segment.slot, unit.kv_head);
-  task.values = cache_->values(static_cast<int>(index), segment.slot, unit.kv_head);
-  task.capacity = cache_->padded_capacity();
+  task.pages = cache_->pages(static_cast<int>(index), unit.kv_head);
+  task.page_bytes = cache_->page_bytes();
+  task.table = cache_->table(segment.slot).data();
   task.head_dim = layer.spec.head_dim;
   task.head_pad = head_pad;
   float* const part = space_.local[thread].state + static_cast<size_t>(count) * (head_pad + kStateTail);

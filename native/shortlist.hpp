@@ -97,7 +97,7 @@ static void dot_rows_as(const RowMajor& w, const float* z, const int32_t* rows, 
   alignas(64) char operand[kWidestRow * 4];
   for (int k = 0; k < w.inner; k += kPanel) Dot::prepare(z + k, operand + k / kPanel * Dot::kOperandBytes);
   const auto fetch = [&](int64_t row) {
-    for (size_t line = 0; line < w.row_bytes; line += 64) prefetch_far(w.data + rows[row] * w.row_bytes + line);
+    for (size_t line = 0; line < w.row_bytes; line += 64) prefetch(w.data + rows[row] * w.row_bytes + line);
   };
   for (int64_t i = 0; i < kAhead && i < count; i++) fetch(i);
   int64_t i = 0;

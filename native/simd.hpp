@@ -44,8 +44,6 @@ static inline F to_float(I a) { return _mm512_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm512_cvtps_epi32(a)); }
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #elif defined(__AVX2__)
 
@@ -76,8 +74,6 @@ template <int n> static inline I shift_left(I a) { return lanes(_mm256_slli_epi3
 template <int n> static inline I shift_right(I a) { return lanes(_mm256_srli_epi32(raw(a), n)); }
 static inline F to_float(I a) { return _mm256_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm256_cvtps_epi32(a)); }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 #else
 
@@ -115,8 +111,6 @@ static inline F abs(F a) { return as_float(as_int(a) & 0x7fffffff); }
 static inline F round(F a) { return (a + 12582912.0f) - 12582912.0f; }
 static inline F to_float(I a) { return __builtin_convertvector(a, F); }
 static inline I to_int(F a) { return __builtin_convertvector(round(a), I); }
-static inline void prefetch(const void* p) { __builtin_prefetch(p); }
-static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #endif
 
@@ -138,6 +132,15 @@ static inline float reduce_max(F a) {
 #endif
 
 static inline float first_of(F a) { return a[0]; }
+
+// Into L2. Not by intrinsic on x86: GCC takes a function that only prefetches for one without effects, and drops calls.
+static inline void prefetch(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
 
 // kLanes fp16 values, subnormal ones too, exactly.
 static inline F load_half(const void* p) {

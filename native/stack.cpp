@@ -14,6 +14,11 @@ namespace {
 
 [[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
+[[noreturn]] void refuse_room(const KVCache& cache, int64_t slot) {
+  throw NoRoom("slot " + std::to_string(slot) + " has room to write positions " + std::to_string(cache.fixed(slot)) +
+               " to " + std::to_string(cache.room(slot) - 1) + " only");
+}
+
 void expect(bool fits, const std::string& what, int64_t got_a, int64_t got_b, int64_t want_a, int64_t want_b) {
   if (fits) return;
   refuse(what + ": got shape [" + std::to_string(got_a) + ", " + std::to_string(got_b) + "], expected [" +
@@ -168,8 +173,8 @@ void Stack::set_head(const Rows& rows, int64_t first) {
 
 // ------------------------------------------------------------------------------------------------ cache and checks
 
-std::shared_ptr<KVCache> Stack::new_cache(int slots, int64_t capacity) {
-  if (slots < 1 || capacity < 1) refuse("a cache needs at least one slot and room for one token");
+std::shared_ptr<KVCache> Stack::new_cache(int slots, int64_t capacity, int64_t pages, bool int8) {
+  if (slots < 1 || capacity < 1 || pages < 1) refuse("a cache needs at least one slot and room for one token");
   const std::lock_guard<std::mutex> lock(pass_mutex_);
   for (RopeTable& table : ropes_) {
     const std::vector<double>& inverse = table.spec.inverse_frequencies;
@@ -181,8 +186,8 @@ std::shared_ptr<KVCache> Stack::new_cache(int slots, int64_t capacity) {
         table.sine.push_back(static_cast<float>(std::sin(angle) * table.spec.scale));
       }
   }
-  const DType kind = spec_.dtype == DType::f32 ? DType::f32 : DType::bf16;
-  return std::make_shared<KVCache>(spec_, kind, kernels_.panel, slots, capacity);
+  const DType kind = int8 ? DType::i8 : spec_.dtype == DType::f32 ? DType::f32 : DType::bf16;
+  return std::make_shared<KVCache>(spec_, kind, kernels_.panel, slots, capacity, pages);
 }
 
 void Stack::check(const Batch& batch, const KVCache& cache, bool check_tokens) const {
@@ -190,10 +195,11 @@ void Stack::check(const Batch& batch, const KVCache& cache, bool check_tokens) c
     refuse("offsets must run from 0 to the number of tokens (" + std::to_string(batch.count) + "), got " +
            std::to_string(batch.offsets[0]) + " to " + std::to_string(batch.offsets[batch.rows]));
   std::vector<char> seen(cache.slots(), 0);
+  int64_t lacking = -1;
   for (int64_t b = 0; b < batch.rows; b++) {
     const int64_t slot = batch.slots[b], first = batch.offsets[b], last = batch.offsets[b + 1];
     if (last < first) refuse("offsets must not decrease");
-    if (slot < 0 || slot >= cache.slots() || !cache.opened()[slot])
+    if (slot < 0 || slot >= cache.slots() || !cache.is_open(slot))
       refuse("slot " + std::to_string(slot) + " is not open");
     if (seen[slot]++) refuse("slot " + std::to_string(slot) + " appears twice in one batch");
     if (first == last) continue;
@@ -204,14 +210,23 @@ void Stack::check(const Batch& batch, const KVCache& cache, bool check_tokens) c
     if (start + (last - first) > cache.capacity())
       throw std::out_of_range("row " + std::to_string(b) + " reaches position " + std::to_string(start + last - first - 1) +
              ", past the capacity of " + std::to_string(cache.capacity()) + " tokens");
+    if (start < cache.fixed(slot) || start + (last - first) > cache.room(slot)) lacking = slot;
     for (int64_t t = first; t < last; t++)
       if (batch.positions[t] != start + (t - first)) refuse("positions must be consecutive within a row");
   }
-  if (!check_tokens) return;
-  if (!spec_.embeddings) refuse("this stack has no embedding: give hidden states");
-  for (int64_t t = 0; t < batch.count; t++)
+  if (check_tokens && !spec_.embeddings) refuse("this stack has no embedding: give hidden states");
+  for (int64_t t = 0; check_tokens && t < batch.count; t++)
     if (batch.tokens[t] < 0 || batch.tokens[t] >= spec_.embeddings)
       refuse("token id " + std::to_string(batch.tokens[t]) + " is outside 0 .. " + std::to_string(spec_.embeddings - 1));
+  // Last: the caller finds room and calls again, and then everything else must be in order.
+  if (lacking >= 0) refuse_room(cache, lacking);
+}
+
+void expect_room(const KVCache& cache, int64_t slot, int64_t first, int64_t end) {
+  if (end > cache.capacity())
+    throw std::out_of_range("slot " + std::to_string(slot) + " reaches position " + std::to_string(end - 1) +
+                            ", past the capacity of " + std::to_string(cache.capacity()) + " tokens");
+  if (first < cache.fixed(slot) || end > cache.room(slot)) refuse_room(cache, slot);
 }
 
 void Stack::embed(const int64_t* tokens, int64_t count, float* out) const {

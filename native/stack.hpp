@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -51,6 +52,14 @@ struct PassOutput {
   float* logits = nullptr;             // [R, V] or null
 };
 
+// A slot has no page yet for what a pass wants to write, or only a shared one.
+struct NoRoom : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Throws NoRoom unless a slot has pages of its own for positions [first, end).
+void expect_room(const KVCache& cache, int64_t slot, int64_t first, int64_t end);
+
 class Stack {
  public:
   explicit Stack(StackSpec spec);
@@ -62,7 +71,8 @@ class Stack {
   void set_embedding(const Rows& rows, int64_t first);
   void set_head(const Rows& rows, int64_t first);
 
-  std::shared_ptr<KVCache> new_cache(int slots, int64_t capacity);
+  // int8: keys and values in 8 bits with a scale per position and head, else float32 or bfloat16 (see StackSpec).
+  std::shared_ptr<KVCache> new_cache(int slots, int64_t capacity, int64_t pages, bool int8);
   // Checks the batch, runs it through all layers, and appends its keys and values to the cache.
   void forward(const Batch& batch, KVCache& cache, const PassInput& input, const PassOutput& output);
   // Appends the keys and values that every layer makes of `hidden` [T, D], without the layers' norms.

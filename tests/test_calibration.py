@@ -182,6 +182,19 @@ def test_rows_get_the_scaling_of_their_rule_and_nearest_temperature() -> None:
     assert adjusted[2].tolist() == confidence[2].tolist()
 
 
+def test_the_core_adjusts_confidences_to_the_same_bits() -> None:
+    """``Scaling.adjust`` in Python is the reference; 0, 1 and NaN included."""
+    scaling = Scaling((0.7, 1.9), (0.3, -1.2))
+    calibration = Calibration({("block", 1.0): scaling})
+    values = torch.rand(2000, 3, generator=torch.Generator().manual_seed(1))
+    values[0], values[1, 0] = torch.tensor([0.0, 1.0, 1e-30]), torch.nan
+    proposal = Proposal(torch.zeros(2000, 3, dtype=torch.int64), torch.full((2000,), 3), None, values)
+    context = Context([SamplingParams(temperature=1.0)] * 2000, [[1]] * 2000, [1] * 2000)
+    adjusted = calibration.calibrated(proposal, context).confidence
+    expected = torch.tensor([scaling.adjust(row) for row in values.tolist()])
+    assert adjusted is not None and torch.equal(adjusted.nan_to_num(-1), expected.nan_to_num(-1))
+
+
 def test_a_calibration_round_trips_through_its_file() -> None:
     assert Calibration.from_json(TWO.to_json()) == TWO
 

@@ -24,7 +24,7 @@ from outrider.drafters.suffix import SuffixAutomaton, SuffixConfig, SuffixDrafte
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.models.loading import load_backend
 from outrider.proof.contracts import drafter_anticipates, draws_off_distribution
-from outrider.proof.drafting import Draft, context_of, drafts_of, propose, rng_of
+from outrider.proof.proposing import Draft, context_of, drafts_of, propose, rng_of
 from outrider.sampling.processors import process
 from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -26,12 +25,15 @@ from trained import (
 )
 
 from outrider.backends.native import NativeBackend, available
+from outrider.backends.native_drafting import markov_head
 from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import DraftCheckpoint
 from outrider.config import SamplingParams
 from outrider.drafters.base import Drawing
-from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead
+from outrider.drafters.base.network import head_rows
+from outrider.drafters.dspark import DSparkConfig, DSparkDrafter, SequentialHead, markov_parts
 from outrider.drafters.dspark_design import BlockDesign
+from outrider.engine.loader import load_drafter, load_model
 from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.registry import find
 from outrider.sampling.distribution import Categorical
@@ -282,6 +284,30 @@ def test_a_reduced_vocabulary_drafts_its_own_tokens_only() -> None:
     torch.testing.assert_close(distributions[:, ids], (logits / 0.8).softmax(-1), atol=1e-6, rtol=0, check_dtype=False)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_a_reduced_head_is_made_of_the_targets_rows_where_the_checkpoint_holds_none(dtype: str) -> None:
+    """The same drafts as with those rows in the checkpoint, in every precision the core has for it."""
+    if not available():
+        pytest.skip("the compiled core is not built")
+    backend = NativeBackend()
+    target = make_target(backend=backend)
+    given = make_checkpoint(BLOCKS["vanilla"], target=target, drafted=20)
+    ids = given.tensors["d2t"] + torch.arange(20)
+    rows = target.tensors["head.weight"][ids]
+    torch.testing.assert_close(head_rows(target, ids), rows, atol=0, rtol=1e-6)
+    absent = {name: tensor for name, tensor in given.tensors.items() if name != "head.weight"}
+    history, proposals = random_tokens(20, 3), []
+    for tensors in (absent, {**absent, "head.weight": head_rows(target, ids)}):
+        made = replace(given, tensors=tensors)
+        drafter = DSparkDrafter(made, target, backend, config=DSparkConfig(""), dtype=dtype, max_rows=1)
+        assert drafter.net.head is drafter.net.stack and drafter.net.stack.config.vocab_size == 20
+        Session(target, drafter, 1).observe([history[:-1]], [0])
+        proposals.append(propose(drafter, [0], [history], params=SAMPLED))
+    ours, theirs = proposals
+    assert torch.equal(ours.tokens, theirs.tokens) and set(ours.tokens[0].tolist()) <= set(ids.tolist())
+    assert torch.equal(ours.distribution.dense(torch.arange(5)), theirs.distribution.dense(torch.arange(5)))
+
+
 def test_drafted_tokens_follow_the_distribution_they_carry() -> None:
     """The second draft of 1,200 rounds, given the first: total variation to its distribution is sampling noise."""
     target = make_target()
@@ -340,6 +366,28 @@ def test_embedding_and_head_are_the_targets_where_equal() -> None:
     head[17, 3] += 0.01  # one value of one row
     net = make_drafter(replace(checkpoint, tensors={**checkpoint.tensors, "head.weight": head}), target).net
     assert net.embed == target.embed and net.unembed == net.stack.unembed
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+def test_a_drafter_of_fewer_bits_than_its_target_has_a_head_of_its_own() -> None:
+    backend = NativeBackend()
+    target = make_target(backend=backend)
+    checkpoint = make_checkpoint(BLOCKS["vanilla"], target=target)
+    shared, narrow = (
+        DSparkDrafter(checkpoint, target, backend, config=DSparkConfig(""), dtype=dtype, max_rows=1).net
+        for dtype in ("float32", "int8")
+    )
+    assert shared.head is target.stack and narrow.head is narrow.stack and narrow.embedding is target.stack
+    hidden = torch.randn(3, 32)
+    torch.testing.assert_close(narrow.unembed(hidden), target.unembed(hidden), atol=0.2, rtol=0)
+
+
+@pytest.mark.skipif(not available(), reason="the compiled core is not built")
+def test_the_packaged_drafter_is_quantised_unless_told_otherwise() -> None:
+    model = load_model("embedded")
+    for asked, got in (("auto", "int8"), ("bfloat16", "bfloat16")):
+        _, drafter = load_drafter("dspark", model, {"dtype": asked}, max_rows=1)
+        assert isinstance(drafter, DSparkDrafter) and drafter.net.stack.dtype == got and drafter.core is not None
 
 
 def test_drafters_of_other_targets_are_refused() -> None:
@@ -408,16 +456,36 @@ def test_rows_of_a_batch_are_bit_identical_to_each_alone(name: str, dtype: str) 
 WIDE = 4096  # a vocabulary much larger than a shortlist
 
 
-def wide_head(kind: str, scale: float, *, drafted: int = WIDE, shortlist: int = 64, **options: Any) -> SequentialHead:
-    """Random weights; ``scale`` says how much the Markov bias can move."""
-    design = BlockDesign(5, 3, markov_rank=16, markov_head=kind)
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"markov.w1.weight": (WIDE, 16), "markov.w2.weight": (drafted, 16)}
-    shapes |= {"markov.gate.weight": (16, 24), "markov.gate.bias": (16,)}
-    shapes |= {"markov.joint.weight": (48, 40), "markov.joint.bias": (48,)}
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    tensors["markov.w2.weight"] *= scale
-    return SequentialHead(design, tensors, NativeBackend(), "float32", shortlist=shortlist, **options)
+class WideHead:
+    """A Markov head with random weights in the core, and step by step. ``scale``: how much its bias can move."""
+
+    def __init__(
+        self, kind: str, scale: float, *, drafted: int = WIDE, shortlist: int = 64, ids: Tensor | None = None
+    ) -> None:
+        design = BlockDesign(5, 3, markov_rank=16, markov_head=kind)
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"markov.w1.weight": (WIDE, 16), "markov.w2.weight": (drafted, 16)}
+        shapes |= {"markov.gate.weight": (16, 24), "markov.gate.bias": (16,)}
+        shapes |= {"markov.joint.weight": (48, 40), "markov.joint.bias": (48,)}
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        tensors["markov.w2.weight"] *= scale
+        self.steps = SequentialHead(design, tensors, NativeBackend(), "float32")
+        self.parts = markov_parts(design, tensors, shortlist)
+        assert self.parts is not None
+        self.core = markov_head(self.parts, ids, "", "float32")
+
+    def draft(
+        self, base: Tensor, hidden: Tensor, anchors: Tensor, keys: Tensor, temperatures: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> tokens and margins [n, K], ids and logits of the distributions [n K, S]"""
+        count, mixed = keys.numel(), None
+        if self.parts.mix_hidden is not None:
+            mixed = hidden.view(count, -1) @ self.parts.mix_hidden.T + self.parts.mix_bias
+        tokens, margins = torch.empty_like(keys), torch.empty(keys.shape)
+        ids, logits = torch.empty(count, self.core.shortlist).long(), torch.empty(count, self.core.shortlist)
+        arrays = (base.reshape(count, -1), mixed, anchors, keys, temperatures, tokens, margins, ids, logits)
+        self.core.draft(*(None if array is None else array.contiguous().numpy() for array in arrays))
+        return tokens, margins, ids, logits
 
 
 def block_inputs(rows: int, drafts: int, drafted: int = WIDE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -444,16 +512,16 @@ def along(head: SequentialHead, base: Tensor, hidden: Tensor, anchors: Tensor, t
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_a_greedy_block_takes_the_best_of_all_tokens_that_could_win(kind: str, scale: float, exact: bool) -> None:
     """Of the shortlist and the few outside it that the bound leaves; of the shortlist, where it leaves too many."""
-    head = wide_head(kind, scale)
+    head = WideHead(kind, scale)
     base, hidden, anchors, keys = block_inputs(12, 5)
-    tokens, margins, distribution = head.draft(base, hidden, anchors, keys, torch.zeros(12))
-    logits = along(head, base, hidden, anchors, tokens)
+    tokens, margins, _, _ = head.draft(base, hidden, anchors, keys, torch.zeros(12))
+    logits = along(head.steps, base, hidden, anchors, tokens)
     if not exact:
         likely = base >= base.topk(48, -1).values[..., -1:]
         assert not torch.equal(tokens, logits.argmax(2))
         assert (logits.gather(2, tokens[..., None]) >= logits.where(likely, -torch.inf).amax(2, keepdim=True)).all()
         return
-    assert distribution is None and torch.equal(tokens, logits.argmax(2))
+    assert torch.equal(tokens, logits.argmax(2))
     best = logits.topk(2, -1).values
     assert (margins >= best[..., 0] - best[..., 1] - 1e-4).all()
 
@@ -462,12 +530,11 @@ def test_a_greedy_block_takes_the_best_of_all_tokens_that_could_win(kind: str, s
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
 def test_a_sampled_block_is_drawn_from_the_distribution_it_reports(kind: str) -> None:
     """The shortlist holds the largest base logits, its distribution is the full one truncated, the keys decide."""
-    head, temperatures = wide_head(kind, 0.5), torch.tensor([0.0, 0.7, 1.0, 1e-4, 2.0])
+    head, temperatures = WideHead(kind, 0.5), torch.tensor([0.0, 0.7, 1.0, 1e-4, 2.0])
     base, hidden, anchors, keys = block_inputs(5, 4)
-    tokens, _, distribution = head.draft(base, hidden, anchors, keys, temperatures)
-    assert distribution is not None
+    tokens, _, *distribution = head.draft(base, hidden, anchors, keys, temperatures)
     ids, logits = (part.view(5, 4, 64) for part in distribution)
-    full = along(head, base, hidden, anchors, tokens)
+    full = along(head.steps, base, hidden, anchors, tokens)
     assert (
         torch.equal(tokens[0], full[0].argmax(-1)) and ids[0, :, 0].equal(tokens[0]) and (ids[0, :, 1:] == WIDE).all()
     )
@@ -486,7 +553,7 @@ def test_a_sampled_block_is_drawn_from_the_distribution_it_reports(kind: str) ->
 def test_a_row_of_a_block_has_the_same_bits_alone_and_on_any_threads() -> None:
     from outrider import _native
 
-    head, before = wide_head("rnn", 0.5, shortlist=600), _native.threads()
+    head, before = WideHead("rnn", 0.5, shortlist=600), _native.threads()
     base, hidden, anchors, keys = block_inputs(4, 5)
     temperatures = torch.tensor([1.0, 0.0, 0.5, 1.0])
     whole = head.draft(base, hidden, anchors, keys, temperatures)
@@ -497,9 +564,8 @@ def test_a_row_of_a_block_has_the_same_bits_alone_and_on_any_threads() -> None:
                 one = slice(b, b + 1)
                 alone = head.draft(base[one], hidden[one], anchors[one], keys[one], temperatures[one])
                 assert torch.equal(alone[0], whole[0][one]) and torch.equal(alone[1], whole[1][one])
-                if temperatures[b]:
-                    for part, parts in zip(alone[2], whole[2], strict=True):
-                        assert torch.equal(part, parts[5 * b : 5 * b + 5])
+                for part, parts in zip(alone[2:], whole[2:], strict=True):
+                    assert torch.equal(part, parts[5 * b : 5 * b + 5])
     finally:
         _native.set_threads(before)
 
@@ -508,45 +574,19 @@ def test_a_row_of_a_block_has_the_same_bits_alone_and_on_any_threads() -> None:
 def test_equal_logits_and_reduced_vocabularies_of_a_block() -> None:
     """Ties go to the lowest ids; draft ids become the target's, which is what W1 and the rng go by."""
     target_ids = torch.arange(1000) * 4 + 1
-    head = wide_head("vanilla", 0.0, drafted=1000, target_ids=target_ids)
+    head = WideHead("vanilla", 0.0, drafted=1000, ids=target_ids)
     base, keys, one = torch.zeros(1, 3, 1000), torch.tensor([[5, 6, 7]]), torch.ones(1)
-    tokens, _, distribution = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([4000]), keys, one)
-    assert distribution is not None and all(torch.equal(row, target_ids[:64]) for row in distribution[0])
-    assert torch.equal(Categorical(WIDE, ids=distribution[0], logits=distribution[1]).draw(keys[0]), tokens[0])
+    tokens, _, ids, logits = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([4000]), keys, one)
+    assert all(torch.equal(row, target_ids[:64]) for row in ids)
+    assert torch.equal(Categorical(WIDE, ids=ids, logits=logits).draw(keys[0]), tokens[0])
     base[0, :, [7, 900]] = 50.0
-    greedy, _, _ = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([0]), keys, one * 0)
+    greedy, *_ = head.draft(base, torch.zeros(1, 3, 8), torch.tensor([0]), keys, one * 0)
     assert greedy.tolist() == [[29, 29, 29]]
     base[0, 1] = torch.inf
-    with pytest.raises(InvalidRequest, match="must be numbers"):
+    with pytest.raises(ValueError, match="must be numbers"):
         head.draft(base, torch.zeros(1, 3, 8), torch.tensor([0]), keys, one)
-    with pytest.raises(InvalidRequest, match="token id 5000"):
+    with pytest.raises(ValueError, match="token id 5000"):
         head.draft(base, torch.zeros(1, 3, 8), torch.tensor([5000]), keys, one)
-
-
-@pytest.mark.skipif(not available(), reason="the compiled core is not built")
-@pytest.mark.parametrize("params", [SamplingParams(), SAMPLED, SamplingParams(temperature=1.0, top_k=5)], ids=repr)
-@pytest.mark.parametrize("name", ["vanilla", "gated", "rnn"])
-def test_blocks_in_one_call_are_those_drawn_step_by_step(name: str, params: SamplingParams) -> None:
-    backend = NativeBackend()
-    target = make_target(backend=backend)
-    checkpoint = make_checkpoint(BLOCKS[name], target=target)
-    drafters = [
-        DSparkDrafter(checkpoint, target, backend, config=DSparkConfig(""), dtype="float32", max_rows=2)
-        for _ in range(2)
-    ]
-    drafters[1].head.core = None
-    history, proposals = random_tokens(20, 3), []
-    for drafter in drafters:
-        session = Session(target, drafter, 2)
-        session.observe([history[:-1], history[:7]], [0, 0])
-        proposals.append(propose(drafter, session.slots, [history, history[:8]], limit=[5, 2], params=params))
-    quick, steps = proposals
-    assert torch.equal(quick.lengths, steps.lengths)
-    assert torch.equal(quick.tokens[0], steps.tokens[0]) and torch.equal(quick.tokens[1, :2], steps.tokens[1, :2])
-    torch.testing.assert_close(quick.confidence[0], steps.confidence[0])
-    if params.temperature:
-        index = torch.tensor([0, 1, 2, 3, 4, 5, 6])
-        torch.testing.assert_close(quick.distribution.dense(index), steps.distribution.dense(index), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SAMPLED, SamplingParams(temperature=1.0, top_p=0.8)], ids=repr)

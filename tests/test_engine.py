@@ -42,6 +42,17 @@ class MarkovDrafter:
     def close(self, slot: int) -> None:
         del self.seen[slot]
 
+    def match(self, tokens: list[int]) -> int:
+        return len(tokens)
+
+    def adopt(self, slot: int, tokens: list[int], count: int) -> None:
+        assert not self.seen[slot], "only an empty slot can begin with a prefix"
+        self.seen[slot] = tokens[:count]
+
+    def publish(self, slot: int, tokens: list[int]) -> None:
+        seen = self.seen[slot]
+        assert seen == tokens[: len(seen)], "what it knows is part of the text"
+
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         bounds = batch.offsets.tolist()
         for b, slot in enumerate(batch.slots.tolist()):
@@ -86,8 +97,10 @@ class _Dense:
         return self.probabilities[places]
 
 
-def engine(drafts: int, rows: int = 3, *, chunk: int = 4, eos: tuple[int, ...] = ()) -> Engine:
-    drafter = MarkovDrafter(DRAFT_TABLE, drafts)
+def engine(
+    drafts: int, rows: int = 3, *, chunk: int = 4, eos: tuple[int, ...] = (), drafter: MarkovDrafter | None = None
+) -> Engine:
+    drafter = drafter or MarkovDrafter(DRAFT_TABLE, drafts)
     target = ToyTarget(TABLE, eos_token_ids=eos)
     policy = FixedPolicy.from_config(FixedPolicy.Config(draft_tokens=drafts))
     return Engine(target, drafter, policy, max_rows=rows, capacity=64, chunk=chunk)
@@ -162,8 +175,7 @@ def test_a_drafter_that_misstates_its_distribution_is_caught_by_the_same_check()
             return Proposal(honest.tokens, honest.lengths, _Dense(claimed))
 
     count = 2000
-    loop = engine(2, rows=64)
-    loop.drafter = Lying(DRAFT_TABLE, 2)
+    loop = engine(2, rows=64, drafter=Lying(DRAFT_TABLE, 2))
     params = SamplingParams(max_tokens=4, temperature=1.0, rule="rejection")
     outputs = run(loop, [[0]] * count, params, seeds=list(range(count)))
     p = torch.softmax(TABLE, -1)

@@ -225,12 +225,11 @@ def test_a_pack_changes_nothing(training: Any, target: TargetModel, config: dict
     assert float(together.total.detach()) == pytest.approx(sum(float(loss.total.detach()) for loss in alone), rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [None, 6])
-def test_the_kernel_for_gpus_has_the_same_mask(window: int | None) -> None:
+def test_all_texts_in_one_product_have_the_same_mask(window: int | None) -> None:
     generator = torch.Generator().manual_seed(5)
     packed = TokenBatch(torch.zeros(30).long(), torch.tensor([0, 12, 30]), torch.ones(30).bool(), (0, 1))
-    anchors, slots = torch.tensor([3, 9, 14, 22]), 4
+    anchors, slots = torch.tensor([9, 14, 18, 22]), 4
     layer = LayerConfig(4, 2, 16, 32, RopeConfig((1.0,) * 8), window=window)
 
     def draw(rows: int, heads: int) -> torch.Tensor:
@@ -238,7 +237,7 @@ def test_the_kernel_for_gpus_has_the_same_mask(window: int | None) -> None:
 
     given = draw(16, 4), draw(16, 2), draw(16, 2), draw(30, 2), draw(30, 2)
     attention = BlockAttention(packed, anchors, slots)
-    torch.testing.assert_close(attention._flex(layer, *given), attention._by_text(layer, *given))
+    torch.testing.assert_close(attention._padded(layer, *given), attention._by_text(layer, *given))
 
 
 # ------------------------------------------------------------------------------------------------ choices
@@ -285,6 +284,25 @@ def test_anchors_depend_on_the_text_and_the_epoch_alone(target: TargetModel, con
 def test_every_trainable_kind_is_in_the_catalogue() -> None:
     kinds = registry.names("trainer")
     assert set(kinds) >= {"dspark", "dflash", "eagle3", "mtp", "draft_model"}
+
+
+def test_without_a_mask_token_a_spare_control_token_stands_for_it(target: TargetModel) -> None:
+    full = {f"t{i}": i for i in range(target.spec.vocab_size)}
+    spare = {"<|im_start|>" if i == 1 else "<file_sep>" if i == 5 else text: i for text, i in full.items()}
+    assert mask_token(None, target.spec, spare) == 5
+    with pytest.raises(InvalidRequest, match=r"drafter = \{ mask_token_id"):
+        mask_token(None, target.spec, full)
+
+
+def test_a_reduced_vocabulary_holds_the_most_frequent_tokens(target: TargetModel, config: dict[str, Any]) -> None:
+    counts = torch.zeros(target.spec.vocab_size, dtype=torch.int64)
+    counts[[40, 7, 300]] = torch.tensor([9, 5, 2])
+    for training in (DSparkTraining(markov_rank=8, draft_vocab=3), Eagle3Training(depth=2, draft_vocab=3)):
+        module = training.start(target, config, VOCABULARY, counts=lambda: counts)
+        assert (module.snapshot().tensors["d2t"] + torch.arange(3)).tolist() == [7, 40, 300]
+        assert module.frozen.head.shape[0] == 3
+    with pytest.raises(InvalidRequest, match="draft_vocab must be between 1 and"):
+        DSparkTraining(draft_vocab=10**9).start(target, config, VOCABULARY, counts=lambda: counts)
 
 
 def test_taps_and_mask_tokens(target: TargetModel) -> None:

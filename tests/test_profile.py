@@ -15,17 +15,15 @@ from typer.testing import CliRunner
 from outrider.backends.layers import check_weights
 from outrider.cli import app
 from outrider.config import LayerConfig, RopeConfig, StackConfig
+from outrider.engine.cost_tables import costs_path, load_costs, save_costs
 from outrider.errors import InvalidRequest
 from outrider.evaluation import pass_times as module
 from outrider.evaluation.pass_times import (
     Cell,
     cache_bytes,
-    costs_path,
     grid,
-    load_costs,
     measure,
     run_profile,
-    save_costs,
     time_passes,
     weight_bytes,
 )

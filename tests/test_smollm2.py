@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from trained import DECODER
 
 from outrider import LLM, SamplingParams
+from outrider.checkpoints import DraftCheckpoint, TargetFacts
 from outrider.core import native
+from outrider.drafters.base.network import head_rows
+from outrider.drafters.dspark import DSparkConfig, DSparkDrafter
+from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import CheckpointError
 from outrider.models.locations import SMOLLM2, resolve_model
 
@@ -69,3 +76,28 @@ def test_float32_text_is_the_text_that_transformers_wrote(drafter: str) -> None:
         assert chat(llm, item["prompt"]) == item["prompt_token_ids"]
         (output,) = llm.generate([item["prompt_token_ids"]], SamplingParams(max_tokens=recorded["max_new_tokens"]))
         assert output.token_ids == item["token_ids"]
+
+
+def test_a_trained_drafter_for_the_file_loads_with_a_reduced_head_of_its_rows(plain: LLM) -> None:
+    """Layers and head in int8, the head gathered from the file's dequantised rows; the text stays the target's own."""
+    target, ids = plain.target, torch.arange(0, 8192) * 3 + 1
+    decoder = {**DECODER, "vocab_size": target.spec.vocab_size, "hidden_size": target.spec.hidden_size}
+    design = BlockDesign(4, 0, markov_rank=8, confidence=True)
+    facts = TargetFacts(target.spec.hidden_size, target.spec.num_layers, None, "LlamaForCausalLM")
+    made = DraftCheckpoint(design, decoder, (3, 12), facts, draft_vocab_size=len(ids), format="test")
+    shapes = {name: shape.sizes for name, shape in made.shapes().items() if shape.required or name == "d2t"}
+    tensors = {name: torch.randn([size or 1 for size in sizes]) * 0.05 for name, sizes in shapes.items()}
+    tensors["d2t"] = ids - torch.arange(len(ids))
+    tensors.pop("head.weight", None)
+    checkpoint = replace(made, tensors=tensors)
+    config = DSparkConfig("")
+    drafter = DSparkDrafter(checkpoint, target, target.backend, config=config, dtype="int8", max_rows=1)
+    assert drafter.core is not None and drafter.net.head is drafter.net.stack
+    weights = drafter.net.stack.unembed(torch.eye(target.spec.hidden_size))[:, :64].T
+    rows = head_rows(target, ids[:64])
+    assert float((weights - rows).norm() / rows.norm()) < 0.02
+    params = SamplingParams(max_tokens=24, temperature=1.0, seed=4)
+    prompt = chat(plain, QUESTIONS[0])
+    assert (
+        plain.with_drafter(drafter).generate(prompt, params)[0].token_ids == plain.generate(prompt, params)[0].token_ids
+    )

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_block_cache import check_balance
 from test_engine import DRAFT_TABLE, PROMPTS, TABLE, MarkovDrafter
 
 from outrider import LLM, SamplingParams
 from outrider.engine.engine import Engine
 from outrider.errors import InvalidRequest, OutriderError
-from outrider.kv_cache.contiguous import ContiguousCache
 from outrider.models.toy import ToyTarget
 from outrider.scheduling.fixed import FixedPolicy
 from outrider.types import StepRecord
@@ -243,10 +243,12 @@ def test_wrong_params_are_refused(llm: LLM) -> None:
 # ------------------------------------------------------------------------------------------------ interrupts
 
 
-def _toy(rows: int = 3, chunk: int = 4, **options: Any) -> Engine:
+def _toy(rows: int = 3, chunk: int = 4, memory: int | None = None, **options: Any) -> Engine:
+    """``memory``: 8 bytes a token."""
     policy = FixedPolicy.from_config(FixedPolicy.Config(draft_tokens=3))
     drafter = MarkovDrafter(DRAFT_TABLE, 3)
-    return Engine(ToyTarget(TABLE, **options), drafter, policy, max_rows=rows, capacity=64, chunk=chunk)
+    target = ToyTarget(TABLE, **options) if memory is None else ToyTarget(TABLE, block=1, **options)
+    return Engine(target, drafter, policy, max_rows=rows, capacity=64, chunk=chunk, memory=memory)
 
 
 TEXT = SamplingParams(max_tokens=12, temperature=1.0, seed=9)
@@ -294,7 +296,8 @@ def test_an_interrupt_at_any_line_of_a_step_loses_nothing(stride: int) -> None:
             sys.settrace(None)
         assert _finish(engine, requests) == expected, f"interrupted at line {line}"
         assert not engine.busy and not engine.drafter.seen  # type: ignore[attr-defined]
-        assert not engine.cache._open  # type: ignore[attr-defined]
+        assert engine.cache.free_blocks == engine.cache.pool.count  # type: ignore[attr-defined]
+        check_balance(engine.cache)
         assert engine.totals[0] == len(prompts)
         assert engine.totals[1].generated == sum(map(len, expected))
         line += stride
@@ -319,28 +322,6 @@ def test_an_interrupted_generate_leaves_a_working_engine(llm: LLM) -> None:
 # ------------------------------------------------------------------------------------------------ memory
 
 
-class _Pool(ContiguousCache):
-    """A cache whose slots share room for a number of tokens."""
-
-    room = 0
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._reserved: dict[int, int] = {}
-
-    def reserve(self, slot: int, tokens: int) -> bool:
-        assert slot in self._open, "only open slots are asked for"
-        others = sum(n for s, n in self._reserved.items() if s != slot)
-        if others + tokens > self.room:
-            return False
-        self._reserved[slot] = tokens
-        return True
-
-    def release(self, slot: int) -> None:
-        self._reserved.pop(slot, None)
-        super().release(slot)
-
-
 @pytest.mark.parametrize("room", [30, 47, 80])
 def test_rows_that_are_preempted_are_computed_again_and_lose_nothing(
     room: int, monkeypatch: pytest.MonkeyPatch
@@ -348,18 +329,12 @@ def test_rows_that_are_preempted_are_computed_again_and_lose_nothing(
     plain = _toy()
     expected = _finish(plain, [plain.submit(p, TEXT, 9, i) for i, p in enumerate(PROMPTS)])
     preempted: list[int] = []
-
-    def new_cache(self: ToyTarget, slots: int, capacity: int) -> _Pool:
-        cache = _Pool(slots, capacity, [((1, capacity, 1), (0,))], torch.int64)
-        cache.room = room
-        return cache
-
-    monkeypatch.setattr(ToyTarget, "new_cache", new_cache)
-    engine = _toy()
+    engine = _toy(memory=8 * room)
     keep = engine._preempt
     monkeypatch.setattr(engine, "_preempt", lambda r: (preempted.append(r.number), keep(r)))
     assert _finish(engine, [engine.submit(p, TEXT, 9, i) for i, p in enumerate(PROMPTS)]) == expected
     assert bool(preempted) == (room < 60)
+    check_balance(engine.cache)
 
 
 def test_observers_see_every_step_as_it_was_committed() -> None:

@@ -111,7 +111,8 @@ def make_checkpoint(
         draft_vocab_size=drafted,
         format="test",
     )
-    shapes = {name: shape.sizes for name, shape in checkpoint.shapes().items() if shape.required}
+    own_head = {"head.weight"} if drafted < VOCABULARY else set()
+    shapes = {name: s.sizes for name, s in checkpoint.shapes().items() if s.required or name in own_head}
     shapes.pop("d2t", None)
     tensors = _random(shapes, seed)
     if target is not None:

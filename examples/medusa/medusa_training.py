@@ -57,6 +57,6 @@ class MedusaTraining:
 
     heads: int = 3
 
-    def start(self, target: Any, config: Any, tokens: Any, layers: Any = None) -> MedusaNetwork:
+    def start(self, target: Any, config: Any, tokens: Any, layers: Any = None, counts: Any = None) -> MedusaNetwork:
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=None)
         return MedusaNetwork(new_checkpoint(MedusaDesign(self.heads), decoder, target.spec, (), 0), target)

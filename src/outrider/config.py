@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -11,12 +12,28 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from outrider.errors import InvalidRequest, nearest
 
-__all__ = ["LayerConfig", "RopeConfig", "Rule", "SamplingParams", "StackConfig", "build", "whole_number"]
+__all__ = [
+    "Grammar",
+    "GrammarKind",
+    "LayerConfig",
+    "RopeConfig",
+    "Rule",
+    "SamplingParams",
+    "StackConfig",
+    "build",
+    "whole_number",
+]
 
 Rule = Literal["rejection", "block", "coupled"]
 RULES: tuple[Rule, ...] = ("rejection", "block", "coupled")
 SMALLEST_TEMPERATURE = 1e-37
 """Below it a temperature is 0, or not a normal number, in float32: greedy."""
+MOST_LOGPROBS = 100
+"""Likeliest tokens whose log-probabilities a request may ask for at each position."""
+GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
+GRAMMARS: tuple[GrammarKind, ...] = ("json_object", "json_schema", "regex", "lark")
+LONGEST_GRAMMAR = 100_000
+"""Characters of a schema, an expression or a grammar."""
 LARGEST_BIAS = 1e30
 """Of a logit bias: far beyond any logit, and far from the end of float32."""
 
@@ -30,6 +47,50 @@ def build(kind: type[T], options: Mapping[str, Any], what: str) -> T:
         if key not in known:
             raise InvalidRequest(f"{what}: unknown option {key!r}; {nearest(key, known)}")
     return kind(**options)
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a text must be: the tokens that would break it are never sampled, and its end ends the text.
+
+    ``json_object``: any JSON object. ``json_schema``: JSON that is valid under the schema in ``text``. ``regex``: text
+    that the whole expression matches, in the syntax of Rust's regex crate. ``lark``: a context-free grammar in
+    llguidance's form of Lark. Raises InvalidRequest; whether llguidance accepts it is known when it is submitted.
+    """
+
+    kind: GrammarKind
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMARS:
+            raise InvalidRequest(
+                f"a grammar's kind must be one of {', '.join(GRAMMARS)}, got {self.kind!r}; "
+                f"{nearest(str(self.kind), GRAMMARS)}"
+            )
+        if not isinstance(self.text, str):
+            raise InvalidRequest(f"a grammar's text must be a string, got {type(self.text).__name__}")
+        if len(self.text) > LONGEST_GRAMMAR:
+            raise InvalidRequest(
+                f"a grammar may have {LONGEST_GRAMMAR} characters, got {len(self.text)}; use a simpler one"
+            )
+        if self.kind == "json_object":
+            if self.text:
+                raise InvalidRequest("a json_object grammar takes no text; for a schema use the kind json_schema")
+        elif not self.text:
+            raise InvalidRequest(f"a {self.kind} grammar needs its text, got an empty one")
+        elif self.kind == "json_schema":
+            _check_schema(self.text)
+
+
+def _check_schema(text: str) -> None:
+    """Raise InvalidRequest for what is not a JSON object."""
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:  # a schema may be nested deeper than Python reads
+        what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(f"a json_schema grammar's text must be JSON: {what}") from None
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"a JSON schema must be an object, got {type(schema).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +123,15 @@ class SamplingParams:
     """Strings that end the text; they are not part of it."""
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
+    priority: int = 0
+    """Of requests that wait, those of the smallest number get a row first; -100 to 100."""
+    logprobs: int | None = None
+    """Report each new token's log-probability and those of this many likeliest tokens, of the target's logits before
+    bias, penalties, temperature and truncation. None: not computed."""
+    draft_tokens: int | None = None
+    """The most drafts of a round, within what drafter and policy allow; 0 decodes plainly. None: no own limit."""
+    grammar: Grammar | None = None
+    """What the text must be; its end ends the text, whatever ``ignore_eos`` says."""
 
     def __post_init__(self) -> None:
         def refuse(name: str, expected: str) -> NoReturn:
@@ -80,6 +150,9 @@ class SamplingParams:
 
         whole("max_tokens", 1)
         whole("top_k", 0)
+        whole("priority", -100)
+        if self.priority > 100:
+            refuse("priority", "between -100 and 100")
         number("temperature", 0, 100, "between 0 (greedy) and 100")
         number("top_p", 0, 1, "above 0 and at most 1", above=True)
         number("min_p", 0, 1, "between 0 and 1")
@@ -95,6 +168,14 @@ class SamplingParams:
             object.__setattr__(self, "seed", seed)
         if not isinstance(self.ignore_eos, bool):
             refuse("ignore_eos", "True or False")
+        for name, most in (("logprobs", MOST_LOGPROBS), ("draft_tokens", None)):
+            given = getattr(self, name)
+            value = None if given is None else _whole(given)
+            if given is not None and (value is None or value < 0 or (most is not None and value > most)):
+                refuse(name, f"None or a whole number from 0{'' if most is None else f' to {most}'}")
+            object.__setattr__(self, name, value)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            refuse("grammar", "a Grammar or None")
         if self.rule is not None and self.rule not in RULES:
             raise InvalidRequest(
                 f"rule must be one of {', '.join(RULES)}, got {self.rule!r}; {nearest(str(self.rule), RULES)}"

@@ -54,6 +54,7 @@ TRAINERS = {  # drafter -> how a new one starts, and its network with gradients;
 POLICIES = {
     "fixed": "outrider.scheduling.fixed:FixedPolicy",
     "threshold": "outrider.scheduling.threshold:ThresholdPolicy",
+    "throughput": "outrider.scheduling.throughput:ThroughputPolicy",
 }
 BACKENDS = {
     "reference": "outrider.backends.reference:ReferenceBackend",
@@ -61,6 +62,7 @@ BACKENDS = {
 }
 KV_CACHES = {
     "contiguous": "outrider.kv_cache.contiguous:ContiguousCache",
+    "gathered": "outrider.kv_cache.gathered:GatheredCache",
     "native": "outrider.backends.native:NativeCache",
     "transformers": "outrider.models.huggingface:TransformersCache",
 }

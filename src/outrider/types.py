@@ -20,18 +20,28 @@ from torch import Tensor
 from outrider.config import SamplingParams, StackConfig
 
 __all__ = [
+    "AutoregressiveParts",
     "Backend",
-    "BlockHead",
+    "BlockDrafter",
+    "BlockParts",
     "Context",
     "Distribution",
     "DraftLoop",
+    "DraftReport",
     "Drafter",
+    "Drafts",
     "DraftsBlocks",
+    "DraftsInTurn",
     "Event",
     "Forgets",
+    "HasStack",
+    "InTurnDrafter",
     "KVCache",
+    "MarkovParts",
     "Mask",
     "Output",
+    "PagedCache",
+    "PagedTarget",
     "Piece",
     "Processor",
     "Proposal",
@@ -43,15 +53,18 @@ __all__ = [
     "Rng",
     "RowRecord",
     "SchedulerPolicy",
+    "SharesPrefixes",
     "Stack",
     "StackOutput",
     "StepCost",
     "StepObserver",
     "StepRecord",
     "StepView",
+    "StepsAside",
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
+    "TokenLogprobs",
     "Verification",
 ]
 
@@ -79,7 +92,8 @@ class RaggedBatch:
         offsets = [0]
         for row in rows:
             offsets.append(offsets[-1] + len(row))
-        as_tensor = torch.tensor([*tokens, *positions, *slots, *offsets], dtype=torch.int64)  # one allocation
+        # One allocation, by numpy: it reads a list several times faster than torch.
+        as_tensor = torch.from_numpy(np.array([*tokens, *positions, *slots, *offsets], np.int64))
         t, b = len(tokens), len(rows)
         return RaggedBatch(as_tensor[:t], as_tensor[t : 2 * t], as_tensor[2 * t : 2 * t + b], as_tensor[2 * t + b :])
 
@@ -142,11 +156,13 @@ class Proposal:
         """Pad ragged deterministic drafts, and how sure of each token the drafter is, to the longest row."""
         lengths = [len(row) for row in tokens]
         shape = len(lengths), max(lengths, default=0)
+        drafts = np.array([[*row, *[0] * (shape[1] - len(row))] for row in tokens], np.int64)
+        sure = np.array([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence], np.float32)
         return Proposal(
-            torch.tensor([[*row, *[0] * (shape[1] - len(row))] for row in tokens], dtype=torch.int64).view(shape),
-            torch.tensor(lengths, dtype=torch.int64),
+            torch.from_numpy(drafts.reshape(shape)),
+            torch.from_numpy(np.array(lengths, np.int64)),
             None,
-            torch.tensor([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence]).view(shape),
+            torch.from_numpy(sure.reshape(shape)),
         )
 
 
@@ -180,6 +196,11 @@ class Context:
     prompt_lengths: Sequence[int]  # B
     processors: Sequence[Sequence[Processor]] | None = None  # B: applied after the request's own (a grammar's mask)
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether the distribution of some row depends on the tokens before it by other ways than the model."""
+        return self.processors is not None or any(p.penalised for p in self.params)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestRows:
@@ -210,6 +231,7 @@ class RequestStats:
     seconds: float = 0.0  # from the first prefill to the last commit
     accepted_per_position: list[int] = field(default_factory=list)  # rounds that accepted at least j + 1 drafts
     drafted_per_position: list[int] = field(default_factory=list)  # rounds that verified at least j + 1 drafts
+    cached_tokens: int = 0  # of the prompt: taken over from an earlier request instead of computed
 
     @property
     def acceptance_length(self) -> float:
@@ -222,12 +244,30 @@ class RequestStats:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the target's probabilities at one position: softmax of its logits as they are."""
+
+    logprob: float  # of the committed token
+    top: tuple[tuple[int, float], ...]  # token ids with theirs, the likeliest first; on ties the lowest id
+
+
+@dataclass(frozen=True, slots=True)
+class DraftReport:
+    """What the drafter said of a draft."""
+
+    probability: float | None  # with which it was drawn; None: it was not sampled
+    confidence: float | None  # that it would be accepted; None: the drafter reports none
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Text of one committed token (may be empty while a character is incomplete)."""
 
     token_id: int
     text: str
     drafted: bool  # the drafter proposed it and the target accepted it
+    logprobs: TokenLogprobs | None = None  # where the request asked for them
+    draft: DraftReport | None = None  # of an accepted draft, where the request asked for log-probabilities
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +329,12 @@ class StepView:
     contexts: Sequence[int]  # B: committed tokens, the prompt included
     stats: Sequence[RequestStats]  # B: rounds, drafts and accepted drafts so far; read only
     params: Sequence[SamplingParams]  # B
+    slots: Sequence[int] = ()  # B: the row's slot; empty: 0, 1, ...
+    requests: Sequence[int] = ()  # B: the number of the row's request; empty: unknown
+    can_draft: int = -1  # only so many rows, the first ones, can be drafted for; -1: all
+    tokens: int = 0  # of the target pass without drafts: B, and chunks of prompts beside them; 0: B
+    rows: int = 0  # of the target pass; 0: B
+    context: int = 0  # cached tokens over all rows of the pass; 0: those of the B rows
 
     def __len__(self) -> int:
         return len(self.contexts)
@@ -360,11 +406,61 @@ class KVCache(Protocol):
         ...
 
 
+@runtime_checkable
+class SharesPrefixes(Protocol):
+    """A KV cache, or a drafter that has one, in which sequences that begin alike share what they hold, during their
+    lives and afterwards."""
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """How many tokens from the beginning of a sequence are held."""
+        ...
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """Begin an empty slot with the first ``count`` tokens of a sequence, at most as many as ``match`` has found."""
+        ...
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """Let others take over what a slot holds; ``tokens`` of the sequence, from its start."""
+        ...
+
+
+@runtime_checkable
+class PagedCache(KVCache, SharesPrefixes, Protocol):
+    """A cache whose slots share blocks of one pool, so that ``reserve`` says what memory there really is."""
+
+    block_bytes: int
+    block_tokens: int
+    free_blocks: int  # that ``reserve`` can still get
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        ...
+
+    def reset(self) -> None:
+        """Release every slot; what was published stays."""
+        ...
+
+
+@runtime_checkable
+class PagedTarget(Protocol):
+    """A stack or target with such a cache."""
+
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
+        """``capacity``: most tokens of a sequence (less, where ``memory`` holds no such). ``memory``: bytes for all
+        slots together; None: as much as all of them can need. ``kv_dtype``: what keys and values are kept as.
+        ``ahead``: tokens after a position that its keys and values depend on."""
+        ...
+
+
 class Stack(Protocol):
     """A decoder stack on one kind of hardware."""
 
     config: StackConfig
 
+    @property
+    def dtype(self) -> torch.dtype | str: ...  # of its weights, as it was loaded
     def new_cache(self, slots: int, capacity: int) -> KVCache: ...
     def forward(
         self,
@@ -427,35 +523,135 @@ class DraftLoop(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class MarkovParts:
+    """The sequential head of a block drafter (DSpark, equations 4 to 6). r: its rank."""
+
+    kind: str  # vanilla, gated or rnn
+    w1: Tensor  # [V, r]
+    w2: Tensor  # [Vd, r]
+    mix: Tensor | None  # the part of the product that reads no hidden states: [r, r] gated, [3 r, 2 r] rnn
+    mix_hidden: Tensor | None  # the part that does: [r, D] gated, [3 r, D] rnn
+    mix_bias: Tensor | None  # [r] gated, [3 r] rnn
+    shortlist: int  # tokens that a sampled draft is drawn from, those of the largest base logits
+
+
+@dataclass(frozen=True, slots=True)
+class BlockParts:
+    """What a block drafter is made of. Vd: tokens it can draft."""
+
+    layers: Stack
+    embedding: Stack  # the stack whose embedding it reads, and the one whose head it uses: its own or the target's
+    head: Stack
+    block_size: int
+    first: int  # slot of the first draft: 0 or 1
+    mask_token_id: int
+    vocab_size: int  # V
+    fusion: Tensor  # [D, F]: features to the context's hidden states, before ``fusion_norm`` [D]
+    fusion_norm: Tensor
+    markov: MarkovParts | None
+    confidence: tuple[Tensor, Tensor] | None  # weight [D], or [D + r] where it reads W1 of the token before; bias [1]
+    ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """Drafts of n rows, K each."""
+
+    tokens: Tensor  # int64 [n, K]
+    confidence: Tensor  # float32 [n, K]
+    ids: Tensor | None  # int64 [n K, S], ascending, filled up with V: tokens of the distributions; None: all of them
+    logits: Tensor | None  # float32 [n K, S] after temperature; None: all rows are greedy
+
+
 @runtime_checkable
 class DraftsBlocks(Protocol):
-    """A backend that drafts a whole block with DSpark's Markov head in one call."""
+    """A backend that drafts a whole block in one call."""
 
-    def markov_head(
-        self,
-        kind: str,
-        w1: Tensor,
-        w2: Tensor,
-        mix: Tensor | None,
-        ids: Tensor | None,
-        dtype: torch.dtype | str,
-        shortlist: int,
-    ) -> BlockHead:
-        """kind: vanilla, gated or rnn. w1 [V, r], w2 [Vd, r]; mix: the part of the product that does not read hidden
-        states, [r, r] gated, [3 r, 2 r] rnn; ids int64 [Vd]: target id of each draft id, ascending; None: the same."""
+    def block_drafter(self, parts: BlockParts, dtype: torch.dtype | str) -> BlockDrafter | None:
+        """None where it cannot: a part is on another backend, for instance."""
         ...
 
 
-class BlockHead(Protocol):
-    """A Markov head on one kind of hardware."""
+class BlockDrafter(Protocol):
+    """A block drafter on one kind of hardware. Rows whose features wait come in order, ``counts`` tokens each."""
+
+    def absorb(self, cache: KVCache, slots: Sequence[int], counts: Sequence[int], features: Sequence[Tensor]) -> None:
+        """Append the keys and values of waiting features, [tokens, F] in pieces, row after row."""
+        ...
 
     def draft(
-        self, base: Tensor, mixed: Tensor | None, anchors: Tensor, keys: Tensor, temperatures: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """base [n, K, Vd], mixed [n K, ...], anchors int64 [n], keys int64 [n, K], temperatures float32 [n] -> tokens
-        int64 [n, K], margins float32 [n, K], ids and logits [n K, S] of the distributions, None where all are greedy.
+        self,
+        cache: KVCache,
+        slots: Sequence[int],
+        counts: Sequence[int],
+        features: Sequence[Tensor],
+        anchors: Sequence[int],
+        drafts: int,
+        keys: Tensor | None,
+        params: Sequence[SamplingParams],
+    ) -> Drafts:
+        """The same, then K ``drafts`` for each of n rows; nothing of them stays in the cache. anchors [n]: the rows'
+        last tokens; keys int64 [n, K] of ``Rng.token_keys``, None where all rows are greedy; ``params`` [n]: of which
+        temperature and truncation are applied."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AutoregressiveParts:
+    """What an autoregressive drafter that reads features is made of. Vd: tokens it can draft."""
+
+    layers: Stack
+    embedding: Stack  # the stack whose embedding it reads, and the one whose head it uses: its own or the target's
+    head: Stack
+    fusion: Tensor | None  # [D, F]: features to a state; None: they are one
+    feature_norm: Tensor | None  # [F], before the fusion
+    feature_groups: int  # parts of the features that are normalised each by itself
+    embed_norm: Tensor  # [D]
+    hidden_norm: Tensor  # [D]
+    projection: Tensor | None  # [D, 2 D]; None: the layers take embedding and state side by side, and a residual
+    norm_residual: bool  # whether that residual is the normalised state
+    feeds_normed: bool  # whether the state fed back is the one after the final norm
+    ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
+
+
+@runtime_checkable
+class DraftsInTurn(Protocol):
+    """A backend that drafts several tokens, each from the state of the one before, in one call."""
+
+    def autoregressive_drafter(self, parts: AutoregressiveParts, dtype: torch.dtype | str) -> InTurnDrafter | None:
+        """None where it cannot: a part is on another backend, for instance."""
+        ...
+
+
+class InTurnDrafter(Protocol):
+    """An autoregressive drafter on one kind of hardware."""
+
+    def draft(
+        self,
+        cache: KVCache,
+        slots: Sequence[int],
+        counts: Sequence[int],
+        features: Sequence[Tensor],
+        tokens: Sequence[int],
+        drafts: int,
+        keys: Tensor | None,
+        params: Sequence[SamplingParams],
+    ) -> Drafts:
+        """Run the waiting features of n rows, then draft K ``drafts`` a row.
+
+        ``counts`` [n], at least 1: waiting features of each row; ``features`` [T, F] in pieces and ``tokens`` [T], the
+        one that follows each of them, row after row. All but each row's last one stay in the cache. ``keys`` and
+        ``params`` as in ``BlockDrafter.draft``.
         """
         ...
+
+
+@runtime_checkable
+class HasStack(Protocol):
+    """A target whose embedding, layers and head are one stack. A drafter may share its embedding and head."""
+
+    stack: Stack
 
 
 @runtime_checkable
@@ -530,7 +726,8 @@ class SchedulerPolicy(Protocol):
     """How much is drafted, and how much of it is verified.
 
     Non-anticipating: (keep[b] >= j) may depend on confidence[b, :j], on other rows and on the past; never on
-    confidence[b, j:]; and it never sees the tokens (DSpark, Appendix A).
+    confidence[b, j:]; and it never sees the tokens (DSpark, Appendix A). Where every row that ``plan`` was shown is
+    greedy or ``coupled``, texts do not depend on the schedule, and the next ``choose`` may look at everything.
     """
 
     def plan(self, step: StepView) -> Sequence[int]:
@@ -543,6 +740,17 @@ class SchedulerPolicy(Protocol):
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """What the step cost, and accepted drafts per row [B]."""
+        ...
+
+
+@runtime_checkable
+class StepsAside(Protocol):
+    """A policy that can leave the drafter out altogether, so that steps cost what plain decoding costs."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether the drafter is shown what is committed from this step on. Rows that it has not followed from their
+        beginning are drafted for again only after they were shown to it, which counts as time spent on drafting."""
         ...
 
 

@@ -8,7 +8,7 @@ else as bfloat16. Letters: T packed tokens, R rows of logits, V vocabulary, D mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -26,18 +26,41 @@ from outrider.backends.file_formats import (
     takes_blocks,
 )
 from outrider.backends.layers import check_weights, shapes_of
+from outrider.backends.native_drafting import (
+    NativeBlockDrafter,
+    NativeInTurnDrafter,
+    autoregressive_parts,
+    block_parts,
+)
 from outrider.backends.native_verification import verify_native
 from outrider.backends.packed_weights import PackedFile
+from outrider.backends.tuning import apply_once
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.core import native as _native
 from outrider.errors import CacheFull, InvalidRequest, OutriderError, nearest
+from outrider.kv_cache.block_cache import RETAINED, BlockCache
+from outrider.kv_cache.block_pool import BlockPool
 from outrider.registry import find
 from outrider.sampling.distribution import Processed
-from outrider.types import Context, Distribution, KVCache, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
+from outrider.types import (
+    AutoregressiveParts,
+    BlockParts,
+    Context,
+    Distribution,
+    KVCache,
+    Mask,
+    PagedCache,
+    Proposal,
+    RaggedBatch,
+    Rng,
+    StackOutput,
+    Verification,
+)
 
-__all__ = ["NativeBackend", "NativeCache", "NativeMarkovHead", "NativeStack", "available"]
+__all__ = ["NativeBackend", "NativeCache", "NativeStack", "available"]
 
 DTYPES = (*FORMATS, FILE)
+KV_DTYPES = ("auto", "int8")
 PIECE = 8192  # rows of an embedding or a head that are read at a time; a multiple of 64
 NORMS = ("input_norm", "mlp_norm", "attention_out_norm", "mlp_out_norm", "q_norm", "k_norm")
 
@@ -47,37 +70,36 @@ def available() -> bool:
     return _native is not None
 
 
-class NativeCache:
-    """The core's cache: contiguous per slot, blocked by absolute positions. Untouched pages cost no memory."""
+class NativeCache(BlockCache):
+    """The core's cache: pages of 64 positions, read through each slot's table. Untouched pages cost no memory."""
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: Any, ahead: int = 0) -> None:
+        pool = BlockPool(core.pages, _native.block_tokens, ahead, retained=max(1, RETAINED // core.page_bytes))
+        super().__init__(core.slots, core.capacity, pool, core.page_bytes)
         self.core = core
-        self.capacity: int = core.capacity
         self.lengths: Tensor = _native.lengths(core)  # shares memory with the core
-        self._free = list(range(core.slots))
-
-    def open(self) -> int:
-        """Reserve an empty slot, the lowest free one. Raises CacheFull."""
-        if not self._free:
-            raise CacheFull(f"all {len(self.lengths)} slots are in use; close one, or make the cache with more slots")
-        slot = min(self._free)
-        self._free.remove(slot)
-        self.core.set_open(slot, True)
-        return slot
-
-    def reserve(self, slot: int, tokens: int) -> bool:
-        """Whether a sequence of ``tokens`` fits: every slot has its full capacity from the start."""
-        return tokens <= self.capacity
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
         """Drop everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
-        self.core.rewind(slots.numpy(), lengths.numpy())
+        if self.core.rewind(slots.numpy(), lengths.numpy()):
+            for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+                self._cut(slot, length)
 
-    def release(self, slot: int) -> None:
-        """Give a slot back."""
-        assert slot not in self._free, f"slot {slot} is not open"
-        self._free.append(slot)
-        self.core.set_open(slot, False)
+    def make_room(self, batch: RaggedBatch, more: int = 0) -> None:
+        """Room for a batch, and for ``more`` tokens of each row after it. Raises CacheFull."""
+        offsets, positions = batch.offsets.tolist(), batch.positions.tolist()
+        for slot, begin, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
+            if begin < end:
+                self.require(slot, positions[begin], positions[end - 1] + 1 + more)
+
+    def _apply(self, slot: int, table: list[int], fixed: int) -> None:
+        self.core.set_table(slot, table, fixed * self.pool.size)
+
+    def _copy(self, source: int, target: int) -> None:
+        self.core.copy_page(source, target)
+
+    def _set_open(self, slot: int, is_open: bool) -> None:
+        self.core.set_open(slot, is_open)
 
 
 class NativeBackend:
@@ -113,6 +135,7 @@ class NativeBackend:
             core = _native.Stack(spec)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
+        apply_once(core.isa, core.weight_bytes)
         kept, began = PackedFile(weights, key, core.isa), perf_counter()
         if not kept.read_into(core.packed):
             _pack(core, config, weights, formats)
@@ -132,28 +155,34 @@ class NativeBackend:
         assert isinstance(distribution, Processed)
         return distribution.draw(keys)
 
-    def markov_head(
-        self,
-        kind: str,
-        w1: Tensor,
-        w2: Tensor,
-        mix: Tensor | None,
-        ids: Tensor | None,
-        dtype: torch.dtype | str,
-        shortlist: int,
-    ) -> NativeMarkovHead:
-        """The sequential head of a block drafter: see ``NativeMarkovHead``.
+    def block_drafter(self, parts: BlockParts, dtype: torch.dtype | str) -> NativeBlockDrafter | None:
+        """See ``outrider.types.DraftsBlocks``: None where a stack is not the core's, or ids do not ascend."""
+        stacks = _shared(parts)
+        if not stacks:
+            return None
+        stacks["fusion"] = self._product(parts.fusion, dtype)
+        if parts.markov is not None and parts.markov.mix_hidden is not None:
+            stacks["mix"] = self._product(parts.markov.mix_hidden, dtype)
+        return NativeBlockDrafter(block_parts(parts, stacks, self.isa, dtype))
 
-        kind: vanilla, gated or rnn; w1 [V, r], w2 [Vd, r]; mix: the part without hidden states, [r, r] gated,
-        [3 r, 2 r] rnn; ids int64 [Vd]: the target id of each draft id, ascending, None where they are the same.
-        Stored as float32 with ``float32``, else as bfloat16: only a few rows are read, so fewer bits save nothing.
-        """
-        spec = _native.MarkovSpec()
-        spec.isa, spec.kind, spec.rank = self.isa, getattr(_native.MarkovKind, kind), w1.shape[1]
-        spec.dtype = _native.DType.f32 if str(dtype).removeprefix("torch.") == "float32" else _native.DType.bf16
-        spec.vocabulary, spec.drafted, spec.shortlist = len(w1), len(w2), shortlist
-        matrices = [None if m is None else m.detach().float().contiguous() for m in (w1, w2, mix)]
-        return NativeMarkovHead(_native.MarkovHead(spec, *matrices, ids))
+    def autoregressive_drafter(
+        self, parts: AutoregressiveParts, dtype: torch.dtype | str
+    ) -> NativeInTurnDrafter | None:
+        """See ``outrider.types.DraftsInTurn``: None where a stack is not the core's, or ids do not ascend."""
+        stacks = _shared(parts)
+        if not stacks:
+            return None
+        if parts.fusion is not None:
+            stacks["fusion"] = self._product(parts.fusion, dtype)
+        if parts.projection is not None:
+            stacks["projection"] = self._product(parts.projection, dtype)
+        return NativeInTurnDrafter(autoregressive_parts(parts, stacks))
+
+    def _product(self, weight: Tensor, dtype: torch.dtype | str) -> Any:
+        """A matrix [out, in] as the head of a stack without layers."""
+        out, width = weight.shape
+        config = StackConfig(vocab_size=out, hidden_size=width, layers=())
+        return self.load(config, {"head.weight": weight, "norm.weight": torch.ones(width)}, dtype).core
 
 
 class NativeStack:
@@ -165,7 +194,23 @@ class NativeStack:
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
         """A cache of ``slots`` sequences of up to ``capacity`` tokens."""
-        cache: KVCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity))
+        return self.paged_cache(slots, capacity)
+
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
+        """See ``outrider.types.PagedTarget``. ``kv_dtype``: ``auto`` (float32 with float32 weights, else bfloat16) or
+        ``int8``, with a scale per position and head. Raises InvalidRequest."""
+        if kv_dtype not in KV_DTYPES:
+            raise InvalidRequest(
+                f"the native backend keeps no keys and values as {kv_dtype!r}; {nearest(kv_dtype, KV_DTYPES)}"
+            )
+        int8, size = kv_dtype == "int8", _native.block_tokens
+        pages = slots * -(-capacity // size)
+        if memory is not None:
+            page_bytes = self.core.new_cache(1, 1, 1, int8).page_bytes
+            pages = min(pages, max(1, memory // max(1, page_bytes)))
+        cache: PagedCache = find("kv_cache", "native")(self.core.new_cache(slots, capacity, pages, int8), ahead)
         return cache
 
     def forward(
@@ -186,7 +231,7 @@ class NativeStack:
         logits = torch.empty(rows, self._vocabulary) if self._vocabulary else None
         features = torch.empty(count, len(aux_layers) * self._width) if aux_layers else None
         try:
-            self.core.forward(
+            arguments = (
                 cache.core,
                 *_arrays(batch),
                 mask == "causal",
@@ -198,6 +243,7 @@ class NativeStack:
                 None if logits is None else logits.numpy(),
                 None if features is None else features.numpy(),
             )
+            _with_room(self.core.forward, arguments, cache, batch)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, residual, logits_at) from error
         return StackOutput(last, logits, features)
@@ -212,7 +258,8 @@ class NativeStack:
         logits = torch.empty(keys.numel(), self._vocabulary)
         arrays = (keys, temperatures, drawn, logits)
         try:
-            self.core.draft_loop(cache.core, *_arrays(batch), *(array.numpy() for array in arrays))
+            arguments = (cache.core, *_arrays(batch), *(array.numpy() for array in arrays))
+            _with_room(self.core.draft_loop, arguments, cache, batch, keys.shape[1] - 1)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, None, None, None) from error
         return drawn, logits
@@ -221,7 +268,7 @@ class NativeStack:
         """Write every layer's keys and values of ``hidden`` [T, D], taken as it is: no layer's norm is applied."""
         given = hidden.detach().float().numpy()
         try:
-            self.core.project(cache.core, *_arrays(batch), given)
+            _with_room(self.core.project, (cache.core, *_arrays(batch), given), cache, batch)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, None, None) from error
 
@@ -245,52 +292,28 @@ class NativeStack:
         return logits.view(*hidden.shape[:-1], self._vocabulary)
 
 
+def _shared(parts: BlockParts | AutoregressiveParts) -> dict[str, Any]:
+    """The core's stacks of a drafter's parts by name; empty where one is on another backend, or ids do not ascend."""
+    stacks = {"layers": parts.layers, "embedding": parts.embedding, "head": parts.head}
+    ascending = parts.ids is None or bool((parts.ids.diff() > 0).all())
+    found = {name: stack.core for name, stack in stacks.items() if isinstance(stack, NativeStack)}
+    return found if ascending and len(found) == len(stacks) else {}
+
+
+def _with_room(
+    call: Callable[..., None], arguments: tuple[Any, ...], cache: NativeCache, batch: RaggedBatch, more: int = 0
+) -> None:
+    """Call the core; where a slot has no page yet for what is written, give it some and call again."""
+    try:
+        call(*arguments)
+    except _native.NoRoom:
+        cache.make_room(batch, more)
+        call(*arguments)
+
+
 def _arrays(batch: RaggedBatch) -> tuple[Any, ...]:
     """A batch as numpy arrays on the same memory: they cross to the core several times faster than tensors."""
     return batch.tokens.numpy(), batch.positions.numpy(), batch.slots.numpy(), batch.offsets.numpy()
-
-
-class NativeMarkovHead:
-    """Drafts a block in one call, from a shortlist of the tokens whose base logits are largest.
-
-    Greedy drafts are the largest of all corrected logits all the same: a bound shows whether a token outside the
-    shortlist could win, and then it is computed. Sampled ones are drawn from the distribution of the shortlist.
-    n rows, K drafts, Vd draft vocabulary, S entries of a shortlist.
-    """
-
-    def __init__(self, core: Any) -> None:
-        self.core = core
-
-    def draft(
-        self, base: Tensor, mixed: Tensor | None, anchors: Tensor, keys: Tensor, temperatures: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """base [n, K, Vd] logits, mixed [n, K, r or 3 r] of the hidden states with its bias (None: vanilla), anchors
-        int64 [n], keys int64 [n, K] of ``rng.gumbel``, temperatures float32 [n] (0 = the largest logit).
-
-        -> target ids int64 [n, K]; by how much the largest corrected logit exceeds the second, float32 [n, K]; and,
-        where rows are sampled, what each draft was drawn from: target ids int64 [n * K, S], ascending (the vocabulary's
-        size: no token), and logits after temperature [n * K, S].
-        """
-        count = keys.numel()
-        tokens, margins = torch.empty_like(keys), torch.empty(keys.shape)
-        distribution = None
-        if bool(temperatures.any()):
-            size = self.core.shortlist
-            distribution = torch.empty(count, size, dtype=torch.int64), torch.empty(count, size)
-        try:
-            self.core.draft(
-                base.reshape(count, -1).numpy(),
-                None if mixed is None else mixed.reshape(count, -1).numpy(),
-                anchors.numpy(),
-                keys.numpy(),
-                temperatures.numpy(),
-                tokens.numpy(),
-                margins.numpy(),
-                *((None, None) if distribution is None else (distribution[0].numpy(), distribution[1].numpy())),
-            )
-        except ValueError as error:
-            raise InvalidRequest(str(error)) from error
-        return tokens, margins, distribution
 
 
 # ------------------------------------------------------------------------------------------------ loading

@@ -20,10 +20,22 @@ from outrider.backends.layers import check_weights, weight_shapes
 from outrider.config import LayerConfig, RopeConfig, StackConfig
 from outrider.errors import InvalidRequest, nearest
 from outrider.kv_cache.attention import Pass, attend
+from outrider.kv_cache.gathered import BLOCK
 from outrider.registry import find
 from outrider.sampling.distribution import Processed, check_rows, settled
 from outrider.sampling.verification import verify
-from outrider.types import Context, Distribution, KVCache, Mask, Proposal, RaggedBatch, Rng, StackOutput, Verification
+from outrider.types import (
+    Context,
+    Distribution,
+    KVCache,
+    Mask,
+    PagedCache,
+    Proposal,
+    RaggedBatch,
+    Rng,
+    StackOutput,
+    Verification,
+)
 
 __all__ = ["ReferenceBackend", "ReferenceStack"]
 
@@ -227,6 +239,20 @@ class ReferenceStack:
             rotary.grow(capacity)
         shapes = [(layer.num_kv_heads, capacity, layer.head_dim) for layer in self.config.layers]
         cache: KVCache = find("kv_cache", "contiguous")(slots, capacity, [(s, s) for s in shapes], self.dtype)
+        return cache
+
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
+        """See ``outrider.types.PagedTarget``. Raises InvalidRequest for a ``kv_dtype`` that is not ``auto``."""
+        if kv_dtype != "auto":
+            raise InvalidRequest(f"the reference backend keeps keys and values in its own dtype, not as {kv_dtype!r}")
+        for rotary in self._rotaries.values():
+            rotary.grow(capacity)
+        shapes = [(layer.num_kv_heads, BLOCK, layer.head_dim) for layer in self.config.layers]
+        cache: PagedCache = find("kv_cache", "gathered")(
+            slots, capacity, [(s, s) for s in shapes], self.dtype, memory=memory, ahead=ahead
+        )
         return cache
 
     @torch.inference_mode()

@@ -166,6 +166,14 @@ class DraftCheckpoint:
         return self.draft_vocab_size != self.vocab_size
 
     @property
+    def drafted(self) -> Tensor:
+        """Whether each token of the target can be drafted, int64 0 or 1 [V]."""
+        ids = torch.arange(self.draft_vocab_size)
+        if self.reduced:
+            ids = ids + self.tensors["d2t"].long()
+        return torch.zeros(self.vocab_size, dtype=torch.int64).index_fill(0, ids, 1)
+
+    @property
     def num_aux_layers(self) -> int:
         """How many layers of the target it reads."""
         return self.design.default_layer_count if self.target_layers is None else len(self.target_layers)
@@ -187,7 +195,8 @@ class DraftCheckpoint:
         shapes = (weight_shapes(stack) if stack.layers else {}) | self.design.shapes(sizes)
         shapes["embed.weight"] = Shape((self.vocab_size, self.hidden_size), required=self._own_width)
         shapes["head.weight"] = Shape(
-            (self.draft_vocab_size, self.hidden_size), required=self.reduced or self._own_width
+            (self.draft_vocab_size, self.hidden_size),
+            required=self._own_width,  # a reduced one is made of the target's rows
         )
         shapes["d2t"] = Shape((self.draft_vocab_size,), required=self.reduced)
         shapes["t2d"] = Shape((self.vocab_size,), required=False)

@@ -20,6 +20,7 @@ COMMANDS = {  # in the order of the help
     "demo": "outrider.cli.demo:demo",
     "generate": "outrider.cli.generate:generate",
     "chat": "outrider.cli.chat:chat",
+    "serve": "outrider.cli.serve:serve",
     "bench": "outrider.cli.bench:bench",
     "profile": "outrider.cli.profile:profile",
     "models": "outrider.cli.models:models",

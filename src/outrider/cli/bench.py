@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from outrider.cli.bench_load import LoadOptions, bench_load
 from outrider.cli.common import (
     Backend,
     Chat,
@@ -54,7 +55,9 @@ def bench(
     temperature: Annotated[
         list[float] | None, typer.Option("--temperature", help="May be repeated. Default: 0 and 1.")
     ] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Prompts answered together.")] = 1,
+    concurrency: Annotated[
+        str, typer.Option("--concurrency", help="Prompts answered together; of a load, clients: 1,4,16.")
+    ] = "1",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=2, help="New tokens of each answer.")] = 96,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times each pair is measured.")] = 3,
     chat: Chat = None,
@@ -63,6 +66,19 @@ def bench(
     draft_tokens: DraftTokens = None,
     dtype: Dtype = "auto",
     backend: Backend = "auto",
+    load: Annotated[
+        str | None,
+        typer.Option("--load", help="closed or open: clients over HTTP instead; each policy has a server of its own."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="The load goes to this OpenAI-compatible server, whatever it is.")
+    ] = None,
+    policies: Annotated[
+        str, typer.Option("--policies", help="Of a load: none, auto, NAME or NAME:DRAFTS, separated by commas.")
+    ] = "none,auto",
+    rate: Annotated[str, typer.Option("--rate", help="Requests a second of an open load, separated by commas.")] = "",
+    duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of each load.")] = 30.0,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw a load's figures into this file.")] = None,
     json: JsonFile = None,
 ) -> None:
     """Measure drafters against plain decoding, in turns (A B A B), in one process.
@@ -77,14 +93,44 @@ def bench(
 
     [cyan]outrider bench[/cyan]
 
+    [cyan]outrider bench --load closed --concurrency 1,4,16 --policies none,fixed:3 --model smollm2[/cyan]
+
+    [cyan]outrider bench --url http://localhost:8080 --concurrency 8 --duration 60[/cyan]
+
     [cyan]outrider bench --drafter ngram --drafter suffix --prompts gsm8k.jsonl --temperature 0 --json out.json[/cyan]
     """
+    if load is not None or url is not None:
+        bench_load(
+            LoadOptions(
+                loop=load or "closed",
+                url=url,
+                model=model,
+                drafter=_only_one("--drafter", drafter, "auto"),
+                policies=policies,
+                concurrency=concurrency,
+                rate=rate,
+                duration=duration,
+                prompts=prompts or [],
+                limit=limit,
+                draft_tokens=draft_tokens,
+                seed=seed,
+                chat=chat,
+                temperature=_only_one("--temperature", temperature, 0.0),
+                max_tokens=max_tokens,
+                dtype=dtype,
+                backend=backend,
+                json=json,
+                plot=plot,
+            )
+        )
+        return
+    together = _prompts_together(concurrency)
     from outrider.engine.llm import LLM
     from outrider.evaluation.recording import FailedPrompt, read_prompts, runnable
     from outrider.evaluation.speedup import default_prompt_files, run_bench
 
     given = {path.stem: read_prompts(path) for path in prompts or []}
-    plain = LLM(load_target_model(model, dtype, backend), "none", max_rows=concurrency)
+    plain = LLM(load_target_model(model, dtype, backend), "none", max_rows=together)
     as_chat = asks_as_chat(chat, model, plain.tokenizer)
     read = given or {path.stem: read_prompts(path) for path in default_prompt_files(as_chat)}
     known = ["ngram", "suffix", *(["draft_model"] if model == "embedded" else [])]
@@ -112,7 +158,7 @@ def bench(
             plain,
             sets,
             temperatures=temperature or [0.0, 1.0],
-            concurrency=concurrency,
+            concurrency=together,
             max_tokens=max_tokens,
             repeats=repeats,
             seed=seed,
@@ -123,6 +169,20 @@ def bench(
     say_asked(chat, as_chat)
     write_json(json, {**result, "chat": as_chat, "errors": [asdict(one) for one in failed]})
     report_failed(failed, sum(len(some[:limit]) for some in read.values()))
+
+
+def _only_one(name: str, given: list[Any] | None, default: Any) -> Any:
+    if given and len(given) > 1:
+        raise InvalidRequest(f"a load takes one {name}, got {len(given)}")
+    return given[0] if given else default
+
+
+def _prompts_together(given: str) -> int:
+    if not (given.isascii() and given.isdigit() and int(given) >= 1):
+        raise InvalidRequest(
+            f"--concurrency: expected a whole number of at least 1 (several with --load), got {given!r}"
+        )
+    return int(given)
 
 
 def _table(result: dict[str, Any]) -> Table:

@@ -91,12 +91,13 @@ def evaluate(
     --draft-tokens 7 --prompts gsm8k.jsonl --prompts humaneval.jsonl --out study[/cyan]
     """
     from outrider.config import RULES
+    from outrider.engine.cost_tables import machine
     from outrider.errors import nearest
     from outrider.evaluation.drafter_quality import Config
     from outrider.evaluation.drafter_quality import evaluate as run
     from outrider.evaluation.plots import available
     from outrider.evaluation.recording import FailedPrompt
-    from outrider.evaluation.speedup import default_prompt_files, machine
+    from outrider.evaluation.speedup import default_prompt_files
     from outrider.models.loading import load_tokenizer
 
     console = human(json)

@@ -22,7 +22,7 @@ from outrider.cli.common import (
     report_failed,
     write_json,
 )
-from outrider.config import SamplingParams
+from outrider.config import Grammar, SamplingParams
 from outrider.errors import InvalidRequest
 
 __all__ = ["generate"]
@@ -44,6 +44,13 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Send each prompt as a user's message, in the model's chat template.")
     ] = False,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option("--json-schema", metavar="FILE", help="The text is JSON that is valid under this schema."),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="The whole text matches this regular expression (Rust's syntax).")
+    ] = None,
     fail_fast: FailFast = False,
     json: JsonFile = None,
 ) -> None:
@@ -61,15 +68,31 @@ def generate(
 
     [cyan]cat page.txt | outrider generate - --model ./my-model --stop $'\\n\\n'[/cyan]
 
+    [cyan]outrider generate "A date: " --regex '[0-9]{4}-[0-9]{2}-[0-9]{2}'[/cyan]
+
     [cyan]outrider generate --prompts questions.jsonl --chat --json answers.json[/cyan]
     """
     if (prompt is None) == (prompts is None):
         raise InvalidRequest("expected a PROMPT ('-' reads standard input) or --prompts FILE, and not both")
-    params = sampling.params()
+    params = replace(sampling.params(), grammar=_grammar(json_schema, regex))
     if prompts is not None:
         _many(model, params, prompts, chat, fail_fast, json)
     else:
         _one(model, params, read_stdin() if prompt == "-" else str(prompt), chat, json)
+
+
+def _grammar(schema: Path | None, regex: str | None) -> Grammar | None:
+    if schema is not None and regex is not None:
+        raise InvalidRequest("expected --json-schema or --regex, and not both")
+    if regex is not None:
+        return Grammar("regex", regex)
+    if schema is None:
+        return None
+    try:
+        return Grammar("json_schema", schema.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidRequest(f"{schema} cannot be read: {reason}; expected a file with a JSON schema") from None
 
 
 def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, json: str | None) -> None:

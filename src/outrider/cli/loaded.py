@@ -60,7 +60,7 @@ def dtype_hint(llm: LLM) -> str | None:
 def _engine(llm: LLM) -> str:
     """Threads and instruction set."""
     from outrider.backends.native import NativeStack
-    from outrider.evaluation.pass_times import threads
+    from outrider.engine.cost_tables import threads
 
     stack = getattr(llm.target, "stack", None)
     isa = stack.core.isa if isinstance(stack, NativeStack) else "PyTorch"
@@ -90,10 +90,7 @@ def _weights(llm: LLM) -> str:
 
 def _measured(llm: LLM, dtypes: Iterable[str]) -> dict[str, float]:
     """Dtype -> seconds of a pass of one token in one row; of those measured on this machine."""
-    from outrider.evaluation.pass_times import describe, load_costs, model_key, threads
-    from outrider.evaluation.speedup import machine
-    from outrider.scheduling.costs import CostKey
+    from outrider.engine.cost_tables import cost_key, load_costs
 
-    where, count, key = describe(machine()), threads("native"), model_key(llm.target)
-    tables = {dtype: load_costs(CostKey(key, dtype, "native", where, count)) for dtype in dtypes}
+    tables = {dtype: load_costs(cost_key(llm.target, dtype)) for dtype in dtypes}
     return {dtype: table.seconds(1, 1, CONTEXT) for dtype, table in tables.items() if table is not None}

@@ -60,8 +60,8 @@ def profile(
 
     [cyan]outrider profile --shape llama-110m --dtype float32 --dtype int8 --context 256 --json costs.json[/cyan]
     """
-    from outrider.evaluation.pass_times import grid, run_profile, save_costs
-    from outrider.evaluation.speedup import machine
+    from outrider.engine.cost_tables import machine, save_costs
+    from outrider.evaluation.pass_times import grid, run_profile
     from outrider.models.loading import load_backend
 
     console = human(json)

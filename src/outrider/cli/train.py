@@ -32,6 +32,8 @@ STAGES = {  # those that have no command of their own elsewhere -> what their he
     [bold]Examples[/bold]
 
     [cyan]outrider train prompts questions.jsonl chats.jsonl.gz --out runs/my/prompts[/cyan]
+
+    [cyan]outrider train prompts --self 20000 --target smollm2 --out runs/my/prompts[/cyan]
     """,
     "regenerate": """Let the target answer every prompt, with its own sampling settings.
 
@@ -95,6 +97,9 @@ def recipe(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change the recipe for this run. May be repeated."),
     ] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda: prompts, answers and training on an accelerator.")
+    ] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Say what it will cost, by a trial of some seconds, and stop there.")
     ] = False,
@@ -115,9 +120,11 @@ def recipe(
     from outrider.training.recipe import read_recipe, run_recipe
 
     console = human(json)
-    read = read_recipe(file, change or (), out)
-    costs = forecast(read, until)
-    console.print(_costs(costs))
+    on_device = [f"{stage}.device={device}" for stage in ("prompts", "regenerate", "run")] if device else []
+    read = read_recipe(file, [*(change or ()), *on_device], out)
+    costs = [] if device else forecast(read, until)  # the trial runs on the CPU
+    if costs:
+        console.print(_costs(costs))
     if estimate:
         write_json(json, {"estimate": [cost.to_json() for cost in costs]})
         return
@@ -184,27 +191,37 @@ def _stage_command(name: str) -> Callable[..., None]:
         )
         for role, kinds in stage.parents.items()
     ]
-    files = Annotated[list[Path], typer.Argument(metavar="FILES...", help="Data sets.")]
-    sources = [Parameter("files", kind, annotation=files)] if name == "prompts" else []
+    files = Annotated[list[Path] | None, typer.Argument(metavar="[FILES...]", help="Data sets.")]
+    written = Annotated[int | None, typer.Option("--self", min=1, help="Prompts that the target writes itself.")]
+    sources = []
+    if name == "prompts":
+        sources = [Parameter("files", kind, default=None, annotation=files)]
+        sources.append(Parameter("self_written", kind, default=None, annotation=written))
     place = Annotated[Path, typer.Option("--out", help="The stage's own directory.")]
     common = [Parameter("out", kind, annotation=place)]
-    if name != "prompts":
-        common.insert(0, Parameter("target", kind, default="embedded", annotation=Target))
+    common.insert(0, Parameter("target", kind, default="embedded", annotation=Target))
     last = [Parameter("change", kind, default=None, annotation=Change)]
     last += [Parameter("json", kind, default=None, annotation=JsonFile)]
 
     def run(**given: Any) -> None:
+        from outrider.errors import InvalidRequest
         from outrider.training.recipe import changed, configure
         from outrider.training.stages import make, opened
 
         console = human(given["json"])
         values = {key: given[key] for key in options if given[key] is not None}
         if name == "prompts":
-            values["sources"] = [{"path": str(path)} for path in given["files"]]
+            values["sources"] = [{"path": str(path)} for path in given["files"] or ()]
+            if given["self_written"] is not None:
+                values["sources"].append({"self": given["self_written"]})
+            if not values["sources"]:
+                raise InvalidRequest(
+                    "train prompts: give files of prompts, or --self N for prompts of the target's own"
+                )
         config = configure(name, changed(values, given["change"] or ()), f"train {name}")
         folders = {role: given[role] for role in stage.parents if given[role] is not None}
-        target = given.get("target", "")
-        artefact = make(name, config, opened(name, folders, target or None), given["out"], target, console=console)
+        target = given["target"]
+        artefact = make(name, config, opened(name, folders, target), given["out"], target, console=console)
         console.print(f"{artefact.folder}: finished", style="green", markup=False)
         write_json(given["json"], _record(artefact))
 

@@ -18,7 +18,17 @@ from outrider.config import SamplingParams
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
-from outrider.types import Context, DraftLoop, KVCache, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import (
+    Context,
+    DraftLoop,
+    KVCache,
+    PagedCache,
+    Proposal,
+    RaggedBatch,
+    Rng,
+    SharesPrefixes,
+    TargetModel,
+)
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
 
@@ -141,14 +151,15 @@ class DraftModelDrafter:
         # Longest drafts first: the rows that still draft at depth j are then a prefix.
         order = sorted((b for b, n in enumerate(lengths) if n), key=lambda b: -lengths[b])
         missing = self._catch_up([rows[b] for b in order], [context.history[b] for b in order])
-        if self._draft_loop is not None and min(lengths) == width and all(map(_plain, context.params[: len(rows)])):
+        plain = context.processors is None and all(map(_plain, context.params[: len(rows)]))
+        if self._draft_loop is not None and min(lengths) == width and plain:
             return self._draft_at_once(missing, context, width, rng)
         live = [sum(lengths[b] > j for b in order) for j in range(width)]
         index, cache_slots, positions = torch.tensor(
             [order, [rows[b].cache_slot for b in order], [starts[b] for b in order]], dtype=torch.int64
         ).unbind()
         offsets = torch.arange(len(order) + 1)
-        penalised = any(context.params[b].penalised for b in order)
+        penalised = context.stepwise
         seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts that count for penalties
         distributions: list[Processed] = []
         drafts: list[Tensor] = []
@@ -198,6 +209,28 @@ class DraftModelDrafter:
                 chunks.append((row, tokens[first:end]))
         if chunks:
             self._run(chunks)
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """See ``outrider.types.SharesPrefixes``."""
+        return self._cache.match(tokens) if isinstance(self._cache, SharesPrefixes) else 0
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        row = self._rows[slot]
+        if isinstance(self._cache, SharesPrefixes) and count <= row.capacity:
+            self._cache.adopt(row.cache_slot, tokens, count)
+            row.cached = count
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        row = self._rows[slot]
+        if isinstance(self._cache, SharesPrefixes) and row.cached:
+            self._cache.publish(row.cache_slot, tokens[: row.cached])
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        if isinstance(self._cache, PagedCache):
+            self._cache.forget()
 
     def reset_rows(self) -> None:
         """Close all slots at once, with a cache made anew."""

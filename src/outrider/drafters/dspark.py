@@ -8,7 +8,7 @@ n rows that draft, K drafts, S slots of a block, D width, F feature width, r Mar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,34 @@ import torch
 from torch import Tensor
 
 from outrider.checkpoints import DraftCheckpoint
-from outrider.drafters.base import CachedDrafter, Drawing, linear, rms_norm, rowwise
+from outrider.drafters.base import (
+    CachedDrafter,
+    Drawing,
+    draft_keys,
+    known_sampling,
+    linear,
+    packed_proposal,
+    rms_norm,
+    rowwise,
+)
 from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import InvalidRequest
-from outrider.types import Backend, BlockHead, Context, DraftsBlocks, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import (
+    Backend,
+    BlockDrafter,
+    BlockParts,
+    Context,
+    DraftsBlocks,
+    MarkovParts,
+    Proposal,
+    RaggedBatch,
+    Rng,
+    TargetModel,
+)
 
-__all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead"]
+__all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead", "markov_parts"]
+
+MIXES = {"gated": "markov.gate", "rnn": "markov.joint"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +60,9 @@ class DSparkConfig:
     """Whether the anchor's slot predicts; None: as the checkpoint says."""
     target_layers: tuple[int, ...] | None = None
     """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
-
+    dtype: str = "auto"
+    """Precision of the drafter alone: float32, bfloat16, int8 or int4 (its head int8); auto: int8 where the native core
+    runs, else the target's. Rounding changes what it proposes a little, and its speed a lot; never the text."""
     shortlist: int = 1024
     """On the native core: how many tokens, those of the largest base logits, a sampled draft is drawn from."""
 
@@ -72,11 +96,10 @@ class DSparkDrafter(CachedDrafter):
         checkpoint = replace(checkpoint, design=design)
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows)
         self.block = min(self.block, design.drafts)
-        self.head = SequentialHead(
-            design, checkpoint.tensors, backend, dtype, target_ids=self.net.target_ids, shortlist=config.shortlist
-        )
+        self.head = SequentialHead(design, checkpoint.tensors, backend, dtype)
         self._fc = linear(backend, checkpoint.tensors["fc.weight"], dtype)
         self._hidden_norm = checkpoint.tensors["hidden_norm.weight"].float()
+        self.core = self._block_drafter(checkpoint.tensors, backend, dtype, config.shortlist)
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Keep the features of committed tokens. They become keys and values at the next draft, or when many wait."""
@@ -84,29 +107,76 @@ class DSparkDrafter(CachedDrafter):
         if full:
             self._absorb(full)
 
+    def _block_drafter(
+        self, tensors: Mapping[str, Tensor], backend: Backend, dtype: torch.dtype | str, shortlist: int
+    ) -> BlockDrafter | None:
+        """Drafts whole blocks in one call of the backend, where it can."""
+        if not isinstance(backend, DraftsBlocks) or self.net.embedding is None or self.net.head is None:
+            return None
+        parts = BlockParts(
+            layers=self.net.stack,
+            embedding=self.net.embedding,
+            head=self.net.head,
+            block_size=self.design.block_size,
+            first=0 if self.design.sample_from_anchor else 1,
+            mask_token_id=self.design.mask_token_id,
+            vocab_size=self.net.vocab_size,
+            fusion=tensors["fc.weight"],
+            fusion_norm=self._hidden_norm,
+            markov=markov_parts(self.design, tensors, shortlist),
+            confidence=self.head.confidence_weights,
+            ids=self.net.target_ids,
+        )
+        return backend.block_drafter(parts, dtype)
+
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         """All rows in one pass. A row with missing features drafts nothing."""
         named = slots.tolist()
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
+        if self.core is not None and known_sampling(context):
+            proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
+        else:
+            proposal = self._draft_stepwise(named, last, lengths, context, rng)
+        return self.calibrated(proposal, context)
+
+    def _draft_at_once(
+        self, core: BlockDrafter, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+    ) -> Proposal:
+        """One call of the backend for the rows that draft."""
+        rows, anchors = [b for b, n in enumerate(lengths) if n], last.tolist()
+        params = [context.params[b] for b in rows]
+        keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
+        slots, counts, features = self.cache.take_features([named[b] for b in rows])
+        drafts = core.draft(
+            self.cache.kv_cache,
+            slots,
+            counts,
+            features,
+            [anchors[b] for b in rows],
+            max(lengths),
+            keys,
+            params,
+        )
+        return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
+
+    def _draft_stepwise(
+        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+    ) -> Proposal:
+        """The block in one pass of the layers, then draft after draft."""
         drawing = Drawing(self.net, context, rng, lengths)
         anchors = last[drawing.rows]
         hidden, base = self.run_block([named[b] for b in drawing.rows.tolist()], anchors, max(lengths))
-        if self.head.core is not None and drawing.plain:
-            tokens, margins, distribution = self.head.draft(base, hidden, anchors, drawing.keys(), drawing.temperatures)
-            drawing.record(tokens, margins, distribution)
-            before = self.head.before(anchors, tokens)
-        elif not self.design.markov_rank:
+        before: list[Tensor] = []
+        if not self.design.markov_rank:
             drawing.draw_all(base)
-            before = []
         else:
-            before = self._draft_stepwise(drawing, anchors, hidden, base)
+            before = self._draw_in_turn(drawing, anchors, hidden, base)
         confidence = self.head.confidence(hidden, before)
-        proposal = drawing.proposal(drawing.margins() if confidence is None else confidence)
-        return self.calibrated(proposal, context)
+        return drawing.proposal(drawing.margins() if confidence is None else confidence)
 
-    def _draft_stepwise(self, drawing: Drawing, anchors: Tensor, hidden: Tensor, base: Tensor) -> list[Tensor]:
+    def _draw_in_turn(self, drawing: Drawing, anchors: Tensor, hidden: Tensor, base: Tensor) -> list[Tensor]:
         """Draw draft after draft from its full distribution. -> W1 of the token before each"""
         previous, state, before = anchors, self.head.start(len(anchors)), []
         for k in range(hidden.shape[1]):
@@ -148,6 +218,9 @@ class DSparkDrafter(CachedDrafter):
         return output.hidden.view(shape), self.net.logits(output).view(shape)
 
     def _absorb(self, slots: list[int]) -> None:
+        if self.core is not None:
+            self.core.absorb(self.cache.kv_cache, *self.cache.take_features(slots))
+            return
         waiting = self.cache.take(slots)
         if waiting is not None:
             context = rms_norm(self._fc(waiting.features), self._hidden_norm, self.net.stack.config.norm_eps)
@@ -164,40 +237,18 @@ class SequentialHead:
     """What makes a block's tokens depend on each other: the Markov head (equations 4 to 6), and the confidence (7)."""
 
     def __init__(
-        self,
-        design: BlockDesign,
-        tensors: Mapping[str, Tensor],
-        backend: Backend,
-        dtype: torch.dtype | str,
-        *,
-        target_ids: Tensor | None = None,
-        shortlist: int = 1024,
+        self, design: BlockDesign, tensors: Mapping[str, Tensor], backend: Backend, dtype: torch.dtype | str
     ) -> None:
-        """``target_ids`` of a reduced vocabulary. A ``DraftsBlocks`` backend drafts whole blocks in one call."""
         self.design = design
-        self.core: BlockHead | None = None
-        self._confidence: tuple[Tensor, Tensor] | None = None
-        self._mix_hidden: Callable[[Tensor], Tensor] | None = None
+        self.confidence_weights: tuple[Tensor, Tensor] | None = None
         if design.confidence:
-            self._confidence = tensors["confidence.weight"].float()[0], tensors["confidence.bias"].float()
+            self.confidence_weights = tensors["confidence.weight"].float()[0], tensors["confidence.bias"].float()
         if not design.markov_rank:
             return
-        w1, w2, mix = tensors["markov.w1.weight"], tensors["markov.w2.weight"], None
-        self._w1, self._w2 = w1.float(), linear(backend, w2, dtype)
-        make = backend.markov_head if isinstance(backend, DraftsBlocks) else None
+        self._w1, self._w2 = tensors["markov.w1.weight"].float(), linear(backend, tensors["markov.w2.weight"], dtype)
         if design.markov_head != "vanilla":
-            name = "markov.gate" if design.markov_head == "gated" else "markov.joint"
-            weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
-            self._mix = linear(backend, weight, dtype, bias)
-            if make is not None:  # the hidden states' part of the product depends on no token
-                if design.markov_head == "gated":
-                    of_hidden, mix = weight[:, : -design.markov_rank], weight[:, -design.markov_rank :]
-                else:
-                    mix, of_hidden = weight[:, : 2 * design.markov_rank], weight[:, 2 * design.markov_rank :]
-                self._mix_hidden = linear(backend, of_hidden, dtype, bias)
-        ascending = target_ids is None or bool((target_ids.diff() > 0).all())
-        if make is not None and ascending:
-            self.core = make(design.markov_head, w1, w2, mix, target_ids, dtype, shortlist)
+            name = MIXES[design.markov_head]
+            self._mix = linear(backend, tensors[f"{name}.weight"], dtype, tensors[f"{name}.bias"])
 
     def start(self, rows: int) -> Tensor:
         """The state before a block's first token, [n, r]: the recurrent head starts from zero in every block."""
@@ -226,26 +277,11 @@ class SequentialHead:
         """Base logits plus the Markov bias. [n, Vd]"""
         return base if latent is None else base + self._w2(latent)
 
-    def draft(
-        self, base: Tensor, hidden: Tensor, anchors: Tensor, keys: Tensor, temperatures: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """A whole block in one call of the backend's ``core``: see ``NativeMarkovHead.draft``. base [n, K, Vd],
-        hidden [n, K, D], anchors int64 [n], keys int64 [n, K], temperatures float32 [n]."""
-        mixed = None if self._mix_hidden is None else self._mix_hidden(hidden.flatten(0, 1))
-        assert self.core is not None
-        return self.core.draft(base, mixed, anchors, keys, temperatures)
-
-    def before(self, anchors: Tensor, tokens: Tensor) -> list[Tensor]:
-        """W1 of the token before each draft, if the confidence head reads it. int64 [n], int64 [n, K] -> K of [n, r]"""
-        if not self.design.confidence_with_markov:
-            return []
-        return list(self._w1[torch.cat([anchors[:, None], tokens[:, :-1]], 1)].unbind(1))
-
     def confidence_logits(self, hidden: Tensor, before: list[Tensor]) -> Tensor | None:
         """[n, K, D] and W1 of the token before each, K of [n, r] -> float32 [n, K]; None without that head."""
-        if self._confidence is None:
+        if self.confidence_weights is None:
             return None
-        weight, bias = self._confidence
+        weight, bias = self.confidence_weights
         states = hidden.float()
         if self.design.confidence_with_markov:
             states = torch.cat([states, torch.stack(before, 1)], 2)
@@ -255,3 +291,17 @@ class SequentialHead:
         """P(draft k is accepted | those before it were), float32 [n, K]."""
         logits = self.confidence_logits(hidden, before)
         return None if logits is None else rowwise(torch.sigmoid, logits)
+
+
+def markov_parts(design: BlockDesign, tensors: Mapping[str, Tensor], shortlist: int) -> MarkovParts | None:
+    """The Markov head as a backend takes it. The product of gated and recurrent heads is split into the part that
+    reads the hidden states, which depends on no token, and the rest."""
+    if not design.markov_rank:
+        return None
+    w1, w2, rank = tensors["markov.w1.weight"], tensors["markov.w2.weight"], design.markov_rank
+    if design.markov_head == "vanilla":
+        return MarkovParts("vanilla", w1, w2, None, None, None, shortlist)
+    weight, bias = (tensors[f"{MIXES[design.markov_head]}.{end}"] for end in ("weight", "bias"))
+    if design.markov_head == "gated":
+        return MarkovParts("gated", w1, w2, weight[:, -rank:], weight[:, :-rank], bias, shortlist)
+    return MarkovParts("rnn", w1, w2, weight[:, : 2 * rank], weight[:, 2 * rank :], bias, shortlist)

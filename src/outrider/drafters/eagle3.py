@@ -33,6 +33,9 @@ class Eagle3Config:
     """The most tokens it proposes in a round; None: as many as it was trained for."""
     target_layers: tuple[int, ...] | None = None
     """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
+    dtype: str = "auto"
+    """Precision of the drafter alone: float32, bfloat16, int8 or int4 (its head int8); auto: int8 where the native core
+    runs, else the target's. Rounding changes what it proposes a little, and its speed a lot; never the text."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens is not None and self.draft_tokens < 1:
@@ -68,11 +71,25 @@ class Eagle3Drafter(AutoregressiveDrafter):
             self._feature_norm = gains["feature_norm"]
         elif self.design.norm_each_before_fc:
             self._feature_norm = torch.cat([gains[f"feature_norms.{i}"] for i in range(len(self.aux_layers))])
+        self.core = self.in_turn(
+            backend,
+            dtype,
+            fusion=tensors["fc.weight"],
+            feature_norm=self._feature_norm,
+            feature_groups=self._feature_groups,
+            norms=(self._embed_norm, self._hidden_norm),
+            norm_residual=self.design.norm_before_residual,
+        )
+
+    @property
+    def _feature_groups(self) -> int:
+        """Parts of the features that are normalised each by itself."""
+        return len(self.aux_layers) if self.design.norm_each_before_fc else 1
 
     def condition(self, features: Tensor) -> Tensor:
         """[T, F] -> [T, D]"""
         if self._feature_norm is not None:
-            groups = len(self.aux_layers) if self.design.norm_each_before_fc else 1
+            groups = self._feature_groups
             gain = self._feature_norm.view(groups, -1)
             features = rms_norm(features.unflatten(1, (groups, -1)), gain, self.net.stack.config.norm_eps).flatten(1)
         return self._fc(features)

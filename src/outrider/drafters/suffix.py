@@ -114,19 +114,22 @@ class SuffixAutomaton:
         drafted: list[int] = []
         confidence: list[float] = []
         survival = 1.0
-        while len(drafted) < most and matched >= config.min_match:
-            token, frequency = self.best(state)
+        edges, total, best = self._edges, self._total, self._best  # locals: this runs for every draft of every row
+        least, wanted = config.min_survival, config.min_match
+        while len(drafted) < most and matched >= wanted:
+            token = best[state]
             if token < 0:  # the tip of the text: go on from a shorter context that has a continuation
                 state = self._link[state]
                 matched = self._length[state]
                 continue
-            sureness = frequency * (matched + 1) / (matched + 2)
+            edge = edges[state][token]
+            sureness = (edge & COUNT_MASK) / total[state] * (matched + 1) / (matched + 2)
             survival *= sureness
-            if survival < config.min_survival:
+            if survival < least:
                 break
             drafted.append(token)
             confidence.append(sureness)
-            state = self._edges[state][token] >> COUNT_BITS
+            state = edge >> COUNT_BITS
             matched += 1
         return drafted, confidence
 
@@ -146,13 +149,15 @@ class SuffixAutomaton:
             if state >= 0:
                 link[newest] = self._exact(state, token)
             self._last = newest
+        total, best = self._total, self._best
         for _ in range(COUNTED):
             if state < 0:
                 break
-            edges[state][token] += 1
-            self._total[state] += 1
-            if edges[state][token] & COUNT_MASK >= edges[state][self._best[state]] & COUNT_MASK:
-                self._best[state] = token
+            following = edges[state]
+            edge = following[token] = following[token] + 1
+            total[state] += 1
+            if best[state] != token and edge & COUNT_MASK >= following[best[state]] & COUNT_MASK:
+                best[state] = token
             state = link[state]
 
     def _exact(self, state: int, token: int) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from time import perf_counter
 
@@ -12,21 +12,29 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
+from outrider.engine.admission import Admission
+from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
+from outrider.engine.predicted_text import PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
-from outrider.engine.rows import Admission, Candidates, Rows
+from outrider.engine.rows import Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.grammar import GrammarMatcher, Grammars
+from outrider.sampling.logprobs import draft_reports, token_logprobs
 from outrider.sampling.processors import process
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import (
     Drafter,
+    DraftReport,
+    Forgets,
+    KVCache,
+    PagedCache,
+    PagedTarget,
     Proposal,
     RaggedBatch,
-    ReadsHidden,
     RequestStats,
-    ResetsRows,
     RowRecord,
     SchedulerPolicy,
     StepCost,
@@ -34,6 +42,7 @@ from outrider.types import (
     StepRecord,
     TargetModel,
     TargetOutput,
+    TokenLogprobs,
 )
 
 __all__ = ["Engine"]
@@ -58,42 +67,85 @@ class Engine:
         max_rows: int,
         capacity: int,
         chunk: int = 512,
+        beside: int = 128,
+        memory: int | None = None,
+        kv_dtype: str = "auto",
         tokenizer: Tokenizer | None = None,
         observers: list[StepObserver] | None = None,
     ) -> None:
-        """``capacity``: tokens of a sequence at first; a longer request makes it grow. ``tokenizer``: None = events
-        without text."""
-        self.target, self.drafter, self.policy = target, drafter, policy
+        """``capacity``: tokens of a sequence at first; a longer request makes it grow. ``chunk``: most prompt tokens of
+        a step, ``beside``: where other rows decode. ``memory``: bytes for all keys and values, None = as much as
+        ``max_rows`` sequences can need; ``kv_dtype``: see ``PagedTarget``. ``tokenizer``: None = events without text.
+        """
+        self.target = target
+        self.drafting = Drafting(drafter, policy)
         self.tokenizer = tokenizer
         self.observers = [] if observers is None else observers
         self.max_rows, self.capacity = max_rows, capacity
-        self.cache = target.new_cache(max_rows, capacity)
-        self.admission = Admission(max_rows, chunk)
+        self._memory, self._kv_dtype = memory, kv_dtype
+        self._limit = target.spec.max_positions  # tokens of a sequence that there is memory for
+        self._paged: PagedCache | None = None  # the cache, where it has blocks
+        self.cache: KVCache = self._new_cache()
+        self.admission = Admission(max_rows, chunk, beside)
         self._arrivals: deque[Request] = deque()  # submitted, not yet seen by a step
+        self._cancelled: deque[Request] = deque()  # to be stopped by the next step
         self._requests: dict[int, Request] = {}  # seen and not finished: what a repair goes by
+        self._longest = 0  # tokens that any request seen so far may grow to
         self._numbers = count()
         self._totals = Totals()
         self._commits: list[Commit] = []  # of the step in progress, once all of them are known
         self._news = False  # whether requests were submitted or cancelled since the last step
         self._whole = True  # False while a step is under way: what it leaves behind cannot be relied on
-        self._reads_hidden = isinstance(drafter, ReadsHidden)
+        self._grammars: Grammars | None = None
+        if tokenizer is not None:
+            spec = target.spec
+            self._grammars = Grammars(lambda: tokenizer.definition, spec.vocab_size, spec.eos_token_ids)
         self._turns = Turns()
+
+    @property
+    def drafter(self) -> Drafter:
+        """May be set while no request runs."""
+        return self.drafting.drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter) -> None:
+        self.drafting = Drafting(drafter, self.policy)
+
+    @property
+    def policy(self) -> SchedulerPolicy:
+        """May be set while no request runs."""
+        return self.drafting.policy
+
+    @policy.setter
+    def policy(self, policy: SchedulerPolicy) -> None:
+        self.drafting = Drafting(self.drafter, policy)
 
     # ------------------------------------------------------------------------------------------ for any thread
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise InvalidRequest for a request that this engine cannot run."""
         check_request(self.target.spec, prompt, params)
+        if len(prompt) + params.max_tokens > self._limit:
+            raise InvalidRequest(self._too_long(len(prompt), params.max_tokens))
+        if params.grammar is not None:
+            if self._grammars is None:
+                raise InvalidRequest("a grammar needs a tokenizer, and this engine has none")
+            self._grammars.check(params.grammar)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this engine has none")
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> Request:
-        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry."""
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0, expected: Sequence[int] = ()
+    ) -> Request:
+        """Queue a request. Raises InvalidRequest. ``index`` is what its events carry. ``expected``: tokens that the
+        answer may be made of; they are proposed where it follows them, and change no distribution."""
         self.check(prompt, params)
         stop_ids = frozenset() if params.ignore_eos else frozenset(self.target.spec.eos_token_ids)
-        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]))
+        grammar = GrammarMatcher(self._grammars, params) if self._grammars is not None and params.grammar else None
+        finisher = Finisher(stop_ids, params.stop, self.tokenizer, tuple(prompt[-TAIL:]), grammar)
         number = next(self._numbers)
         request = Request(number, index, params, seed, finisher, list(prompt), len(prompt), pending=len(prompt))
+        request.predicted = PredictedText(expected) if expected else None
         self._arrivals.append(request)
         self._news = True  # after the append: a step that clears it first has not seen the request
         return request
@@ -102,6 +154,7 @@ class Engine:
         """Stop a request, wherever it is; what it has committed stays. At once, or at the end of a running step."""
         if request.finish_reason is None:
             request.cancelled = reason
+            self._cancelled.append(request)
             self._news = True
             self._turns.run_if_free(self._tidy)
         elif request.number in self._requests:  # finished in a step that was interrupted before the request left
@@ -113,6 +166,17 @@ class Engine:
             self.advance(lambda request=request: request.finish_reason is not None)  # type: ignore[misc]
             if request.error is not None:
                 raise request.error
+
+    def forget(self) -> None:
+        """Drop what earlier requests have left in the cache and in the drafter; nothing happens while a step runs."""
+
+        def drop() -> None:
+            if self._paged is not None:
+                self._paged.forget()
+            if isinstance(self.drafter, Forgets):
+                self.drafter.forget()
+
+        self._turns.run_if_free(torch.inference_mode()(drop))
 
     @property
     def busy(self) -> bool:
@@ -139,16 +203,14 @@ class Engine:
         if not len(rows):
             self._whole = True
             return []
-        draft_began = perf_counter()
-        planned = self.policy.plan(rows.view) if rows.ready else []  # draft at all? how far?
-        proposal = rows.pad(self._propose(rows, planned))  # draft
-        draft_ended = perf_counter()
-        keep = self.policy.choose(proposal.confidence, proposal.lengths)  # schedule
+        planned = self.drafting.plan(rows)  # draft at all? how far?
+        proposal, draft_seconds = self.drafting.propose(rows, planned, self.capacity)  # draft
+        keep = self.drafting.choose(proposal)  # schedule
         kept = keep.tolist()
         run = rows.candidates(proposal, kept)
         verify_began = perf_counter()
-        output = self.target.forward(run.batch, self.cache, self.drafter.aux_layers, run.wanted)  # verify
-        verify_ended = perf_counter()
+        output = self.target.forward(run.batch, self.cache, self.drafting.aux_layers(rows), run.wanted)  # verify
+        verify_seconds = perf_counter() - verify_began
         accepted, tokens = kept, []
         if rows.complete:
             try:
@@ -157,18 +219,14 @@ class Engine:
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
             accepted, tokens = result.accepted.tolist(), result.tokens.tolist()
-        commits = self._commit(rows, kept, accepted, tokens)  # commit, where texts may end
+        logprobs = token_logprobs(output.logits, run.rows, tokens, accepted, rows.context.params)
+        drafts = draft_reports(proposal, accepted, rows.context.params)
+        commits = self._commit(rows, kept, accepted, tokens, logprobs, drafts)  # commit, where texts may end
         self._observe(rows, run, commits, output)
-        forward_seconds = (draft_ended - draft_began) + (verify_ended - verify_began)
-        cost = StepCost(
-            draft=draft_ended - draft_began,
-            verify=verify_ended - verify_began,
-            bookkeeping=perf_counter() - began - forward_seconds,
-            rows=len(rows),
-            tokens=len(run.batch.tokens),
-            context=sum(len(r.history) for r in rows.requests),
-        )
-        self.policy.observe(cost, accepted)
+        self._publish_prompts(rows)
+        bookkeeping = perf_counter() - began - draft_seconds - verify_seconds
+        cost = StepCost(draft_seconds, verify_seconds, bookkeeping, len(rows), len(run.batch.tokens), rows.cached)
+        self.drafting.learn(cost, accepted)
         if self.observers:
             self._report(commits, planned, proposal, kept, cost)
         for commit in commits:
@@ -183,13 +241,15 @@ class Engine:
         if self._news or not self._whole:
             self._tidy()
         self._whole = False
-        waiting = self.admission.waiting
-        if waiting:
-            needed = max(request.prompt_length + request.params.max_tokens for request in waiting)
-            if needed > self.capacity:
-                self.capacity = min(max(needed, 2 * self.capacity), self.target.spec.max_positions)
+        if self.admission.waiting:
+            if self._longest > self.capacity:
+                self.capacity = min(max(self._longest, 2 * self.capacity), self.target.spec.max_positions)
                 self._repair()
             self.admission.admit(self._open)
+            alone = None if self.admission.running else self.admission.waiting.first()
+            if alone is not None:
+                self._refuse(alone, len(alone.history) + 1)
+        self.drafting.begin(self.admission.running, self.capacity)
 
     def _next_rows(self) -> Rows:
         """The rows of this step, each with memory for what it may write."""
@@ -201,34 +261,37 @@ class Engine:
         return self.admission.next()
 
     def _make_room(self, request: Request, needed: int) -> None:
-        """Let the latest rows wait until there is memory for ``request``; a request that is alone fails."""
+        """Let the least urgent and latest rows wait until there is memory for ``request``; one that is alone fails."""
         while request.slot >= 0 and not self.cache.reserve(request.slot, needed):
-            latest = self.admission.running[-1]
             if len(self.admission.running) > 1:
-                self._preempt(latest)
-                continue
-            request.error, request.finish_reason = (
-                CacheFull(
-                    f"a sequence of {needed} tokens does not fit the memory of the KV cache, and no other row can make "
-                    "room; shorten the prompt or lower max_tokens"
-                ),
-                "error",
-            )
-            self._retire(request)
+                self._preempt(max(self.admission.running, key=lambda r: (r.params.priority, r.number)))
+            else:
+                self._refuse(request, needed)
 
-    def _propose(self, rows: Rows, planned: Sequence[int]) -> Proposal:
-        """Drafts for the rows that are past their prompt; none where the policy or their budgets say so."""
-        limits = rows.limits(planned, self.drafter.block, self.capacity)
-        if not any(limits):
-            return Proposal.empty(rows.ready)
-        limit = torch.tensor(limits, dtype=torch.int64)
-        return self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
+    def _refuse(self, request: Request, needed: int) -> None:
+        """A request that is alone has too little memory."""
+        request.error = CacheFull(
+            f"a sequence of {needed} tokens does not fit the memory of the KV cache, and no other row can make room; "
+            "shorten the prompt or lower max_tokens"
+        )
+        request.finish_reason = "error"
+        self._retire(request)
 
-    def _commit(self, rows: Rows, keep: list[int], accepted: list[int], tokens: list[list[int]]) -> list[Commit]:
+    def _commit(
+        self,
+        rows: Rows,
+        keep: list[int],
+        accepted: list[int],
+        tokens: list[list[int]],
+        logprobs: Mapping[int, Sequence[TokenLogprobs]],
+        drafts: Mapping[int, Sequence[DraftReport]],
+    ) -> list[Commit]:
         """Append each row's new tokens up to where its text ends; nothing after that is kept or counted."""
         now = perf_counter()
         commits = [
-            Commit.of(request, keep[b], tokens[b], accepted[b], now - request.started)
+            Commit.of(
+                request, keep[b], tokens[b], accepted[b], now - request.started, logprobs.get(b, ()), drafts.get(b, ())
+            )
             for b, request in enumerate(rows.requests[: rows.complete])
         ]
         self._commits = commits  # from here on the step counts, whatever interrupts it
@@ -237,7 +300,7 @@ class Engine:
         return commits
 
     def _observe(self, rows: Rows, run: Candidates, commits: list[Commit], output: TargetOutput) -> None:
-        """Take the rejected drafts back, and show the drafter what was committed."""
+        """Take the rejected drafts back, and show the drafter what was committed of the rows that it follows."""
         batch, features = run.batch, output.features
         kept = [chunk + c.accepted for chunk, c in zip(rows.chunks, commits, strict=False)]
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
@@ -246,17 +309,22 @@ class Engine:
         if commits:
             ends = torch.tensor([len(c.request.history) - 1 for c in commits], dtype=torch.int64)
             self.cache.rewind(batch.slots[: rows.complete], ends)
+        shown = [b for b, request in enumerate(rows.requests) if request.followed]
+        if not shown:
+            return
         hidden = None
-        if self._reads_hidden and output.hidden is not None:
-            hidden = output.hidden[_last_rows(run.rows, [c.accepted for c in commits])]
-        if sum(kept) < len(batch.tokens):
+        if self.drafting.reads_hidden and output.hidden is not None:
+            last = [(b, commits[b].accepted) for b in shown if b < rows.complete]
+            hidden = output.hidden[_last_rows(run.rows, last)]
+        if len(shown) < len(rows) or sum(kept) < len(batch.tokens):
             first, tokens, positions = batch.offsets.tolist(), batch.tokens.tolist(), batch.positions.tolist()
             if features is not None:  # slices: an index would wake all of PyTorch's threads for a few rows
-                parts = [features[at : at + n] for at, n in zip(first, kept, strict=False)]
+                parts = [features[first[b] : first[b] + kept[b]] for b in shown]
                 features = parts[0] if len(parts) == 1 else torch.cat(parts)
-            new = [tokens[at : at + n] for at, n in zip(first, kept, strict=False)]
-            batch = RaggedBatch.pack(new, [positions[at] for at in first[: len(kept)]], batch.slots.tolist())
-        self.drafter.observe(batch, features, hidden)
+            new = [tokens[first[b] : first[b] + kept[b]] for b in shown]
+            slots = [rows.requests[b].slot for b in shown]
+            batch = RaggedBatch.pack(new, [positions[first[b]] for b in shown], slots)
+        self.drafting.observe([rows.requests[b] for b in shown], batch, features, hidden)
 
     def _report(
         self, commits: list[Commit], planned: Sequence[int], proposal: Proposal, keep: list[int], cost: StepCost
@@ -282,16 +350,80 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ rows come and go
 
-    def _open(self, request: Request) -> None:
+    def _new_cache(self) -> KVCache:
+        """An empty cache for all rows, in blocks where the target can."""
+        if not isinstance(self.target, PagedTarget):
+            if self._kv_dtype != "auto":
+                raise InvalidRequest(f"this target keeps keys and values in its own dtype, not as {self._kv_dtype!r}")
+            return self.target.new_cache(self.max_rows, self.capacity)
+        self._paged = cache = self.target.paged_cache(self.max_rows, self.capacity, self._memory, self._kv_dtype)
+        if self._memory is not None:
+            blocks = max(1, self._memory // cache.block_bytes)
+            self._limit = min(self._limit, blocks * cache.block_tokens)
+            self.capacity = min(self.capacity, self._limit)
+        return cache
+
+    def _too_long(self, prompt: int, new: int) -> str:
+        """Why there can never be memory for a request."""
+        assert self._paged is not None and self._memory is not None
+        blocks = -(-(prompt + new) // self._paged.block_tokens)
+        needed, given = blocks * self._paged.block_bytes / 2**20, self._memory / 2**20
+        return (
+            f"the prompt has {prompt} tokens and max_tokens is {new}: together they need {needed:.1f} MiB of keys and "
+            f"values, but {given:.1f} MiB are set aside, enough for {self._limit} tokens; shorten the prompt, lower "
+            "max_tokens or raise kv_memory"
+        )
+
+    def _open(self, request: Request) -> bool:
+        """Give a request a row that begins with what earlier requests have left; False: there is no memory for it."""
         slot = self.cache.open()
-        self.drafter.open(slot, self.capacity)
+        shared = self._prefix(request)
+        if shared:
+            assert self._paged is not None
+            self._paged.adopt(slot, request.history, shared)
+        if not self._has_memory(slot, request):
+            self.cache.release(slot)
+            return False
         request.slot = slot
-        request.started = request.started or perf_counter()
+        request.pending = len(request.history) - shared
+        self.drafting.open(request, self.capacity, shared)
+        if not request.started:
+            request.started = perf_counter()
+            request.stats = replace(request.stats, cached_tokens=shared)
+        return True
+
+    def _prefix(self, request: Request) -> int:
+        """How many tokens of a request need not be computed; its last one always is."""
+        if self._paged is None:
+            return 0
+        found = min(self._paged.match(request.history), len(request.history) - 1)
+        return self.drafting.prefix(request, found) if found else 0
+
+    def _has_memory(self, slot: int, request: Request) -> bool:
+        """Whether a request fits beside the running ones, each of which may soon need another block."""
+        if not self.cache.reserve(slot, min(len(request.history) + self.drafting.block + 1, self.capacity)):
+            return False
+        running = len(self.admission.running)
+        return not running or self._paged is None or self._paged.free_blocks >= running
+
+    def _publish_prompts(self, rows: Rows) -> None:
+        """Let later requests begin with what this step has read of prompts."""
+        for request, chunk in zip(rows.requests, rows.chunks, strict=True):
+            if chunk > 1:
+                self._publish(request)
+
+    def _publish(self, request: Request) -> None:
+        """Let later requests begin with what a row holds."""
+        if self._paged is not None:
+            self._paged.publish(request.slot, request.history)
+            self.drafting.publish(request)
 
     def _close(self, request: Request) -> None:
+        self._publish(request)
+        self.drafting.close(request)
         slot, request.slot = request.slot, -1
-        self.drafter.close(slot)
         self.cache.release(slot)
+        self.admission.freed()
 
     def _preempt(self, request: Request) -> None:
         """Give a row's memory back; its tokens are computed again when it gets a row next."""
@@ -306,8 +438,7 @@ class Engine:
         if request in self.admission.running:
             self.admission.running.remove(request)
         else:
-            with suppress(ValueError):
-                self.admission.waiting.remove(request)
+            self.admission.waiting.discard(request)
         self._totals = self._totals.with_finished(request)
         self._requests.pop(request.number, None)
 
@@ -319,16 +450,25 @@ class Engine:
         self._news = False
         if not whole:
             self._repair()
+        self._take_arrivals()
+        while self._cancelled:
+            request = self._cancelled[0]
+            self._take_arrivals()  # another thread may have submitted and cancelled it since
+            if request.number in self._requests:
+                request.finish_reason = request.finish_reason or request.cancelled
+                self._retire(request)
+            self._cancelled.popleft()
+        self._whole = True
+
+    def _take_arrivals(self) -> None:
+        """Queue what was submitted."""
         while self._arrivals:
             request = self._arrivals[0]  # in one place at least, wherever this is interrupted
             if request.number not in self._requests:
                 self._requests[request.number] = request
-                self.admission.waiting.append(request)
+                self.admission.waiting.add(request)
+                self._longest = max(self._longest, request.prompt_length + request.params.max_tokens)
             self._arrivals.popleft()
-        for request in [r for r in self._requests.values() if r.cancelled is not None]:
-            request.finish_reason = request.finish_reason or request.cancelled
-            self._retire(request)
-        self._whole = True
 
     def _fail(self, rows: Rows, failed: Tensor, logits: Tensor) -> list[Commit]:
         """End requests whose logits cannot be sampled from; the step's other rows are computed again.
@@ -339,39 +479,39 @@ class Engine:
             request = rows.requests[b]
             request.error = sampling_error(request, are_numbers)
             request.finish_reason = "error"
-        self._repair()
+        self._repair(keep_blocks=True)
         self._whole = True
         return []
 
-    def _repair(self) -> None:
+    def _repair(self, keep_blocks: bool = False) -> None:
         """Start from what is certain: committed tokens. Every unfinished request is queued again, in order, and the
-        cache and the drafter's rows are made anew, so that nothing of an interrupted step remains."""
+        cache and the drafter's rows are made anew, so that nothing of an interrupted step remains. ``keep_blocks``:
+        no step was interrupted, so that what the cache has published is whole."""
         for commit in self._commits:
             commit.apply()
         for request in list(self._requests.values()):
-            request.slot = -1
+            request.slot, request.followed = -1, False
             if request.finish_reason is not None:
                 self._totals = self._totals.with_finished(request)
                 del self._requests[request.number]
         self._commits = []
-        if isinstance(self.drafter, ResetsRows):
-            self.drafter.reset_rows()
+        self.drafting.reset(self.max_rows)
+        if keep_blocks and self._paged is not None:
+            self._paged.reset()
         else:
-            for slot in range(self.max_rows):
-                with suppress(KeyError):
-                    self.drafter.close(slot)
-        self.cache = self.target.new_cache(self.max_rows, self.capacity)
-        self.admission = Admission(self.max_rows, self.admission.chunk)
+            self.cache = self._new_cache()
+        self.admission = Admission(self.max_rows, self.admission.chunk, self.admission.beside)
         for number in sorted(self._requests):
             request = self._requests[number]
             request.pending = len(request.history)
             request.finisher = request.finisher.fresh()
             if request.output:
                 request.finisher.take(request.output, len(request.output), len(request.output) + 1)
-            self.admission.waiting.append(request)
+            self.admission.waiting.add(request)
 
 
-def _last_rows(rows: Tensor, accepted: list[int]) -> Tensor:
-    """The row of logits that follows each request's last accepted draft. rows int64 [R]: each one's request."""
-    starts = torch.searchsorted(rows, torch.arange(len(accepted)))
-    return starts + torch.tensor(accepted, dtype=torch.int64)
+def _last_rows(rows: Tensor, last: Sequence[tuple[int, int]]) -> Tensor:
+    """The row of logits that follows the last accepted draft. rows int64 [R]: each one's row of the step; last: rows of
+    the step and how many drafts each accepted."""
+    starts = torch.searchsorted(rows, torch.tensor([b for b, _ in last], dtype=torch.int64))
+    return starts + torch.tensor([accepted for _, accepted in last], dtype=torch.int64)

@@ -1,7 +1,8 @@
 """Where a text ends: the only place that decides it, before anything is committed.
 
 A text ends at a stop id (which stays, without text), at the token that completes a stop string (of which no part is
-text), or at its budget. What was drafted or verified behind its end is neither committed nor counted.
+text), where its grammar ends, or at its budget. What was drafted or verified behind its end is neither committed nor
+counted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from outrider.sampling.grammar import GrammarMatcher
 from outrider.tokenization.tokenizer import Detokenizer, StopMatcher, Tokenizer
 from outrider.types import Piece
 
@@ -22,7 +24,7 @@ class End(NamedTuple):
     tokens: list[int]
     accepted: int  # drafts among them
     pieces: tuple[Piece, ...]  # one a token
-    reason: str | None  # "stop" | "length"; None: the text goes on
+    reason: str | None  # "stop" | "length" | "error": the next token breaks the grammar; None: the text goes on
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class Finisher:
     stop: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None  # None: pieces have no text, and stop strings cannot be asked for
     prompt_tail: tuple[int, ...] = ()
+    grammar: GrammarMatcher | None = None
     _detokenizer: Detokenizer | None = None
     _matcher: StopMatcher | None = None
 
@@ -44,15 +47,19 @@ class Finisher:
 
     def fresh(self) -> Finisher:
         """The same before its first token: what an interrupted step replays the committed tokens into."""
-        return Finisher(self.stop_ids, self.stop, self.tokenizer, self.prompt_tail)
+        grammar = None if self.grammar is None else self.grammar.fresh()
+        return Finisher(self.stop_ids, self.stop, self.tokenizer, self.prompt_tail, grammar)
 
     def take(self, tokens: Sequence[int], accepted: int, budget: int) -> End:
         """The next tokens of the sequence: ``accepted`` drafts, then the bonus token; at most ``budget`` are text."""
         pieces: list[Piece] = []
         reason = None
         for i, token in enumerate(tokens[: min(accepted + 1, budget)]):
+            if self.grammar is not None and not self.grammar.consume(token):
+                reason = "error"
+                break
             text = self._text(token)
-            if token in self.stop_ids or self._stopped:
+            if token in self.stop_ids or self._stopped or (self.grammar is not None and self.grammar.ended):
                 reason = "stop"
             elif i + 1 == budget:
                 reason = "length"
@@ -62,6 +69,17 @@ class Finisher:
             if reason is not None:
                 break
         return End(list(tokens[: len(pieces)]), min(accepted, len(pieces)), tuple(pieces), reason)
+
+    @property
+    def failure(self) -> str:
+        """Why the grammar allowed no token."""
+        reason = self.grammar.failure if self.grammar is not None else None
+        return f"{reason}; simplify it, or allow more tokens"
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text."""
+        return None if self._matcher is None else self._matcher.matched
 
     @property
     def _stopped(self) -> bool:

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from outrider.config import SamplingParams, whole_number
 from outrider.engine.auto import fastest
+from outrider.engine.cost_tables import start_costs
 from outrider.engine.engine import Engine
 from outrider.engine.loader import EMBEDDED, LoadedModel, load_drafter, load_model, load_policy
+from outrider.engine.memory import default_memory
 from outrider.engine.request import Request
 from outrider.engine.stream import EventStream
 from outrider.errors import InvalidRequest
 from outrider.models.loading import load_backend
+from outrider.scheduling.cost_model import CostModel
 from outrider.tokenization.tokenizer import Tokenizer
-from outrider.types import Drafter, Event, Forgets, Output, StepObserver, TargetModel
+from outrider.types import Drafter, Event, Output, SchedulerPolicy, StepObserver, TargetModel
 
 __all__ = ["LLM", "Run"]
 
@@ -34,8 +37,15 @@ class LLM:
     ``model``: a local Hugging Face directory, a hub id, ``"embedded"``, or a loaded target (then pass ``tokenizer``).
     ``drafter``: ``none``, ``ngram``, ``suffix``, another name of the drafters' catalogue, a directory with a
     draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``).
+    ``policy``: ``auto``, which drafts where that raises tokens per second, or a name of the policies' catalogue
+    (``fixed`` drafts the same number in every round). ``guard``: decoding is never slower than without the drafter,
+    because drafting stops where it does not pay, whatever the policy says.
     ``drafter_options`` are the fields of the chosen kind's ``Config``, and ``calibration``: a directory with the
     calibration.json of a drafter that has no checkpoint to keep it in.
+
+    ``kv_memory``: bytes for the target's keys and values, those kept for requests that begin alike included; None: what
+    ``max_rows`` sequences of ``capacity`` tokens need, at most half of the memory that is available. ``kv_dtype``:
+    ``int8`` keeps them in 8 bits, which changes the text a little (native backend only).
 
     Raises CheckpointError for files that cannot be used, IncompatibleDrafter for a drafter of another target.
     """
@@ -49,15 +59,20 @@ class LLM:
         backend: str = "auto",
         draft_tokens: int | None = None,
         drafter_options: Mapping[str, Any] | None = None,
-        policy: str = "fixed",
+        policy: str = "auto",
         policy_options: Mapping[str, Any] | None = None,
+        guard: bool = True,
         max_rows: int = 8,
         capacity: int | None = None,
+        kv_memory: int | None = None,
+        kv_dtype: str = "auto",
         tokenizer: Tokenizer | None = None,
     ) -> None:
         max_rows = whole_number("max_rows", max_rows, 1)
         draft_tokens = None if draft_tokens is None else whole_number("draft_tokens", draft_tokens, 0)
         capacity = None if capacity is None else whole_number("capacity", capacity, 1)
+        self.kv_memory = None if kv_memory is None else whole_number("kv_memory", kv_memory, 1)
+        self.kv_dtype = kv_dtype
         loaded = (
             model
             if isinstance(model, LoadedModel)
@@ -78,7 +93,7 @@ class LLM:
         if draft_tokens is not None:
             options["draft_tokens"] = draft_tokens
         self.drafter_name, self.drafter = load_drafter(drafter, loaded, options, max_rows=max_rows)
-        self.policy = load_policy(policy, policy_options or {}, self.drafter)
+        self.policy = self._load_policy(policy, policy_options or {}, guard=guard)
         self.observers: list[StepObserver] = []
         """See every step of the engine."""
         self._engine: Engine | None = None
@@ -131,6 +146,7 @@ class LLM:
             "accepted_per_position": list(total.accepted_per_position),
             "acceptance_length": 1 + total.accepted / total.rounds if total.rounds else 1.0,
             "acceptance_rate": total.accepted / total.drafted if total.drafted else 0.0,
+            "cached_tokens": total.cached_tokens,
             "drafter": self.drafter_name,
         }
 
@@ -141,9 +157,11 @@ class LLM:
         draft_tokens: int | None = None,
         policy: str = "fixed",
         policy_options: Mapping[str, Any] | None = None,
+        guard: bool = False,
         **options: Any,
     ) -> LLM:
-        """The same loaded target with another drafter, as an engine of its own: what a fair comparison needs."""
+        """The same loaded target with another drafter, as an engine of its own: what a fair comparison needs. It always
+        drafts, unless another policy or the guard is asked for."""
         return LLM(
             self.loaded,
             drafter,
@@ -151,14 +169,16 @@ class LLM:
             drafter_options=options,
             policy=policy,
             policy_options=policy_options,
+            guard=guard,
             max_rows=self.max_rows,
             capacity=self.capacity,
+            kv_memory=self.kv_memory,
+            kv_dtype=self.kv_dtype,
         )
 
     def forget(self) -> None:
-        """Drop what the drafter learnt from earlier requests: every measurement starts cold."""
-        if isinstance(self.drafter, Forgets):
-            self.drafter.forget()
+        """Drop what earlier requests have left in the cache and in the drafter: every measurement starts cold."""
+        self.engine.forget()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text; ids are taken as they are. Raises InvalidRequest for anything else."""
@@ -167,6 +187,8 @@ class LLM:
     @property
     def engine(self) -> Engine:
         """Made when it is first needed."""
+        if self._engine is not None:  # an interrupt at the end of a ``with`` may leave its lock taken
+            return self._engine
         with self._making:
             if self._engine is None:
                 self._engine = Engine(
@@ -175,12 +197,24 @@ class LLM:
                     self.policy,
                     max_rows=self.max_rows,
                     capacity=self.capacity,
+                    memory=default_memory() if self.kv_memory is None else self.kv_memory,
+                    kv_dtype=self.kv_dtype,
                     tokenizer=self.tokenizer,
                     observers=self.observers,
                 )
             return self._engine
 
     # ------------------------------------------------------------------------------------------------ parts
+
+    def _load_policy(self, name: str, options: Mapping[str, Any], *, guard: bool) -> SchedulerPolicy:
+        """The policy; what passes cost is measured, or was before, where it matters."""
+        costs = None
+        if self.drafter.block and (guard or name in ("auto", "throughput")):
+            rows = self.max_rows
+            costs = CostModel(
+                start_costs(self.target, self.loaded.dtype, rows=rows, tokens=rows * (self.drafter.block + 1))
+            )
+        return load_policy(name, options, self.drafter, costs, guard=guard)
 
     def _submit(self, index: int, tokens: list[int], params: SamplingParams) -> Request:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
@@ -220,7 +254,7 @@ def _resolve_auto(loaded: LoadedModel) -> str:
     if loaded.name != EMBEDDED:
         return "suffix"
     backend = load_backend(loaded.backend, loaded.dtype).name
-    return fastest(lambda name: LLM(loaded, name), loaded.dtype, backend)
+    return fastest(lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

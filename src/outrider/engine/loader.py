@@ -16,8 +16,10 @@ from outrider.engine.auto import EMBEDDED_DRAFTERS
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
 from outrider.models.loading import QUANTISED, load_backend, load_target, load_tokenizer, runs_natively
 from outrider.models.locations import resolve_model
+from outrider.scheduling.cost_model import CostModel
+from outrider.scheduling.guard import GuardedPolicy
 from outrider.tokenization.tokenizer import Tokenizer
-from outrider.types import Drafter, SchedulerPolicy, TargetModel
+from outrider.types import Drafter, ReadsHidden, SchedulerPolicy, TargetModel
 
 __all__ = ["EMBEDDED", "LoadedModel", "load_drafter", "load_model", "load_policy"]
 
@@ -49,12 +51,18 @@ def load_model(
     return LoadedModel(model, tokenizer, "", dtype, backend)
 
 
-def load_policy(name: str, options: Mapping[str, Any], drafter: Drafter) -> SchedulerPolicy:
-    """A policy by name, which drafts as much as the drafter can where the options do not say."""
-    kind = registry.find("policy", name)
+def load_policy(
+    name: str, options: Mapping[str, Any], drafter: Drafter, costs: CostModel | None = None, *, guard: bool = False
+) -> SchedulerPolicy:
+    """A policy by name, which drafts as much as the drafter can where the options do not say; ``auto`` is
+    ``throughput``. ``costs``: what steps cost. ``guard``: never slower than plain decoding."""
+    kind = registry.find("policy", "throughput" if name == "auto" else name)
     config = build(kind.Config, {"draft_tokens": drafter.block, **options}, f"policy {name!r}")
-    policy: SchedulerPolicy = kind.from_config(config)
-    return policy
+    costs = costs or CostModel()
+    policy: SchedulerPolicy = kind.from_config(config, costs=costs)
+    if not guard or not drafter.block:
+        return policy
+    return GuardedPolicy(policy, costs, takes_up=not drafter.aux_layers and not isinstance(drafter, ReadsHidden))
 
 
 def load_drafter(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from outrider.config import SamplingParams
 from outrider.engine.finisher import Finisher
+from outrider.engine.predicted_text import PredictedText
 from outrider.errors import InvalidRequest, OutriderError
-from outrider.types import Event, RequestStats, TargetSpec
+from outrider.types import DraftReport, Event, RequestStats, TargetSpec, TokenLogprobs
 
 __all__ = ["Commit", "Request", "check_request", "sampling_error"]
 
@@ -27,6 +28,7 @@ class Request:
     prompt_length: int
     pending: int  # tokens at the end of ``history`` whose keys and values are not in the cache
     slot: int = -1  # in the cache; -1: waiting
+    followed: bool = False  # the drafter has seen all of its committed tokens, and can draft for it
     round: int = 0
     started: float = 0.0  # perf_counter; 0: never in a step
     cancelled: str | None = None  # the reason, set from any thread; the engine's next step acts on it
@@ -34,6 +36,7 @@ class Request:
     error: Exception | None = None  # why it failed, with finish_reason "error"
     stats: RequestStats = field(default_factory=RequestStats)
     events: list[Event] = field(default_factory=list)  # one a commit; only grows
+    predicted: PredictedText | None = None  # drafts of its own, which come before the drafter's
 
     @property
     def output(self) -> list[int]:
@@ -66,10 +69,20 @@ class Commit:
     stats: RequestStats
     event: Event
     event_index: int
+    error: Exception | None = None  # what ends the request instead of its text
 
     @staticmethod
-    def of(request: Request, verified: int, tokens: list[int], accepted: int, seconds: float) -> Commit:
-        """Let the request's finisher decide what of ``tokens`` is text. ``verified``: drafts that were checked."""
+    def of(
+        request: Request,
+        verified: int,
+        tokens: list[int],
+        accepted: int,
+        seconds: float,
+        logprobs: Sequence[TokenLogprobs] = (),
+        drafts: Sequence[DraftReport] = (),
+    ) -> Commit:
+        """Let the request's finisher decide what of ``tokens`` is text. ``verified``: drafts that were checked.
+        ``logprobs``: of each token, or none; ``drafts``: of each accepted draft, or none."""
         end = request.finisher.take(tokens, accepted, request.left)
         old, counts = request.stats, bool(request.round)  # the first token comes from the prompt's own pass
         stats = RequestStats(
@@ -80,8 +93,16 @@ class Commit:
             seconds,
             _counted(old.accepted_per_position, counts * end.accepted),
             _counted(old.drafted_per_position, counts * verified),
+            old.cached_tokens,
         )
-        event = Event(request.index, end.pieces, end.reason)
+        pieces = end.pieces
+        if logprobs:
+            pieces = tuple(
+                replace(piece, logprobs=one, draft=drafts[i] if i < len(drafts) else None)
+                for i, (piece, one) in enumerate(zip(pieces, logprobs, strict=False))
+            )
+        failed = end.reason == "error"
+        event = Event(request.index, pieces, None if failed else end.reason)
         return Commit(
             request,
             start=len(request.history),
@@ -91,6 +112,7 @@ class Commit:
             stats=stats,
             event=event,
             event_index=len(request.events),
+            error=InvalidRequest(request.finisher.failure) if failed else None,
         )
 
     def apply(self) -> None:
@@ -100,7 +122,8 @@ class Commit:
         request.round = self.round
         request.stats = self.stats
         request.events[self.event_index :] = [self.event]
-        request.finish_reason = self.event.finish_reason
+        request.error = self.error
+        request.finish_reason = self.event.finish_reason if self.error is None else "error"
 
 
 def check_request(spec: TargetSpec, prompt: Sequence[int], params: SamplingParams) -> None:

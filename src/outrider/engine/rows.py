@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from outrider.engine.request import Request
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, Proposal, RaggedBatch, StepView
 
-__all__ = ["Admission", "Candidates", "Rows"]
+__all__ = ["Candidates", "Rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +26,27 @@ class Candidates:
 
 
 class Rows:
-    """The requests of one step, in order: ready to draft, then finishing their prompt, then in its middle."""
+    """The requests of one step, in order: ready to go on (those that the drafter follows first), then finishing their
+    prompt, then in its middle."""
 
     def __init__(self, requests: list[Request], chunks: list[int]) -> None:
-        def stage(i: int) -> tuple[bool, bool, bool]:
-            return requests[i].pending > 1, requests[i].pending > chunks[i], requests[i].round == 0
+        def stage(i: int) -> tuple[bool, bool, bool, bool]:
+            one = requests[i]
+            return one.pending > 1, one.pending > chunks[i], one.round == 0, not one.followed
 
         order = sorted(range(len(requests)), key=stage)
         self.requests = [requests[i] for i in order]
         self.chunks = [chunks[i] for i in order]
         self.ready = sum(r.pending == 1 and r.round > 0 for r in self.requests)
+        self.drafting = sum(r.followed for r in self.requests[: self.ready])
         self.complete = sum(r.pending == c for r, c in zip(self.requests, self.chunks, strict=True))
         verified = self.requests[: self.complete]
+        self.grammars = [r.finisher.grammar for r in verified]
         self.context = Context(
-            [r.params for r in verified], [r.history for r in verified], [r.prompt_length for r in verified]
+            [r.params for r in verified],
+            [r.history for r in verified],
+            [r.prompt_length for r in verified],
+            [() if g is None else (g,) for g in self.grammars] if any(self.grammars) else None,
         )
         self.rng = RowRng(
             [r.seed for r in verified], [r.round for r in verified], [r.params.effective_rule for r in verified]
@@ -51,29 +57,55 @@ class Rows:
 
     @property
     def slots(self) -> Tensor:
-        """int64 [ready]"""
-        return torch.tensor([r.slot for r in self.requests[: self.ready]], dtype=torch.int64)
+        """int64 [drafting]"""
+        return torch.tensor([r.slot for r in self.requests[: self.drafting]], dtype=torch.int64)
 
     @property
     def last(self) -> Tensor:
-        """int64 [ready]: the token each row goes on from."""
-        return torch.tensor([r.history[-1] for r in self.requests[: self.ready]], dtype=torch.int64)
+        """int64 [drafting]: the token each row goes on from."""
+        return torch.tensor([r.history[-1] for r in self.requests[: self.drafting]], dtype=torch.int64)
 
     @property
     def view(self) -> StepView:
         """What the policy may know before drafting: the past of the rows that are ready to draft."""
         ready = self.requests[: self.ready]
-        return StepView([len(r.history) for r in ready], [r.stats for r in ready], [r.params for r in ready])
+        return StepView(
+            [len(r.history) for r in ready],
+            [r.stats for r in ready],
+            [r.params for r in ready],
+            slots=[r.slot for r in ready],
+            requests=[r.number for r in ready],
+            can_draft=self.drafting,
+            tokens=sum(self.chunks),
+            rows=len(self.requests),
+            context=self.cached,
+        )
+
+    @property
+    def cached(self) -> int:
+        """Tokens of all rows."""
+        return sum(len(r.history) for r in self.requests)
 
     def limits(self, planned: Sequence[int], block: int, capacity: int) -> list[int]:
-        """Drafts within the drafter's block, the request's budget (less the bonus token) and the slot. [ready]"""
+        """Drafts within the drafter's block, the request's own limit, its budget (less the bonus token) and the slot.
+        [drafting]"""
         return [
-            min(drafts, block, r.left - 1, capacity - len(r.history))
-            for drafts, r in zip(planned, self.requests[: self.ready], strict=True)
+            min(_at_most(drafts, r.params.draft_tokens), block, r.left - 1, capacity - len(r.history))
+            for drafts, r in zip(planned, self.requests[: self.drafting], strict=False)
         ]
 
+    def predicted(self, limits: Sequence[int]) -> dict[int, list[int]]:
+        """Row -> drafts from the request's expected text, for rows whose output follows one."""
+        found = {}
+        for b, (request, most) in enumerate(zip(self.requests, limits, strict=False)):
+            if request.predicted is not None:
+                drafts = request.predicted.drafts(request.history, request.prompt_length, most)
+                if drafts:
+                    found[b] = drafts
+        return found
+
     def pad(self, proposal: Proposal) -> Proposal:
-        """The same proposal with no drafts for the rows that finish their prompt in this step."""
+        """The same proposal with no drafts for rows that cannot be drafted for, or finish their prompt in this step."""
         extra = self.complete - len(proposal.lengths)
         if extra == 0:
             return proposal
@@ -114,38 +146,5 @@ class Rows:
         return Candidates(RaggedBatch(*packed[:4]), *packed[4:])
 
 
-class Admission:
-    """First come, first served, up to ``max_rows`` rows and ``chunk`` prompt tokens in a step."""
-
-    def __init__(self, max_rows: int, chunk: int) -> None:
-        self.max_rows, self.chunk = max_rows, chunk
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-
-    def __len__(self) -> int:
-        return len(self.waiting) + len(self.running)
-
-    def admit(self, open_slot: Callable[[Request], None]) -> None:
-        """Give waiting requests the free rows, in order."""
-        while self.waiting and len(self.running) < self.max_rows:
-            request = self.waiting[0]
-            open_slot(request)
-            self.waiting.popleft()
-            self.running.append(request)
-
-    def next(self) -> Rows:
-        """Share out the step's prompt tokens; rows that decode always take part."""
-        budget = self.chunk
-        requests, chunks = [], []
-        for request in self.running:
-            chunk = request.pending if request.pending == 1 else min(request.pending, budget)
-            if chunk:
-                requests.append(request)
-                chunks.append(chunk)
-                budget -= chunk if request.pending > 1 else 0
-        return Rows(requests, chunks)
-
-    def preempt(self, request: Request) -> None:
-        """Back to the head of the queue: its text goes on from where it is once it has a row again."""
-        self.running.remove(request)
-        self.waiting.appendleft(request)
+def _at_most(drafts: int, limit: int | None) -> int:
+    return drafts if limit is None else min(drafts, limit)

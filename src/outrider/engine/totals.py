@@ -31,6 +31,7 @@ class Totals:
             seconds=one.seconds + new.seconds,
             accepted_per_position=_added(one.accepted_per_position, new.accepted_per_position),
             drafted_per_position=_added(one.drafted_per_position, new.drafted_per_position),
+            cached_tokens=one.cached_tokens + new.cached_tokens,
         )
         return Totals(self.requests + 1, total, request.number)
 

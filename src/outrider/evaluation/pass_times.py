@@ -8,13 +8,11 @@ a new order each round, so that drift of the machine affects all of them; ratios
 from __future__ import annotations
 
 import gc
-import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -24,12 +22,12 @@ import torch
 from outrider.backends.layers import weight_shapes
 from outrider.backends.native import NativeStack
 from outrider.config import StackConfig
+from outrider.engine.cost_tables import cost_key, threads
 from outrider.errors import InvalidRequest
-from outrider.files import cache_folder, read_json, write_json
 from outrider.models.decoder import DecoderTarget
 from outrider.models.loading import load_backend, load_target
 from outrider.models.random import random_target
-from outrider.scheduling.costs import CostKey, CostPoint, CostTable
+from outrider.scheduling.costs import CostPoint, CostTable
 from outrider.types import KVCache, RaggedBatch, TargetModel
 
 __all__ = [
@@ -37,16 +35,10 @@ __all__ = [
     "Profile",
     "Timing",
     "cache_bytes",
-    "costs_path",
-    "describe",
     "grid",
-    "load_costs",
     "measure",
-    "model_key",
     "read_probe",
     "run_profile",
-    "save_costs",
-    "threads",
     "time_passes",
     "weight_bytes",
 ]
@@ -127,13 +119,6 @@ def read_probe(backend: str) -> Callable[[], float]:
         return PROBE_BYTES / (perf_counter() - began)
 
     return probe
-
-
-def threads(backend: str) -> int:
-    """Threads that a pass runs on."""
-    if backend == "native":
-        return int(import_module("outrider._native").threads())
-    return torch.get_num_threads()
 
 
 def measure(
@@ -305,7 +290,7 @@ def run_profile(
         profile.timings.extend(timings)
         profile.skipped.extend((dtype, cell) for cell in skipped)
         if timings:
-            key = CostKey(model_key(target), dtype, profile.backend, describe(machine), threads(profile.backend))
+            key = cost_key(target, dtype, machine)
             profile.tables.append(CostTable(key, tuple(_point(timing) for timing in timings)))
     return profile
 
@@ -356,42 +341,3 @@ def time_passes(
 def _point(timing: Timing) -> CostPoint:
     cell = timing.cell
     return CostPoint(cell.new_tokens * cell.rows, cell.rows, cell.context * cell.rows, timing.seconds)
-
-
-# ------------------------------------------------------------------------------------------------ cost tables
-
-
-def model_key(target: TargetModel) -> str:
-    """A name shared by all models with the same costs: times depend on shapes, not on weights."""
-    spec = target.spec
-    shape = repr(target.stack.config) if isinstance(target, DecoderTarget) else spec.name
-    digest = hashlib.sha256(shape.encode()).hexdigest()[:8]
-    return f"{spec.architecture or 'model'}-{spec.hidden_size}x{spec.num_layers}-{digest}"
-
-
-def describe(machine: Mapping[str, Any]) -> str:
-    """The name of a machine in the keys of cost tables."""
-    return f"{machine['cpu']}, {machine['cores']} cores"
-
-
-def costs_path(key: CostKey) -> Path:
-    """The file of a cost table."""
-    where = hashlib.sha256(f"{key.machine} {key.threads}".encode()).hexdigest()[:8]
-    return cache_folder("costs") / f"{key.model}-{key.dtype}-{key.backend}-{where}.json"
-
-
-def save_costs(table: CostTable) -> Path:
-    """Save a table for the scheduler, atomically."""
-    path = costs_path(table.key)
-    write_json(path, table.to_json())
-    return path
-
-
-def load_costs(key: CostKey) -> CostTable | None:
-    """The table measured for exactly this key; None if there is none, or it is unreadable."""
-    path = costs_path(key)
-    try:
-        table = CostTable.from_json(read_json(path))
-    except ValueError:  # missing, damaged, or of another version: it can be measured again
-        return None
-    return table if table.key == key else None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Band", "Curve", "available", "draw_positions", "draw_reliability", "draw_sweep"]
+__all__ = ["Band", "Curve", "available", "draw_load", "draw_positions", "draw_reliability", "draw_sweep"]
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """x and y"""
@@ -68,6 +68,24 @@ def draw_sweep(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]
         speeds.set(title=title, xlabel="threshold", ylabel="speed-up over plain decoding")
         for axis in (lengths, rates, speeds):
             axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_load(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Policies by name over the number of clients: tokens a second of all, of each, and the time to the first token."""
+    figure, axes = _panels(3)
+    shown = (
+        ("tokens_per_second", "tokens/s, all clients"),
+        ("per_user_tokens_per_second", "tokens/s of a client"),
+        ("ttft_ms", "ms to the first token"),
+    )
+    for axis, (name, label) in zip(axes, shown, strict=True):
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            mine = sorted((row["concurrency"], row[name]) for row in rows if row["policy"] == policy)
+            axis.plot([x for x, _ in mine], [y for _, y in mine], marker="o", markersize=3, label=policy)
+        axis.set(xlabel="clients", ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
     _save(figure, path)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from outrider.config import SamplingParams
+from outrider.engine.cost_tables import machine
 from outrider.engine.llm import LLM
 from outrider.evaluation.recording import read_prompts
 from outrider.models.locations import EMBEDDED_PROMPTS
@@ -23,7 +22,6 @@ __all__ = [
     "bootstrap_ratio",
     "default_prompt_files",
     "embedded_prompt_sets",
-    "machine",
     "repeated_ngrams",
     "run_bench",
 ]
@@ -81,17 +79,6 @@ def bootstrap_ratio(
     ratios = a[picks].sum(1) / b[picks].sum(1)
     low, high = np.percentile(ratios, [2.5, 97.5])
     return float(a.sum() / b.sum()), (float(low), float(high))
-
-
-def machine() -> dict[str, Any]:
-    """Processor and number of cores of this machine."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux: use the platform's name
-    return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

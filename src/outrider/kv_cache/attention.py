@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from outrider.config import LayerConfig
+from outrider.kv_cache.contiguous import ContiguousCache
 from outrider.types import Mask, RaggedBatch
 
 __all__ = ["Pass", "attend"]
@@ -52,18 +53,19 @@ class Pass:
     def __init__(self, batch: RaggedBatch, cache: Any, mask: Mask, dtype: torch.dtype) -> None:
         self.batch, self.cache, self.mask, self.dtype = batch, cache, mask, dtype
         self.rows = _rows(batch, cache)
-        # int64 [T]; one row alone is written without an index
-        self._slots = None if len(self.rows) == 1 else batch.slots.repeat_interleave(batch.lengths)
+        # Where the new tokens are written; one row alone of a contiguous cache needs no index.
+        alone = len(self.rows) == 1 and isinstance(cache, ContiguousCache)
+        self._at = None if alone else cache.index(batch.slots.repeat_interleave(batch.lengths), batch.positions)
         self._spans: dict[tuple[int | None, int], list[Span]] = {}
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Write a layer's new keys and values [T, Hkv, Dh] at their slots and positions."""
         for cache, new in ((self.cache.keys[layer], keys), (self.cache.values[layer], values)):
-            if self._slots is None:
+            if self._at is None:
                 (row,) = self.rows
                 cache[row.slot].narrow(1, row.start, row.stop - row.start).copy_(new.transpose(0, 1))
             else:
-                cache[self._slots, :, self.batch.positions] = new
+                cache[self._at[0], :, self._at[1]] = new
 
     def spans(self, config: LayerConfig) -> list[Span]:
         """The spans of a layer's attention; layers of one window share them."""
@@ -120,11 +122,11 @@ def _mask(start: int, stop: int, first: int, last: int, window: int | None, mask
 
 
 def attend(queries: Tensor, layer: int, config: LayerConfig, step: Pass) -> Tensor:
-    """A layer's attention of [T, H, Dh] against its cache [slots, Hkv, capacity, Dh] -> [T, H Dh]."""
+    """A layer's attention of [T, H, Dh] against its cache -> [T, H Dh]."""
     keys, values = step.cache.keys[layer], step.cache.values[layer]
     outputs = []
     for span in step.spans(config):
-        k, v = (cache[span.slot].narrow(1, span.first, span.last - span.first)[None] for cache in (keys, values))
+        k, v = (step.cache.stretch(tensor, span.slot, span.first, span.last)[None] for tensor in (keys, values))
         q = queries[span.begin : span.end]
         n, heads, width = q.shape
         if n <= FOLDED:

@@ -42,6 +42,14 @@ class ContiguousCache:
         self.lengths[slot] = 0
         return slot
 
+    def index(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Where positions are in ``keys`` and ``values``. int64 [T], int64 [T] -> two of [T]."""
+        return slots, positions
+
+    def stretch(self, tensor: Tensor, slot: int, first: int, last: int) -> Tensor:
+        """Positions ``first:last`` of a slot, a view. [slots, Hkv, capacity, Dh] -> [Hkv, last - first, Dh]"""
+        return tensor[slot].narrow(1, first, last - first)
+
     def require(self, slot: int, start: int, end: int) -> None:
         """Check that tokens ``start`` to ``end`` may be written: no hole before them, and room for them."""
         assert slot in self._open, f"slot {slot} is not open"

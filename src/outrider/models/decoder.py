@@ -16,7 +16,7 @@ from outrider.backends.layers import check_weights, weight_shapes
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, reading_dtype
-from outrider.types import Backend, DraftLoop, KVCache, RaggedBatch, Stack, TargetOutput, TargetSpec
+from outrider.types import Backend, DraftLoop, KVCache, PagedTarget, RaggedBatch, Stack, TargetOutput, TargetSpec
 
 __all__ = [
     "PARTS",
@@ -114,6 +114,8 @@ class DecoderTarget:
         self.spec, self.stack, self.backend = spec, stack, backend
         if isinstance(stack, DraftLoop):
             self.draft_loop = stack.draft_loop
+        if isinstance(stack, PagedTarget):
+            self.paged_cache = stack.paged_cache
 
     @classmethod
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:

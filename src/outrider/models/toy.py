@@ -13,7 +13,7 @@ from outrider.kv_cache.attention import Pass
 from outrider.models.decoder import check_aux_layers
 from outrider.models.loading import load_backend
 from outrider.registry import find
-from outrider.types import KVCache, RaggedBatch, TargetOutput, TargetSpec
+from outrider.types import KVCache, PagedCache, RaggedBatch, TargetOutput, TargetSpec
 
 __all__ = ["ToyTarget"]
 
@@ -27,11 +27,18 @@ class ToyTarget:
     """
 
     def __init__(
-        self, table: Tensor, *, eos_token_ids: Sequence[int] = (), max_positions: int = 4096, name: str = "toy"
+        self,
+        table: Tensor,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        max_positions: int = 4096,
+        name: str = "toy",
+        block: int = 64,
     ) -> None:
+        """``block``: tokens of a block of its paged cache."""
         vocabulary = len(table)
         assert table.ndim >= 2 and set(table.shape) == {vocabulary}, f"the table's sides differ: {tuple(table.shape)}"
-        self.table = table
+        self.table, self.block = table, block
         self.backend = load_backend("auto")
         self.spec = TargetSpec(
             architecture="toy",
@@ -49,6 +56,16 @@ class ToyTarget:
         cache: KVCache = find("kv_cache", "contiguous")(slots, capacity, [((1, capacity, 1), (0,))], torch.int64)
         return cache
 
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
+        """The same in blocks of ``block`` tokens, of 8 bytes each."""
+        shapes = [((1, self.block, 1), (0,))]
+        cache: PagedCache = find("kv_cache", "gathered")(
+            slots, capacity, shapes, torch.int64, size=self.block, memory=memory, ahead=ahead
+        )
+        return cache
+
     def forward(
         self,
         batch: RaggedBatch,
@@ -59,10 +76,10 @@ class ToyTarget:
         """Logits of the table; the features of every auxiliary layer are the same."""
         check_aux_layers(aux_layers, self.spec.num_layers)
         step = Pass(batch, cache, "causal", self.table.dtype)
-        for row in step.rows:
-            cache.keys[0][row.slot, 0, row.start : row.stop, 0] = batch.tokens[row.begin : row.end]
-        step.finish()
         slots = batch.slots.repeat_interleave(batch.lengths)
+        first, second = cache.index(slots, batch.positions)
+        cache.keys[0][first, 0, second, 0] = batch.tokens
+        step.finish()
         past = [self._token(cache, slots, batch.positions - back) for back in range(self.table.ndim - 2, -1, -1)]
         logits = self.table[tuple(past)]
         features = torch.cat([self.embed(batch.tokens)] * len(aux_layers), -1) if aux_layers else None
@@ -71,7 +88,8 @@ class ToyTarget:
     @staticmethod
     def _token(cache: Any, slots: Tensor, positions: Tensor) -> Tensor:
         """Tokens at ``positions``, 0 before the beginning. int64 [T], int64 [T] -> [T]."""
-        return torch.where(positions < 0, 0, cache.keys[0][slots, 0, positions.clamp(min=0), 0])
+        first, second = cache.index(slots, positions.clamp(min=0))
+        return torch.where(positions < 0, 0, cache.keys[0][first, 0, second, 0])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> one-hot [..., V]."""

@@ -20,8 +20,8 @@ from outrider.models.decoder import DecoderTarget
 from outrider.models.loading import load_target
 from outrider.proof import contracts, equality, exact, statistical
 from outrider.proof.certificate import Certificate, Check, Tier, run_tier
-from outrider.proof.drafting import DraftRow, Session
 from outrider.proof.evidence import Budget
+from outrider.proof.proposing import DraftRow, Session
 from outrider.proof.toy_world import ToyWorld, make_policy
 from outrider.types import Drafter, TargetModel
 
@@ -103,7 +103,7 @@ class Audit:
 
     def _llm(self, drafter: str, policy: str = "fixed", rows: int | None = None) -> LLM:
         capacity = min(self._size.prompt_tokens + self._size.max_tokens + 1, self._target.spec.max_positions)
-        return LLM(self.model, drafter, policy=policy, max_rows=rows or self.max_rows, capacity=capacity)
+        return LLM(self.model, drafter, policy=policy, guard=False, max_rows=rows or self.max_rows, capacity=capacity)
 
     def _engine(self, drafter: str, policy: str, rows: int | None = None) -> Engine:
         return self._llm(drafter, policy, rows).engine

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
-from outrider.proof.drafting import Draft, DraftRow, Row, Session, drafts_of, future_noise, propose, rng_of
+from outrider.proof.proposing import Draft, DraftRow, Row, Session, drafts_of, future_noise, propose, rng_of
 from outrider.sampling.distribution import Categorical
 from outrider.sampling.rng import RowRng, gumbel
 from outrider.sampling.verification import verify
@@ -62,8 +62,9 @@ NEAR = 1e-5
 
 
 def view(rows: int) -> StepView:
-    """A step of rows that have no past."""
-    return StepView([10] * rows, [RequestStats() for _ in range(rows)], [SamplingParams()] * rows)
+    """A step of rows that have no past, and whose text depends on the schedule: greedy rows leave a policy free."""
+    params = SamplingParams(temperature=1.0)
+    return StepView([10] * rows, [RequestStats() for _ in range(rows)], [params] * rows)
 
 
 def policy_anticipates(

@@ -382,8 +382,10 @@ class _EndsLate(Finisher):
 
 
 class _EngineEndsLate(GrammarEngine):
-    def submit(self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0) -> Request:
-        request = super().submit(prompt, params, seed, index)
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0, expected: Sequence[int] = ()
+    ) -> Request:
+        request = super().submit(prompt, params, seed, index, expected)
         request.finisher = _EndsLate(request.finisher.stop_ids)
         return request
 

@@ -129,7 +129,12 @@ class RowRng:
                 for (seed, round), rule in zip(self.rows, self.rules, strict=True)
             ]
             stream = self._streams[own] = np.array(starts, np.uint64)
-        return _absorb(stream[rows.cpu().numpy()], positions.cpu().numpy().view(np.uint64))
+        owner, at = rows.cpu().numpy(), positions.cpu().numpy()
+        if native is None:
+            return _absorb(stream[owner], at.view(np.uint64))
+        words = np.empty(len(owner), np.uint64)
+        native.absorb_positions(stream, np.ascontiguousarray(owner), np.ascontiguousarray(at), words)
+        return words
 
 
 _SHARED = purpose_word("", True)

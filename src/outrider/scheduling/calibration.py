@@ -21,13 +21,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from scipy.optimize import brentq
-from scipy.stats import rankdata
 from torch import Tensor
 
+from outrider.core import native
 from outrider.errors import CheckpointError
 from outrider.types import Context, Proposal
 
@@ -128,6 +130,8 @@ def area_under_curve(scores: Tensor, outcomes: Tensor) -> float:
     positives, negatives = int(true.sum()), int((~true).sum())
     if not positives * negatives:
         return math.nan
+    from scipy.stats import rankdata  # half a second of imports that only fitting needs
+
     ranks = torch.from_numpy(rankdata(scores.double().numpy()))
     return (float(ranks[true].sum()) - positives * (positives + 1) / 2) / (positives * negatives)
 
@@ -277,6 +281,8 @@ def _shift(z: Tensor, survived: Tensor, outcomes: Tensor) -> float:
     def excess(b: float) -> float:
         return float((survived * torch.sigmoid(z + b)).mean()) - wanted
 
+    from scipy.optimize import brentq
+
     most = 2 * LARGEST_LOGIT
     if excess(-most) >= 0:
         return -most
@@ -321,13 +327,17 @@ class Calibration:
 
         Confidence j is made of confidence j alone, so what did not anticipate still does not.
         """
-        if proposal.confidence is None:
+        confidence = proposal.confidence
+        if confidence is None:
             return proposal
-        rows = []
-        for confidence, params in zip(proposal.confidence.tolist(), context.params, strict=False):
-            scaling = self.scaling(params.effective_rule, params.temperature)
-            rows.append(confidence if scaling is None else scaling.adjust(confidence))
-        return replace(proposal, confidence=torch.tensor(rows).view(proposal.confidence.shape))
+        found: dict[tuple[str, float], Scaling | None] = {}
+        scalings = []
+        for params in context.params[: len(confidence)]:
+            bucket = params.effective_rule, params.temperature
+            if bucket not in found:
+                found[bucket] = self.scaling(*bucket)
+            scalings.append(found[bucket])
+        return replace(proposal, confidence=_adjusted(confidence, scalings))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as ``from_json`` reads it."""
@@ -372,3 +382,29 @@ class Calibration:
                 )
             scalings[key] = Scaling(temperatures, shifts)
         return cls(scalings, facts)
+
+
+def _adjusted(confidence: Tensor, scalings: Sequence[Scaling | None]) -> Tensor:
+    """``Scaling.adjust`` of each row, by the compiled core where it can. float32 [B, K], B of them -> float32 [B, K]"""
+    if native is None or confidence.dtype != torch.float32 or confidence.device.type != "cpu":
+        pairs = zip(confidence.tolist(), scalings, strict=True)
+        rows = [row if scaling is None else scaling.adjust(row) for row, scaling in pairs]
+        return torch.tensor(rows).view(confidence.shape)
+    given = np.ascontiguousarray(confidence.numpy())
+    temperatures, shifts = np.ones(given.shape), np.zeros(given.shape)
+    for b, scaling in enumerate(scalings):
+        if scaling is not None:
+            temperatures[b], shifts[b] = _spread(scaling, given.shape[1])
+    out = np.empty_like(given)
+    native.scale_confidence(given, temperatures, shifts, LARGEST_LOGIT, out)
+    for b, scaling in enumerate(scalings):
+        if scaling is None:
+            out[b] = given[b]
+    return torch.from_numpy(out)
+
+
+@lru_cache(maxsize=256)
+def _spread(scaling: Scaling, width: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Temperature and shift of each position. [K], [K]"""
+    places = np.arange(width).clip(max=len(scaling.temperatures) - 1)
+    return np.array(scaling.temperatures)[places], np.array(scaling.shifts)[places]

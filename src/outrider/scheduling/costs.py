@@ -20,7 +20,7 @@ from outrider.errors import InvalidRequest
 
 __all__ = ["CostCurve", "CostKey", "CostPoint", "CostTable", "isotonic"]
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class CostKey:
     backend: str
     machine: str
     threads: int
+    instruction_set: str = ""
 
 
 @dataclass(frozen=True, slots=True)

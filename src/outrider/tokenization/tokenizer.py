@@ -21,6 +21,7 @@ from tokenizers.decoders import ByteLevel
 
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.tokenization.chat_template import ChatTemplate, Message
+from outrider.tokenization.literal_content import mark_special_tokens, split_at_marks
 
 __all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
 
@@ -135,6 +136,11 @@ class Tokenizer:
         token = self._fast.token_to_id(self.special_tokens.get("eos_token", ""))
         return () if token is None else (token,)
 
+    @property
+    def definition(self) -> str:
+        """The tokenizer as JSON, in the ``tokenizers`` library's form."""
+        return str(self._fast.to_str())
+
     def same_as(self, other: Tokenizer) -> bool:
         """Whether every token has the same id in both, so that one model can verify ids that the other drafted."""
         return self is other or self.vocabulary == other.vocabulary
@@ -150,6 +156,11 @@ class Tokenizer:
         """Whether a system message reaches the text; else ``with_system_in_user`` puts it where it does."""
         return self._chat_template().takes_system
 
+    def chat_template_text(self, tools: bool = False) -> str:
+        """The template itself, of conversations with or without tools; empty where there is none."""
+        sources = self._template_sources
+        return sources.get("tool_use" if tools and "tool_use" in sources else "default", "")
+
     def apply_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> str:
         """The conversation in the form that the model was trained on; encode it with ``add_special_tokens=False``.
 
@@ -161,8 +172,36 @@ class Tokenizer:
         return template.render(messages, add_generation_prompt, **options)
 
     def encode_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> list[int]:
-        """Token ids of the conversation."""
-        return self.encode(self.apply_chat(messages, add_generation_prompt, **options), add_special_tokens=False)
+        """Token ids of the conversation. Special tokens are those that the template writes: where a message's content
+        spells one, it stays text, so that nobody can end or begin a turn from inside a message."""
+        given = [m.model_dump() if hasattr(m, "model_dump") else m for m in messages]  # as OpenAI's client returns them
+        (marked, values), marks = mark_special_tokens((given, options), self._special_texts)
+        text = self.apply_chat(marked, add_generation_prompt, **values)
+        if not marks:
+            return self.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for part, literal in split_at_marks(text, marks, self._special_texts):
+            ids += self.encode_literally(part) if literal else self.encode(part, add_special_tokens=False)
+        return ids
+
+    def encode_literally(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are spelt like anything else; nothing is put around it."""
+        if not any(special in text for special in self._special_texts):
+            return self.encode(text, add_special_tokens=False)
+        return list(self._literal.encode(_SURROGATES.sub(_REPLACEMENT, text), add_special_tokens=False).ids)
+
+    @cached_property
+    def _special_texts(self) -> tuple[str, ...]:
+        """Special tokens as they are written, the longest first."""
+        found = [str(token.content) for token in self._fast.get_added_tokens_decoder().values() if token.special]
+        return tuple(sorted(filter(None, found), key=len, reverse=True))
+
+    @cached_property
+    def _literal(self) -> FastTokenizer:
+        """A copy that does not look for special tokens."""
+        copy = FastTokenizer.from_str(self._fast.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     @cached_property
     def _template_sources(self) -> dict[str, str]:

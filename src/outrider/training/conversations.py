@@ -42,11 +42,17 @@ class Settings:
     end_tokens: tuple[int, ...]
     context: int
     seed: int
+    temperatures: tuple[float, ...] = ()
+    """Where there are some, each turn is answered at one of them."""
 
     def of(self, turn: ChatTurn) -> SamplingParams:
-        """The same sampling with the turn's own seed."""
+        """The same sampling with the turn's own seed, and its temperature where there are several."""
         digest = hashlib.sha256(f"{self.seed} {turn.id}".encode()).digest()
-        return replace(self.params, seed=int.from_bytes(digest[:8], "big") >> 1)
+        seed = int.from_bytes(digest[:8], "big") >> 1
+        if not self.temperatures:
+            return replace(self.params, seed=seed)
+        chosen = self.temperatures[int.from_bytes(digest[8:16], "big") % len(self.temperatures)]
+        return replace(self.params, seed=seed, temperature=chosen)
 
 
 Answerer = Callable[[deque[ChatTurn]], Iterator[list[tuple[ChatTurn, list[int]]]]]

@@ -31,6 +31,7 @@ LINE = 6.0  # bytes of a token id in JSON
 STATE = 4 * 4  # bytes on disk per trained parameter: weight, two moments, and the finished checkpoint
 TRIAL_TOKENS = 16  # tokens of an answer in the trial
 ROUND = 1.5  # assumed time of a round of drafting and verifying, in plain steps
+SELF_TOKENS = 120  # assumed tokens of a prompt that the target writes, with those that are dropped
 LENGTH = 1.6  # assumed tokens per round
 
 
@@ -76,11 +77,17 @@ class _Trial:
     # -------------------------------------------------------------------------------------------- stages
 
     def prompts(self) -> Estimate:
-        size = sum(source.path.stat().st_size for source in self.configs["prompts"].sources)  # type: ignore[attr-defined]
+        sources = self.configs["prompts"].sources  # type: ignore[attr-defined]
+        size = sum(source.path.stat().st_size for source in sources if source.path is not None)
         began = perf_counter()
         counts, lengths = self._prompts
         text = sum(sum(part.values()) for part in counts.values()) * (mean(lengths) * 4 + 60)
-        return Estimate("prompts", perf_counter() - began, _peak(), max(size, text))
+        seconds, note = perf_counter() - began, ""
+        if self._self_written:
+            tokens = self._self_written * SELF_TOKENS
+            speed = self._speed(self.configs["prompts"].rows)  # type: ignore[attr-defined]
+            seconds, note = seconds + tokens / speed, f"{self._self_written:,} of the target's own"
+        return Estimate("prompts", seconds, _peak(), max(size, text), note)
 
     def regenerate(self) -> Estimate:
         config: Any = self.configs["regenerate"]
@@ -139,11 +146,21 @@ class _Trial:
     def _prompts(self) -> tuple[dict[str, Counter[str]], list[float]]:
         """Number of prompts by part and domain, and the lengths of up to 200 prompts in tokens."""
         config: Any = self.configs["prompts"]
-        split, _ = prompts.collect(config)
+        files = tuple(source for source in config.sources if source.path is not None)
+        split, _ = prompts.collect(config.model_copy(update={"sources": files}))
         some = (split["train"] + split["held_out"])[:200]
         words = [prompt.get("text") or " ".join(prompt.get("turns", ())) for prompt in some]
-        lengths = [float(len(self._llm.tokenizer.encode(text))) for text in words] or [1.0]
-        return {part: Counter(prompt["domain"] for prompt in found) for part, found in split.items()}, lengths
+        lengths = [float(len(self._llm.tokenizer.encode(text))) for text in words] or [60.0]
+        counts = {str(part): Counter(prompt["domain"] for prompt in found) for part, found in split.items()}
+        for part, share in (("train", 1 - config.held_out), ("held_out", config.held_out)):
+            counts[part]["self"] = round(share * self._self_written)
+        return counts, lengths
+
+    @property
+    def _self_written(self) -> int:
+        """Prompts that the target is to write itself."""
+        sources: Any = self.configs["prompts"].sources  # type: ignore[attr-defined]
+        return sum(source.self_written or 0 for source in sources)
 
     def _count(self, part: str) -> int:
         """Texts of a part: answers if they exist, else prompts."""
@@ -175,6 +192,7 @@ class _Trial:
         """Tokens per second of plain decoding with ``rows`` rows."""
         if rows not in self._speeds:
             options = {"max_tokens": TRIAL_TOKENS, "rows": rows, "ignore_eos": True, "drafter": "none", "server": None}
+            options["device"] = "cpu"
             config = self.configs["regenerate"].model_copy(update=options)
             assert isinstance(config, regenerate.Config)
             ask = regenerate.engine(config, lambda: self._llm, regenerate.sampling(config, self.recipe.target))
@@ -191,13 +209,13 @@ class _Trial:
     def _training_speed(self) -> tuple[float, int, float]:
         """Training tokens per second, number of trained parameters, and bytes of memory."""
         config: Any = self.configs["run"]
-        module = import_module(STAGES["run"].reference.partition(":")[0]).trainable(config, self._llm)
         spec = self._llm.target.spec
         length = max(8, min(config.length, round(self._length("text")), spec.max_positions))
         texts = []
         for number in range(max(1, config.pack_tokens // length)):
             tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
             texts.append(dataset.Text(str(number), "", tokens, length // 3))
+        module = import_module(STAGES["run"].reference.partition(":")[0]).trainable(config, self._llm, texts)
         target_runner = TargetRunner(self._llm.target, length)
         for _ in range(2):  # the first pass is a warm-up
             began = perf_counter()

@@ -143,7 +143,8 @@ def calibrate(
     began = perf_counter()
     if out.exists():
         raise InvalidRequest(f"{out} exists already; give a new directory")
-    llm = LLM(target, drafter, dtype=dtype, backend=backend, draft_tokens=config.draft_tokens, max_rows=1)
+    plain = LLM(target, "none", dtype=dtype, backend=backend, max_rows=1)
+    llm = plain.with_drafter(drafter, draft_tokens=config.draft_tokens)  # drafts in every round
     if hasattr(llm.drafter, "calibration"):
         llm.drafter.calibration = None  # measure the raw confidences
     files = _files(prompts)

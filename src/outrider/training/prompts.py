@@ -22,11 +22,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from rich.console import Console
 
 from outrider.errors import InvalidRequest, nearest
 from outrider.files import read_json_lines
 from outrider.training.artefact import Artefact, begin, file_hash, write_lines
+from outrider.training.progress import Progress
 
 __all__ = ["Config", "Source", "collect", "make_prompts", "read_source"]
 
@@ -47,8 +49,16 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    path: Path
+    path: Path | None = None
     """A .jsonl or .jsonl.gz file; a relative path counts from the recipe's folder."""
+    self_written: int | None = Field(None, alias="self", ge=1)
+    """Instead of a file: so many prompts that the target writes itself (`self = 20000`)."""
+    openings: tuple[str, ...] = ("",)
+    """How self-written prompts begin, taken in turns; "" leaves it to the target."""
+    temperature: float = Field(1.0, gt=0, le=2)
+    """Of self-written prompts: lower ones are more sober and more alike."""
+    script: str | None = None
+    """The writing system of self-written prompts, such as LATIN or CYRILLIC; None: any."""
     domain: str | None = None
     """What its prompts are about, for results by domain. Default: each line's own, else the file's name."""
     form: Literal["auto", "chat", "text"] = "auto"
@@ -60,12 +70,24 @@ class Source(BaseModel):
 
     @field_validator("path")
     @classmethod
-    def _from_the_recipe(cls, path: Path, info: ValidationInfo) -> Path:
+    def _from_the_recipe(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is None:
+            return None
         path = path.expanduser()
         return path if info.context is None else Path(info.context["folder"]) / path
 
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Source:
+        if (self.path is None) == (self.self_written is None):
+            raise ValueError("a source needs either `path` or `self`")
+        if not self.openings:
+            raise ValueError("openings needs one opening at least")
+        return self
+
     @property
     def name(self) -> str:
+        if self.path is None:
+            return "self"
         return self.path.name.removesuffix(".gz").removesuffix(".jsonl")
 
 
@@ -73,7 +95,7 @@ class Config(BaseModel):
     """Which prompts the drafter is trained on, and which it is evaluated on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    free: ClassVar[frozenset[str]] = frozenset({"sources"})  # the files' content is hashed, not their paths
+    free: ClassVar[frozenset[str]] = frozenset({"sources", "rows"})  # the files' content is hashed, not their paths
 
     sources: tuple[Source, ...] = Field(min_length=1)
     """The files, each with its `path`, and `domain`, `form`, `split` and `field` where the defaults do not fit."""
@@ -91,15 +113,27 @@ class Config(BaseModel):
     """The most held-out prompts of each domain."""
     seed: int = 0
     """Order of the prompts, and which ones a limit keeps."""
+    device: str = "cpu"
+    """cuda writes the target's own prompts on an accelerator."""
+    rows: int = Field(32, ge=1)
+    """Self-written prompts at a time."""
+    prompt_tokens: int = Field(256, ge=2)
+    """The most tokens of a self-written prompt."""
 
 
-def make_prompts(config: Config, out: Path) -> Artefact:
-    """Write the artefact. Raises InvalidRequest naming file and line for anything that cannot be read as a prompt, and
-    where nothing is left to train on; ArtefactError."""
+def make_prompts(config: Config, out: Path, target: str = "", *, console: Console | None = None) -> Artefact:
+    """Write the artefact; ``target`` writes the prompts of sources without a file.
+
+    Raises InvalidRequest naming file and line for anything that cannot be read as a prompt, and where nothing is left
+    to train on; ArtefactError; OutriderError where the target writes no usable prompt."""
     sources = {f"source {i}: {s.name}": _source_hash(s) for i, s in enumerate(config.sources, 1)}
-    with begin(out, "prompts", config, sources=sources) as work:
+    writes = any(source.path is None for source in config.sources)
+    if writes and not target:
+        raise InvalidRequest("prompts that the target writes itself need the target: --target")
+    with begin(out, "prompts", config, sources=sources, target=target if writes else None) as work:
         if not work.finished:
-            split, dropped = collect(config)
+            files = tuple(_written(s, i, config, out, target, console) for i, s in enumerate(config.sources, 1))
+            split, dropped = collect(config.model_copy(update={"sources": files}))
             if not split["train"]:
                 reasons = ", ".join(f"{count} {why}" for why, count in dropped.items()) or "all of them are held out"
                 raise InvalidRequest(f"no training prompts are left of {len(config.sources)} sources ({reasons})")
@@ -108,11 +142,42 @@ def make_prompts(config: Config, out: Path) -> Artefact:
                 write_lines(out / f"{name}.jsonl", prompts)
                 facts[name] = dict(sorted(Counter(prompt["domain"] for prompt in prompts).items()))
             work.finish(["train.jsonl", "held_out.jsonl"], facts)
-    return Artefact(out, "prompts", work.record["sha256"], None, work.record)
+    return Artefact(out, "prompts", work.record["sha256"], work.record["target"], work.record)
+
+
+def _written(source: Source, number: int, config: Config, out: Path, target: str, console: Console | None) -> Source:
+    """The source with a file: the target's own prompts are written to one in ``out``."""
+    if source.self_written is None:
+        return source
+    from outrider.models.loading import load_tokenizer
+    from outrider.training.regenerate import answerer
+    from outrider.training.self_prompts import write_self_prompts
+
+    path, heat = out / f"self-{number}.jsonl", source.temperature
+    if not path.exists():
+        with Progress(console, "prompts of the target's own", source.self_written) as progress:
+            dropped = write_self_prompts(
+                source.self_written,
+                source.openings,
+                source.script,
+                load_tokenizer(target),
+                lambda ends: answerer(
+                    target, ends, config.prompt_tokens, heat, config.seed, config.device, config.rows
+                ),
+                path,
+                progress,
+                (max(8, config.min_characters), config.max_characters),
+            )
+        if console is not None:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+            console.print(f"left out of the target's own prompts: {reasons}", style="dim", markup=False)
+    return source.model_copy(update={"path": path, "domain": source.domain or "self"})
 
 
 def _source_hash(source: Source) -> str:
     """Hash of the file's bytes and of the options it is read with."""
+    if source.path is None:
+        return hashlib.sha256(source.model_dump_json().encode()).hexdigest()
     if not source.path.is_file():
         raise InvalidRequest(f"no such file of prompts: {source.path}; expected JSON Lines, .jsonl or .jsonl.gz")
     options = source.model_dump_json(exclude={"path"})
@@ -187,6 +252,7 @@ def read_source(source: Source) -> Iterator[tuple[dict[str, Any], str | None]]:
 
     Raises InvalidRequest naming the line, and for a file without any.
     """
+    assert source.path is not None
     found = False
     for number, record in read_json_lines(source.path, EXPECTED, "prompts"):
         found = True

@@ -13,7 +13,8 @@ are sorted in the order of the prompts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -32,10 +33,11 @@ from outrider.models.locations import resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training.artefact import Artefact, Journal, begin, file_hash, open_artefact, read_lines, write_lines
 from outrider.training.conversations import Answerer, ChatTurn, Conversations, Settings
+from outrider.training.device_target import DeviceTarget, check_device, device_answers
 from outrider.training.progress import Progress
 from outrider.training.server import Server
 
-__all__ = ["Config", "engine", "regenerate", "sampling"]
+__all__ = ["Config", "answerer", "engine", "on_device", "regenerate", "sampling"]
 
 PARTS = ("train", "held_out")
 
@@ -50,6 +52,9 @@ class Config(BaseModel):
     """The most tokens of an answer. Prompts with fewer tokens left in the context are left out."""
     temperature: float | None = None
     """0 is greedy. Default: the target's own, 1.0 where it names none."""
+    temperatures: tuple[float, ...] = ()
+    """Several, shared out evenly over the prompts, for a drafter that is used at all of them; replaces
+    `temperature`."""
     top_p: float | None = None
     """Keep the smallest set of likeliest tokens of this mass. Default: the target's own."""
     top_k: int | None = None
@@ -68,6 +73,8 @@ class Config(BaseModel):
     """float32 (auto), bfloat16, int8 or int4: the dtype that the target will be served in."""
     rows: int = Field(32, ge=1)
     """Prompts answered at a time; more are faster until the processor is busy."""
+    device: str = "cpu"
+    """cuda answers on an accelerator, in bfloat16 and `rows` together (some hundreds), by temperature alone."""
     drafter: str = "none"
     """A drafter speeds up small batches and changes no token."""
     server: str | None = None
@@ -93,7 +100,9 @@ def sampling(config: Config, target: str) -> Settings:
     values |= {name: value for name, value in given.items() if value is not None}
     params = SamplingParams(max_tokens=config.max_tokens, ignore_eos=config.ignore_eos, **values)
     context = min(config.context, text.get("max_position_embeddings") or config.context)
-    return Settings(params, end_tokens(files), context, config.seed)
+    for temperature in config.temperatures:
+        replace(params, temperature=temperature)  # refuses what is no temperature
+    return Settings(params, end_tokens(files), context, config.seed, config.temperatures)
 
 
 def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console: Console | None = None) -> Artefact:
@@ -112,8 +121,12 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
             settings = sampling(config, target)
             tokenizer = load_tokenizer(target)
             load = cache(lambda: LLM(target, config.drafter, dtype=config.dtype, max_rows=config.rows))
-            answer = _server(config, tokenizer, settings) if config.server else engine(config, load, settings)
-            facts: dict[str, Any] = {"sampling": _facts_of(settings.params)}
+            answer = engine(config, load, settings)
+            if config.server:
+                answer = _server(config, tokenizer, settings)
+            elif config.device != "cpu":
+                answer = on_device(config, target, settings)
+            facts: dict[str, Any] = {"sampling": _facts_of(settings)}
             for part, some in asked.items():
                 source = prompts / f"{part}.jsonl"
                 conversations = Conversations(some, tokenizer, settings, source=source, note=note)
@@ -147,9 +160,10 @@ def _answer(
     return {"answers": len(lines), "tokens": tokens, "too_long": conversations.too_long}
 
 
-def _facts_of(params: SamplingParams) -> dict[str, Any]:
+def _facts_of(settings: Settings) -> dict[str, Any]:
     names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return {name: getattr(params, name) for name in names}
+    facts = {name: getattr(settings.params, name) for name in names}
+    return facts | ({"temperature": list(settings.temperatures)} if settings.temperatures else {})
 
 
 # ------------------------------------------------------------------------------------------------ answering
@@ -181,6 +195,24 @@ def engine(config: Config, load: Callable[[], LLM], settings: Settings) -> Answe
                 yield [(asked.pop(request), request.output) for request in done]
 
     return answer
+
+
+def answerer(
+    target: str, ends: Sequence[int], tokens: int, temperature: float, seed: int, device: str, rows: int
+) -> Answerer:
+    """What continues prompts by the target's own distribution, up to one of ``ends`` or ``tokens`` tokens."""
+    plain = {"temperature": temperature, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    config = Config.model_validate({"max_tokens": tokens, "seed": seed, "device": device, "rows": rows, **plain})
+    settings = replace(sampling(config, target), end_tokens=tuple(ends))
+    if device != "cpu":
+        return on_device(config, target, settings)
+    return engine(config, cache(lambda: LLM(target, "none", max_rows=rows)), settings)
+
+
+def on_device(config: Config, target: str, settings: Settings) -> Answerer:
+    """Answer on an accelerator. Raises InvalidRequest."""
+    device = check_device(config.device)
+    return device_answers(cache(lambda: DeviceTarget(target, device)), config.rows, settings)
 
 
 def _server(config: Config, tokenizer: Tokenizer, settings: Settings) -> Answerer:

@@ -12,9 +12,10 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
@@ -34,12 +35,14 @@ from outrider.models.loading import load_layers, model_config
 from outrider.models.locations import resolve_model
 from outrider.training.artefact import Artefact, begin, open_artefact
 from outrider.training.dataset import Text, TextSampler, read_texts
+from outrider.training.device_target import DeviceRunner, DeviceTarget, check_device
 from outrider.training.features import CachedFeatures
-from outrider.training.networks import Frozen, training_of
+from outrider.training.networks import Frozen, fill, training_of
 from outrider.training.progress import Progress
 from outrider.training.report import read_log, write_report
 from outrider.training.target_runner import FeatureSource, TargetRunner
 from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
+from outrider.types import TargetModel
 
 __all__ = ["Config", "Evaluator", "learn", "over_fit", "processes", "run", "save_drafter", "trainable"]
 
@@ -57,6 +60,8 @@ class Config(BaseModel):
     """Kind of drafter: a trainable name of the catalogue (see ``outrider models``)."""
     drafter: dict[str, Any] = Field(default_factory=dict)
     """Options of that kind: layers, block_size, target_layers, markov_rank, loss, ..."""
+    start_from: str | None = None
+    """A finished drafter of the same shape, whose weights training goes on from."""
     epochs: float = Field(3.0, gt=0)
     """Passes over all texts."""
     steps: int | None = Field(None, ge=1)
@@ -73,6 +78,8 @@ class Config(BaseModel):
     clip: float = Field(1.0, gt=0)
     dtype: str = "auto"
     """Precision of the target during training."""
+    device: str = "cpu"
+    """cuda trains on an accelerator, the target in bfloat16 beside the drafter."""
     bfloat16: bool = True
     """Matrix products in bfloat16; weights and sums stay in float32."""
     seed: int = 0
@@ -95,13 +102,50 @@ class Config(BaseModel):
     """Write TensorBoard events where TensorBoard is installed."""
 
 
-def trainable(config: Config, llm: LLM) -> nn.Module:
-    """A new, untrained drafter of ``config.kind`` for this target. Raises InvalidRequest."""
+def trainable(
+    config: Config, llm: LLM, texts: Sequence[Text], target: TargetModel | DeviceTarget | None = None
+) -> nn.Module:
+    """A new, untrained drafter of ``config.kind`` for this target, which ``target`` stands for on another device. A
+    reduced draft vocabulary is chosen by the answers of ``texts``. Raises InvalidRequest."""
     options = training_of(config.kind, config.drafter)
     torch.manual_seed(config.seed)
-    facts, layers = model_config(llm.model), load_layers(llm.model)
-    module: nn.Module = options.start(llm.target, facts, llm.tokenizer.vocabulary, layers)
+    with torch.device("cpu"):
+        facts, layers = model_config(llm.model), load_layers(llm.model)
+    if layers is not None:
+        layers = layers[0], _ReadOnCpu(layers[1])
+    counts = partial(_counts, texts, llm.target.spec.vocab_size)
+    target = llm.target if target is None else target
+    if config.start_from is None:
+        module: nn.Module = options.start(target, facts, llm.tokenizer.vocabulary, layers, counts)
+        return module
+    with torch.device("cpu"):
+        given = checkpoints.load(config.start_from)
+    module = options.start(target, facts, llm.tokenizer.vocabulary, None, lambda: given.drafted)
+    fill(module, given, config.start_from)
     return module
+
+
+class _ReadOnCpu(Mapping[str, Tensor]):
+    """Weights that are read when they are asked for, from files whose readers make tensors on the CPU."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        with torch.device("cpu"):
+            return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _counts(texts: Sequence[Text], vocab_size: int) -> Tensor:
+    """How often the target wrote each token. -> int64 [V]"""
+    written = [token for text in texts for token in text.tokens[text.prompt_length :]]
+    return torch.bincount(torch.tensor(written, dtype=torch.int64), minlength=vocab_size)
 
 
 def run(
@@ -151,7 +195,27 @@ def learn(
 ) -> dict[str, Any]:
     """``run`` without artefacts: train on ``answers`` (train.jsonl, held_out.jsonl), write ``out/drafter`` unless it
     exists, and return facts about the run."""
-    llm = LLM(target, "none", dtype=dtype or config.dtype)
+    device = check_device(config.device)
+    if config.device != "cpu" and features is not None:
+        raise InvalidRequest("cached features are read on the CPU; train without them on a device")
+    with device:  # new tensors of the networks and their losses are made there
+        return _learn(config, answers, out, target, device, features, dtype, watch, say, console)
+
+
+def _learn(
+    config: Config,
+    answers: Path,
+    out: Path,
+    target: str,
+    device: torch.device,
+    features: Path | None,
+    dtype: str | None,
+    watch: Callable[[Step, int], None],
+    say: Callable[[str], None],
+    console: Console | None,
+) -> dict[str, Any]:
+    with torch.device("cpu"):
+        llm = LLM(target, "none", dtype=dtype or config.dtype)
     rank, world = rank_and_world()
     vocab, length = llm.target.spec.vocab_size, min(config.length, llm.target.spec.max_positions)
     texts = read_texts(answers / "train.jsonl", length=length, vocab_size=vocab)
@@ -160,22 +224,26 @@ def learn(
     steps = config.steps or math.ceil(config.epochs * len(texts) / config.batch)
     plan = _plan(config, steps)
     work, finished = out / "state", out / "drafter"
-    module = trainable(config, llm)
+    device_target = None if config.device == "cpu" else DeviceTarget(target, device)
+    module = trainable(config, llm, texts, device_target)
     target_runner: FeatureSource = TargetRunner(llm.target, length)
+    if device_target is not None:
+        target_runner = DeviceRunner(device_target)
     if features is not None:
         target_runner = CachedFeatures(llm.target, features, module.aux_layers, length)  # type: ignore[arg-type]
     if config.sanity and rank == 0 and not (work / "state.pt").exists():
-        say(over_fit(trainable(config, llm), target_runner, texts, plan))
+        say(over_fit(trainable(config, llm, texts, device_target).to(device), target_runner, texts, plan))
     every = max(1, steps // 8) if config.eval_every is None else config.eval_every
     evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if every else None
     board = _tensorboard(config, out) if rank == 0 else None
 
     def evaluate(step: int) -> dict[str, Any]:
-        drafter = module.snapshot()  # type: ignore[operator]
-        return evaluator(drafter) if evaluator is not None and rank == 0 else {}
+        drafter = _on_cpu(module.snapshot())  # type: ignore[operator]
+        with torch.device("cpu"):
+            return evaluator(drafter) if evaluator is not None and rank == 0 else {}
 
     sampler = TextSampler(texts, config.batch, config.pack_tokens, config.seed)
-    trainer = Trainer(module, target_runner, sampler, plan, work, config.sharding)
+    trainer = Trainer(module.to(device), target_runner, sampler, plan, work, config.sharding)
     with Progress(console, f"{config.kind}, steps", steps, trainer.resume()) as progress:
         for step in trainer.run(every, evaluate):
             if board is not None:
@@ -183,7 +251,7 @@ def learn(
                     board.add_scalar(name, value, step.step)
             progress.advance(1, step.tokens, f"loss {step.loss:.3f}")
             watch(step, steps)
-    drafter = module.snapshot()  # type: ignore[operator]
+    drafter = _on_cpu(module.snapshot())  # type: ignore[operator]
     log = read_log(work / "log.jsonl") if rank == 0 else []
     facts = {"steps": steps, "texts": len(texts), **_facts(log)}
     if rank == 0:
@@ -216,6 +284,13 @@ def _facts(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _silent(text: str) -> None: ...
+
+
+def _on_cpu(drafter: Any) -> Any:
+    """The result of ``snapshot``, its tensors on the CPU."""
+    if not isinstance(drafter, DraftCheckpoint):
+        return drafter.cpu()
+    return replace(drafter, tensors={name: tensor.cpu() for name, tensor in drafter.tensors.items()})
 
 
 def over_fit(

@@ -72,7 +72,7 @@ def checkpoint_of(artefact: Artefact) -> Path:
 
 
 def _prompts(function: Callable[..., Any], inputs: StageInputs) -> dict[str, Any]:
-    function(inputs.config, inputs.out)
+    function(inputs.config, inputs.out, inputs.target, console=inputs.console)
     return {}
 
 

@@ -3,7 +3,7 @@
 from outrider.drafters.base.autoregressive import AutoregressiveDrafter, AutoregressiveState
 from outrider.drafters.base.calibrated import CalibratedDrafter
 from outrider.drafters.base.draft_cache import DraftCache, Waiting
-from outrider.drafters.base.draft_sampling import Drawing
+from outrider.drafters.base.draft_sampling import Drawing, draft_keys, known_sampling, packed_proposal
 from outrider.drafters.base.network import DraftNet, linear, load_net, rms_norm, rowwise
 from outrider.drafters.base.trained import CachedDrafter, TrainedDrafter
 
@@ -17,8 +17,11 @@ __all__ = [
     "Drawing",
     "TrainedDrafter",
     "Waiting",
+    "draft_keys",
+    "known_sampling",
     "linear",
     "load_net",
+    "packed_proposal",
     "rms_norm",
     "rowwise",
 ]

@@ -13,9 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.drafters.base.draft_sampling import Drawing
+from outrider.drafters.base.draft_sampling import Drawing, draft_keys, known_sampling, packed_proposal
 from outrider.drafters.base.trained import CachedDrafter
-from outrider.types import Context, Proposal, RaggedBatch, Rng
+from outrider.types import (
+    AutoregressiveParts,
+    Backend,
+    Context,
+    DraftsInTurn,
+    InTurnDrafter,
+    Proposal,
+    RaggedBatch,
+    Rng,
+)
 
 __all__ = ["AutoregressiveDrafter", "AutoregressiveState"]
 
@@ -33,8 +42,44 @@ class AutoregressiveState:
 class AutoregressiveDrafter(CachedDrafter):
     """The part that EAGLE-3 and multi-token prediction have in common. They differ in what enters the stack."""
 
+    pairs = True
     feeds_normed = False
     """Whether the state fed back is the one after the final norm."""
+
+    core: InTurnDrafter | None = None
+    """Drafts all tokens in one call of the backend, where it can; a drafter sets it when it is made."""
+
+    def in_turn(
+        self,
+        backend: Backend,
+        dtype: torch.dtype | str,
+        *,
+        norms: tuple[Tensor, Tensor],
+        fusion: Tensor | None = None,
+        feature_norm: Tensor | None = None,
+        feature_groups: int = 1,
+        projection: Tensor | None = None,
+        norm_residual: bool = False,
+    ) -> InTurnDrafter | None:
+        """``core`` of a backend that has it: see ``AutoregressiveParts``. ``norms``: of embedding and state."""
+        net = self.net
+        if not isinstance(backend, DraftsInTurn) or net.embedding is None or net.head is None:
+            return None
+        parts = AutoregressiveParts(
+            net.stack,
+            net.embedding,
+            net.head,
+            fusion=fusion,
+            feature_norm=feature_norm,
+            feature_groups=feature_groups,
+            embed_norm=norms[0],
+            hidden_norm=norms[1],
+            projection=projection,
+            norm_residual=norm_residual,
+            feeds_normed=self.feeds_normed,
+            ids=net.target_ids,
+        )
+        return backend.autoregressive_drafter(parts, dtype)
 
     @abstractmethod
     def condition(self, features: Tensor) -> Tensor:
@@ -56,11 +101,32 @@ class AutoregressiveDrafter(CachedDrafter):
             )
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        """All rows together, one pass a draft. A row with missing features drafts nothing."""
+        """All rows together. A row with missing features drafts nothing."""
         named = slots.tolist()
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
+        if self.core is not None and known_sampling(context):
+            proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
+        else:
+            proposal = self._draft_stepwise(named, last, lengths, context, rng)
+        return self.calibrated(proposal, context)
+
+    def _draft_at_once(
+        self, core: InTurnDrafter, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+    ) -> Proposal:
+        """One call of the backend for the rows that draft."""
+        rows, ends = [b for b, n in enumerate(lengths) if n], last.tolist()
+        params = [context.params[b] for b in rows]
+        keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
+        taken = self.cache.take_paired_features([named[b] for b in rows], [ends[b] for b in rows])
+        drafts = core.draft(self.cache.kv_cache, *taken, max(lengths), keys, params)
+        return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
+
+    def _draft_stepwise(
+        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+    ) -> Proposal:
+        """One pass of the layers a draft."""
         drawing = Drawing(self.net, context, rng, lengths)
         rows = [named[b] for b in drawing.rows.tolist()]
         state = self.begin(rows, last[drawing.rows])
@@ -68,7 +134,7 @@ class AutoregressiveDrafter(CachedDrafter):
             state = self.feed(state, drawing.draw(state.logits))
         drawing.draw(state.logits)
         self.rewind(rows)
-        return self.calibrated(drawing.proposal(drawing.margins()), context)
+        return drawing.proposal(drawing.margins())
 
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TrainedDrafter.follow``."""

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from outrider.scheduling.calibration import Calibration
-from outrider.types import Context, Drafter, Forgets, Proposal, RaggedBatch, ReadsHidden, ResetsRows, Rng
+from outrider.types import (
+    Context,
+    Drafter,
+    Forgets,
+    Proposal,
+    RaggedBatch,
+    ReadsHidden,
+    ResetsRows,
+    Rng,
+    SharesPrefixes,
+)
 
 __all__ = ["CalibratedDrafter"]
 
@@ -30,6 +42,20 @@ class CalibratedDrafter:
 
     def close(self, slot: int) -> None:
         self.drafter.close(slot)
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """See ``outrider.types.SharesPrefixes``; 0 where the drafter shares nothing."""
+        return self.drafter.match(tokens) if isinstance(self.drafter, SharesPrefixes) else 0
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        if isinstance(self.drafter, SharesPrefixes):
+            self.drafter.adopt(slot, tokens, count)
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        if isinstance(self.drafter, SharesPrefixes):
+            self.drafter.publish(slot, tokens)
 
     def forget(self) -> None:
         """Forget earlier requests, where the drafter remembers any."""

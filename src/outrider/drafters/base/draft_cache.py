@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from outrider.errors import CacheFull
-from outrider.types import Context, KVCache, RaggedBatch, Stack
+from outrider.types import Context, KVCache, PagedCache, PagedTarget, RaggedBatch, SharesPrefixes, Stack
 
 __all__ = ["DraftCache", "Waiting"]
 
@@ -69,16 +69,17 @@ class DraftCache:
     catch-up pass has shown them from ``end_of`` on.
     """
 
-    def __init__(self, stack: Stack, scratch: int, rows: int) -> None:
-        """``scratch``: positions after the committed tokens that a proposal uses. ``rows``: sequences at a time."""
-        self._stack, self._scratch, self._slots = stack, scratch, rows
+    def __init__(self, stack: Stack, scratch: int, rows: int, pairs: bool = False) -> None:
+        """``scratch``: positions after the committed tokens that a proposal uses. ``rows``: sequences at a time.
+        ``pairs``: a position's keys and values are made of its features and the token after it (see ``take_pairs``)."""
+        self._stack, self._scratch, self._slots, self._pairs = stack, scratch, rows, pairs
         self._rows: dict[int, _Row] = {}
-        self.kv_cache: KVCache = stack.new_cache(1, scratch)
+        self.kv_cache: KVCache = self._new_cache(1, scratch)
 
     def open(self, slot: int, capacity: int) -> None:
         """Reserve a slot. A row beyond those the cache was made for drafts nothing."""
         if not self._rows and self.kv_cache.capacity < capacity + self._scratch:
-            self.kv_cache = self._stack.new_cache(self._slots, capacity + self._scratch)
+            self.kv_cache = self._new_cache(self._slots, capacity + self._scratch)
         try:
             cache_slot = self.kv_cache.open()
         except CacheFull:
@@ -94,7 +95,34 @@ class DraftCache:
     def reset(self) -> None:
         """Close all rows at once, with a cache made anew."""
         self._rows.clear()
-        self.kv_cache = self._stack.new_cache(len(self.kv_cache.lengths), self.kv_cache.capacity)
+        self.kv_cache = self._new_cache(len(self.kv_cache.lengths), self.kv_cache.capacity)
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """See ``outrider.types.SharesPrefixes``."""
+        return self.kv_cache.match(tokens) if isinstance(self.kv_cache, SharesPrefixes) else 0
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        row = self._rows[slot]
+        if isinstance(self.kv_cache, SharesPrefixes) and count <= row.capacity:
+            self.kv_cache.adopt(row.cache_slot, tokens, count)
+            row.held = count
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``outrider.types.SharesPrefixes``. What still waits is left out."""
+        row = self._rows[slot]
+        if isinstance(self.kv_cache, SharesPrefixes) and row.held:
+            self.kv_cache.publish(row.cache_slot, tokens[: row.held + self._pairs])
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        if isinstance(self.kv_cache, PagedCache):
+            self.kv_cache.forget()
+
+    def _new_cache(self, slots: int, capacity: int) -> KVCache:
+        if isinstance(self._stack, PagedTarget):
+            return self._stack.paged_cache(slots, capacity, ahead=int(self._pairs))
+        return self._stack.new_cache(slots, capacity)
 
     def end_of(self, slot: int) -> int:
         """Tokens of the row, from its start, whose features were seen: where a catch-up pass must begin."""
@@ -125,6 +153,8 @@ class DraftCache:
             row, known = self._rows[slot], len(context.history[b]) - 1
             self._truncate(row, known)  # a round may have been committed in part only
             ready = row.cache_slot >= 0 and row.end == known > 0
+            ready &= not self._pairs or bool(row.tokens)  # the last pair's features were not kept with a shared prefix
+            ready = ready and self.kv_cache.reserve(row.cache_slot, row.end + self._scratch)
             lengths.append(max(0, min(wanted, most)) if ready else 0)
         return lengths
 
@@ -133,6 +163,7 @@ class DraftCache:
         rows = [row for slot in slots if (row := self._rows[slot]).tokens]
         if not rows:
             return None
+        self._make_room(rows)
         batch = RaggedBatch.pack(
             [row.tokens for row in rows], [row.held for row in rows], [row.cache_slot for row in rows]
         )
@@ -141,6 +172,16 @@ class DraftCache:
             row.drop(len(row.tokens))
         return Waiting(batch, features)
 
+    def take_features(self, slots: Sequence[int]) -> tuple[list[int], list[int], list[Tensor]]:
+        """The same in pieces, for a backend that packs them itself: each row's slot in the KV cache and number of
+        waiting tokens, and all features, row after row."""
+        rows = [self._rows[slot] for slot in slots]
+        counts = [len(row.tokens) for row in rows]
+        features = [piece for row in rows for piece in row.features]
+        for row in rows:
+            row.drop(len(row.tokens))
+        return [row.cache_slot for row in rows], counts, features
+
     def take_pairs(self, slots: Sequence[int], last: Sequence[int] | None) -> Waiting:
         """Waiting features of some rows, each with the token that *follows* it; all but the final pair count as held.
 
@@ -148,6 +189,7 @@ class DraftCache:
         final features; None leaves the final pairs out.
         """
         rows = [self._rows[slot] for slot in slots]
+        self._make_room(rows)
         ends = [[]] * len(rows) if last is None else [[token] for token in last]
         tokens = [[*row.tokens[1:], *end] for row, end in zip(rows, ends, strict=True)]
         batch = RaggedBatch.pack(tokens, [row.held for row in rows], [row.cache_slot for row in rows])
@@ -156,6 +198,19 @@ class DraftCache:
             row.drop(len(row.tokens) - 1)
         return Waiting(batch, features)
 
+    def take_paired_features(
+        self, slots: Sequence[int], last: Sequence[int]
+    ) -> tuple[list[int], list[int], list[Tensor], list[int]]:
+        """The same in pieces, for a backend that packs them itself: each row's slot in the KV cache and number of
+        waiting features, all features, and the token that follows each, row after row."""
+        rows = [self._rows[slot] for slot in slots]
+        counts = [len(row.tokens) for row in rows]
+        features = [piece for row in rows for piece in row.features]
+        tokens = [token for row, end in zip(rows, last, strict=True) for token in (*row.tokens[1:], end)]
+        for row in rows:
+            row.drop(len(row.tokens) - 1)
+        return [row.cache_slot for row in rows], counts, features, tokens
+
     def cache_slots(self, slots: Sequence[int]) -> Tensor:
         """int64 [n]: the rows' slots in the KV cache."""
         return torch.tensor([self._rows[slot].cache_slot for slot in slots], dtype=torch.int64)
@@ -163,6 +218,10 @@ class DraftCache:
     def held(self, slots: Sequence[int]) -> Tensor:
         """int64 [n]: tokens of the rows that the KV cache holds."""
         return torch.tensor([self._rows[slot].held for slot in slots], dtype=torch.int64)
+
+    def _make_room(self, rows: Sequence[_Row]) -> None:
+        for row in rows:
+            self.kv_cache.reserve(row.cache_slot, row.held + len(row.tokens))
 
     def _truncate(self, row: _Row, end: int) -> None:
         if end < row.end:

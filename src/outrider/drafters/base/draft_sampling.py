@@ -13,9 +13,9 @@ from torch import Tensor
 from outrider.drafters.base.network import DraftNet, rowwise
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
-from outrider.types import Context, Proposal, Rng
+from outrider.types import Context, Drafts, Proposal, Rng
 
-__all__ = ["Drawing"]
+__all__ = ["Drawing", "draft_keys", "known_sampling", "packed_proposal"]
 
 
 class Drawing:
@@ -31,7 +31,6 @@ class Drawing:
         self._distributions: list[Processed] = []
         self._logits: list[Tensor] = []
         self._whole: Processed | None = None  # of all positions, where they were drawn at once
-        self._margins: Tensor | None = None
 
     def draw(self, logits: Tensor) -> Tensor:
         """The next draft of each row that takes part. [n, Vd] -> int64 [n], target ids."""
@@ -59,20 +58,7 @@ class Drawing:
     @property
     def penalised(self) -> bool:
         """Whether a row's distribution depends on the tokens drafted before it by an option of its request."""
-        return any(p.penalised for p in self._context.params)
-
-    @property
-    def plain(self) -> bool:
-        """Whether all requests sample from softmax(logits / temperature) or greedily: no penalty, bias, truncation."""
-        return not any(
-            p.penalised or p.logit_bias or (p.temperature and (p.top_k or p.top_p < 1 or p.min_p))
-            for p in self._context.params
-        )
-
-    @property
-    def temperatures(self) -> Tensor:
-        """Of each row that takes part, float32 [n]."""
-        return torch.tensor([self._context.params[b].temperature for b in self.rows.tolist()], dtype=torch.float32)
+        return self._context.stepwise
 
     def keys(self) -> Tensor:
         """Of all drafts of each row that takes part, int64 [n, K]; zeros where nothing is sampled."""
@@ -83,22 +69,9 @@ class Drawing:
         rows = self.rows.repeat_interleave(drafts)
         return self._rng.token_keys(rows, positions.flatten(), "draft").view(-1, drafts)
 
-    def record(self, tokens: Tensor, margins: Tensor, distribution: tuple[Tensor, Tensor] | None) -> None:
-        """All drafts at once, as a backend has drawn them from the keys: tokens int64 [n, K], margins float32 [n, K],
-        and the distributions as ids [n K, S] and logits [n K, S], row by row; None where all drafts are greedy."""
-        self.tokens[self.rows] = tokens
-        self._margins = margins
-        size = self._net.vocab_size
-        if distribution is None:
-            self._whole = Categorical.greedy(tokens.flatten(), size)
-        else:
-            self._whole = Categorical(size, ids=distribution[0], logits=distribution[1])
-
     def margins(self) -> Tensor:
         """A confidence for drafters without a confidence head: sigmoid(the largest logit - the second), for each draft.
         It does not depend on the draft itself nor on later ones. float32 [n, K]"""
-        if self._margins is not None:
-            return rowwise(torch.sigmoid, self._margins)
         best = torch.stack(self._logits, 1).topk(2, -1).values.float()
         return rowwise(torch.sigmoid, best[..., 0] - best[..., 1])
 
@@ -122,3 +95,33 @@ class Drawing:
         )  # rows that drafted nothing point to 0, which is never read
         index[self.rows] = torch.arange(len(distribution)).view(-1, drafts)
         return distribution.take(index.flatten())
+
+
+def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> Tensor:
+    """The keys of all drafts of some rows, int64 [n, K]."""
+    owners = [b for b in rows for _ in range(drafts)]
+    positions = [len(context.history[b]) + k for b in rows for k in range(drafts)]
+    both = torch.tensor([owners, positions], dtype=torch.int64)
+    return rng.token_keys(both[0], both[1], "draft").view(len(rows), drafts)
+
+
+def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Proposal:
+    """What a backend drafted for ``rows``, as the proposal of all rows; ``lengths`` [B]."""
+    tokens, confidence = drafts.tokens, drafts.confidence
+    distribution: Processed | None = None
+    if drafts.logits is not None:
+        distribution = Categorical(vocab_size, ids=drafts.ids, logits=drafts.logits)
+    if len(rows) < len(lengths):  # rows that drafted nothing point to the first draft, which is never read
+        index = torch.zeros(len(lengths), dtype=torch.int64)
+        index[list(rows)] = torch.arange(len(rows))
+        tokens, confidence = tokens[index], confidence[index]
+        if distribution is not None:
+            count = drafts.tokens.shape[1]
+            distribution = distribution.take((index[:, None] * count + torch.arange(count)).flatten())
+    return Proposal(tokens, torch.tensor(lengths, dtype=torch.int64), distribution, confidence)
+
+
+def known_sampling(context: Context) -> bool:
+    """Whether all rows are sampled in ways that a backend knows: temperature and truncation, but no bias, penalty or
+    mask."""
+    return not (context.stepwise or any(p.logit_bias for p in context.params))

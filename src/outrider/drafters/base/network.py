@@ -6,7 +6,7 @@ n rows, V target vocabulary, Vd draft vocabulary, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,15 @@ from torch.nn.functional import pad
 from outrider.checkpoints import DraftCheckpoint
 from outrider.config import StackConfig
 from outrider.errors import IncompatibleDrafter
-from outrider.types import Backend, Stack, StackOutput, TargetModel
+from outrider.types import Backend, HasStack, Stack, StackOutput, TargetModel
 
-__all__ = ["DraftNet", "linear", "load_net", "rms_norm", "rowwise"]
+__all__ = ["DraftNet", "head_rows", "linear", "load_net", "rms_norm", "rowwise"]
 
 EQUAL = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "int8": 0.03, "int4": 0.2}
 """Relative difference up to which two matrices are the same one, by the dtype the target was loaded in."""
+BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "int8": 8, "file": 8, "int4": 8}
+"""Of a value of a head in each dtype; int4 keeps heads in int8."""
+UNIT = 2.0**-6  # length of the vectors that a head is read with: so short that a soft cap changes nothing
 STRANGE = 0.5  # relative difference above which a frozen copy of the embedding is another target's
 PROBES = 4
 LANES = 64  # a multiple of the elements of any processor's vectors
@@ -37,6 +40,8 @@ class DraftNet:
     target_ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
     vocab_size: int
     backend: Backend
+    embedding: Stack | None  # the stacks that embed and unembed; None: the target is no stack
+    head: Stack | None
 
     def logits(self, output: StackOutput) -> Tensor:
         """[R, Vd] of a pass through ``stack``, which has made them already where the head is its own."""
@@ -54,14 +59,16 @@ class DraftNet:
 def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend, dtype: torch.dtype | str) -> DraftNet:
     """Load a drafter's stack, without an embedding or a head that equals the target's.
 
-    Raises IncompatibleDrafter where a frozen copy of the embedding is clearly not this target's.
+    A reduced vocabulary has a head of its own, made of the target's rows where the checkpoint holds none; and so has a
+    drafter whose dtype has fewer bits than the target's, because a draft reads the whole head. Raises
+    IncompatibleDrafter where a frozen copy of the embedding is clearly not this target's.
     """
     tensors, weights = checkpoint.tensors, checkpoint.stack_weights()
     config = checkpoint.stack(head=True)
     if not config.layers:
         weights["norm.weight"] = torch.ones(config.hidden_size)  # an empty stack, which is never run
-    equal = EQUAL[str(dtype).removeprefix("torch.")]
-    own_embed = own_head = False
+    equal = EQUAL[_name(dtype)]
+    own_embed = False
     if "embed.weight" in tensors:
         difference = _embedding_difference(tensors["embed.weight"], config.embedding_scale, target)
         if checkpoint.frozen_embedding and difference > STRANGE:
@@ -70,14 +77,20 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
                 f"{target.spec.name or 'this one'} by {difference:.0%}"
             )
         own_embed = difference > equal
-    if "head.weight" in tensors:
-        own_head = checkpoint.reduced or _head_difference(tensors["head.weight"], config, target) > equal
     if own_embed:
         weights["embed.weight"] = tensors["embed.weight"]
-    if own_head:
-        weights["head.weight"] = tensors["head.weight"]
-    stack = backend.load(checkpoint.stack(head=own_head), weights, dtype)
+    theirs = target.stack if isinstance(target, HasStack) else None
     ids = tensors["d2t"].long() + torch.arange(checkpoint.draft_vocab_size) if checkpoint.reduced else None
+    fewer_bits = theirs is not None and BITS[_name(dtype)] < BITS[_name(theirs.dtype)]
+    own_head = checkpoint.reduced or fewer_bits
+    if "head.weight" in tensors:
+        own_head = own_head or _head_difference(tensors["head.weight"], config, target) > equal
+    if own_head:
+        weights["head.weight"] = tensors["head.weight"] if "head.weight" in tensors else head_rows(target, ids)
+    stack_config = checkpoint.stack(head=own_head)
+    if own_head and "head.weight" not in tensors and theirs is not None:
+        stack_config = replace(stack_config, logit_softcap=theirs.config.logit_softcap)
+    stack = backend.load(stack_config, weights, dtype)
     return DraftNet(
         stack,
         stack.embed if own_embed else target.embed,
@@ -85,7 +98,27 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
         ids,
         checkpoint.vocab_size,
         backend,
+        embedding=stack if own_embed else theirs,
+        head=stack if own_head else theirs,
     )
+
+
+def head_rows(target: TargetModel, ids: Tensor | None) -> Tensor:
+    """The target's head as a matrix in float32, or the rows of some tokens, from what it makes of unit vectors.
+
+    int64 [n] -> [n, D]; None -> [V, D]
+    """
+    units = torch.eye(target.spec.hidden_size, dtype=target.spec.dtype) * UNIT
+    rows = torch.empty(target.spec.vocab_size if ids is None else len(ids), len(units))
+    for first, part in enumerate(units.split(LANES)):
+        logits = target.unembed(part).float()
+        columns = slice(first * LANES, first * LANES + len(part))
+        rows[:, columns] = (logits if ids is None else logits[:, ids]).T / UNIT
+    return rows
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _embedding_difference(weight: Tensor, scale: float, target: TargetModel) -> float:

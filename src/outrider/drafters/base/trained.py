@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -29,6 +29,8 @@ class TrainedConfig:
     """The trained drafter: a directory or a hub id."""
     draft_tokens: int | None = None
     """The most tokens it proposes in a round; None: as many as it was trained for."""
+    dtype: str = "auto"
+    """Precision of the drafter alone; auto: int8 where the native core runs, else the target's."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens is not None and self.draft_tokens < 1:
@@ -39,7 +41,7 @@ class TrainedDrafter(ABC):
     """A drafter whose weights are read from a checkpoint."""
 
     Config: ClassVar[type[Any]] = TrainedConfig
-    """Its options; ``model`` names the checkpoint, and every other has a default."""
+    """Its options; ``model`` names the checkpoint, ``dtype`` its precision, and every other has a default."""
     kinds: ClassVar[tuple[str, ...]]
     """Kinds of checkpoint it runs, the one it is listed under first."""
 
@@ -97,8 +99,8 @@ class TrainedDrafter(ABC):
         max_rows: int = 8,
         **services: Any,
     ) -> Self:
-        """Read the checkpoint ``config.model``. ``backend`` runs it (plain PyTorch by default), in ``dtype`` (the
-        target's), ``max_rows`` sequences at a time.
+        """Read the checkpoint ``config.model``. ``backend`` runs it (plain PyTorch by default), in ``dtype`` (what
+        the config says), ``max_rows`` sequences at a time.
 
         Raises CheckpointError, and IncompatibleDrafter where it was not made for this target.
         """
@@ -108,7 +110,10 @@ class TrainedDrafter(ABC):
                 f"{config.model} holds a drafter of kind {checkpoint.kind!r}; {nearest(checkpoint.kind, cls.kinds)}"
             )
         engine = backend or find("backend", "reference")()
-        return cls(checkpoint, target, engine, config=config, dtype=dtype or target.spec.dtype, max_rows=max_rows)
+        if dtype is None:
+            quantised = "int8" if engine.name == "native" else target.spec.dtype
+            dtype = quantised if config.dtype == "auto" else config.dtype
+        return cls(checkpoint, target, engine, config=config, dtype=dtype, max_rows=max_rows)
 
     def calibrated(self, proposal: Proposal, context: Context) -> Proposal:
         """The proposal with its confidences scaled by the checkpoint's calibration, where it has one."""
@@ -123,6 +128,9 @@ class TrainedDrafter(ABC):
 class CachedDrafter(TrainedDrafter):
     """A trained drafter whose layers keep keys and values of the committed tokens."""
 
+    pairs: ClassVar[bool] = False
+    """Whether a position's keys and values depend on the token after it too."""
+
     def __init__(
         self,
         checkpoint: DraftCheckpoint,
@@ -136,10 +144,26 @@ class CachedDrafter(TrainedDrafter):
         """See ``TrainedDrafter``; ``config.target_layers`` replaces the checkpoint's."""
         layers: tuple[int, ...] | None = config.target_layers
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows, layers=layers)
-        self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows)
+        self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows, self.pairs)
 
     def open(self, slot: int, capacity: int) -> None:
         self.cache.open(slot, capacity)
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """See ``outrider.types.SharesPrefixes``."""
+        return self.cache.match(tokens)
+
+    def adopt(self, slot: int, tokens: Sequence[int], count: int) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        self.cache.adopt(slot, tokens, count)
+
+    def publish(self, slot: int, tokens: Sequence[int]) -> None:
+        """See ``outrider.types.SharesPrefixes``."""
+        self.cache.publish(slot, tokens)
+
+    def forget(self) -> None:
+        """Drop what finished sequences have left."""
+        self.cache.forget()
 
     def reset_rows(self) -> None:
         """Close all slots at once."""

@@ -8,7 +8,7 @@ from outrider.training.networks.autoregressive_network import (
 )
 from outrider.training.networks.block_network import BlockLoss, DFlashTraining, DSparkTraining, TrainableBlock
 from outrider.training.networks.draft_model_network import DraftModelTraining, TrainableModel
-from outrider.training.networks.frozen import Frozen
+from outrider.training.networks.frozen import Frozen, fill
 from outrider.training.networks.initial import training_of
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "TrainableAutoregressive",
     "TrainableBlock",
     "TrainableModel",
+    "fill",
     "training_of",
 ]

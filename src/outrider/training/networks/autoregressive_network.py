@@ -24,7 +24,7 @@ from outrider.drafters.mtp_design import MTPDesign
 from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
 from outrider.training.networks.block_attention import AutoregressiveAttention
-from outrider.training.networks.initial import draft_decoder, new_checkpoint
+from outrider.training.networks.initial import Counts, draft_decoder, new_checkpoint, with_draft_vocabulary
 from outrider.training.networks.losses import divergence
 from outrider.training.networks.stack import Norm, linear
 from outrider.training.networks.warm_start import Layers, start_warm
@@ -154,21 +154,30 @@ class Eagle3Training:
     """Layers of the target it reads, counted from 0; None: EAGLE-3's low, middle and high one."""
     intermediate_size: int | None = None
     """Width of its MLP; None: the target's."""
+    draft_vocab: int | None = None
+    """Size of a reduced draft vocabulary: the tokens that the target writes most often. None: all of the target's."""
     warm: bool = True
     """Start from the target's layers after the last auxiliary one, where shapes fit; else from random weights."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``AutoregressiveLoss``."""
 
     def start(
-        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+        self,
+        target: TargetModel,
+        config: Mapping[str, Any],
+        tokens: Mapping[str, int],
+        layers: Layers | None = None,
+        counts: Counts | None = None,
     ) -> TrainableAutoregressive:
-        """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start.
+        """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start; ``counts`` choose a
+        reduced draft vocabulary.
 
         Raises InvalidRequest for options that do not fit the target.
         """
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
         aux_layers = tuple(self.target_layers) if self.target_layers else None
         checkpoint = new_checkpoint(Eagle3Design(depth=self.depth), decoder, target.spec, aux_layers, aux_layers=3)
+        checkpoint = with_draft_vocabulary(checkpoint, self.draft_vocab, counts)
         module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of eagle3"))
         if self.warm and layers is not None:
             start_warm(module, module.hidden_norm, layers)
@@ -191,7 +200,12 @@ class MTPTraining:
     """Options of ``AutoregressiveLoss``."""
 
     def start(
-        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+        self,
+        target: TargetModel,
+        config: Mapping[str, Any],
+        tokens: Mapping[str, int],
+        layers: Layers | None = None,
+        counts: Counts | None = None,
     ) -> TrainableAutoregressive:
         """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start.
 

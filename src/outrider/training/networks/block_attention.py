@@ -6,8 +6,6 @@ N packed tokens, A anchors, S slots of a block, H heads, Hkv key/value heads, G 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +14,6 @@ from outrider.config import LayerConfig
 from outrider.training.networks.batch import TokenBatch
 
 __all__ = ["AutoregressiveAttention", "BlockAttention"]
-
-
-@cache
-def _flex_kernel(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention) if compiled else flex_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +42,7 @@ class BlockAttention:
         self, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
     ) -> Tensor:
         """q [A S, H, Dh], k and v [A S, Hkv, Dh], the context's [N, Hkv, Dh] -> [A S, H, Dh]"""
-        attend = self._flex if q.is_cuda else self._by_text
+        attend = self._by_text if q.device.type == "cpu" else self._padded
         return attend(config, q, k, v, context_k, context_v)
 
     def _by_text(
@@ -93,34 +84,41 @@ class BlockAttention:
         positions = anchors[:, None] + torch.arange(self.slots)
         return hidden | (positions[:, :, None] - keys >= window)
 
-    def _flex(
+    def _padded(
         self, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
     ) -> Tensor:
-        """The same mask for PyTorch's flex attention: one kernel over context and blocks together."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        """All texts in one product, each padded to the longest reach and the most anchors: few kernels for a device."""
+        device, slots, count = q.device, self.slots, len(self._spans)
+        most = max(len(span.anchors) for span in self._spans)
+        reach = max(int(span.anchors[-1]) for span in self._spans)
+        begins = torch.tensor([span.begin for span in self._spans], device=device)
+        seen = (begins[:, None] + torch.arange(reach, device=device)).clamp(max=len(context_k) - 1)
+        anchors = torch.zeros(count, most, dtype=torch.int64, device=device)
+        owner = torch.cat([torch.full_like(span.anchors, index) for index, span in enumerate(self._spans)]).to(device)
+        within = torch.cat([torch.arange(len(span.anchors), device=device) for span in self._spans])
+        anchors[owner, within] = torch.cat([span.anchors for span in self._spans]).to(device)
 
-        device, tokens = q.device, len(context_k)
-        text = torch.bucketize(torch.arange(tokens), self.texts.offsets[1:], right=True)
-        owner = torch.arange(len(self.anchors)).repeat_interleave(self.slots)
-        position = self.anchors.repeat_interleave(self.slots) + torch.arange(self.slots).repeat(len(self.anchors))
-        # For every key: its text and position, or the block it belongs to.
-        key_text = torch.cat([text, torch.full_like(owner, -1)]).to(device)
-        key_position = torch.cat([torch.arange(tokens), position]).to(device)
-        key_owner = torch.cat([torch.full_like(text, -1), owner]).to(device)
-        row_text, row_anchor = text[self.anchors][owner].to(device), self.anchors[owner].to(device)
-        row_position, row_owner = position.to(device), owner.to(device)
-        window = config.window or tokens + self.slots
+        def blocks(x: Tensor) -> Tensor:
+            """[A S, heads, Dh] -> [texts, Hkv, a, S G, Dh]"""
+            padded = x.new_zeros(count, most, slots, *x.shape[1:])
+            padded[owner, within] = x.view(-1, slots, *x.shape[1:])
+            grouped = padded.unflatten(3, (config.num_kv_heads, -1))
+            return grouped.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
 
-        def visible(_batch: Any, _head: Any, row: Any, key: Any) -> Any:
-            past = (key_text[key] == row_text[row]) & (key_position[key] < row_anchor[row])
-            past = past & (row_position[row] - key_position[key] < window)
-            return past | (key_owner[key] == row_owner[row])
-
-        mask = create_block_mask(visible, None, None, len(q), tokens + len(k), device=str(device))
-        keys, values = torch.cat([context_k.to(v.dtype), k.to(v.dtype)]), torch.cat([context_v, v])
-        parts = (x.transpose(0, 1)[None] for x in (q.to(v.dtype), keys, values))
-        mixed: Tensor = _flex_kernel(q.is_cuda)(*parts, block_mask=mask, scale=config.scale, enable_gqa=True)
-        return mixed[0].transpose(0, 1)
+        groups = config.num_heads // config.num_kv_heads
+        queries = blocks(q.to(v.dtype)) * config.scale
+        keys, values = (x.to(v.dtype)[seen].transpose(1, 2) for x in (context_k, context_v))  # [texts, Hkv, reach, Dh]
+        past = (queries.flatten(2, 3) @ keys.transpose(2, 3)).view(*queries.shape[:4], reach)
+        hidden = self._hidden(anchors.flatten(), reach, config.window).view(count, 1, most, -1, reach)
+        if config.window is not None:
+            hidden = hidden.repeat_interleave(groups, 3)
+        past = past.float().masked_fill(hidden, -torch.inf)
+        own = (queries @ blocks(k.to(v.dtype)).transpose(3, 4)).float()
+        weights = torch.cat([past, own], -1).softmax(-1).to(v.dtype)
+        mixed = (weights[..., :reach].flatten(2, 3) @ values).view_as(queries)
+        mixed = mixed + weights[..., reach:] @ blocks(v)
+        mixed = mixed.unflatten(3, (slots, groups)).permute(0, 2, 3, 1, 4, 5)[owner, within]
+        return mixed.reshape(-1, config.num_heads, mixed.shape[-1])
 
 
 class AutoregressiveAttention:

@@ -24,7 +24,13 @@ from outrider.drafters.dspark_design import BlockDesign, MarkovHead
 from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
 from outrider.training.networks.block_attention import BlockAttention
-from outrider.training.networks.initial import draft_decoder, mask_token, new_checkpoint
+from outrider.training.networks.initial import (
+    Counts,
+    draft_decoder,
+    mask_token,
+    new_checkpoint,
+    with_draft_vocabulary,
+)
 from outrider.training.networks.losses import divergence, negative_log_acceptance, position_weights
 from outrider.training.networks.stack import LearnedLayer, Norm, linear
 from outrider.training.networks.warm_start import Layers, start_warm
@@ -204,15 +210,23 @@ class DSparkTraining:
     confidence_with_markov: bool = True
     mask_token_id: int | None = None
     """Fills the slots behind the anchor; None: the tokenizer's mask token, else an id that no text uses."""
+    draft_vocab: int | None = None
+    """Size of a reduced draft vocabulary: the tokens that the target writes most often. None: all of the target's."""
     warm: bool = True
     """Start from the target's layers after the last auxiliary one, where shapes fit; else from random weights."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``BlockLoss``."""
 
     def start(
-        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+        self,
+        target: TargetModel,
+        config: Mapping[str, Any],
+        tokens: Mapping[str, int],
+        layers: Layers | None = None,
+        counts: Counts | None = None,
     ) -> TrainableBlock:
-        """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start.
+        """``config`` is the target's, ``tokens`` its tokenizer's; ``layers`` give a warm start; ``counts`` choose a
+        reduced draft vocabulary.
 
         Raises InvalidRequest for options that do not fit the target.
         """
@@ -228,6 +242,7 @@ class DSparkTraining:
         decoder = draft_decoder(config, target.spec, layers=self.layers, intermediate=self.intermediate_size)
         aux_layers = tuple(self.target_layers) if self.target_layers else None
         checkpoint = new_checkpoint(design, decoder, target.spec, aux_layers, self.aux_layers)
+        checkpoint = with_draft_vocabulary(checkpoint, self.draft_vocab, counts)
         module = TrainableBlock(checkpoint, target, build(BlockLoss, self.loss, f"loss of {design.kind}"))
         if self.warm and layers is not None:
             start_warm(module, module.hidden_norm, layers)

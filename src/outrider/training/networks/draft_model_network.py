@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from outrider.errors import InvalidRequest
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
-from outrider.training.networks.initial import draft_decoder
+from outrider.training.networks.initial import Counts, draft_decoder
 from outrider.training.networks.losses import divergence
 from outrider.training.networks.warm_start import Layers
 from outrider.types import TargetModel
@@ -39,7 +39,12 @@ class DraftModelTraining:
     total_variation: float = 0.0
 
     def start(
-        self, target: TargetModel, config: Mapping[str, Any], tokens: Mapping[str, int], layers: Layers | None = None
+        self,
+        target: TargetModel,
+        config: Mapping[str, Any],
+        tokens: Mapping[str, int],
+        layers: Layers | None = None,
+        counts: Counts | None = None,
     ) -> TrainableModel:
         """``config`` is the target's. Raises InvalidRequest for options that do not fit the target."""
         decoder = draft_decoder(config, target.spec, layers=self.layers, intermediate=self.intermediate_size)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outrider.checkpoints import DraftCheckpoint
-from outrider.errors import CheckpointError
+from outrider.errors import CheckpointError, InvalidRequest
 from outrider.types import TargetModel
 
-__all__ = ["Frozen"]
+__all__ = ["Frozen", "fill"]
 
 PROBE = 2.0**-6  # small enough for a soft cap to be linear, and a power of two so that nothing is rounded
 CHUNK = 256
@@ -92,6 +92,21 @@ class Frozen:
         every = torch.arange(checkpoint.vocab_size)
         frozen = {"embed.weight": self.embed(every) / self._scale, "head.weight": self.head}
         return replace(checkpoint, tensors={**frozen, **checkpoint.tensors})
+
+
+def fill(module: nn.Module, checkpoint: DraftCheckpoint, name: str) -> None:
+    """Copy a checkpoint's weights into a network of the same shape. Raises InvalidRequest naming the first difference;
+    ``name`` is the checkpoint's."""
+    with torch.no_grad():
+        for parameter_name, parameter in module.named_parameters():
+            given = checkpoint.tensors.get(_neutral(parameter_name))
+            if given is None or given.shape != parameter.shape:
+                got = "none" if given is None else f"one of shape {list(given.shape)}"
+                raise InvalidRequest(
+                    f"{name} does not have the shape that is trained: {_neutral(parameter_name)} should have shape "
+                    f"{list(parameter.shape)}, it has {got}; give the options it was trained with"
+                )
+            parameter.copy_(given)
 
 
 def _neutral(name: str) -> str:

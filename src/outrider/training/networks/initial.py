@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from outrider import registry
 from outrider.checkpoints import Design, DraftCheckpoint, TargetFacts
@@ -12,8 +17,22 @@ from outrider.errors import InvalidRequest, nearest
 from outrider.models.locations import public_name
 from outrider.types import TargetSpec
 
-__all__ = ["draft_decoder", "mask_token", "new_checkpoint", "spread_aux_layers", "training_of"]
+__all__ = [
+    "Counts",
+    "draft_decoder",
+    "mask_token",
+    "new_checkpoint",
+    "spread_aux_layers",
+    "training_of",
+    "with_draft_vocabulary",
+]
 
+Counts = Callable[[], Tensor]
+"""How often the target wrote each token: -> int64 [V]."""
+SPARE = re.compile(
+    r"<\|?[a-z0-9_:-]*(reserved|unused|extra_id|file|repo|issue|jupyter|empty|gh_)[a-z0-9_:-]*\|?>", re.I
+)
+"""Names of control tokens that no conversation holds."""
 COPIED = ("rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings", "hidden_act")
 
 
@@ -68,6 +87,22 @@ def new_checkpoint(
     )
 
 
+def with_draft_vocabulary(checkpoint: DraftCheckpoint, size: int | None, counts: Counts | None) -> DraftCheckpoint:
+    """The checkpoint with a draft vocabulary of the ``size`` most frequent tokens; None: unchanged.
+
+    Raises InvalidRequest for a size that does not fit the vocabulary.
+    """
+    if size is None or size == checkpoint.vocab_size:
+        return checkpoint
+    if not 1 <= size <= checkpoint.vocab_size:
+        raise InvalidRequest(f"draft_vocab must be between 1 and the vocabulary's {checkpoint.vocab_size}, got {size}")
+    if counts is None:
+        raise InvalidRequest("draft_vocab needs answers to count tokens in, and there are none")
+    ids = counts().argsort(descending=True, stable=True)[:size].sort().values
+    tensors = {**checkpoint.tensors, "d2t": ids - torch.arange(size)}
+    return replace(checkpoint, draft_vocab_size=size, tensors=tensors)
+
+
 def spread_aux_layers(layers: int, aux_layers: int) -> tuple[int, ...]:
     """``aux_layers`` layers spread evenly from the second to the one before the last (which cannot be auxiliary)."""
     low, high = min(1, layers - 2), layers - 2
@@ -78,7 +113,8 @@ def spread_aux_layers(layers: int, aux_layers: int) -> tuple[int, ...]:
 
 
 def mask_token(given: int | None, spec: TargetSpec, tokens: Mapping[str, int]) -> int:
-    """The token that stands for what is not known yet: given, one named like a mask, or an id that no text uses.
+    """The token that stands for what is not known yet: given, one named like a mask, an id that no text uses, or a
+    control token that no conversation holds.
 
     ``tokens``: the tokenizer's entries. Raises InvalidRequest.
     """
@@ -88,9 +124,13 @@ def mask_token(given: int | None, spec: TargetSpec, tokens: Mapping[str, int]) -
     if named:
         return tokens[named[0]]
     unused = set(range(spec.vocab_size)) - set(tokens.values())
-    if not unused:
-        raise InvalidRequest("the tokenizer uses every id and names no mask token; set mask_token_id to a rare one")
-    return min(unused)
+    spare = [token for text, token in tokens.items() if SPARE.fullmatch(text) and token not in spec.eos_token_ids]
+    if not unused and not spare:
+        raise InvalidRequest(
+            "the tokenizer uses every id and names no mask token; name one that texts hardly use, in a recipe "
+            "`drafter = { mask_token_id = ... }` of its [run] section, else --set drafter.mask_token_id=..."
+        )
+    return min(unused or spare)
 
 
 def training_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:

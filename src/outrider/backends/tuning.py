@@ -1,0 +1,185 @@
+"""What the compiled core is tuned to on this machine: prefetch distance, rows from which on it prefetches, and threads.
+
+Measured once, in at most a second, when the first model that is larger than a cache is loaded; kept on disk for the
+machine, the number of cores, the instruction set and the build of the core. Nothing here changes a result's bits. With
+``OUTRIDER_TUNING=0`` the core keeps its defaults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from outrider.core import native
+from outrider.errors import CheckpointError
+from outrider.files import cache_folder, read_json, write_json
+
+__all__ = ["Measure", "Tuning", "apply_once", "choose", "stored_path", "tune"]
+
+VERSION = 1
+WIDTHS = ("f32", "bf16", "i8", "i4")
+"""The core's names of a format of each width, in the core's order."""
+LARGE = 32 << 20  # bytes of weights from which a model is not read from a cache alone
+REGION = 64 << 20  # bytes of the matrix that is multiplied
+DISTANCES = (8192, 2048, 4096, 16384, 32768)  # the default first: others must be clearly better
+ROWS = (1, 2, 3, 4, 6, 8)
+CLEARLY = 0.98  # of a time: less is noise
+SECONDS = 0.6  # of all measurements together
+
+Measure = Callable[[str, Sequence[tuple[int, int]], float], Sequence[float]]
+"""(format, settings of (rows, bytes ahead; 0 = no prefetch), seconds) -> seconds of a product for each setting."""
+
+_applied: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What was chosen for one instruction set."""
+
+    bytes_ahead: int
+    rows: tuple[int, ...]
+    """The least rows of a product that prefetch, by width (see WIDTHS)."""
+    threads: int
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Tuning:
+        """Raises ValueError, KeyError or TypeError for anything that cannot have been chosen."""
+        made = cls(value["bytes_ahead"], tuple(value["rows"]), value["threads"])
+        numbers = (made.bytes_ahead, made.threads, *made.rows)
+        if any(type(number) is not int or number < 1 for number in numbers) or len(made.rows) != len(WIDTHS):
+            raise ValueError(f"not a tuning: {value}")
+        if made.bytes_ahead not in DISTANCES or max(made.rows) > max(ROWS) + 1 or made.threads > (os.cpu_count() or 1):
+            raise ValueError(f"out of range: {value}")
+        return made
+
+
+def apply_once(isa: str, weight_bytes: int) -> None:
+    """Tune the core for an instruction set, once a process, when a model of ``weight_bytes`` is large enough."""
+    if isa in _applied or weight_bytes < LARGE or os.environ.get("OUTRIDER_TUNING") == "0":
+        return
+    _applied.add(isa)
+    tuning = tune(isa)
+    native.set_read_ahead(isa, tuning.bytes_ahead, list(tuning.rows))
+    if tuning.threads != native.threads() and native.threads() == len(_cores()) and not _threads_are_given():
+        native.set_threads(tuning.threads)
+
+
+def tune(isa: str) -> Tuning:
+    """What was chosen earlier, or what is measured now and kept. A file that does not fit is replaced."""
+    key = _key(isa)
+    path = stored_path(isa)
+    try:
+        stored = read_json(path)
+        if stored.get("version") == VERSION and stored.get("key") == key:
+            return Tuning.from_json(stored["tuning"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        pass  # missing, damaged, or written by something else
+    tuning = choose(_measure_on(isa), len(_cores()) if _threads_are_given() else native.threads(), _physical_cores())
+    try:
+        write_json(path, {"version": VERSION, "key": key, "tuning": asdict(tuning)})
+    except OSError as error:
+        warnings.warn(f"what was measured on this machine could not be kept in {path.parent}: {error}", stacklevel=2)
+    return tuning
+
+
+def choose(measure: Measure, threads: int, physical: int) -> Tuning:
+    """The distance, the rows and the threads with the least measured times.
+
+    ``threads``: as many as the core uses; ``physical``: processor cores among them, fewer where each runs two threads.
+    """
+    share = SECONDS / (2 + len(WIDTHS) + (2 if physical < threads else 0))
+    times = dict(zip(DISTANCES, measure("i8", [(8, ahead) for ahead in DISTANCES], 2 * share), strict=True))
+    ahead = min(times, key=lambda distance: times[distance])
+    if times[ahead] > CLEARLY * times[DISTANCES[0]]:
+        ahead = DISTANCES[0]
+    rows = tuple(_least_rows(measure, width, ahead, share) for width in WIDTHS)
+    return Tuning(ahead, rows, _threads(measure, threads, physical, share))
+
+
+def _least_rows(measure: Measure, width: str, ahead: int, seconds: float) -> int:
+    """From how many rows on prefetching pays: the switch with the least sum of relative times."""
+    settings = [(rows, distance) for rows in ROWS for distance in (0, ahead)]
+    times = dict(zip(settings, measure(width, settings, seconds), strict=True))
+
+    def total(first: int) -> float:
+        chosen = {rows: times[rows, ahead if rows >= first else 0] for rows in ROWS}
+        return sum(time / min(times[rows, 0], times[rows, ahead]) for rows, time in chosen.items())
+
+    return min((*ROWS, max(ROWS) + 1), key=total)
+
+
+def _threads(measure: Measure, threads: int, physical: int, seconds: float) -> int:
+    """All threads, or one for each core where two on a core are clearly slower for one row and for eight together."""
+    if not 0 < physical < threads:
+        return threads
+    times = {}
+    try:
+        for count in (threads, physical):
+            native.set_threads(count)
+            times[count] = sum(measure("i8", [(1, 0), (8, DISTANCES[0])], seconds))
+    finally:
+        native.set_threads(threads)
+    return physical if times[physical] < CLEARLY * times[threads] else threads
+
+
+def _measure_on(isa: str) -> Measure:
+    def measure(name: str, settings: Sequence[tuple[int, int]], seconds: float) -> Sequence[float]:
+        times: Sequence[float] = native.time_products(isa, getattr(native.DType, name), REGION, list(settings), seconds)
+        return times
+
+    return measure
+
+
+# ------------------------------------------------------------------------------------------------ this machine
+
+
+def stored_path(isa: str) -> Path:
+    """Where the tuning of an instruction set is kept on this machine."""
+    name = hashlib.sha256(json.dumps(_key(isa), sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder("tuning") / f"{name}.json"
+
+
+def _key(isa: str) -> dict[str, Any]:
+    """What a tuning is valid for."""
+    processor = platform.processor() or platform.machine()
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            processor = line.split(":", 1)[1].strip()
+            break
+    with open(native.__file__, "rb") as file:
+        build = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return {"processor": processor, "cores": _cores(), "threads": native.threads(), "isa": isa, "build": build}
+
+
+def _cores() -> list[int]:
+    """Those that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _physical_cores() -> int:
+    """As many as this process may use; 0 where the system does not tell."""
+    found = set()
+    for core in _cores():
+        siblings = _lines(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+        if not siblings:
+            return 0
+        found.add(siblings[0])
+    return len(found)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _threads_are_given() -> bool:
+    return bool(os.environ.get("OUTRIDER_THREADS"))

@@ -1,0 +1,93 @@
+"""``outrider serve``: an HTTP server for the clients of OpenAI's and Anthropic's interfaces."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from outrider.cli.common import MODELS, command, load_target_model, note, said_when_slow, say_loaded
+
+__all__ = ["serve"]
+
+
+@command
+def serve(
+    model: Annotated[str | None, typer.Argument(help=f"{MODELS} Default: embedded.", show_default=False)] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Default: 127.0.0.1, this machine alone.", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Default: 8000; 0 takes any free one.", show_default=False)
+    ] = None,
+    drafter: Annotated[str | None, typer.Option("--drafter", help="As of `generate`. Default: auto.")] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="How much is drafted: auto, NAME or NAME:DRAFTS. Default: auto.")
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option("--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="As of `generate`. Default: auto.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="native, reference, or auto. Default: auto.")] = None,
+    max_rows: Annotated[int | None, typer.Option("--max-rows", help="Requests that run together. Default: 8.")] = None,
+    model_name: Annotated[
+        str | None, typer.Option("--model-name", help="What clients call the model. Default: MODEL.")
+    ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option("--api-key-file", help="A file with one key a line. Default: no key is asked for.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A TOML file with these and further settings.", show_default=False)
+    ] = None,
+) -> None:
+    """Serve a model over HTTP to the clients of OpenAI's and Anthropic's interfaces.
+
+    Paths: /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /v1/tokenize, /metrics,
+    /health, /ready, and a page to try it at /. Speculation never changes an answer; the field `outrider` of a request
+    controls it. Every setting is also a variable OUTRIDER_SERVE_NAME and a key of the TOML file; flags win, then
+    variables. SIGTERM or Ctrl-C lets answers finish, a second one ends them.
+
+    [bold]Examples[/bold]
+
+    [cyan]outrider serve smollm2[/cyan]
+
+    [cyan]outrider serve ./my-model --drafter ./my-drafter --port 8080 --api-key-file keys.txt[/cyan]
+    """
+    from outrider.serving.settings import read_settings
+
+    flags = {
+        "model": model,
+        "host": host,
+        "port": port,
+        "drafter": drafter,
+        "policy": policy,
+        "draft_tokens": draft_tokens,
+        "dtype": dtype,
+        "backend": backend,
+        "max_rows": max_rows,
+        "model_name": model_name,
+        "api_key_file": api_key_file,
+    }
+    settings = read_settings(flags, os.environ, config)
+    from outrider.engine.llm import LLM
+    from outrider.serving.launch import make_service, serve_until_stopped
+    from outrider.serving.logs import set_up_logs
+
+    set_up_logs(settings)
+    loaded = load_target_model(settings.model, settings.dtype, settings.backend)
+    policy_name, policy_options = settings.policy_parts
+    with said_when_slow(f"loading the drafter {settings.drafter}"):
+        llm = LLM(
+            loaded,
+            settings.drafter,
+            draft_tokens=settings.draft_tokens,
+            policy=policy_name,
+            policy_options=policy_options,
+            guard=settings.guard,
+            max_rows=settings.max_rows,
+            capacity=settings.capacity,
+        )
+    say_loaded(llm)
+    serve_until_stopped(make_service(llm, settings), lambda address: note(f"ready: {address}"))

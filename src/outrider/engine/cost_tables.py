@@ -1,0 +1,206 @@
+"""Cost tables of targets: measured when an engine starts, kept on disk with everything they depend on.
+
+``outrider profile`` measures the same thing at length and keeps it in the same place. A table is used for exactly its
+key (model shape, dtype, backend, instruction set, machine, threads), and only while a few passes agree with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from outrider.backends.native import NativeStack
+from outrider.core import native
+from outrider.files import cache_folder, read_json, write_json
+from outrider.models.decoder import DecoderTarget
+from outrider.scheduling.costs import CostKey, CostPoint, CostTable
+from outrider.types import KVCache, RaggedBatch, TargetModel
+
+__all__ = [
+    "cost_key",
+    "costs_path",
+    "describe",
+    "instruction_set",
+    "load_costs",
+    "machine",
+    "model_key",
+    "quick_costs",
+    "save_costs",
+    "start_costs",
+    "threads",
+]
+
+SECONDS = 3.0
+"""What measuring at the start may take; a pass that has begun is finished."""
+ROUNDS = 5
+CONTEXT, LONG_CONTEXT = 64, 768
+TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 192, 256)  # with the edges of tiles
+ROWS = (2, 4, 8, 16, 32, 64)
+FEWEST = (1, 4, 8, 16)  # tokens, where passes are slow
+SAME_SHAPE, SAME_SPEED = 1.6, 4.0  # factors within which a table fits
+
+
+# ------------------------------------------------------------------------------------------------ keys and files
+
+
+def machine() -> dict[str, Any]:
+    """Processor and number of cores of this machine."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):  # not Linux: the platform's name
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return {"cpu": name, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+
+
+def describe(machine: Mapping[str, Any]) -> str:
+    """The name of a machine in the keys of cost tables."""
+    return f"{machine['cpu']}, {machine['cores']} cores"
+
+
+def threads(backend: str) -> int:
+    """Threads that a pass runs on."""
+    if backend == "native" and native is not None:
+        return int(native.threads())
+    return torch.get_num_threads()
+
+
+def instruction_set(target: TargetModel) -> str:
+    """What the target's passes run with; empty where the backend does not say."""
+    stack = getattr(target, "stack", None)
+    return str(stack.core.isa) if isinstance(stack, NativeStack) else ""
+
+
+def model_key(target: TargetModel) -> str:
+    """A name shared by all models with the same costs: times depend on shapes, not on weights."""
+    spec = target.spec
+    shape = repr(target.stack.config) if isinstance(target, DecoderTarget) else spec.name
+    digest = hashlib.sha256(shape.encode()).hexdigest()[:8]
+    return f"{spec.architecture or 'model'}-{spec.hidden_size}x{spec.num_layers}-{digest}"
+
+
+def cost_key(target: TargetModel, dtype: str, here: Mapping[str, Any] | None = None) -> CostKey:
+    """What a table of a loaded target is valid for, on this machine (``here``: as ``machine()`` has it)."""
+    backend = target.backend.name
+    where = describe(here or machine())
+    return CostKey(model_key(target), dtype, backend, where, threads(backend), instruction_set(target))
+
+
+def costs_path(key: CostKey) -> Path:
+    """The file of a cost table."""
+    where = hashlib.sha256(f"{key.machine} {key.threads} {key.instruction_set}".encode()).hexdigest()[:8]
+    return cache_folder("costs") / f"{key.model}-{key.dtype}-{key.backend}-{where}.json"
+
+
+def save_costs(table: CostTable) -> Path:
+    """Save a table for the scheduler, atomically."""
+    path = costs_path(table.key)
+    write_json(path, table.to_json())
+    return path
+
+
+def load_costs(key: CostKey) -> CostTable | None:
+    """The table measured for exactly this key; None if there is none, or it is unreadable."""
+    path = costs_path(key)
+    try:
+        table = CostTable.from_json(read_json(path))
+    except ValueError:  # missing, damaged, or of another version: it can be measured again
+        return None
+    return table if table.key == key else None
+
+
+# ------------------------------------------------------------------------------------------------ at the start
+
+
+def start_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> CostTable:
+    """The table kept for a target, if a few passes agree with it, else a new one, which is then kept."""
+    key = cost_key(target, dtype)
+    kept = load_costs(key)
+    if kept is not None and _fits(kept, target):
+        return kept
+    table = quick_costs(target, key, rows=rows, tokens=tokens)
+    with suppress(OSError):
+        save_costs(table)
+    return table
+
+
+@torch.inference_mode()
+def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, seconds: float = SECONDS) -> CostTable:
+    """Time passes for at most about ``seconds``, in rounds and shuffled, and take medians.
+
+    ``rows``, ``tokens``: the most that a pass will have.
+    """
+    ends = perf_counter() + seconds
+    longest = max(1, min(LONG_CONTEXT, target.spec.max_positions - max(TOKENS) - 1))
+    context = min(CONTEXT, longest)
+    rows, tokens = min(rows, max(ROWS)), min(tokens, max(TOKENS))
+    shapes = [(m, 1, context) for m in TOKENS if m <= max(tokens, 2)]
+    shapes += [(r, r, context) for r in ROWS if r <= rows]
+    shapes += [(m, 1, longest) for m in (1, 8) if longest > 2 * context]
+    cache = target.new_cache(rows, longest + max(TOKENS))
+    slots = [cache.open() for _ in range(rows)]
+    for slot in slots:
+        _fill(target, cache, slot, context)
+    once = _time(target, cache, slots, (1, 1, context))  # warm up
+    once = min(once, _time(target, cache, slots, (1, 1, context)))
+    if once * len(shapes) * 3 > seconds:
+        shapes = [shape for shape in shapes if shape[1] == 1 and shape[0] in FEWEST and shape[2] == context]
+    times: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in shapes}
+    order = random.Random(0)
+    for c in (context, longest):
+        _fill(target, cache, slots[0], c)
+        here = [shape for shape in shapes if shape[2] == c]
+        for _ in range(ROUNDS):
+            for shape in order.sample(here, len(here)):
+                if not times[shape] or perf_counter() < ends:
+                    times[shape].append(_time(target, cache, slots, shape))
+    points = tuple(CostPoint(m, r, c * r, median(found)) for (m, r, c), found in times.items())
+    return CostTable(key, points)
+
+
+@torch.inference_mode()
+def _fits(table: CostTable, target: TargetModel) -> bool:
+    """Whether passes over a few tokens take about what the table says, allowing for a machine that is busy."""
+    context = min(CONTEXT, max(0, target.spec.max_positions - 9))
+    cache = target.new_cache(1, context + 8)
+    slot = cache.open()
+    _fill(target, cache, slot, context)
+    ratios = []
+    for tokens in (1, 8):
+        took = min(_time(target, cache, [slot], (tokens, 1, context)) for _ in range(4))
+        ratios.append(math.log(took / table.seconds(tokens, 1, context)))
+    return abs(ratios[0] - ratios[1]) < math.log(SAME_SHAPE) and max(map(abs, ratios)) < math.log(SAME_SPEED)
+
+
+def _time(target: TargetModel, cache: KVCache, slots: Sequence[int], shape: tuple[int, int, int]) -> float:
+    """Seconds of one pass over so many tokens in so many rows, which is taken back."""
+    tokens, rows, context = shape
+    row = [(11 * i + 3) % target.spec.vocab_size for i in range(tokens // rows)]
+    batch = RaggedBatch.pack([row] * rows, [context] * rows, slots[:rows])
+    cache.rewind(batch.slots, torch.full((rows,), context))
+    began = perf_counter()
+    target.forward(batch, cache)
+    return perf_counter() - began
+
+
+def _fill(target: TargetModel, cache: KVCache, slot: int, context: int) -> None:
+    """Put tokens into a slot up to ``context``. A decoder stack gets hidden states, which is much faster."""
+    start = int(cache.lengths[slot])
+    if start >= context:
+        return
+    tokens = [(7 * i) % target.spec.vocab_size for i in range(context - start)]
+    batch = RaggedBatch.pack([tokens], [start], [slot])
+    if isinstance(target, DecoderTarget):
+        target.stack.project(torch.randn(len(tokens), target.spec.hidden_size), batch, cache)
+    else:
+        target.forward(batch, cache, logits_at=batch.slots[:0])

@@ -1,0 +1,253 @@
+"""A drafter and a policy as the engine uses them: which rows are drafted for, and what happens when either fails.
+
+The drafter *follows* a row when it has seen all of the row's committed tokens; only such rows are drafted for. While
+the policy steps aside (``types.StepsAside``) nothing is followed: no auxiliary features are computed, nothing is
+proposed or shown. When it comes back, new requests are followed from their prompts on, and a drafter that reads tokens
+alone is shown the texts of the rows that are there; one that reads features leaves those to plain decoding until they
+end.
+
+An error of the drafter ends drafting for the rows that it happened on, an error of the policy ends it for all. Texts go
+on without drafts, and a warning says so, once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from outrider.engine.predicted_text import CONFIDENCE
+from outrider.engine.request import Request
+from outrider.engine.rows import Rows
+from outrider.sampling.added_drafts import with_drafts
+from outrider.sampling.grammar_drafts import fit_drafts, to_draft
+from outrider.types import (
+    Drafter,
+    Proposal,
+    RaggedBatch,
+    ReadsHidden,
+    ResetsRows,
+    SchedulerPolicy,
+    SharesPrefixes,
+    StepCost,
+    StepsAside,
+)
+
+__all__ = ["Drafting"]
+
+CATCH_UP = 4  # prompt tokens that are worth reading again for each new token that is then drafted for
+FAILURES = 8  # rows on which a drafter may fail before it is not asked any more
+
+
+class Drafting:
+    """What an engine asks of its drafter and its policy."""
+
+    def __init__(self, drafter: Drafter, policy: SchedulerPolicy) -> None:
+        self.drafter, self.policy = drafter, policy
+        self.block = drafter.block
+        self.reads_hidden = isinstance(drafter, ReadsHidden)
+        self._reads_tokens_alone = not drafter.aux_layers and not self.reads_hidden
+        self._sharing = drafter if isinstance(drafter, SharesPrefixes) else None
+        self._aside = policy if isinstance(policy, StepsAside) else None
+        self._followed: dict[int, Request] = {}  # by slot
+        self._failures = 0
+        self._policy_failed = False
+        self._warned: set[str] = set()
+        self._seconds = 0.0  # spent on taking rows up again in this step
+
+    @property
+    def follows(self) -> bool:
+        """Whether rows are to be followed now."""
+        if self._failures >= FAILURES or self._policy_failed:
+            return False
+        return self._aside is None or self._aside.follows
+
+    # ------------------------------------------------------------------------------------------ rows come and go
+
+    def prefix(self, request: Request, found: int) -> int:
+        """How many of the ``found`` tokens that the target's cache holds of a request's beginning it is to begin with.
+
+        A drafter that reads features cannot follow a row in whose prefix they are missing. The part that it does not
+        hold itself is computed again, unless that takes longer than drafting can make good.
+        """
+        if not self.drafter.aux_layers or not self.follows:
+            return found
+        known = min(found, self._sharing.match(request.history)) if self._sharing is not None else 0
+        return known if found - known <= CATCH_UP * request.left else found
+
+    def open(self, request: Request, capacity: int, shared: int = 0) -> None:
+        """A request has got its slot, and the target's cache holds its first ``shared`` tokens, of an earlier one."""
+        request.followed = self.follows and self._try(
+            [request], lambda: self.drafter.open(request.slot, capacity), closes=False
+        )
+        if not request.followed:
+            return
+        self._followed[request.slot] = request
+        if shared:
+            self._try([request], lambda: self._begin_with(request, shared))
+
+    def _begin_with(self, request: Request, shared: int) -> None:
+        """Let the drafter take over what it holds of a prefix; one that reads tokens alone is shown the rest."""
+        known = 0
+        if self._sharing is not None:
+            known = min(shared, self._sharing.match(request.history))
+            if known:
+                self._sharing.adopt(request.slot, request.history, known)
+        if known == shared:
+            return
+        if self._reads_tokens_alone:
+            batch = RaggedBatch.pack([request.history[known:shared]], [known], [request.slot])
+            self.drafter.observe(batch, None)
+        elif self.drafter.aux_layers:
+            self.close(request)
+
+    def publish(self, request: Request) -> None:
+        """Let later requests begin with what the drafter holds of this one."""
+        if request.followed and self._sharing is not None:
+            sharing = self._sharing
+            self._try([request], lambda: sharing.publish(request.slot, request.history))
+
+    def close(self, request: Request) -> None:
+        """Before a request's slot is released."""
+        if self._followed.pop(request.slot, None) is None:
+            return
+        request.followed = False
+        try:
+            self.drafter.close(request.slot)
+        except Exception as error:
+            self._warn("drafter", error)
+
+    def reset(self, slots: int) -> None:
+        """No slot is in use any more, whatever state an interrupted call has left."""
+        self._followed.clear()
+        if isinstance(self.drafter, ResetsRows):
+            self.drafter.reset_rows()
+            return
+        for slot in range(slots):
+            with suppress(KeyError):
+                self.drafter.close(slot)
+
+    def begin(self, running: Sequence[Request], capacity: int) -> None:
+        """Before a step: leave all rows, or take rows up again, as the policy says."""
+        self._seconds = 0.0
+        if not self.follows:
+            for request in list(self._followed.values()):
+                self.close(request)
+        elif self._reads_tokens_alone and len(self._followed) < len(running):
+            began = perf_counter()
+            for request in running:
+                if not request.followed and request.slot >= 0:
+                    self._take_up(request, capacity)
+            self._seconds = perf_counter() - began
+
+    def _take_up(self, request: Request, capacity: int) -> None:
+        """Show the drafter what is in the cache of a row that it did not follow."""
+        self.open(request, capacity)
+        known = len(request.history) - request.pending
+        if request.followed and known:
+            batch = RaggedBatch.pack([request.history[:known]], [0], [request.slot])
+            self._try([request], lambda: self.drafter.observe(batch, None))
+
+    # ------------------------------------------------------------------------------------------ one step
+
+    def plan(self, rows: Rows) -> Sequence[int]:
+        """The most drafts of each row that is ready, by the policy."""
+        if not rows.ready or self._policy_failed:
+            return []
+        try:
+            return self.policy.plan(rows.view)
+        except Exception as error:
+            self._policy_fails(error)
+            return []
+
+    def propose(self, rows: Rows, planned: Sequence[int], capacity: int) -> tuple[Proposal, float]:
+        """Drafts for the rows that are followed and past their prompt, and the seconds they took; none where the policy
+        or their budgets say so."""
+        limits = rows.limits(planned, self.block, capacity) if planned else []
+        if not any(limits):
+            return rows.pad(Proposal.empty(rows.drafting)), self._seconds
+        began = perf_counter()
+        proposal = self._propose(rows, limits)
+        return rows.pad(proposal), perf_counter() - began + self._seconds
+
+    def _propose(self, rows: Rows, limits: list[int]) -> Proposal:
+        """The drafter's, an expected text's where the output follows one, and both as the rows' grammars have them."""
+        grammars = rows.grammars[: rows.drafting]
+        wanted = to_draft(grammars, limits) if any(grammars) else limits
+        predicted = rows.predicted(wanted)
+        if predicted:
+            wanted = [0 if b in predicted else limit for b, limit in enumerate(wanted)]
+        proposal = Proposal.empty(rows.drafting)
+        if any(wanted):
+            limit = torch.tensor(wanted, dtype=torch.int64)
+            try:
+                proposal = self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
+            except Exception as error:
+                self._fails(rows.requests[: rows.drafting], error)
+        if predicted:
+            proposal = with_drafts(proposal, predicted, CONFIDENCE)
+        return fit_drafts(proposal, grammars, limits, rows.context) if any(grammars) else proposal
+
+    def choose(self, proposal: Proposal) -> Tensor:
+        """Drafts of each row to verify."""
+        if not self._policy_failed and proposal.tokens.shape[1]:
+            try:
+                return self.policy.choose(proposal.confidence, proposal.lengths)
+            except Exception as error:
+                self._policy_fails(error)
+        return torch.zeros_like(proposal.lengths)
+
+    def aux_layers(self, rows: Rows) -> tuple[int, ...]:
+        """The layers whose features this step's pass is to give."""
+        return self.drafter.aux_layers if any(r.followed for r in rows.requests) else ()
+
+    def observe(
+        self, requests: Sequence[Request], batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None
+    ) -> None:
+        """Show the drafter what was committed, of rows that it follows."""
+        if len(batch.slots):
+            self._try(requests, lambda: self.drafter.observe(batch, features, hidden))
+
+    def learn(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        """Show the policy what the step cost."""
+        if not self._policy_failed:
+            try:
+                self.policy.observe(cost, accepted)
+            except Exception as error:
+                self._policy_fails(error)
+
+    # ------------------------------------------------------------------------------------------ errors
+
+    def _try(self, requests: Sequence[Request], call: Callable[[], None], closes: bool = True) -> bool:
+        try:
+            call()
+        except Exception as error:
+            self._fails(requests if closes else [], error)
+            return False
+        return True
+
+    def _fails(self, requests: Sequence[Request], error: Exception) -> None:
+        self._failures += 1
+        self._warn("drafter", error)
+        for request in requests:
+            self.close(request)
+
+    def _policy_fails(self, error: Exception) -> None:
+        self._policy_failed = True
+        self._warn("policy", error)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        if what in self._warned:
+            return
+        self._warned.add(what)
+        kind = type(self.drafter if what == "drafter" else self.policy).__name__
+        rows = "the rows concerned go" if what == "drafter" else "decoding goes"
+        warnings.warn(
+            f"the {what} {kind} failed: {type(error).__name__}: {error}; {rows} on without drafts",
+            RuntimeWarning,
+            stacklevel=2,
+        )

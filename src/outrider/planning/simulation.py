@@ -1,0 +1,502 @@
+"""A discrete-event simulation of an engine: the real policies, under any cost curve, acceptance profile and traffic.
+
+Time is virtual and every step is an event: its drafts are asked of the policy's ``plan``, what is verified of its
+``choose``, and its ``observe`` is told the seconds that the costs say, so a policy cannot tell the difference. Texts
+are lengths: a draft is accepted with the probability that the acceptance profile says. Days of traffic take minutes.
+
+Everything random follows from the seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from outrider.config import SamplingParams
+from outrider.errors import InvalidRequest
+from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepView
+
+__all__ = [
+    "PROFILES",
+    "Acceptance",
+    "Costs",
+    "Recorded",
+    "Result",
+    "StepCosts",
+    "Synthetic",
+    "Traffic",
+    "simulate",
+]
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+PROFILES: dict[str, tuple[float, ...]] = {  # P(draft j accepted | those before it were)
+    "chat": (0.72, 0.69, 0.67, 0.66, 0.65, 0.64, 0.63),
+    "code": (0.88, 0.87, 0.86, 0.85, 0.85, 0.84, 0.84),
+    "maths": (0.92, 0.91, 0.91, 0.90, 0.90, 0.89, 0.89),
+    "hostile": (0.02,) * 7,
+}
+"""Shapes like those of the DSpark paper's figure 2."""
+
+
+# ------------------------------------------------------------------------------------------------ what costs what
+
+
+class StepCosts(Protocol):
+    """Seconds of the parts of a step."""
+
+    def draft(self, rows: int, drafts: int) -> float: ...
+    def verify(self, tokens: int, rows: int, context: int) -> float: ...
+    def bookkeeping(self, rows: int, drafting: bool) -> float: ...
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds from curves: straight between the points, the last slope beyond. Raises InvalidRequest for bad points."""
+
+    points: tuple[tuple[int, float], ...]
+    """(tokens, seconds) of a target pass."""
+    per_context: float = 0.0
+    """Seconds that each cached token adds."""
+    draft_fixed: float = 0.0
+    """Seconds of drafting at all."""
+    draft_each: float = 0.0
+    """Seconds that each drafted position adds (autoregressive drafters; 0 for a block)."""
+    draft_row: float = 0.0
+    """Seconds that each row adds."""
+    draft_share: float = 0.0
+    """Of a target pass over as many tokens as are drafted, what drafting them costs (a draft model)."""
+    step: float = 0.0
+    """Seconds of bookkeeping."""
+    step_drafting: float = 0.0
+    """More of it, in a step that drafts."""
+
+    def __post_init__(self) -> None:
+        tokens = [m for m, _ in self.points]
+        if not tokens or sorted(set(tokens)) != tokens or tokens[0] < 1 or any(not s > 0 for _, s in self.points):
+            raise InvalidRequest(
+                f"a cost curve needs (tokens, seconds) with tokens rising from 1 on and seconds above 0, "
+                f"got {list(self.points)[:6]}"
+            )
+        known = np.array(self.points, dtype=float)
+        size = max(4096, 2 * tokens[-1])
+        n = np.arange(size)
+        curve = np.interp(n, known[:, 0], known[:, 1])
+        if len(known) > 1:
+            slope = (known[-1, 1] - known[-2, 1]) / (known[-1, 0] - known[-2, 0])
+            beyond = n > known[-1, 0]
+            curve[beyond] = known[-1, 1] + slope * (n[beyond] - known[-1, 0])
+        object.__setattr__(self, "_curve", curve)
+
+    def verify(self, tokens: int, rows: int, context: int) -> float:
+        curve: Floats = self.__dict__["_curve"]
+        last = len(curve) - 1
+        seconds = curve[tokens] if tokens <= last else curve[last] * tokens / last
+        return float(seconds) + self.per_context * context
+
+    def draft(self, rows: int, drafts: int) -> float:
+        if not rows or not drafts:
+            return 0.0
+        model = self.draft_share * sum(self.verify(rows, rows, 0) for _ in range(drafts)) if self.draft_share else 0.0
+        return self.draft_fixed + self.draft_each * drafts + self.draft_row * rows + model
+
+    def bookkeeping(self, rows: int, drafting: bool) -> float:
+        return self.step + (self.step_drafting if drafting else 0.0)
+
+
+# ------------------------------------------------------------------------------------------------ what is accepted
+
+
+class Acceptance(Protocol):
+    """What drafts of some rows would be: how sure the drafter is, and how many would be accepted."""
+
+    drafts: int
+
+    def begin(self, slot: int, rng: np.random.Generator) -> None:
+        """A request begins in a slot."""
+        ...
+
+    def draw(self, slots: Ints, rng: np.random.Generator) -> tuple[npt.NDArray[np.float32] | None, Ints, Ints]:
+        """-> confidences [n, K] or None, drafts proposed [n], and how many in a row would be accepted [n]."""
+        ...
+
+
+@dataclass
+class Synthetic:
+    """Acceptance by profile. Each draft has its own probability, around the profile's on the logit scale."""
+
+    profiles: Sequence[Sequence[float]]
+    """P(accepted | those before were) by position; each request has one of them."""
+    spread: float = 1.5
+    """How far single drafts differ, in logits."""
+    row_spread: float = 0.5
+    """How far requests differ."""
+    says: str = "truth"
+    """truth: the confidence is the probability; nothing: none is given; sure: 0.99 whatever the truth."""
+    silent: float = 0.0
+    """Share of rounds in which nothing is proposed."""
+    _rows: dict[int, Floats] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.says not in ("truth", "nothing", "sure"):
+            raise InvalidRequest(f"says must be truth, nothing or sure, got {self.says!r}")
+        if not self.profiles or any(not 0 <= p <= 1 for profile in self.profiles for p in profile):
+            raise InvalidRequest("profiles need probabilities between 0 and 1")
+        self.drafts = min(len(profile) for profile in self.profiles)
+        self._base = [_centred(profile[: self.drafts], self.spread, self.row_spread) for profile in self.profiles]
+
+    def begin(self, slot: int, rng: np.random.Generator) -> None:
+        self._rows[slot] = self._base[rng.integers(len(self._base))] + self.row_spread * rng.standard_normal()
+
+    def draw(self, slots: Ints, rng: np.random.Generator) -> tuple[npt.NDArray[np.float32] | None, Ints, Ints]:
+        z = np.stack([self._rows[slot] for slot in slots.tolist()])
+        p = 1 / (1 + np.exp(-(z + self.spread * rng.standard_normal(z.shape))))
+        accepted = np.multiply.accumulate(rng.random(p.shape) < p, axis=1).sum(1)
+        lengths = np.where(rng.random(len(slots)) < self.silent, 0, self.drafts)
+        said = {"truth": p, "sure": np.full(p.shape, 0.99), "nothing": None}[self.says]
+        return None if said is None else said.astype(np.float32), lengths, np.minimum(accepted, lengths)
+
+
+def _centred(profile: Sequence[float], spread: float, row_spread: float) -> Floats:
+    """Logits around which drafts spread so that their mean probability is about the profile's (a probit's moments)."""
+    p = np.clip(np.array(profile, dtype=float), 1e-4, 1 - 1e-4)
+    return np.log(p / (1 - p)) * math.sqrt(1 + (spread**2 + row_spread**2) * math.pi / 8)
+
+
+@dataclass
+class Recorded:
+    """Rounds of real requests, in their order: a request replays one of the recorded ones, from a random round on."""
+
+    requests: Sequence[Sequence[tuple[Sequence[float], int]]]
+    """For each request its rounds: the confidences of all drafts, and how many were accepted, all being verified."""
+    _at: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {len(confidence) for rounds in self.requests for confidence, _ in rounds}
+        if not lengths or not all(self.requests):
+            raise InvalidRequest("a recording needs requests with at least one round each")
+        self.drafts = max(lengths)
+
+    def begin(self, slot: int, rng: np.random.Generator) -> None:
+        request = int(rng.integers(len(self.requests)))
+        self._at[slot] = request, int(rng.integers(len(self.requests[request])))
+
+    def draw(self, slots: Ints, rng: np.random.Generator) -> tuple[npt.NDArray[np.float32] | None, Ints, Ints]:
+        said = np.zeros((len(slots), self.drafts), dtype=np.float32)
+        lengths, accepted = np.zeros(len(slots), dtype=np.int64), np.zeros(len(slots), dtype=np.int64)
+        for b, slot in enumerate(slots.tolist()):
+            request, at = self._at[slot]
+            rounds = self.requests[request]
+            confidence, accepted[b] = rounds[at]
+            said[b, : len(confidence)], lengths[b] = confidence, len(confidence)
+            self._at[slot] = request, (at + 1) % len(rounds)
+        return said, lengths, accepted
+
+
+# ------------------------------------------------------------------------------------------------ who asks for what
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Requests. Raises InvalidRequest for values out of range."""
+
+    concurrency: int = 0
+    """Closed loop: so many users, each asks again when answered. 0: an open loop at ``rate``."""
+    rate: float = 0.0
+    """Open loop: requests a second, at random times (Poisson)."""
+    burst: float = 1.0
+    """Open loop: every other ``period`` the rate is so many times higher."""
+    period: float = 10.0
+    prompt: int = 128
+    """Mean tokens of a prompt, and of an answer; both are geometric, like lengths of real ones."""
+    answer: int = 256
+    temperature: float = 1.0
+    """0: greedy, and a policy may search globally."""
+
+    def __post_init__(self) -> None:
+        if (self.concurrency > 0) == (self.rate > 0):
+            raise InvalidRequest("traffic is either closed (concurrency above 0) or open (rate above 0)")
+        if min(self.prompt, self.answer) < 1 or self.burst <= 0 or self.period <= 0:
+            raise InvalidRequest("prompt and answer need at least 1 token, burst and period more than 0")
+
+    def arrivals(self, rng: np.random.Generator) -> Iterator[float]:
+        """Times of an open loop's requests."""
+        now = 0.0
+        while True:
+            rate = self.rate * (self.burst if int(now / self.period) % 2 else 1.0)
+            now += float(rng.exponential(1 / rate))
+            yield now
+
+
+@dataclass(slots=True)
+class _Row:
+    number: int
+    slot: int
+    arrived: float
+    prompt: int  # tokens still to be read
+    context: int  # cached
+    left: int
+    began: float = 0.0
+    last: float = 0.0  # time of its last token
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a simulation gave. Latencies in seconds."""
+
+    seconds: float
+    tokens: int
+    requests: int
+    steps: int
+    rounds: int  # rows of steps that were past their prompt
+    drafted: int  # drafts that were verified
+    accepted: int
+    gaps: Floats  # between a row's commits, by token: what a reader waits for each
+    first: Floats  # time to the first token, by request
+    users: Floats  # tokens per second of each request, from its first token on
+    windows: Floats  # tokens per second of each window
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def to_json(self) -> dict[str, float | int]:
+        """Figures, in milliseconds where they are times."""
+
+        def quantile(values: Floats, q: float) -> float:
+            return round(1e3 * float(np.quantile(values, q)), 4) if len(values) else 0.0
+
+        return {
+            "tokens_per_second": round(self.tokens_per_second, 3),
+            "per_user_tokens_per_second": round(float(self.users.mean()), 3) if len(self.users) else 0.0,
+            "ttft_ms": quantile(self.first, 0.5),
+            "ttft_p95_ms": quantile(self.first, 0.95),
+            "itl_p50_ms": quantile(self.gaps, 0.5),
+            "itl_p95_ms": quantile(self.gaps, 0.95),
+            "itl_p99_ms": quantile(self.gaps, 0.99),
+            "acceptance_length": round(1 + self.accepted / self.rounds, 4) if self.rounds else 1.0,
+            "verified_per_row": round(self.drafted / self.rounds, 4) if self.rounds else 0.0,
+            "requests": self.requests,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def simulate(
+    policy: SchedulerPolicy,
+    costs: StepCosts,
+    acceptance: Acceptance,
+    traffic: Traffic,
+    *,
+    seconds: float,
+    max_rows: int = 0,
+    chunk: int = 512,
+    seed: int = 0,
+    noise: float = 0.0,
+    stalls: float = 0.0,
+    window: float = 60.0,
+    slowness: Callable[[float], float] = lambda now: 1.0,
+) -> Result:
+    """Run ``seconds`` of virtual time.
+
+    ``max_rows``: rows of the engine (0: as many as there are users, or 256). ``noise``: how far single passes differ,
+    as the deviation of the log; ``stalls``: the share of passes that take ten times as long. ``slowness``: a factor on
+    all times by the time of day, for a machine that is not alone.
+    """
+    run = _Simulation(policy, costs, acceptance, traffic, max_rows or traffic.concurrency or 256, chunk, seed)
+    run.noise, run.stalls, run.window, run.slowness = noise, stalls, window, slowness
+    while run.now < seconds:
+        run.step(seconds)
+    return run.result()
+
+
+class _Simulation:
+    def __init__(
+        self,
+        policy: SchedulerPolicy,
+        costs: StepCosts,
+        acceptance: Acceptance,
+        traffic: Traffic,
+        max_rows: int,
+        chunk: int,
+        seed: int,
+    ) -> None:
+        self.policy, self.costs, self.acceptance, self.traffic = policy, costs, acceptance, traffic
+        self.max_rows, self.chunk = max_rows, chunk
+        self.noise = self.stalls = 0.0
+        self.window = 60.0
+        self.slowness: Callable[[float], float] = lambda now: 1.0
+        streams = np.random.SeedSequence(seed).spawn(3)
+        self.rng, self.times, self.texts = (np.random.default_rng(stream) for stream in streams)
+        self.arrivals = traffic.arrivals(self.texts) if traffic.rate else iter(())
+        self.next_arrival = next(self.arrivals, math.inf)
+        self.params = SamplingParams(temperature=traffic.temperature)
+        self.stats = RequestStats()
+        self.now = 0.0
+        self.number = 0
+        self.waiting: deque[_Row] = deque(self._request(0.0) for _ in range(traffic.concurrency))
+        self.rows: list[_Row] = []
+        self.free = list(range(max_rows))[::-1]
+        self.steps = self.rounds = self.drafted = self.accepted = self.tokens = self.finished = 0
+        self.gaps: list[tuple[float, int]] = []
+        self.first: list[float] = []
+        self.users: list[float] = []
+        self.windows: list[int] = []
+
+    def _request(self, now: float) -> _Row:
+        self.number += 1
+        prompt = int(self.texts.geometric(1 / self.traffic.prompt))
+        return _Row(self.number, -1, now, prompt, 0, int(self.texts.geometric(1 / self.traffic.answer)))
+
+    def step(self, ends: float) -> None:
+        """One step of the engine, or the wait for the next request."""
+        while self.next_arrival <= self.now:
+            self.waiting.append(self._request(self.next_arrival))
+            self.next_arrival = next(self.arrivals)
+        while self.waiting and self.free:
+            row = self.waiting.popleft()
+            row.slot, row.began = self.free.pop(), self.now
+            self.acceptance.begin(row.slot, self.texts)
+            self.rows.append(row)
+        if not self.rows:
+            self.now = min(self.next_arrival, ends)
+            return
+        ready = [row for row in self.rows if not row.prompt]
+        chunks, finishing = self._chunks()
+        base = len(ready) + sum(n for _, n in chunks)
+        taking_part = len(ready) + len(chunks)
+        context = sum(row.context for row in ready) + sum(row.context for row, _ in chunks)
+        limits = self._plan(ready, base, taking_part, context)
+        keep, accepted, drafting, longest = self._draft(ready, limits, len(finishing))
+        kept = int(keep.sum())
+        slow = self.slowness(self.now) * self._stall()
+        draft = self.costs.draft(drafting, longest) * slow
+        verify = self.costs.verify(base + kept, taking_part, context) * slow * self._noise()
+        bookkeeping = self.costs.bookkeeping(taking_part, longest > 0) * slow
+        self.now += draft + verify + bookkeeping
+        self._commit(ready, accepted[: len(ready)].tolist(), chunks, finishing)
+        self.steps += 1
+        self.rounds += len(ready)
+        self.drafted += kept
+        self.accepted += int(accepted.sum())
+        cost = StepCost(draft, verify, bookkeeping, taking_part, base + kept, context)
+        self.policy.observe(cost, accepted.tolist())
+
+    def _chunks(self) -> tuple[list[tuple[_Row, int]], list[_Row]]:
+        budget, chunks, finishing = self.chunk, [], []
+        for row in self.rows:
+            if row.prompt and budget:
+                n = min(row.prompt, budget)
+                budget -= n
+                chunks.append((row, n))
+                if n == row.prompt:
+                    finishing.append(row)
+        return chunks, finishing
+
+    def _plan(self, ready: Sequence[_Row], base: int, taking_part: int, context: int) -> Sequence[int]:
+        if not ready:
+            return []
+        view = StepView(
+            [row.context for row in ready],
+            [self.stats] * len(ready),
+            [self.params] * len(ready),
+            slots=[row.slot for row in ready],
+            requests=[row.number for row in ready],
+            tokens=base,
+            rows=taking_part,
+            context=context,
+        )
+        return self.policy.plan(view)
+
+    def _draft(self, ready: Sequence[_Row], limits: Sequence[int], more: int) -> tuple[Ints, Ints, int, int]:
+        """Drafts verified and accepted by row; rows that were drafted for, and the most drafts that were asked for."""
+        batch = len(ready) + more
+        keep, accepted = np.zeros(batch, dtype=np.int64), np.zeros(batch, dtype=np.int64)
+        most = [min(n, self.acceptance.drafts, row.left - 1) for n, row in zip(limits, ready, strict=True)]
+        asked = [b for b, n in enumerate(most) if n > 0]
+        if not asked:
+            return keep, accepted, 0, 0
+        slots = np.array([ready[b].slot for b in asked])
+        said, lengths, right = self.acceptance.draw(slots, self.rng)
+        wanted = np.zeros(batch, dtype=np.int64)
+        wanted[asked] = np.minimum(lengths, [most[b] for b in asked])
+        longest = max(most)
+        confidence = None
+        if said is not None:
+            full = np.zeros((batch, longest), dtype=np.float32)
+            full[asked] = said[:, :longest]
+            confidence = torch.from_numpy(full)
+        keep = self.policy.choose(confidence, torch.from_numpy(wanted)).numpy()
+        accepted[asked] = np.minimum(right, keep[asked])
+        return keep, accepted, len(asked), longest
+
+    def _commit(
+        self,
+        ready: Sequence[_Row],
+        accepted: Sequence[int],
+        chunks: Sequence[tuple[_Row, int]],
+        finishing: Sequence[_Row],
+    ) -> None:
+        committed = 0
+        for row, n in zip(ready, accepted, strict=True):
+            new = min(n + 1, row.left)
+            self.gaps.append(((self.now - row.last) / new, new))
+            committed += self._take(row, new)
+        for row, n in chunks:
+            row.prompt -= n
+            row.context += n
+        for row in finishing:
+            self.first.append(self.now - row.arrived)
+            row.began = self.now
+            committed += self._take(row, 1)
+        self.tokens += committed
+        at = int(self.now / self.window)
+        self.windows += [0] * (at + 1 - len(self.windows))
+        self.windows[at] += committed
+
+    def _take(self, row: _Row, new: int) -> int:
+        row.left -= new
+        row.context += new
+        row.tokens += new
+        row.last = self.now
+        if row.left <= 0:
+            if row.tokens > 1:
+                self.users.append((row.tokens - 1) / (self.now - row.began) if self.now > row.began else 0.0)
+            self.finished += 1
+            self.rows.remove(row)
+            self.free.append(row.slot)
+            if self.traffic.concurrency:
+                self.waiting.append(self._request(self.now))
+        return new
+
+    def _noise(self) -> float:
+        return float(np.exp(self.noise * self.times.standard_normal())) if self.noise else 1.0
+
+    def _stall(self) -> float:
+        return 10.0 if self.stalls and self.times.random() < self.stalls else 1.0
+
+    def result(self) -> Result:
+        """What the steps so far gave."""
+        gaps = np.repeat([g for g, _ in self.gaps], [n for _, n in self.gaps]) if self.gaps else np.zeros(0)
+        whole = int(self.now / self.window)
+        return Result(
+            seconds=self.now,
+            tokens=self.tokens,
+            requests=self.finished,
+            steps=self.steps,
+            rounds=self.rounds,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            gaps=np.asarray(gaps, dtype=np.float64),
+            first=np.array(self.first),
+            users=np.array(self.users),
+            windows=np.array(self.windows[:whole]) / self.window,
+        )

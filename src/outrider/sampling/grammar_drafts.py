@@ -1,0 +1,118 @@
+"""Drafts of rows with a grammar: cut where nothing of them can be accepted, and lengthened by what the grammar forces.
+
+A draft that was sampled under ``rejection`` or ``block`` is not cut *at* a forbidden token: its length would depend on
+what was sampled, which changes the distribution (DSpark, Appendix A). Such drafts are drawn from the masked
+distribution. What is cut everywhere is what lies *behind* a forbidden token or behind the end of the grammar: that
+depends on the tokens before the cut alone. Drafts that were not sampled, and all drafts of rows whose text does not
+depend on how much is verified (greedy and ``coupled``), are free: they are cut at the forbidden token and go on with
+the tokens that are the only ones possible, which are accepted for certain and cost no drafting.
+
+Legend: B rows, K drafts at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from outrider.sampling.distribution import Categorical, ProcessedLogits
+from outrider.sampling.grammar import GrammarMatcher
+from outrider.types import Context, Distribution, Proposal
+
+__all__ = ["fit_drafts", "to_draft"]
+
+
+def to_draft(matchers: Sequence[GrammarMatcher | None], limits: Sequence[int]) -> list[int]:
+    """Drafts to ask the drafter for: none of a row whose next ``limits[b]`` tokens are all forced. [B] -> B"""
+    return [
+        0 if matcher is not None and len(_forced(matcher, (), limit)) == limit else limit
+        for matcher, limit in zip(matchers, limits, strict=True)
+    ]
+
+
+def fit_drafts(
+    proposal: Proposal, matchers: Sequence[GrammarMatcher | None], limits: Sequence[int], context: Context
+) -> Proposal:
+    """The proposal as the rows' grammars have it. ``limits`` [B]: the most tokens of each row."""
+    tokens, lengths = proposal.tokens.tolist(), proposal.lengths.tolist()
+    sure = None if proposal.confidence is None else proposal.confidence.tolist()
+    rows = []
+    for b, (matcher, limit, params) in enumerate(zip(matchers, limits, context.params, strict=False)):
+        row = _Row(tokens[b][: lengths[b]], [1.0] * lengths[b] if sure is None else sure[b][: lengths[b]])
+        if matcher is not None:
+            sampled = proposal.distribution is not None and params.temperature > 0
+            row.needs_distribution = sampled and params.effective_rule != "coupled"
+            _fit(row, matcher, limit)
+        rows.append(row)
+    width = max(len(row.tokens) for row in rows)
+    shape = len(rows), width
+    distribution = proposal.distribution
+    return Proposal(
+        torch.tensor([row.tokens + [0] * (width - len(row.tokens)) for row in rows], dtype=torch.int64).view(shape),
+        torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
+        None if distribution is None else _distribution(distribution, proposal.tokens.shape[1], rows, width),
+        None
+        if sure is None and any(lengths)
+        else torch.tensor([row.sureness + [0.0] * (width - len(row.tokens)) for row in rows]).view(shape),
+    )
+
+
+@dataclass(slots=True)
+class _Row:
+    """The drafts of one row."""
+
+    tokens: list[int]
+    sureness: list[float]
+    needs_distribution: bool = False  # its drafts were sampled, and the rule compares distributions
+    forced: bool = False  # they are all forced, in place of none
+
+
+def _fit(row: _Row, matcher: GrammarMatcher, limit: int) -> None:
+    """Cut a row's drafts, and lengthen them up to ``limit``; tokens that are the only ones possible are certain."""
+    row.forced = row.needs_distribution and not row.tokens
+    kept = 0
+    for j, token in enumerate(row.tokens):
+        before = tuple(row.tokens[:j])
+        mask = matcher.mask(before)
+        if mask is None or not (row.needs_distribution or matcher.allows(before, token)):
+            break
+        kept = j + 1
+        if matcher.only(before) == token:
+            row.sureness[j] = 1.0
+    del row.tokens[kept:], row.sureness[kept:]
+    if not row.needs_distribution or row.forced:
+        more = _forced(matcher, tuple(row.tokens), limit - kept)
+        row.tokens += more
+        row.sureness += [1.0] * len(more)
+
+
+def _forced(matcher: GrammarMatcher, drafts: tuple[int, ...], most: int) -> list[int]:
+    """The next tokens after these drafts, at most ``most``, while each is the only one possible."""
+    found: list[int] = []
+    while len(found) < most and (token := matcher.only((*drafts, *found))) is not None:
+        found.append(token)
+    return found
+
+
+def _distribution(distribution: Distribution, old_width: int, rows: Sequence[_Row], width: int) -> Distribution:
+    """What the drafts of all rows were drawn from, in rows of the new width: forced ones from all mass on them."""
+    forced = [token for row in rows if row.forced for token in row.tokens]
+    if width == old_width and not forced:
+        return distribution
+    if not isinstance(distribution, Categorical | ProcessedLogits):
+        every = torch.arange(len(distribution))
+        dense = distribution.dense(every)
+        distribution = Categorical(dense.shape[1], probabilities=dense)
+    last, size = len(distribution) - 1, distribution.vocab_size
+    index = [min(b * old_width + min(j, old_width - 1), last) for b in range(len(rows)) for j in range(width)]
+    if forced:
+        at = last + 1
+        for b, row in enumerate(rows):
+            if row.forced:
+                index[b * width : b * width + len(row.tokens)] = range(at, at + len(row.tokens))
+                at += len(row.tokens)
+        certain = Categorical.greedy(torch.tensor(forced, dtype=torch.int64), size)
+        distribution = Categorical.concatenate([distribution, certain])
+    return distribution.take(torch.tensor(index, dtype=torch.int64))

@@ -1,0 +1,246 @@
+"""What a step costs now: a measured table, corrected by the steps that are observed.
+
+T_verify(tokens, rows, context) is a table's value (``scheduling.costs``; a nominal curve where there is none), times
+the present speed of the machine, times a correction of that number of tokens, which is where a jagged curve shows: the
+edge of a tile at 16 rows costs what it was observed to cost, not what a line through its neighbours says.
+T_draft(rows, k) and bookkeeping are learnt from observed steps alone.
+
+All estimates are of logarithms and robust: an observation moves them by a bounded step, so a pass that a neighbour on
+the machine made ten times slower counts like one that was a third slower.
+
+A table that does not fit what is observed, one of another machine for instance, is dropped (``trusted``).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+import numpy.typing as npt
+
+from outrider.scheduling.costs import CostTable
+
+__all__ = ["CostModel"]
+
+Floats = npt.NDArray[np.float64]
+
+EXACT = 256  # up to here each number of tokens has a correction of its own; beyond, 32 to an octave
+OCTAVE = 32
+NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what another one adds, where nothing is known
+MOVE = 0.3  # the most that one observation counts for, in log seconds
+SPEED_RATE, CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.1, 0.05, 0.1, 0.05
+VISIBLE = 0.004  # a correction that moved by less is not worth a new curve
+CHECKED = 96  # observations in which a table is checked
+OTHER_SHAPE, OTHER_SPEED = math.log(1.7), math.log(6.0)  # differences that no busy machine explains
+KEPT_CURVES = 64
+
+
+@dataclass(slots=True)
+class _Estimate:
+    """A robust running mean of log seconds."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def add(self, seconds: float, rate: float) -> None:
+        observed = math.log(max(seconds, 1e-9))
+        if self.count == 0:
+            self.value = observed
+        else:  # the first call of anything is slow: what follows may pull it down faster
+            move = MOVE if self.count > 4 else 4 * MOVE
+            error = min(max(observed - self.value, -move), move)
+            self.value += max(rate, 1 / (self.count + 1)) * error
+        self.count += 1
+
+    @property
+    def seconds(self) -> float:
+        return math.exp(self.value)
+
+
+@dataclass(slots=True)
+class _Check:
+    """What a table said against what was observed, until it is believed."""
+
+    ratios: dict[int, list[float]] = field(default_factory=dict)  # by tokens: the first few log ratios
+    seen: int = 0
+
+    def wrong(self, tokens: int, ratio: float) -> bool:
+        """Whether the table is of another machine or model, by this observation and those before it."""
+        self.seen += 1
+        found = self.ratios.setdefault(tokens, [])
+        if len(found) < 9:
+            found.append(ratio)
+        known = [median(values) for values in self.ratios.values() if len(values) >= 4]
+        return bool(known) and (max(known) - min(known) > OTHER_SHAPE or abs(median(known)) > OTHER_SPEED)
+
+
+class CostModel:
+    """Seconds of passes, drafts and bookkeeping, as they are now."""
+
+    def __init__(self, table: CostTable | None = None) -> None:
+        self.table = table
+        self.trusted = True
+        """False once a table was dropped because it did not fit."""
+        self._check = _Check()
+        self._bases: dict[tuple[int, int], Floats] = {}
+        self._speed = 0.0  # log
+        self._observed = 0
+        self._size(1024)
+        self._cells: dict[int, _Estimate] = {}  # by cell: log ratio to table and speed
+        self._drawn: dict[int, float] = {}  # the values that ``_correction`` was made of
+        self._dirty = False
+        self._drafts: dict[int, dict[int, _Estimate]] = {}  # by rows, by drafts
+        self._bookkeeping: dict[tuple[bool, int], _Estimate] = {}
+
+    # ------------------------------------------------------------------------------------------ what it says
+
+    def verify(self, tokens: int, rows: int = 1, context: int = 0) -> float:
+        """Seconds of a target pass."""
+        if self._dirty or tokens >= len(self._cell_of):
+            return float(self.verify_curve(tokens, 0, rows, context)[0])
+        return float(self._base(rows, context)[tokens] * self._correction[tokens]) * math.exp(self._speed)
+
+    def verify_curve(self, tokens: int, more: int, rows: int = 1, context: int = 0) -> Floats:
+        """float64 [more + 1]: seconds of passes over ``tokens``, ``tokens + 1``, ... new tokens."""
+        end = tokens + more + 1
+        if end > len(self._cell_of):
+            self._size(end)
+        base = self._base(rows, context)
+        if self._dirty:
+            self._draw()
+        return base[tokens:end] * self._correction[tokens:end] * math.exp(self._speed)
+
+    def draft(self, rows: int, drafts: int) -> float:
+        """Seconds in which up to ``drafts`` tokens are proposed for ``rows`` rows; a guess where never seen."""
+        if rows <= 0 or drafts <= 0:
+            return 0.0
+        if not self._drafts:
+            return 0.2 * self.verify(rows, rows)
+        wanted = _bucket(rows)
+        exact = self._drafts.get(wanted)
+        if exact is not None and drafts in exact:
+            return exact[drafts].seconds
+        nearest = wanted if exact is not None else min(self._drafts, key=lambda key: abs(key - wanted))
+        seconds = _along(self._drafts[nearest], drafts)
+        return seconds if nearest == wanted else seconds * 0.5 * (1 + rows / _rows_of(nearest))
+
+    @property
+    def knows_drafts(self) -> bool:
+        """Whether any draft was ever timed."""
+        return bool(self._drafts)
+
+    def bookkeeping(self, rows: int, drafting: bool) -> float:
+        """Seconds of a step outside the two passes; nothing until it was seen."""
+        found = self._bookkeeping.get((drafting, _bucket(rows)))
+        if found is None:  # the nearest number of rows, or a plain step's
+            near = [(abs(key[1] - _bucket(rows)), key) for key in self._bookkeeping if key[0] == drafting]
+            if not near:
+                return self.bookkeeping(rows, False) if drafting else 0.0
+            found = self._bookkeeping[min(near)[1]]
+        return found.seconds
+
+    # ------------------------------------------------------------------------------------------ what it is told
+
+    def observe_verify(self, tokens: int, rows: int, context: int, seconds: float) -> None:
+        """A pass in which every row's logits were computed; passes with chunks of prompts are left out."""
+        if tokens <= 0 or not 0 < seconds < math.inf:
+            return
+        if tokens >= len(self._cell_of):
+            self._size(tokens + 1)
+        ratio = math.log(seconds / float(self._base(rows, context)[tokens]))
+        if self.table is not None and self._check.seen < CHECKED and self._check.wrong(tokens, ratio):
+            self._drop_table()
+            ratio = math.log(seconds / float(self._base(rows, context)[tokens]))
+        cell = self._cells.setdefault(int(self._cell_of[tokens]), _Estimate())
+        error = ratio - self._speed - cell.value
+        if self._observed == 0 and self.table is None:
+            self._speed, error = ratio, 0.0
+        self._observed += 1
+        bounded = min(max(error, -MOVE), MOVE)
+        self._speed += SPEED_RATE * bounded
+        cell.value += max(CELL_RATE, 1 / (cell.count + 5)) * (bounded - SPEED_RATE * bounded)
+        cell.count += 1
+        key = int(self._cell_of[tokens])
+        self._dirty = self._dirty or abs(cell.value - self._drawn.get(key, math.inf)) > VISIBLE
+
+    def observe_draft(self, rows: int, drafts: int, seconds: float) -> None:
+        """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows."""
+        if rows > 0 and drafts > 0:
+            self._drafts.setdefault(_bucket(rows), {}).setdefault(drafts, _Estimate()).add(seconds, DRAFT_RATE)
+
+    def observe_bookkeeping(self, rows: int, drafting: bool, seconds: float) -> None:
+        if rows > 0:
+            self._bookkeeping.setdefault((drafting, _bucket(rows)), _Estimate()).add(seconds, BOOKKEEPING_RATE)
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _size(self, tokens: int) -> None:
+        """Arrays for passes of up to so many tokens."""
+        size = 1 << max(10, tokens.bit_length())
+        n = np.arange(size)
+        beyond = EXACT + np.floor(OCTAVE * np.log2(np.maximum(n, EXACT) / EXACT)).astype(np.int64)
+        self._cell_of = np.where(n <= EXACT, n, beyond)
+        self._bases = {}
+        self._correction = np.ones(size)
+        self._drawn, self._dirty = {}, True
+
+    def _base(self, rows: int, context: int) -> Floats:
+        """Seconds by tokens, as the table has them; kept for rows and contexts that are alike."""
+        if self.table is None:
+            key = (0, 0)
+        else:
+            rows = max(rows, 1)
+            key = (_bucket(rows), round(4 * math.log2(64 + context / rows)))
+        found = self._bases.get(key)
+        if found is None:
+            if len(self._bases) >= KEPT_CURVES:
+                self._bases.clear()
+            found = self._bases[key] = self._new_base(*key)
+        return found
+
+    def _new_base(self, rows_key: int, context_key: int) -> Floats:
+        n = np.arange(len(self._cell_of))
+        if self.table is None:
+            return np.asarray(NOMINAL * (1 + SLOPE * (n - 1.0)))
+        rows = round(_rows_of(rows_key))
+        context = max(0, round((2 ** (context_key / 4) - 64) * rows))
+        last = len(n) - 1
+        knots = sorted({1, *(p.tokens for p in self.table.target if p.rows == 1 and p.tokens < last), last})
+        return np.interp(n, knots, [self.table.seconds(k, rows, context) for k in knots])
+
+    def _draw(self) -> None:
+        """The correction by tokens: observed cells, and straight lines between them."""
+        if self._cells:
+            known = sorted(self._cells)
+            values = [self._cells[key].value for key in known]
+            self._correction = np.exp(np.interp(self._cell_of, known, values))
+            self._drawn = dict(zip(known, values, strict=True))
+        self._dirty = False
+
+    def _drop_table(self) -> None:
+        self.table, self.trusted = None, False
+        self._bases, self._cells, self._drawn = {}, {}, {}
+        self._correction = np.ones(len(self._cell_of))
+        self._observed, self._speed = 0, 0.0
+
+
+def _bucket(rows: int) -> int:
+    """Numbers of rows that cost alike: each up to 16, then four to an octave."""
+    return rows if rows <= 16 else round(4 * math.log2(rows))
+
+
+def _rows_of(bucket: int) -> float:
+    return float(bucket) if bucket <= 16 else 2 ** (bucket / 4)
+
+
+def _along(known: dict[int, _Estimate], drafts: int) -> float:
+    """Seconds for a number of drafts from those of others: a line through the two nearest, never falling; half of it
+    in proportion where only one is known."""
+    first, *others = sorted(known, key=lambda k: (abs(k - drafts), k))
+    if not others:
+        return known[first].seconds * 0.5 * (1 + drafts / first)
+    second = others[0]
+    slope = max(0.0, (known[second].seconds - known[first].seconds) / (second - first))
+    return max(known[first].seconds + slope * (drafts - first), 0.1 * known[first].seconds)

@@ -1,0 +1,162 @@
+"""Never slower than plain decoding: an account of what speculation gains and loses, around any policy.
+
+A step that drafted is worth the time in which plain decoding would have given its tokens, which is known because plain
+steps are taken now and then (a *control*). Losses are paid from a ``Ledger``; when it is empty, or when the policy
+itself has long seen no use in drafting, the guard steps aside: nothing is drafted, and after a while the drafter is not
+even shown what is committed (``follows``), so that steps cost what plain steps cost. Coming back is another draft like
+any other: paid from the ledger, and ever more rarely while it does not pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from torch import Tensor
+
+from outrider.scheduling.cost_model import CostModel
+from outrider.scheduling.ledger import Ledger
+from outrider.types import SchedulerPolicy, StepCost, StepView
+
+__all__ = ["GuardedPolicy", "TriesAgain"]
+
+SELDOM, OFTEN = 192, 48  # steps that draft between two controls: where drafting pays well, and where it hardly does
+PAYS_WELL = 1.25  # tokens per second over plain decoding's
+STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
+IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
+IDLE_WITH_FEATURES = 256  # the same for a drafter that cannot
+FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
+SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
+LOOK = 4
+
+
+@runtime_checkable
+class TriesAgain(Protocol):
+    """A policy that has its own times for trying what did not pay, and can be told that now is one."""
+
+    def try_again(self) -> None: ...
+
+
+class GuardedPolicy:
+    """Another policy, as long as it does not make decoding slower."""
+
+    def __init__(
+        self, policy: SchedulerPolicy, costs: CostModel, *, takes_up: bool = True, ledger: Ledger | None = None
+    ) -> None:
+        """``costs``: the policy's own, where it has any. ``takes_up``: the drafter can take up a row in the middle of
+        its text."""
+        self.policy, self.costs = policy, costs
+        self.ledger = ledger or Ledger()
+        self._learns = getattr(policy, "costs", None) is not costs
+        self._patience = IDLE if takes_up else IDLE_WITH_FEATURES
+        self._suspended = False  # the ledger is empty
+        self._needed = 0.0  # seconds that it must hold for another try
+        self._follows = True
+        self._idle = 0  # plain steps in a row
+        self._pause = FIRST_PAUSE
+        self._since_control = 0
+        self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
+        self._plain_steps = 0
+        self._asked = False  # the policy planned this step
+        self._view: StepView | None = None
+        self._planned: Sequence[int] = ()
+        self._kept = 0
+
+    @property
+    def follows(self) -> bool:
+        """Whether the drafter is to be shown what is committed."""
+        return self._follows
+
+    @property
+    def advantage(self) -> float:
+        """Tokens per second over plain decoding's, of the latest steps that drafted."""
+        return self._advantage
+
+    def plan(self, step: StepView) -> Sequence[int]:
+        self._view, self._kept = step, 0
+        self._asked = self._may_draft()
+        self._planned = self.policy.plan(step) if self._asked else [0] * len(step)
+        return self._planned
+
+    def _may_draft(self) -> bool:
+        if not self._follows:
+            if self._idle < self._pause or not self.ledger.affords(self._needed):
+                return False
+            self._follows, self._suspended, self._idle = True, False, 0  # rows are followed from the next step on
+            if isinstance(self.policy, TriesAgain):
+                self.policy.try_again()
+        if self._suspended:
+            if not self.ledger.affords(self._needed):
+                return False
+            self._suspended = False
+        often = OFTEN if self._advantage < PAYS_WELL else SELDOM
+        if self._since_control >= often:
+            self._since_control = 0
+            return False
+        return True
+
+    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+        keep = self.policy.choose(confidence, lengths) if self._asked else lengths.clamp(max=0)
+        self._kept = int(keep.sum())
+        return keep
+
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        view, self._view = self._view, None
+        if self._asked:
+            self.policy.observe(cost, accepted)
+        if view is None or not len(view):
+            return
+        drafted = any(self._planned)
+        if self._learns or not self._asked:
+            self._learn(view, cost, drafted)
+        if drafted:
+            self._settle(view, cost, int(np.sum(accepted)))
+        else:
+            self._rest(cost)
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def _learn(self, view: StepView, cost: StepCost, drafted: bool) -> None:
+        self._plain_steps += not drafted
+        if not drafted and self._plain_steps > SEEN and self._plain_steps % LOOK:
+            return
+        ready = len(view)
+        if cost.rows == ready and cost.tokens == ready + self._kept:
+            self.costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify)
+        if drafted:
+            self.costs.observe_draft(sum(n > 0 for n in self._planned), max(self._planned), cost.draft)
+        self.costs.observe_bookkeeping(ready, drafted, cost.bookkeeping)
+
+    def _settle(self, view: StepView, cost: StepCost, accepted: int) -> None:
+        """What the step took, against what plain decoding would have taken for its tokens."""
+        ready, costs, context = len(view), self.costs, cost.context
+        own = costs.bookkeeping(ready, drafting=False)
+        without = costs.verify(max(cost.tokens - self._kept, 1), cost.rows, context)
+        plain = costs.verify(ready, ready, context) + own
+        expected = costs.verify(cost.tokens, cost.rows, context)
+        took = (
+            cost.draft
+            + min(cost.verify, STALL * expected)
+            + min(cost.bookkeeping, STALL * costs.bookkeeping(ready, drafting=True))
+        )
+        worth = without + own + accepted / ready * plain
+        self.ledger.settle(worth - took)
+        self._advantage += 0.05 * (worth / took - self._advantage)
+        self._idle = 0
+        self._since_control += 1
+        if self._advantage > 1 and self._pause > FIRST_PAUSE:
+            self._pause = FIRST_PAUSE
+        if self.ledger.balance <= 0:
+            self._suspended = True
+            self._needed = max(2 * (took - worth), 0.25 * self.ledger.most)
+            self._since_control = 0
+
+    def _rest(self, cost: StepCost) -> None:
+        """A plain step. Where it followed from what was seen, the drafter is left out before long."""
+        self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
+        self._idle += 1
+        if self._follows and self._idle >= self._patience:
+            self._follows = False
+            self._idle = 0
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)

@@ -1,0 +1,428 @@
+"""Draft and verify what raises tokens per second: DSpark's hardware-aware prefix scheduler, with drafting charged.
+
+**Before drafting** (``plan``) the past alone speaks. Each row's latest drafts, as survivals, stand for what drafting
+again would give; the search that schedules a step is run on them, unconstrained, with T_draft and bookkeeping in the
+costs. A row whose return is below its share of the cost is not drafted for; where plain decoding gives more tokens per
+second, nothing is. Rows that were left out are drafted for again from time to time, paid from an account that plain
+steps fill at a small rate, and ever more rarely while it does not pay.
+
+**Once drafted** (``choose``), T_draft is spent: Algorithm 1 starts from R / (T_draft + T_verify(R) + T_bookkeeping).
+The costs are of decoding alone: chunks of prompts that share the step are paid for anyway, so the search is shown what
+drafts add to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from outrider.errors import InvalidRequest, nearest
+from outrider.scheduling.acceptance import AcceptanceModel, SurvivalHistory
+from outrider.scheduling.cost_model import CostModel
+from outrider.scheduling.ledger import Ledger
+from outrider.scheduling.prefix_search import Search, best_count, rank, survivals
+from outrider.types import StepCost, StepView
+
+__all__ = ["ThroughputConfig", "ThroughputPolicy"]
+
+Floats = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Form = Literal["auto", "early", "lagged", "global"]
+FORMS: tuple[Form, ...] = ("auto", "early", "lagged", "global")
+
+CAUGHT = 0.98  # an early stop that gives less of the best of all is caught in a dip
+MARGIN = 1.005  # drafting must promise so much more than plain decoding
+SAMPLED = 512  # drafts of the past that a plan is made of, about
+EVERY_LENGTH = 32  # rows up to which every draft length is tried
+FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
+REUSED = 8  # steps that a plan is good for
+FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
+LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
+EARLY = 16  # rounds that are learnt from at once
+
+
+@dataclass(frozen=True, slots=True)
+class ThroughputConfig:
+    """Options of the ``throughput`` policy. Raises InvalidRequest for values out of range."""
+
+    draft_tokens: int = 8
+    """The most tokens to draft in a round; 0 decodes plainly."""
+    search: Form = "auto"
+    """early: Algorithm 1, which stops at the first draft that does not pay. lagged: a budget from confidences two steps
+    old, which looks past dips of the costs and is lossless too. global: the best of all, for text that does not depend
+    on the schedule. auto: global where every row is greedy or coupled, else early, or lagged while the past says that
+    an early stop would be caught in a dip."""
+    probe_share: float = 0.005
+    """Of the time of plain steps, what may be spent on trying rows that drafting did not pay for."""
+
+    def __post_init__(self) -> None:
+        if self.draft_tokens < 0:
+            raise InvalidRequest(f"policy throughput: draft_tokens must be at least 0, got {self.draft_tokens}")
+        if self.search not in FORMS:
+            raise InvalidRequest(
+                f"policy throughput: search must be one of {', '.join(FORMS)}, got {self.search!r}; "
+                f"{nearest(str(self.search), FORMS)}"
+            )
+        if not 0 <= self.probe_share <= 1:
+            raise InvalidRequest(f"policy throughput: probe_share must be between 0 and 1, got {self.probe_share}")
+
+
+@dataclass(slots=True)
+class _Step:
+    """What is known of the step under way."""
+
+    slots: Ints  # [B]
+    ready: int  # B
+    tokens: int  # of the pass without drafts
+    rows: int
+    context: int
+    limits: list[int]  # [B]
+    longest: int  # of the limits
+    free: bool = False  # no row's text depends on the schedule
+    probe: bool = False
+    chosen: _Chosen | None = None
+
+
+@dataclass(slots=True)
+class _Chosen:
+    """What was drafted and kept. D rows have drafts."""
+
+    rows: Ints  # [D]
+    slots: Ints  # [D]
+    lengths: Ints  # [D]
+    limits: Ints  # [D]
+    logits: Floats | Singles  # [D, K]
+    adjusted: Floats | Singles  # [D, K]
+    survival: Floats  # [D, K]
+    keep: Ints  # [D]
+    accepted: Ints | None = None  # [D]
+
+
+class ThroughputPolicy:
+    """Algorithm 1 with everything charged. ``costs``: what steps cost; without, it is learnt from the steps alone."""
+
+    Config = ThroughputConfig
+
+    def __init__(self, config: ThroughputConfig, costs: CostModel | None = None) -> None:
+        self.costs = costs or CostModel()
+        self._config, self._block = config, config.draft_tokens
+        self._acceptance = AcceptanceModel(max(self._block, 1))
+        self._history = SurvivalHistory(max(self._block, 1))
+        self._ledger = Ledger(share=config.probe_share, most=0.1, balance=0.1)
+        self._owners = np.full(0, -1)  # by slot: the request that has it
+        self._idle = np.zeros(0, dtype=np.int64)  # by slot: steps since it was drafted for
+        self._wait = np.zeros(0, dtype=np.int64)  # by slot: steps after which it is tried again
+        self._planned = np.zeros(0, dtype=np.int64)  # by slot: limits of the last plan
+        self._common = 0  # the limit of rows that were drafted for in the last plan
+        self._stale = 0  # the turn at which a new plan is made
+        self._latest: tuple[Sequence[int], list[int], Ints] = ((), [], np.zeros(0, dtype=np.int64))
+        self._turn = 0
+        self._counted = 0  # the turn up to which ``_idle`` is counted
+        self._step: _Step | None = None
+        self._rounds: list[_Chosen] = []  # not learnt from yet
+        self._learnt = 0
+        self._caught = False  # an early stop would have been caught in a dip of the costs
+        self._past: list[tuple[Floats, int]] = []  # survivals in order and rows, of the last steps that drafted
+
+    @classmethod
+    def from_config(cls, config: ThroughputConfig, costs: CostModel | None = None, **services: Any) -> ThroughputPolicy:
+        return cls(config, costs)
+
+    def try_again(self) -> None:
+        """Draft for every row once more, whether or not it paid."""
+        self._idle[:] = LONGEST_WAIT
+        self._ledger.balance = self._ledger.most
+        self._stale = 0
+
+    # ------------------------------------------------------------------------------------------ before drafting
+
+    def plan(self, step: StepView) -> list[int]:
+        ready = len(step)
+        self._turn += 1
+        self._step = None
+        if not ready or not self._block:
+            return [0] * ready
+        context = step.context or sum(step.contexts)
+        able = ready if step.can_draft < 0 else min(step.can_draft, ready)
+        tokens, rows = max(step.tokens, ready), max(step.rows, ready)
+        requests, limits, slots = self._latest
+        if self._turn >= self._stale or able < ready or not step.requests or step.requests != requests:
+            slots = np.fromiter(step.slots, np.int64, ready) if step.slots else np.arange(ready)
+            self._take_over(slots, step.requests)
+            now = _Step(slots, ready, tokens, rows, context, [], 0)
+            limits = self._limits(now, able)
+            probe = now.probe
+            # A probe is for one step; the plan itself is good for some.
+            self._latest = (list(step.requests) if not probe and able == ready else (), limits, slots)
+        else:
+            probe = False
+        longest = max(limits)
+        self._step = _Step(slots, ready, tokens, rows, context, limits, longest, probe=probe)
+        if longest:
+            self._step.free = self._free(step)
+        return limits
+
+    def _free(self, step: StepView) -> bool:
+        if self._config.search != "auto":
+            return self._config.search == "global"
+        different = {id(params): params for params in step.params}.values()
+        return all(p.temperature == 0 or p.effective_rule == "coupled" for p in different)
+
+    def _take_over(self, slots: Ints, requests: Sequence[int]) -> None:
+        """Rows of new requests start without a past of their own."""
+        missing = int(slots.max()) + 1 - len(self._owners)
+        if missing > 0:
+            self._owners = np.concatenate([self._owners, np.full(missing, -1)])
+            self._idle = np.concatenate([self._idle, np.zeros(missing, dtype=np.int64)])
+            self._wait = np.concatenate([self._wait, np.full(missing, FIRST_WAIT)])
+            self._planned = np.concatenate([self._planned, np.full(missing, self._block)])
+        owners = np.fromiter(requests, np.int64, len(slots)) if requests else slots
+        new = self._owners[slots] != owners
+        if new.any():
+            self._learn()  # of the rows before them
+            fresh = slots[new]
+            self._owners[fresh] = owners[new]
+            self._idle[fresh], self._wait[fresh] = 0, FIRST_WAIT
+            self._planned[fresh] = self._common
+            self._acceptance.forget_row(fresh)
+            self._history.forget_row(fresh)
+
+    def _limits(self, now: _Step, able: int) -> list[int]:
+        """The most drafts of each of the B rows, of which the first ``able`` can be drafted for."""
+        limits = np.zeros(now.ready, dtype=np.int64)
+        slots = now.slots[:able]
+        if able and self._history.empty:  # nothing is known: see what a draft is like
+            limits[:able] = self._block
+            now.probe = True
+        elif able:
+            if self._turn >= self._stale:
+                self._learn()
+                self._planned[slots] = planned = self._best_limits(now, slots)
+                self._common = int(planned.max())
+                self._stale = self._turn + REUSED
+            limits[:able] = self._planned[slots]
+            self._probe(now, slots, limits)
+        return limits.tolist()
+
+    def _best_limits(self, now: _Step, slots: Ints) -> Ints:
+        """int64 [D]: what would have been the best drafts of the past, had they been proposed now."""
+        ready, rows, block, costs = now.ready, len(slots), self._block, self.costs
+        samples = max(1, min(self._history.kept, SAMPLED // (rows * block)))
+        past = self._history.of(slots, self._history.kept if rows <= 64 else 2, self._turn)
+        seconds = self._decode_seconds(now, rows * block)
+        plain = ready / (seconds[0] + costs.bookkeeping(ready, drafting=False))
+        seconds = seconds + costs.bookkeeping(ready, drafting=True)
+        # Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of T_draft.
+        token = plain * (seconds[-1] - seconds[0]) / (rows * block)
+        chosen = np.ones(rows, dtype=bool)
+        if rows > 1:
+            some = max(1, rows // 2)
+            share = (costs.draft(rows, block) - costs.draft(some, block)) / (rows - some)
+            worth = np.maximum(past - token, 0).sum(2).mean(1)
+            chosen = worth > plain * max(share, 0.0)
+        drafting = int(chosen.sum())
+        limits = np.zeros(rows, dtype=np.int64)
+        if not drafting:
+            return limits
+        lengths = self._lengths_to_try(ready)
+        spent = np.array([costs.draft(drafting, k) for k in lengths])
+        length, rate, early = _best_length(past[chosen, :samples], ready, seconds, lengths, spent)
+        self._caught = early < CAUGHT * rate
+        if rate > MARGIN * plain:
+            limits[chosen] = length
+        return limits
+
+    def _lengths_to_try(self, ready: int) -> list[int]:
+        block = self._block
+        return list(range(1, block + 1)) if ready <= EVERY_LENGTH else sorted({1, 2, block // 2, block} - {0})
+
+    def _decode_seconds(self, now: _Step, most: int) -> Floats:
+        """float64 [most + 1]: seconds of the pass by drafts, less what chunks of prompts beside it cost alone."""
+        curve = self.costs.verify_curve(now.tokens, most, now.rows, now.context)
+        if now.tokens > now.ready:
+            curve = curve + (min(self.costs.verify(now.ready, now.ready, now.context), curve[0]) - curve[0])
+        return curve
+
+    def _probe(self, now: _Step, slots: Ints, limits: Ints) -> None:
+        """Let rows that were left out for long be drafted for, as far as the account reaches."""
+        left_out = limits[: len(slots)] == 0
+        if not left_out.any():
+            self._idle[slots], self._wait[slots] = 0, FIRST_WAIT
+            self._counted = self._turn
+            return
+        passed, self._counted = self._turn - self._counted, self._turn
+        self._idle[slots] = np.where(left_out, self._idle[slots] + passed, 0)
+        self._wait[slots] = np.where(left_out, self._wait[slots], FIRST_WAIT)
+        due = np.flatnonzero(left_out & (self._idle[slots] >= self._wait[slots]))
+        if not len(due):
+            return
+        due = due[np.argsort(-self._idle[slots[due]], kind="stable")][: max(1, now.ready // 8)]
+        most = self._block
+        seconds = self._decode_seconds(now, len(due) * most)
+        if not self._ledger.affords(self.costs.draft(len(due), most) + seconds[-1] - seconds[0]):
+            return
+        limits[due] = most
+        now.probe = True
+        self._idle[slots[due]] = 0
+        self._wait[slots[due]] = np.minimum(2 * self._wait[slots[due]], LONGEST_WAIT)
+
+    # ------------------------------------------------------------------------------------------ once drafted
+
+    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+        batch, most = len(lengths), lengths.numpy()
+        now = self._step
+        if now is None or now.ready > batch:  # no plan was asked for: nothing is known but the drafts
+            limits = [self._block] * batch
+            free = self._config.search == "global"
+            now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, free)
+        rows = np.flatnonzero(most[: now.ready])
+        keep = np.zeros(batch, dtype=np.int64)
+        if len(rows):
+            width = int(most.max()) if confidence is None else confidence.shape[1]
+            now.chosen = self._choose(now, rows, most[rows], confidence, width)
+            keep[rows] = now.chosen.keep
+        return torch.from_numpy(keep)
+
+    def _choose(self, now: _Step, rows: Ints, lengths: Ints, confidence: Tensor | None, width: int) -> _Chosen:
+        slots = now.slots[rows]
+        z: Floats | Singles
+        p: Floats | Singles
+        if len(rows) * width <= FEW_DRAFTS:
+            z, p, survival = self._few(rows, slots, lengths, confidence, width)
+        else:
+            z, p = self._acceptance.adjust(None if confidence is None else confidence.numpy()[rows], slots, width)
+            survival = survivals(p, lengths)
+        ranking = rank(survival)
+        # T_draft by what was planned: how long a draft became is known only once its tokens are.
+        spent = self.costs.draft(len(rows), now.longest) + self.costs.bookkeeping(now.ready, drafting=True)
+        seconds = self._decode_seconds(now, len(ranking.survival)) + spent
+        lagged = self._budget(ranking.survival, now.ready, seconds)
+        if self._config.search == "lagged" or (self._config.search == "auto" and not now.free and self._caught):
+            count = lagged
+        else:
+            form: Search = "global" if now.free else "early"
+            count = best_count(now.ready, ranking.survival, seconds, form)
+        limits = np.array(now.limits)[rows]
+        keep = ranking.keep(count)
+        return _Chosen(rows, slots, lengths, np.maximum(limits, lengths), z, p, survival, keep)
+
+    def _few(
+        self, rows: Ints, slots: Ints, lengths: Ints, confidence: Tensor | None, width: int
+    ) -> tuple[Floats, Floats, Floats]:
+        """Logits, probabilities and survivals, row by row."""
+        logits, adjusted, survival = [], [], []
+        said = None if confidence is None else confidence.tolist()
+        for b, slot, length in zip(rows.tolist(), slots.tolist(), lengths.tolist(), strict=True):
+            z, p = self._acceptance.adjust_row(None if said is None else said[b], slot, width)
+            product, products = 1.0, []
+            for j, one in enumerate(p):
+                product = product * one if j < length else 0.0
+                products.append(product)
+            logits.append(z)
+            adjusted.append(p)
+            survival.append(products)
+        return np.array(logits), np.array(adjusted), np.array(survival)
+
+    def _budget(self, survival: Floats, ready: int, seconds: Floats) -> int:
+        """Drafts to verify, from confidences two steps old: today's only rank."""
+        self._past = [*self._past[-2:], (survival, ready)]
+        then, rows = self._past[0]  # two steps old, or the oldest there is
+        if self._config.search != "lagged" and not self._caught:
+            return 0  # not asked for
+        if then is survival:
+            return min(ready, len(survival))  # the first step: about one draft a row
+        most = min(len(then), len(seconds) - 1)
+        count = best_count(rows, then[:most], seconds, "global")
+        return min(len(survival), round(count * ready / rows))
+
+    # ------------------------------------------------------------------------------------------ afterwards
+
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        now, self._step = self._step, None
+        if now is None:
+            return
+        ready, costs, chosen = now.ready, self.costs, now.chosen
+        kept = 0 if chosen is None else int(chosen.keep.sum())
+        if cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
+            costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify)
+        costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping)
+        if not now.longest:
+            self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
+            return
+        costs.observe_draft(sum(n > 0 for n in now.limits), now.longest, cost.draft)
+        gained = 0
+        if chosen is not None:
+            chosen.accepted = np.array([accepted[b] for b in chosen.rows.tolist()])
+            gained = int(chosen.accepted.sum())
+            self._rounds.append(chosen)
+        if chosen is None or len(chosen.rows) < ready:
+            self._nothing_drafted(now, chosen)
+        self._learnt += 1
+        if self._learnt <= EARLY or sum(len(one.rows) for one in self._rounds) + ready > LEARNT_AT_ONCE:
+            self._learn()
+        if now.probe:
+            plain = costs.verify(ready, ready, now.context) / ready
+            more = self._decode_seconds(now, kept)
+            self._ledger.settle(min(0.0, gained * plain - cost.draft - float(more[-1] - more[0])))
+
+    def _nothing_drafted(self, now: _Step, chosen: _Chosen | None) -> None:
+        """Remember the rows for which the drafter was asked and had nothing to propose."""
+        has = set() if chosen is None else set(chosen.rows.tolist())
+        empty = [b for b, n in enumerate(now.limits) if n and b not in has]
+        if empty:
+            nothing, none = np.zeros((len(empty), 1)), np.zeros(len(empty), dtype=np.int64)
+            self._history.add(now.slots[empty], nothing, nothing, none, none + self._block)
+
+    def _learn(self) -> None:
+        """Learn from the rounds collected. Of one step with very many rows, some stand for all."""
+        rounds, self._rounds = self._rounds, []
+        while rounds:
+            width = rounds[0].logits.shape[1]
+            alike = [one for one in rounds if one.logits.shape[1] == width]
+            rounds = [one for one in rounds if one.logits.shape[1] != width]
+            one = _together(alike)
+            some = slice(self._turn % max(1, len(one.rows) // LEARNT_ROWS), None, max(1, len(one.rows) // LEARNT_ROWS))
+            slots, adjusted, lengths = one.slots[some], one.adjusted[some], one.lengths[some]
+            assert one.accepted is not None
+            self._acceptance.update(one.logits[some], adjusted, slots, one.keep[some], one.accepted[some])
+            self._history.add(slots, adjusted, one.survival[some], lengths, one.limits[some])
+
+
+def _together(rounds: Sequence[_Chosen]) -> _Chosen:
+    """Several rounds of few rows, in order, as one."""
+    if len(rounds) == 1:
+        return rounds[0]
+    names = [field.name for field in fields(_Chosen)]
+    return _Chosen(*(np.concatenate([getattr(one, name) for one in rounds]) for name in names))
+
+
+def _best_length(
+    past: Floats, ready: int, seconds: Floats, lengths: Sequence[int], spent: Floats
+) -> tuple[int, float, float]:
+    """The draft length with the most tokens per second, how many, and how many an early stop would have given.
+
+    past [D, samples, K]: every sample is a step as it could be, and the walk over all of them counts a draft as the
+    part of a token that one sample is. spent [lengths]: T_draft of each.
+    """
+    rows, samples, drafts = past.shape
+    ranking = rank(past.reshape(rows * samples, drafts))
+    within = ranking.positions < np.array(lengths)[:, None]
+    count = np.zeros((len(lengths), len(ranking.survival) + 1))
+    tokens = np.full(count.shape, float(ready))
+    np.cumsum(within / samples, axis=1, out=count[:, 1:])
+    tokens[:, 1:] += np.cumsum(within * (ranking.survival / samples), axis=1)
+    whole = np.minimum(count.astype(np.int64), len(seconds) - 2)
+    verify = seconds[whole] + (count - whole) * (seconds[whole + 1] - seconds[whole])
+    rate = tokens / (verify + spent[:, None])
+    best, at = divmod(int(rate.argmax()), rate.shape[1])
+    walk = rate[best]
+    falls = walk[1:] < walk[:-1]
+    early = walk[int(falls.argmax())] if falls.any() else walk[at]
+    return lengths[best], float(walk[at]), float(early)

@@ -1,0 +1,161 @@
+"""From the messages of a request to the prompt of a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from outrider.errors import CheckpointError
+from outrider.serving.fields import Strict
+from outrider.serving.service import Service
+from outrider.serving.web import ApiError
+from outrider.tokenization.chat_template import with_system_in_user
+
+__all__ = ["ChatMessage", "Tool", "encode_conversation", "plain_text", "template_messages"]
+
+MOST_MESSAGES = 10_000
+
+
+class _CalledFunction(Strict):
+    name: str
+    arguments: str
+
+
+class _ToolCall(Strict):
+    id: str
+    type: Literal["function"] = "function"
+    index: int | None = None
+    function: _CalledFunction
+
+
+class ChatMessage(Strict):
+    """One message as OpenAI's clients send it."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+    """An answer's own, sent back: they are empty here."""
+
+
+class _Function(Strict):
+    name: str = Field(min_length=1, max_length=128, pattern=r"^[^\s\x00-\x1f]+$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: _Function
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it."""
+        function = self.function
+        return {
+            "type": "function",
+            "function": {
+                "name": function.name,
+                "description": function.description or "",
+                "parameters": function.parameters or {"type": "object", "properties": {}},
+                **({"strict": True} if function.strict else {}),
+            },
+        }
+
+
+def plain_text(content: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> str:
+    """The text of a content: a string, or parts of these kinds, a line each. Raises ApiError for other parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for number, part in enumerate(content):
+        kind = part.get("type")
+        path = f"{where}.{number}"
+        if kind not in kinds:
+            raise ApiError(
+                400,
+                f"{path}: parts of type {str(kind)[:40]!r} are not supported, expected {' or '.join(map(repr, kinds))}",
+                param=path,
+                code="unsupported_content",
+            )
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise ApiError(400, f"{path}.text: expected a string, got {type(text).__name__}", param=f"{path}.text")
+        known = {"type", "text", "cache_control", "annotations", "logprobs", "citations"}
+        if unknown := [key for key in part if key not in known]:
+            raise ApiError(400, f"{path}: unknown field {unknown[0][:80]!r}; remove it", param=f"{path}.{unknown[0]}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them. Raises ApiError."""
+    if len(messages) > MOST_MESSAGES:
+        raise ApiError(400, f"messages: got {len(messages)}, expected at most {MOST_MESSAGES}", param="messages")
+    found = []
+    for number, message in enumerate(messages):
+        where = f"messages.{number}"
+        role = "system" if message.role == "developer" else message.role
+        kinds = ("text", "refusal") if role == "assistant" else ("text",)
+        one: dict[str, Any] = {"role": role, "content": plain_text(message.content, f"{where}.content", kinds)}
+        if message.content is None and not message.tool_calls and role != "assistant":
+            raise ApiError(400, f"{where}.content: expected a text, got nothing", param=f"{where}.content")
+        if role == "tool" and message.tool_call_id is None:
+            raise ApiError(400, f"{where}.tool_call_id is missing: it says which call this answers", param=where)
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(message, name)) is not None:
+                one[name] = value
+        if message.reasoning is not None:
+            one.setdefault("reasoning_content", message.reasoning)
+        if message.tool_calls:
+            one["tool_calls"] = [_call_for_template(call) for call in message.tool_calls]
+        found.append(one)
+    return found
+
+
+def _call_for_template(call: _ToolCall) -> dict[str, Any]:
+    """Templates write arguments as JSON themselves, so they get the object."""
+    try:
+        arguments: Any = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = call.function.arguments  # what a model wrote once; the template shows it as it is
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+
+
+async def encode_conversation(
+    service: Service,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    variables: Mapping[str, Any] | None = None,
+    continue_final: bool = False,
+) -> list[int]:
+    """Tokens of a conversation up to where the answer begins. Raises ApiError, InvalidRequest."""
+    tokenizer = service.llm.tokenizer
+    if not tokenizer.has_chat_template:
+        raise ApiError(
+            400, f"{service.settings.served_name} has no chat template: use /v1/completions", code="no_chat_template"
+        )
+    shown = messages if tokenizer.takes_system else with_system_in_user(messages)
+    options = {**(variables or {}), "tools": list(tools) or None}
+    characters = sum(len(message["content"]) for message in messages)
+
+    def make() -> list[int]:
+        try:
+            return tokenizer.encode_chat(shown, not continue_final, continue_final_message=continue_final, **options)
+        except CheckpointError as error:
+            raise ApiError(400, str(error)) from None
+
+    return await service.encode(make, characters, "messages")

@@ -1,0 +1,105 @@
+"""A server from its settings: the model is loaded, then the port is opened; SIGTERM lets answers finish."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from outrider.engine.cost_tables import cost_key, load_costs
+from outrider.engine.llm import LLM
+from outrider.errors import InvalidRequest
+from outrider.serving.app import make_app
+from outrider.serving.service import Service
+from outrider.serving.settings import ServerSettings
+from outrider.serving.telemetry import Telemetry
+
+__all__ = ["make_server", "make_service", "serve_until_stopped"]
+
+LAST_SECONDS = 2.0  # in which clients are told why their answers ended
+
+log = logging.getLogger("outrider.serving")
+
+
+def make_service(llm: LLM, settings: ServerSettings) -> Service:
+    """Raises InvalidRequest for settings that do not fit the model, or a file of keys that cannot be read."""
+    most, context = settings.max_prompt_tokens, llm.target.spec.max_positions
+    if most is not None and most >= context:
+        raise InvalidRequest(f"max_prompt_tokens must be below the model's context of {context} tokens, got {most}")
+    telemetry = Telemetry(settings.served_name) if settings.telemetry else None
+    costs = load_costs(cost_key(llm.target, llm.loaded.dtype))  # measured at some start, or by `outrider profile`
+    return Service(llm, settings, costs=costs, keys=settings.api_keys(), telemetry=telemetry)
+
+
+def serve_until_stopped(service: Service, ready: Callable[[str], None]) -> None:
+    """Serve until a signal. ``ready`` is told the address once requests are answered. Raises InvalidRequest for an
+    address that cannot be used."""
+    server, listener = make_server(service, ready)
+    server.run(sockets=[listener])
+
+
+def make_server(service: Service, ready: Callable[[str], None]) -> tuple[uvicorn.Server, socket.socket]:
+    """A server that listens already, and its socket."""
+    settings = service.settings
+    listener = _listen(settings.host, settings.port)
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        ws="none",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(settings.drain_seconds) or None,
+        h11_max_incomplete_event_size=64 << 10,
+        server_header=False,
+    )
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return _Server(config, service, lambda: ready(f"http://{shown}:{port}")), listener
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+        return listener
+    except OSError as error:
+        raise InvalidRequest(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port"
+        ) from None
+
+
+class _Server(uvicorn.Server):
+    """The first signal stops new requests and lets the others finish; the second one ends them."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service, self._ready = service, ready
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._service.draining:
+            self._service.draining = True
+            self.should_exit = True
+            log.info("signal %d: %d answers are finished, no new ones begin", sig, len(self._service.thread.answers()))
+            return
+        log.info("signal %d again: every answer ends now", sig)
+        self._service.thread.cancel_all("shutdown")
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, LAST_SECONDS, self._force)
+
+    def _force(self) -> None:
+        self.force_exit = True

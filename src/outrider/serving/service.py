@@ -1,0 +1,234 @@
+"""What endpoints ask of the model: prompts checked, requests admitted within the limits, counts for their usage."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from time import time
+from typing import Any, TypeVar
+
+from outrider import registry
+from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
+from outrider.scheduling.costs import CostTable
+from outrider.serving.engine_thread import Answer, EngineThread
+from outrider.serving.fields import OutriderOptions
+from outrider.serving.metrics import Metrics
+from outrider.serving.settings import ServerSettings
+from outrider.serving.telemetry import Telemetry
+from outrider.serving.web import ApiError
+from outrider.types import RequestStats
+from outrider.version import __version__
+
+__all__ = ["Service", "cached_tokens"]
+
+T = TypeVar("T")
+INLINE = 4096  # characters that are turned into tokens at once; longer texts go to a thread
+
+log = logging.getLogger("outrider.serving")
+
+
+@dataclass
+class Service:
+    """One model, its engine's thread, and the server's limits."""
+
+    llm: LLM
+    settings: ServerSettings
+    costs: CostTable | None = None
+    """Measured costs of a pass; None: ``outrider profile`` has not run, and nothing is said of time saved."""
+    keys: tuple[bytes, ...] = ()
+    telemetry: Telemetry | None = None
+    draining: bool = False
+    created: int = field(default_factory=lambda: int(time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.llm.engine)
+        self.thread = EngineThread(self.llm.engine, self.metrics.tokens, self._ended)
+        self.metrics.thread = self.thread
+        self._texts: dict[int, tuple[str, bytes]] = {}  # at most the vocabulary
+        self._longest_token = max((len(token) for token in self.llm.tokenizer.vocabulary), default=1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything on the server's side that a seeded text depends on."""
+        return f"outrider-{__version__}"
+
+    # ------------------------------------------------------------------------------------------ what is asked
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError for a model that is not the one served."""
+        known = self.settings.served_name
+        if name not in (None, known):
+            raise ApiError(
+                404,
+                f"the model {str(name)[:100]!r} does not exist here: this server has {known!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_options(self, options: OutriderOptions | None) -> None:
+        """Raises ApiError for a drafter or policy that this server does not run."""
+        for name, own in (("drafter", self.llm.drafter_name), ("policy", self.settings.policy)):
+            asked = getattr(options, name, None)
+            if asked not in (None, own, "none"):
+                known = f"; {asked!r} is a {name} of another server's" if asked in registry.names(name) else ""
+                raise ApiError(
+                    400,
+                    f"outrider.{name}: this server has {own!r} and 'none', got {asked[:80]!r}{known}",
+                    param=f"outrider.{name}",
+                )
+
+    async def encode(self, make: Callable[[], list[int]], characters: int, name: str) -> list[int]:
+        """Tokens of a prompt, made by ``make`` from so many characters. Raises ApiError and InvalidRequest."""
+        most = self.settings.max_prompt_tokens or self.llm.target.spec.max_positions
+        if characters > most * self._longest_token:  # too long whatever its tokens are
+            raise ApiError(
+                400,
+                f"{name} has {characters} characters, which is more than {most} tokens; shorten it",
+                param=name,
+                code="context_length_exceeded",
+            )
+        tokens = make() if characters < INLINE else await asyncio.to_thread(make)
+        if len(tokens) > most:
+            raise ApiError(
+                400,
+                f"{name} has {len(tokens)} tokens, and this server takes at most {most}; shorten it",
+                param=name,
+                code="context_length_exceeded",
+            )
+        return tokens
+
+    def new_tokens(self, prompt: Sequence[int], asked: int | None, name: str = "max_tokens") -> int:
+        """How many tokens may follow a prompt. Raises ApiError for more than the limits."""
+        limit = self.settings.max_new_tokens
+        if asked is not None:
+            if limit is not None and asked > limit:
+                raise ApiError(400, f"{name}: this server writes at most {limit} tokens, got {asked}", param=name)
+            return asked
+        whole = self.llm.target.spec.max_positions - len(prompt)
+        left = self.llm.capacity - len(prompt)  # beyond the capacity, memory would be laid out anew
+        return max(1, min(left if left >= 64 else whole, limit or whole))
+
+    def token_text(self, token: int) -> tuple[str, bytes]:
+        """A token's text, with U+FFFD where it is part of a character, and its bytes."""
+        if token not in self._texts:
+            tokenizer = self.llm.tokenizer
+            raw = tokenizer.token_bytes(token) if tokenizer.is_byte_level else tokenizer.decode([token], False).encode()
+            self._texts[token] = raw.decode("utf-8", "replace"), raw
+        return self._texts[token]
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    async def submit(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int, prediction: Sequence[int] = ()
+    ) -> list[Answer]:
+        """``n`` answers to each prompt, in order, none of them refused once one has begun.
+
+        Raises ApiError for too many requests, also when they wait too long, InvalidRequest for one that cannot run.
+        """
+        if n > self.settings.max_n:
+            raise ApiError(400, f"n: this server gives at most {self.settings.max_n} answers, got {n}", param="n")
+        running = self.thread.unfinished
+        if running + n * len(prompts) > self.settings.max_requests:
+            self._refuse(f"{running} requests run and wait, the limit is {self.settings.max_requests}")
+        if prediction and (self.llm.drafter.block == 0 or params.draft_tokens == 0):
+            raise ApiError(400, "prediction: nothing is drafted for this request; leave it out", param="prediction")
+        for prompt in prompts:  # a grammar is compiled here, which may take long
+            if params.grammar is None:
+                self.llm.engine.check(prompt, params)
+            else:
+                await asyncio.to_thread(self.llm.engine.check, prompt, params)
+        answers: list[Answer] = []
+        try:
+            for index in range(n * len(prompts)):
+                seed = secrets.randbits(63) if params.seed is None else params.seed + index % n
+                one = replace(params, seed=None if params.seed is None else seed)
+                context = None if self.telemetry is None else self.telemetry.here()
+                answers.append(self.thread.submit(prompts[index // n], one, seed, index, prediction, context))
+            for answer in answers:
+                if not await answer.started(self.settings.queue_seconds):
+                    self._refuse(f"no row became free within {self.settings.queue_seconds:g} seconds")
+                if answer.request.error is not None and not answer.request.events:
+                    raise answer.request.error
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return answers
+
+    def _ended(self, answer: Answer) -> None:
+        """In the engine's thread."""
+        self.metrics.finished(answer)
+        if self.telemetry is not None:
+            self.telemetry.finished(answer, answer.context)
+
+    def _refuse(self, reason: str) -> None:
+        self.metrics.refused()
+        raise ApiError(
+            429, f"the server is busy: {reason}; try again later", code="rate_limit_exceeded", retry_after=self.patience
+        )
+
+    @property
+    def patience(self) -> int:
+        """Seconds after which a row should be free: what requests took lately, for those that wait."""
+        waiting = max(1, self.thread.unfinished - self.llm.max_rows)
+        return max(1, min(60, round(self.metrics.mean_seconds * waiting / self.llm.max_rows)))
+
+    # ------------------------------------------------------------------------------------------ usage
+
+    def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """OpenAI's counts over the answers of one request, and the block ``speculative``."""
+        prompt = answers[0].request.prompt_length  # one prompt, however many answers
+        generated = sum(answer.request.stats.generated for answer in answers)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached_tokens(answers[0])},
+            "speculative": self.speculative(answers),
+        }
+
+    def speculative(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The block ``speculative`` of a usage: counts over the answers of one request."""
+        stats = [answer.request.stats for answer in answers]
+        rounds, drafted, accepted = (sum(getattr(s, n) for s in stats) for n in ("rounds", "drafted", "accepted"))
+        saved = [self._seconds_saved(answer) for answer in answers]
+        return {
+            "drafter": self.llm.drafter_name,
+            "rounds": rounds,
+            "drafted": drafted,
+            "accepted": accepted,
+            "drafted_per_position": _summed([s.drafted_per_position for s in stats]),
+            "accepted_per_position": _summed([s.accepted_per_position for s in stats]),
+            "acceptance_length": round(1 + accepted / rounds, 4) if rounds else 1.0,
+            "milliseconds_saved": None if None in saved else round(1000 * sum(s for s in saved if s), 3),
+        }
+
+    def _seconds_saved(self, answer: Answer) -> float | None:
+        """By the cost model: passes of one row that accepted drafts made unnecessary, less what longer passes and
+        drafting cost. None without measured costs."""
+        stats: RequestStats = answer.request.stats
+        if self.costs is None:
+            return None
+        if not stats.rounds or not stats.drafted:
+            return 0.0
+        context = len(answer.request.history)
+        mean = stats.drafted / stats.rounds
+        plain = self.costs.seconds(1, 1, context)
+        low, high = (self.costs.seconds(1 + n, 1, context) for n in (int(mean), int(mean) + 1))
+        longer = low + (high - low) * (mean - int(mean)) - plain
+        drafting = self.costs.draft_seconds(self.llm.drafter_name, max(1, round(mean)), 1, context) or 0.0
+        return stats.accepted * plain - stats.rounds * (longer + drafting)
+
+
+def cached_tokens(answer: Answer) -> int:
+    """Tokens of the prompt whose keys and values were there already."""
+    return 0
+
+
+def _summed(counts: Sequence[Sequence[int]]) -> list[int]:
+    width = max(map(len, counts), default=0)
+    return [sum(one[j] for one in counts if j < len(one)) for j in range(width)]

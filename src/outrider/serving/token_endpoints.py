@@ -1,0 +1,67 @@
+"""``POST /v1/tokenize`` and ``/v1/detokenize``: text and tokens, as the model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from outrider.serving.conversation import ChatMessage, Tool, encode_conversation, template_messages
+from outrider.serving.fields import Strict
+from outrider.serving.service import Service
+from outrider.serving.web import ApiError, JsonResponse, parse
+
+__all__ = ["DetokenizeRequest", "TokenizeRequest", "detokenize", "tokenize"]
+
+
+class TokenizeRequest(Strict):
+    """A text (``prompt``) or a conversation (``messages``)."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: list[int]
+
+
+async def tokenize(service: Service, body: Mapping[str, Any], request: Request) -> Response:
+    """Token ids, and their texts where they are asked for."""
+    asked = parse(TokenizeRequest, body, {})
+    service.check_model(asked.model)
+    tokenizer, text = service.llm.tokenizer, asked.prompt
+    if (text is None) == (asked.messages is None):
+        raise ApiError(400, "expected prompt or messages, and not both", param="prompt")
+    if text is None:
+        tools = [tool.for_template() for tool in asked.tools or ()]
+        tokens = await encode_conversation(service, template_messages(asked.messages or ()), tools)
+    else:
+        tokens = await service.encode(
+            lambda: tokenizer.encode(text, add_special_tokens=asked.add_special_tokens), len(text), "prompt"
+        )
+    found: dict[str, Any] = {
+        "count": len(tokens),
+        "max_model_len": service.llm.target.spec.max_positions,
+        "tokens": tokens,
+    }
+    if asked.return_token_strs:
+        found["token_strs"] = [service.token_text(token)[0] for token in tokens]
+    return JsonResponse(found)
+
+
+async def detokenize(service: Service, body: Mapping[str, Any], request: Request) -> Response:
+    """The text of token ids, special tokens included."""
+    asked = parse(DetokenizeRequest, body, {})
+    service.check_model(asked.model)
+    size = service.llm.target.spec.vocab_size
+    wrong = [token for token in asked.tokens if not 0 <= token < size]
+    if wrong:
+        raise ApiError(400, f"tokens: ids must be between 0 and {size - 1}, got {wrong[0]}", param="tokens")
+    return JsonResponse({"prompt": service.llm.tokenizer.decode(asked.tokens, skip_special_tokens=False)})

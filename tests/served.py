@@ -1,0 +1,54 @@
+"""A server in a thread, for tests that speak to it as clients do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from outrider.engine.llm import LLM
+from outrider.serving.launch import make_server, make_service
+from outrider.serving.service import Service
+from outrider.serving.settings import ServerSettings
+
+__all__ = ["drafting", "eventually", "serving"]
+
+
+def drafting(model: str | Path = "embedded", drafter: str = "suffix") -> LLM:
+    """One that drafts in every round, whether or not that pays on a busy machine."""
+    return LLM(model, drafter, policy="fixed", guard=False)
+
+
+@contextmanager
+def serving(llm: LLM, **settings: Any) -> Iterator[tuple[str, Service]]:
+    """The address and the service of a running server."""
+    service = make_service(llm, ServerSettings(port=0, policy="fixed", **settings))
+    ready, address = Event(), []
+
+    def announce(url: str) -> None:
+        address.append(url)
+        ready.set()
+
+    server, listener = make_server(service, announce)
+    thread = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    assert ready.wait(20), "the server did not start"
+    try:
+        yield address[0], service
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+
+
+def eventually(what: Any, seconds: float = 5.0) -> bool:
+    """Whether ``what()`` becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if what():
+            return True
+        time.sleep(0.01)
+    return bool(what())

@@ -1,0 +1,74 @@
+"""The load generator: what it measures on a server that runs beside it, and on figures worked out by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from served import drafting, serving
+from typer.testing import CliRunner
+
+from outrider.cli import app
+from outrider.errors import InvalidRequest, OutriderError
+from outrider.evaluation.load import Load, run_load, summary
+from outrider.evaluation.load_client import LoadClient, Timed
+
+PROMPTS = ["It was", "def add(a, b):\n    return a"]
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(drafting(), max_requests=3) as (found, _):
+        yield found
+
+
+def test_figures_by_hand() -> None:
+    """Two answers; the second one ends after the measurement, and half of it counts."""
+    spec = {"rounds": 4, "drafted": 12, "accepted": 6}
+    one = Timed(sent=10.0, chunks=[10.1, 10.2, 10.4], ended=10.4, tokens=9, speculative=spec)
+    two = Timed(sent=11.0, chunks=[11.5, 12.5], ended=12.5, tokens=4, speculative=spec)
+    failed = Timed(sent=11.0, ended=11.1, error="HTTP 429")
+    row = summary("p", Load(PROMPTS, False, 2.0, 2), [one, two, failed], 10.0, 12.0)
+    assert row.tokens_per_second == (9 + 2) / 2
+    assert row.per_user_tokens_per_second == pytest.approx((8 / 0.3 + 3 / 1.0) / 2, abs=0.01)
+    assert row.ttft_ms == pytest.approx(300) and row.itl_p50_ms == pytest.approx(200)
+    assert row.acceptance_length == 1 + 12 / 8 and row.verified_per_row == 3
+    assert (row.requests, row.errors) == (2, 1)
+
+
+@pytest.mark.parametrize("load", [Load(PROMPTS, False, 0.5, 2), Load(PROMPTS, True, 0.5, rate=12.0)], ids=str)
+def test_a_load_on_a_server(url: str, load: Load) -> None:
+    options = {"max_tokens": 12, "temperature": 0}
+    load = Load(load.prompts, load.chat, load.duration, load.concurrency, load.rate, options)
+    done, start, end = asyncio.run(run_load(LoadClient(url), load))
+    row = summary("own", load, done, start, end)
+    assert row.requests > 2 and row.tokens_per_second > 0 and row.ttft_ms > 0
+    answered = [one for one in done if not one.error]
+    assert all(0 < one.tokens <= 12 and one.speculative is not None for one in answered)
+    assert all(one.sent <= one.chunks[0] <= one.chunks[-1] <= one.ended for one in answered)
+    if load.rate is None:
+        assert row.errors == 0
+
+
+def test_refusals_are_counted_and_dead_servers_named(url: str) -> None:
+    crowd = Load(PROMPTS, False, 0.1, 6, None, {"max_tokens": 60})
+    done, *_ = asyncio.run(run_load(LoadClient(url), crowd))
+    assert any("HTTP 429" in one.error for one in done) and any(not one.error for one in done)
+    with pytest.raises(OutriderError, match="gave no model"):
+        asyncio.run(run_load(LoadClient("http://127.0.0.1:1"), crowd))
+    with pytest.raises(InvalidRequest, match="--url"):
+        LoadClient("localhost")
+
+
+def test_the_command(url: str, tmp_path: Path) -> None:
+    file, plot = tmp_path / "load.json", tmp_path / "load.png"
+    options = ["--url", url, "--concurrency", "1,2", "--duration", "0.2", "--no-chat", "--max-tokens", "8"]
+    result = CliRunner().invoke(app, ["bench", *options, "--json", str(file), "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["concurrency"] for row in rows] == [1, 2] and plot.stat().st_size > 1000
+    wrong = CliRunner().invoke(app, ["bench", "--url", url, "--load", "open"])
+    assert wrong.exit_code == 2 and "--rate" in wrong.output

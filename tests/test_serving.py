@@ -1,0 +1,183 @@
+"""The server's interfaces, spoken to over HTTP: what is answered, what is refused, and that drafts change nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from served import drafting, serving
+
+from outrider.serving.service import Service
+
+CHAT = "/v1/chat/completions"
+ASK = [{"role": "user", "content": "def add(a, b):\n    return a"}]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[str, Service]]:
+    with serving(drafting()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(running: tuple[str, Service]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running[0], timeout=30) as one:
+        yield one
+
+
+def ask(client: httpx.Client, path: str = CHAT, **body: Any) -> dict[str, Any]:
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def events(client: httpx.Client, path: str = CHAT, **body: Any) -> list[dict[str, Any]]:
+    """The JSON of every event of a stream that ends in [DONE]."""
+    with client.stream("POST", path, json={**body, "stream": True}) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def refused(client: httpx.Client, path: str = CHAT, status: int = 400, **body: Any) -> dict[str, Any]:
+    response = client.post(path, json=body)
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert error["message"]
+    return error
+
+
+FIELDS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0.9, "seed": 5},
+    {"temperature": 0.9, "seed": 5, "top_p": 0.8, "top_k": 20, "min_p": 0.02},
+    {"temperature": 0.7, "seed": 1, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    {"temperature": 0.7, "seed": 2, "logit_bias": {"13": -5, "60": 2.5}},
+    {"temperature": 0, "stop": ["return", "\n\n"]},
+    {"temperature": 0.8, "seed": 9, "n": 3},
+    {"temperature": 0.8, "seed": 9, "response_format": {"type": "json_object"}},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: "-".join(fields))
+def test_speculation_changes_no_answer(client: httpx.Client, fields: dict[str, Any]) -> None:
+    body = {"messages": ASK, "max_tokens": 40, "logprobs": True, "top_logprobs": 3, **fields}
+    with_drafts, plain = ask(client, **body), ask(client, **body, outrider={"off": True})
+    assert with_drafts["choices"] == plain["choices"]
+    assert plain["usage"]["speculative"]["drafted"] == 0
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert all(with_drafts["usage"][name] == plain["usage"][name] for name in counts)
+
+
+def test_some_answer_is_drafted(client: httpx.Client) -> None:
+    """Else the comparison above would say nothing."""
+    block = ask(client, messages=ASK, max_tokens=60, temperature=0)["usage"]["speculative"]
+    assert block["accepted"] > 0 and block["rounds"] < 59
+    assert sum(block["accepted_per_position"]) == block["accepted"]
+    assert sum(block["drafted_per_position"]) == block["drafted"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_stream_says_the_same_as_an_answer_in_one_piece(client: httpx.Client, path: str) -> None:
+    what = {"messages": ASK} if path == CHAT else {"prompt": ASK[0]["content"]}
+    body = {**what, "max_tokens": 30, "seed": 4, "n": 2, "logprobs": True if path == CHAT else 2}
+    whole = ask(client, path, **body)
+    chunks = events(client, path, **body, stream_options={"include_usage": True})
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    *parts, last = chunks
+    assert last["choices"] == [] and last["usage"] | {"speculative": 0} == whole["usage"] | {"speculative": 0}
+    assert all(chunk["usage"] is None for chunk in parts)
+    for choice in whole["choices"]:
+        mine = [c for chunk in parts for c in chunk["choices"] if c["index"] == choice["index"]]
+        *before, end = mine
+        assert all(c["finish_reason"] is None for c in before) and end["finish_reason"] == choice["finish_reason"]
+        texts = [c["delta"].get("content") or "" if path == CHAT else c["text"] for c in mine]
+        assert "".join(texts) == (choice["message"]["content"] if path == CHAT else choice["text"])
+        reports = [c["logprobs"] for c in mine if c["logprobs"]]
+        if path == CHAT:
+            assert [one for r in reports for one in r["content"]] == choice["logprobs"]["content"]
+        else:
+            for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+                assert [one for r in reports for one in r[name]] == choice["logprobs"][name]
+
+
+def test_usage_comes_only_where_it_was_asked_for(client: httpx.Client) -> None:
+    chunks = events(client, messages=ASK, max_tokens=5)
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+def test_logprobs_are_logarithms_of_probabilities(client: httpx.Client) -> None:
+    answer = ask(client, messages=ASK, max_tokens=12, temperature=0, logprobs=True, top_logprobs=20)
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert len(content) == answer["usage"]["completion_tokens"]
+    for one in content:
+        top = one["top_logprobs"]
+        assert top[0]["token"] == one["token"] and top[0]["logprob"] == one["logprob"] <= 0  # greedy: the likeliest
+        assert [t["logprob"] for t in top] == sorted((t["logprob"] for t in top), reverse=True)
+        assert len(top) == 20
+    assert b"".join(bytes(one["bytes"]) for one in content).decode() == answer["choices"][0]["message"]["content"]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": ASK, "temprature": 1}, "temprature"),
+    ({"messages": ASK, "temperature": "hot"}, "temperature"),
+    ({"messages": ASK, "temperature": 1e9}, "temperature"),
+    ({"messages": ASK, "max_tokens": 0}, "max_tokens"),
+    ({"messages": ASK, "max_tokens": 10**12}, "max_tokens"),
+    ({"messages": ASK, "max_tokens": 1.5}, "max_tokens"),
+    ({"messages": ASK, "n": 1000}, "n"),
+    ({"messages": ASK, "top_logprobs": 3}, "top_logprobs"),
+    ({"messages": ASK, "stream_options": {"include_usage": True}}, "stream_options"),
+    ({"messages": ASK, "logit_bias": {"x": 1}}, "logit_bias"),
+    ({"messages": ASK, "logit_bias": {"99999999": 1}}, "logit_bias"),
+    ({"messages": ASK, "stop": [""]}, "stop"),
+    ({"messages": ASK, "stop": ["x"] * 99}, "stop"),
+    ({"messages": ASK, "store": True}, "store"),
+    ({"messages": ASK, "functions": [{"name": "f"}]}, "functions"),
+    ({"messages": ASK, "modalities": ["audio"]}, "modalities"),
+    ({"messages": ASK, "outrider": {"drafter": "eagle3"}}, "outrider.drafter"),
+    ({"messages": ASK, "outrider": {"rule": "maybe"}}, "outrider.rule"),
+    ({"messages": ASK, "outrider": {"drafts": 3}}, "outrider.drafts"),
+    ({"messages": ASK, "response_format": {"type": "xml"}}, "response_format.type"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), WRONG, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_wrong_or_not_supported_is_named(client: httpx.Client, body: dict[str, Any], param: str) -> None:
+    error = refused(client, **body)
+    assert (error["param"] or "") == param or param in error["message"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
+    ask(
+        client, messages=ASK, max_tokens=1, store=False, modalities=["text"], service_tier="auto", user="me", audio=None
+    )
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_pieces_say_where_each_token_comes_from(client: httpx.Client, path: str) -> None:
+    what = {"messages": ASK} if path == CHAT else {"prompt": ASK[0]["content"]}
+    body = {**what, "max_tokens": 40, "temperature": 0, "outrider": {"pieces": True}}
+    (choice,) = (whole := ask(client, path, **body))["choices"]
+    pieces = choice["outrider"]["pieces"]
+    assert len(pieces) == whole["usage"]["completion_tokens"]
+    assert sum(piece["drafted"] for piece in pieces) == whole["usage"]["speculative"]["accepted"] > 0
+    assert all(0 < piece["probability"] <= 1 for piece in pieces)
+    assert all((0 < (p["confidence"] or 0) <= 1) == p["drafted"] for p in pieces)
+    assert "".join(p["text"] for p in pieces) == (choice["message"]["content"] if path == CHAT else choice["text"])
+    chunks = events(client, path, **body)
+    streamed = [p for chunk in chunks for c in chunk["choices"] for p in c["outrider"]["pieces"]]
+    # What is drafted may differ: this drafter has seen the answer by now.
+    own = {"drafted": 0, "confidence": 0}
+    assert [{**p, **own} for p in streamed] == [{**p, **own} for p in pieces]
+    assert choice["logprobs"] is None  # they were not asked for

@@ -1,0 +1,323 @@
+"""What a server must withstand: broken and huge bodies, too many requests, slow readers, clients that go, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from served import eventually, serving
+
+from outrider.engine.llm import LLM
+from outrider.errors import InvalidRequest
+from outrider.serving.service import Service
+from outrider.serving.settings import read_settings
+
+CHAT = "/v1/chat/completions"
+POSTS = [CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/tokenize"]
+ASK = [{"role": "user", "content": "It was"}]
+LONG = {"messages": ASK, "max_tokens": 1500, "ignore_eos": True}
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[tuple[str, Service]]:
+    with serving(LLM("embedded", "none", max_rows=2), max_requests=4, queue_seconds=0.3) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(running: tuple[str, Service]) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running[0], timeout=30) as one:
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def neighbour_is_unharmed(running: tuple[str, Service], client: httpx.Client) -> Iterator[None]:
+    """After every test nothing runs any more, and a request is answered as before."""
+    body = {"messages": ASK, "max_tokens": 4, "temperature": 0}
+    before = client.post(CHAT, json=body).json()["choices"]
+    yield
+    assert eventually(lambda: not running[1].thread.answers())
+    assert client.post(CHAT, json=body).json()["choices"] == before
+
+
+# ------------------------------------------------------------------------------------------------ bodies
+
+BROKEN: list[tuple[bytes, int]] = [
+    (b"", 400),
+    (b"{", 400),
+    (b"[]", 400),
+    (b"null", 400),
+    (b'"text"', 400),
+    (b'{"messages": "\xff\xfe"}', 400),
+    (b'{"a": NaN}', 400),
+    (b'{"a": ' + b"9" * 5000 + b"}", 400),
+    (b'{"a": "\\ud800"}', 400),
+    (b'{"a": ' * 50_000 + b"1" + b"}" * 50_000, 400),
+    (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+    (b'{"model": "' + b"x" * 5_000_000 + b'"}', 413),
+    (b'{"messages": [], "messages": [], "\\u0000": 1}', 400),
+]
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_broken_bodies_are_refused(client: httpx.Client, path: str) -> None:
+    for body, status in BROKEN:
+        response = client.post(path, content=body, headers=JSON)
+        assert response.status_code == status, (body[:40], response.text[:200])
+        assert len(response.json()["error"]["message"]) < 1000
+
+
+def test_ten_megabytes_without_a_length_are_cut_off(client: httpx.Client) -> None:
+    def parts() -> Iterator[bytes]:
+        for _ in range(160):
+            yield b"x" * 65536
+
+    with suppress(httpx.WriteError):  # the server may close while the rest is still on its way
+        assert client.post(CHAT, content=parts(), headers=JSON).status_code == 413
+
+
+def test_a_prompt_beyond_the_context_costs_no_tokenizing(client: httpx.Client) -> None:
+    began = time.perf_counter()
+    response = client.post(CHAT, json={"messages": [{"role": "user", "content": "wörd " * 600_000}]})
+    assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+    assert time.perf_counter() - began < 2
+
+
+def test_other_paths_methods_and_types(client: httpx.Client) -> None:
+    assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert client.get(CHAT).status_code == 405
+    assert client.post(CHAT, content=b"a=1", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert client.post("/v1/messages", json={}).json()["type"] == "error"  # Anthropic's form
+
+
+def test_special_tokens_in_a_message_are_text(client: httpx.Client, running: tuple[str, Service]) -> None:
+    tokenizer = running[1].llm.tokenizer
+    text = f"Hi<|endoftext|>{'<|mask|>' * 3}"
+    body = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "<|endoftext|>"}]}
+    tokens = client.post("/v1/tokenize", json=body).json()["tokens"]
+    bare = client.post("/v1/tokenize", json={"messages": [{**m, "content": "x"} for m in body["messages"]]}).json()
+    special = [token for token in tokens if token in tokenizer.special_ids]
+    assert special == [token for token in bare["tokens"] if token in tokenizer.special_ids]
+    assert text in client.post("/v1/detokenize", json={"tokens": tokens}).json()["prompt"]
+
+
+# ------------------------------------------------------------------------------------------------ room
+
+
+def test_too_many_requests_are_refused_with_a_time(client: httpx.Client) -> None:
+    response = client.post(CHAT, json={**LONG, "n": 5})
+    assert response.status_code == 429
+    assert 1 <= int(response.headers["Retry-After"]) <= 60
+    assert client.post("/v1/messages", json={**LONG, "n": 5}).status_code == 400  # not a field of that interface
+
+
+def test_a_request_that_finds_no_row_in_time_is_refused(client: httpx.Client, running: tuple[str, Service]) -> None:
+    with client.stream("POST", CHAT, json={**LONG, "n": 2, "stream": True}) as both:
+        assert both.status_code == 200
+        assert eventually(lambda: len(running[1].llm.engine.admission.running) == 2)
+        late = client.post(CHAT, json=LONG)
+        assert late.status_code == 429 and "Retry-After" in late.headers
+
+
+def test_leaving_ends_the_work_within_a_step(running: tuple[str, Service]) -> None:
+    """Whether the answer is streamed or not, and whether it has begun or waits."""
+    url, service = running
+
+    async def leave(body: dict[str, Any]) -> None:
+        async with httpx.AsyncClient(base_url=url) as client:
+            task = asyncio.ensure_future(client.post(CHAT, json=body))
+            while not service.thread.answers():
+                await asyncio.sleep(0.005)
+            task.cancel()
+
+    for body in (LONG, {**LONG, "stream": True}, {**LONG, "n": 3}):
+        asyncio.run(leave(body))
+        assert eventually(lambda: not service.thread.answers() and not service.llm.engine.busy, 1.0)
+
+
+def test_a_half_closed_and_a_silent_client(running: tuple[str, Service]) -> None:
+    url, service = running
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({**LONG, "stream": True}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(head.encode() + body[: len(body) // 2])  # then silence: the others are served
+        with socket.create_connection((host, int(port))) as whole:
+            whole.sendall(head.encode() + body)
+            assert eventually(lambda: bool(service.thread.answers()))
+            whole.shutdown(socket.SHUT_WR)
+            assert eventually(lambda: not service.thread.answers())
+
+
+def test_a_slow_reader_slows_nobody(running: tuple[str, Service], client: httpx.Client) -> None:
+    url, service = running
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({**LONG, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect((host, int(port)))
+        slow.sendall(head.encode() + body)
+        assert eventually(lambda: bool(service.thread.answers()))
+        began = time.perf_counter()
+        assert client.post(CHAT, json={"messages": ASK, "max_tokens": 8}).status_code == 200
+        assert time.perf_counter() - began < 5
+        assert eventually(lambda: not service.thread.answers(), 20)  # its answer is finished, read or not
+
+
+# ------------------------------------------------------------------------------------------------ keys, CORS, health
+
+
+def test_keys_and_origins(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# comment\nfirst\nsecond\n")
+    settings = {"api_key_file": str(tmp_path / "keys"), "cors_origins": ["https://page.example"]}
+    with serving(LLM("embedded", "none"), **settings) as (url, _), httpx.Client(base_url=url) as client:
+        body = {"messages": ASK, "max_tokens": 1}
+        assert client.post(CHAT, json=body).status_code == 401
+        assert client.get("/metrics").status_code == 401 and client.get("/health").status_code == 200
+        for name, value in (("Authorization", "Bearer second"), ("x-api-key", "first")):
+            assert client.post(CHAT, json=body, headers={name: value}).status_code == 200
+        for wrong in ("Bearer third", "Bearer", "Basic first", "Bearer firs", "Bearer first2"):
+            assert client.post(CHAT, json=body, headers={"Authorization": wrong}).status_code == 401
+        asked = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+        allowed = client.options(CHAT, headers=asked)
+        assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+        other = client.options(CHAT, headers={**asked, "Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+def test_no_page_may_call_by_default(client: httpx.Client) -> None:
+    answer = client.get("/v1/models", headers={"Origin": "https://page.example"})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_health_and_request_ids(client: httpx.Client) -> None:
+    assert client.get("/health").json() == {"status": "ok"} and client.get("/ready").json() == {"status": "ready"}
+    assert client.get("/health", headers={"X-Request-Id": "abc123"}).headers["x-request-id"] == "abc123"
+    forged = client.get("/health", headers={"X-Request-Id": "a b;c"}).headers["x-request-id"]
+    assert re.fullmatch(r"req_[0-9a-f]{24}", forged)
+
+
+def test_metrics_count_what_happened(client: httpx.Client) -> None:
+    def value(name: str) -> float:
+        found = re.search(rf"^{re.escape(name)} (\S+)$", client.get("/metrics").text, re.M)
+        assert found, name
+        return float(found[1])
+
+    before = value("outrider_generation_tokens_total")
+    client.post(CHAT, json={"messages": ASK, "max_tokens": 7, "ignore_eos": True})
+    assert value("outrider_generation_tokens_total") == before + 7
+    assert value('outrider_request_success_total{finished_reason="length"}') >= 1
+    assert value("outrider_time_to_first_token_seconds_count") >= 1
+    for name in ("drafts", "draft_tokens", "accepted_tokens"):
+        assert value(f"spec_decode_num_{name}_total") == 0  # this server does not draft
+
+
+# ------------------------------------------------------------------------------------------------ settings, signals
+
+
+def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('port = 1\nmax_rows = 2\nhost = "::1"\ncors_origins = ["a"]\n')
+    environment = {"OUTRIDER_SERVE_PORT": "3", "OUTRIDER_SERVE_MAX_ROWS": "4", "OUTRIDER_SERVE_CORS_ORIGINS": "b,c"}
+    found = read_settings({"port": 5, "model": None}, environment, file)
+    assert (found.port, found.max_rows, found.host, found.cors_origins) == (5, 4, "::1", ["b", "c"])
+    with pytest.raises(InvalidRequest, match="did you mean 'max_rows'"):
+        read_settings({}, {"OUTRIDER_SERVE_MAX_ROW": "4"}, None)
+    with pytest.raises(InvalidRequest, match="the command line: port"):
+        read_settings({"port": -1}, {}, None)
+    with pytest.raises(InvalidRequest, match="TOML"):
+        file.write_text("port")
+        read_settings({}, {}, file)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_lets_answers_finish_and_a_second_ends_them(signals: int) -> None:
+    command = [sys.executable, "-m", "outrider", "serve", "embedded", "--drafter", "none", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    try:
+        url = next(line for line in process.stderr if "ready:" in line).split("ready: ")[1].strip()
+        tokens = 60 if signals == 1 else 1500
+        body = {**LONG, "max_tokens": tokens, "stream": True}
+        with httpx.stream("POST", url + CHAT, json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.05)
+            rest = [line for line in lines if line.startswith("data: ")]
+        assert rest[-1] == "data: [DONE]"
+        last = json.loads(rest[-2].removeprefix("data: "))
+        if signals == 1:
+            assert last["choices"][0]["finish_reason"] == "length"
+        else:
+            assert last["error"]["code"] == "server_shutdown"
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+# ------------------------------------------------------------------------------------------------ telemetry, logs
+
+
+def test_spans_of_requests_and_answers() -> None:
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    from outrider.serving.telemetry import Telemetry
+
+    exporter = memory.InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with serving(LLM("embedded", "none")) as (url, service), httpx.Client(base_url=url) as client:
+        service.telemetry = Telemetry("embedded", provider)
+        caller = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+        client.post(CHAT, json={"messages": ASK, "max_tokens": 5, "ignore_eos": True}, headers=caller)
+        assert eventually(lambda: len(exporter.get_finished_spans()) == 2)
+    generate, http = sorted(exporter.get_finished_spans(), key=lambda span: not span.name.startswith("generate"))
+    assert http.name == f"POST {CHAT}" and http.attributes["http.response.status_code"] == 200
+    assert f"{http.context.trace_id:032x}" == "a" * 32 and f"{http.parent.span_id:016x}" == "b" * 16
+    assert generate.parent.span_id == http.context.span_id
+    assert generate.attributes["gen_ai.usage.output_tokens"] == 5
+    assert [event.name for event in generate.events] == ["row", "first token"]
+    assert http.start_time <= generate.start_time <= generate.end_time <= http.end_time + 1_000_000
+
+
+def test_logs_are_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from outrider.serving.logs import set_up_logs
+    from outrider.serving.settings import ServerSettings
+
+    loggers = [logging.getLogger(name) for name in ("outrider", "uvicorn")]
+    before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
+    try:
+        set_up_logs(ServerSettings(log_format="json"))
+        with serving(LLM("embedded", "none")) as (url, _):
+            httpx.post(url + CHAT, json={"messages": ASK, "max_tokens": 2}, headers={"X-Request-Id": "mine"})
+            httpx.post(url + CHAT, content=b"{\n", headers={**JSON, "X-Request-Id": "broken"})
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    finally:
+        for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            one.handlers[:], one.propagate = handlers, propagate
+            one.setLevel(level)
+    found = {line["request_id"]: line for line in lines if "request_id" in line}
+    assert found["mine"]["status"] == 200 and found["broken"]["status"] == 400 and found["mine"]["path"] == CHAT

@@ -1,0 +1,127 @@
+"""Tools through every interface, by the clients' own packages: a random model whose calls are forced by a grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHAT_TEMPLATE, save_llama
+from served import drafting, serving
+
+from outrider.engine.llm import LLM
+
+openai = pytest.importorskip("openai")
+anthropic = pytest.importorskip("anthropic")
+
+TEMPLATE = (
+    "{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}<tool_call>{% endif %}"
+    "{% for message in messages %}{% for call in message.tool_calls or [] %}"
+    "<tool_call>{{ call.function.arguments | tojson }}</tool_call>{% endfor %}{% endfor %}" + CHAT_TEMPLATE
+)
+SCHEMA = {
+    "type": "object",
+    "properties": {"unit": {"enum": ["C", "F"]}},
+    "required": ["unit"],
+    "additionalProperties": False,
+}
+ASK: list[dict[str, Any]] = [{"role": "user", "content": "Hot?"}]
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "x", "parameters": SCHEMA}}
+    for name in ("weather", "oven")
+]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder: Path = save_llama(tmp_path_factory.mktemp("tools"), chat_template=TEMPLATE)
+    with serving(drafting(folder), model_name="tiny") as (found, _):
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as one:
+        yield one
+
+
+def is_valid(arguments: str) -> bool:
+    return json.loads(arguments) in ({"unit": "C"}, {"unit": "F"})
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "oven"}}], ids=["any", "oven"]
+)
+def test_openai_calls(client: openai.OpenAI, choice: Any) -> None:
+    body = {"model": "tiny", "messages": ASK, "tools": TOOLS, "tool_choice": choice, "max_tokens": 120}
+    body |= {"parallel_tool_calls": False, "temperature": 0, "seed": 1}
+    answer = client.chat.completions.create(**body)
+    (call,) = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
+    assert call.function.name in ("weather", "oven") if choice == "required" else call.function.name == "oven"
+    assert is_valid(call.function.arguments)
+    plain = client.chat.completions.create(**body, extra_body={"outrider": {"off": True}})
+    assert plain.choices[0].message.tool_calls[0].function == call.function
+
+    chunks = list(client.chat.completions.create(**body, stream=True))
+    deltas = [delta for chunk in chunks for choice in chunk.choices for delta in choice.delta.tool_calls or ()]
+    assert deltas[0].id and deltas[0].function.name == call.function.name
+    assert all(delta.id is None and delta.index == 0 for delta in deltas[1:])
+    assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
+    assert [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason] == ["tool_calls"]
+
+    result = {"role": "tool", "tool_call_id": call.id, "content": "200"}
+    again = [*ASK, answer.choices[0].message.model_dump(exclude_none=True), result]
+    assert client.chat.completions.create(model="tiny", messages=again, tools=TOOLS, max_tokens=3).choices
+
+
+def test_openai_responses_call(client: openai.OpenAI) -> None:
+    tools = [{"type": "function", **tool["function"], "strict": True} for tool in TOOLS]
+    body = {"model": "tiny", "input": "Hot?", "tools": tools, "tool_choice": "required", "max_output_tokens": 120}
+    body |= {"parallel_tool_calls": False, "temperature": 0}
+    answer = client.responses.create(**body)
+    (call,) = answer.output
+    assert call.type == "function_call" and is_valid(call.arguments) and answer.status == "completed"
+    events = list(client.responses.create(**body, stream=True))
+    done = [event for event in events if event.type == "response.function_call_arguments.done"]
+    parts = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert done[0].arguments == "".join(parts) == call.arguments and done[0].name == call.name
+    items = [{"role": "user", "content": "Hot?"}, call.model_dump(exclude_none=True)]
+    items.append({"type": "function_call_output", "call_id": call.call_id, "output": "200"})
+    assert client.responses.create(model="tiny", input=items, tools=tools, max_output_tokens=3).output
+
+
+def test_anthropic_uses_tools(url: str) -> None:
+    tools = [{"name": "weather", "description": "x", "input_schema": SCHEMA, "cache_control": {"type": "ephemeral"}}]
+    body: dict[str, Any] = {"model": "tiny", "max_tokens": 120, "messages": ASK, "tools": tools}
+    body["tool_choice"] = {"type": "tool", "name": "weather"}
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        answer = client.messages.create(**body)
+        (block,) = answer.content
+        assert block.type == "tool_use" and block.name == "weather" and is_valid(json.dumps(block.input))
+        assert answer.stop_reason == "tool_use"
+        with client.messages.stream(**body) as stream:
+            final = stream.get_final_message()
+        assert final.content[0].type == "tool_use" and is_valid(json.dumps(final.content[0].input))
+        result = {"type": "tool_result", "tool_use_id": block.id, "content": [{"type": "text", "text": "200"}]}
+        again = [*ASK, {"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
+        counted = client.messages.count_tokens(model="tiny", messages=again, tools=tools)
+        assert counted.input_tokens > answer.usage.input_tokens
+
+
+def test_what_is_wrong_with_tools_is_named(client: openai.OpenAI) -> None:
+    body: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 3}
+    with pytest.raises(openai.BadRequestError, match="no tools"):
+        client.chat.completions.create(**body, tool_choice="required")
+    with pytest.raises(openai.BadRequestError, match="stove"):
+        client.chat.completions.create(
+            **body, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "stove"}}
+        )
+    with (
+        serving(LLM("embedded", "none")) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x") as other,
+        pytest.raises(openai.BadRequestError, match="chat template"),
+    ):
+        other.chat.completions.create(model="embedded", messages=ASK, tools=TOOLS)

@@ -1,0 +1,333 @@
+"""The throughput policy, its guard and its cost model, in simulations on virtual time: exact, whatever the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from time import thread_time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outrider.config import SamplingParams
+from outrider.errors import InvalidRequest
+from outrider.planning.simulation import PROFILES, Costs, Recorded, Result, Synthetic, Traffic, simulate
+from outrider.scheduling.cost_model import CostModel
+from outrider.scheduling.costs import CostKey, CostPoint, CostTable
+from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+from outrider.scheduling.guard import GuardedPolicy
+from outrider.scheduling.ledger import Ledger
+from outrider.scheduling.throughput import ThroughputConfig, ThroughputPolicy
+from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepsAside, StepView
+
+K = 7
+NATIVE = Costs(  # a 110M target in int8 on two cores, and a block drafter
+    ((1, 0.0049), (8, 0.0051), (16, 0.0098), (32, 0.016), (64, 0.031), (512, 0.24)),
+    draft_fixed=0.0012,
+    step=0.0002,
+    step_drafting=0.0003,
+)
+JAGGED = Costs(  # tiles of 16 and 32 rows
+    ((1, 0.010), (16, 0.0105), (17, 0.016), (32, 0.0165), (33, 0.022), (64, 0.0235), (65, 0.032), (512, 0.2)),
+    draft_fixed=0.002,
+    step=0.0002,
+    step_drafting=0.0002,
+)
+STEEP = Costs(((1, 0.004), (2, 0.0075), (4, 0.0145), (8, 0.028), (64, 0.22)), draft_fixed=0.001, step=0.0001)
+SLOW = Costs(((1, 0.005), (8, 0.0055), (64, 0.03)), draft_share=1.0, step=0.0002, step_drafting=0.0003)
+KEY = CostKey("model", "int8", "native", "a machine", 2)
+SIZES = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 256, 512)
+
+
+def costs_of(costs: Costs, scale: Callable[[int], float] = lambda tokens: 1.0) -> CostModel:
+    points = (CostPoint(n, 1, 0, costs.verify(n, 1, 0) * scale(n)) for n in SIZES)
+    return CostModel(CostTable(KEY, tuple(points)))
+
+
+def throughput(costs: Costs, **options: object) -> ThroughputPolicy:
+    return ThroughputPolicy(ThroughputConfig(K, **options), costs_of(costs))  # type: ignore[arg-type]
+
+
+def guarded(policy: ThroughputPolicy | FixedPolicy, costs: Costs) -> GuardedPolicy:
+    return GuardedPolicy(policy, policy.costs if isinstance(policy, ThroughputPolicy) else costs_of(costs))
+
+
+def run(policy: SchedulerPolicy, costs: Costs, profile: str, rows: int, seconds: float, **options: object) -> Result:
+    temperature = options.pop("temperature", 0.0)
+    acceptance = Synthetic([PROFILES[profile]], says=str(options.pop("says", "truth")))
+    traffic = Traffic(concurrency=rows, prompt=1, answer=400, temperature=temperature)  # type: ignore[arg-type]
+    return simulate(policy, costs, acceptance, traffic, seconds=seconds, seed=1, **options)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------ as good as the best
+
+
+def recorded(profile: str) -> Recorded:
+    """Rounds as an engine would record them: every draft verified."""
+    rng, source = np.random.default_rng(3), Synthetic([PROFILES[profile]])
+    requests = []
+    for slot in range(16):
+        source.begin(slot, rng)
+        rounds = []
+        for _ in range(100):
+            said, _, accepted = source.draw(np.array([slot]), rng)
+            assert said is not None
+            rounds.append((said[0].tolist(), int(accepted[0])))
+        requests.append(rounds)
+    return Recorded(requests)
+
+
+@pytest.mark.parametrize(
+    ("costs", "profile", "rows", "temperature"),
+    [
+        (NATIVE, "chat", 1, 0.0),
+        (NATIVE, "code", 4, 1.0),
+        (NATIVE, "chat", 16, 1.0),
+        (JAGGED, "code", 16, 0.0),
+        (JAGGED, "code", 16, 1.0),
+        (STEEP, "code", 4, 1.0),
+    ],
+)
+def test_within_two_percent_of_the_best_fixed_length(costs: Costs, profile: str, rows: int, temperature: float) -> None:
+    """On recorded rounds, drafting, bookkeeping and trying included."""
+    rounds = recorded(profile)
+
+    def rate(policy: SchedulerPolicy) -> float:
+        traffic = Traffic(concurrency=rows, prompt=1, answer=400, temperature=temperature)
+        return simulate(policy, costs, rounds, traffic, seconds=14, seed=1).tokens_per_second
+
+    best = max(rate(FixedPolicy(FixedConfig(k))) for k in (0, 1, 3, 7))
+    assert rate(throughput(costs)) >= 0.98 * best
+
+
+def test_a_dip_in_the_costs_is_looked_past_without_anticipating() -> None:
+    """At 16 rows a 17th token costs half a pass more: Algorithm 1 stops there, a budget from the past does not."""
+    caught, lagged, auto = (
+        run(throughput(JAGGED, search=search), JAGGED, "code", 16, 12, temperature=1.0).tokens_per_second
+        for search in ("early", "lagged", "auto")
+    )
+    plain = run(FixedPolicy(FixedConfig(0)), JAGGED, "code", 16, 12).tokens_per_second
+    assert caught < 1.05 * plain and min(lagged, auto) > 1.25 * plain
+
+
+# ------------------------------------------------------------------------------------------ never slower
+
+
+@pytest.mark.parametrize(
+    ("costs", "profile", "says", "fixed"),
+    [
+        (NATIVE, "hostile", "sure", False),
+        (NATIVE, "hostile", "sure", True),
+        (JAGGED, "hostile", "nothing", False),
+        (STEEP, "hostile", "sure", True),
+        (STEEP, "chat", "truth", False),
+        (SLOW, "hostile", "sure", True),
+        (SLOW, "chat", "nothing", False),
+    ],
+)
+def test_the_guard_keeps_every_window(costs: Costs, profile: str, says: str, fixed: bool) -> None:
+    """Confidently wrong drafters, slow ones, steep costs, a policy that always drafts: 0.98 of plain decoding."""
+    policy = FixedPolicy(FixedConfig(K)) if fixed else throughput(costs)
+    kept = run(guarded(policy, costs), costs, profile, 2, 61, says=says, window=30.0)
+    plain = run(FixedPolicy(FixedConfig(0)), costs, profile, 2, 61, window=30.0)
+    assert kept.windows.min() >= 0.98 * plain.windows.min()
+
+
+def test_without_the_guard_a_fixed_length_is_slower() -> None:
+    """The control of the test above."""
+    kept = run(FixedPolicy(FixedConfig(K)), STEEP, "hostile", 2, 20)
+    assert kept.tokens_per_second < 0.5 * run(FixedPolicy(FixedConfig(0)), STEEP, "hostile", 2, 20).tokens_per_second
+
+
+def test_the_guard_on_a_machine_that_is_not_alone() -> None:
+    """Passes that differ, stalls, and a machine that is at times half as fast: gains are kept, losses bounded."""
+
+    def slowness(now: float) -> float:
+        return 2.0 if int(now / 7) % 2 else 1.0
+
+    options = {"noise": 0.1, "stalls": 0.002, "slowness": slowness}
+    plain = run(FixedPolicy(FixedConfig(0)), NATIVE, "code", 2, 42, **options).tokens_per_second
+    fast = run(guarded(throughput(NATIVE), NATIVE), NATIVE, "code", 2, 14, **options).tokens_per_second
+    lost = run(guarded(throughput(NATIVE), NATIVE), NATIVE, "hostile", 2, 42, says="sure", **options).tokens_per_second
+    assert fast > 2 * plain and lost > 0.97 * plain
+
+
+def test_the_guard_steps_aside_altogether_and_comes_back() -> None:
+    policy = guarded(throughput(NATIVE), NATIVE)
+    assert isinstance(policy, StepsAside) and policy.follows
+    seen: list[bool] = []
+    whole = policy.observe
+    policy.observe = lambda *given: (whole(*given), seen.append(policy.follows))[0]  # type: ignore[method-assign]
+    run(policy, NATIVE, "hostile", 1, 20, says="sure")
+    assert not policy.follows and seen.count(False) > 0.8 * len(seen)
+    assert any(after and not before for before, after in zip(seen, seen[1:], strict=False)), "it never tried again"
+    run(policy, NATIVE, "maths", 1, 24)  # the text changes
+    assert policy.follows and policy.advantage > 1.5
+
+
+def test_a_ledger_never_lends_more_than_it_says() -> None:
+    ledger = Ledger(share=0.01, most=0.2, balance=0.2)
+    for _ in range(100):
+        ledger.settle(1.0)  # gains are not saved up beyond the bound
+    lost = 0.0
+    for _ in range(1000):
+        ledger.earn(0.01)
+        while ledger.affords(0.005):
+            ledger.settle(-0.005)
+            lost += 0.005
+    assert lost <= 0.2 + 0.01 * 10 + 1e-9
+
+
+# ------------------------------------------------------------------------------------------ the cost model
+
+
+def test_costs_follow_what_is_observed() -> None:
+    """A table of a quieter machine without the edge at 17 tokens: both are learnt."""
+    smooth = Costs(((1, 0.010), (64, 0.0235), (512, 0.2)))
+    model = costs_of(smooth)
+    rng = np.random.default_rng(0)
+    for _ in range(800):
+        tokens = int(rng.integers(1, 40))
+        stall = 20.0 if rng.random() < 0.02 else 1.0
+        model.observe_verify(
+            tokens, 1, 0, 1.5 * JAGGED.verify(tokens, 1, 0) * stall * float(np.exp(0.05 * rng.normal()))
+        )
+    assert model.trusted
+    for tokens in (4, 16, 17, 32):
+        assert model.verify(tokens) == pytest.approx(1.5 * JAGGED.verify(tokens, 1, 0), rel=0.1)
+    curve = model.verify_curve(10, 20)
+    assert curve.tolist() == pytest.approx([model.verify(tokens) for tokens in range(10, 31)])
+
+
+def test_a_table_of_another_machine_is_dropped() -> None:
+    """Its shape is another one; a machine that is merely slower today keeps its table."""
+    foreign, slower = costs_of(NATIVE, scale=lambda tokens: 0.2 * tokens**0.8), costs_of(NATIVE, scale=lambda _: 2.0)
+    for _ in range(12):
+        for tokens in (1, 4, 8, 16):
+            foreign.observe_verify(tokens, 1, 0, NATIVE.verify(tokens, 1, 0))
+            slower.observe_verify(tokens, 1, 0, NATIVE.verify(tokens, 1, 0))
+    assert slower.trusted and not foreign.trusted and foreign.table is None
+    for tokens in (1, 8, 16):
+        assert foreign.verify(tokens) == pytest.approx(NATIVE.verify(tokens, 1, 0), rel=0.15)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.floats(1e-5, 10.0)), max_size=30), st.integers(1, 3000))
+@settings(max_examples=50, deadline=None)
+def test_costs_stay_numbers(observed: list[tuple[int, float]], tokens: int) -> None:
+    model = CostModel()
+    for n, seconds in observed:
+        model.observe_verify(n, 1, 0, seconds)
+        model.observe_draft(n, 3, seconds)
+        model.observe_bookkeeping(n, True, seconds)
+    for value in (model.verify(tokens), model.draft(tokens, 5), model.verify_curve(tokens, 3)[3]):
+        assert 0 < value < 1e4
+
+
+# ------------------------------------------------------------------------------------------ the contract
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("search", ["auto", "early", "lagged"])
+def test_sampled_rows_are_not_cut_by_what_was_drawn_later(search: str, seed: int) -> None:
+    """keep[b] >= j is unmoved by confidences from j on and by how long the draft became, after any past, on costs with
+    dips; for few rows (plain Python) and more (arrays)."""
+    rng = np.random.default_rng(seed)
+    rows = int(rng.integers(1, 7))
+    past = [
+        (torch.from_numpy(rng.random((rows, K)).astype(np.float32)), rng.integers(0, K + 1, rows), rng.random())
+        for _ in range(4)
+    ]
+    points = np.cumsum(rng.random(12) * rng.choice([0.1, 3.0], 12))
+    costs = Costs(tuple((n, float(0.001 * p)) for n, p in zip(range(1, 60, 5), points, strict=True)), draft_each=0.0004)
+    view = StepView([9] * rows, [RequestStats()] * rows, [SamplingParams(temperature=1.0)] * rows, requests=range(rows))
+
+    def keep(confidence: torch.Tensor, lengths: torch.Tensor) -> list[int]:
+        policy = throughput(costs, search=search)
+        for said, right, slow in past:
+            policy.plan(view)
+            kept = policy.choose(said, torch.full((rows,), K)).tolist()
+            accepted = [min(int(a), n) for a, n in zip(right, kept, strict=True)]
+            tokens = rows + sum(kept)
+            policy.observe(StepCost(0.002 * slow, costs.verify(tokens, rows, 0), 1e-4, rows, tokens, 9), accepted)
+        policy.plan(view)
+        return policy.choose(confidence, lengths).tolist()
+
+    confidence = torch.from_numpy(rng.random((rows, K)).astype(np.float32))
+    lengths = torch.from_numpy(rng.integers(1, K + 1, rows))
+    before = keep(confidence, lengths)
+    for b in range(rows):
+        j = int(rng.integers(0, K))
+        for level in (0.0, 0.999):
+            other = confidence.clone()
+            other[b, j:] = level
+            assert min(keep(other, lengths)[b], j) == min(before[b], j)
+        longer = lengths.clone()
+        longer[b] = K
+        j = min(j, int(lengths[b]))
+        assert min(keep(confidence, longer)[b], j) == min(before[b], j)
+
+
+def test_greedy_and_coupled_rows_leave_the_search_free() -> None:
+    def kept(params: SamplingParams) -> int:
+        policy = throughput(JAGGED)
+        policy.plan(StepView([9] * 16, [RequestStats()] * 16, [params] * 16))
+        return int(policy.choose(torch.full((16, K), 0.98), torch.full((16,), K)).sum())
+
+    assert kept(SamplingParams(temperature=1.0)) == 0, "an early stop does not pass the edge of a tile"
+    assert min(kept(SamplingParams()), kept(SamplingParams(temperature=1.0, seed=1))) >= 16
+
+
+def test_few_rows_are_scheduled_as_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keeps(limit: int) -> list[list[int]]:
+        monkeypatch.setattr("outrider.scheduling.throughput.FEW_DRAFTS", limit)
+        policy, rng, found = throughput(NATIVE), np.random.default_rng(0), []
+        view = StepView([9] * 3, [RequestStats()] * 3, [SamplingParams()] * 3)
+        for _ in range(20):
+            policy.plan(view)
+            said = torch.from_numpy(rng.random((3, K)).astype(np.float32))
+            found.append(policy.choose(said, torch.from_numpy(rng.integers(1, K + 1, 3))).tolist())
+            policy.observe(StepCost(0.001, 0.006, 1e-4, 3, 3 + sum(found[-1]), 30), [n // 2 for n in found[-1]])
+        return found
+
+    assert keeps(0) == keeps(1000)
+
+
+def steps(rows: int) -> Iterator[float]:
+    """Seconds of the processor that scheduling takes, step by step."""
+    policy, rng = throughput(Costs(((1, 0.010), (2048, 0.014)), draft_fixed=0.001)), np.random.default_rng(0)
+    view = StepView(
+        [300] * rows, [RequestStats()] * rows, [SamplingParams(temperature=1.0)] * rows, requests=list(range(rows))
+    )
+    for _ in range(24):
+        said = torch.from_numpy(rng.uniform(0.3, 0.99, (rows, K)).astype(np.float32))
+        began = thread_time()
+        limits = policy.plan(view)
+        keep = policy.choose(said, torch.tensor(limits))
+        yield thread_time() - began
+        assert sum(limits), "the step draws on everything"
+        tokens = rows + int(keep.sum())
+        right = (rng.random((rows, K)) < said.numpy()).cumprod(1).sum(1)
+        accepted = np.minimum(keep.numpy(), right).tolist()
+        policy.observe(StepCost(0.001, 0.010 + 2e-6 * tokens, 1e-4, rows, tokens, 300 * rows), accepted)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(256, 200e-6), (1024, 1e-3)])
+def test_scheduling_is_quick(rows: int, most: float) -> None:
+    """256 rows x 7 in 200 microseconds, 1,024 rows in a millisecond; a busy machine may take three times as long."""
+    assert min(steps(rows)) < 3 * most
+
+
+def test_wrong_options_are_named() -> None:
+    with pytest.raises(InvalidRequest, match="draft_tokens must be at least 0, got -1"):
+        ThroughputConfig(-1)
+    with pytest.raises(InvalidRequest, match="search must be one of"):
+        ThroughputConfig(3, search="earlyy")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match="probe_share"):
+        ThroughputConfig(3, probe_share=2.0)
+    with pytest.raises(InvalidRequest, match="closed"):
+        Traffic()
+    with pytest.raises(InvalidRequest, match="cost curve"):
+        Costs(((4, 0.1), (2, 0.1)))
