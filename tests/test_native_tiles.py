@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -94,15 +96,19 @@ def test_denormals_count_as_zero(isa: str) -> None:
     assert not product(normal, "bfloat16", isa, torch.full((3, 32), 2.0**-70)).any()
 
 
-@needs_tiles
-@pytest.mark.parametrize("isa", TILES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_row_has_the_same_bits_beside_any_others(isa: str, dtype: str) -> None:
-    config = StackConfig(vocab_size=81, hidden_size=300, layers=())
-    weights = {"head.weight": torch.randn(81, 300), "norm.weight": torch.ones(300)}
+EDGES = (*range(1, 18), 24, 31, 32, 33, 48, 64, 65, 255, 256, 257, 300)
+
+
+@pytest.mark.parametrize("isa", [*_native.instruction_sets(), *_native.emulated_instruction_sets()])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("counts", [EDGES, pytest.param(range(1, 301), marks=pytest.mark.slow)], ids=["edges", "all"])
+def test_a_row_has_the_same_bits_beside_any_others(isa: str, dtype: str, counts: Sequence[int]) -> None:
+    """As ``test_native_blocks`` has it for block formats."""
+    config = StackConfig(vocab_size=65, hidden_size=300, layers=())
+    weights = {"head.weight": torch.randn(65, 300), "norm.weight": torch.ones(300)}
     made, x = NativeBackend(isa).load(config, weights, dtype), torch.randn(300, 300)
     alone = torch.cat([made.unembed(row[None]) for row in x])
-    for count in (*range(1, 50), 63, 64, 65, 255, 256, 257, 300):
+    for count in counts:
         assert torch.equal(made.unembed(x[:count]), alone[:count]), count
 
 
