@@ -39,7 +39,7 @@ DESCRIBED_HERE = {  # descriptions of files that have no docstring
     "docs/study.md": "Measurements of drafters on the embedded target.",
     "docs/training.md": "How to train a drafter for your own model in one command, and what each stage does.",
     "src/outrider/embedded": "Target, drafters, held-out prompts, their model card, and questions for chat models.",
-    "tests/data": "The frozen command line.",
+    "tests/data": "The frozen command line; recorded runs of other engines.",
 }
 
 
