@@ -11,6 +11,7 @@ namespace {
 
 // A truncated row is stored as a list of ids where at most one column in kListRatio is kept, else with masked logits.
 constexpr int64_t kListRatio = 4;
+constexpr int64_t kKeptTerms = 16384;  // columns of a row whose exponentials are kept
 
 }  // namespace
 
@@ -30,11 +31,13 @@ Distribution::Distribution(const Kernels& kernels, const DistributionRows& rows,
   const float largest = *std::max_element(maxima.begin(), maxima.end());
   if (!std::isfinite(largest)) return;  // sum_ stays 0: not valid
   max_ = largest / temperature_;
-  Sums sums(static_cast<size_t>(pieces));
+  if (count_ <= kKeptTerms) terms_ = scratch<float>(count_);
+  sums_.resize(static_cast<size_t>(pieces));
   for_each_piece([&](int64_t first, int64_t count, int64_t piece) {
-    sums[piece] = kernels_.exp_sum(logits_ + first, count, temperature_, max_, 1.0f, nullptr);
+    sums_[piece] =
+        kernels_.exp_sum(logits_ + first, count, temperature_, max_, 1.0f, terms_ ? terms_.get() + first : nullptr);
   });
-  for (double sum : sums) sum_ += sum;
+  for (double sum : sums_) sum_ += sum;
 }
 
 void Distribution::truncate(const Truncation& options) {
@@ -90,12 +93,12 @@ int64_t Distribution::draw(uint64_t key) const {
 }
 
 int64_t Distribution::sample(double u) const {
+  if (terms_) return search(terms_.get(), sums_, sum_, u);
   const Scratch<float> terms = scratch<float>(count_);
-  Sums sums(static_cast<size_t>(piece_count(count_)));
-  for_each_piece([&](int64_t first, int64_t count, int64_t piece) {
-    sums[piece] = kernels_.exp_sum(logits_ + first, count, temperature_, max_, 1.0f, terms.get() + first);
+  for_each_piece([&](int64_t first, int64_t count, int64_t) {
+    kernels_.exp_sum(logits_ + first, count, temperature_, max_, 1.0f, terms.get() + first);
   });
-  return search(terms.get(), sums, sum_, u);
+  return search(terms.get(), sums_, sum_, u);
 }
 
 int64_t Distribution::sample_residual(double u, double weight, const Distribution* other, int64_t draft) const {
@@ -130,7 +133,12 @@ Distribution::Sums Distribution::fill_residual(double weight, const Distribution
 }
 
 void Distribution::probabilities(int64_t first, int64_t count, float* out) const {
-  kernels_.exp_sum(logits_ + first, count, temperature_, max_, static_cast<float>(1.0 / sum_), out);
+  const auto scale = static_cast<float>(1.0 / sum_);
+  if (terms_) {  // the same bits: the kernel multiplies the same exponentials by this
+    for (int64_t i = 0; i < count; i++) out[i] = terms_[first + i] * scale;
+    return;
+  }
+  kernels_.exp_sum(logits_ + first, count, temperature_, max_, scale, out);
 }
 
 // This distribution's probabilities of the tokens in columns [first, first + count) of another one.
@@ -161,12 +169,17 @@ int64_t Distribution::search(const float* probabilities, const Sums& sums, doubl
   while (piece + 1 < sums.size() && left >= sums[piece]) left -= sums[piece++];
   int64_t found = -1;
   const int64_t first = static_cast<int64_t>(piece) * kPiece, end = std::min(count_, first + kPiece);
+  // Tokens without probability are never found: `left` is at least 0. They are not skipped by a branch, because half of
+  // a residual's columns are zeros in no order that a processor could predict.
   for (int64_t i = first; i < end; i++) {
-    if (probabilities[i] <= 0.0f) continue;  // never a token without probability
-    found = i;
-    if (left < probabilities[i]) break;
+    if (left < probabilities[i]) {
+      found = i;
+      break;
+    }
     left -= probabilities[i];
   }
+  for (int64_t i = end - 1; found < 0 && i >= first; i--)  // rounding: the last one with any probability
+    if (probabilities[i] > 0.0f) found = i;
   // Rounding may point to a piece without any probability: then take the nearest token before it, else the first after.
   for (int64_t i = first - 1; found < 0 && i >= 0; i--)
     if (probabilities[i] > 0.0f) found = i;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "sampler.hpp"
 #include "truncation.hpp"
 
 namespace outrider {
@@ -60,6 +61,8 @@ class Distribution {
   float temperature_, max_ = 0.0f;  // max_: the largest logit / temperature
   double sum_ = 0.0;                // of exp(logit / temperature - max_)
   bool parallel_;
+  Sums sums_;                       // of the pieces' exponentials; their total is sum_
+  Scratch<float> terms_;            // the exponentials, where a row is so short that keeping them beats computing them
   std::vector<float> kept_logits_;  // what truncation keeps; logits_ and ids_ then point here
   std::vector<int64_t> kept_ids_;
 };

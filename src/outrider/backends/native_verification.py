@@ -7,6 +7,7 @@ down.
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import numpy as np
@@ -32,22 +33,22 @@ def verify_native(target: Processed, proposal: Proposal, keep: Tensor, context: 
     if not forms or not isinstance(rng, RowRng):
         return verify(target, proposal, keep, context, rng)
     counts, drafts = keep.tolist(), proposal.tokens.shape[1]
-    control, start = [], 0
+    control, start = array("Q"), 0
     for b, (params, history, count) in enumerate(zip(context.params, context.history, counts, strict=True)):
         rule = _RULES[params.effective_rule] if params.temperature else 0  # the cheapest one for greedy rows
-        seed, round = rng.rows[b]
-        control.append([start, b * drafts, count, rule, len(history), _signed(seed), round])
+        control.extend((start, b * drafts, count, rule, len(history), *rng.rows[b]))
         start += count + 1
     assert len(forms[0][0]) == start, "one distribution for each kept draft and one more for each row"
-    out = torch.empty(len(counts), drafts + 2, dtype=torch.int64)
+    out = np.empty((len(counts), drafts + 2), np.int64)
     tokens = np.ascontiguousarray(proposal.tokens.numpy())
+    words = np.frombuffer(control, np.int64).reshape(len(counts), -1)
     try:
-        native.verify(*forms, np.array(control), tokens, _PURPOSES, out.numpy())
+        native.verify(*forms, words, tokens, _PURPOSES, out)
     except ValueError as error:
         check_rows(torch.from_numpy(forms[0][0]))  # which of the target's rows, if it is them
         raise OutriderError(str(error)) from error
     accepted = out[:, 0]
-    return Verification(accepted, out[:, 1:], accepted + 1)
+    return Verification(*(torch.from_numpy(part) for part in (accepted, out[:, 1:], accepted + 1)))
 
 
 def _core_forms(target: Processed, drafter: Distribution | None) -> tuple[Any, ...]:
@@ -59,7 +60,3 @@ def _core_forms(target: Processed, drafter: Distribution | None) -> tuple[Any, .
         return mine, None
     theirs = drafter.core_form if isinstance(drafter, Processed) else None
     return () if theirs is None else (mine, theirs)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word

@@ -225,10 +225,9 @@ def _write(certificate: Certificate, markdown: Path | None, html: Path | None, j
 
 def _drafters_of(loaded: LoadedModel) -> list[str]:
     """Drafters that need no files, and those that a model comes with."""
-    from outrider.engine.auto import EMBEDDED_DRAFTERS
-    from outrider.engine.loader import EMBEDDED
+    from outrider.models.locations import PACKAGED_DRAFTERS
 
-    return ["ngram", "suffix", *(EMBEDDED_DRAFTERS if loaded.name == EMBEDDED else ())]
+    return ["ngram", "suffix", *PACKAGED_DRAFTERS.get(loaded.name, ())]
 
 
 def _prompts(loaded: LoadedModel, files: list[Path] | None) -> tuple[tuple[int, ...], ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from outrider.engine.predicted_text import CONFIDENCE
 from outrider.engine.request import Request
-from outrider.engine.rows import Rows
+from outrider.engine.rows import Rows, as_tensor
 from outrider.sampling.added_drafts import with_drafts
 from outrider.sampling.grammar_drafts import fit_drafts, to_draft
 from outrider.types import (
@@ -183,7 +183,7 @@ class Drafting:
             wanted = [0 if b in predicted else limit for b, limit in enumerate(wanted)]
         proposal = Proposal.empty(rows.drafting)
         if any(wanted):
-            limit = torch.tensor(wanted, dtype=torch.int64)
+            limit = as_tensor(wanted)
             try:
                 proposal = self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
             except Exception as error:

@@ -17,7 +17,7 @@ from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
 from outrider.engine.predicted_text import PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
-from outrider.engine.rows import Candidates, Rows
+from outrider.engine.rows import Candidates, Rows, as_tensor
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
@@ -307,7 +307,7 @@ class Engine:
             request.pending -= chunk
             kept.append(chunk)
         if commits:
-            ends = torch.tensor([len(c.request.history) - 1 for c in commits], dtype=torch.int64)
+            ends = as_tensor([len(c.request.history) - 1 for c in commits])
             self.cache.rewind(batch.slots[: rows.complete], ends)
         shown = [b for b, request in enumerate(rows.requests) if request.followed]
         if not shown:

@@ -20,7 +20,9 @@ from outrider.engine.memory import default_memory
 from outrider.engine.request import Request
 from outrider.engine.stream import EventStream
 from outrider.errors import InvalidRequest
+from outrider.files import read_json_lines
 from outrider.models.loading import load_backend
+from outrider.models.locations import EMBEDDED_PROMPTS, PACKAGED_DRAFTERS, QUESTIONS
 from outrider.scheduling.cost_model import CostModel
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Drafter, Event, Output, SchedulerPolicy, StepObserver, TargetModel
@@ -253,10 +255,16 @@ class Run:
 def _resolve_auto(loaded: LoadedModel) -> str | list[str]:
     """The drafters that ``auto`` means for a target: what measures fastest of those it comes with, and ``suffix``, that
     costs next to nothing."""
-    if loaded.name != EMBEDDED:
+    if loaded.name not in PACKAGED_DRAFTERS:
         return "suffix"
+    files = sorted((EMBEDDED_PROMPTS if loaded.name == EMBEDDED else QUESTIONS).glob("*.jsonl"))
+    prompts: list[Any] = [next(read_json_lines(file))[1]["turns"][0] for file in files]
+    if loaded.name != EMBEDDED:
+        prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in prompts]
     backend = load_backend(loaded.backend, loaded.dtype).name
-    best = fastest(lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend)
+    best = fastest(
+        loaded.name, prompts, lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend
+    )
     return best if best in ("none", "suffix") else [best, "suffix"]
 
 

@@ -12,10 +12,9 @@ from outrider import registry
 from outrider.checkpoints import load_calibration
 from outrider.config import build
 from outrider.drafters.base import CalibratedDrafter, SeveralDrafters
-from outrider.engine.auto import EMBEDDED_DRAFTERS
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
 from outrider.models.loading import QUANTISED, load_backend, load_target, load_tokenizer, runs_natively
-from outrider.models.locations import resolve_model
+from outrider.models.locations import PACKAGED_DRAFTERS, resolve_model
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.guard import GuardedPolicy
 from outrider.tokenization.tokenizer import Tokenizer
@@ -87,8 +86,9 @@ def load_drafter(
     options = dict(options)
     calibration = options.pop("calibration", None)
     name = str(drafter)
-    if name in EMBEDDED_DRAFTERS and model.name == EMBEDDED:
-        options.setdefault("model", EMBEDDED_DRAFTERS[name])
+    packaged = PACKAGED_DRAFTERS.get(model.name, {})
+    if name in packaged:
+        options.setdefault("model", packaged[name])
     if name not in registry.names("drafter"):
         options["model"], name = name, _recognise(name)
     if options.get("draft_tokens") == 0:

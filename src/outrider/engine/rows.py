@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from outrider.engine.request import Request
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, Proposal, RaggedBatch, StepView
 
-__all__ = ["Candidates", "Rows"]
+__all__ = ["Candidates", "Rows", "as_tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +27,24 @@ class Candidates:
     depth: Tensor  # int64 [R]
 
 
+def as_tensor(numbers: Sequence[int]) -> Tensor:
+    """int64 [n], by numpy: it reads a short list several times faster than torch."""
+    return torch.from_numpy(np.array(numbers, np.int64))
+
+
 class Rows:
     """The requests of one step, in order: ready to go on (those that the drafter follows first), then finishing their
     prompt, then in its middle."""
 
     def __init__(self, requests: list[Request], chunks: list[int]) -> None:
-        def stage(i: int) -> tuple[bool, bool, bool, bool]:
-            one = requests[i]
-            return one.pending > 1, one.pending > chunks[i], one.round == 0, not one.followed
-
-        order = sorted(range(len(requests)), key=stage)
-        self.requests = [requests[i] for i in order]
-        self.chunks = [chunks[i] for i in order]
+        stages = [
+            (r.pending > 1, r.pending > chunk, r.round == 0, not r.followed)
+            for r, chunk in zip(requests, chunks, strict=True)
+        ]
+        if any(stage != stages[0] for stage in stages):
+            order = sorted(range(len(requests)), key=stages.__getitem__)
+            requests, chunks = [requests[i] for i in order], [chunks[i] for i in order]
+        self.requests, self.chunks = requests, chunks
         self.ready = sum(r.pending == 1 and r.round > 0 for r in self.requests)
         self.drafting = sum(r.followed for r in self.requests[: self.ready])
         self.complete = sum(r.pending == c for r, c in zip(self.requests, self.chunks, strict=True))
@@ -58,12 +66,12 @@ class Rows:
     @property
     def slots(self) -> Tensor:
         """int64 [drafting]"""
-        return torch.tensor([r.slot for r in self.requests[: self.drafting]], dtype=torch.int64)
+        return as_tensor([r.slot for r in self.requests[: self.drafting]])
 
     @property
     def last(self) -> Tensor:
         """int64 [drafting]: the token each row goes on from."""
-        return torch.tensor([r.history[-1] for r in self.requests[: self.drafting]], dtype=torch.int64)
+        return as_tensor([r.history[-1] for r in self.requests[: self.drafting]])
 
     @property
     def view(self) -> StepView:
@@ -138,11 +146,11 @@ class Rows:
             positions += range(start, start + len(tokens) - offsets[-1])
             offsets.append(len(tokens))
         slots = [request.slot for request in self.requests]
-        # One allocation for all: at small models each small tensor costs as much as a layer.
         parts = (tokens, positions, slots, offsets, wanted, rows, depth)
-        packed = torch.tensor([i for part in parts for i in part], dtype=torch.int64).split(
-            [len(part) for part in parts]
-        )
+        whole = array("q")  # one allocation for all: at small models each small tensor costs as much as a layer
+        for part in parts:
+            whole.extend(part)
+        packed = torch.from_numpy(np.frombuffer(whole, np.int64)).split([len(part) for part in parts])
         return Candidates(RaggedBatch(*packed[:4]), *packed[4:])
 
 

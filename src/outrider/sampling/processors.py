@@ -140,8 +140,8 @@ def process(
     without a largest logit.
     """
     params, size = context.params, logits.shape[1]
-    greedy = all(p.temperature == 0 for p in params)
-    changed = context.processors is not None or any(p.logit_bias or p.penalised for p in params)
+    greedy = not any(p.temperature for p in params)
+    changed = context.stepwise or any(p.logit_bias for p in params)
     if greedy and not changed:
         return Categorical.greedy(argmax(logits), size)
     if logits.dtype not in (torch.float32, torch.float64):
@@ -151,6 +151,8 @@ def process(
         logits = _changed(logits, context, owner, depth, drafted)
         if greedy:
             return Categorical.greedy(argmax(logits), size)
+    if all(p.temperature == 1 and p.top_p >= 1 and not (p.top_k or p.min_p) for p in params):
+        return Categorical.of(logits)
     # A greedy row among sampled ones is a row with top_k = 1: ties go to the lowest id there too.
     k = [1 if p.temperature == 0 else min(p.top_k or size, size) for p in params]
     temperature = [p.temperature or 1.0 for p in params]
