@@ -81,6 +81,7 @@ static float gumbel_scores(const float* x, int64_t n, float temperature, uint64_
                            const int64_t* ids, float* scores, float* peak) {
   F most = set(-INFINITY), highest = most;
   bool invalid = false;
+  const bool divided = temperature != 1.0f;
   for (int64_t i = 0; i < n; i += kLanes) {
     const int width = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
     alignas(64) float logit[kLanes];
@@ -115,7 +116,7 @@ static float gumbel_scores(const float* x, int64_t n, float temperature, uint64_
     const F rest = set(1.0f) - u, lost = set(1.0f) - rest;
     const Mask plain = less(lost, set(0x1p-23f));
     const F exponential = select(plain, u, (set(0.0f) - log(rest)) * (u / select(plain, set(1.0f), lost)));
-    const F given = load(logit), scaled = given / set(temperature);
+    const F given = load(logit), scaled = divided ? given / set(temperature) : given;
     const F score = scaled - log(exponential);
     highest = max(scaled, highest);
     most = max(score, most);
