@@ -32,11 +32,14 @@ DESCRIBED_HERE = {  # descriptions of files that have no docstring
     "constraints.txt": "The exact versions that `make` installs.",
     "docs/architecture.md": "The shape of the whole, its floors and contracts, and why.",
     "docs/evaluation.md": "How drafters are compared, and how their confidences are calibrated.",
+    "docs/grammars.md": "Structured output, tool calls and the playground.",
     "docs/log.md": "Decisions, failed tries and measured figures.",
+    "docs/losslessness.md": "Why speculative decoding is lossless, what is promised, and how the audit checks it.",
+    "docs/serving.md": "The server: interfaces, what speculation changes, limits, measuring, running it.",
     "docs/study.md": "Measurements of drafters on the embedded target.",
     "docs/training.md": "How to train a drafter for your own model in one command, and what each stage does.",
     "src/outrider/embedded": "Target, drafters, held-out prompts, their model card, and questions for chat models.",
-    "tests/data": "The frozen command line.",
+    "tests/data": "The frozen command line; recorded runs of other engines.",
 }
 
 

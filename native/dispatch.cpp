@@ -1,13 +1,25 @@
 // Chooses the table of kernels at run time: the widest instruction set of this processor, or the one the user asks for.
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
+
+#if defined(OUTRIDER_X86)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.hpp"
 
 namespace outrider {
 
 #if defined(OUTRIDER_X86)
+namespace amx { extern const Kernels table; }
+namespace amx_emulated { extern const Kernels table; }
 namespace avx512_bf16 { extern const Kernels table; }
 namespace avx512_vnni { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
@@ -24,11 +36,27 @@ bool has_avx512_vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// A process has to ask the kernel for the tiles' registers before its first use of them.
+std::string ask_for_tiles() {
+  unsigned a, b, c, d = 0;
+  __get_cpuid_count(7, 0, &a, &b, &c, &d);
+  constexpr unsigned kBF16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBF16 | kTile | kInt8;
+  if ((d & kAll) != kAll || !has_avx512_bf16()) return "this processor has no matrix tiles (AMX, bfloat16 and int8)";
+#if defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequest, kTileData) == 0) return "";
+  return std::string("the system refused the state of matrix tiles (arch_prctl: ") + std::strerror(errno) + ")";
+#else
+  return "matrix tiles are used on Linux only";
+#endif
+}
 #endif
 
 std::vector<const Kernels*> usable() {
   std::vector<const Kernels*> found;
 #if defined(OUTRIDER_X86)
+  if (why_no_tiles().empty()) found.push_back(&amx::table);
   if (has_avx512_bf16()) found.push_back(&avx512_bf16::table);
   if (has_avx512_vnni()) found.push_back(&avx512_vnni::table);
   if (has_avx2()) found.push_back(&avx2::table);
@@ -37,13 +65,33 @@ std::vector<const Kernels*> usable() {
   return found;
 }
 
-}  // namespace
+std::vector<const Kernels*> emulated() {
+  std::vector<const Kernels*> found;
+#if defined(OUTRIDER_X86)
+  if (has_avx512_bf16()) found.push_back(&amx_emulated::table);
+#endif
+  return found;
+}
 
-std::vector<std::string> usable_kernels() {
+std::vector<std::string> names_of(const std::vector<const Kernels*>& tables) {
   std::vector<std::string> names;
-  for (const Kernels* table : usable()) names.emplace_back(table->name);
+  for (const Kernels* table : tables) names.emplace_back(table->name);
   return names;
 }
+
+}  // namespace
+
+const std::string& why_no_tiles() {
+#if defined(OUTRIDER_X86)
+  static const std::string reason = ask_for_tiles();
+#else
+  static const std::string reason = "this processor has no matrix tiles (AMX)";
+#endif
+  return reason;
+}
+
+std::vector<std::string> usable_kernels() { return names_of(usable()); }
+std::vector<std::string> emulated_kernels() { return names_of(emulated()); }
 
 const Kernels& find_kernels(const std::string& name) {
   std::string wanted = name;
@@ -55,7 +103,11 @@ const Kernels& find_kernels(const std::string& name) {
     if (wanted.empty() || wanted == has || (wanted == "avx512" && has.rfind(wanted, 0) == 0)) return *table;
     known += (known.empty() ? "" : ", ") + has;
   }
-  throw std::invalid_argument("instruction set " + wanted + " is not one this processor runs; expected one of: " + known);
+  for (const Kernels* table : emulated())
+    if (wanted == table->name) return *table;
+  const std::string reason = wanted == "amx" ? " (" + why_no_tiles() + ")" : "";
+  throw std::invalid_argument("instruction set " + wanted + " is not one this processor runs" + reason +
+                              "; expected one of: " + known);
 }
 
 }  // namespace outrider

@@ -6,6 +6,9 @@
 #pragma once
 
 #include "ops.hpp"
+#if defined(OUTRIDER_TILES)
+#include "tile_gemm.hpp"
+#endif
 
 namespace outrider::OUTRIDER_ISA {
 
@@ -149,22 +152,42 @@ static void gemm_panels(const Weights& w, const Operand& x, int rows, int first,
 template <class Format>
 static void gemm_groups(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride) {
   using Sizes = GroupSizes<Format>;
-  gemm_panels<GroupTile<Format>>(w, x, rows, first, last, Sizes::kBytes, Sizes::kOperandBytes, w.inner / kGroup,
+#if defined(OUTRIDER_TILES)
+  using Tile = MatrixGroupTile<Format>;
+#else
+  using Tile = GroupTile<Format>;
+#endif
+  gemm_panels<Tile>(w, x, rows, first, last, Sizes::kBytes, Sizes::kOperandBytes, w.inner / kGroup,
                                  Format::kNibbles ? kNibbleChunk : kByteChunk, y, y_stride);
 }
 
+// Formats of one number, or two or four side by side, a lane.
+template <class Op>
+static void gemm_steps(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride) {
+  const int steps = w.inner / Op::kInner;
+#if defined(OUTRIDER_TILES)
+  if constexpr (Op::kInner > 1)
+    return gemm_panels<MatrixTile<Op>>(w, x, rows, first, last, Op::kBytes, Op::kOperandBytes, steps, steps, y,
+                                       y_stride);
+#endif
+  gemm_panels<StepTile<Op>>(w, x, rows, first, last, Op::kBytes, Op::kOperandBytes, steps, kChunkSteps, y, y_stride);
+}
+
+// K of a matrix is padded to a multiple of this.
+static int inner_unit(DType dtype) {
+  if (has_groups(dtype)) return kGroup;
+#if defined(OUTRIDER_TILES)
+  return dtype == DType::f32 ? 1 : 16 * k_per_step(dtype);
+#else
+  return k_per_step(dtype);
+#endif
+}
+
 static void gemm(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride) {
-  const int steps = w.inner / k_per_step(w.dtype);
   switch (w.dtype) {
-    case DType::f32:
-      return gemm_panels<StepTile<OpF32>>(w, x, rows, first, last, OpF32::kBytes, OpF32::kOperandBytes, steps,
-                                          kChunkSteps, y, y_stride);
-    case DType::bf16:
-      return gemm_panels<StepTile<OpBF16>>(w, x, rows, first, last, OpBF16::kBytes, OpBF16::kOperandBytes, steps,
-                                           kChunkSteps, y, y_stride);
-    case DType::i8:
-      return gemm_panels<StepTile<OpI8>>(w, x, rows, first, last, OpI8::kBytes, OpI8::kOperandBytes, steps, kChunkSteps,
-                                         y, y_stride);
+    case DType::f32: return gemm_steps<OpF32>(w, x, rows, first, last, y, y_stride);
+    case DType::bf16: return gemm_steps<OpBF16>(w, x, rows, first, last, y, y_stride);
+    case DType::i8: return gemm_steps<OpI8>(w, x, rows, first, last, y, y_stride);
     case DType::i4: return gemm_groups<GroupI4>(w, x, rows, first, last, y, y_stride);
     case DType::q8_0: return gemm_groups<GroupQ80>(w, x, rows, first, last, y, y_stride);
     case DType::q4_0: return gemm_groups<GroupQ40>(w, x, rows, first, last, y, y_stride);

@@ -44,6 +44,7 @@ static constexpr Width width_of(DType dtype) {
 constexpr int kGroup = 32;       // inner elements that share a scale: int4 and the block formats
 constexpr int kBlock = 64;       // positions of one softmax step; blocks start at absolute multiples of it
 constexpr int kSplit = 512;      // positions whose partial softmax is merged in order; a multiple of kBlock
+constexpr int kWidestUnit = 64;  // of all inner_unit
 constexpr int kRowBlock = 256;   // rows one panel is multiplied with before the next row block
 constexpr int kWidestRow = 4096; // of a RowMajor matrix
 constexpr int kInt8Zero = 128;   // weights are stored unsigned: q + zero
@@ -125,6 +126,7 @@ struct Kernels {
   const char* name;
   int panel;                                // P
   int (*operand_bytes)(DType dtype);        // per inner element
+  int (*inner_unit)(DType dtype);           // K of a matrix is padded to a multiple of this
   // y[m][(p - first) * P + c] for rows m of x and panels first <= p < last.
   void (*gemm)(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride);
   // One row: optional RMS norm (gain may be null), then zeros up to `inner` and conversion into row `row` of `out`.
@@ -167,5 +169,9 @@ struct Kernels {
 const Kernels& find_kernels(const std::string& name = "");
 // Names of all tables that this build has and this processor runs, best first.
 std::vector<std::string> usable_kernels();
+// Names of those that run anywhere or nearly so, slowly, for tests: they are used when asked for by name.
+std::vector<std::string> emulated_kernels();
+// Why this process cannot use matrix tiles (Intel AMX); empty where it can.
+const std::string& why_no_tiles();
 
 }  // namespace outrider

@@ -85,10 +85,6 @@ void unpack_row(DType dtype, const char* row, int inner, int panel, float* to) {
 
 namespace {
 
-int padded_inner(DType dtype, int inner) {
-  return static_cast<int>(round_up(inner, has_groups(dtype) ? kGroup : k_per_step(dtype)));
-}
-
 // Bytes of the scales and minima of one column's group, and of all of it.
 int header_bytes(DType dtype) { return has_minimum(dtype) ? 4 : 2; }
 int group_bytes(DType dtype) { return header_bytes(dtype) + (is_nibbles(dtype) ? kGroup / 2 : kGroup); }
@@ -126,9 +122,11 @@ float group_scale(const float* w, int count) {
 
 }  // namespace
 
-Linear::Linear(Arena& arena, DType dtype, int inner, int panels, int panel, bool bias) : columns_(panel), width_(inner) {
+Linear::Linear(Arena& arena, const Kernels& kernels, DType dtype, int inner, int panels, bool bias)
+    : columns_(kernels.panel), width_(inner) {
+  const int panel = kernels.panel;
   weights_.dtype = dtype;
-  weights_.inner = padded_inner(dtype, inner);
+  weights_.inner = static_cast<int>(round_up(inner, kernels.inner_unit(dtype)));
   weights_.panels = panels;
   weights_.panel_bytes = bytes_of_panel(dtype, weights_.inner, panel);
   data_ = arena.take<char>(weights_.panel_bytes * panels);

@@ -25,8 +25,8 @@ struct Rows {
 class Linear {
  public:
   Linear() = default;
-  // `panels` panels of `panel` columns each, memory from the arena.
-  Linear(Arena& arena, DType dtype, int inner, int panels, int panel, bool bias);
+  // `panels` panels as the kernels read them, memory from the arena.
+  Linear(Arena& arena, const Kernels& kernels, DType dtype, int inner, int panels, bool bias);
 
   const Weights& weights() const { return weights_; }
   // At most P rows become the first columns of panel p. Different panels may be filled by different threads. Block

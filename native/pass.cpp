@@ -50,7 +50,7 @@ void Pass::allocate(int rows, size_t partial) {
     head_pad = std::max(head_pad, layer.head_pad);
     queries = std::max(queries, layer.spec.heads * layer.head_pad);
   }
-  widest = static_cast<int>(round_up(std::max({widest, attention, inner, panel}), kGroup));
+  widest = static_cast<int>(round_up(std::max({widest, attention, inner, panel}), kWidestUnit));
   space_.x_stride = row_stride(stack_.padded(spec.hidden) * sizeof(float)) / sizeof(float);
   space_.attention_stride = row_stride(attention * sizeof(float)) / sizeof(float);
   space_.inner_stride = row_stride(inner * sizeof(float)) / sizeof(float);

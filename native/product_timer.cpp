@@ -60,10 +60,10 @@ std::vector<double> time_products(const Kernels& kernels, DType dtype, size_t by
   Arena arena;
   int most = 1;
   for (const ProductSetting& setting : settings) most = std::max(most, setting.rows);
-  const size_t per_panel = Linear(arena, dtype, kInner, 1, kernels.panel, false).weights().panel_bytes;
+  const size_t per_panel = Linear(arena, kernels, dtype, kInner, 1, false).weights().panel_bytes;
   const int per_piece = static_cast<int>(std::max<size_t>(1, kPieceBytes / per_panel));
   const int pieces = static_cast<int>(std::max<size_t>(1, bytes / per_panel / per_piece));
-  const Linear linear(arena, dtype, kInner, pieces * per_piece, kernels.panel, false);
+  const Linear linear(arena, kernels, dtype, kInner, pieces * per_piece, false);
   for (size_t i = 0; i < arena.regions(); i++) std::memset(arena.data(i), 0, arena.used(i));  // real pages
   const ZeroRows rows(arena, most, static_cast<size_t>(kInner) * kernels.operand_bytes(dtype) + 64);
   const auto pool = shared_pool();

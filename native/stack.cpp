@@ -45,22 +45,22 @@ Stack::Stack(StackSpec spec) : spec_(std::move(spec)), kernels_(find_kernels(spe
     layer.parts = layer.group + (s.value_is_key ? 1 : 2);
     const int inner = i == 0 && spec_.input_width ? spec_.input_width : spec_.hidden;
     const int head_panels = layer.head_pad / panel;
-    layer.qkv = Linear(arena_, s.qkv, inner, s.kv_heads * layer.parts * head_panels, panel, spec_.bias);
-    layer.out = Linear(arena_, s.out, s.heads * s.head_dim, padded(spec_.hidden) / panel, panel, spec_.bias);
-    layer.gate_up = Linear(arena_, s.gate_up, spec_.hidden, 2 * padded(s.intermediate) / panel, panel, spec_.bias);
-    layer.down = Linear(arena_, s.down, s.intermediate, padded(spec_.hidden) / panel, panel, spec_.bias);
+    layer.qkv = Linear(arena_, kernels_, s.qkv, inner, s.kv_heads * layer.parts * head_panels, spec_.bias);
+    layer.out = Linear(arena_, kernels_, s.out, s.heads * s.head_dim, padded(spec_.hidden) / panel, spec_.bias);
+    layer.gate_up = Linear(arena_, kernels_, s.gate_up, spec_.hidden, 2 * padded(s.intermediate) / panel, spec_.bias);
+    layer.down = Linear(arena_, kernels_, s.down, s.intermediate, padded(spec_.hidden) / panel, spec_.bias);
     layer.v_norm.assign(s.v_norm ? s.head_dim : 0, 1.0f);
     layers_.push_back(std::move(layer));
   }
   if (spec_.vocabulary)
-    head_ = Linear(arena_, spec_.head, spec_.hidden, padded(spec_.vocabulary) / panel, panel, false);
+    head_ = Linear(arena_, kernels_, spec_.head, spec_.hidden, padded(spec_.vocabulary) / panel, false);
   if (spec_.embeddings) {
     const size_t count = static_cast<size_t>(spec_.embeddings) * spec_.hidden;
     if (spec_.tied) {
       if (!is_blocks(spec_.head) || spec_.embeddings != spec_.vocabulary)
         refuse("a tied embedding needs a head in a block format with as many rows");
     } else if (is_blocks(spec_.embedding)) {
-      embedding_ = Linear(arena_, spec_.embedding, spec_.hidden, padded(spec_.embeddings) / panel, panel, false);
+      embedding_ = Linear(arena_, kernels_, spec_.embedding, spec_.hidden, padded(spec_.embeddings) / panel, false);
     } else if (spec_.embedding == DType::f32) {
       embedding_f32_ = arena_.take<float>(count);
     } else {

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from served import drafting, eventually, serving
@@ -179,3 +183,65 @@ def test_anthropic_sees_what_is_wrong(claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match="image"):
         image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
         claude.messages.create(model=MODEL, max_tokens=5, messages=[{"role": "user", "content": [image]}])
+
+
+# ------------------------------------------------------------------------------------------------ other clients
+
+
+def run_client(command: list[str], **environment: str) -> str:
+    """What a client that runs as a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_llm(running: tuple[str, Service], client: openai.OpenAI, tmp_path: Path) -> None:
+    pytest.importorskip("llm", reason="the package llm is not installed")
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: here\n  model_name: {MODEL}\n  api_base: {running[0]}/v1\n"
+    )
+    ask = [{"role": "user", "content": "It was"}]
+    text = client.chat.completions.create(model=MODEL, messages=ask, max_tokens=12, temperature=0)
+    for more in ([], ["--no-stream"]):
+        command = [
+            "-m",
+            "llm",
+            "-m",
+            "here",
+            "It was",
+            "-o",
+            "max_tokens",
+            "12",
+            "-o",
+            "temperature",
+            "0",
+            "--key",
+            "x",
+        ]
+        # An empty LLM_LOAD_PLUGINS: its plugins are other models.
+        said = run_client([*command, *more], LLM_USER_PATH=str(tmp_path), LLM_LOAD_PLUGINS="")
+        assert said.strip() == text.choices[0].message.content.strip()
+
+
+LANGCHAIN = """
+import sys
+from langchain_openai import ChatOpenAI
+def load(tokens):
+    return ChatOpenAI(model="embedded", base_url=sys.argv[1] + "/v1", api_key="x", max_tokens=tokens, temperature=0)
+model = load(12)
+answer = model.invoke("It was")
+assert answer.usage_metadata["output_tokens"] == 12 and answer.response_metadata["finish_reason"] == "length"
+assert "".join(part.content for part in model.stream("It was")) == answer.content
+schema = {"title": "a", "type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
+          "additionalProperties": False}
+print(load(100).with_structured_output(schema, method="json_schema").invoke("It was"))
+"""
+
+
+@pytest.mark.slow
+def test_langchain(running: tuple[str, Service]) -> None:
+    pytest.importorskip("langchain_openai", reason="the package langchain-openai is not installed")
+    assert run_client(["-c", LANGCHAIN, running[0]]).strip() in ("{'yes': True}", "{'yes': False}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from trained import DESIGNS, VOCABULARY, make_checkpoint, make_target
 from typer.testing import CliRunner
@@ -447,14 +447,15 @@ def test_many_schemas(sampling: str, llms: dict[str, LLM]) -> None:
         assert [one.token_ids for one in found] == [one.token_ids for one in plain]
 
 
-def small_tokenizer(size: int) -> Tokenizer:
-    return tokenizer_of([*LETTERS, *MERGED][:size], ends=False)
-
-
 def engine_of(target: Any, drafter: Any, tokenizer: Tokenizer) -> Engine:
     kind = find("policy", "fixed")
     policy = kind.from_config(build(kind.Config, {"draft_tokens": max(1, drafter.block)}, "policy"))
     return Engine(target, drafter, policy, max_rows=3, capacity=128, chunk=32, tokenizer=tokenizer)
+
+
+def ngram(drafts: int) -> Any:
+    kind = find("drafter", "ngram")
+    return kind.from_config(build(kind.Config, {"draft_tokens": drafts, "min_ngram": 1}, "drafter"), None)
 
 
 def finished(engine: Engine, wanted: Sequence[SamplingParams]) -> list[Any]:
@@ -506,6 +507,44 @@ def test_forced_tokens_are_accepted_and_the_end_ends_the_text(llms: dict[str, LL
     assert (stopped.text, stopped.finish_reason) == ("the answer is ", "stop")
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_vocabularies_with_pieces_and_bytes(prefix: bool) -> None:
+    """Of the SentencePiece kind, with byte tokens; Llama 2's puts a space before every text."""
+    pieces = [
+        "\u2581",
+        *"abchelo",
+        "\u2581a",
+        "\u2581b",
+        "he",
+        "ll",
+        "hell",
+        "\u2581hell",
+        "\u2581hello",
+        "hello",
+        "lo",
+    ]
+    vocabulary = ["<unk>", END, *[f"<0x{byte:02X}>" for byte in range(256)], *pieces]
+    merged = [("\u2581", "a"), ("\u2581", "b"), ("h", "e"), ("l", "l"), ("he", "ll"), ("\u2581", "hell"), ("hell", "o")]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    merges = [*merged, ("\u2581hell", "o"), ("l", "o")]
+    fast = FastTokenizer(models.BPE(vocab=ids, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    spaces = [normalizers.Prepend("\u2581")] * prefix + [normalizers.Replace(" ", "\u2581")]
+    fast.normalizer = normalizers.Sequence(spaces)
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast.add_special_tokens([AddedToken(END, special=True)])
+    tokenizer = Tokenizer(Path("."), fast, {"eos_token": END})
+    table = torch.randn(len(ids), len(ids), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    engine = engine_of(ToyTarget(table, eos_token_ids=(1,)), ngram(4), tokenizer)
+    for regex in ("hello a b[.]", r" hello\n(a|b| c){3} é hello", "(hello|a) hello"):
+        for seed in range(4):
+            params = SamplingParams(max_tokens=60, temperature=1.0, seed=seed, grammar=Grammar("regex", regex))
+            request = engine.submit(tokenizer.encode("a b"), params, seed, 0)
+            engine.wait([request])
+            assert request.finish_reason == "stop" and re.fullmatch(regex, request.text), request.text
+
+
 def test_streams_and_neighbours(llms: dict[str, LLM]) -> None:
     params = SamplingParams(max_tokens=40, grammar=Grammar("regex", "[a-z]{3} [0-9]{2}"), temperature=1.0, seed=2)
     events = list(llms["suffix"].stream("x", params))
@@ -538,10 +577,8 @@ class _Interrupt:
 def toy_engine(tokens: Sequence[str], drafts: int = 3, ends: bool = True) -> Engine:
     size = len(tokens) + ends
     table = torch.randn(size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    kind = find("drafter", "ngram")
-    drafter = kind.from_config(build(kind.Config, {"draft_tokens": drafts, "min_ngram": 1}, "drafter"), None)
     target = ToyTarget(table, eos_token_ids=(len(tokens),) if ends else ())
-    return engine_of(target, drafter, tokenizer_of(tokens, ends))
+    return engine_of(target, ngram(drafts), tokenizer_of(tokens, ends))
 
 
 @pytest.mark.parametrize("stride", [97, pytest.param(3, marks=pytest.mark.slow)])

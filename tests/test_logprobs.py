@@ -28,7 +28,7 @@ def pieces(llm: LLM, params: SamplingParams) -> list[Piece]:
     return [piece for event in llm.stream(PROMPT, params) for piece in event.pieces]
 
 
-@pytest.mark.parametrize("drafter", ["suffix", "draft_model", "eagle3"])
+@pytest.mark.parametrize("drafter", ["suffix", "draft_model", "eagle3", "dspark"])
 @pytest.mark.parametrize("params", OPTIONS, ids=["greedy", "truncated", "penalised"])
 def test_they_are_the_same_with_any_drafter(plain: LLM, drafter: str, params: SamplingParams) -> None:
     drafted = pieces(plain.with_drafter(drafter), params)

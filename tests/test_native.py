@@ -28,7 +28,7 @@ def instruction_sets() -> list[str]:
         return ["portable"]
     from outrider import _native
 
-    return list(_native.instruction_sets())
+    return [*_native.instruction_sets(), *_native.emulated_instruction_sets()]
 
 
 def rope(head_dim: int, theta: float = 10_000.0, scale: float = 1.0) -> RopeConfig:

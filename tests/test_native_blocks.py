@@ -22,7 +22,7 @@ if not available():
 
 from outrider import _native
 
-ISAS = list(_native.instruction_sets())
+ISAS = [*_native.instruction_sets(), *_native.emulated_instruction_sets()]
 KINDS = ["Q8_0", "Q4_0", "Q4_1"]
 
 

@@ -23,7 +23,7 @@ if not available():
 
 from outrider import _native
 
-ISAS = list(_native.instruction_sets())
+ISAS = [*_native.instruction_sets(), *_native.emulated_instruction_sets()]
 DTYPES = ["float32", "bfloat16", "int8", "int4"]
 
 

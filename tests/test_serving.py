@@ -181,3 +181,15 @@ def test_pieces_say_where_each_token_comes_from(client: httpx.Client, path: str)
     own = {"drafted": 0, "confidence": 0}
     assert [{**p, **own} for p in streamed] == [{**p, **own} for p in pieces]
     assert choice["logprobs"] is None  # they were not asked for
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_not_read_again(client: httpx.Client) -> None:
+    long = [{"role": "user", "content": "The quick brown fox jumps over the lazy dog. " * 20}]
+    body = {"messages": long, "max_tokens": 3, "temperature": 0}
+    first, again = ask(client, **body), ask(client, **body)
+    assert again["choices"] == first["choices"]
+    cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert again["usage"]["prompt_tokens"] // 2 < cached < again["usage"]["prompt_tokens"]
+    message = client.post("/v1/messages", json=body).json()
+    assert message["usage"]["cache_read_input_tokens"] == cached
+    assert message["usage"]["input_tokens"] == again["usage"]["prompt_tokens"] - cached

@@ -166,7 +166,7 @@ def test_a_half_closed_and_a_silent_client(running: tuple[str, Service]) -> None
 def test_a_slow_reader_slows_nobody(running: tuple[str, Service], client: httpx.Client) -> None:
     url, service = running
     host, port = url.removeprefix("http://").split(":")
-    body = json.dumps({**LONG, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    body = json.dumps({**LONG, "max_tokens": 400, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -321,3 +321,52 @@ def test_logs_are_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
             one.setLevel(level)
     found = {line["request_id"]: line for line in lines if "request_id" in line}
     assert found["mine"]["status"] == 200 and found["broken"]["status"] == 400 and found["mine"]["path"] == CHAT
+
+
+# ------------------------------------------------------------------------------------------------ hostile and long
+
+
+def _schema(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
+HOSTILE: dict[str, Any] = {
+    "deep": _schema(300),
+    "endless": {"$ref": "#"},
+    "many": {"type": "array", "items": {"type": "integer"}, "minItems": 100_000, "maxItems": 10**6},
+    "backtracking": {"type": "string", "pattern": "^((a{1,1000}){1,1000}){1,1000}$"},
+    "elsewhere": {"$ref": "http://example.com/schema.json"},
+    "wide": {"enum": [f"value {i}" for i in range(20_000)]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_schema_takes_bounded_time(client: httpx.Client, name: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": HOSTILE[name]}}
+    began = time.perf_counter()
+    response = client.post(CHAT, json={"messages": ASK, "max_tokens": 8, "response_format": form})
+    assert response.status_code in (200, 400) and time.perf_counter() - began < 10
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(client: httpx.Client, running: tuple[str, Service]) -> None:
+    """Answers, refusals and clients that leave: after the first hundred of each nothing grows."""
+
+    def round_of(count: int) -> None:
+        for i in range(count):
+            client.post(CHAT, json={"messages": [{"role": "user", "content": f"{i} it was"}], "max_tokens": 24})
+            client.post(CHAT, content=b'{"a": ' * 10_000, headers=JSON)
+            with client.stream("POST", CHAT, json={**LONG, "stream": True}) as left:
+                next(left.iter_lines())
+            assert eventually(lambda: not running[1].thread.answers())
+
+    def resident() -> int:
+        return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+    round_of(100)
+    before = resident()
+    round_of(300)
+    assert resident() - before < 20_000  # kB

@@ -430,7 +430,9 @@ class PagedCache(KVCache, SharesPrefixes, Protocol):
 
     block_bytes: int
     block_tokens: int
-    free_blocks: int  # that ``reserve`` can still get
+
+    @property
+    def free_blocks(self) -> int: ...  # that ``reserve`` can still get
 
     def forget(self) -> None:
         """Drop what finished sequences have left."""

@@ -23,6 +23,8 @@ COMMANDS = {  # in the order of the help
     "serve": "outrider.cli.serve:serve",
     "bench": "outrider.cli.bench:bench",
     "profile": "outrider.cli.profile:profile",
+    "simulate": "outrider.cli.simulate:simulate",
+    "plan": "outrider.cli.plan:plan",
     "models": "outrider.cli.models:models",
     "doctor": "outrider.cli.doctor:doctor",
     "convert": "outrider.cli.convert:convert",

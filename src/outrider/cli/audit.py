@@ -82,7 +82,12 @@ def audit(
     shared_seeds: Annotated[
         bool, typer.Option("--shared-seeds", help="The server is Outrider: its seeds tell what it must draw.")
     ] = False,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Most sampled tokens to ask a server for.")] = 20_000,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Most tokens of a server to test by their log-probabilities.")
+    ] = 20_000,
+    answers: Annotated[
+        int, typer.Option("--answers", min=2, help="To each prompt, where a server is compared with a baseline.")
+    ] = 10,
     dtype: Dtype = "auto",
     backend: Backend = "auto",
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Write the certificate for people.")] = None,
@@ -117,7 +122,7 @@ def audit(
         return
     if url is not None:
         certificate = _audit_server(
-            url, baseline_url, server_model, reference, shared_seeds, prompts, tokens, seed, dtype, backend
+            url, baseline_url, server_model, reference, shared_seeds, prompts, tokens, answers, seed, dtype, backend
         )
         _show(console, certificate)
         _write(certificate, markdown, html, json)
@@ -154,6 +159,7 @@ def _audit_server(
     shared_seeds: bool,
     files: list[Path] | None,
     tokens: int,
+    answers: int,
     seed: int,
     dtype: str,
     backend: str,
@@ -169,7 +175,9 @@ def _audit_server(
         raise InvalidRequest("--prompts: a server is asked with texts, got token ids alone; give `text` or `turns`")
     server = CompletionServer(url, model=server_model)
     baseline = CompletionServer(baseline_url, model=server_model) if baseline_url else None
-    audit = server_checks.ServerAudit(server, baseline, prompts, tokens=tokens, seed=seed)
+    audit = server_checks.ServerAudit(
+        server, baseline, prompts, tokens=tokens, answers=answers, tied_answers=2 * answers, seed=seed
+    )
     tiers = [run_tier("server", server_checks.METHOD, audit.checks(), note)]
     subject = {"server": server.url, "model": server.model}
     if baseline is not None:
@@ -217,10 +225,9 @@ def _write(certificate: Certificate, markdown: Path | None, html: Path | None, j
 
 def _drafters_of(loaded: LoadedModel) -> list[str]:
     """Drafters that need no files, and those that a model comes with."""
-    from outrider.engine.auto import EMBEDDED_DRAFTERS
-    from outrider.engine.loader import EMBEDDED
+    from outrider.models.locations import PACKAGED_DRAFTERS
 
-    return ["ngram", "suffix", *(EMBEDDED_DRAFTERS if loaded.name == EMBEDDED else ())]
+    return ["ngram", "suffix", *PACKAGED_DRAFTERS.get(loaded.name, ())]
 
 
 def _prompts(loaded: LoadedModel, files: list[Path] | None) -> tuple[tuple[int, ...], ...]:

@@ -88,6 +88,8 @@ def serve(
             guard=settings.guard,
             max_rows=settings.max_rows,
             capacity=settings.capacity,
+            kv_memory=settings.kv_memory,
+            kv_dtype=settings.kv_dtype,
         )
     say_loaded(llm)
     serve_until_stopped(make_service(llm, settings), lambda address: note(f"ready: {address}"))

@@ -19,17 +19,13 @@ from typing import Any, Protocol
 import torch
 
 from outrider.config import SamplingParams
-from outrider.files import cache_folder, read_json, read_json_lines, write_json
-from outrider.models.locations import EMBEDDED, EMBEDDED_PROMPTS, resolve_model
+from outrider.files import cache_folder, read_json, write_json
+from outrider.models.locations import PACKAGED_DRAFTERS, resolve_model
 from outrider.types import Output
 from outrider.version import __version__
 
-__all__ = ["EMBEDDED_DRAFTERS", "fastest"]
+__all__ = ["fastest"]
 
-EMBEDDED_DRAFTERS = {"draft_model": "embedded-draft"} | {
-    name.removeprefix("embedded-"): name for name in EMBEDDED if name not in ("embedded", "embedded-draft")
-}
-"""Kind of drafter -> the packaged one of the packaged target."""
 PLAIN = "none"
 WITHOUT_FILES = ("suffix",)
 TOKENS = 48  # of an answer
@@ -41,31 +37,36 @@ class _LLM(Protocol):
     def generate(self, prompts: Any, params: Any = None) -> list[Output]: ...
 
 
-def fastest(load: Callable[[str], _LLM], dtype: str, backend: str) -> str:
-    """The name of a packaged drafter, ``suffix`` or ``none``; measured, or remembered from before. ``load`` makes an
-    LLM of the target with the drafter of that name."""
-    candidates = [PLAIN, *WITHOUT_FILES, *(name for name, model in EMBEDDED_DRAFTERS.items() if _there(model))]
-    key = _key(candidates, dtype, backend)
+def fastest(
+    target: str, prompts: Sequence[str | list[int]], load: Callable[[str], _LLM], dtype: str, backend: str
+) -> str:
+    """The name of a packaged drafter of ``target``, ``suffix`` or ``none``; measured, or remembered from before.
+
+    ``load`` makes an LLM of the target with the drafter of that name, which answers ``prompts``, one a topic.
+    """
+    packaged = {name: model for name, model in PACKAGED_DRAFTERS[target].items() if _there(model)}
+    candidates = [PLAIN, *WITHOUT_FILES, *packaged]
+    key = _key(target, packaged, candidates, dtype, backend)
     path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     with suppress(ValueError, KeyError):  # missing or damaged: it is only a measurement
         kept = read_json(path)
         if kept["key"] == key and kept["fastest"] in candidates:
             return str(kept["fastest"])
-    speedups = _measure(load, candidates)
+    speedups = _measure(prompts, load, candidates)
     best = max(speedups, key=lambda name: speedups[name])
     with suppress(OSError):
         write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
     return best
 
 
-def _measure(load: Callable[[str], _LLM], candidates: Sequence[str]) -> dict[str, float]:
-    """Speed-up over plain decoding: the lesser of greedy and sampled, each the geometric mean over one prompt a domain,
-    in turns. Greedy text of small models repeats itself, which flatters drafters that copy."""
+def _measure(
+    prompts: Sequence[str | list[int]], load: Callable[[str], _LLM], candidates: Sequence[str]
+) -> dict[str, float]:
+    """Speed-up over plain decoding: the lesser of greedy and sampled, each the geometric mean over the prompts.
+    Greedy text of small models repeats itself, which flatters drafters that copy."""
     sides = {name: load(name) for name in candidates}
-    files = sorted(EMBEDDED_PROMPTS.glob("*.jsonl"))
-    prompts = [next(read_json_lines(file))[1]["turns"][0] for file in files]
     for side in sides.values():  # warm up: the first call is not timed
-        side.generate(prompts[0], SamplingParams(max_tokens=8))
+        side.generate([prompts[0]], SamplingParams(max_tokens=8))
     least = dict.fromkeys(candidates, math.inf)
     for temperature in TEMPERATURES:
         params = SamplingParams(max_tokens=TOKENS, temperature=temperature, seed=1, ignore_eos=True)
@@ -74,7 +75,7 @@ def _measure(load: Callable[[str], _LLM], candidates: Sequence[str]) -> dict[str
             seconds = {}
             for name, side in sides.items():
                 side.forget()
-                seconds[name] = side.generate(prompt, params)[0].stats.seconds
+                seconds[name] = side.generate([prompt], params)[0].stats.seconds
             for name in candidates:
                 logarithms[name] += math.log(seconds[PLAIN] / seconds[name]) / len(prompts)
         least = {name: min(least[name], logarithms[name]) for name in candidates}
@@ -87,13 +88,16 @@ def _there(model: str) -> bool:
     return False
 
 
-def _key(candidates: Sequence[str], dtype: str, backend: str) -> Mapping[str, Any]:
+def _key(
+    target: str, packaged: Mapping[str, str], candidates: Sequence[str], dtype: str, backend: str
+) -> Mapping[str, Any]:
     """What a measurement depends on."""
     return {
         "outrider": __version__,
+        "target": target,
         "measured": {"temperatures": list(TEMPERATURES), "tokens": TOKENS, "counts": "the least"},
         "candidates": list(candidates),
-        "bytes": {name: _size(EMBEDDED_DRAFTERS[name]) for name in candidates if name in EMBEDDED_DRAFTERS},
+        "bytes": {name: _size(model) for name, model in packaged.items()},
         "dtype": dtype,
         "backend": backend,
         "machine": [platform.machine(), platform.processor(), os.cpu_count() or 1],

@@ -187,10 +187,23 @@ class Drafting:
             try:
                 proposal = self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
             except Exception as error:
-                self._fails(rows.requests[: rows.drafting], error)
+                self._warn("drafter", error)
+                self._leave_out(rows, wanted)
         if predicted:
             proposal = with_drafts(proposal, predicted, CONFIDENCE)
         return fit_drafts(proposal, grammars, limits, rows.context) if any(grammars) else proposal
+
+    def _leave_out(self, rows: Rows, limits: list[int]) -> None:
+        """Find the rows that a proposal fails on, one by one; the others are drafted for again from the next step."""
+        slots, last = rows.slots, rows.last
+        for b in [b for b, n in enumerate(limits) if n]:
+            alone = torch.zeros(len(limits), dtype=torch.int64)
+            alone[b] = limits[b]
+            if rows.requests[b].followed:
+                self._try(
+                    [rows.requests[b]],
+                    lambda limit=alone: self.drafter.propose(slots, last, rows.context, limit, rows.rng),  # type: ignore[misc]
+                )
 
     def choose(self, proposal: Proposal) -> Tensor:
         """Drafts of each row to verify."""
@@ -222,7 +235,7 @@ class Drafting:
 
     # ------------------------------------------------------------------------------------------ errors
 
-    def _try(self, requests: Sequence[Request], call: Callable[[], None], closes: bool = True) -> bool:
+    def _try(self, requests: Sequence[Request], call: Callable[[], object], closes: bool = True) -> bool:
         try:
             call()
         except Exception as error:

@@ -20,7 +20,9 @@ from outrider.engine.memory import default_memory
 from outrider.engine.request import Request
 from outrider.engine.stream import EventStream
 from outrider.errors import InvalidRequest
+from outrider.files import read_json_lines
 from outrider.models.loading import load_backend
+from outrider.models.locations import EMBEDDED_PROMPTS, PACKAGED_DRAFTERS, QUESTIONS
 from outrider.scheduling.cost_model import CostModel
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Drafter, Event, Output, SchedulerPolicy, StepObserver, TargetModel
@@ -36,7 +38,8 @@ class LLM:
 
     ``model``: a local Hugging Face directory, a hub id, ``"embedded"``, or a loaded target (then pass ``tokenizer``).
     ``drafter``: ``none``, ``ngram``, ``suffix``, another name of the drafters' catalogue, a directory with a
-    draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``).
+    draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``). Of a list, each
+    row takes the drafter that gives most tokens per second for it.
     ``policy``: ``auto``, which drafts where that raises tokens per second, or a name of the policies' catalogue
     (``fixed`` drafts the same number in every round). ``guard``: decoding is never slower than without the drafter,
     because drafting stops where it does not pay, whatever the policy says.
@@ -53,7 +56,7 @@ class LLM:
     def __init__(
         self,
         model: str | Path | TargetModel | LoadedModel = EMBEDDED,
-        drafter: str | Path | Drafter = "auto",
+        drafter: str | Path | Drafter | Sequence[str | Path | Drafter] = "auto",
         *,
         dtype: str = "auto",
         backend: str = "auto",
@@ -152,7 +155,7 @@ class LLM:
 
     def with_drafter(
         self,
-        drafter: str | Path | Drafter,
+        drafter: str | Path | Drafter | Sequence[str | Path | Drafter],
         *,
         draft_tokens: int | None = None,
         policy: str = "fixed",
@@ -249,12 +252,20 @@ class Run:
         return self._llm._output(self._prompt, self._request)
 
 
-def _resolve_auto(loaded: LoadedModel) -> str:
-    """The drafter that ``auto`` means for a target: what measures fastest of those it comes with, else ``suffix``."""
-    if loaded.name != EMBEDDED:
+def _resolve_auto(loaded: LoadedModel) -> str | list[str]:
+    """The drafters that ``auto`` means for a target: what measures fastest of those it comes with, and ``suffix``, that
+    costs next to nothing."""
+    if loaded.name not in PACKAGED_DRAFTERS:
         return "suffix"
+    files = sorted((EMBEDDED_PROMPTS if loaded.name == EMBEDDED else QUESTIONS).glob("*.jsonl"))
+    prompts: list[Any] = [next(read_json_lines(file))[1]["turns"][0] for file in files]
+    if loaded.name != EMBEDDED:
+        prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in prompts]
     backend = load_backend(loaded.backend, loaded.dtype).name
-    return fastest(lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend)
+    best = fastest(
+        loaded.name, prompts, lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend
+    )
+    return best if best in ("none", "suffix") else [best, "suffix"]
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,11 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 from outrider import registry
 from outrider.checkpoints import load_calibration
 from outrider.config import build
-from outrider.drafters.base import CalibratedDrafter
-from outrider.engine.auto import EMBEDDED_DRAFTERS
+from outrider.drafters.base import CalibratedDrafter, SeveralDrafters
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
 from outrider.models.loading import QUANTISED, load_backend, load_target, load_tokenizer, runs_natively
-from outrider.models.locations import resolve_model
+from outrider.models.locations import PACKAGED_DRAFTERS, resolve_model
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.guard import GuardedPolicy
 from outrider.tokenization.tokenizer import Tokenizer
@@ -66,22 +65,30 @@ def load_policy(
 
 
 def load_drafter(
-    drafter: str | Path | Drafter, model: LoadedModel, options: Mapping[str, Any], *, max_rows: int
+    drafter: str | Path | Drafter | Sequence[str | Path | Drafter],
+    model: LoadedModel,
+    options: Mapping[str, Any],
+    *,
+    max_rows: int,
 ) -> tuple[str, Drafter]:
     """A drafter by name, by the directory of a draft model or a trained drafter, or as it is: its name, and itself.
+    Of several, each row takes the one that is best for it; only ``draft_tokens`` can be set for all of them.
 
     ``options``: fields of the kind's ``Config``, and ``calibration``, a directory whose calibration.json its
     confidences go through. Raises CheckpointError, IncompatibleDrafter, InvalidRequest, UnknownKind.
     """
     if isinstance(drafter, Drafter):
         return type(drafter).__name__, drafter
+    if isinstance(drafter, (list, tuple)):
+        return _load_several(drafter, model, options, max_rows=max_rows)
     if not isinstance(drafter, (str, Path)):
         raise InvalidRequest(f"drafter must be a name, a path or a drafter, got {drafter!r}; 'none' drafts nothing")
     options = dict(options)
     calibration = options.pop("calibration", None)
     name = str(drafter)
-    if name in EMBEDDED_DRAFTERS and model.name == EMBEDDED:
-        options.setdefault("model", EMBEDDED_DRAFTERS[name])
+    packaged = PACKAGED_DRAFTERS.get(model.name, {})
+    if name in packaged:
+        options.setdefault("model", packaged[name])
     if name not in registry.names("drafter"):
         options["model"], name = name, _recognise(name)
     if options.get("draft_tokens") == 0:
@@ -99,6 +106,21 @@ def load_drafter(
         tokens=model.tokenizer.vocab_size if shared else None,
     )
     return name, made if calibration is None else _calibrated(made, Path(calibration))
+
+
+def _load_several(
+    drafters: Sequence[str | Path | Drafter], model: LoadedModel, options: Mapping[str, Any], *, max_rows: int
+) -> tuple[str, Drafter]:
+    unknown = sorted(options.keys() - {"draft_tokens"})
+    if unknown:
+        raise InvalidRequest(
+            f"several drafters share draft_tokens alone, got {unknown[0]!r}; give ready drafters instead"
+        )
+    loaded = [load_drafter(drafter, model, options, max_rows=max_rows) for drafter in drafters]
+    useful = [(name, made) for name, made in loaded if made.block]
+    if len(useful) < 2:
+        return useful[0] if useful else load_drafter("none", model, {}, max_rows=max_rows)
+    return "+".join(name for name, _ in useful), SeveralDrafters([made for _, made in useful])
 
 
 @runtime_checkable

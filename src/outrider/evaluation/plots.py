@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Band", "Curve", "available", "draw_load", "draw_positions", "draw_reliability", "draw_sweep"]
+__all__ = [
+    "Band",
+    "Curve",
+    "available",
+    "draw_frontier",
+    "draw_load",
+    "draw_positions",
+    "draw_reliability",
+    "draw_sweep",
+]
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """x and y"""
@@ -85,6 +94,29 @@ def draw_load(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.plot([x for x, _ in mine], [y for _, y in mine], marker="o", markersize=3, label=policy)
         axis.set(xlabel="clients", ylabel=label)
         axis.set_ylim(bottom=0)
+        axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def draw_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Policies by name: tokens a second of all over those of each user (DSpark's figure 7), and over the load the
+    tokens a second and the drafts verified for each row (figure 8)."""
+    figure, axes = _panels(3)
+    loads = list(dict.fromkeys(row["traffic"] for row in rows))
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        mine = [row for row in rows if row["policy"] == policy]
+        total = [row["tokens_per_second"] for row in mine]
+        at = [loads.index(row["traffic"]) for row in mine]
+        style = {"marker": "o", "markersize": 3, "label": policy}
+        axes[0].plot([row["per_user_tokens_per_second"] for row in mine], total, **style)
+        axes[1].plot(at, total, **style)
+        axes[2].plot(at, [row["verified_per_row"] for row in mine], **style)
+    axes[0].set(xlabel="tokens/s of each user", ylabel="tokens/s of all", xscale="log", yscale="log")
+    axes[1].set(xlabel="load", ylabel="tokens/s of all", yscale="log")
+    axes[2].set(xlabel="load", ylabel="drafts verified per row")
+    for axis in axes[1:]:
+        axis.set_xticks(range(len(loads)), loads)
+    for axis in axes:
         axis.legend(fontsize=7)
     _save(figure, path)
 

@@ -14,7 +14,7 @@ from outrider.engine.cost_tables import machine
 from outrider.engine.llm import LLM
 from outrider.evaluation.recording import read_prompts
 from outrider.models.locations import EMBEDDED_PROMPTS
-from outrider.types import Output
+from outrider.types import Output, StepRecord
 
 __all__ = [
     "BenchRow",
@@ -50,6 +50,26 @@ class BenchRow:
     identical: float  # share of prompts with the same text as plain decoding
     repeated_8grams: float  # share of 8-grams that occurred before in the text: repetitive text is easy to draft
     generated: int
+    drafted_per_round: float  # verified drafts
+    step_ms: dict[str, float]  # mean milliseconds of a step with drafts: draft, verify, bookkeeping; prompts left out
+
+
+class _Steps:
+    """A ``StepObserver``: the seconds of steps that drafted and read no prompt."""
+
+    def __init__(self) -> None:
+        self.seconds: list[tuple[float, float, float]] = []
+
+    def step(self, record: StepRecord) -> None:
+        if record.rows and not any(row.first for row in record.rows) and any(row.drafted for row in record.rows):
+            self.seconds.append((record.cost.draft, record.cost.verify, record.cost.bookkeeping))
+
+    def means(self) -> dict[str, float]:
+        """In milliseconds; empty where nothing was drafted."""
+        if not self.seconds:
+            return {}
+        means = (1e3 * np.mean(np.array(self.seconds), axis=0)).tolist()
+        return {name: round(one, 4) for name, one in zip(("draft", "verify", "bookkeeping"), means, strict=True)}
 
 
 def default_prompt_files(chat: bool) -> list[Path]:
@@ -119,6 +139,8 @@ def run_bench(
                 sides = {"plain": plain, "fast": llm}
                 times: dict[str, list[list[float]]] = {side: [[] for _ in groups] for side in sides}
                 outputs: dict[str, list[Output]] = {}
+                steps = _Steps()
+                llm.observers.append(steps)
                 for _ in range(repeats):
                     outputs = {side: [] for side in sides}
                     llm.forget()  # stored answers would make a repeated prompt too easy
@@ -127,8 +149,9 @@ def run_bench(
                             done = one.generate(group, params)
                             times[side][index].append(max(output.stats.seconds for output in done))
                             outputs[side].extend(done)
+                llm.observers.remove(steps)
                 seconds = {side: [float(np.median(t)) for t in times[side]] for side in sides}
-                rows.append(_row(name, set_name, temperature, concurrency, seconds, outputs))
+                rows.append(_row(name, set_name, temperature, concurrency, seconds, outputs, steps))
     return {"model": model, "machine": machine(), "max_tokens": max_tokens, "rows": [asdict(row) for row in rows]}
 
 
@@ -139,6 +162,7 @@ def _row(
     concurrency: int,
     seconds: dict[str, list[float]],
     outputs: dict[str, list[Output]],
+    steps: _Steps,
 ) -> BenchRow:
     lengths = {
         side: [sum(len(output.token_ids) for output in group) for group in _chunks(outputs[side], concurrency)]
@@ -174,4 +198,6 @@ def _row(
         identical=round(float(np.mean(same)), 3),
         repeated_8grams=round(float(np.mean(repeated)), 3),
         generated=generated["fast"],
+        drafted_per_round=round(sum(s.drafted for s in stats) / rounds, 3) if rounds else 0.0,
+        step_ms=steps.means(),
     )

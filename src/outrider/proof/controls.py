@@ -20,7 +20,7 @@ from outrider.config import SamplingParams
 from outrider.drafters.draft_model import DraftModelDrafter
 from outrider.engine.finisher import End, Finisher
 from outrider.engine.request import Request
-from outrider.kv_cache.contiguous import ContiguousCache
+from outrider.kv_cache.gathered import GatheredCache
 from outrider.models.toy import ToyTarget
 from outrider.proof.contracts import drafter_remembers_wrongly, policy_anticipates, rewind_difference
 from outrider.proof.enumeration import EnumeratingBackend, EnumeratingDraftModel
@@ -34,7 +34,17 @@ from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.verification import AcceptanceProbabilities, DraftRound
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
-from outrider.types import Context, Distribution, KVCache, Proposal, RaggedBatch, Rng, SchedulerPolicy, TargetOutput
+from outrider.types import (
+    Context,
+    Distribution,
+    KVCache,
+    PagedCache,
+    Proposal,
+    RaggedBatch,
+    Rng,
+    SchedulerPolicy,
+    TargetOutput,
+)
 
 __all__ = ["CONTROLS", "Control", "Outcome", "self_test", "sound_repetition"]
 
@@ -331,7 +341,7 @@ def _find_peeking() -> tuple[bool, str]:
     return exact and contract, f"{found}; the contract of policies is {'broken' if contract else 'kept'}"
 
 
-class _RewindsOneShort(ContiguousCache):
+class _RewindsOneShort(GatheredCache):
     """After a rewind the last entry that is kept is the one that should be gone."""
 
     def rewind(self, slots: Tensor, lengths: Tensor) -> None:
@@ -339,13 +349,19 @@ class _RewindsOneShort(ContiguousCache):
         super().rewind(slots, lengths)
         for slot, before, length in zip(slots.tolist(), held, lengths.tolist(), strict=True):
             if before > length > 0:
+                blocks, offsets = self.index(torch.tensor([slot, slot]), torch.tensor([length - 1, length]))
                 for keys in self.keys:
-                    keys[slot, :, length - 1] = keys[slot, :, length]
+                    keys[blocks[0], :, offsets[0]] = keys[blocks[1], :, offsets[1]]
 
 
 class _ToyRewindsOneShort(ToyTarget):
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        return _RewindsOneShort(slots, capacity, [((1, capacity, 1), (0,))], torch.int64)
+        return self.paged_cache(slots, capacity)
+
+    def paged_cache(
+        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
+    ) -> PagedCache:
+        return _RewindsOneShort(slots, capacity, [((1, self.block, 1), (0,))], torch.int64, size=self.block)
 
 
 def _find_rewind() -> tuple[bool, str]:

@@ -111,7 +111,8 @@ def settings(quick: bool, seed: int = 0) -> list[Setting]:
     drafters = ("none", "ngram", "suffix")
 
     def one(rule: Rule, option: str, policy: str, rows: int) -> Setting:
-        size = 3 if option == "grammar" else 2  # of two tokens a mask leaves one
+        alone = Setting(policy=policy).alone  # else the outcomes of two rows are followed together: keep them few
+        size = 3 if option == "grammar" and alone else 2  # of two tokens a mask leaves one
         return Setting(rule, option, policy, rows, size=size, length=4 if size == 2 and rows > 1 else 3, seed=seed)
 
     if quick:

@@ -38,7 +38,7 @@ _Mask = npt.NDArray[np.uint32]  # [W], bit t % 32 of word t // 32: token t is al
 _Floats = npt.NDArray[np.floating]
 _COMPILED = 32  # grammars that are kept ready
 _LONGEST_REASON = 300  # characters of llguidance's messages, which quote the grammar
-JSON_WHITESPACE = r"[ ]|\n[ ]{0,32}"
+JSON_WHITESPACE = r"[ ]|\n[ ]{0,16}"
 """Between the parts of a JSON text: a model that may write any number of spaces may write nothing else."""
 _LEXER_STATES = 20_000  # about 20 MB; llguidance's other limits bound the time of a step
 
@@ -58,7 +58,8 @@ class Grammars:
 
     def check(self, grammar: Grammar) -> None:
         """Raise InvalidRequest for a grammar that cannot be used: not valid, too large, or without any text."""
-        self.start(grammar)
+        with self._lock:
+            self._get(grammar)
 
     def start(self, grammar: Grammar, anew: bool = False) -> LLMatcher:
         """llguidance's matcher before the first token. ``anew``: compile it again. Raises InvalidRequest.
@@ -66,13 +67,19 @@ class Grammars:
         All matchers of a compiled grammar share what its lexer has found so far, up to a limit that fails them all.
         """
         with self._lock:
-            compiled = None if anew else self._compiled.get(grammar)
-            if compiled is None:
-                compiled = self._compiled[grammar] = self._compile(grammar)
-                if len(self._compiled) > _COMPILED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(grammar)
-            return compiled.deep_copy()
+            if anew:
+                self._compiled.pop(grammar, None)
+            return self._get(grammar).deep_copy()
+
+    def _get(self, grammar: Grammar) -> LLMatcher:
+        """Compiled, and counted as the one that was used last. Needs the lock."""
+        compiled = self._compiled.get(grammar)
+        if compiled is None:
+            compiled = self._compiled[grammar] = self._compile(grammar)
+            if len(self._compiled) > _COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return compiled
 
     def no_token(self) -> _Mask:
         """A mask that allows nothing."""

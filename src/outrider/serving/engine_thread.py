@@ -30,6 +30,8 @@ class Answer:
     def __init__(self, thread: EngineThread, request: Request, context: Any = None) -> None:
         self.request, self.context = request, context
         self.submitted = perf_counter()
+        self.ended = False  # and everything about it is known
+        self.seconds_saved: float | None = None  # by speculation; None: unknown
         self.first_token = 0.0  # perf_counter; 0: none yet
         self.latest_token = 0.0
         self._thread = thread
@@ -62,7 +64,7 @@ class Answer:
                 while read < len(request.events):
                     read += 1
                     yield request.events[read - 1]
-                if request.finish_reason is not None and read == len(request.events):
+                if self.ended and read == len(request.events):
                     break
                 await self._news.wait()
             if request.error is not None:
@@ -217,6 +219,7 @@ class EngineThread:
                     self._answers.pop(answer.request.number, None)
                 if self._finished is not None:
                     self._finished(answer)
+                answer.ended = True
         if woken and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_wake, woken)
         return bool(woken)

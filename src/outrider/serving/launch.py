@@ -13,6 +13,7 @@ import uvicorn
 from outrider.engine.cost_tables import cost_key, load_costs
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
+from outrider.scheduling.cost_model import CostModel
 from outrider.serving.app import make_app
 from outrider.serving.service import Service
 from outrider.serving.settings import ServerSettings
@@ -31,7 +32,10 @@ def make_service(llm: LLM, settings: ServerSettings) -> Service:
     if most is not None and most >= context:
         raise InvalidRequest(f"max_prompt_tokens must be below the model's context of {context} tokens, got {most}")
     telemetry = Telemetry(settings.served_name) if settings.telemetry else None
-    costs = load_costs(cost_key(llm.target, llm.loaded.dtype))  # measured at some start, or by `outrider profile`
+    costs = getattr(llm.policy, "costs", None)
+    if not isinstance(costs, CostModel):  # a policy that asks for none: measured at another start, perhaps
+        table = load_costs(cost_key(llm.target, llm.loaded.dtype))
+        costs = None if table is None else CostModel(table)
     return Service(llm, settings, costs=costs, keys=settings.api_keys(), telemetry=telemetry)
 
 

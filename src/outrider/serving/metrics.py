@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Iterator
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from outrider.engine.engine import Engine
+from outrider.scheduling.guard import GuardedPolicy
 from outrider.serving.engine_thread import Answer, EngineThread
 from outrider.types import StepRecord
 
@@ -24,6 +25,7 @@ class Metrics:
     """One server's. Counts of drafts grow with every step, latencies are observed as tokens and requests come."""
 
     def __init__(self, engine: Engine) -> None:
+        disable_created_metrics()  # a gauge beside every counter that says when it was made
         self.registry = CollectorRegistry()
         self._engine = engine
         self.thread: EngineThread | None = None
@@ -46,6 +48,7 @@ class Metrics:
         self._whole = histogram("e2e_request_latency_seconds", "From submission to the last token.", LONG)
         self._http = histogram("http_request_duration_seconds", "Of every HTTP request, streams included.", LONG)
         self._prompt = counter("prompt_tokens", "Prompt tokens of finished requests.")
+        self._cached = counter("prompt_tokens_cached", "Prompt tokens whose keys and values were there already.")
         self._generated = counter("generation_tokens", "Committed tokens.")
         self._ended = counter("request_success", "Finished requests.", ("finished_reason",))
         self._refused = counter("requests_refused", "Requests refused for lack of room.")
@@ -71,6 +74,7 @@ class Metrics:
         self._whole.observe(now - answer.submitted)
         self._seconds.append(now - answer.submitted)
         self._prompt.inc(request.prompt_length)
+        self._cached.inc(request.stats.cached_tokens)
         self._ended.labels(request.finish_reason or "error").inc()
 
     def refused(self) -> None:
@@ -137,6 +141,15 @@ class Metrics:
         )
         yield gauge("outrider_verify_tokens_per_step", "Tokens of the latest target pass.", drafts.latest_tokens)
         yield count("outrider_step_seconds", "Seconds in steps: draft, verify and bookkeeping.", drafts.seconds)
+        yield gauge("outrider_draft_budget", "Drafts that the policy allowed in the latest step.", drafts.latest_budget)
+        policy = engine.policy
+        if isinstance(policy, GuardedPolicy):
+            yield gauge("outrider_guard_drafts", "1 while the guard lets the drafter run.", float(policy.follows))
+            yield gauge(
+                "outrider_guard_advantage",
+                "Tokens per second over plain decoding's, of the latest steps that drafted.",
+                policy.advantage,
+            )
         yield count("outrider_steps", "Steps that committed tokens or read prompts.", drafts.steps)
         yield gauge(
             "outrider_healthy", "1 while the engine runs.", float(self.thread is not None and self.thread.healthy)
@@ -147,7 +160,9 @@ class _Drafts:
     """Counts of rounds, from every step."""
 
     def __init__(self) -> None:
-        self.steps = self.rounds = self.drafts = self.verified = self.accepted = self.latest_tokens = 0
+        self.steps = self.rounds = self.drafts = self.verified = self.accepted = self.latest_tokens = (
+            self.latest_budget
+        ) = 0
         self.seconds = 0.0
         self.per_position: list[int] = []
 
@@ -157,6 +172,7 @@ class _Drafts:
         cost = record.cost
         self.seconds += cost.draft + cost.verify + cost.bookkeeping
         self.latest_tokens = cost.tokens
+        self.latest_budget = sum(row.limit for row in record.rows)
         for row in record.rows:
             self.rounds += not row.first
             self.drafts += row.verified > 0

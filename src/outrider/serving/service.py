@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 from outrider import registry
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
-from outrider.scheduling.costs import CostTable
+from outrider.engine.request import Request
+from outrider.scheduling.cost_model import CostModel
 from outrider.serving.engine_thread import Answer, EngineThread
 from outrider.serving.fields import OutriderOptions
 from outrider.serving.metrics import Metrics
 from outrider.serving.settings import ServerSettings
 from outrider.serving.telemetry import Telemetry
 from outrider.serving.web import ApiError
-from outrider.types import RequestStats
 from outrider.version import __version__
 
 __all__ = ["Service", "cached_tokens"]
@@ -37,8 +37,8 @@ class Service:
 
     llm: LLM
     settings: ServerSettings
-    costs: CostTable | None = None
-    """Measured costs of a pass; None: ``outrider profile`` has not run, and nothing is said of time saved."""
+    costs: CostModel | None = None
+    """What passes cost; the policy learns it while it runs. None: unknown, and nothing is said of time saved."""
     keys: tuple[bytes, ...] = ()
     telemetry: Telemetry | None = None
     draining: bool = False
@@ -160,7 +160,9 @@ class Service:
         return answers
 
     def _ended(self, answer: Answer) -> None:
-        """In the engine's thread."""
+        """In the engine's thread, where alone the policy's costs may be read."""
+        if self.costs is not None:
+            answer.seconds_saved = _seconds_saved(self.costs, answer.request)
         self.metrics.finished(answer)
         if self.telemetry is not None:
             self.telemetry.finished(answer, answer.context)
@@ -195,7 +197,7 @@ class Service:
         """The block ``speculative`` of a usage: counts over the answers of one request."""
         stats = [answer.request.stats for answer in answers]
         rounds, drafted, accepted = (sum(getattr(s, n) for s in stats) for n in ("rounds", "drafted", "accepted"))
-        saved = [self._seconds_saved(answer) for answer in answers]
+        saved = [answer.seconds_saved for answer in answers]
         return {
             "drafter": self.llm.drafter_name,
             "rounds": rounds,
@@ -207,26 +209,23 @@ class Service:
             "milliseconds_saved": None if None in saved else round(1000 * sum(s for s in saved if s), 3),
         }
 
-    def _seconds_saved(self, answer: Answer) -> float | None:
-        """By the cost model: passes of one row that accepted drafts made unnecessary, less what longer passes and
-        drafting cost. None without measured costs."""
-        stats: RequestStats = answer.request.stats
-        if self.costs is None:
-            return None
-        if not stats.rounds or not stats.drafted:
-            return 0.0
-        context = len(answer.request.history)
-        mean = stats.drafted / stats.rounds
-        plain = self.costs.seconds(1, 1, context)
-        low, high = (self.costs.seconds(1 + n, 1, context) for n in (int(mean), int(mean) + 1))
-        longer = low + (high - low) * (mean - int(mean)) - plain
-        drafting = self.costs.draft_seconds(self.llm.drafter_name, max(1, round(mean)), 1, context) or 0.0
-        return stats.accepted * plain - stats.rounds * (longer + drafting)
-
 
 def cached_tokens(answer: Answer) -> int:
     """Tokens of the prompt whose keys and values were there already."""
-    return 0
+    return answer.request.stats.cached_tokens
+
+
+def _seconds_saved(costs: CostModel, request: Request) -> float:
+    """Passes of one row that accepted drafts made unnecessary, less what longer passes and drafting cost."""
+    stats = request.stats
+    if not stats.rounds or not stats.drafted:
+        return 0.0
+    context, mean = len(request.history), stats.drafted / stats.rounds
+    plain = costs.verify(1, 1, context)
+    low, high = (costs.verify(1 + n, 1, context) for n in (int(mean), int(mean) + 1))
+    longer = low + (high - low) * (mean - int(mean)) - plain
+    drafting = costs.draft(1, max(1, round(mean))) if costs.knows_drafts else 0.0
+    return stats.accepted * plain - stats.rounds * (longer + drafting)
 
 
 def _summed(counts: Sequence[Sequence[int]]) -> list[int]:

@@ -37,6 +37,9 @@ class ServerSettings(BaseModel):
     """Requests that run together."""
     capacity: int | None = Field(default=None, ge=1)
     """Tokens of a sequence that memory is laid out for; None: at most 8192. Longer requests make it grow."""
+    kv_memory: int | None = Field(default=None, ge=1)
+    """Bytes for keys and values, those kept for prompts that begin alike included; None: see ``LLM``."""
+    kv_dtype: str = "auto"
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     """0: any free port, which is printed."""

@@ -56,6 +56,7 @@ __all__ = [
     "write_state",
 ]
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PROVENANCE, BEGUN, LOCK = "provenance.json", "begun.json", ".lock"
 TARGET_FILES = ("config.json", "generation_config.json", "tokenizer.json", "*.safetensors")
 
@@ -184,11 +185,8 @@ class Work:
             self._save_time()
         if self._lock is not None:
             self._lock.close()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ArtefactError(
-                f"cannot write to {self.folder}: {error.strerror}. The files written so far are intact: "
-                "free disk space and run the same command again"
-            ) from error
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise _disk_full(self.folder, error) from error
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -255,10 +253,19 @@ def begin(
     lock = _lock(path)
     try:
         return _resume_or_start(path, stage, record, lock)
-    except BaseException:
+    except BaseException as error:
         if lock is not None:
             lock.close()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise _disk_full(path, error) from error
         raise
+
+
+def _disk_full(folder: Path, error: OSError) -> ArtefactError:
+    return ArtefactError(
+        f"cannot write to {folder}: {error.strerror}. The files written so far are intact: "
+        "free disk space and run the same command again"
+    )
 
 
 def _resume_or_start(path: Path, stage: str, record: dict[str, Any], lock: BinaryIO | None) -> Work:

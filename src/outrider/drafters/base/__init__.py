@@ -5,6 +5,7 @@ from outrider.drafters.base.calibrated import CalibratedDrafter
 from outrider.drafters.base.draft_cache import DraftCache, Waiting
 from outrider.drafters.base.draft_sampling import Drawing, draft_keys, known_sampling, packed_proposal
 from outrider.drafters.base.network import DraftNet, linear, load_net, rms_norm, rowwise
+from outrider.drafters.base.several import SeveralDrafters
 from outrider.drafters.base.trained import CachedDrafter, TrainedDrafter
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "DraftCache",
     "DraftNet",
     "Drawing",
+    "SeveralDrafters",
     "TrainedDrafter",
     "Waiting",
     "draft_keys",

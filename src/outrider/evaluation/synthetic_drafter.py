@@ -1,0 +1,91 @@
+"""A drafter whose acceptance and cost are set, for measuring schedulers: it replays texts that are known beforehand.
+
+Its drafts are the target's own tokens, of which a set share is replaced by a wrong one; proposing takes a set time.
+Texts that do not depend on the drafter (greedy, or seeded and coupled) are recorded with plain decoding once, so any
+acceptance profile and any cost can be tested on a real target, which no trained drafter allows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Literal
+
+from torch import Tensor
+
+from outrider.errors import InvalidRequest
+from outrider.types import Context, Proposal, RaggedBatch, Rng
+
+__all__ = ["SyntheticDrafter"]
+
+Says = Literal["truth", "sure", "nothing"]
+
+
+class SyntheticDrafter:
+    """Replays ``texts``: prompt -> the tokens that follow it. Unknown prompts are drafted for with wrong tokens."""
+
+    aux_layers: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        texts: Mapping[tuple[int, ...], Sequence[int]],
+        profile: Sequence[float],
+        *,
+        vocab_size: int,
+        seconds: float = 0.0,
+        seconds_each: float = 0.0,
+        says: Says = "truth",
+        spread: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """``profile``: probability that draft 1, 2, ... is right, where those before it were. ``seconds``: of a
+        proposal, ``seconds_each``: of each row in it. ``says``: confidences are true, 0.99 or not given. ``spread``:
+        how far the probabilities of single drafts differ from the profile, up and down.
+        """
+        if not profile or any(not 0 <= p <= 1 for p in profile):
+            raise InvalidRequest(f"profile must hold probabilities between 0 and 1, got {list(profile)}")
+        if says not in ("truth", "sure", "nothing"):
+            raise InvalidRequest(f"says must be truth, sure or nothing, got {says!r}")
+        self.block = len(profile)
+        self._texts, self._profile, self._vocab = dict(texts), list(profile), vocab_size
+        self._seconds, self._seconds_each, self._says, self._spread = seconds, seconds_each, says, spread
+        self._random = random.Random(seed)
+
+    def open(self, slot: int, capacity: int) -> None:
+        """Nothing to reserve."""
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        """Deterministic drafts. The time set is spent waiting, as a drafter's own work would be."""
+        ends = perf_counter() + self._seconds
+        drafts: list[list[int]] = []
+        confidence: list[list[float]] = []
+        for b, most in enumerate(limit.tolist()):
+            ends += self._seconds_each if most else 0.0
+            history, prompt = context.history[b], context.prompt_lengths[b]
+            text = self._texts.get(tuple(history[:prompt]), ())
+            right = text[len(history) - prompt :]
+            row, sure = [], []
+            for j in range(min(most, self.block)):
+                p = self._profile[j] + self._random.uniform(-1, 1) * self._spread
+                p = min(max(p, 0.0), 1.0)
+                known = right[j] if j < len(right) else 0
+                row.append(known if self._random.random() < p else (known + 1) % self._vocab)
+                sure.append(0.99 if self._says == "sure" else p)
+            drafts.append(row)
+            confidence.append(sure)
+        while perf_counter() < ends:
+            pass
+        proposal = Proposal.pack(drafts, confidence)
+        if self._says == "nothing":
+            return Proposal(proposal.tokens, proposal.lengths)
+        return proposal
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+        """Nothing: the texts are known."""
+
+    def reset_rows(self) -> None:
+        """Nothing to free."""
+
+    def close(self, slot: int) -> None:
+        """Nothing to free."""

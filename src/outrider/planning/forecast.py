@@ -1,0 +1,186 @@
+"""Tokens a second, latency and speed-up of one setting: a drafter, its number of drafts, and the rows of a step.
+
+    speed-up = tau * T_plain / (T_draft + T_verify + T_bookkeeping),   tau = 1 + sum over j of p_1 ... p_j
+
+Rows of a closed loop are its users; of an open loop they follow from Little's law: requests in the system are their
+rate times the time of one. A prompt's passes hold up the steps of all rows. The interval joins two errors as
+independent ones of the logarithm: that of the acceptance and that of the ratio of times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from outrider.errors import InvalidRequest
+from outrider.planning.simulation import StepCosts
+
+__all__ = ["Forecast", "Profile", "Workload", "forecast", "step_seconds"]
+
+CHUNK = 512  # tokens of a prompt in one pass
+STEPS = 60  # of the search for an open loop's rows
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked for. Raises InvalidRequest for values out of range."""
+
+    prompt: int = 128
+    answer: int = 256
+    concurrency: int = 1
+    """Users of a closed loop, that is, rows; of an open loop the most rows."""
+    rate: float = 0.0
+    """Requests a second of an open loop; 0: closed."""
+    latency: float = 0.0
+    """Objective in seconds for a whole answer; 0: none."""
+    token_latency: float = 0.0
+    """Objective in seconds between tokens; 0: none."""
+
+    def __post_init__(self) -> None:
+        if min(self.prompt, self.answer, self.concurrency) < 1:
+            raise InvalidRequest("prompt, answer and concurrency must be at least 1")
+        if min(self.rate, self.latency, self.token_latency) < 0:
+            raise InvalidRequest("rate and latency objectives must not be below 0")
+
+    @property
+    def context(self) -> int:
+        """Mean cached tokens of a row."""
+        return self.prompt + self.answer // 2
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How drafts of one drafter are accepted."""
+
+    conditional: tuple[float, ...]
+    """P(draft j accepted | those before it were)."""
+    uncertainty: float = 0.1
+    """Half a 95 % interval of the accepted drafts, as a share of them."""
+    proposed: float = 1.0
+    """Share of rounds in which anything is proposed (drafters that look text up are often silent)."""
+
+    def accepted(self, drafts: int) -> float:
+        """Mean accepted drafts of a round."""
+        total, survival = 0.0, 1.0
+        for p in self.conditional[:drafts]:
+            survival *= p
+            total += survival
+        return self.proposed * total
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """One setting. Times in seconds."""
+
+    drafter: str
+    drafts: int
+    rows: float
+    acceptance_length: float
+    draft: float
+    verify: float
+    bookkeeping: float
+    first_token: float
+    between_tokens: float
+    latency: float  # of a whole answer
+    tokens_per_second: float  # over all rows
+    speedup: float
+    low: float  # of the speed-up, 95 %
+    high: float
+    break_even: float  # acceptance length at which the setting is as fast as plain decoding
+    overloaded: bool = False
+
+    @property
+    def step(self) -> float:
+        return self.draft + self.verify + self.bookkeeping
+
+    @property
+    def pays(self) -> bool:
+        """Faster than plain decoding, with the whole interval."""
+        return self.drafts > 0 and self.low > 1
+
+
+def step_seconds(
+    costs: StepCosts, rows: int, drafts: int, context: int, proposed: float = 1.0
+) -> tuple[float, float, float]:
+    """Mean draft, verify and bookkeeping of a step; ``proposed``: the share of rows with drafts."""
+    draft = costs.draft(rows, drafts)
+    if rows == 1:  # a step has all drafts or none
+        plain, full = (costs.verify(1 + k, 1, context) for k in (0, drafts))
+        verify = plain + proposed * (full - plain)
+    else:
+        verify = costs.verify(rows + round(proposed * rows * drafts), rows, rows * context)
+    return draft, verify, costs.bookkeeping(rows, drafts > 0)
+
+
+def forecast(
+    name: str, drafts: int, profile: Profile, costs: StepCosts, work: Workload, *, rows: int = 0, uncertainty: float = 0
+) -> Forecast:
+    """``rows``: of a closed loop, instead of the workload's. ``drafts`` 0 is plain decoding."""
+    length = 1 + profile.accepted(drafts)
+    mine, plain = (_loop(d, profile, costs, work, rows) for d in (drafts, 0))
+    seconds = {d: _answer_seconds(costs, one.rows, d, profile, work) for d, one in ((drafts, mine), (0, plain))}
+    speedup = seconds[0] / seconds[drafts]
+    per_second = mine.rows * work.answer / seconds[drafts]
+    if work.rate:  # whoever asks at a rate gets it, unless it is too much
+        per_second = min(per_second, work.rate * work.answer)
+    parts = _parts(costs, mine.rows, drafts, profile, work)
+    same = [sum(_parts(costs, mine.rows, d, profile, work)) for d in (0, drafts)]
+    needed = same[1] / same[0]
+    spread = math.hypot(profile.uncertainty * (length - 1) / length, uncertainty) if drafts else 0.0
+    return Forecast(
+        drafter=name,
+        drafts=drafts,
+        rows=mine.rows,
+        acceptance_length=length,
+        draft=parts[0],
+        verify=parts[1],
+        bookkeeping=parts[2],
+        first_token=max(1.0, mine.rows if work.rate else 1.0) * _prefill(costs, work),
+        between_tokens=sum(parts) / length,
+        latency=seconds[drafts],
+        tokens_per_second=per_second,
+        speedup=speedup,
+        low=speedup * math.exp(-spread),
+        high=speedup * math.exp(spread),
+        break_even=needed,
+        overloaded=mine.overloaded,
+    )
+
+
+def _prefill(costs: StepCosts, work: Workload) -> float:
+    """Seconds of one prompt's passes."""
+    whole, rest = divmod(work.prompt, CHUNK)
+    sizes: Sequence[int] = [CHUNK] * whole + ([rest] if rest else [])
+    return sum(costs.verify(size, 1, i * CHUNK) for i, size in enumerate(sizes))
+
+
+def _parts(costs: StepCosts, rows: float, drafts: int, profile: Profile, work: Workload) -> tuple[float, float, float]:
+    return step_seconds(costs, max(1, round(rows)), drafts, work.context, profile.proposed)
+
+
+def _answer_seconds(costs: StepCosts, rows: float, drafts: int, profile: Profile, work: Workload) -> float:
+    """A whole request among ``rows``, prompts of the others included."""
+    steps = work.answer / (1 + profile.accepted(drafts))
+    return steps * sum(_parts(costs, rows, drafts, profile, work)) + max(1.0, rows) * _prefill(costs, work)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    rows: float
+    overloaded: bool = False  # more is asked than can be served
+
+
+def _loop(drafts: int, profile: Profile, costs: StepCosts, work: Workload, rows: int) -> _Loop:
+    """The rows of a step: given, the users of a closed loop, or as many as an open loop has in the system."""
+    most = rows or work.concurrency
+    if rows or not work.rate:
+        return _Loop(most)
+    if work.rate * _answer_seconds(costs, most, drafts, profile, work) > most:
+        return _Loop(most, overloaded=True)
+    low, high = 0.0, float(most)
+    for _ in range(STEPS):  # as many requests are in the system as come in the time of one
+        middle = (low + high) / 2
+        more = work.rate * _answer_seconds(costs, middle, drafts, profile, work) > middle
+        low, high = (middle, high) if more else (low, middle)
+    return _Loop(high)

@@ -1,0 +1,71 @@
+"""Seconds of passes on a described machine: reading at the memory's bandwidth, multiplying at the processor's rate.
+
+    T(tokens) = (T_read^4 + T_multiply^4)^(1/4) + pass_ms
+
+where the larger one decides and both show where they are alike. Multiplying is done in tiles of tokens, so its time is
+a staircase. Where the machine comes with a measured curve, that is used for the target, and the drafter's passes scale
+with what they read.
+"""
+
+from __future__ import annotations
+
+import math
+
+from outrider.planning.described import BLOCK, LOOKUP, DrafterShape, Machine, TargetShape
+from outrider.planning.simulation import Costs
+
+__all__ = ["Roofline"]
+
+CORNER = 4.0
+LOOKUP_SECONDS = 20e-6  # of a search in the text
+
+
+class Roofline:
+    """``StepCosts`` of a target and a drafter on a described machine."""
+
+    def __init__(self, machine: Machine, target: TargetShape, drafter: DrafterShape | None = None) -> None:
+        self.machine, self.target, self.drafter = machine, target, drafter
+        self.uncertainty = machine.uncertainty
+        self._curve = None if not machine.curve else Costs(tuple((m, ms / 1e3) for m, ms in machine.curve))
+
+    def verify(self, tokens: int, rows: int, context: int) -> float:
+        """A target pass; ``context``: cached tokens over all rows."""
+        if tokens <= 0:
+            return 0.0
+        shape, cached = self.target, context * self.target.cache_bytes
+        if self._curve is not None:
+            return self._curve.verify(tokens, rows, 0) + cached / self._rate
+        attended = 4 * shape.layers * shape.attention_width * context * tokens / max(rows, 1)
+        return self._pass(shape.touched(tokens) * shape.bytes + cached, shape.active(1), tokens, attended)
+
+    def draft(self, rows: int, drafts: int) -> float:
+        if self.drafter is None or not rows or not drafts:
+            return 0.0
+        one, shape = self.drafter, self.target
+        if one.draft_ms or one.draft_each_ms:
+            return (one.draft_ms + one.draft_each_ms * drafts) / 1e3
+        if one.way == LOOKUP:
+            return LOOKUP_SECONDS * rows
+        weights, size = one.multiplied(shape), one.bytes or shape.bytes
+        if one.way != BLOCK:
+            return drafts * self._pass(weights * size, weights, rows)
+        markov = shape.vocabulary * one.rank()
+        steps = drafts * self._pass(markov * size, markov, rows) if markov else 0.0
+        return self._pass(weights * size, weights, rows * drafts) + steps
+
+    def bookkeeping(self, rows: int, drafting: bool) -> float:
+        return (self.machine.step_ms + (self.machine.drafting_ms if drafting else 0.0)) / 1e3
+
+    @property
+    def _rate(self) -> float:
+        """Bytes a second. With a curve: as the target's pass over one token shows it."""
+        if self._curve is not None:
+            return self.target.touched(1) * self.target.bytes / self._curve.verify(1, 1, 0)
+        return self.machine.bandwidth * 1e9 * self.machine.bandwidth_share
+
+    def _pass(self, read: float, multiplied: float, tokens: int, attended: float = 0.0) -> float:
+        machine = self.machine
+        computed = math.ceil(tokens / machine.tile) * machine.tile
+        operations = 2 * multiplied * computed + attended
+        times = read / self._rate, operations / (machine.tflops * 1e12 * machine.flops_share)
+        return float(sum(t**CORNER for t in times) ** (1 / CORNER)) + machine.pass_ms / 1e3

@@ -1,0 +1,74 @@
+"""The target on a device, tried on the CPU: the same text and features as the target that serves."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+
+from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
+from outrider.errors import InvalidRequest
+from outrider.training.conversations import ChatTurn, Settings
+from outrider.training.dataset import Text
+from outrider.training.device_target import DeviceRunner, DeviceTarget, check_device, device_answers
+from outrider.training.networks import DSparkTraining
+from outrider.training.target_runner import TargetRunner
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model_dir: Path) -> LLM:
+    return LLM(str(tiny_model_dir), "none", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def target(tiny_model_dir: Path) -> DeviceTarget:
+    return DeviceTarget(str(tiny_model_dir), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_answers_are_those_of_the_engine(llm: LLM, target: DeviceTarget, temperature: float) -> None:
+    prompts = [[5 + i] * (3 + 5 * i) for i in range(6)]  # lengths that differ, so that padding would show
+    params = [SamplingParams(max_tokens=70 if i == 2 else 9 + i, temperature=temperature, seed=i) for i in range(6)]
+    expected = [output.token_ids for output in llm.generate(prompts, params)]
+    assert target.answer(prompts, params, llm.target.spec.eos_token_ids) == expected
+
+
+def test_rows_that_end_leave_the_others_alone(llm: LLM, target: DeviceTarget) -> None:
+    prompts = [[7, 8, 9 + i] for i in range(8)]
+    params = [SamplingParams(max_tokens=60, temperature=1.5, seed=i) for i in range(8)]
+    whole = [output.token_ids for output in llm.generate(prompts, [SamplingParams(max_tokens=60, temperature=1.5,
+                                                                                 seed=i, ignore_eos=True)
+                                                                  for i in range(8)])]  # fmt: skip
+    ends = {tokens[20] for tokens in whole[:5]}
+    cut = [tokens[: next((i + 1 for i, t in enumerate(tokens) if t in ends), 60)] for tokens in whole]
+    assert target.answer(prompts, params, sorted(ends)) == cut
+
+
+def test_features_are_those_of_the_target(llm: LLM, target: DeviceTarget) -> None:
+    texts = [Text(str(i), "", tuple(3 + (i * 7 + j) % 200 for j in range(9 + 6 * i)), 3) for i in range(3)]
+    drafter = DSparkTraining(markov_rank=4, aux_layers=1).start(llm.target, {"num_attention_heads": 2}, {"<|mask|>": 1})
+    ours = DeviceRunner(target).batch(texts, drafter, 0)
+    theirs = TargetRunner(llm.target, 64).batch(texts, drafter, 0)
+    torch.testing.assert_close(ours.features, theirs.features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_options_that_a_device_does_not_know(target: DeviceTarget) -> None:
+    settings = Settings(SamplingParams(temperature=1.0, top_p=0.9), (), 64, 0)
+    with pytest.raises(InvalidRequest, match="temperature alone"):
+        device_answers(lambda: target, 4, settings)
+    with pytest.raises(InvalidRequest, match="device 'warp' cannot be used here"):
+        check_device("warp")
+
+
+def test_turns_are_answered_at_several_temperatures(target: DeviceTarget) -> None:
+    settings = Settings(SamplingParams(max_tokens=5), (), 64, 0, (0.0, 0.5, 1.0))
+    turns = [ChatTurn(str(i), "", [4, 5, 6 + i], (), ()) for i in range(30)]
+    assert {settings.of(turn).temperature for turn in turns} == {0.0, 0.5, 1.0}
+    answers = [pair for some in device_answers(lambda: target, 7, settings)(deque(turns)) for pair in some]
+    assert {turn.id for turn, _ in answers} == {turn.id for turn in turns}

@@ -1,0 +1,357 @@
+"""Drafters and policies that fail or step aside, and several drafters at once: texts stay what they are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine import DRAFT_TABLE, PROMPTS, TABLE, MarkovDrafter, engine, run
+from torch import Tensor
+
+from outrider import LLM, SamplingParams
+from outrider.drafters.base import SeveralDrafters
+from outrider.engine.engine import Engine
+from outrider.errors import InvalidRequest
+from outrider.evaluation.synthetic_drafter import SyntheticDrafter
+from outrider.models.toy import ToyTarget
+from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+from outrider.types import Context, Proposal, RaggedBatch, StepCost, StepRecord, StepView
+
+VOCABULARY = 400  # of the tiny model, at least
+PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=5)
+
+
+class Failing(MarkovDrafter):
+    """Raises in one of its methods, from the third call on, or on the row of one prompt."""
+
+    def __init__(self, method: str, prompt: int | None = None) -> None:
+        super().__init__(DRAFT_TABLE, 3)
+        self.method, self.prompt, self.calls, self.drafted = method, prompt, 0, 0
+
+    def _call(self, method: str) -> None:
+        self.calls += method == self.method
+        if method == self.method and self.calls > 2:
+            raise ArithmeticError("no such number")
+
+    def open(self, slot: int, capacity: int) -> None:
+        self._call("open")
+        super().open(slot, capacity)
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
+        if self.prompt is None:
+            self._call("propose")
+        elif any(n and row[0] == self.prompt for n, row in zip(limit.tolist(), context.history, strict=False)):
+            raise ArithmeticError("not this row")
+        proposal = super().propose(slots, last, context, limit, rng)
+        self.drafted += int(proposal.lengths.sum())
+        return proposal
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+        self._call("observe")
+        super().observe(batch, features, hidden)
+
+    def close(self, slot: int) -> None:
+        super().close(slot)
+        self._call("close")
+
+
+@pytest.mark.parametrize("method", ["open", "propose", "observe", "close"])
+def test_a_drafter_that_raises_costs_drafts_alone(method: str) -> None:
+    plain = run(engine(0), PROMPTS, PARAMS)
+    loop = engine(3, drafter=Failing(method))
+    with pytest.warns(RuntimeWarning, match="drafter Failing failed: ArithmeticError: no such number") as said:
+        assert run(loop, PROMPTS, PARAMS) == plain
+    assert len(said) == 1, "one warning, whatever follows"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(loop, PROMPTS, PARAMS) == plain  # and the engine goes on
+
+
+def test_only_the_row_concerned_goes_on_without_drafts() -> None:
+    drafter = Failing("propose", prompt=4)
+    with pytest.warns(RuntimeWarning, match="not this row"):
+        outputs = run(engine(3, drafter=drafter), PROMPTS, PARAMS)
+    assert outputs == run(engine(0), PROMPTS, PARAMS)
+    assert drafter.drafted > 40, "the other rows were drafted for"
+
+
+class FailingPolicy(FixedPolicy):
+    def __init__(self, method: str) -> None:
+        super().__init__(FixedConfig(3))
+        self.method, self.calls = method, 0
+
+    def _call(self, method: str) -> None:
+        self.calls += method == self.method
+        if method == self.method and self.calls > 2:
+            raise KeyError("lost")
+
+    def plan(self, step: StepView) -> list[int]:
+        self._call("plan")
+        return super().plan(step)
+
+    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+        self._call("choose")
+        return super().choose(confidence, lengths)
+
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        self._call("observe")
+
+
+@pytest.mark.parametrize("method", ["plan", "choose", "observe"])
+def test_a_policy_that_raises_costs_drafts_alone(method: str) -> None:
+    loop = engine(3)
+    loop.policy = FailingPolicy(method)
+    with pytest.warns(RuntimeWarning, match="policy FailingPolicy failed: KeyError: 'lost'; decoding goes on"):
+        assert run(loop, PROMPTS, PARAMS) == run(engine(0), PROMPTS, PARAMS)
+
+
+def test_an_interrupt_is_not_swallowed() -> None:
+    class Interrupted(MarkovDrafter):
+        def propose(self, *args: object) -> Proposal:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(engine(2, drafter=Interrupted(DRAFT_TABLE, 2)), [[0]], PARAMS)
+
+
+# ------------------------------------------------------------------------------------------ stepping aside
+
+
+class Moody(FixedPolicy):
+    """Steps aside for some steps of every ten."""
+
+    def __init__(self, away: int) -> None:
+        super().__init__(FixedConfig(3))
+        self.away, self.turn = away, 0
+
+    @property
+    def follows(self) -> bool:
+        return self.turn % 10 >= self.away
+
+    def plan(self, step: StepView) -> list[int]:
+        self.turn += 1
+        return super().plan(step)
+
+
+class Records:
+    def __init__(self) -> None:
+        self.drafted: list[int] = []
+
+    def step(self, record: StepRecord) -> None:
+        self.drafted.append(sum(row.drafted for row in record.rows))
+
+
+@pytest.mark.parametrize("away", [0, 3, 7, 10])
+@pytest.mark.parametrize("chunk", [2, 16])
+def test_a_drafter_that_reads_tokens_takes_rows_up_again(away: int, chunk: int) -> None:
+    """``MarkovDrafter`` asserts that it is shown every committed token once and in order, and no other."""
+    loop = engine(3, chunk=chunk)
+    loop.policy, seen = Moody(away), Records()
+    loop.observers.append(seen)
+    assert run(loop, PROMPTS, PARAMS) == run(engine(0), PROMPTS, PARAMS)
+    assert loop.drafter.seen == {}  # type: ignore[attr-defined]
+    assert (sum(seen.drafted) > 0) == (away < 10)
+    assert (0 in seen.drafted[8:]) or away == 0
+
+
+class ReadsFeatures:
+    """Drafts wrong tokens, and asserts that it gets features of a row's every token or none at all."""
+
+    aux_layers = (0,)
+    block = 2
+
+    def __init__(self) -> None:
+        self.held: dict[int, int] = {}
+        self.proposed: list[int] = []
+
+    def open(self, slot: int, capacity: int) -> None:
+        assert slot not in self.held
+        self.held[slot] = 0
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
+        for b, slot in enumerate(slots.tolist()):
+            assert self.held[slot] == len(context.history[b]) - 1
+        self.proposed.append(len(slots))
+        return Proposal.pack(
+            [[(int(one) + 1) % 7] * int(n) for one, n in zip(last, limit, strict=True)], [[0.5] * int(n) for n in limit]
+        )
+
+    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+        assert features is not None and len(features) == len(batch.tokens)
+        first = batch.offsets.tolist()
+        for b, slot in enumerate(batch.slots.tolist()):
+            assert int(batch.positions[first[b]]) == self.held[slot]
+            self.held[slot] += first[b + 1] - first[b]
+
+    def close(self, slot: int) -> None:
+        del self.held[slot]
+
+
+def test_rows_without_features_are_decoded_plainly_beside_others(tiny_model_dir: Path) -> None:
+    """Away in the beginning: those rows go on plainly, no features are computed; later requests are drafted for."""
+    llm = LLM(tiny_model_dir, "none", dtype="float32", max_rows=3)
+    asked: list[tuple[int, ...]] = []
+    forward = llm.target.forward
+
+    class Target:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(llm.target, name)
+
+        def forward(self, batch: RaggedBatch, cache: Any, aux: tuple[int, ...] = (), *rest: Any) -> Any:
+            asked.append(tuple(aux))
+            return forward(batch, cache, aux, *rest)
+
+    class Late(FixedPolicy):
+        turn = 0
+
+        @property
+        def follows(self) -> bool:
+            return self.turn > 5
+
+        def plan(self, step: StepView) -> list[int]:
+            self.turn += 1
+            assert step.can_draft <= len(step) and (self.turn > 6 or step.can_draft == 0)
+            return super().plan(step)
+
+    drafter = ReadsFeatures()
+    loop = Engine(Target(), drafter, Late(FixedConfig(2)), max_rows=3, capacity=64, chunk=8)  # type: ignore[arg-type]
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    prompts = [[5, 6, 7], [9, 8], [3, 4, 5, 6], [11, 12], [2, 9, 4]]
+    requests = [
+        loop.submit(p, SamplingParams(max_tokens=12 + 8 * (i == 0), ignore_eos=True), 0) for i, p in enumerate(prompts)
+    ]
+    while loop.busy:
+        loop.step()
+    plain = [llm.generate([p], params)[0].token_ids for p in prompts]
+    assert [r.output for r in requests] == [text[: len(r.output)] for text, r in zip(plain, requests, strict=True)]
+    assert asked[0] == () and (0,) in asked and drafter.held == {}
+    assert drafter.proposed and max(drafter.proposed) <= 2, "rows that it did not follow were never drafted for"
+
+
+# ------------------------------------------------------------------------------------------ several drafters
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_model_dir: Path) -> tuple[LLM, list[list[int]], dict[tuple[int, ...], list[int]]]:
+    llm = LLM(tiny_model_dir, "none", dtype="float32", max_rows=2)
+    prompts = [[5, 6, 7, 8], [90, 91, 92]]
+    params = SamplingParams(max_tokens=120, ignore_eos=True)
+    return llm, prompts, {tuple(p): llm.generate([p], params)[0].token_ids for p in prompts}
+
+
+def several(texts: Any, good: float = 0.95, bad: float = 0.02, **options: Any) -> SeveralDrafters:
+    """Two drafters, each good on one of the two prompts."""
+    _, prompts, known = texts
+    first, second = (tuple(p) for p in prompts)
+    made = []
+    for mine in (first, second):
+        other = second if mine is first else first
+        wrong = [(token + 1) % VOCABULARY for token in known[other]]
+        made.append(
+            SyntheticDrafter(
+                {mine: known[mine], other: wrong}, [good] * 4, vocab_size=VOCABULARY, says="nothing", **options
+            )
+        )
+    return SeveralDrafters(made)
+
+
+def test_each_row_takes_the_drafter_that_is_good_for_it(texts: Any) -> None:
+    llm, prompts, known = texts
+    both = llm.with_drafter(several(texts))
+    outputs = both.generate(prompts, SamplingParams(max_tokens=120, ignore_eos=True))
+    assert [o.token_ids for o in outputs] == [known[tuple(p)] for p in prompts]
+    for output in outputs:  # 4 drafts of 0.95 give 4.5 tokens a round; either drafter alone gives one row 1.0
+        assert output.stats.acceptance_length > 3.2
+
+
+def test_a_dear_drafter_is_not_taken_for_a_little_more(texts: Any) -> None:
+    """The text scores the cheap one whether or not it is chosen; the dear one is asked now and then only."""
+    llm, prompts, known = texts
+    asked = {"cheap": 0, "dear": 0}
+
+    class Counting(SyntheticDrafter):
+        def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
+            asked["dear" if self._seconds else "cheap"] += int((limit > 0).any())
+            return super().propose(slots, last, context, limit, rng)
+
+    cheap = Counting(known, [0.9] * 4, vocab_size=VOCABULARY)
+    dear = Counting(known, [0.95] * 4, vocab_size=VOCABULARY, seconds=0.02)
+    output = llm.with_drafter(SeveralDrafters([dear, cheap])).generate(
+        prompts[0], SamplingParams(max_tokens=120, ignore_eos=True)
+    )[0]
+    assert output.token_ids == known[tuple(prompts[0])]
+    assert asked["dear"] <= 4 and asked["cheap"] > 0.8 * output.stats.rounds
+
+
+def test_features_are_handed_to_the_drafter_that_reads_them() -> None:
+    class Reads(MarkovDrafter):
+        def __init__(self, layers: tuple[int, ...]) -> None:
+            super().__init__(TABLE, 2)
+            self.aux_layers, self.got = layers, []  # type: ignore[var-annotated]
+
+        def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+            self.got.append(features)
+
+    parts = [Reads((1, 4)), Reads(()), Reads((2,))]
+    both = SeveralDrafters(parts)
+    assert both.aux_layers == (1, 2, 4) and both.block == 2
+    features = torch.arange(12.0).view(2, 6)  # width 2 each
+    both.observe(RaggedBatch.pack([[1, 2]], [0], [0]), features)
+    assert torch.equal(parts[0].got[0], features[:, [0, 1, 4, 5]])
+    assert parts[1].got[0] is None and torch.equal(parts[2].got[0], features[:, [2, 3]])
+
+
+def test_sampled_text_has_the_targets_distribution_with_several_drafters() -> None:
+    """Sampled and deterministic drafters together: counts of first tokens against the chain's own."""
+    from scipy.stats import chi2
+
+    class Copies(MarkovDrafter):
+        """Deterministic: always the same token."""
+
+        def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
+            return Proposal.pack([[2] * int(n) for n in limit], [[0.6] * int(n) for n in limit])
+
+    count = 1500
+    both = SeveralDrafters([MarkovDrafter(DRAFT_TABLE, 2), Copies(DRAFT_TABLE, 2)])
+    target, policy = ToyTarget(TABLE), FixedPolicy(FixedConfig(2))
+    loop = Engine(target, both, policy, max_rows=64, capacity=16)
+    for rule in ("rejection", "block"):
+        params = SamplingParams(max_tokens=3, temperature=1.0, rule=rule)
+        outputs = run(loop, [[0]] * count, params, seeds=list(range(count)))
+        p = torch.softmax(TABLE, -1)
+        expected = (p[0][:, None, None] * p[:, :, None] * p[None]).flatten().numpy() * count
+        size = len(TABLE)
+        seen = [0.0] * size**3
+        for a, b, c in outputs:
+            seen[(a * size + b) * size + c] += 1
+        statistic = sum((s - e) ** 2 / e for s, e in zip(seen, expected, strict=True))
+        assert statistic < chi2.ppf(1 - 1e-5, size**3 - 1)
+
+
+def test_lists_of_drafters_load(tiny_model_dir: Path) -> None:
+    llm = LLM(tiny_model_dir, ["ngram", "suffix"], dtype="float32", draft_tokens=3)
+    assert llm.drafter_name == "ngram+suffix" and llm.drafter.block == 3
+    plain = LLM(tiny_model_dir, "none", dtype="float32")
+    params = SamplingParams(max_tokens=40, temperature=0.7, seed=3)
+    assert llm.generate("a b a b a b", params)[0].token_ids == plain.generate("a b a b a b", params)[0].token_ids
+    assert LLM(tiny_model_dir, ["none", "ngram"], dtype="float32").drafter_name == "ngram"
+    with pytest.raises(InvalidRequest, match="several drafters share draft_tokens alone, got 'max_ngram'"):
+        LLM(tiny_model_dir, ["ngram", "suffix"], drafter_options={"max_ngram": 3}, dtype="float32")
+    with pytest.raises(InvalidRequest, match="at least two"):
+        SeveralDrafters([])
+
+
+def test_a_synthetic_drafter_is_as_good_as_it_is_set(texts: Any) -> None:
+    llm, prompts, known = texts
+    params = SamplingParams(max_tokens=120, ignore_eos=True)
+    for p, low, high in ((1.0, 4.6, 5.0), (0.5, 1.6, 2.5), (0.0, 1.0, 1.0)):
+        drafter = SyntheticDrafter(known, [p] * 4, vocab_size=VOCABULARY, says="sure")
+        output = llm.with_drafter(drafter).generate(prompts[0], params)[0]
+        assert low <= output.stats.acceptance_length <= high
+        assert output.token_ids == known[tuple(prompts[0])]
+    with pytest.raises(InvalidRequest, match="probabilities"):
+        SyntheticDrafter(known, [1.5], vocab_size=VOCABULARY)

@@ -1,0 +1,316 @@
+"""``outrider plan``: forecasts against published figures, advice never slower than plain, and runs explained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from outrider.cli import app
+from outrider.errors import InvalidRequest
+from outrider.planning.advice import described_candidates, make_plan
+from outrider.planning.described import DrafterShape, Machine, TargetShape, conditional_of
+from outrider.planning.forecast import Forecast, Profile, Workload, forecast
+from outrider.planning.page import plan_page
+from outrider.planning.roofline import Roofline
+from outrider.planning.run_split import (
+    DRAFTING,
+    KEPT,
+    REJECTED,
+    Round,
+    read_run,
+    split,
+    split_page,
+)
+from outrider.planning.simulation import Costs, Synthetic, Traffic, simulate
+from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+
+RUNS = Path(__file__).parent / "data" / "runs"
+MI50 = "bandwidth=1024,tflops=26,curve=1:31/8:68.7/9:106.9"
+
+
+def plan_of(shape: str, machine: str, drafters: list[str], work: Workload):  # type: ignore[no-untyped-def]
+    target, where = TargetShape.read(shape), Machine.read(machine)
+    candidates = described_candidates(where, target, [DrafterShape.read(text) for text in drafters])
+    return make_plan(candidates, Roofline(where, target), work, target=target, machine=where)
+
+
+# ------------------------------------------------------------------------------------------------ described machines
+
+
+@pytest.mark.parametrize(("rows", "published"), [(1, 1.76), (32, 1.29)])
+def test_a_described_h100_comes_near_the_published_speedups(rows: int, published: float) -> None:
+    """Qwen3-8B on one H100, DSpark with 7 drafts and acceptance length 2.33."""
+    made = plan_of("qwen3-8b", "h100", ["dspark,length=2.33"], Workload(concurrency=rows))
+    seven = made.curves["dspark"][6]
+    assert seven.drafts == 7 and seven.acceptance_length == pytest.approx(2.33, abs=1e-6)
+    assert seven.speedup == pytest.approx(published, rel=0.25)
+    assert made.advised.speedup >= 0.99 * seven.speedup
+
+
+@pytest.mark.parametrize(
+    "drafter", ["draft_model,drafts=12,profile=0.95,draft_each_ms=0.5", "eagle3,drafts=12,length=5"]
+)
+def test_a_jump_of_the_verify_curve_is_avoided(drafter: str) -> None:
+    """31 ms for one token, 68.7 for 8, 106.9 for 9: a step verifies 8 at most, however good the drafter."""
+    made = plan_of("qwen3-8b", MI50, [drafter], Workload())
+    assert 1 <= made.advised.drafts <= 7
+    curve = next(iter(made.curves.values()))
+    assert curve[7].speedup < curve[6].speedup - 0.1, "the ninth token costs more than it returns"
+
+
+def test_tiles_make_a_staircase_and_the_plan_stays_on_a_step() -> None:
+    """Compute-bound in tiles of 8 tokens: 9 tokens cost what 16 do."""
+    target, machine = TargetShape.read("qwen3-8b"), Machine.read("bandwidth=3000,tflops=20,tile=8")
+    costs = Roofline(machine, target)
+    assert costs.verify(9, 1, 0) == costs.verify(16, 1, 0) > 1.5 * costs.verify(8, 1, 0) == 1.5 * costs.verify(2, 1, 0)
+    assert plan_of(
+        "qwen3-8b", "bandwidth=3000,tflops=20,tile=8", ["ngram,profile=0.9,drafts=12"], Workload()
+    ).advised.drafts in (7, 12)
+
+
+def test_experts_and_long_contexts_change_the_answer() -> None:
+    dense = plan_of("qwen3-8b", "h100", ["eagle3,length=3"], Workload(concurrency=4))
+    sparse = plan_of("qwen3-30b-a3b", "h100", ["eagle3,length=3,parameters=200e6"], Workload(concurrency=4))
+    dense_loss = dense.curves["eagle3"][6].verify / dense.plain.verify
+    sparse_loss = sparse.curves["eagle3"][6].verify / sparse.plain.verify
+    assert sparse_loss > 1.5 > dense_loss and any("experts" in note for note in sparse.notes)
+    assert sparse.advised.drafts < dense.advised.drafts
+    shape = TargetShape.read("qwen3-30b-a3b")
+    assert shape.touched(1) == pytest.approx(shape.active(1)) and shape.touched(1e6) == shape.matrix_parameters
+    assert dense.memory is not None and dense.memory.target == pytest.approx(8.19e9 * 2)
+    assert dense.memory.target_cache == 4 * (128 + 256) * 2 * 36 * 8 * 128 * 2
+
+
+def test_an_open_loop_has_the_rows_that_its_rate_needs_and_knows_overload() -> None:
+    calm = plan_of("qwen3-8b", "h100", ["dspark,length=2.33"], Workload(concurrency=64, rate=2))
+    assert calm.plain.rows == pytest.approx(2 * calm.plain.latency, rel=0.01), "Little's law"
+    assert calm.advised.rows < calm.plain.rows and calm.advised.tokens_per_second == pytest.approx(2 * 256)
+    assert plan_of("qwen3-8b", "h100", ["dspark,length=2.33"], Workload(concurrency=4, rate=50)).plain.overloaded
+
+
+def test_objectives_memory_and_prices() -> None:
+    small = plan_of("qwen3-8b", "h100,memory=17", ["dspark,length=2.33"], Workload())
+    assert not small.pays and small.memory is not None and not small.memory.fits
+    priced = plan_of("qwen3-8b", "h100,price=3.6", ["dspark,length=2.33"], Workload())
+    assert priced.cost_per_million is not None
+    plain, advised = priced.cost_per_million
+    assert plain == pytest.approx(1e6 * 3.6 / 3600 / priced.plain.tokens_per_second)
+    assert plain / advised == pytest.approx(priced.advised.speedup)
+
+
+# ------------------------------------------------------------------------------------------------ never slower
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.floats(1.0, 7.9), st.sampled_from([1, 3, 16, 100]), st.floats(5, 4000), st.floats(0.1, 900),
+    st.sampled_from(["dspark", "eagle3", "ngram"]), st.sampled_from([1, 8, 16]), st.floats(0, 30),
+)  # fmt: skip
+def test_what_is_advised_is_never_slower_than_plain(
+    length: float, rows: int, bandwidth: float, tflops: float, kind: str, tile: int, step_ms: float
+) -> None:
+    machine = f"bandwidth={bandwidth},tflops={tflops},tile={tile},drafting_ms={step_ms}"
+    made = plan_of("llama-3.1-8b", machine, [f"{kind},length={length}"], Workload(concurrency=rows))
+    assert made.advised is made.plain or made.advised.low > 1
+    assert all(f.drafts == 0 or f.low > 1 for _, f in (*made.by_rows, *made.by_context))
+    best: Forecast = max(made.curves[kind], key=lambda f: f.speedup)
+    assert made.pays or best.low <= 1
+    assert best.low <= best.speedup <= best.high
+    assert best.break_even == pytest.approx(best.step / made.plain.step)
+
+
+def test_a_forecast_agrees_with_a_simulation_of_the_engine() -> None:
+    """The same costs and acceptance, step by step, with the real policy."""
+    costs = Costs(((1, 0.010), (8, 0.013), (64, 0.040)), draft_fixed=0.002, draft_each=0.0004, step=0.0005)
+    profile = (0.8, 0.7, 0.6, 0.5)
+    work = Workload(prompt=16, answer=400, concurrency=4)
+    for drafts in (1, 2, 4):
+        run = simulate(
+            FixedPolicy(FixedConfig(draft_tokens=drafts)),
+            costs,
+            Synthetic([profile[:drafts]], spread=0, row_spread=0, says="nothing"),
+            Traffic(concurrency=4, prompt=16, answer=400),
+            seconds=60,
+        )
+        told = forecast("x", drafts, Profile(profile), costs, work)
+        assert told.tokens_per_second == pytest.approx(run.tokens_per_second, rel=0.06)
+
+
+def test_profiles_from_a_length() -> None:
+    for length in (1.0, 1.5, 2.33, 5.0, 7.99):
+        assert 1 + Profile(conditional_of(length, 7)).accepted(7) == pytest.approx(length, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("qwen3-9b", "did you mean 'qwen3-8b'"),
+        ("layers=36", "needs width"),
+        ("qwen3-8b,layer=3", "did you mean 'layers'"),
+        ("qwen3-8b,layers=many", "a whole number"),
+        ("qwen3-8b,parameters=1e8", "fewer than"),
+        ("missing.toml", "cannot be read"),
+    ],
+)
+def test_a_wrong_shape_says_what_was_expected(text: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        TargetShape.read(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dspark",
+        "dspark,length=9",
+        "dspark,length=2,profile=0.4",
+        "eagle3,profile=1.4",
+        "x,length=2",
+        "draft_model,length=2",
+    ],
+)
+def test_a_wrong_drafter_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        DrafterShape.read(text)
+
+
+@pytest.mark.parametrize("text", ["h100,curve=2:3", "h100,curve=1:3/1:4", "bandwidth=1", "h100,tile=0", "h100,curve=a"])
+def test_a_wrong_machine_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        Machine.read(text)
+
+
+def test_descriptions_in_toml(tmp_path: Path) -> None:
+    file = tmp_path / "box.toml"
+    file.write_text('bandwidth = 33\ntflops = 0.3\nname = "box"\ncurve = [[1, 31], [8, 68.7]]\n')
+    machine = Machine.read(str(file))
+    assert (machine.name, machine.curve) == ("box", ((1, 31.0), (8, 68.7)))
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_a_loaded_vllm_server_loses_most_to_rejected_work() -> None:
+    (one,) = read_run(RUNS / "vllm_metrics.txt")
+    assert one.acceptance_length == pytest.approx(1 + 639124 / 412338) and one.drafted == pytest.approx(7)
+    assert one.round_seconds == pytest.approx(9937.35 / 412338)
+    assert one.bottleneck == REJECTED and one.levers[0].what == "draft at most 2 tokens"
+
+
+def test_a_llama_server_with_a_slow_draft_model_loses_most_to_drafting() -> None:
+    (one,) = read_run(RUNS / "llama_draft_model.log")
+    assert one.parts[DRAFTING] == pytest.approx(7740.25e-3 / 86), "rounds are the tokens that were not drafted"
+    assert one.round_seconds == pytest.approx(14.52 / 86)
+    assert one.speedup == pytest.approx(62 / 56.72, rel=1e-3)
+    assert one.bottleneck == DRAFTING
+    assert one.levers[0].what.startswith(("draft at most", "draft in half"))
+
+
+def test_a_llama_server_whose_passes_grow_loses_most_to_verifying() -> None:
+    (one,) = read_run(RUNS / "llama_eagle3.log")
+    assert one.bottleneck == KEPT and one.speedup == pytest.approx(31 / 13.75, rel=1e-3)
+    assert one.levers[0].what.startswith("halve what verifying adds")
+
+
+def test_timings_and_our_own_results_are_read(tmp_path: Path) -> None:
+    timings = tmp_path / "timings.jsonl"
+    timings.write_text(
+        '{"timings": {"predicted_n": 100, "predicted_ms": 3100.0}}\n'
+        '{"timings": {"predicted_n": 100, "predicted_ms": 2000.0, "draft_n": 120, "draft_n_accepted": 60}}\n'
+    )
+    (one,) = read_run(timings)
+    assert one.speedup == pytest.approx(1.55) and one.acceptance_length == pytest.approx(2.5)
+    row = {
+        "drafter": "suffix", "prompts": "code", "temperature": 0.0, "concurrency": 1, "acceptance_length": 2.0,
+        "baseline_tokens_per_second": 100.0, "tokens_per_second": 125.0, "accepted_per_position": [0.6, 0.4],
+        "drafted_per_round": 2.0, "step_ms": {"draft": 1.0, "verify": 12.0, "bookkeeping": 3.0},
+    }  # fmt: skip
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"rows": [row, row | {"drafted_per_round": 0.0, "accepted_per_position": []}]}))
+    (one,) = read_run(bench)
+    assert one.parts == pytest.approx(
+        {"target pass that plain decoding needs too": 0.010, DRAFTING: 0.001, KEPT: 0.001, REJECTED: 0.001,
+         "bookkeeping": 0.003}
+    )  # fmt: skip
+    assert "bookkeeping" in one.answer and "bookkeeping" in split_page([one])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.floats(1e-4, 10), st.floats(0, 1), st.floats(0.1, 20), st.floats(0, 1), st.one_of(st.none(), st.floats(0.1, 1))
+)
+def test_parts_sum_to_the_round_and_levers_are_gains(
+    seconds: float, share: float, drafted: float, kept: float, plain: float | None
+) -> None:
+    one = Round(
+        "x", seconds, drafted, kept * drafted, 0.5 * share * seconds, 0.1 * seconds, plain and plain * seconds,
+        (0.9, 0.5, 0.1),
+    )  # fmt: skip
+    made = split(one)
+    assert made.round_seconds == pytest.approx(seconds)
+    assert all(lever.gain > 1 for lever in made.levers)
+    assert [x.gain for x in made.levers] == sorted((x.gain for x in made.levers), reverse=True)
+    assert split(replace(one, draft=None, bookkeeping=None)).round_seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["hello", "{}", '{"rows": [{}]}', "[1]", "", "vllm:spec_decode_num_drafts_total 0\n", "eval time"]
+)
+def test_a_file_that_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest, match="--explain"):
+        read_run(file)
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_command_describes_and_explains(tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    described = ("--shape", "qwen3-8b", "--machine", "h100,price=2", "--drafter", "dspark,length=2.33")
+    made = json.loads(invoke(*described, "--html", str(page), "--json"))
+    assert made["pays"] and made["advised"]["drafter"] == "dspark" and len(made["curves"]["dspark"]) == 7
+    assert "It pays: dspark" in page.read_text() and "<table>" in page.read_text()
+    assert "It pays" in invoke(*described)
+    assert json.loads(invoke("--explain", str(RUNS / "vllm_metrics.txt"), "--json"))[0]["bottleneck"] == REJECTED
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--shape", "qwen3-8b"),
+        ("--machine", "h100"),
+        ("--shape", "qwen3-8b", "--target", "embedded"),
+        ("--explain", "no"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert result.exit_code == 2 and "error:" in result.output
+
+
+def test_a_plan_is_measured_here() -> None:
+    made = json.loads(
+        invoke("--target", "embedded", "--drafter", "ngram", "--limit", "3", "--answer-tokens", "24", "--json")
+    )
+    (best,) = made["forecasts"]
+    assert best["acceptance_length"] >= 1 and made["plain"]["tokens_per_second"] > 0
+    assert made["advised"]["drafts"] == 0 or made["advised"]["low"] > 1
+
+
+def test_pages_hold_what_was_asked() -> None:
+    made = plan_of("qwen3-8b", "h100", ["dspark,length=2.33", "eagle3,length=2.1"], Workload())
+    text = plan_page(made)
+    assert "eagle3" in text and made.answer in text

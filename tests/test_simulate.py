@@ -1,0 +1,133 @@
+"""Simulated loads: what the simulation counts, and the shapes that schedulers are known by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from outrider.cli import app
+from outrider.errors import InvalidRequest
+from outrider.evaluation.plots import available
+from outrider.planning.simulation import PROFILES, Costs, Synthetic, Traffic, simulate
+from outrider.planning.sweep import CURVES, make_policy_for, read_costs, read_profile, sweep
+from outrider.scheduling.costs import CostKey, CostPoint, CostTable
+from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+
+POLICIES = ("none", "fixed:1", "fixed:3", "fixed:7", "throughput")
+MIX = [PROFILES[name] for name in ("chat", "code", "maths")]
+
+
+def test_plain_decoding_takes_what_the_curve_says() -> None:
+    """One user, one-token prompts: every step gives a token, and time is counted exactly."""
+    costs = Costs(((1, 0.010), (3, 0.014)), per_context=1e-6, step=0.001)
+    traffic = Traffic(concurrency=1, prompt=1, answer=50, temperature=0.0)
+    result = simulate(FixedPolicy(FixedConfig(0)), costs, Synthetic([PROFILES["chat"]]), traffic, seconds=30)
+    assert result.tokens == result.steps and result.drafted == result.accepted == 0
+    assert result.gaps.min() >= 0.011 and result.gaps.max() < 0.0115
+    assert result.seconds == pytest.approx(30, abs=0.02)
+    assert costs.verify(2, 1, 0) == pytest.approx(0.012) and costs.verify(5, 1, 100) == pytest.approx(0.0181)
+
+
+def test_acceptance_is_the_profile() -> None:
+    """The mean over rows and drafts is the profile's, however far single drafts differ."""
+    source, rng = Synthetic([PROFILES["code"]], spread=2.0, row_spread=0.5), np.random.default_rng(0)
+    counts, reached = np.zeros(7), np.zeros(7)
+    for _ in range(300):
+        slots = np.arange(32)
+        for slot in slots.tolist():
+            source.begin(slot, rng)
+        said, lengths, accepted = source.draw(slots, rng)
+        assert said is not None and (lengths == 7).all()
+        for j in range(7):
+            reached[j] += (accepted >= j).sum()
+            counts[j] += (accepted > j).sum()
+    assert counts[0] / reached[0] == pytest.approx(PROFILES["code"][0], abs=0.02)
+    assert (counts / reached >= np.array(PROFILES["code"]) - 0.02).all(), "those that came so far are the better ones"
+
+
+def test_the_same_seed_is_the_same_day() -> None:
+    def once(seed: int) -> dict[str, Any]:
+        policy = make_policy_for("auto", CURVES["accelerator"], 7)
+        traffic = Traffic(rate=4.0, burst=3.0, period=2.0, prompt=64, answer=64)
+        return simulate(
+            policy, CURVES["accelerator"], Synthetic(MIX), traffic, seconds=8, seed=seed, noise=0.1, stalls=0.01
+        ).to_json()
+
+    assert once(1) == once(1) != once(2)
+
+
+def test_no_request_is_lost() -> None:
+    """An open loop far below what the machine can do: all that arrived long ago are answered, each in full."""
+    traffic = Traffic(rate=5.0, prompt=32, answer=32)
+    result = simulate(
+        make_policy_for("fixed:3", CURVES["accelerator"], 7), CURVES["accelerator"], Synthetic(MIX), traffic, seconds=60
+    )
+    assert 5 * 60 * 0.8 < result.requests <= len(result.first) < 5 * 60 * 1.2
+    assert np.quantile(result.first, 0.95) < 0.2
+
+
+def test_the_shape_of_published_figures() -> None:
+    """Few users: long drafts win. Many: fixed ones fall behind plain decoding, the scheduler verifies less and less
+    and stays in front (the DSpark paper's figures 7 and 8)."""
+    traffics = {str(n): Traffic(concurrency=n, prompt=1, answer=64) for n in (8, 32, 256)}
+    rows = sweep(CURVES["accelerator"], MIX, traffics, POLICIES, seconds=6)
+    rate = {(row["traffic"], row["policy"]): row["tokens_per_second"] for row in rows}
+    verified = [row["verified_per_row"] for row in rows if row["policy"] == "throughput"]
+    assert rate["8", "fixed:7"] > 3 * rate["8", "none"] and rate["256", "fixed:7"] < 0.9 * rate["256", "none"]
+    assert verified[0] > verified[1] > verified[2] > 0.3
+    for load in traffics:
+        assert rate[load, "throughput"] > 0.95 * max(rate[load, policy] for policy in POLICIES)
+    assert rate["256", "throughput"] > 1.02 * max(rate["256", policy] for policy in POLICIES if policy != "throughput")
+
+
+def test_costs_are_read_from_tables_and_from_files(tmp_path: Path) -> None:
+    key = CostKey("m", "int8", "native", "here", 2)
+    points = tuple(CostPoint(n, 1, c, 0.01 * n + 1e-6 * c) for n in (1, 4, 16) for c in (256, 1024))
+    (tmp_path / "table.json").write_text(json.dumps(CostTable(key, points).to_json()))
+    (tmp_path / "own.json").write_text('{"points": [[1, 0.01], [8, 0.02]], "draft_fixed": 0.003}')
+    assert read_costs(str(tmp_path / "table.json")).verify(4, 1, 0) == pytest.approx(0.040256)
+    assert read_costs(str(tmp_path / "own.json")).draft(3, 5) == pytest.approx(0.003)
+    (tmp_path / "bad.json").write_text('{"points": [[1, 0.01]], "draft_fixd": 1}')
+    for name in ("bad.json", "missing.json"):
+        with pytest.raises(InvalidRequest, match="expected"):
+            read_costs(str(tmp_path / name))
+    assert read_profile("0.9,0.5", 4) == (0.9, 0.5, 0.5, 0.5)
+    with pytest.raises(InvalidRequest, match="between 0 and 1"):
+        read_profile("1.5", 3)
+    for name in ("fixd:3", "fixed:x", "threshold:2"):
+        with pytest.raises(InvalidRequest):
+            make_policy_for(name, CURVES["tiles"], 7)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """A table, JSON with the fields of ``bench --load``, and a diagram."""
+    given = ["--duration", "1", "--concurrency", "1,4", "--policies", "none,auto", "--json", str(tmp_path / "out.json")]
+    if available():
+        given += ["--plot", str(tmp_path / "out.png")]
+    result = CliRunner().invoke(app, ["simulate", *given])
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["concurrency"], row["policy"]) for row in rows] == [(1, "none"), (1, "auto"), (4, "none"), (4, "auto")]
+    wanted = ("tokens_per_second", "per_user_tokens_per_second", "ttft_ms", "itl_p50_ms", "itl_p99_ms")
+    assert all({*wanted, "acceptance_length", "verified_per_row"} <= row.keys() for row in rows)
+    assert not available() or (tmp_path / "out.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--concurrency", "1,x"], "whole numbers above 0"),
+        (["--policies", "fixed:3,fastest"], "unknown policy"),
+        (["--profile", "chta"], "profile: expected"),
+        (["--costs", "nowhere.json"], "costs: expected"),
+        (["--confidence", "maybe"], "says must be"),
+    ],
+)
+def test_wrong_options_are_one_line(given: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["simulate", "--duration", "1", *given])
+    assert result.exit_code == 2 and said in " ".join(result.output.split())
