@@ -128,7 +128,7 @@ def test_models_that_transformers_runs_draft_for_each_other(tmp_path: Path) -> N
     target = save(tmp_path / "target", 272, layers=2, seed=1, family="GPTNeoX")
     draft = save(tmp_path / "draft", 288, layers=1, seed=2, family="GPTNeoX")
     for dtype in ("auto", "bfloat16"):
-        llm = LLM(target, draft, dtype=dtype)
+        llm = LLM(target, draft, dtype=dtype, policy="fixed")
         expected = llm.with_drafter("none").generate(PROMPTS[0], SamplingParams(max_tokens=8))
         got = llm.generate(PROMPTS[0], SamplingParams(max_tokens=8))
         assert llm.drafter_name == "draft_model" and llm.stats()["drafted"] > 0
