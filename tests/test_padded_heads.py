@@ -84,7 +84,9 @@ def test_a_target_of_its_own_draft_model_is_accepted(models: dict[int, Path], tm
     for name in ("target", "draft"):
         save_tokenizer(tmp_path / name, byte_level_bpe(TOKENS))
     assert wide.spec.vocab_size == 288
-    llm = LLM(tmp_path / "target", tmp_path / "draft", dtype="float32", drafter_options={"dtype": "float32"})
+    llm = LLM(
+        tmp_path / "target", tmp_path / "draft", dtype="float32", policy="fixed", drafter_options={"dtype": "float32"}
+    )
     llm.generate(PROMPTS[0], SamplingParams(max_tokens=30))
     stats = llm.stats()
     assert stats["accepted"] == stats["drafted"] > 10
