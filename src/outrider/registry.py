@@ -1,8 +1,8 @@
 """The catalogues: a name, and where its class is, imported on use.
 
 Outside packages add kinds through entry points named ``outrider.targets``, ``outrider.drafters``,
-``outrider.designs``, ``outrider.trainers``, ``outrider.policies``, ``outrider.backends`` and ``outrider.kv_caches``; a
-built-in name cannot be replaced.
+``outrider.designs``, ``outrider.trainers``, ``outrider.exporters``, ``outrider.policies``, ``outrider.backends`` and
+``outrider.kv_caches``; a built-in name cannot be replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from typing import Any
 
 from outrider.errors import UnknownKind, nearest
 
-__all__ = ["BACKENDS", "DESIGNS", "DRAFTERS", "KV_CACHES", "POLICIES", "TARGETS", "TRAINERS", "find", "names"]
+__all__ = [
+    "BACKENDS",
+    "DESIGNS",
+    "DRAFTERS",
+    "EXPORTERS",
+    "KV_CACHES",
+    "POLICIES",
+    "TARGETS",
+    "TRAINERS",
+    "find",
+    "names",
+]
 
 TARGETS = {  # Hugging Face's model_type -> class
     "llama": "outrider.models.llama:LlamaTarget",
@@ -51,6 +62,11 @@ TRAINERS = {  # drafter -> how a new one starts, and its network with gradients;
     "dspark": "outrider.training.networks.block_network:DSparkTraining",
     "dflash": "outrider.training.networks.block_network:DFlashTraining",
 }
+EXPORTERS = {  # other engines -> what writes a drafter for them; inference never imports these either
+    "vllm": "outrider.training.engines.vllm:VLLM",
+    "sglang": "outrider.training.engines.sglang:SGLang",
+    "llama.cpp": "outrider.training.engines.llama_cpp:LlamaCpp",
+}
 POLICIES = {
     "fixed": "outrider.scheduling.fixed:FixedPolicy",
     "threshold": "outrider.scheduling.threshold:ThresholdPolicy",
@@ -71,6 +87,7 @@ _CATALOGUES = {
     "drafter": DRAFTERS,
     "design": DESIGNS,
     "trainer": TRAINERS,
+    "exporter": EXPORTERS,
     "policy": POLICIES,
     "backend": BACKENDS,
     "kv_cache": KV_CACHES,
@@ -80,6 +97,7 @@ _GROUPS = {
     "drafter": "drafters",
     "design": "designs",
     "trainer": "trainers",
+    "exporter": "exporters",
     "policy": "policies",
     "backend": "backends",
     "kv_cache": "kv_caches",
@@ -92,8 +110,8 @@ def _outside(catalogue: str) -> dict[str, str]:
 
 
 def names(catalogue: str) -> list[str]:
-    """Known names of one catalogue: ``target``, ``drafter``, ``design``, ``trainer``, ``policy``, ``backend``,
-    ``kv_cache``."""
+    """Known names of one catalogue: ``target``, ``drafter``, ``design``, ``trainer``, ``exporter``, ``policy``,
+    ``backend``, ``kv_cache``."""
     return sorted({**_outside(catalogue), **_CATALOGUES[catalogue]})
 
 

@@ -28,6 +28,7 @@ COMMANDS = {  # in the order of the help
     "models": "outrider.cli.models:models",
     "doctor": "outrider.cli.doctor:doctor",
     "convert": "outrider.cli.convert:convert",
+    "export": "outrider.cli.export:export",
     "train": "outrider.cli.train:app",
     "calibrate": "outrider.cli.calibrate:calibrate",
     "eval": "outrider.cli.eval:evaluate",

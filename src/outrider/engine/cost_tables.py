@@ -14,7 +14,6 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -136,8 +135,9 @@ def start_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> C
 
 @torch.inference_mode()
 def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, seconds: float = SECONDS) -> CostTable:
-    """Time passes for at most about ``seconds``, in rounds and shuffled, and take medians.
+    """Time passes for at most about ``seconds``, in rounds and shuffled, and take the least of each kind.
 
+    The least is what a pass costs when nobody interrupts it; how busy the machine is, the scheduler learns from steps.
     ``rows``, ``tokens``: the most that a pass will have.
     """
     ends = perf_counter() + seconds
@@ -164,7 +164,7 @@ def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, se
             for shape in order.sample(here, len(here)):
                 if not times[shape] or perf_counter() < ends:
                     times[shape].append(_time(target, cache, slots, shape))
-    points = tuple(CostPoint(m, r, c * r, median(found)) for (m, r, c), found in times.items())
+    points = tuple(CostPoint(m, r, c * r, min(found)) for (m, r, c), found in times.items())
     return CostTable(key, points)
 
 

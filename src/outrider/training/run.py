@@ -103,7 +103,7 @@ class Config(BaseModel):
 
 
 def trainable(
-    config: Config, llm: LLM, texts: Sequence[Text], target: TargetModel | DeviceTarget | None = None
+    config: Config, llm: LLM, texts: Sequence[Text] = (), target: TargetModel | DeviceTarget | None = None
 ) -> nn.Module:
     """A new, untrained drafter of ``config.kind`` for this target, which ``target`` stands for on another device. A
     reduced draft vocabulary is chosen by the answers of ``texts``. Raises InvalidRequest."""

@@ -1,0 +1,166 @@
+"""``outrider export``: what other engines load, read back by their formats' readers, and what they cannot load."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trained import DECODER, LAYERS, make_checkpoint, make_target, save_target
+from typer.testing import CliRunner
+
+from outrider import checkpoints
+from outrider.cli import app
+from outrider.drafters.dspark_design import BlockDesign
+from outrider.drafters.eagle3_design import Eagle3Design
+from outrider.drafters.mtp_design import MTPDesign
+from outrider.errors import CheckpointError, InvalidRequest, UnknownKind
+from outrider.scheduling.calibration import Calibration, Scaling
+from outrider.training.handover import Handover, hand_over
+
+DSPARK = BlockDesign(4, 3, markov_rank=4, confidence=True, confidence_with_markov=True)
+DFLASH = BlockDesign(4, 3, sample_from_anchor=False)
+LLAMA = {**{k: v for k, v in DECODER.items() if k != "layer_types"}, "model_type": "llama"}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_target(tmp_path_factory.mktemp("t") / "target", make_target()))
+
+
+def saved(folder: Path, checkpoint: Any) -> str:
+    return str(checkpoints.save(checkpoint, folder / "d", "outrider", {}))
+
+
+def config_of(made: Handover) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(made.command[made.command.index("--speculative-config") + 1])
+    assert config == made.speculative_config
+    return config
+
+
+def test_vllm_gets_speculators_files_and_a_reduced_head_made_of_the_targets_rows(tmp_path: Path, target: str) -> None:
+    checkpoint = make_checkpoint(DSPARK, drafted=20)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name != "head.weight"}
+    calibration = Calibration({("rejection", 0.0): Scaling((2.0,), (0.5,))})
+    drafter = saved(tmp_path, replace(checkpoint, tensors=tensors, calibration=calibration))
+    made = hand_over(drafter, "vllm", tmp_path / "out", target)
+    copy = checkpoints.load(tmp_path / "out" / "drafter")
+    assert (copy.format, copy.design, copy.target_layers) == ("speculators", DSPARK, checkpoint.target_layers)
+    ids = tensors["d2t"] + torch.arange(20)
+    head = make_target().tensors["head.weight"]  # type: ignore[attr-defined]
+    assert torch.allclose(copy.tensors["head.weight"], head[ids], atol=1e-5)
+    assert all(torch.equal(copy.tensors[name], tensor) for name, tensor in tensors.items())
+    config = config_of(made)
+    assert (config["method"], config["num_speculative_tokens"]) == ("dspark", 4)
+    assert config["enable_adaptive_verification"] is True
+    assert any("0.269" in line for line in made.advice), "sigmoid(-0.5 * 2): where the calibrated one is a half"
+    launch = (tmp_path / "out" / "launch.sh").read_text()
+    assert shlex.split(launch.splitlines()[-1]) == made.command and "not started" in launch
+    assert json.loads((tmp_path / "out" / "speculative_config.json").read_text()) == config
+
+
+def test_vllm_gets_an_eagle3_with_its_embedding_and_head(tmp_path: Path, target: str) -> None:
+    made = hand_over(saved(tmp_path, make_checkpoint(Eagle3Design(depth=5))), "vllm", tmp_path / "out", target)
+    copy = checkpoints.load(tmp_path / "out" / "drafter")
+    assert {"embed.weight", "head.weight"} <= set(copy.tensors) and config_of(made)["num_speculative_tokens"] == 5
+
+
+def test_sglang_gets_specforges_eagle3(tmp_path: Path, target: str) -> None:
+    checkpoint = make_checkpoint(Eagle3Design(), decoder=LLAMA)
+    made = hand_over(saved(tmp_path, checkpoint), "sglang", tmp_path / "out", target)
+    copy = checkpoints.load(tmp_path / "out" / "drafter")
+    assert (copy.format, copy.target_layers) == ("specforge", checkpoint.target_layers)
+    assert all(torch.equal(copy.tensors[name], tensor) for name, tensor in checkpoint.tensors.items())
+    assert "head.weight" in copy.tensors and "embed.weight" not in copy.tensors
+    at = made.command.index("--speculative-num-draft-tokens")
+    assert made.command[at + 1] == "8" and "EAGLE3" in made.command
+
+
+def test_sglang_gets_zlabs_dflash_and_deepspecs_dspark(tmp_path: Path, target: str) -> None:
+    flash, spark = make_checkpoint(DFLASH), make_checkpoint(DSPARK)
+    for name, checkpoint, form in (("f", flash, "zlab"), ("s", spark, "deepspec")):
+        checkpoint = replace(checkpoint, target=replace(checkpoint.target, num_layers=LAYERS))
+        (tmp_path / name).mkdir()
+        made = hand_over(saved(tmp_path / name, checkpoint), "sglang", tmp_path / name / "out", target)
+        copy = checkpoints.load(tmp_path / name / "out" / "drafter")
+        assert (copy.format, copy.design, copy.target_layers) == (form, checkpoint.design, checkpoint.target_layers)
+        assert all(torch.equal(copy.tensors[n], tensor) for n, tensor in checkpoint.tensors.items())
+        assert made.command[made.command.index("--speculative-algorithm") + 1] == {"f": "DFLASH", "s": "DSPARK"}[name]
+
+
+def test_llama_cpp_gets_a_gguf_as_it_is_or_what_its_converter_reads(tmp_path: Path, target: str) -> None:
+    small = tmp_path / "small.gguf"
+    small.write_bytes(b"GGUF and the rest")
+    made = hand_over(str(small), "llama.cpp", tmp_path / "model", target)
+    assert (tmp_path / "model" / "drafter.gguf").read_bytes() == small.read_bytes() and not made.prepare
+    made = hand_over(saved(tmp_path, make_checkpoint(DSPARK)), "llama.cpp", tmp_path / "out", target)
+    assert made.prepare[0][-2:] == ["--target-model-dir", target]
+    assert "draft-dspark" in made.command and made.command[-2:] == ["--spec-draft-n-max", "4"]
+    assert checkpoints.load(tmp_path / "out" / "drafter").format == "speculators"
+
+
+@pytest.mark.parametrize(
+    ("engine", "checkpoint", "reason"),
+    [
+        ("sglang", make_checkpoint(BlockDesign(4, 3)), "anchor"),
+        ("sglang", make_checkpoint(DFLASH, drafted=20), "reduced vocabulary"),
+        ("sglang", make_checkpoint(Eagle3Design()), "norms of queries"),
+        ("sglang", make_checkpoint(Eagle3Design(norm_output=True), decoder=LLAMA), "fed back"),
+        ("sglang", make_checkpoint(MTPDesign()), "own checkpoint"),
+        ("llama.cpp", make_checkpoint(MTPDesign()), "own GGUF"),
+        ("llama.cpp", make_checkpoint(replace(DSPARK, markov_head="gated")), "vanilla"),
+        ("sglang", replace(make_checkpoint(DSPARK), target_layers=(0, 2, LAYERS - 1)), "last layer"),
+    ],
+)
+def test_what_an_engine_cannot_load_is_refused_with_the_reason(
+    engine: str, checkpoint: Any, reason: str, tmp_path: Path, target: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        hand_over(saved(tmp_path, checkpoint), engine, tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_decides_on_drafts_and_load(tmp_path: Path, target: str) -> None:
+    drafter = saved(tmp_path, make_checkpoint(Eagle3Design()))
+    plan = {"advised": {"drafts": 3}, "by_rows": [[1, {"drafts": 3}], [32, {"drafts": 0}], [64, {"drafts": 0}]]}
+    made = hand_over(drafter, "vllm", tmp_path / "a", target, plan=plan)
+    assert config_of(made)["num_speculative_tokens"] == 3
+    assert made.command[made.command.index("--max-num-seqs") + 1] == "32"
+    for wrong in ({}, {"advised": {"drafts": 0}, "by_rows": []}):
+        with pytest.raises(InvalidRequest, match="--plan"):
+            hand_over(drafter, "vllm", tmp_path / "b", target, plan=wrong)
+    with pytest.raises(UnknownKind):
+        hand_over(drafter, "vlm", tmp_path / "b", target)
+
+
+def test_the_command_writes_everything(tmp_path: Path, target: str) -> None:
+    drafter = saved(tmp_path, make_checkpoint(DSPARK))
+    result = CliRunner().invoke(
+        app, ["export", drafter, str(tmp_path / "out"), "--to", "vllm", "--target", target, "--json", "-"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["engine"] == "vllm"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "drafter", "launch.sh", "speculative_config.json", "handover.json"
+    }  # fmt: skip
+
+
+def test_the_cluster_examples_hold_what_is_exported(tmp_path: Path, target: str) -> None:
+    """The keys of their speculative configs are those of an exported DSpark."""
+    yaml = pytest.importorskip("yaml")
+    folder = Path(__file__).parents[1] / "examples" / "deploy"
+    workers, service = yaml.safe_load_all((folder / "leaderworkerset.yaml").read_text())
+    container = workers["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["spec"]["containers"][0]
+    (argument,) = [one for one in container["args"] if one.startswith("--speculative-config=")]
+    kubernetes = json.loads(argument.partition("=")[2])
+    (application,) = yaml.safe_load((folder / "ray_serve.yaml").read_text())["applications"]
+    ray = application["args"]["llm_configs"][0]["engine_kwargs"]["speculative_config"]
+    exported = config_of(hand_over(saved(tmp_path, make_checkpoint(DSPARK)), "vllm", tmp_path / "out", target))
+    assert kubernetes == ray and kubernetes.keys() == exported.keys()
+    assert (
+        service["spec"]["selector"] == workers["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["metadata"]["labels"]
+    )
