@@ -176,9 +176,7 @@ class ScheduledModel(ModelOptions):
     ] = "auto"
     guard: Annotated[
         bool,
-        _option(
-            _MODEL, "--guard/--no-guard", help="Stop drafting where it slows decoding down, whatever the policy."
-        ),
+        _option(_MODEL, "--guard/--no-guard", help="Stop drafting where it slows decoding down, whatever the policy."),
     ] = True
 
     def scheduling(self) -> dict[str, Any]:
