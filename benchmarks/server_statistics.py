@@ -1,6 +1,6 @@
 """How soon the statistics of `outrider audit --url` find known biases: power and cost of each, on the packaged model.
 
-    python benchmarks/server_statistics.py [--samples 40] [--trials 40] [--json FILE]
+    python benchmarks/server_statistics.py [--prompts 24] [--samples 40] [--trials 40] [--json FILE]
 
 Each variant answers every prompt many times; audits are then made of random parts of these answers. The rate of false
 alarms of all statistics is 1e-3, shared by five of them as in an audit with a baseline.
@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "4-bit copy": {},
 }
 BUDGET = Budget(5)
-TOKENS, PROMPTS, ANSWERS, TOP = 64, 24, 10, 20
+TOKENS, ANSWERS, TOP = 64, 10, 20
 BORDERS, TIED = 12, 20
 
 
@@ -86,12 +86,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=40)
     parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=24)
     add_json(parser)
     args = parser.parse_args()
     llm = LLM(drafter="none", max_rows=16)
     models = {name: llm for name in VARIANTS} | {"4-bit copy": LLM(drafter="none", dtype="int4", max_rows=16)}
     sets = [read_prompts(path) for path in default_prompt_files(chat=False)]
-    prompts = [llm.encode(str(one.prompt)) for group in zip(*sets, strict=False) for one in group][:PROMPTS]
+    prompts = [llm.encode(str(one.prompt)) for group in zip(*sets, strict=False) for one in group][: args.prompts]
     generator = np.random.default_rng(0)
     allowed = BUDGET.alpha / BUDGET.tests
 
@@ -134,7 +135,7 @@ def main() -> None:
                 test = mmd if statistic == "mmd" else counts
                 p_values.append(test(parts[0], parts[1], seed=trial)[1])
             found.append(float(np.mean(np.array(p_values) <= allowed)))
-            cost = 2 * size * (PROMPTS * TOKENS if statistic == "mmd" else 2 * len(borders))
+            cost = 2 * size * (args.prompts * TOKENS if statistic == "mmd" else 2 * len(borders))
             results.append({"variant": name, "statistic": statistic, "found": found[-1], "tokens": cost})
         logs = [
             [
@@ -149,11 +150,11 @@ def main() -> None:
                 "variant": name,
                 "statistic": "first token's log-probability",
                 "found": float(difference > 0.02 and p <= allowed),
-                "tokens": 8 * PROMPTS,
+                "tokens": 8 * args.prompts,
                 "difference": difference,
             }
         )
-        say(f"{name}: {perf_counter() - began:.0f} s")
+        say(f"{name}: {perf_counter() - began:.0f} s, {[(r['found'], r['tokens']) for r in results[-4:]]}")
     rows = [[r["variant"], r["statistic"], f"{r['found']:.0%}", f"{r['tokens']:,}"] for r in results]
     print(table(["variant", "statistic", "found", "tokens"], rows))
     write_json(args.json, {**facts(), "samples": args.samples, "trials": args.trials, "results": results})

@@ -65,8 +65,9 @@ void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64
                                 &part.peak);
     if (std::isinf(part.best)) return;  // all logits of this piece are masked
     const float bound = part.bound();
-    for (int64_t i = 0; i < count; i++)
-      if (scores[i] >= bound) part.candidates.push_back({first + i, scores[i]});
+    int32_t reached[kPiece];
+    const int64_t found = k.collect(scores, nullptr, 0.0f, count, bound, reached);
+    for (int64_t i = 0; i < found; i++) part.candidates.push_back({first + reached[i], scores[reached[i]]});
   });
   for (int64_t row = 0; row < rows; row++) {
     PieceScores whole;

@@ -11,8 +11,10 @@ import pytest
 import torch
 from test_engine import DRAFT_TABLE, PROMPTS, TABLE, MarkovDrafter, engine, run
 from torch import Tensor
+from typer.testing import CliRunner
 
 from outrider import LLM, SamplingParams
+from outrider.cli import app
 from outrider.drafters.base import SeveralDrafters
 from outrider.engine.engine import Engine
 from outrider.errors import InvalidRequest
@@ -355,3 +357,13 @@ def test_a_synthetic_drafter_is_as_good_as_it_is_set(texts: Any) -> None:
         assert output.token_ids == known[tuple(prompts[0])]
     with pytest.raises(InvalidRequest, match="probabilities"):
         SyntheticDrafter(known, [1.5], vocab_size=VOCABULARY)
+
+
+def test_the_command_line_takes_policies_and_several_drafters(tiny_model_dir: Path) -> None:
+    given = ["generate", "--model", str(tiny_model_dir), "--max-tokens", "8", "a b a b a b"]
+    plain = CliRunner().invoke(app, [*given, "--drafter", "none"])
+    both = CliRunner().invoke(app, [*given, "--drafter", "ngram,suffix", "--policy", "fixed:2", "--no-guard"])
+    assert plain.exit_code == both.exit_code == 0 and plain.stdout == both.stdout
+    assert "drafter ngram+suffix" in both.stderr
+    wrong = CliRunner().invoke(app, [*given, "--policy", "fixed:two"])
+    assert wrong.exit_code == 2 and "--policy must be NAME or NAME:DRAFTS like fixed:3" in wrong.stderr

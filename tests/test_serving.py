@@ -193,3 +193,9 @@ def test_a_prompt_that_begins_like_an_earlier_one_is_not_read_again(client: http
     message = client.post("/v1/messages", json=body).json()
     assert message["usage"]["cache_read_input_tokens"] == cached
     assert message["usage"]["input_tokens"] == again["usage"]["prompt_tokens"] - cached
+
+
+def test_the_page_is_served_whole_and_may_ask_nobody_else(client: httpx.Client) -> None:
+    page = client.get("/")
+    assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<title>" in page.text and "connect-src 'self'" in page.headers["content-security-policy"]

@@ -245,14 +245,17 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> Non
         read_settings({}, {}, file)
 
 
-@pytest.mark.parametrize("signals", [1, 2])
-def test_a_signal_lets_answers_finish_and_a_second_ends_them(signals: int) -> None:
+@pytest.mark.parametrize(("signals", "drain"), [(1, 60), (2, 60), (1, 0.2)], ids=["first", "second", "late"])
+def test_a_signal_lets_answers_finish_and_a_second_ends_them(signals: int, drain: float) -> None:
+    """What has not finished in time ends as by the second signal."""
     command = [sys.executable, "-m", "outrider", "serve", "embedded", "--drafter", "none", "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OUTRIDER_SERVE_DRAIN_SECONDS": str(drain)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     try:
         url = next(line for line in process.stderr if "ready:" in line).split("ready: ")[1].strip()
-        tokens = 60 if signals == 1 else 1500
+        finishes = signals == 1 and drain > 1
+        tokens = 60 if finishes else 1500
         body = {**LONG, "max_tokens": tokens, "stream": True}
         with httpx.stream("POST", url + CHAT, json=body, timeout=60) as response:
             lines = response.iter_lines()
@@ -263,7 +266,7 @@ def test_a_signal_lets_answers_finish_and_a_second_ends_them(signals: int) -> No
             rest = [line for line in lines if line.startswith("data: ")]
         assert rest[-1] == "data: [DONE]"
         last = json.loads(rest[-2].removeprefix("data: "))
-        if signals == 1:
+        if finishes:
             assert last["choices"][0]["finish_reason"] == "length"
         else:
             assert last["error"]["code"] == "server_shutdown"

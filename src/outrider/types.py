@@ -430,6 +430,7 @@ class PagedCache(KVCache, SharesPrefixes, Protocol):
 
     block_bytes: int
     block_tokens: int
+    blocks: int  # in all
 
     @property
     def free_blocks(self) -> int: ...  # that ``reserve`` can still get

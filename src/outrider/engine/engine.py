@@ -184,6 +184,14 @@ class Engine:
         return bool(self._requests or self._arrivals)
 
     @property
+    def cache_usage(self) -> float:
+        """Share of the memory for keys and values that running requests hold, from 0 to 1."""
+        if self._paged is not None:
+            return 1 - self._paged.free_blocks / self._paged.blocks
+        running = list(self.admission.running)
+        return sum(len(r.history) - r.pending for r in running) / (self.max_rows * self.capacity)
+
+    @property
     def totals(self) -> tuple[int, RequestStats]:
         """Requests that have finished, and their counts together."""
         return self._totals.requests, self._totals.stats

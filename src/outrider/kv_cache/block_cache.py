@@ -44,6 +44,7 @@ class BlockCache(ABC):
         block_bytes: int,
     ) -> None:
         self.pool, self.block_bytes, self.block_tokens = pool, block_bytes, pool.size
+        self.blocks = pool.count
         self.capacity = min(capacity, pool.count * pool.size)
         self._slots: list[_Slot | None] = [None] * slots
         self._closed = list(range(slots))

@@ -157,12 +157,11 @@ class Audit:
             "block": SamplingParams(max_tokens=most, temperature=0.9, top_p=0.95, rule="block", ignore_eos=True),
         }
         engines: dict[str, tuple[Callable[[], Engine], SamplingParams]] = {}
-        policies = cycle(self._policy_names)
+        policies, rules = cycle(self._policy_names), cycle(reversed(asked))
         for drafter in self.drafters[: 1 if self.quick else None]:
-            for rule in list(asked)[1 if self.quick else 0 :]:
-                policy = next(policies)
-                make = partial(self._engine, drafter, policy, STATISTICAL_ROWS * self.max_rows)
-                engines[f"{drafter}, {rule}, policy {policy}"] = (make, asked[rule])
+            policy, rule = next(policies), next(rules)
+            make = partial(self._engine, drafter, policy, STATISTICAL_ROWS * self.max_rows)
+            engines[f"{drafter}, {rule}, policy {policy}"] = (make, asked[rule])
         budget = Budget(len(toys) + len(engines))
         short = [text[-QUICK.prompt_tokens :] for text in self._texts]
         checks = chain(

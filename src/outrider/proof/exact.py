@@ -113,7 +113,8 @@ def settings(quick: bool, seed: int = 0) -> list[Setting]:
     def one(rule: Rule, option: str, policy: str, rows: int) -> Setting:
         alone = Setting(policy=policy).alone  # else the outcomes of two rows are followed together: keep them few
         size = 3 if option == "grammar" and alone else 2  # of two tokens a mask leaves one
-        return Setting(rule, option, policy, rows, size=size, length=4 if size == 2 and rows > 1 else 3, seed=seed)
+        length = 4 if size == 2 and rows > 1 and alone else 3
+        return Setting(rule, option, policy, rows, size=size, length=length, seed=seed)
 
     if quick:
         turns = cycle(product([name for name in policies if Setting(policy=name).alone], (16, 1)))

@@ -99,7 +99,7 @@ class ToySetting:
 def toy_settings(quick: bool, seed: int = 0) -> list[ToySetting]:
     """Every rule under policies that differ in what they remember."""
     rules: tuple[Rule, ...] = ("rejection", "block", "coupled")
-    policies = ("remembers",) if quick else ("fixed", "threshold", "remembers")
+    policies = ("remembers",) if quick else ("threshold", "remembers")
     return [ToySetting(rule, policy, seed=seed) for policy in policies for rule in rules]
 
 

@@ -6,7 +6,7 @@ edge of a tile at 16 rows costs what it was observed to cost, not what a line th
 T_draft(rows, k) and bookkeeping are learnt from observed steps alone.
 
 All estimates are of logarithms and robust: an observation moves them by a bounded step, so a pass that a neighbour on
-the machine made ten times slower counts like one that was a third slower.
+the machine made ten times slower counts like one that was a little slower.
 
 A table that does not fit what is observed, one of another machine for instance, is dropped (``trusted``).
 """
@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 EXACT = 256  # up to here each number of tokens has a correction of its own; beyond, 32 to an octave
 OCTAVE = 32
 NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what another one adds, where nothing is known
-MOVE = 0.3  # the most that one observation counts for, in log seconds
+MOVE = 0.15  # the most that one observation counts for, in log seconds
 SPEED_RATE, CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.1, 0.05, 0.1, 0.05
 VISIBLE = 0.004  # a correction that moved by less is not worth a new curve
 CHECKED = 96  # observations in which a table is checked
@@ -126,10 +126,10 @@ class CostModel:
         seconds = _along(self._drafts[nearest], drafts)
         return seconds if nearest == wanted else seconds * 0.5 * (1 + rows / _rows_of(nearest))
 
-    @property
-    def knows_drafts(self) -> bool:
-        """Whether any draft was ever timed."""
-        return bool(self._drafts)
+    def seen(self, tokens: int) -> int:
+        """How many passes over about so many tokens were observed."""
+        cell = self._cells.get(int(self._cell_of[tokens])) if tokens < len(self._cell_of) else None
+        return cell.count if cell is not None else 0
 
     def bookkeeping(self, rows: int, drafting: bool) -> float:
         """Seconds of a step outside the two passes; nothing until it was seen."""
@@ -158,9 +158,10 @@ class CostModel:
         if self._observed == 0 and self.table is None:
             self._speed, error = ratio, 0.0
         self._observed += 1
-        bounded = min(max(error, -MOVE), MOVE)
+        move = MOVE if cell.count > 4 else 4 * MOVE  # what was never seen may be far off
+        bounded = min(max(error, -move), move)
         self._speed += SPEED_RATE * bounded
-        cell.value += max(CELL_RATE, 1 / (cell.count + 5)) * (bounded - SPEED_RATE * bounded)
+        cell.value += max(CELL_RATE, 1 / (cell.count + 3)) * (bounded - SPEED_RATE * bounded)
         cell.count += 1
         key = int(self._cell_of[tokens])
         self._dirty = self._dirty or abs(cell.value - self._drawn.get(key, math.inf)) > VISIBLE

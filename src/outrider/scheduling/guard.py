@@ -22,6 +22,7 @@ from outrider.types import SchedulerPolicy, StepCost, StepView
 __all__ = ["GuardedPolicy", "TriesAgain"]
 
 SELDOM, OFTEN = 192, 48  # steps that draft between two controls: where drafting pays well, and where it hardly does
+AT_FIRST, KNOWN = 12, 6  # the same until so many plain steps of as many rows were seen
 PAYS_WELL = 1.25  # tokens per second over plain decoding's
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
@@ -62,6 +63,7 @@ class GuardedPolicy:
         self._view: StepView | None = None
         self._planned: Sequence[int] = ()
         self._kept = 0
+        self._plain_seconds, self._plain_rows, self._plain_steps_left = (0.0, 0.0), 0, 0
 
     @property
     def follows(self) -> bool:
@@ -75,11 +77,11 @@ class GuardedPolicy:
 
     def plan(self, step: StepView) -> Sequence[int]:
         self._view, self._kept = step, 0
-        self._asked = self._may_draft()
+        self._asked = self._may_draft(len(step))
         self._planned = self.policy.plan(step) if self._asked else [0] * len(step)
         return self._planned
 
-    def _may_draft(self) -> bool:
+    def _may_draft(self, rows: int) -> bool:
         if not self._follows:
             if self._idle < self._pause or not self.ledger.affords(self._needed):
                 return False
@@ -91,6 +93,8 @@ class GuardedPolicy:
                 return False
             self._suspended = False
         often = OFTEN if self._advantage < PAYS_WELL else SELDOM
+        if self.costs.seen(rows) < KNOWN:
+            often = AT_FIRST
         if self._since_control >= often:
             self._since_control = 0
             return False
@@ -131,16 +135,17 @@ class GuardedPolicy:
     def _settle(self, view: StepView, cost: StepCost, accepted: int) -> None:
         """What the step took, against what plain decoding would have taken for its tokens."""
         ready, costs, context = len(view), self.costs, cost.context
-        own = costs.bookkeeping(ready, drafting=False)
-        without = costs.verify(max(cost.tokens - self._kept, 1), cost.rows, context)
-        plain = costs.verify(ready, ready, context) + own
-        expected = costs.verify(cost.tokens, cost.rows, context)
-        took = (
-            cost.draft
-            + min(cost.verify, STALL * expected)
-            + min(cost.bookkeeping, STALL * costs.bookkeeping(ready, drafting=True))
-        )
-        worth = without + own + accepted / ready * plain
+        plain, own = self._plain(ready, context)
+        without, base = plain, cost.tokens - self._kept
+        if base != ready:  # chunks of prompts beside it
+            without = costs.verify(max(base, 1), cost.rows, context) + own
+        verify, bookkeeping = cost.verify, cost.bookkeeping
+        if verify > STALL * plain:
+            verify = min(verify, STALL * costs.verify(cost.tokens, cost.rows, context))
+        if bookkeeping > STALL * own:
+            bookkeeping = min(bookkeeping, STALL * costs.bookkeeping(ready, drafting=True))
+        took = cost.draft + verify + bookkeeping
+        worth = without + accepted / ready * plain
         self.ledger.settle(worth - took)
         self._advantage += 0.05 * (worth / took - self._advantage)
         self._idle = 0
@@ -151,6 +156,15 @@ class GuardedPolicy:
             self._suspended = True
             self._needed = max(2 * (took - worth), 0.25 * self.ledger.most)
             self._since_control = 0
+
+    def _plain(self, rows: int, context: int) -> tuple[float, float]:
+        """Seconds of a plain step of so many rows, and of its bookkeeping alone; worked out anew every few steps."""
+        if self._plain_rows != rows or self._plain_steps_left <= 0:
+            own = self.costs.bookkeeping(rows, drafting=False)
+            self._plain_seconds = self.costs.verify(rows, rows, context) + own, own
+            self._plain_rows, self._plain_steps_left = rows, LOOK
+        self._plain_steps_left -= 1
+        return self._plain_seconds
 
     def _rest(self, cost: StepCost) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""

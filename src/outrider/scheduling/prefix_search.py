@@ -23,13 +23,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Ranking", "Search", "best_count", "rank", "survivals"]
+__all__ = ["RISE", "Ranking", "Search", "best_count", "rank", "survivals"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Search = Literal["early", "global"]
 
-RISE = 1 + 1e-12  # tokens per second must rise by more than rounding
+RISE = 1 + 1e-12
+"""Tokens per second must rise by more than rounding."""
 _ONE = int(np.float64(1.0).view(np.int64))
 
 

@@ -26,7 +26,7 @@ from outrider.errors import InvalidRequest, nearest
 from outrider.scheduling.acceptance import AcceptanceModel, SurvivalHistory
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.ledger import Ledger
-from outrider.scheduling.prefix_search import Search, best_count, rank, survivals
+from outrider.scheduling.prefix_search import RISE, Search, best_count, rank, survivals
 from outrider.types import StepCost, StepView
 
 __all__ = ["ThroughputConfig", "ThroughputPolicy"]
@@ -42,10 +42,12 @@ MARGIN = 1.005  # drafting must promise so much more than plain decoding
 SAMPLED = 512  # drafts of the past that a plan is made of, about
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
+PROBED = 4  # rows tried in one step, or an eighth of all
 REUSED = 8  # steps that a plan is good for
 FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
 LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
 EARLY = 16  # rounds that are learnt from at once
+LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class _Step:
     free: bool = False  # no row's text depends on the schedule
     probe: bool = False
     chosen: _Chosen | None = None
+    one: _One | None = None
 
 
 @dataclass(slots=True)
@@ -103,6 +106,21 @@ class _Chosen:
     survival: Floats  # [D, K]
     keep: Ints  # [D]
     accepted: Ints | None = None  # [D]
+
+
+@dataclass(slots=True)
+class _One:
+    """The same of a step in which one row alone was drafted for, in plain Python."""
+
+    row: int
+    slot: int
+    length: int
+    limit: int
+    logits: list[float]
+    adjusted: list[float]
+    survival: list[float]
+    keep: int
+    accepted: int = 0
 
 
 class ThroughputPolicy:
@@ -127,6 +145,7 @@ class ThroughputPolicy:
         self._counted = 0  # the turn up to which ``_idle`` is counted
         self._step: _Step | None = None
         self._rounds: list[_Chosen] = []  # not learnt from yet
+        self._ones: list[_One] = []  # the same
         self._learnt = 0
         self._caught = False  # an early stop would have been caught in a dip of the costs
         self._past: list[tuple[Floats, int]] = []  # survivals in order and rows, of the last steps that drafted
@@ -263,7 +282,7 @@ class ThroughputPolicy:
         due = np.flatnonzero(left_out & (self._idle[slots] >= self._wait[slots]))
         if not len(due):
             return
-        due = due[np.argsort(-self._idle[slots[due]], kind="stable")][: max(1, now.ready // 8)]
+        due = due[np.argsort(-self._idle[slots[due]], kind="stable")][: max(PROBED, now.ready // 8)]
         most = self._block
         seconds = self._decode_seconds(now, len(due) * most)
         if not self._ledger.affords(self.costs.draft(len(due), most) + seconds[-1] - seconds[0]):
@@ -282,6 +301,8 @@ class ThroughputPolicy:
             limits = [self._block] * batch
             free = self._config.search == "global"
             now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, free)
+        if batch == 1:
+            return torch.tensor([self._choose_one(now, int(most[0]), confidence)])
         rows = np.flatnonzero(most[: now.ready])
         keep = np.zeros(batch, dtype=np.int64)
         if len(rows):
@@ -312,6 +333,25 @@ class ThroughputPolicy:
         limits = np.array(now.limits)[rows]
         keep = ranking.keep(count)
         return _Chosen(rows, slots, lengths, np.maximum(limits, lengths), z, p, survival, keep)
+
+    def _choose_one(self, now: _Step, length: int, confidence: Tensor | None) -> int:
+        """The drafts to verify of a single row, whose survivals are in order as they are."""
+        if not length:
+            return 0
+        slot = int(now.slots[0])
+        z, p = self._acceptance.adjust_row(None if confidence is None else confidence[0].tolist(), slot, length)
+        product, survival = 1.0, []
+        for one in p:
+            product *= one
+            survival.append(product)
+        spent = self.costs.draft(1, now.longest) + self.costs.bookkeeping(1, drafting=True)
+        seconds = self._decode_seconds(now, length)
+        if self._config.search == "lagged" or (self._config.search == "auto" and not now.free and self._caught):
+            keep = self._budget(np.array(survival), 1, seconds + spent)
+        else:
+            keep = _walk(survival, seconds.tolist(), spent, look_on=now.free)
+        now.one = _One(0, slot, length, max(now.limits[0], length), z, p, survival, keep)
+        return keep
 
     def _few(
         self, rows: Ints, slots: Ints, lengths: Ints, confidence: Tensor | None, width: int
@@ -349,23 +389,31 @@ class ThroughputPolicy:
         if now is None:
             return
         ready, costs, chosen = now.ready, self.costs, now.chosen
-        kept = 0 if chosen is None else int(chosen.keep.sum())
-        if cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
+        one = now.one
+        kept = one.keep if one is not None else 0 if chosen is None else int(chosen.keep.sum())
+        looks = self._turn % LOOK == 0 or costs.seen(cost.tokens) < KNOWN
+        if looks and cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
             costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify)
-        costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping)
+        if looks:
+            costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping)
         if not now.longest:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
-        costs.observe_draft(sum(n > 0 for n in now.limits), now.longest, cost.draft)
+        if looks:
+            costs.observe_draft(sum(n > 0 for n in now.limits), now.longest, cost.draft)
         gained = 0
+        if one is not None:
+            one.accepted = gained = int(accepted[one.row])
+            self._ones.append(one)
         if chosen is not None:
             chosen.accepted = np.array([accepted[b] for b in chosen.rows.tolist()])
             gained = int(chosen.accepted.sum())
             self._rounds.append(chosen)
-        if chosen is None or len(chosen.rows) < ready:
+        if one is None and (chosen is None or len(chosen.rows) < ready):
             self._nothing_drafted(now, chosen)
         self._learnt += 1
-        if self._learnt <= EARLY or sum(len(one.rows) for one in self._rounds) + ready > LEARNT_AT_ONCE:
+        collected = len(self._ones) + sum(len(round.rows) for round in self._rounds)
+        if self._learnt <= EARLY or collected + ready > LEARNT_AT_ONCE:
             self._learn()
         if now.probe:
             plain = costs.verify(ready, ready, now.context) / ready
@@ -383,6 +431,8 @@ class ThroughputPolicy:
     def _learn(self) -> None:
         """Learn from the rounds collected. Of one step with very many rows, some stand for all."""
         rounds, self._rounds = self._rounds, []
+        ones, self._ones = self._ones, []
+        rounds += [_as_rows([one for one in ones if len(one.logits) == n]) for n in {len(one.logits) for one in ones}]
         while rounds:
             width = rounds[0].logits.shape[1]
             alike = [one for one in rounds if one.logits.shape[1] == width]
@@ -393,6 +443,33 @@ class ThroughputPolicy:
             assert one.accepted is not None
             self._acceptance.update(one.logits[some], adjusted, slots, one.keep[some], one.accepted[some])
             self._history.add(slots, adjusted, one.survival[some], lengths, one.limits[some])
+
+
+def _walk(survival: Sequence[float], seconds: Sequence[float], spent: float, *, look_on: bool) -> int:
+    """``best_count`` for one row, in plain Python."""
+    tokens = 1.0
+    best, highest, last = 0, tokens / (seconds[0] + spent), tokens / (seconds[0] + spent)
+    for count, a in enumerate(survival, 1):
+        tokens += a
+        rate = tokens / (seconds[count] + spent)
+        if a <= 0 or (not look_on and rate <= last * RISE):
+            break
+        if rate > highest * RISE:
+            best, highest = count, rate
+        last = rate
+    return best
+
+
+def _as_rows(ones: Sequence[_One]) -> _Chosen:
+    """Rounds of single rows, in order, as one of several."""
+
+    def whole(name: str) -> Ints:
+        return np.array([getattr(one, name) for one in ones])
+
+    z, p, survival = (np.array([getattr(one, name) for one in ones]) for name in ("logits", "adjusted", "survival"))
+    return _Chosen(
+        whole("row"), whole("slot"), whole("length"), whole("limit"), z, p, survival, whole("keep"), whole("accepted")
+    )
 
 
 def _together(rounds: Sequence[_Chosen]) -> _Chosen:

@@ -57,7 +57,7 @@ def make_server(service: Service, ready: Callable[[str], None]) -> tuple[uvicorn
         lifespan="on",
         ws="none",
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(settings.drain_seconds) or None,
+        timeout_graceful_shutdown=int(settings.drain_seconds + LAST_SECONDS) + 1,
         h11_max_incomplete_event_size=64 << 10,
         server_header=False,
     )
@@ -99,11 +99,19 @@ class _Server(uvicorn.Server):
             self._service.draining = True
             self.should_exit = True
             log.info("signal %d: %d answers are finished, no new ones begin", sig, len(self._service.thread.answers()))
+            self._later(self._service.settings.drain_seconds, self._end)
             return
         log.info("signal %d again: every answer ends now", sig)
+        self._end()
+
+    def _end(self) -> None:
+        """End what runs, and tell its clients."""
         self._service.thread.cancel_all("shutdown")
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.call_later, LAST_SECONDS, self._force)
+        self._later(LAST_SECONDS, self._force)
 
     def _force(self) -> None:
         self.force_exit = True
+
+    def _later(self, seconds: float, act: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, act)

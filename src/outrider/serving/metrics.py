@@ -133,11 +133,8 @@ class Metrics:
         outstanding = self.thread.unfinished if self.thread else 0
         yield gauge("outrider_num_requests_running", "Requests with a row.", len(running))
         yield gauge("outrider_num_requests_waiting", "Requests without a row.", max(0, outstanding - len(running)))
-        held = sum(len(request.history) - request.pending for request in running)
         yield gauge(
-            "outrider_kv_cache_usage_perc",
-            "Share of the KV cache that holds tokens.",
-            held / (engine.max_rows * engine.capacity),
+            "outrider_kv_cache_usage_perc", "Share of the KV cache that running requests hold.", engine.cache_usage
         )
         yield gauge("outrider_verify_tokens_per_step", "Tokens of the latest target pass.", drafts.latest_tokens)
         yield count("outrider_step_seconds", "Seconds in steps: draft, verify and bookkeeping.", drafts.seconds)

@@ -224,7 +224,7 @@ def _seconds_saved(costs: CostModel, request: Request) -> float:
     plain = costs.verify(1, 1, context)
     low, high = (costs.verify(1 + n, 1, context) for n in (int(mean), int(mean) + 1))
     longer = low + (high - low) * (mean - int(mean)) - plain
-    drafting = costs.draft(1, max(1, round(mean))) if costs.knows_drafts else 0.0
+    drafting = costs.draft(1, max(1, round(mean)))
     return stats.accepted * plain - stats.rounds * (longer + drafting)
 
 
