@@ -64,6 +64,16 @@ def test_the_switch_is_where_prefetching_begins_to_pay() -> None:
     assert never.rows == (max(ROWS) + 1,) * len(WIDTHS)
 
 
+def test_one_measurement_that_is_off_changes_nothing() -> None:
+    seen: set[str] = set()
+
+    def measure(width: str, settings: Sequence[tuple[int, int]], budget: float) -> list[float]:
+        first, _ = width not in seen, seen.add(width)
+        return [0.5 if first and ahead and rows < 3 else 1.0 for rows, ahead in settings]
+
+    assert choose(measure, DEFAULTS, 2, 2) == Tuning(8192, DEFAULTS, 2)
+
+
 def test_another_distance_must_be_clearly_better() -> None:
     for gain, expected in ((0.99, DISTANCES[0]), (0.9, 32768)):
         made = choose(machine(lambda width, rows, ahead, gain=gain: gain if ahead == 32768 else 1.0), DEFAULTS, 2, 2)

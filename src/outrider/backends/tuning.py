@@ -32,7 +32,7 @@ DISTANCES = (8192, 2048, 4096, 16384, 32768)  # the default first: others must b
 ROWS = (1, 2, 3, 4, 6, 8)
 CLEARLY = 0.98  # of a time: less is noise
 CLEARLY_ROWS = 0.95  # the same of the sum over all rows
-SECONDS = 0.6  # of all measurements together
+SECONDS = 0.5  # of all measurements together, those that are repeated counted once
 
 Measure = Callable[[str, Sequence[tuple[int, int]], float], Sequence[float]]
 """(format, settings of (rows, bytes ahead; 0 = no prefetch), seconds) -> seconds of a product for each setting."""
@@ -116,17 +116,22 @@ def _distance(measure: Measure, seconds: float) -> int:
 
 
 def _least_rows(measure: Measure, width: str, ahead: int, default: int, seconds: float) -> int:
-    """From how many rows on prefetching pays: the switch with the least sum of relative times; the default unless that
-    is clearly worse."""
+    """From how many rows on prefetching pays: the switch with the least sum of relative times. The default, unless two
+    measurements find the same switch clearly better: on a busy machine one can be far off."""
     settings = [(rows, distance) for rows in ROWS for distance in (0, ahead)]
-    times = dict(zip(settings, measure(width, settings, seconds), strict=True))
+    best = default
+    for attempt in range(2):
+        times = dict(zip(settings, measure(width, settings, seconds), strict=True))
 
-    def total(first: int) -> float:
-        chosen = {rows: times[rows, ahead if rows >= first else 0] for rows in ROWS}
-        return sum(time / min(times[rows, 0], times[rows, ahead]) for rows, time in chosen.items())
+        def total(first: int, times: Mapping[tuple[int, int], float] = times) -> float:
+            chosen = {rows: times[rows, ahead if rows >= first else 0] for rows in ROWS}
+            return sum(time / min(times[rows, 0], times[rows, ahead]) for rows, time in chosen.items())
 
-    best = min((*ROWS, max(ROWS) + 1), key=total)
-    return best if total(best) < CLEARLY_ROWS * total(default) else default
+        if attempt == 0:
+            best = min((*ROWS, max(ROWS) + 1), key=total)
+        if total(best) >= CLEARLY_ROWS * total(default):
+            return default
+    return best
 
 
 def _threads(measure: Measure, threads: int, physical: int, seconds: float) -> int:
