@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import time
-from typing import Any, TypeVar
+from typing import Any
 
 from outrider import registry
 from outrider.config import SamplingParams
@@ -25,7 +25,6 @@ from outrider.version import __version__
 
 __all__ = ["Service", "cached_tokens"]
 
-T = TypeVar("T")
 INLINE = 4096  # characters that are turned into tokens at once; longer texts go to a thread
 
 log = logging.getLogger("outrider.serving")
@@ -224,7 +223,7 @@ def _seconds_saved(costs: CostModel, request: Request) -> float:
     plain = costs.verify(1, 1, context)
     low, high = (costs.verify(1 + n, 1, context) for n in (int(mean), int(mean) + 1))
     longer = low + (high - low) * (mean - int(mean)) - plain
-    drafting = costs.draft(1, max(1, round(mean))) if costs.knows_drafts else 0.0
+    drafting = costs.draft(1, max(1, round(mean)))
     return stats.accepted * plain - stats.rounds * (longer + drafting)
 
 
