@@ -22,6 +22,7 @@ def served(options: Sequence[str]) -> Iterator[str]:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said: list[str] = []
+    reader: Thread | None = None
     try:
         for line in process.stderr:
             said.append(line.strip())
@@ -30,7 +31,8 @@ def served(options: Sequence[str]) -> Iterator[str]:
         else:
             reason = said[-1] if said else f"code {process.wait()}"
             raise OutriderError(f"outrider serve {' '.join(options)} did not start: {reason}")
-        Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
+        reader = Thread(target=process.stderr.read, daemon=True)  # a full pipe would stop it
+        reader.start()
         yield said[-1].split(READY)[1]
     finally:
         process.terminate()
@@ -39,3 +41,6 @@ def served(options: Sequence[str]) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if reader is not None:
+            reader.join()
+        process.stderr.close()

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import time
-from typing import Any, TypeVar
+from typing import Any
 
 from outrider import registry
 from outrider.config import SamplingParams
@@ -25,7 +25,6 @@ from outrider.version import __version__
 
 __all__ = ["Service", "cached_tokens"]
 
-T = TypeVar("T")
 INLINE = 4096  # characters that are turned into tokens at once; longer texts go to a thread
 
 log = logging.getLogger("outrider.serving")
