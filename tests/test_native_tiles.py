@@ -128,4 +128,4 @@ def test_emulation_is_only_used_when_asked_for() -> None:
 
 
 def test_the_check_of_a_machines_tiles_passes_on_emulated_ones() -> None:
-    assert native.emulated_tiles_compute()
+    assert _native.emulated_tiles_compute()
