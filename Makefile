@@ -59,7 +59,7 @@ sanitize: $(VENV)/installed
 SANITIZED_TESTS ?= tests/test_native.py tests/test_native_kernels.py tests/test_native_blocks.py tests/test_native_verification.py tests/test_dspark.py tests/test_rng.py
 
 clean:
-	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site docs/reference .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests docs recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Python files are used where they lie; only new packages and the native sources make a new installation necessary.

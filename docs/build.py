@@ -1,6 +1,6 @@
-"""Generated documentation: the file tree in ``docs/architecture.md``, and the pages of ``site/``.
+"""Generated documentation: the file tree in ``docs/architecture.md``, the reference pages, and the manual in ``site/``.
 
-    python docs/build.py           both
+    python docs/build.py           all of it; mkdocs.yml says what the manual holds
     python docs/build.py --tree    the tree alone
 
 The tree describes a file by the first sentence of its docstring or opening comment.
@@ -9,7 +9,6 @@ The tree describes a file by the first sentence of its docstring or opening comm
 from __future__ import annotations
 
 import ast
-import html
 import inspect
 import re
 import sys
@@ -18,10 +17,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ARCHITECTURE", "described", "main", "replace_tree", "tree"]
+__all__ = ["ARCHITECTURE", "build_site", "described", "main", "replace_tree", "tree", "write_reference"]
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+REFERENCE = ROOT / "docs" / "reference"
 BEGIN, END = "<!-- tree: written by docs/build.py -->", "<!-- end of tree -->"
 PAGES = ("engine.llm", "config", "types", "errors", "registry", "tokenization.tokenizer", "engine.engine")
 """Modules that users and authors of drafters, targets and policies work with."""
@@ -31,6 +31,7 @@ DESCRIBED_HERE = {  # descriptions of files that have no docstring
     "Makefile": "Every command a developer needs; `make help` lists them.",
     "constraints.txt": "The exact versions that `make` installs.",
     "docs/architecture.md": "The shape of the whole, its floors and contracts, and why.",
+    "docs/guide": "The manual's guides, one a task; `mkdocs.yml` puts them in order.",
     "docs/evaluation.md": "How drafters are compared, and how their confidences are calibrated.",
     "docs/grammars.md": "Structured output, tool calls and the playground.",
     "docs/log.md": "Decisions, failed tries and measured figures.",
@@ -149,26 +150,81 @@ def _entry(name: str, value: object, level: str) -> str:
     return f"{level} {name}\n\n```python\n{name}{signature}\n```\n\n{inspect.getdoc(value) or ''}"
 
 
-def write_site(folder: Path) -> None:
-    """README, guides and the generated references as plain HTML."""
-    from markdown_it import MarkdownIt
+def metrics() -> str:
+    """Every metric of a server, in Markdown."""
+    from outrider import LLM
+    from outrider.serving.metrics import Metrics
 
-    pages = {"index": (ROOT / "README.md").read_text(encoding="utf-8")}
-    pages |= {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-    pages |= {"command-line": command_line(), "library": library()}
-    links = " · ".join(f'<a href="{name}.html">{name}</a>' for name in pages)
-    style = "body{max-width:60em;margin:2em auto;font-family:sans-serif;line-height:1.5}pre{overflow:auto}"
-    folder.mkdir(exist_ok=True)
-    for name, text in pages.items():
-        body = MarkdownIt("commonmark").enable("table").render(text)
-        title = f"<meta charset='utf-8'><title>Outrider: {html.escape(name)}</title><style>{style}</style>"
-        (folder / f"{name}.html").write_text(f"<!doctype html>{title}<nav>{links}</nav>{body}", encoding="utf-8")
+    found = Metrics(LLM("embedded", drafter="none").engine).registry.collect()
+    rows = [
+        f"| `{one.name}{'_total' if one.type == 'counter' else ''}` | {one.type} | {one.documentation} |"
+        for one in found
+    ]
+    head = "# Metrics\n\n`/metrics` of `outrider serve`.\n\n| name | type | what |\n|---|---|---|"
+    return "\n".join([head, *rows])
+
+
+def interfaces() -> str:
+    """Every path of a server and the fields it takes, in Markdown."""
+    from outrider.serving.openapi import openapi
+
+    described = openapi()
+    schemas = described.get("components", {}).get("schemas", {})
+    parts = ["# HTTP", "What `/openapi.json` of `outrider serve` says."]
+    for path, methods in described["paths"].items():
+        for method, one in methods.items():
+            parts.append(f"## {method.upper()} {path}\n\n{one.get('summary') or one.get('description') or ''}")
+            schema = one.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            schema = schemas.get(schema.get("$ref", "").rpartition("/")[2], schema)
+            fields = ", ".join(f"`{name}`" for name in schema.get("properties", {}))
+            if fields:
+                parts.append(f"Fields: {fields}.")
+    return "\n\n".join(parts)
+
+
+def options() -> str:
+    """The kinds of every catalogue and the options of each, in Markdown."""
+    from outrider import registry
+
+    parts = ["# Kinds and their options", "Built-in kinds; packages add others through entry points."]
+    for catalogue in ("drafter", "policy", "trainer", "exporter", "target", "backend", "kv_cache"):
+        parts.append(f"## {catalogue}")
+        for name in registry.names(catalogue):
+            kind = registry.find(catalogue, name)
+            parts.append(f"### {name} ({catalogue})\n\n{(inspect.getdoc(kind) or '').splitlines()[0]}")
+            config = getattr(kind, "Config", None)
+            if config is not None:
+                parts.append(f"```python\n{config.__name__}{inspect.signature(config)}\n```")
+    return "\n\n".join(parts)
+
+
+def write_reference() -> None:
+    """The pages of ``docs/reference``, which are not kept in the repository."""
+    REFERENCE.mkdir(exist_ok=True)
+    pages = {
+        "command-line": command_line,
+        "library": library,
+        "http": interfaces,
+        "metrics": metrics,
+        "options": options,
+    }
+    for name, page in pages.items():
+        (REFERENCE / f"{name}.md").write_text(page() + "\n", encoding="utf-8")
+
+
+def build_site(folder: Path) -> None:
+    """The manual as HTML; a link that leads nowhere is an error."""
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
 
 
 def main() -> None:
     ARCHITECTURE.write_text(replace_tree(ARCHITECTURE.read_text(encoding="utf-8")), encoding="utf-8")
     if "--tree" not in sys.argv[1:]:
-        write_site(ROOT / "site")
+        write_reference()
+        build_site(ROOT / "site")
         print(f"wrote {ROOT / 'site' / 'index.html'}")
 
 

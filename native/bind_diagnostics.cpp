@@ -88,6 +88,8 @@ void bind_diagnostics(nb::module_& m) {
   m.def("set_read_ahead", &set_read_ahead, "isa"_a, "bytes"_a, "rows"_a);
   m.def("instruction_sets", &usable_kernels, "Those this build has and this processor runs, best first.");
   m.def("emulated_instruction_sets", &emulated_kernels, "Those that are emulated, for tests; used when asked for by name.");
+  m.def("emulated_tiles_compute", &emulated_tiles_compute,
+        "Whether the emulated tiles pass the check that a machine's own pass before they are used.");
   m.def("why_no_tiles", &why_no_tiles, "Why this process cannot use matrix tiles; empty where it can.");
 }
 

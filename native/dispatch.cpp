@@ -1,5 +1,6 @@
 // Chooses the table of kernels at run time: the widest instruction set of this processor, or the one the user asks for.
 #include <cerrno>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -10,6 +11,7 @@
 #endif
 #if defined(__linux__)
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #endif
 
@@ -18,8 +20,14 @@
 namespace outrider {
 
 #if defined(OUTRIDER_X86)
-namespace amx { extern const Kernels table; }
-namespace amx_emulated { extern const Kernels table; }
+namespace amx {
+extern const Kernels table;
+bool tiles_compute();
+}
+namespace amx_emulated {
+extern const Kernels table;
+bool tiles_compute();
+}
 namespace avx512_bf16 { extern const Kernels table; }
 namespace avx512_vnni { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
@@ -37,6 +45,22 @@ bool has_avx512_vnni() {
 }
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
+#if defined(__linux__)
+// Some virtual machines list tiles and fault on them, so a child process tries a product first.
+bool tiles_work() {
+  const pid_t child = fork();
+  if (child < 0) return false;
+  if (child == 0) {
+    for (const int number : {SIGILL, SIGSEGV, SIGBUS, SIGFPE}) std::signal(number, SIG_DFL);
+    _exit(amx::tiles_compute() ? 0 : 1);
+  }
+  int status = 0;
+  while (waitpid(child, &status, 0) < 0)
+    if (errno != EINTR) return false;
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+#endif
+
 // A process has to ask the kernel for the tiles' registers before its first use of them.
 std::string ask_for_tiles() {
   unsigned a, b, c, d = 0;
@@ -45,8 +69,9 @@ std::string ask_for_tiles() {
   if ((d & kAll) != kAll || !has_avx512_bf16()) return "this processor has no matrix tiles (AMX, bfloat16 and int8)";
 #if defined(__linux__)
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  if (syscall(SYS_arch_prctl, kRequest, kTileData) == 0) return "";
-  return std::string("the system refused the state of matrix tiles (arch_prctl: ") + std::strerror(errno) + ")";
+  if (syscall(SYS_arch_prctl, kRequest, kTileData) != 0)
+    return std::string("the system refused the state of matrix tiles (arch_prctl: ") + std::strerror(errno) + ")";
+  return tiles_work() ? "" : "this machine's matrix tiles (AMX) fault or compute something else";
 #else
   return "matrix tiles are used on Linux only";
 #endif
@@ -88,6 +113,14 @@ const std::string& why_no_tiles() {
   static const std::string reason = "this processor has no matrix tiles (AMX)";
 #endif
   return reason;
+}
+
+bool emulated_tiles_compute() {
+#if defined(OUTRIDER_X86)
+  return !has_avx512_bf16() || amx_emulated::tiles_compute();
+#else
+  return true;
+#endif
 }
 
 std::vector<std::string> usable_kernels() { return names_of(usable()); }

@@ -6,6 +6,10 @@
 #include "shortlist.hpp"
 #include "softmax.hpp"
 
+#if defined(OUTRIDER_TILES)
+#include "tile_check.hpp"
+#endif
+
 #define OUTRIDER_TEXT_(name) #name
 #define OUTRIDER_TEXT(name) OUTRIDER_TEXT_(name)
 

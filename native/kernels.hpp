@@ -171,6 +171,8 @@ const Kernels& find_kernels(const std::string& name = "");
 std::vector<std::string> usable_kernels();
 // Names of those that run anywhere or nearly so, slowly, for tests: they are used when asked for by name.
 std::vector<std::string> emulated_kernels();
+// Whether the emulated tiles pass the check that a machine's own have to pass before they are used; true without them.
+bool emulated_tiles_compute();
 // Why this process cannot use matrix tiles (Intel AMX); empty where it can.
 const std::string& why_no_tiles();
 

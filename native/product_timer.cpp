@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -69,7 +68,7 @@ std::vector<double> time_products(const Kernels& kernels, DType dtype, size_t by
   const auto pool = shared_pool();
   const size_t tile = static_cast<size_t>(most) * kernels.panel;
   std::vector<float> products(tile * pool->threads());
-  std::vector<std::vector<double>> least(settings.size(), std::vector<double>(pieces, INFINITY));
+  std::vector<std::vector<std::vector<double>>> times(settings.size(), std::vector<std::vector<double>>(pieces));
   const Clock::time_point began = Clock::now();
   do {
     for (size_t s = 0; s < settings.size(); s++) {
@@ -80,15 +79,19 @@ std::vector<double> time_products(const Kernels& kernels, DType dtype, size_t by
           for (int p = static_cast<int>(piece) * per_piece; p < (piece + 1) * per_piece; p++)
             kernels.gemm(linear.weights(), rows.operand, settings[s].rows, p, p + 1, products.data() + thread * tile,
                          kernels.panel);
-          least[s][piece] = std::min(least[s][piece], seconds_since(start));
+          times[s][piece].push_back(seconds_since(start));
         });
       });
     }
   } while (seconds_since(began) < seconds);
   std::vector<double> totals;
-  for (const std::vector<double>& times : least) {
+  for (std::vector<std::vector<double>>& of_setting : times) {
     double total = 0.0;
-    for (double time : times) total += time;
+    for (std::vector<double>& of_piece : of_setting) {
+      const auto quartile = of_piece.begin() + static_cast<ptrdiff_t>(of_piece.size() - 1) / 4;
+      std::nth_element(of_piece.begin(), quartile, of_piece.end());
+      total += *quartile;
+    }
     totals.push_back(total / pool->threads());
   }
   return totals;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from test_engine import DRAFT_TABLE, PROMPTS, TABLE, MarkovDrafter, engine, run
 from torch import Tensor
+from typer.testing import CliRunner
 
 from outrider import LLM, SamplingParams
+from outrider.cli import app
 from outrider.drafters.base import SeveralDrafters
 from outrider.engine.engine import Engine
 from outrider.errors import InvalidRequest
@@ -259,7 +262,9 @@ def several(texts: Any, good: float = 0.95, bad: float = 0.02, **options: Any) -
     return SeveralDrafters(made)
 
 
-def test_each_row_takes_the_drafter_that_is_good_for_it(texts: Any) -> None:
+def test_each_row_takes_the_drafter_that_is_good_for_it(texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = count()
+    monkeypatch.setattr("outrider.drafters.base.several.perf_counter", lambda: 1e-5 * next(ticks))  # both cost the same
     llm, prompts, known = texts
     both = llm.with_drafter(several(texts))
     outputs = both.generate(prompts, SamplingParams(max_tokens=120, ignore_eos=True))
@@ -315,15 +320,15 @@ def test_sampled_text_has_the_targets_distribution_with_several_drafters() -> No
         def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
             return Proposal.pack([[2] * int(n) for n in limit], [[0.6] * int(n) for n in limit])
 
-    count = 1500
+    texts = 1500
     both = SeveralDrafters([MarkovDrafter(DRAFT_TABLE, 2), Copies(DRAFT_TABLE, 2)])
     target, policy = ToyTarget(TABLE), FixedPolicy(FixedConfig(2))
     loop = Engine(target, both, policy, max_rows=64, capacity=16)
     for rule in ("rejection", "block"):
         params = SamplingParams(max_tokens=3, temperature=1.0, rule=rule)
-        outputs = run(loop, [[0]] * count, params, seeds=list(range(count)))
+        outputs = run(loop, [[0]] * texts, params, seeds=list(range(texts)))
         p = torch.softmax(TABLE, -1)
-        expected = (p[0][:, None, None] * p[:, :, None] * p[None]).flatten().numpy() * count
+        expected = (p[0][:, None, None] * p[:, :, None] * p[None]).flatten().numpy() * texts
         size = len(TABLE)
         seen = [0.0] * size**3
         for a, b, c in outputs:
@@ -355,3 +360,13 @@ def test_a_synthetic_drafter_is_as_good_as_it_is_set(texts: Any) -> None:
         assert output.token_ids == known[tuple(prompts[0])]
     with pytest.raises(InvalidRequest, match="probabilities"):
         SyntheticDrafter(known, [1.5], vocab_size=VOCABULARY)
+
+
+def test_the_command_line_takes_policies_and_several_drafters(tiny_model_dir: Path) -> None:
+    given = ["generate", "--model", str(tiny_model_dir), "--max-tokens", "8", "a b a b a b"]
+    plain = CliRunner().invoke(app, [*given, "--drafter", "none"])
+    both = CliRunner().invoke(app, [*given, "--drafter", "ngram,suffix", "--policy", "fixed:2", "--no-guard"])
+    assert plain.exit_code == both.exit_code == 0 and plain.stdout == both.stdout
+    assert "drafter ngram+suffix" in both.stderr
+    wrong = CliRunner().invoke(app, [*given, "--policy", "fixed:two"])
+    assert wrong.exit_code == 2 and "--policy must be NAME or NAME:DRAFTS like fixed:3" in wrong.stderr

@@ -137,6 +137,17 @@ def test_a_plan_decides_on_drafts_and_load(tmp_path: Path, target: str) -> None:
         hand_over(drafter, "vlm", tmp_path / "b", target)
 
 
+def test_the_target_is_named_so_that_the_engine_finds_it(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command runs in the folder of the files, whatever the user's own directory was."""
+    monkeypatch.chdir(Path(target).parent)
+    drafter = saved(tmp_path, make_checkpoint(DSPARK))
+    assert hand_over(drafter, "vllm", tmp_path / "a", "target").command[2] == target
+    assert hand_over(drafter, "vllm", tmp_path / "b", "an/id").command[2] == "an/id"
+    assert hand_over(drafter, "vllm", tmp_path / "c", "smollm2").command[2] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 def test_the_command_writes_everything(tmp_path: Path, target: str) -> None:
     drafter = saved(tmp_path, make_checkpoint(DSPARK))
     result = CliRunner().invoke(

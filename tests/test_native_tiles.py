@@ -125,3 +125,7 @@ def test_why_there_are_no_tiles_is_said() -> None:
 @needs_tiles
 def test_emulation_is_only_used_when_asked_for() -> None:
     assert not set(_native.emulated_instruction_sets()) & set(_native.instruction_sets())
+
+
+def test_the_check_of_a_machines_tiles_passes_on_emulated_ones() -> None:
+    assert _native.emulated_tiles_compute()

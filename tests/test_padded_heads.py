@@ -84,7 +84,9 @@ def test_a_target_of_its_own_draft_model_is_accepted(models: dict[int, Path], tm
     for name in ("target", "draft"):
         save_tokenizer(tmp_path / name, byte_level_bpe(TOKENS))
     assert wide.spec.vocab_size == 288
-    llm = LLM(tmp_path / "target", tmp_path / "draft", dtype="float32", drafter_options={"dtype": "float32"})
+    llm = LLM(
+        tmp_path / "target", tmp_path / "draft", dtype="float32", policy="fixed", drafter_options={"dtype": "float32"}
+    )
     llm.generate(PROMPTS[0], SamplingParams(max_tokens=30))
     stats = llm.stats()
     assert stats["accepted"] == stats["drafted"] > 10
@@ -128,7 +130,7 @@ def test_models_that_transformers_runs_draft_for_each_other(tmp_path: Path) -> N
     target = save(tmp_path / "target", 272, layers=2, seed=1, family="GPTNeoX")
     draft = save(tmp_path / "draft", 288, layers=1, seed=2, family="GPTNeoX")
     for dtype in ("auto", "bfloat16"):
-        llm = LLM(target, draft, dtype=dtype)
+        llm = LLM(target, draft, dtype=dtype, policy="fixed")
         expected = llm.with_drafter("none").generate(PROMPTS[0], SamplingParams(max_tokens=8))
         got = llm.generate(PROMPTS[0], SamplingParams(max_tokens=8))
         assert llm.drafter_name == "draft_model" and llm.stats()["drafted"] > 0

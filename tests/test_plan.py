@@ -156,6 +156,7 @@ def test_profiles_from_a_length() -> None:
         ("qwen3-8b,layers=many", "a whole number"),
         ("qwen3-8b,parameters=1e8", "fewer than"),
         ("missing.toml", "cannot be read"),
+        ("qwen3-8b,parameters=inf", "a number"),
     ],
 )
 def test_a_wrong_shape_says_what_was_expected(text: str, message: str) -> None:
@@ -259,7 +260,17 @@ def test_parts_sum_to_the_round_and_levers_are_gains(
 
 
 @pytest.mark.parametrize(
-    "text", ["hello", "{}", '{"rows": [{}]}', "[1]", "", "vllm:spec_decode_num_drafts_total 0\n", "eval time"]
+    "text",
+    [
+        "hello",
+        "{}",
+        '{"rows": [{}]}',
+        "[1]",
+        "",
+        "vllm:spec_decode_num_drafts_total 0\n",
+        "eval time",
+        "vllm:spec_decode_num_drafts_total e\n",
+    ],
 )
 def test_a_file_that_is_no_run_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "run"

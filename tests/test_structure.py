@@ -170,6 +170,7 @@ def test_every_module_has_a_sorted_all_and_a_docstring(path: Path) -> None:
 METHODS = {  # what the engine calls; a class provides them, an instance the contract's attributes
     "target": ("new_cache", "forward", "embed", "unembed"),
     "trainer": ("start",),
+    "exporter": ("write",),
     "drafter": ("open", "propose", "observe", "close", "from_config"),
     "policy": ("plan", "choose", "observe", "from_config"),
     "backend": ("load",),

@@ -21,6 +21,7 @@ if not available():
 from outrider import _native
 
 ISA = _native.instruction_sets()[0]
+DEFAULTS = (5, 5, 5, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -47,24 +48,35 @@ def machine(seconds: Callable[[str, int, int], float]) -> Measure:
 
 
 def test_the_switch_is_where_prefetching_begins_to_pay() -> None:
-    # As measured on Zen 4: one row loses by it, eight gain; four bits a weight gain earlier.
-    gains = {"f32": 6, "bf16": 6, "i8": 4, "i4": 3}
+    """One row loses by it, eight gain; where the core's own switch is as good, it stays."""
+
+    gains = {"f32": 6, "bf16": 6, "i8": 3, "i4": 3}
 
     def zen(width: str, rows: int, ahead: int) -> float:
         if not ahead:
             return 1.0 if rows < gains[width] else 1.3
         return (1.4 if rows < gains[width] else 1.0) + (0.2 if ahead < 4096 else 0.0)
 
-    assert choose(machine(zen), 2, 2) == Tuning(8192, (6, 6, 4, 3), 2)
-    always = choose(machine(lambda width, rows, ahead: 0.7 if ahead else 1.0), 2, 2)
-    never = choose(machine(lambda width, rows, ahead: 1.0 if ahead else 0.7), 2, 2)
+    assert choose(machine(zen), DEFAULTS, 2, 2) == Tuning(8192, (5, 5, 3, 3), 2)
+    always = choose(machine(lambda width, rows, ahead: 0.7 if ahead else 1.0), DEFAULTS, 2, 2)
+    never = choose(machine(lambda width, rows, ahead: 1.0 if ahead else 0.7), DEFAULTS, 2, 2)
     assert always.rows == (1, 1, 1, 1)
     assert never.rows == (max(ROWS) + 1,) * len(WIDTHS)
 
 
+def test_one_measurement_that_is_off_changes_nothing() -> None:
+    seen: set[str] = set()
+
+    def measure(width: str, settings: Sequence[tuple[int, int]], budget: float) -> list[float]:
+        first, _ = width not in seen, seen.add(width)
+        return [0.5 if first and ahead and rows < 3 else 1.0 for rows, ahead in settings]
+
+    assert choose(measure, DEFAULTS, 2, 2) == Tuning(8192, DEFAULTS, 2)
+
+
 def test_another_distance_must_be_clearly_better() -> None:
     for gain, expected in ((0.99, DISTANCES[0]), (0.9, 32768)):
-        made = choose(machine(lambda width, rows, ahead, gain=gain: gain if ahead == 32768 else 1.0), 2, 2)
+        made = choose(machine(lambda width, rows, ahead, gain=gain: gain if ahead == 32768 else 1.0), DEFAULTS, 2, 2)
         assert made.bytes_ahead == expected
 
 
@@ -72,7 +84,7 @@ def test_another_distance_must_be_clearly_better() -> None:
 def test_two_threads_of_one_core_are_used_where_they_help(slowdown: float, expected: int) -> None:
     """``slowdown``: the time of one thread a core, relative to two."""
     before = _native.threads()
-    made = choose(machine(lambda width, rows, ahead: slowdown if _native.threads() == 2 else 1.0), 4, 2)
+    made = choose(machine(lambda width, rows, ahead: slowdown if _native.threads() == 2 else 1.0), DEFAULTS, 4, 2)
     assert made.threads == expected
     _native.set_threads(before)
 
@@ -163,8 +175,8 @@ def test_settings_are_checked() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("width", ["f32", "bf16", "i8", "i4", "q8_0", "q4_1"])
 def test_a_product_is_never_cheaper_for_another_row(width: str) -> None:
-    """On this machine, as it is tuned. A figure is a sum of least times; still, one attempt of three must show it, and
-    a quarter is allowed: other processes change how fast memory is from one moment to the next."""
+    """On this machine, as it is tuned. One attempt of three must show it, and a quarter is allowed: other processes
+    change how fast memory is from one moment to the next."""
     kind = {"q8_0": "i8", "q4_1": "i4"}.get(width, width)
     region, format_ = 64 << 20, getattr(_native.DType, width)
     for _ in range(3):
@@ -172,7 +184,7 @@ def test_a_product_is_never_cheaper_for_another_row(width: str) -> None:
         made = tune(ISA)
         first = made.rows[WIDTHS.index(kind)]
         settings = [(rows, made.bytes_ahead if rows >= first else 0) for rows in range(1, 17)]
-        times = _native.time_products(ISA, format_, region, settings, 1.0)
+        times = _native.time_products(ISA, format_, region, settings, 3.0)
         if all(later > 0.75 * max(times[:i]) for i, later in enumerate(times) if i):
             return
     pytest.fail(f"milliseconds for 1 to 16 rows: {[round(1000 * time, 2) for time in times]}")

@@ -31,7 +31,8 @@ REGION = 64 << 20  # bytes of the matrix that is multiplied
 DISTANCES = (8192, 2048, 4096, 16384, 32768)  # the default first: others must be clearly better
 ROWS = (1, 2, 3, 4, 6, 8)
 CLEARLY = 0.98  # of a time: less is noise
-SECONDS = 0.6  # of all measurements together
+CLEARLY_ROWS = 0.95  # the same of the sum over all rows
+SECONDS = 0.5  # of all measurements together, those that are repeated counted once
 
 Measure = Callable[[str, Sequence[tuple[int, int]], float], Sequence[float]]
 """(format, settings of (rows, bytes ahead; 0 = no prefetch), seconds) -> seconds of a product for each setting."""
@@ -81,7 +82,9 @@ def tune(isa: str) -> Tuning:
             return Tuning.from_json(stored["tuning"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         pass  # missing, damaged, or written by something else
-    tuning = choose(_measure_on(isa), len(_cores()) if _threads_are_given() else native.threads(), _physical_cores())
+    threads = native.threads()
+    physical = 0 if _threads_are_given() else _physical_cores()
+    tuning = choose(_measure_on(isa), native.read_ahead(isa)[1], threads, physical)
     try:
         write_json(path, {"version": VERSION, "key": key, "tuning": asdict(tuning)})
     except OSError as error:
@@ -89,30 +92,46 @@ def tune(isa: str) -> Tuning:
     return tuning
 
 
-def choose(measure: Measure, threads: int, physical: int) -> Tuning:
+def choose(measure: Measure, defaults: Sequence[int], threads: int, physical: int) -> Tuning:
     """The distance, the rows and the threads with the least measured times.
 
-    ``threads``: as many as the core uses; ``physical``: processor cores among them, fewer where each runs two threads.
+    ``defaults``: the core's rows by width; ``threads``: as many as the core uses; ``physical``: processor cores among
+    them, fewer where each runs two threads, 0 where that is not to be measured.
     """
-    share = SECONDS / (2 + len(WIDTHS) + (2 if physical < threads else 0))
-    times = dict(zip(DISTANCES, measure("i8", [(8, ahead) for ahead in DISTANCES], 2 * share), strict=True))
-    ahead = min(times, key=lambda distance: times[distance])
-    if times[ahead] > CLEARLY * times[DISTANCES[0]]:
-        ahead = DISTANCES[0]
-    rows = tuple(_least_rows(measure, width, ahead, share) for width in WIDTHS)
+    share = SECONDS / (2 + len(WIDTHS) + (2 if 0 < physical < threads else 0))
+    ahead = _distance(measure, 2 * share)
+    rows = tuple(
+        _least_rows(measure, width, ahead, default, share) for width, default in zip(WIDTHS, defaults, strict=True)
+    )
     return Tuning(ahead, rows, _threads(measure, threads, physical, share))
 
 
-def _least_rows(measure: Measure, width: str, ahead: int, seconds: float) -> int:
-    """From how many rows on prefetching pays: the switch with the least sum of relative times."""
+def _distance(measure: Measure, seconds: float) -> int:
+    """The distance with the least times for four and for eight rows of bytes; the default unless clearly slower."""
+    settings = [(rows, distance) for rows in (4, 8) for distance in DISTANCES]
+    times = dict(zip(settings, measure("i8", settings, seconds), strict=True))
+    totals = {distance: times[4, distance] + times[8, distance] for distance in DISTANCES}
+    best = min(DISTANCES, key=lambda distance: totals[distance])
+    return best if totals[best] < CLEARLY * totals[DISTANCES[0]] else DISTANCES[0]
+
+
+def _least_rows(measure: Measure, width: str, ahead: int, default: int, seconds: float) -> int:
+    """From how many rows on prefetching pays: the switch with the least sum of relative times. The default, unless two
+    measurements find the same switch clearly better: on a busy machine one can be far off."""
     settings = [(rows, distance) for rows in ROWS for distance in (0, ahead)]
-    times = dict(zip(settings, measure(width, settings, seconds), strict=True))
+    best = default
+    for attempt in range(2):
+        times = dict(zip(settings, measure(width, settings, seconds), strict=True))
 
-    def total(first: int) -> float:
-        chosen = {rows: times[rows, ahead if rows >= first else 0] for rows in ROWS}
-        return sum(time / min(times[rows, 0], times[rows, ahead]) for rows, time in chosen.items())
+        def total(first: int, times: Mapping[tuple[int, int], float] = times) -> float:
+            chosen = {rows: times[rows, ahead if rows >= first else 0] for rows in ROWS}
+            return sum(time / min(times[rows, 0], times[rows, ahead]) for rows, time in chosen.items())
 
-    return min((*ROWS, max(ROWS) + 1), key=total)
+        if attempt == 0:
+            best = min((*ROWS, max(ROWS) + 1), key=total)
+        if total(best) >= CLEARLY_ROWS * total(default):
+            return default
+    return best
 
 
 def _threads(measure: Measure, threads: int, physical: int, seconds: float) -> int:

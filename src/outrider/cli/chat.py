@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outrider.cli.common import ModelOptions, SamplingOptions, command, complain, figures, note
+from outrider.cli.common import SamplingOptions, ScheduledModel, command, complain, figures, note
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.tokenization.chat_template import with_system_in_user
 
@@ -22,7 +22,7 @@ HELP = "/exit ends, /reset starts a new conversation, Ctrl-C stops an answer"
 
 @command
 def chat(
-    model: ModelOptions,
+    model: ScheduledModel,
     sampling: SamplingOptions,
     system: Annotated[str, typer.Option("--system", help="An instruction that precedes the conversation.")] = "",
 ) -> None:

@@ -46,6 +46,7 @@ __all__ = [
     "Model",
     "ModelOptions",
     "SamplingOptions",
+    "ScheduledModel",
     "Seed",
     "Temperature",
     "add_columns",
@@ -86,7 +87,8 @@ Drafter = Annotated[
     _option(
         _MODEL,
         "--drafter",
-        help="none, ngram, suffix, a directory or hub id of a draft model or trained drafter, or 'auto'.",
+        help="none, ngram, suffix, a directory or hub id of a draft model or trained drafter, or 'auto'. Of several, "
+        "separated by commas, each request takes what is best for it.",
     ),
 ]
 DraftTokens = Annotated[
@@ -150,9 +152,40 @@ class ModelOptions:
 
         loaded = load_target_model(self.model, self.dtype, self.backend)
         with said_when_slow(f"loading the drafter {self.drafter}{_measuring(self.model, self.drafter)}"):
-            llm = LLM(loaded, self.drafter, draft_tokens=self.draft_tokens)
+            llm = LLM(loaded, self.drafters, draft_tokens=self.draft_tokens, **self.scheduling())
         say_loaded(llm)
         return llm
+
+    @property
+    def drafters(self) -> str | list[str]:
+        """One drafter, or several that were separated by commas."""
+        names = [name.strip() for name in self.drafter.split(",")]
+        return self.drafter if len(names) == 1 or Path(self.drafter).exists() else names
+
+    def scheduling(self) -> dict[str, Any]:
+        """How much is drafted, as ``LLM`` takes it."""
+        return {}
+
+
+@dataclass(frozen=True)
+class ScheduledModel(ModelOptions):
+    """The same, and how much is drafted."""
+
+    policy: Annotated[
+        str, _option(_MODEL, "--policy", help="How much is drafted: auto, NAME or NAME:DRAFTS, as fixed:3.")
+    ] = "auto"
+    guard: Annotated[
+        bool,
+        _option(_MODEL, "--guard/--no-guard", help="Stop drafting where it slows decoding down, whatever the policy."),
+    ] = True
+
+    def scheduling(self) -> dict[str, Any]:
+        """Raises InvalidRequest for drafts that are no number."""
+        name, separator, drafts = self.policy.partition(":")
+        if separator and not (drafts.isascii() and drafts.isdigit()):
+            raise InvalidRequest(f"--policy must be NAME or NAME:DRAFTS like fixed:3, got {self.policy!r}")
+        options = {"draft_tokens": int(drafts)} if separator else {}
+        return {"policy": name, "policy_options": options, "guard": self.guard}
 
 
 def load_target_model(model: str, dtype: str, backend: str) -> LoadedModel:

@@ -11,8 +11,8 @@ import typer
 from outrider.cli.common import (
     FailFast,
     JsonFile,
-    ModelOptions,
     SamplingOptions,
+    ScheduledModel,
     command,
     describe,
     figures,
@@ -32,7 +32,7 @@ GROUP = 32  # prompts that are answered together, then shown: an interruption lo
 
 @command
 def generate(
-    model: ModelOptions,
+    model: ScheduledModel,
     sampling: SamplingOptions,
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; '-' reads standard input.")] = None,
     prompts: Annotated[
@@ -95,7 +95,7 @@ def _grammar(schema: Path | None, regex: str | None) -> Grammar | None:
         raise InvalidRequest(f"{schema} cannot be read: {reason}; expected a file with a JSON schema") from None
 
 
-def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, json: str | None) -> None:
+def _one(model: ScheduledModel, params: SamplingParams, prompt: str, chat: bool, json: str | None) -> None:
     text = human(json).file
     llm = model.load()
     run = llm.run(llm.tokenizer.encode_chat([{"role": "user", "content": prompt}]) if chat else prompt, params)
@@ -120,7 +120,7 @@ def _one(model: ModelOptions, params: SamplingParams, prompt: str, chat: bool, j
 
 
 def _many(
-    model: ModelOptions, params: SamplingParams, file: Path, chat: bool, fail_fast: bool, json: str | None
+    model: ScheduledModel, params: SamplingParams, file: Path, chat: bool, fail_fast: bool, json: str | None
 ) -> None:
     from outrider.evaluation.recording import read_prompts, runnable
 

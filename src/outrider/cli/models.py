@@ -103,6 +103,8 @@ def _embedded() -> list[dict[str, Any]]:
     for name, part in EMBEDDED.items():
         folder = resolve_model(name)
         card = read_json(folder.parent / "facts.json")
+        if part not in card:  # a drafter for another target, of which the card says nothing
+            continue
         facts = card[part]
         measured = {key: facts[key] for key in ("held_out_loss", "acceptance_length") if key in facts}
         rows.append(

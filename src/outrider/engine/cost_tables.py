@@ -92,7 +92,15 @@ def cost_key(target: TargetModel, dtype: str, here: Mapping[str, Any] | None = N
     """What a table of a loaded target is valid for, on this machine (``here``: as ``machine()`` has it)."""
     backend = target.backend.name
     where = describe(here or machine())
-    return CostKey(model_key(target), dtype, backend, where, threads(backend), instruction_set(target))
+    return CostKey(model_key(target), _dtype(target, dtype), backend, where, threads(backend), instruction_set(target))
+
+
+def _dtype(target: TargetModel, asked: str) -> str:
+    """What the matrices really are; where a file's own formats are kept, with their bytes, which tell files apart."""
+    stack = getattr(target, "stack", None)
+    if asked == "auto":
+        asked = str(stack.dtype if isinstance(stack, NativeStack) else target.spec.dtype).removeprefix("torch.")
+    return f"file-{int(stack.core.weight_bytes)}" if asked == "file" and isinstance(stack, NativeStack) else asked
 
 
 def costs_path(key: CostKey) -> Path:
@@ -141,13 +149,14 @@ def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, se
     ``rows``, ``tokens``: the most that a pass will have.
     """
     ends = perf_counter() + seconds
-    longest = max(1, min(LONG_CONTEXT, target.spec.max_positions - max(TOKENS) - 1))
+    room = target.spec.max_positions
+    rows, tokens = min(rows, max(ROWS)), max(1, min(tokens, max(TOKENS), room // 2))
+    longest = max(0, min(LONG_CONTEXT, room - tokens - 1))
     context = min(CONTEXT, longest)
-    rows, tokens = min(rows, max(ROWS)), min(tokens, max(TOKENS))
-    shapes = [(m, 1, context) for m in TOKENS if m <= max(tokens, 2)]
+    shapes = [(m, 1, context) for m in TOKENS if m <= tokens]
     shapes += [(r, r, context) for r in ROWS if r <= rows]
-    shapes += [(m, 1, longest) for m in (1, 8) if longest > 2 * context]
-    cache = target.new_cache(rows, longest + max(TOKENS))
+    shapes += [(m, 1, longest) for m in (1, 8) if longest > 2 * context and m <= tokens]
+    cache = target.new_cache(rows, longest + tokens)
     slots = [cache.open() for _ in range(rows)]
     for slot in slots:
         _fill(target, cache, slot, context)
@@ -157,7 +166,7 @@ def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, se
         shapes = [shape for shape in shapes if shape[1] == 1 and shape[0] in FEWEST and shape[2] == context]
     times: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in shapes}
     order = random.Random(0)
-    for c in (context, longest):
+    for c in sorted({context, longest}):
         _fill(target, cache, slots[0], c)
         here = [shape for shape in shapes if shape[2] == c]
         for _ in range(ROUNDS):
@@ -171,12 +180,12 @@ def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, se
 @torch.inference_mode()
 def _fits(table: CostTable, target: TargetModel) -> bool:
     """Whether passes over a few tokens take about what the table says, allowing for a machine that is busy."""
-    context = min(CONTEXT, max(0, target.spec.max_positions - 9))
-    cache = target.new_cache(1, context + 8)
+    context, most = min(CONTEXT, max(0, target.spec.max_positions - 9)), min(8, target.spec.max_positions)
+    cache = target.new_cache(1, context + most)
     slot = cache.open()
     _fill(target, cache, slot, context)
     ratios = []
-    for tokens in (1, 8):
+    for tokens in (1, most):
         took = min(_time(target, cache, [slot], (tokens, 1, context)) for _ in range(4))
         ratios.append(math.log(took / table.seconds(tokens, 1, context)))
     return abs(ratios[0] - ratios[1]) < math.log(SAME_SHAPE) and max(map(abs, ratios)) < math.log(SAME_SPEED)

@@ -6,6 +6,7 @@ name with some values changed: ``h100,price=2.5``.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -75,13 +76,20 @@ def _value(what: str, key: str, kind: str, value: Any) -> Any:
         if kind == "int":
             return int(float(value))
         if kind == "float":
-            return float(value)
+            return _finite(value)
         if "tuple[float" in kind:
-            return tuple(float(v) for v in (value.split("/") if isinstance(value, str) else value))
+            return tuple(_finite(v) for v in (value.split("/") if isinstance(value, str) else value))
         pairs = [p.split(":") for p in value.split("/")] if isinstance(value, str) else value
-        return tuple((int(tokens), float(ms)) for tokens, ms in pairs)
+        return tuple((int(tokens), _finite(ms)) for tokens, ms in pairs)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise InvalidRequest(f"{what}: {key} must be {_expected(kind)}, got {value!r}") from None
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
 
 
 def _expected(kind: str) -> str:

@@ -24,6 +24,7 @@ from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.evaluation.pass_times import matrix_bytes
 from outrider.models.decoder import DecoderTarget
+from outrider.models.locations import PACKAGED_DRAFTERS
 from outrider.planning.advice import Candidate
 from outrider.planning.described import DrafterShape, Machine, TargetShape
 from outrider.planning.forecast import Profile, Workload
@@ -102,8 +103,8 @@ def _run(llm: LLM, prompts: Prompts, params: SamplingParams, rows: int) -> tuple
     watch, stats = _Watch(rows), []
     llm.generate(list(prompts[:rows]), SamplingParams(max_tokens=4, ignore_eos=True))  # warm up
     llm.observers.append(watch)
+    llm.forget()  # what was learnt from the warm-up; what it learns from these prompts it keeps, as it does in use
     for start in range(0, len(prompts) - rows + 1, rows):
-        llm.forget()
         stats += [output.stats for output in llm.generate(list(prompts[start : start + rows]), params)]
     llm.observers.remove(watch)
     return watch, stats
@@ -194,7 +195,7 @@ def _drafter_shape(name: str, llm: LLM) -> DrafterShape:
     """The sizes of a loaded drafter, for what memory it needs."""
     drafter, most = llm.drafter, llm.drafter.block
     if isinstance(drafter, TrainedDrafter):
-        checkpoint = checkpoints.load(name)
+        checkpoint = checkpoints.load(PACKAGED_DRAFTERS.get(llm.model, {}).get(name, name))
         count = sum(tensor.numel() for tensor in checkpoint.tensors.values() if tensor.is_floating_point())
         layers, aux = max(1, len(checkpoint.stack(head=False).layers)), len(drafter.aux_layers)
         kind = checkpoint.kind if checkpoint.kind in DrafterShape.KINDS else "dspark"

@@ -213,21 +213,28 @@ def read_run(path: Path) -> list[Split]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise InvalidRequest(f"--explain: {path} cannot be read: {error.strerror}") from None
-    rounds: list[Round]
-    if "spec_decode_num_drafts" in text:
-        rounds = [_metrics_page(text, path.name)]
-    elif text.lstrip()[:1] in "{[" and text.strip():
-        rounds = _json(text, path)
-    elif "eval time" in text:
-        rounds = _llama_log(text, path.name)
-    else:
-        raise InvalidRequest(
-            f"--explain: {path} is not a known run: expected JSON of `outrider bench` or `eval`, a vLLM /metrics page "
-            "with spec_decode counters, or a llama.cpp server log or timings"
-        )
+    try:
+        rounds = _rounds(text, path)
+    except InvalidRequest:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest(f"--explain: {path} holds a number that is none: {error}") from None
     if not rounds:
         raise InvalidRequest(f"--explain: {path} holds no rounds with drafts; was speculation on?")
     return [split(one) for one in rounds]
+
+
+def _rounds(text: str, path: Path) -> list[Round]:
+    if "spec_decode_num_drafts" in text:
+        return [_metrics_page(text, path.name)]
+    if text.lstrip()[:1] in "{[" and text.strip():
+        return _json(text, path)
+    if "eval time" in text:
+        return _llama_log(text, path.name)
+    raise InvalidRequest(
+        f"--explain: {path} is not a known run: expected JSON of `outrider bench` or `eval`, a vLLM /metrics page "
+        "with spec_decode counters, or a llama.cpp server log or timings"
+    )
 
 
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+([-+.\deE]+|NaN|[-+]?Inf)(?:\s+\d+)?$")

@@ -20,7 +20,6 @@ from outrider.config import SamplingParams
 from outrider.drafters.draft_model import DraftModelDrafter
 from outrider.engine.finisher import End, Finisher
 from outrider.engine.request import Request
-from outrider.kv_cache.gathered import GatheredCache
 from outrider.models.toy import ToyTarget
 from outrider.proof.contracts import drafter_remembers_wrongly, policy_anticipates, rewind_difference
 from outrider.proof.enumeration import EnumeratingBackend, EnumeratingDraftModel
@@ -341,31 +340,35 @@ def _find_peeking() -> tuple[bool, str]:
     return exact and contract, f"{found}; the contract of policies is {'broken' if contract else 'kept'}"
 
 
-class _RewindsOneShort(GatheredCache):
-    """After a rewind the last entry that is kept is the one that should be gone."""
+def _rewinding_one_short(cache: Any) -> Any:
+    """A toy cache whose last kept entry, after a rewind, is the one that should be gone."""
+    rewind = cache.rewind
 
-    def rewind(self, slots: Tensor, lengths: Tensor) -> None:
-        held = self.lengths[slots].tolist()
-        super().rewind(slots, lengths)
+    def rewind_one_short(slots: Tensor, lengths: Tensor) -> None:
+        held = cache.lengths[slots].tolist()
         for slot, before, length in zip(slots.tolist(), held, lengths.tolist(), strict=True):
             if before > length > 0:
-                blocks, offsets = self.index(torch.tensor([slot, slot]), torch.tensor([length - 1, length]))
-                for keys in self.keys:
-                    keys[blocks[0], :, offsets[0]] = keys[blocks[1], :, offsets[1]]
+                first, second = cache.index(torch.tensor([slot, slot]), torch.tensor([length - 1, length]))
+                for keys in cache.keys:
+                    keys[first[0], 0, second[0]] = keys[first[1], 0, second[1]]
+        rewind(slots, lengths)
+
+    cache.rewind = rewind_one_short
+    return cache
 
 
 class _ToyRewindsOneShort(ToyTarget):
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        return self.paged_cache(slots, capacity)
+        cache: KVCache = _rewinding_one_short(super().new_cache(slots, capacity))
+        return cache
 
-    def paged_cache(
-        self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
-    ) -> PagedCache:
-        return _RewindsOneShort(slots, capacity, [((1, self.block, 1), (0,))], torch.int64, size=self.block)
+    def paged_cache(self, *args: Any, **options: Any) -> PagedCache:
+        cache: PagedCache = _rewinding_one_short(super().paged_cache(*args, **options))
+        return cache
 
 
 def _find_rewind() -> tuple[bool, str]:
-    exact, found = _exact(Setting("rejection", length=5), target=_ToyRewindsOneShort)()
+    exact, found = _exact(Setting("rejection", size=3), target=_ToyRewindsOneShort)()
     difference = rewind_difference(ToyWorld(size=4).target(_ToyRewindsOneShort), [0, 1, 2, 3, 3, 1, 0, 2, 2, 1])
     return exact and difference > 0, f"{found}; a rewound cache gives logits {difference:.2g} off"
 

@@ -330,7 +330,8 @@ class ThroughputPolicy:
         else:
             form: Search = "global" if now.free else "early"
             count = best_count(now.ready, ranking.survival, seconds, form)
-        limits = np.array(now.limits)[rows]
+        # Rows that are drafted for share one limit, but for those that are tried.
+        limits = np.array(now.limits)[rows] if now.probe else np.full(len(rows), now.longest)
         keep = ranking.keep(count)
         return _Chosen(rows, slots, lengths, np.maximum(limits, lengths), z, p, survival, keep)
 

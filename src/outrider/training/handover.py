@@ -19,7 +19,7 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.files import new_folder, read_json, write_json
 from outrider.models.loading import load_target
-from outrider.models.locations import public_name, resolve_model
+from outrider.models.locations import PACKAGED_DRAFTERS, SMOLLM2, public_name, resolve_model
 from outrider.registry import find
 from outrider.scheduling.calibration import sigmoid
 from outrider.training.networks import Frozen
@@ -29,6 +29,7 @@ __all__ = ["DRAFTER", "FORM_FILE", "Exporter", "Handover", "Source", "as_json", 
 
 DRAFTER = "drafter"
 FORM_FILE = "model.safetensors"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # whose GGUF file the package holds
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class Source:
     @property
     def kind(self) -> str:
         return "draft_model" if self.checkpoint is None else self.checkpoint.kind
+
+    @property
+    def served(self) -> str:
+        """The target as the other engine finds it, from any directory: a hub id, or an absolute path."""
+        if self.target == SMOLLM2:
+            return SMOLLM2_HUB
+        if self.target in PACKAGED_DRAFTERS or Path(self.target).expanduser().exists():
+            return str(resolve_model(self.target).resolve())
+        return self.target
 
     @property
     def block(self) -> bool:
@@ -116,7 +126,7 @@ def hand_over(
     exporter: Exporter = find("exporter", engine)()
     if out.exists():
         raise CheckpointError(f"{out} exists already; give a new directory")
-    folder = resolve_model(drafter)
+    folder = resolve_model(PACKAGED_DRAFTERS.get(target, {}).get(drafter, drafter))
     config = None if folder.is_file() else read_json(folder / "config.json")
     trained = config is not None and checkpoints.recognise(config) is not None
     checkpoint = checkpoints.load(folder) if trained else None

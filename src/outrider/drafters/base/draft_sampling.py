@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,7 +102,7 @@ def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> 
     """The keys of all drafts of some rows, int64 [n, K]."""
     owners = [b for b in rows for _ in range(drafts)]
     positions = [len(context.history[b]) + k for b in rows for k in range(drafts)]
-    both = torch.tensor([owners, positions], dtype=torch.int64)
+    both = torch.from_numpy(np.array([owners, positions], np.int64))  # numpy reads lists several times faster
     return rng.token_keys(both[0], both[1], "draft").view(len(rows), drafts)
 
 
@@ -118,7 +119,7 @@ def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: Sequence[int],
         if distribution is not None:
             count = drafts.tokens.shape[1]
             distribution = distribution.take((index[:, None] * count + torch.arange(count)).flatten())
-    return Proposal(tokens, torch.tensor(lengths, dtype=torch.int64), distribution, confidence)
+    return Proposal(tokens, torch.from_numpy(np.array(lengths, np.int64)), distribution, confidence)
 
 
 def known_sampling(context: Context) -> bool:

@@ -32,6 +32,7 @@ LONGEST = 1024
 RATE, ROW_PRIOR = 0.05, 6.0  # of a drafter's mean over all rows; how many rounds of a row weigh as much as that mean
 OPTIMISM = 1.0  # accepted drafts that a drafter is believed to have before it was ever scored, as a share of its block
 UNKNOWN_SECONDS = 1e-3
+FIRST = 3  # rounds in which every drafter proposes, so that none is judged by a call that was interrupted
 
 
 @dataclass(slots=True)
@@ -139,14 +140,14 @@ class SeveralDrafters:
         taken: dict[int, Proposal] = {}
         for d, drafter in enumerate(self.drafters):
             mine = [b for b, one in enumerate(chosen) if one == d and limits[b] > 0]
-            cheap = 0 < self._seconds[d] < CHEAP * self._rest or self._scored[d] == 0
+            cheap = 0 < self._seconds[d] < CHEAP * self._rest or self._scored[d] < FIRST
             if not mine and not (cheap and any(limits)):
                 continue
             asked = limits if cheap else [limits[b] if chosen[b] == d else 0 for b in range(len(rows))]
             before = perf_counter()
             proposal = drafter.propose(slots, last, context, torch.tensor(asked, dtype=torch.int64), rng)
             took = perf_counter() - before
-            self._seconds[d] += (0.1 if self._seconds[d] else 1.0) * (took - self._seconds[d])
+            self._seconds[d] = _nearer(self._seconds[d], took)
             self._samples[d] = proposal.distribution is not None
             self._remember(d, rows, asked, context, proposal)
             if mine:
@@ -237,6 +238,13 @@ class SeveralDrafters:
         right = next((j for j, token in enumerate(text) if token != draft.tokens[j]), len(text))
         seen = min(right + 1, len(text))
         self._acceptance[d].update(np.array([z]), np.array([p]), np.array([slot]), np.array([seen]), np.array([right]))
+
+
+def _nearer(seconds: float, took: float) -> float:
+    """A running estimate of a call's seconds, which one that was held up hardly moves."""
+    if not seconds:
+        return took
+    return seconds + (0.3 if took < seconds else 0.05) * (min(took, 2 * seconds) - seconds)
 
 
 def _merged(taken: dict[int, Proposal], chosen: Sequence[int], rows: int) -> Proposal:

@@ -39,7 +39,7 @@ class LlamaCpp:
                 raise source.without(f"llama.cpp has the vanilla Markov head only, this one is {head}")
             own = ("head.weight",) if source.checkpoint.reduced else ()
             saved(source, source.with_heads(*own), folder, "speculators")
-            prepare = [[*convert, "--target-model-dir", source.target]]
+            prepare = [[*convert, "--target-model-dir", source.served]]
             spec = ["--spec-type", SPEC_TYPES[source.kind]]
             if source.threshold is not None and source.kind == "dspark":
                 spec += ["--spec-draft-conf-min", f"{source.threshold:g}"]
@@ -62,4 +62,4 @@ def _gguf(target: str) -> str:
         path = resolve_model(target)
     except (CheckpointError, OSError):
         return f"{Path(target).name}.gguf"
-    return str(path) if path.is_file() else f"{path.name}.gguf"
+    return str(path.resolve()) if path.is_file() else f"{path.name}.gguf"

@@ -11,7 +11,6 @@ from typing import Any
 
 from outrider.checkpoints import DraftCheckpoint, tensor_names
 from outrider.files import write_json
-from outrider.models.locations import public_name
 from outrider.models.weights import write_tensors
 from outrider.training.handover import DRAFTER, FORM_FILE, Handover, Source, copied, saved
 
@@ -44,7 +43,7 @@ class SGLang:
             options = ["--speculative-dflash-block-size", str(source.drafts + 1)]
         else:
             raise source.without("SGLang reads multi-token prediction from the target's own checkpoint only")
-        command = ["python", "-m", "sglang.launch_server", "--model-path", public_name(source.target)]
+        command = ["python", "-m", "sglang.launch_server", "--model-path", source.served]
         command += ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", DRAFTER, *options]
         if source.plain_from is not None:
             command += ["--max-running-requests", str(source.plain_from)]

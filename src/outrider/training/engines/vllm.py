@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from outrider.models.locations import public_name
 from outrider.training.handover import DRAFTER, Handover, Source, as_json, copied, saved
 
 __all__ = ["VLLM"]
@@ -47,10 +46,10 @@ class VLLM:
                         "vLLM schedules by uncalibrated confidences (calibration.json is ours): where ours says 0.5, "
                         f"the head says {source.threshold:g}."
                     )
-        command = ["vllm", "serve", public_name(source.target), "--speculative-config", as_json(config)]
+        command = ["vllm", "serve", source.served, "--speculative-config", as_json(config)]
         if source.plain_from is not None:
             command += ["--max-num-seqs", str(source.plain_from)]
             advice.append(f"From {source.plain_from} requests at once plain decoding is faster: add replicas instead.")
-        if str(source.target).endswith(".gguf") or source.target == "smollm2":
+        if source.served.endswith(".gguf"):
             advice.append("Serve the target from its Hugging Face directory: vLLM's GGUF reader is experimental.")
         return Handover("vllm", source.kind, command, [], config, advice, CHECKED)
