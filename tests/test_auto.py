@@ -31,18 +31,18 @@ def test_the_fastest_is_measured_once(kept: Path, monkeypatch: pytest.MonkeyPatc
     assert fastest == max(speedups, key=lambda name: speedups[name])
     assert first == (fastest if fastest in ("none", "suffix") else f"{fastest}+suffix")
     assert set(speedups) == {"none", "suffix", "draft_model", *DRAFTERS}
-    monkeypatch.setattr(auto, "_measure", lambda llm, candidates: pytest.fail("measured again"))
+    monkeypatch.setattr(auto, "_measure", lambda prompts, load, candidates: pytest.fail("measured again"))
     assert LLM("embedded").drafter_name == first
 
 
 def test_plain_decoding_wins_where_nothing_is_faster(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slower = {"none": 1.0, "suffix": 0.9, "draft_model": 0.8}
-    monkeypatch.setattr(auto, "_measure", lambda llm, candidates: slower)
+    monkeypatch.setattr(auto, "_measure", lambda prompts, load, candidates: slower)
     assert LLM("embedded").drafter_name == "none"
 
 
 def test_a_damaged_memory_is_measured_anew(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "_measure", lambda llm, candidates: {"none": 1.0, "suffix": 2.0})
+    monkeypatch.setattr(auto, "_measure", lambda prompts, load, candidates: {"none": 1.0, "suffix": 2.0})
     LLM("embedded")
     (file,) = kept.iterdir()
     file.write_text("{broken")
