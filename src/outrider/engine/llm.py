@@ -252,9 +252,9 @@ class Run:
         return self._llm._output(self._prompt, self._request)
 
 
-def _resolve_auto(loaded: LoadedModel) -> str | list[str]:
-    """The drafters that ``auto`` means for a target: what measures fastest of those it comes with, and ``suffix``, that
-    costs next to nothing."""
+def _resolve_auto(loaded: LoadedModel) -> str:
+    """The drafter that ``auto`` means for a target: what measures fastest of those it comes with, under the policy that
+    runs it, else ``suffix``. One alone: a trained drafter and ``suffix`` together lost to either (docs/log.md)."""
     if loaded.name not in PACKAGED_DRAFTERS:
         return "suffix"
     files = sorted((EMBEDDED_PROMPTS if loaded.name == EMBEDDED else QUESTIONS).glob("*.jsonl"))
@@ -262,10 +262,7 @@ def _resolve_auto(loaded: LoadedModel) -> str | list[str]:
     if loaded.name != EMBEDDED:
         prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in prompts]
     backend = load_backend(loaded.backend, loaded.dtype).name
-    best = fastest(
-        loaded.name, prompts, lambda name: LLM(loaded, name, policy="fixed", guard=False), loaded.dtype, backend
-    )
-    return best if best in ("none", "suffix") else [best, "suffix"]
+    return fastest(loaded.name, prompts, lambda name: LLM(loaded, name, guard=False), loaded.dtype, backend)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:
