@@ -42,7 +42,7 @@ from support import add_json, facts, prompt_sets, say, seconds_of, settle, table
 
 from outrider import LLM, SamplingParams
 from outrider.evaluation.speedup import bootstrap_ratio, repeated_ngrams
-from outrider.models.locations import resolve_model
+from outrider.models.locations import PACKAGED_DRAFTERS, resolve_model
 
 Answer = Callable[[list[int], int], list[int]]
 """(prompt ids, number of tokens to generate) -> their ids"""
@@ -59,7 +59,8 @@ def outrider(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[i
         return llm.generate([ids], SamplingParams(max_tokens=count, ignore_eos=True))[0].token_ids
 
     yield "outrider plain", lambda ids, count: answer(plain, ids, count)
-    for drafter in ("ngram", "suffix", *(["draft_model"] if draft else [])):
+    trained = [name for name in PACKAGED_DRAFTERS.get(model, ()) if name != "draft_model"]
+    for drafter in ("ngram", "suffix", *(["draft_model"] if draft else []), *trained):
         options = {"model": draft} if drafter == "draft_model" else {}
         for k in draft_tokens:
             llm = plain.with_drafter(drafter, draft_tokens=k, **options)
