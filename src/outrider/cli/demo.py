@@ -142,10 +142,14 @@ def demo(
     params = SamplingParams(max_tokens=limit, temperature=temperature, seed=seed)
     questions = _questions(llm, chat)
     rows, last = [], []
-    _pair(llm, model, WARM_UP, SamplingParams(max_tokens=8, temperature=temperature, seed=seed))
+    sides = (
+        llm.with_drafter("none"),
+        llm.with_drafter(model.drafter, draft_tokens=model.draft_tokens, policy="auto", guard=True),
+    )
+    _pair(sides, WARM_UP, SamplingParams(max_tokens=8, temperature=temperature, seed=seed))
     for asked in questions:
         with console.status(f"{asked.domain}: measuring"):
-            pairs = [_pair(llm, model, asked.prompt, params) for _ in range(repeats)]
+            pairs = [_pair(sides, asked.prompt, params) for _ in range(repeats)]
         _show(console, asked, chat, *pairs[-1])
         rows.append(_row(asked.domain, pairs))
         last.append(pairs[-1])
@@ -198,10 +202,12 @@ def _questions(llm: LLM, chat: bool) -> list[Asked]:
 # ------------------------------------------------------------------------------------------------ measuring
 
 
-def _pair(llm: LLM, model: ModelOptions, prompt: Prompt, params: SamplingParams) -> tuple[Run, Run]:
-    """Plain, then speculative, each with a new drafter, which has learnt nothing from earlier answers."""
-    plain, fast = llm.with_drafter("none"), llm.with_drafter(model.drafter, draft_tokens=model.draft_tokens)
-    return _run(plain, prompt, params), _run(fast, prompt, params)
+def _pair(sides: tuple[LLM, LLM], prompt: Prompt, params: SamplingParams) -> tuple[Run, Run]:
+    """Plain, then speculative, neither of which remembers the text of earlier answers."""
+    for side in sides:
+        side.forget()
+    plain, fast = (_run(side, prompt, params) for side in sides)
+    return plain, fast
 
 
 def _run(llm: LLM, prompt: Prompt, params: SamplingParams) -> Run:
