@@ -89,7 +89,7 @@ def test_experts_and_long_contexts_change_the_answer() -> None:
 
 def test_an_open_loop_has_the_rows_that_its_rate_needs_and_knows_overload() -> None:
     calm = plan_of("qwen3-8b", "h100", ["dspark,length=2.33"], Workload(concurrency=64, rate=2))
-    assert calm.plain.rows == pytest.approx(2 * calm.plain.latency, rel=0.01), "Little's law"
+    assert calm.plain.rows == pytest.approx(2 * calm.plain.latency, rel=0.01), "Little's formula"
     assert calm.advised.rows < calm.plain.rows and calm.advised.tokens_per_second == pytest.approx(2 * 256)
     assert plan_of("qwen3-8b", "h100", ["dspark,length=2.33"], Workload(concurrency=4, rate=50)).plain.overloaded
 

@@ -2,7 +2,7 @@
 
     speed-up = tau * T_plain / (T_draft + T_verify + T_bookkeeping),   tau = 1 + sum over j of p_1 ... p_j
 
-Rows of a closed loop are its users; of an open loop they follow from Little's law: requests in the system are their
+Rows of a closed loop are its users; of an open loop they follow from Little's formula: requests in the system are their
 rate times the time of one. A prompt's passes hold up the steps of all rows. The interval joins two errors as
 independent ones of the logarithm: that of the acceptance and that of the ratio of times.
 """
