@@ -88,6 +88,7 @@ def losses(out: Path) -> list[float]:
 # ------------------------------------------------------------------------------------------------ the same result
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_ends_with_the_same_weights(answers: Path, tmp_path: Path) -> None:
     options = SMALL | {"save_seconds": 0.01, "steps": 12}
     command = process(options, answers, tmp_path / "whole")
@@ -116,6 +117,7 @@ def test_a_run_killed_twice_ends_with_the_same_weights(answers: Path, tmp_path: 
     assert len(losses(tmp_path / "cut")) == 12  # no step is logged twice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(sharding: str, answers: Path, tmp_path: Path) -> None:
     learn(Config(**SMALL), answers, tmp_path / "one", "embedded", dtype="float32")
