@@ -81,7 +81,6 @@ std::string ask_for_tiles() {
 std::vector<const Kernels*> usable() {
   std::vector<const Kernels*> found;
 #if defined(OUTRIDER_X86)
-  if (why_no_tiles().empty()) found.push_back(&amx::table);
   if (has_avx512_bf16()) found.push_back(&avx512_bf16::table);
   if (has_avx512_vnni()) found.push_back(&avx512_vnni::table);
   if (has_avx2()) found.push_back(&avx2::table);
@@ -136,6 +135,10 @@ const Kernels& find_kernels(const std::string& name) {
     if (wanted.empty() || wanted == has || (wanted == "avx512" && has.rfind(wanted, 0) == 0)) return *table;
     known += (known.empty() ? "" : ", ") + has;
   }
+#if defined(OUTRIDER_X86)
+  // Matrix tiles have run on emulated hardware only so far, so they are used where they are asked for by name.
+  if (wanted == amx::table.name && why_no_tiles().empty()) return amx::table;
+#endif
   for (const Kernels* table : emulated())
     if (wanted == table->name) return *table;
   const std::string reason = wanted == "amx" ? " (" + why_no_tiles() + ")" : "";
