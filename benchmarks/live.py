@@ -9,10 +9,10 @@ run: a closed loop, C requests always in flight, the next one joins as one ends;
 turn, every other one greedy, the others at temperature 1. All arms share the target's weights. In each round each arm
 runs for some seconds, in a new random order, its requests staying where they are between rounds; generated tokens are
 counted when they are committed. The best fixed arm (plain decoding is one of them) is chosen on the even rounds and
-compared on the odd ones, and the other way round; the ratio is the geometric mean over rounds, with a bootstrap interval.
+compared on the odd ones, and the other way round; the ratio is the geometric mean over rounds with its interval.
 
-``synthetic`` drafters have the acceptance of a profile (chat, code and maths, by request) and the time of a sixth of the
-target's layers. adversarial: the product's default against plain decoding in alternating windows, the concurrency
+``synthetic`` drafters have the acceptance of a profile (chat, code and maths, by request) and the time of a sixth of
+the target's layers. adversarial: the product's default against plain decoding in alternating windows, the concurrency
 changing from window to window. ``hostile``: random tokens with confidences of 0.99; ``slow``: good drafts, each of
 which takes as long as a pass of the target.
 """
@@ -24,7 +24,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
@@ -136,7 +136,7 @@ class Client:
 def requests_of(sets: Mapping[str, Sequence[Sequence[int]]]) -> list[Asked]:
     """The sets in turn, greedy and sampled in turn within each."""
     most = max(len(prompts) for prompts in sets.values())
-    asked = []
+    asked: list[Asked] = []
     for i in range(2 * most):
         for j, prompts in enumerate(sets.values()):
             params = SamplingParams(max_tokens=ANSWERS[len(asked) % len(ANSWERS)], temperature=float((i + j) % 2))
@@ -227,7 +227,7 @@ def synthetic(
             vocab_size=loaded.target.spec.vocab_size,
             says=says,  # type: ignore[arg-type]
             spread=0.1 if kind == "synthetic" else 0.0,
-            **set_to,
+            **set_to,  # type: ignore[arg-type]
         )
 
     return make, {"pass_ms": 1e3 * one, "drafter_ms": {name: 1e3 * value for name, value in set_to.items()}}

@@ -42,9 +42,9 @@ class SyntheticDrafter:
         seed: int = 0,
     ) -> None:
         """``profile``: probability that draft 1, 2, ... is right, where those before it were; ``profiles``: other ones
-        of single prompts. ``seconds``: of a proposal, ``seconds_each``: of each draft of each row, ``seconds_per_draft``:
-        of each draft of the longest row. ``says``: confidences are true, 0.99 or not given. ``spread``: how far the
-        probabilities of single drafts differ from the profile, up and down.
+        of single prompts. ``seconds``: of a proposal, ``seconds_each``: of each draft of each row,
+        ``seconds_per_draft``: of each draft of the longest row. ``says``: confidences are true, 0.99 or not given.
+        ``spread``: how far the probabilities of single drafts differ from the profile, up and down.
         """
         self._profiles = dict(profiles or {})
         for one in (profile, *self._profiles.values()):
