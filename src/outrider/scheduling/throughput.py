@@ -46,6 +46,7 @@ PROBED = 4  # rows tried in one step, or an eighth of all
 REUSED = 8  # steps that a plan is good for
 FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
 LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
+SELDOM = 4  # of more rows than that, only every so manyth step is learnt from, and plans are good for twice as long
 EARLY = 16  # rounds that are learnt from at once
 LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were
 
@@ -87,6 +88,7 @@ class _Step:
     context: int
     limits: list[int]  # [B]
     longest: int  # of the limits
+    asked: int = 0  # rows whose limit is not 0
     free: bool = False  # no row's text depends on the schedule
     probe: bool = False
     chosen: _Chosen | None = None
@@ -123,6 +125,18 @@ class _One:
     accepted: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The limits of the latest steps, and what follows from them as long as the rows stay."""
+
+    requests: Sequence[int]
+    limits: list[int]
+    slots: Ints
+    longest: int = 0
+    asked: int = 0
+    free: bool = False
+
+
 class ThroughputPolicy:
     """Algorithm 1 with everything charged. ``costs``: what steps cost; without, it is learnt from the steps alone."""
 
@@ -140,7 +154,7 @@ class ThroughputPolicy:
         self._planned = np.zeros(0, dtype=np.int64)  # by slot: limits of the last plan
         self._common = 0  # the limit of rows that were drafted for in the last plan
         self._stale = 0  # the turn at which a new plan is made
-        self._latest: tuple[Sequence[int], list[int], Ints] = ((), [], np.zeros(0, dtype=np.int64))
+        self._latest = _Plan((), [], np.zeros(0, dtype=np.int64))
         self._turn = 0
         self._counted = 0  # the turn up to which ``_idle`` is counted
         self._step: _Step | None = None
@@ -171,22 +185,21 @@ class ThroughputPolicy:
         context = step.context or sum(step.contexts)
         able = ready if step.can_draft < 0 else min(step.can_draft, ready)
         tokens, rows = max(step.tokens, ready), max(step.rows, ready)
-        requests, limits, slots = self._latest
-        if self._turn >= self._stale or able < ready or not step.requests or step.requests != requests:
+        latest, probe = self._latest, False
+        if self._turn >= self._stale or able < ready or not step.requests or step.requests != latest.requests:
             slots = np.fromiter(step.slots, np.int64, ready) if step.slots else np.arange(ready)
             self._take_over(slots, step.requests)
             now = _Step(slots, ready, tokens, rows, context, [], 0)
             limits = self._limits(now, able)
-            probe = now.probe
+            probe, longest = now.probe, max(limits)
             # A probe is for one step; the plan itself is good for some.
-            self._latest = (list(step.requests) if not probe and able == ready else (), limits, slots)
-        else:
-            probe = False
-        longest = max(limits)
-        self._step = _Step(slots, ready, tokens, rows, context, limits, longest, probe=probe)
-        if longest:
-            self._step.free = self._free(step)
-        return limits
+            requests = list(step.requests) if not probe and able == ready else ()
+            asked = ready - limits.count(0)
+            self._latest = latest = _Plan(requests, limits, slots, longest, asked, bool(longest) and self._free(step))
+        self._step = _Step(
+            latest.slots, ready, tokens, rows, context, latest.limits, latest.longest, latest.asked, latest.free, probe
+        )
+        return latest.limits
 
     def _free(self, step: StepView) -> bool:
         if self._config.search != "auto":
@@ -225,7 +238,7 @@ class ThroughputPolicy:
                 self._learn()
                 self._planned[slots] = planned = self._best_limits(now, slots)
                 self._common = int(planned.max())
-                self._stale = self._turn + REUSED
+                self._stale = self._turn + (REUSED if now.ready <= LEARNT_ROWS else 2 * REUSED)
             limits[:able] = self._planned[slots]
             self._probe(now, slots, limits)
         return limits.tolist()
@@ -300,7 +313,7 @@ class ThroughputPolicy:
         if now is None or now.ready > batch:  # no plan was asked for: nothing is known but the drafts
             limits = [self._block] * batch
             free = self._config.search == "global"
-            now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, free)
+            now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, batch, free)
         if batch == 1:
             return torch.tensor([self._choose_one(now, int(most[0]), confidence)])
         rows = np.flatnonzero(most[: now.ready])
@@ -401,7 +414,9 @@ class ThroughputPolicy:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
         if looks:
-            costs.observe_draft(sum(n > 0 for n in now.limits), now.longest, cost.draft)
+            costs.observe_draft(now.asked, now.longest, cost.draft)
+        if ready > LEARNT_ROWS and self._learnt > EARLY and self._turn % SELDOM and not now.probe:
+            return
         gained = 0
         if one is not None:
             one.accepted = gained = int(accepted[one.row])
@@ -439,7 +454,8 @@ class ThroughputPolicy:
             alike = [one for one in rounds if one.logits.shape[1] == width]
             rounds = [one for one in rounds if one.logits.shape[1] != width]
             one = _together(alike)
-            some = slice(self._turn % max(1, len(one.rows) // LEARNT_ROWS), None, max(1, len(one.rows) // LEARNT_ROWS))
+            every = max(1, len(one.rows) // LEARNT_ROWS)
+            some = slice(self._learnt % every, None, every)
             slots, adjusted, lengths = one.slots[some], one.adjusted[some], one.lengths[some]
             assert one.accepted is not None
             self._acceptance.update(one.logits[some], adjusted, slots, one.keep[some], one.accepted[some])
