@@ -106,6 +106,7 @@ class Client:
         self.llm, self._asked = llm, cycle(asked)
         self._flying: list[Request] = []
         self._submitted = 0
+        self.finished: list[tuple[int, int]] = []  # tokens of prompt and answer
         self.seen = Rounds()
         llm.observers.append(self.seen)
 
@@ -115,9 +116,13 @@ class Client:
         last: dict[int, float] = {}
         began = now = perf_counter()
         while now < began + seconds:
-            self._flying = [request for request in self._flying if request.finish_reason is None]
+            ended = [request for request in self._flying if request.finish_reason is not None]
+            if ended:
+                self.finished += [(request.prompt_length, len(request.output)) for request in ended]
+                self._flying = [request for request in self._flying if request.finish_reason is None]
             while len(self._flying) < concurrency:
                 asked = next(self._asked)
+                self.llm.forget()  # prompts come again here, as they would not elsewhere
                 self._submitted += 1
                 seed = self._submitted if asked.params.seed is None else asked.params.seed
                 self._flying.append(engine.submit(list(asked.tokens), asked.params, seed))

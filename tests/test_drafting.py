@@ -359,8 +359,15 @@ def test_a_synthetic_drafter_is_as_good_as_it_is_set(texts: Any) -> None:
         output = llm.with_drafter(drafter).generate(prompts[0], params)[0]
         assert low <= output.stats.acceptance_length <= high
         assert output.token_ids == known[tuple(prompts[0])]
+    one = {tuple(prompts[0]): [1.0] * 4}  # a profile of its own
+    slow = SyntheticDrafter(known, [0.0] * 4, profiles=one, vocab_size=VOCABULARY, seconds_per_draft=1e-3)
+    outputs = llm.with_drafter(slow).generate(prompts[:2], params)
+    assert outputs[0].stats.acceptance_length >= 4.6 and outputs[1].stats.acceptance_length == 1.0
+    assert outputs[1].stats.seconds > 4e-3 * outputs[1].stats.rounds / 2
     with pytest.raises(InvalidRequest, match="probabilities"):
         SyntheticDrafter(known, [1.5], vocab_size=VOCABULARY)
+    with pytest.raises(InvalidRequest, match="as many of every prompt"):
+        SyntheticDrafter(known, [0.5], profiles={(1,): [0.5, 0.5]}, vocab_size=VOCABULARY)
 
 
 def test_the_command_line_takes_policies_and_several_drafters(tiny_model_dir: Path) -> None:

@@ -43,7 +43,8 @@ SAMPLED = 512  # drafts of the past that a plan is made of, about
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
 PROBED = 4  # rows tried in one step, or an eighth of all
-REUSED = 8  # steps that a plan is good for
+REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
+PLANNING, WORTH = 0.25e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
 FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
 LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
 SELDOM = 4  # of more rows than that, only every so manyth step is learnt from, and plans are good for twice as long
@@ -154,10 +155,12 @@ class ThroughputPolicy:
         self._planned = np.zeros(0, dtype=np.int64)  # by slot: limits of the last plan
         self._common = 0  # the limit of rows that were drafted for in the last plan
         self._stale = 0  # the turn at which a new plan is made
+        self._made = (0, 0)  # the turn at which this one was, and the rows it was made for
         self._latest = _Plan((), [], np.zeros(0, dtype=np.int64))
         self._turn = 0
         self._counted = 0  # the turn up to which ``_idle`` is counted
         self._step: _Step | None = None
+        self._one_costs: tuple[tuple[int, ...], list[float], float] = ((), [], 0.0)
         self._rounds: list[_Chosen] = []  # not learnt from yet
         self._ones: list[_One] = []  # the same
         self._learnt = 0
@@ -187,6 +190,8 @@ class ThroughputPolicy:
         tokens, rows = max(step.tokens, ready), max(step.rows, ready)
         latest, probe = self._latest, False
         if self._turn >= self._stale or able < ready or not step.requests or step.requests != latest.requests:
+            if ready != self._made[1]:  # another load
+                self._stale = min(self._stale, self._made[0] + REUSED)
             slots = np.fromiter(step.slots, np.int64, ready) if step.slots else np.arange(ready)
             self._take_over(slots, step.requests)
             now = _Step(slots, ready, tokens, rows, context, [], 0)
@@ -238,7 +243,10 @@ class ThroughputPolicy:
                 self._learn()
                 self._planned[slots] = planned = self._best_limits(now, slots)
                 self._common = int(planned.max())
-                self._stale = self._turn + (REUSED if now.ready <= LEARNT_ROWS else 2 * REUSED)
+                seconds = self.costs.verify(now.ready, now.ready, now.context)
+                reused = REUSED if now.ready <= LEARNT_ROWS else 2 * REUSED
+                self._stale = self._turn + min(max(reused, round(PLANNING / (WORTH * seconds))), MOST_REUSED)
+                self._made = self._turn, now.ready
             limits[:able] = self._planned[slots]
             self._probe(now, slots, limits)
         return limits.tolist()
@@ -315,7 +323,7 @@ class ThroughputPolicy:
             free = self._config.search == "global"
             now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, batch, free)
         if batch == 1:
-            return torch.tensor([self._choose_one(now, int(most[0]), confidence)])
+            return torch.from_numpy(np.array([self._choose_one(now, int(most[0]), confidence)]))
         rows = np.flatnonzero(most[: now.ready])
         keep = np.zeros(batch, dtype=np.int64)
         if len(rows):
@@ -353,19 +361,27 @@ class ThroughputPolicy:
         if not length:
             return 0
         slot = int(now.slots[0])
-        z, p = self._acceptance.adjust_row(None if confidence is None else confidence[0].tolist(), slot, length)
+        said = None if confidence is None else confidence[0].tolist()
+        z, p = self._acceptance.adjust_row(said, slot, length)
         product, survival = 1.0, []
         for one in p:
             product *= one
             survival.append(product)
-        spent = self.costs.draft(1, now.longest) + self.costs.bookkeeping(1, drafting=True)
-        seconds = self._decode_seconds(now, length)
+        seconds, spent = self._costs_of_one(now)
         if self._config.search == "lagged" or (self._config.search == "auto" and not now.free and self._caught):
-            keep = self._budget(np.array(survival), 1, seconds + spent)
+            keep = self._budget(np.array(survival), 1, np.array(seconds[: length + 1]) + spent)
         else:
-            keep = _walk(survival, seconds.tolist(), spent, look_on=now.free)
+            keep = _walk(survival, seconds, spent, look_on=now.free)
         now.one = _One(0, slot, length, max(now.limits[0], length), z, p, survival, keep)
         return keep
+
+    def _costs_of_one(self, now: _Step) -> tuple[list[float], float]:
+        """Seconds of a single row's pass by drafts, and what drafting takes besides; worked out every few steps."""
+        key = (self._turn // LOOK, now.tokens, now.rows, now.longest)
+        if self._one_costs[0] != key:
+            spent = self.costs.draft(1, now.longest) + self.costs.bookkeeping(1, drafting=True)
+            self._one_costs = key, self._decode_seconds(now, max(now.longest, self._block)).tolist(), spent
+        return self._one_costs[1:]
 
     def _few(
         self, rows: Ints, slots: Ints, lengths: Ints, confidence: Tensor | None, width: int
