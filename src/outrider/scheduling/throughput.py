@@ -34,6 +34,7 @@ __all__ = ["ThroughputConfig", "ThroughputPolicy"]
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Form = Literal["auto", "early", "lagged", "global"]
 FORMS: tuple[Form, ...] = ("auto", "early", "lagged", "global")
 
@@ -43,6 +44,7 @@ SAMPLED = 512  # drafts of the past that a plan is made of, about
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
 PROBED = 4  # rows tried in one step, or an eighth of all
+TRIES = 3  # steps with tried rows that the account need not hold enough for, after ``try_again``
 REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
 PLANNING, WORTH = 0.25e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
 FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
@@ -149,6 +151,7 @@ class ThroughputPolicy:
         self._acceptance = AcceptanceModel(max(self._block, 1))
         self._history = SurvivalHistory(max(self._block, 1))
         self._ledger = Ledger(share=config.probe_share, most=0.1, balance=0.1)
+        self._allowed = 0  # steps with tried rows, as said at TRIES
         self._owners = np.full(0, -1)  # by slot: the request that has it
         self._idle = np.zeros(0, dtype=np.int64)  # by slot: steps since it was drafted for
         self._wait = np.zeros(0, dtype=np.int64)  # by slot: steps after which it is tried again
@@ -172,9 +175,9 @@ class ThroughputPolicy:
         return cls(config, costs)
 
     def try_again(self) -> None:
-        """Draft for every row once more, whether or not it paid."""
+        """Draft for some rows once more, whether or not it paid and whatever the account holds."""
         self._idle[:] = LONGEST_WAIT
-        self._ledger.balance = self._ledger.most
+        self._allowed = TRIES
         self._stale = 0
 
     # ------------------------------------------------------------------------------------------ before drafting
@@ -259,22 +262,25 @@ class ThroughputPolicy:
         seconds = self._decode_seconds(now, rows * block)
         plain = ready / (seconds[0] + costs.bookkeeping(ready, drafting=False))
         seconds = seconds + costs.bookkeeping(ready, drafting=True)
-        # Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of T_draft.
-        token = plain * (seconds[-1] - seconds[0]) / (rows * block)
-        chosen = np.ones(rows, dtype=bool)
-        if rows > 1:
-            some = max(1, rows // 2)
-            share = (costs.draft(rows, block) - costs.draft(some, block)) / (rows - some)
-            worth = np.maximum(past - token, 0).sum(2).mean(1)
-            chosen = worth > plain * max(share, 0.0)
-        drafting = int(chosen.sum())
-        limits = np.zeros(rows, dtype=np.int64)
-        if not drafting:
-            return limits
         lengths = self._lengths_to_try(ready)
-        spent = np.array([costs.draft(drafting, k) for k in lengths])
-        length, rate, early = _best_length(past[chosen, :samples], ready, seconds, lengths, spent)
+
+        def search(chosen: Bools) -> tuple[int, float, float, Bools]:
+            spent = np.array([costs.draft(int(chosen.sum()), k) for k in lengths])
+            return (*_best_length(past[chosen, :samples], ready, seconds, lengths, spent), chosen)
+
+        best = search(np.ones(rows, dtype=bool))
+        if rows > 1:
+            # Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of
+            # T_draft. Both depend on how far is drafted.
+            token, some = plain * (seconds[-1] - seconds[0]) / (rows * block), max(1, rows // 2)
+            for k in sorted({best[0], block}):
+                share = (costs.draft(rows, k) - costs.draft(some, k)) / (rows - some)
+                chosen = np.maximum(past[:, :, :k] - token, 0).sum(2).mean(1) > plain * max(share, 0.0)
+                if chosen.any() and (chosen != best[3]).any():
+                    best = max(best, search(chosen), key=lambda found: found[1])
+        length, rate, early, chosen = best
         self._caught = early < CAUGHT * rate
+        limits = np.zeros(rows, dtype=np.int64)
         if rate > MARGIN * plain:
             limits[chosen] = length
         return limits
@@ -303,10 +309,16 @@ class ThroughputPolicy:
         due = np.flatnonzero(left_out & (self._idle[slots] >= self._wait[slots]))
         if not len(due):
             return
-        due = due[np.argsort(-self._idle[slots[due]], kind="stable")][: max(PROBED, now.ready // 8)]
         most = self._block
+        if most > 1 and left_out.all() and self.costs.known_drafts(len(slots)) == 1:
+            # What one draft costs, of which the block's time says little: a drafter may be autoregressive.
+            due, most = np.arange(len(slots)), 1
+        else:
+            due = due[np.argsort(-self._idle[slots[due]], kind="stable")][: max(PROBED, now.ready // 8)]
         seconds = self._decode_seconds(now, len(due) * most)
-        if not self._ledger.affords(self.costs.draft(len(due), most) + seconds[-1] - seconds[0]):
+        if self._allowed:
+            self._allowed -= 1
+        elif not self._ledger.affords(self.costs.draft(len(due), most) + seconds[-1] - seconds[0]):
             return
         limits[due] = most
         now.probe = True
