@@ -2,7 +2,7 @@
 
     python benchmarks/live.py run --target embedded --drafter draft_model --json FILE [--concurrency 1 4 16 64]
     python benchmarks/live.py run --target llama-110m --drafter synthetic --json FILE
-    python benchmarks/live.py adversarial --target llama-110m --drafter hostile --duration 200 --json FILE
+    python benchmarks/live.py adversarial --target llama-110m --duration 200 --json FILE
     python benchmarks/live.py report FILE... [--plots FOLDER]
 
 run: a closed loop, C requests always in flight, the next one joins as one ends; chat (or prose), code and maths in
@@ -184,39 +184,48 @@ class Setting:
     about: dict[str, Any]
 
 
+def load(name: str, dtype: str) -> LoadedModel:
+    """A model, or a shape with random weights, which has no tokenizer."""
+    if name not in SHAPES:
+        return load_model(name, dtype=dtype)
+    dtype = "int8" if dtype == "auto" else dtype
+    backend = load_backend("auto", dtype)
+    target = random_target(name, dtype, backend)
+    return LoadedModel(target, None, name, dtype, backend.name)  # type: ignore[arg-type]
+
+
 def set_up(options: argparse.Namespace, rows: int) -> Setting:
     """Load the target; where the drafter is synthetic, record the texts that it replays."""
-    if options.target in SHAPES:
-        dtype = "int8" if options.dtype == "auto" else options.dtype
-        backend = load_backend("auto", dtype)
-        target = random_target(options.target, dtype, backend)
-        loaded = LoadedModel(target, None, options.target, dtype, backend.name)  # type: ignore[arg-type]
-    else:
-        loaded = load_model(options.target, dtype=options.dtype)
+    loaded = load(options.target, options.dtype)
     about = {"target": options.target, "dtype": loaded.dtype, "drafter": options.drafter}
-    if options.drafter not in ("synthetic", "hostile", "slow"):
+    if options.drafter != "synthetic":
         return Setting(loaded, real_requests(loaded, options.prompts), lambda: str(options.drafter), about)
     asked = random_requests(loaded.target.spec.vocab_size)
-    make, more = synthetic(options.drafter, loaded, asked, rows)
+    known = record(loaded, asked, rows)
+    make, more = synthetic(options.drafter, loaded, asked, known)
     return Setting(loaded, asked, make, about | more)
 
 
+def record(loaded: LoadedModel, asked: Sequence[Asked], rows: int) -> dict[tuple[int, ...], Sequence[int]]:
+    """The texts, which do not depend on the drafter."""
+    say(f"recording {len(asked)} texts")
+    llm = LLM(loaded, "none", policy="fixed", guard=False, max_rows=max(rows, 16), capacity=CAPACITY)
+    outputs = llm.generate([list(one.tokens) for one in asked], [one.params for one in asked])
+    return {one.tokens: output.token_ids for one, output in zip(asked, outputs, strict=True)}
+
+
 def synthetic(
-    kind: str, loaded: LoadedModel, asked: Sequence[Asked], rows: int
+    kind: str, loaded: LoadedModel, asked: Sequence[Asked], known: Mapping[tuple[int, ...], Sequence[int]]
 ) -> tuple[Callable[[], Drafter], dict[str, Any]]:
     """A drafter with set acceptance and cost, and what was set."""
     costs = start_costs(loaded.target, loaded.dtype, rows=64, tokens=256)
     one, each = pass_and_token(costs)
     if kind == "hostile":
         set_to = {"seconds": SHARE * one, "seconds_each": SHARE * each}
-        known: dict[tuple[int, ...], Sequence[int]] = {}
+        known = {}
         profiles: dict[tuple[int, ...], Sequence[float]] = {}
         profile, says = [0.0] * DRAFTS, "sure"
     else:
-        say(f"recording {len(asked)} texts")
-        llm = LLM(loaded, "none", policy="fixed", guard=False, max_rows=max(rows, 16), capacity=CAPACITY)
-        outputs = llm.generate([list(one.tokens) for one in asked], [one.params for one in asked])
-        known = {one.tokens: output.token_ids for one, output in zip(asked, outputs, strict=True)}
         profiles = {one.tokens: PROFILES[INTERACTIVE[i % 3]] for i, one in enumerate(asked)}
         profile, says = list(PROFILES["chat"]), "truth"
         if kind == "slow":
@@ -284,7 +293,7 @@ def describe(name: str, concurrency: int, windows: Sequence[Window], seen: Round
     """One arm's figures."""
     gaps = [gap for window in windows for gap in window.gaps]
     each = np.repeat([g for g, _ in gaps], [n for _, n in gaps]) if gaps else np.zeros(1)
-    total = sum(window.tokens for window in windows) / sum(window.seconds for window in windows)
+    speed = total(windows)
     costs = (
         np.array([(cost.draft, cost.verify, cost.bookkeeping) for cost in seen.costs])
         if seen.costs
@@ -293,8 +302,8 @@ def describe(name: str, concurrency: int, windows: Sequence[Window], seen: Round
     return {
         "policy": name,
         "concurrency": concurrency,
-        "tokens_per_second": round(total, 2),
-        "per_user_tokens_per_second": round(total / concurrency, 2),
+        "tokens_per_second": round(speed, 2),
+        "per_user_tokens_per_second": round(speed / concurrency, 2),
         "rounds": [round(window.speed, 2) for window in windows],
         "acceptance_length": round(1 + seen.accepted / max(1, seen.rounds), 4),
         "drafted_per_row": round(seen.drafted / max(1, seen.rounds), 4),
@@ -334,31 +343,43 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> list[float | None]:
 # ------------------------------------------------------------------------------------------------ adversarial
 
 
-def adversarial(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
+def adversarial(loaded: LoadedModel, options: argparse.Namespace) -> dict[str, Any]:
     """The default against plain decoding: ``duration`` seconds of each, in alternating windows of mixed traffic."""
     rows = max(CHANGES)
-    clients = {name: Client(make_arm(name, setting, rows), setting.asked) for name in ("none", "auto")}
-    clients["none"].run(options.warm, 4)  # the start of ``auto`` counts
+    asked = random_requests(loaded.target.spec.vocab_size)
+    known = record(loaded, asked, rows)
+    clients, about = {"none": Client(make_arm("none", Setting(loaded, asked, lambda: "none", {}), rows), asked)}, {}
+    for kind in ("hostile", "slow"):
+        make, about[kind] = synthetic(kind, loaded, asked, known)
+        clients[kind] = Client(make_arm("auto", Setting(loaded, asked, make, {}), rows), asked)
+    clients["none"].run(options.warm, 4)  # the start of the others counts
     windows: dict[str, list[Window]] = {name: [] for name in clients}
+    order = random.Random(0)
     for turn in range(round(options.duration / options.seconds)):
-        for name in list(clients)[:: 1 if turn % 2 else -1]:
+        for name in order.sample(list(clients), len(clients)):
             windows[name].append(clients[name].run(options.seconds, CHANGES[turn % len(CHANGES)]))
         say(f"window {turn + 1}: " + ", ".join(f"{n} {w[-1].speed:.0f}" for n, w in windows.items()))
     speeds = {name: [window.speed for window in some] for name, some in windows.items()}
-    whole = {name: sum(w.tokens for w in some) / sum(w.seconds for w in some) for name, some in windows.items()}
-    worst = {
-        many: ratio(speeds["auto"][i :: len(CHANGES)], speeds["none"][i :: len(CHANGES)])
-        for i, many in enumerate(CHANGES)
-    }
-    return {
-        "seconds": {name: round(sum(w.seconds for w in some), 1) for name, some in windows.items()},
-        "tokens_per_second": {name: round(value, 2) for name, value in whole.items()},
-        "windows": {name: [round(value, 2) for value in some] for name, some in speeds.items()},
-        "over_none": ratio(speeds["auto"], speeds["none"]),
-        "over_none_first_window": round(speeds["auto"][0] / speeds["none"][0], 4),
-        "over_none_by_concurrency": worst,
-        "drafted_per_row": round(clients["auto"].seen.drafted / max(1, clients["auto"].seen.rounds), 4),
-    }
+    found: dict[str, Any] = {"windows": {name: [round(value, 2) for value in some] for name, some in speeds.items()}}
+    for kind in ("hostile", "slow"):
+        mine, none = speeds[kind], speeds["none"]
+        found[kind] = {
+            **about[kind],
+            "seconds": round(sum(w.seconds for w in windows[kind]), 1),
+            "over_none": ratio(mine, none),
+            "tokens_per_second_over_none": round(total(windows[kind]) / total(windows["none"]), 4),
+            "over_none_first_window": round(mine[0] / none[0], 4),
+            "over_none_by_requests": {
+                many: ratio(mine[i :: len(CHANGES)], none[i :: len(CHANGES)]) for i, many in enumerate(CHANGES)
+            },
+            "drafted_per_row": round(clients[kind].seen.drafted / max(1, clients[kind].seen.rounds), 4),
+        }
+    return found
+
+
+def total(windows: Sequence[Window]) -> float:
+    """Tokens a second."""
+    return sum(w.tokens for w in windows) / sum(w.seconds for w in windows)
 
 
 # ------------------------------------------------------------------------------------------------ tables and plots
@@ -374,11 +395,10 @@ def report(options: argparse.Namespace) -> None:
             group["rows"] += found["rows"]
             group["ratios"] += found["ratios"]
         else:
-            a = found["adversarial"]
-            print(
-                f"\n{found['target']}, {found['drafter']}: {a['over_none']} of plain decoding, {a['seconds']['auto']} s"
-            )
-            print(f"by requests in flight: {a['over_none_by_concurrency']}, first window {a['over_none_first_window']}")
+            for kind in ("hostile", "slow"):
+                one = found["adversarial"][kind]
+                print(f"\n{found['target']}, {kind}: {one['over_none']} of plain decoding, {one['seconds']} s")
+                print(f"by requests: {one['over_none_by_requests']}, first window {one['over_none_first_window']}")
     groups = {key: value for key, value in groups.items() if value["rows"]}
     for (target, drafter), group in groups.items():
         arms = list(dict.fromkeys(row["policy"] for row in group["rows"]))
@@ -449,12 +469,12 @@ def main() -> None:
     for name in ("run", "adversarial"):
         one = commands.add_parser(name)
         one.add_argument("--target", default="embedded", help=f"a model, or random weights: {', '.join(SHAPES)}")
-        one.add_argument("--drafter", default="draft_model", help="any, or synthetic, hostile, slow")
         one.add_argument("--dtype", default="auto", help="default of random weights: int8")
         one.add_argument("--prompts", type=Path, nargs="*", help="files of prompts, one a domain")
         one.add_argument("--warm", type=float, default=3.0, help="seconds of each arm before counting")
         add_json(one)
     run, hostile, shown = commands.choices["run"], commands.choices["adversarial"], commands.add_parser("report")
+    run.add_argument("--drafter", default="draft_model", help="any, or synthetic")
     run.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
     run.add_argument("--arms", nargs="+", default=list(ARMS))
     run.add_argument("--rounds", type=int, default=10)
@@ -467,14 +487,16 @@ def main() -> None:
     if options.command == "report":
         report(options)
         return
-    setting = set_up(options, max(options.concurrency if options.command == "run" else CHANGES))
-    result: dict[str, Any] = {**setting.about, **facts()}
     if options.command == "run":
+        setting = set_up(options, max(options.concurrency))
+        result: dict[str, Any] = {**setting.about, **facts()}
         found = [closed_loop(setting, many, options) for many in options.concurrency]
         result["rows"] = [row for one in found for row in one["rows"]]
         result["ratios"] = [row for one in found for row in one["ratios"]]
     else:
-        result["adversarial"] = adversarial(setting, options)
+        loaded = load(options.target, options.dtype)
+        result = {"target": options.target, "dtype": loaded.dtype, "drafter": "adversarial", **facts()}
+        result["adversarial"] = adversarial(loaded, options)
     write_json(options.json, result)
 
 
