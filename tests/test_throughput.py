@@ -35,6 +35,12 @@ JAGGED = Costs(  # tiles of 16 and 32 rows
     step=0.0002,
     step_drafting=0.0002,
 )
+IN_TURN = Costs(  # a small target, and a draft model that drafts one token after the other
+    ((1, 0.00075), (4, 0.00085), (8, 0.001), (16, 0.0015), (32, 0.0026), (64, 0.005), (512, 0.04)),
+    draft_each=0.00022,
+    step=0.0002,
+    step_drafting=0.00016,
+)
 STEEP = Costs(((1, 0.004), (2, 0.0075), (4, 0.0145), (8, 0.028), (64, 0.22)), draft_fixed=0.001, step=0.0001)
 SLOW = Costs(((1, 0.005), (8, 0.0055), (64, 0.03)), draft_share=1.0, step=0.0002, step_drafting=0.0003)
 KEY = CostKey("model", "int8", "native", "a machine", 2)
@@ -88,6 +94,7 @@ def recorded(profile: str) -> Recorded:
         (JAGGED, "code", 16, 0.0),
         (JAGGED, "code", 16, 1.0),
         (STEEP, "code", 4, 1.0),
+        (IN_TURN, "chat", 4, 1.0),
     ],
 )
 def test_within_two_percent_of_the_best_fixed_length(costs: Costs, profile: str, rows: int, temperature: float) -> None:

@@ -126,6 +126,10 @@ class CostModel:
         seconds = _along(self._drafts[nearest], drafts)
         return seconds if nearest == wanted else seconds * 0.5 * (1 + rows / _rows_of(nearest))
 
+    def known_drafts(self, rows: int) -> int:
+        """How many numbers of drafts were proposed for about so many rows."""
+        return len(self._drafts.get(_bucket(rows), ()))
+
     def seen(self, tokens: int) -> int:
         """How many passes over about so many tokens were observed."""
         cell = self._cells.get(int(self._cell_of[tokens])) if tokens < len(self._cell_of) else None
