@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -77,18 +77,29 @@ def running(command: Sequence[str], folder: Path, port: int, path: str) -> Itera
             except (URLError, OSError):
                 pass
             if process.poll() is not None or time.monotonic() - began > PATIENCE:
-                lines = (folder / "server.log").read_text(errors="replace").splitlines()
-                raise RuntimeError(next((x for x in reversed(lines) if "Error" in x), "\n".join(lines[-5:]))[:500])
+                raise RuntimeError(reason(folder / "server.log"))
             time.sleep(1)
         say(f"  ready after {time.monotonic() - began:.0f} s")
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a server and its children."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            return
+
+
+def reason(log: Path) -> str:
+    """The last error of a server's log, with the line behind it."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    at = max((i for i, line in enumerate(lines) if "Error" in line), default=max(0, len(lines) - 2))
+    return " ".join(lines[at : at + 2])[:600]
 
 
 def served(url: str, model: str, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
