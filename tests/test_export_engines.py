@@ -112,9 +112,13 @@ def test_llama_cpp_gets_a_gguf_as_it_is_or_what_its_converter_reads(tmp_path: Pa
     made = hand_over(str(small), "llama.cpp", tmp_path / "model", target)
     assert (tmp_path / "model" / "drafter.gguf").read_bytes() == small.read_bytes() and not made.prepare
     made = hand_over(saved(tmp_path, make_checkpoint(DSPARK)), "llama.cpp", tmp_path / "out", target)
-    assert made.prepare[0][-2:] == ["--target-model-dir", target]
+    assert made.prepare[0][2:] == [target, "--outtype", "bf16", "--outfile", made.command[2]]
+    assert made.prepare[1][-2:] == ["--target-model-dir", target]
     assert "draft-dspark" in made.command and made.command[-2:] == ["--spec-draft-n-max", "4"]
     assert checkpoints.load(tmp_path / "out" / "drafter").format == "speculators"
+    made = hand_over(str(tmp_path / "d"), "llama.cpp", tmp_path / "hub", "smollm2")
+    assert [words[0] for words in made.prepare] == ["hf", "python"], "the package has the target's GGUF file"
+    assert made.prepare[1][-2:] == ["--target-model-dir", "target"] and Path(made.command[2]).is_file()
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,9 @@ class LlamaCpp:
         spec: list[str] = []
         advice: list[str] = []
         prepare: list[list[str]] = []
-        convert = ["python", "convert_hf_to_gguf.py", DRAFTER, "--outtype", "bf16", "--outfile", GGUF]
         if source.checkpoint is None:
             if not source.folder.is_file():
-                prepare = [convert]
+                prepare = [_convert(DRAFTER, GGUF)]
             copied(source, folder)
         else:
             _check(source)
@@ -46,7 +45,7 @@ class LlamaCpp:
             if source.block:
                 config = path / "config.json"
                 write_json(config, read_json(config) | {"architectures": [BLOCK_CLASS]})
-            prepare = _conversion(source, convert, advice)
+            prepare = _conversion(source, advice)
             spec = ["--spec-type", SPEC_TYPES[source.kind]]
             if source.threshold is not None and source.kind == "dspark":
                 spec += ["--spec-draft-p-min", f"{source.threshold:g}"]
@@ -63,16 +62,23 @@ class LlamaCpp:
         return Handover("llama.cpp", source.kind, command, prepare, None, advice, CHECKED)
 
 
-def _conversion(source: Source, convert: list[str], advice: list[str]) -> list[list[str]]:
-    """The converter reads tokenizer and sizes in the target's directory, which a hub id is loaded into first."""
+def _convert(folder: str, file: str, *options: str) -> list[str]:
+    return ["python", "convert_hf_to_gguf.py", folder, "--outtype", "bf16", "--outfile", file, *options]
+
+
+def _conversion(source: Source, advice: list[str]) -> list[list[str]]:
+    """The converter reads tokenizer and sizes in the target's directory, which a hub id is loaded into first. The
+    target is converted too, unless it is a GGUF file."""
+    commands, folder = [], TARGET
     if Path(source.served).is_dir():
-        return [[*convert, "--target-model-dir", source.served]]
-    if Path(source.served).is_file():
-        advice.append(
-            f"The converter reads the target's Hugging Face directory at ./{TARGET}: put it there."
-        )
-        return [[*convert, "--target-model-dir", TARGET]]
-    return [["hf", "download", source.served, "--local-dir", TARGET], [*convert, "--target-model-dir", TARGET]]
+        folder = source.served
+    elif Path(source.served).is_file():
+        advice.append(f"The converter reads the target's Hugging Face directory at ./{TARGET}: put it there.")
+    else:
+        commands.append(["hf", "download", source.served, "--local-dir", TARGET])
+    if not Path(_gguf(source.target)).is_file():
+        commands.append(_convert(folder, _gguf(source.target)))
+    return [*commands, _convert(DRAFTER, GGUF, "--target-model-dir", folder)]
 
 
 def _check(source: Source) -> None:
