@@ -18,6 +18,7 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.drafters.draft_model import DraftModelDrafter
+from outrider.engine.engine import Engine
 from outrider.engine.finisher import End, Finisher
 from outrider.engine.request import Request
 from outrider.models.toy import ToyTarget
@@ -422,6 +423,29 @@ def _find_leak() -> tuple[bool, str]:
     return broken > 0 == sound, f"{broken} of {len(prompts)} texts differ in a batch ({sound} without the flaw)"
 
 
+class _SampledUnprocessedQ(DraftModelDrafter):
+    """Really samples, and states the probabilities before temperature."""
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        drafted = super().propose(slots, last, context, limit, rng)
+        if drafted.distribution is None:
+            return drafted
+        return replace(drafted, distribution=Categorical.of(_rows(self.model, _prefixes(context, drafted))))
+
+
+def _find_by_sampling() -> tuple[bool, str]:
+    setting, bias, budget = ToySetting("rejection", "remembers", temperature=0.6), 0.02, Budget(1)
+
+    def broken() -> Engine:
+        world = setting.world
+        drafter = _SampledUnprocessedQ(world.draft_model(torch.float32), setting.drafts)
+        policy = make_policy(setting.policy, setting.drafts)
+        return world.engine(world.target(dtype=torch.float32), drafter, policy, rows=setting.rows)
+
+    check, sound = setting.check(bias, budget, broken), setting.check(bias, budget)
+    return sound.passed and not check.passed, check.found
+
+
 # ------------------------------------------------------------------------------------------------ all
 
 _GRAMMAR = Setting("rejection", "grammar", size=3)
@@ -507,6 +531,12 @@ CONTROLS: tuple[Control, ...] = (
         "exact",
         "drafts are drawn without the mask and stated with it",
         _exact(_GRAMMAR, draft_model=_MaskOnTheTargetOnly),
+    ),
+    Control(
+        "unprocessed q, by sampling",
+        "statistical",
+        "the same as above, in an engine that samples",
+        _find_by_sampling,
     ),
     Control(
         "a neighbour's row leaking through padding",

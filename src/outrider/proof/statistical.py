@@ -60,6 +60,7 @@ class ToySetting:
     drafts: int = 3
     rows: int = ROWS
     seed: int = 0
+    temperature: float = 0.9
 
     @property
     def name(self) -> str:
@@ -71,7 +72,7 @@ class ToySetting:
 
     @property
     def params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=TOKENS, temperature=0.9, rule=self.rule)
+        return SamplingParams(max_tokens=TOKENS, temperature=self.temperature, rule=self.rule)
 
     def engine(self) -> Engine:
         options = {"threshold": self.world.middle_confidence} if self.policy == "threshold" else {}
