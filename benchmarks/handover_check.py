@@ -2,6 +2,7 @@
 
     python benchmarks/handover_check.py vllm draft_model eagle3 --engine vllm/bin [--target embedded] [--json FILE]
     python benchmarks/handover_check.py llama.cpp draft_model
+    python benchmarks/handover_check.py llama-server dspark --engine llama.cpp/build/bin --target DIRECTORY
 
 vLLM: each drafter is exported and started with the `launch.sh` that was written, and options of this script for the
 machine (port, float32, length, no compilation). Its texts are compared with those of the same server without a drafter
@@ -9,6 +10,9 @@ and with ours, its counters with our own. `--engine`: where the command `vllm` i
 package named `vllm`, and needs its alias in that environment.
 
 llama.cpp: the exported draft GGUF in llama-cpp-python, by llama.cpp's passes (`peers.py`).
+
+llama-server: the same as vLLM, with llama.cpp's own server and converter (`--converter`); no draft is cut by its
+confidence, as none is in ours.
 """
 
 from __future__ import annotations
@@ -174,6 +178,49 @@ def vllm(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[dict
     return rows
 
 
+def completed(url: str, prompts: Sequence[list[int]], count: int, **more: Any) -> tuple[list[list[int]], int]:
+    """(greedy texts, accepted drafts) of a llama.cpp server, one prompt at a time."""
+    texts, accepted = [], 0
+    for ids in prompts:
+        body = {"prompt": ids, "n_predict": count, "temperature": 0.0, "ignore_eos": True, "return_tokens": True}
+        body |= {"cache_prompt": False, **more}
+        request = Request(f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urlopen(request, timeout=PATIENCE) as response:
+            answer = json.load(response)
+        texts.append(answer["tokens"])
+        accepted += answer["timings"].get("draft_n_accepted", 0)
+    return texts, accepted
+
+
+def llama_server(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
+    path = f"{options.engine.resolve()}:{os.environ['PATH']}"
+    machine = ["--port", str(options.port), "-t", "2", "-tb", "2", "-np", "1", "-c", "2048"]
+    rows = []
+    llm, plain, _ = ours(options.target, None, 0, prompts, options.max_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.drafters:
+            out = Path(folder) / Path(name).name
+            made = hand_over(name, "llama.cpp", out, options.target)
+            drafts = int(made.command[made.command.index("--spec-draft-n-max") + 1])
+            (out / "convert_hf_to_gguf.py").symlink_to(options.converter.resolve())
+            cut = [] if made.kind == "draft_model" else ["--spec-draft-p-min", "0"]
+            say(f"{name}: {made.script().splitlines()[-1]}")
+            try:
+                with running(["sh", str(out / "launch.sh"), *machine, *cut], out, options.port, path) as url:
+                    undrafted, _ = completed(url, prompts, options.max_tokens, **{"speculative.n_max": 0})
+                    texts, accepted = completed(url, prompts, options.max_tokens)
+            except RuntimeError as error:
+                rows.append({"drafter": name, "drafts": drafts, "refused": str(error)})
+                say(f"  {error}")
+                continue
+            _, _, mine = ours(options.target, own(name, options.target), drafts, prompts, options.max_tokens, llm)
+            equal = {"same_as_engine_plain": same(texts, undrafted), "same_as_ours": same(texts, plain)}
+            rounds = sum(len(text) - 1 for text in texts) - accepted
+            rows.append(row_of(name, drafts, accepted, rounds, mine, equal))
+            say(f"  {rows[-1]}")
+    return rows
+
+
 def llama_cpp(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
     """The draft GGUF that was exported (of a directory: written here, as llama.cpp's converter would)."""
     from gguf_file import write_gguf
@@ -209,6 +256,9 @@ def llama_cpp(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list
     return rows
 
 
+CHECKS = {"vllm": vllm, "llama.cpp": llama_cpp, "llama-server": llama_server}
+
+
 def own(name: str, target: str) -> str:
     """A drafter by its catalogue name, as ``LLM`` takes it: the packaged one, or a directory."""
     return str(resolve_model(PACKAGED_DRAFTERS.get(target, {}).get(name, name)))
@@ -216,10 +266,13 @@ def own(name: str, target: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("to", choices=["vllm", "llama.cpp"])
+    parser.add_argument("to", choices=list(CHECKS))
     parser.add_argument("drafters", nargs="+", help="names of packaged drafters, or directories")
     parser.add_argument("--target", default="embedded", help="a directory or GGUF file, 'embedded' or 'smollm2'")
-    parser.add_argument("--engine", type=Path, default=Path("vllm/bin"), help="where the command vllm is")
+    parser.add_argument(
+        "--engine", type=Path, default=Path("vllm/bin"), help="where the command vllm or llama-server is"
+    )
+    parser.add_argument("--converter", type=Path, default=Path("convert_hf_to_gguf.py"), help="llama.cpp's")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSON Lines with `turns`; default: packaged prompts")
     parser.add_argument("--limit", type=int, default=4, help="prompts of each set")
@@ -227,9 +280,14 @@ def main() -> None:
     add_json(parser)
     options = parser.parse_args()
     tokenizer = LLM(options.target, "none", max_rows=1).tokenizer
+    chat = tokenizer.has_chat_template and options.target != "embedded"
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode_chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
+
     sets = prompt_sets(options.prompts, options.limit)
-    prompts = [tokenizer.encode(text) for texts in sets.values() for text in texts]
-    rows = (vllm if options.to == "vllm" else llama_cpp)(options, prompts)
+    prompts = [encode(text) for texts in sets.values() for text in texts]
+    rows = CHECKS[options.to](options, prompts)
     if options.json != "-":
         print(table([name.replace("_", " ") for name in COLUMNS], ([row.get(c) for c in COLUMNS] for row in rows)))
         for row in rows:

@@ -1,7 +1,7 @@
 """Draw docs/playground.png: a race on the playground of a running server, in a headless browser.
 
-    outrider serve smollm2 --drafter dspark --policy fixed --draft-tokens 3
-    python docs/screenshot.py http://localhost:8000 [docs/playground.png]
+outrider serve smollm2 --drafter dspark --policy fixed --draft-tokens 3
+python docs/screenshot.py http://localhost:8000 [docs/playground.png]
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import drafting, eventually, serving
 from typer.testing import CliRunner
 
 from outrider.cli import app
@@ -241,6 +243,44 @@ def test_timings_and_our_own_results_are_read(tmp_path: Path) -> None:
     assert "bookkeeping" in one.answer and "bookkeeping" in split_page([one])
 
 
+def test_the_servers_own_page_tells_all_parts(tmp_path: Path) -> None:
+    """Steps with drafts and plain steps are timed apart, steps with prompts are left out."""
+    ask = {"prompt": "a b c a b c a b c", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    with serving(drafting()) as (url, service):
+        for more in ({}, {"outrider": {"off": True}}):
+            assert httpx.post(f"{url}/v1/completions", json=ask | more, timeout=60).status_code == 200
+        assert eventually(lambda: not service.llm.engine.busy)
+        page = tmp_path / "page"
+        page.write_text(httpx.get(f"{url}/metrics").text)
+    (one,) = read_run(page)
+    assert {DRAFTING, "bookkeeping", "target pass that plain decoding needs too"} <= set(one.parts)
+    assert one.speedup is not None and 1 < one.acceptance_length <= 1 + one.drafted
+    totals = dict(line.split() for line in page.read_text().splitlines() if line[:1] != "#" and "{" not in line)
+    parts = sum(float(totals[f"outrider_drafting_step_{n}_seconds_total"]) for n in ("draft", "verify", "bookkeeping"))
+    steps, plain = (float(totals[f"outrider_{n}_steps_total"]) for n in ("drafting", "plain"))
+    assert one.round_seconds == pytest.approx(parts / steps)
+    assert 39 <= plain + steps < float(totals["outrider_steps_total"])
+
+
+def test_a_vllm_page_without_speculation_tells_what_a_plain_step_takes(tmp_path: Path) -> None:
+    names = ("request_decode_time_seconds_sum", "inter_token_latency_seconds_count")
+    drafting_page, plain, neither = tmp_path / "drafting", tmp_path / "plain", tmp_path / "neither"
+    counts = {"num_drafts": 40, "num_draft_tokens": 160, "num_accepted_tokens": 80}
+    lines = [f"vllm:spec_decode_{name}_total {value}" for name, value in counts.items()]
+    drafting_page.write_text("\n".join([*lines, f"vllm:{names[0]} 3.0", f"vllm:{names[1]} 100"]))
+    plain.write_text(f"vllm:{names[0]} 2.0\nvllm:{names[1]} 100\n")
+    neither.write_text("vllm:num_requests_running 0\n")
+    (one,) = read_run(drafting_page, plain)
+    assert one.round_seconds == pytest.approx(0.03), "of all rounds, 60 of which had no drafts"
+    assert one.acceptance_length == pytest.approx(1.8) and one.speedup == pytest.approx(1.2)
+    assert one.parts[REJECTED] == pytest.approx(0.005) and any("60%" in note for note in one.notes)
+    (alone,) = read_run(drafting_page)
+    assert alone.bottleneck.startswith("target pass, drafting") and "--plain" in alone.notes[-1]
+    for wrong in (drafting_page, neither, tmp_path / "absent"):
+        with pytest.raises(InvalidRequest, match="--plain"):
+            read_run(drafting_page, wrong)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.floats(1e-4, 10), st.floats(0, 1), st.floats(0.1, 20), st.floats(0, 1), st.one_of(st.none(), st.floats(0.1, 1))
@@ -305,6 +345,7 @@ def test_the_command_describes_and_explains(tmp_path: Path) -> None:
         ("--machine", "h100"),
         ("--shape", "qwen3-8b", "--target", "embedded"),
         ("--explain", "no"),
+        ("--plain", "no"),
     ],
 )
 def test_options_that_do_not_go_together(arguments: tuple[str, ...]) -> None:
