@@ -152,7 +152,7 @@ def test_streams_of_the_toy_target_verify_long_drafts_and_cut_ones(setting: ToyS
 
 def test_the_policy_that_remembers_drafts_far_after_a_round_without_rejection() -> None:
     policy, stats = RemembersLastRound(3), RequestStats()
-    limits = []
+    limits: list[int] = []
     for drafted, accepted in ((3, 3), (3, 1), (1, 0), (1, 1), (3, 3)):
         limits += policy.plan(StepView([9], [stats], [SamplingParams()], requests=[7]))
         assert limits[-1] == drafted
