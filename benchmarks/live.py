@@ -210,8 +210,9 @@ def record(loaded: LoadedModel, asked: Sequence[Asked], rows: int) -> dict[tuple
     """The texts, which do not depend on the drafter."""
     say(f"recording {len(asked)} texts")
     llm = LLM(loaded, "none", policy="fixed", guard=False, max_rows=max(rows, 16), capacity=CAPACITY)
-    outputs = llm.generate([list(one.tokens) for one in asked], [one.params for one in asked])
-    return {one.tokens: output.token_ids for one, output in zip(asked, outputs, strict=True)}
+    requests = [llm.engine.submit(list(one.tokens), one.params, one.params.seed or 0) for one in asked]
+    llm.engine.wait(requests)  # by the engine: random weights have no tokenizer
+    return {one.tokens: request.output for one, request in zip(asked, requests, strict=True)}
 
 
 def synthetic(

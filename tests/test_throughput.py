@@ -109,6 +109,38 @@ def test_within_two_percent_of_the_best_fixed_length(costs: Costs, profile: str,
     assert rate(throughput(costs)) >= 0.98 * best
 
 
+class ColdAtFirst:
+    """Costs of a small drafter: in a step after plain ones its weights and code are in no cache."""
+
+    def __init__(self, costs: Costs, times: float) -> None:
+        self.costs, self.times, self.warm = costs, times, False
+
+    def verify(self, tokens: int, rows: int, context: int) -> float:
+        return self.costs.verify(tokens, rows, context)
+
+    def draft(self, rows: int, drafts: int) -> float:
+        seconds = self.costs.draft(rows, drafts) * (1 if self.warm else self.times)
+        self.warm = seconds > 0
+        return seconds
+
+    def bookkeeping(self, rows: int, drafting: bool) -> float:
+        return self.costs.bookkeeping(rows, drafting) * (1 if self.warm or not drafting else self.times)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_drafter_that_is_slow_at_first_is_not_given_up(rows: int) -> None:
+    """What is tried once in a while always costs the first step's time; drafting in every step does not."""
+    rounds = recorded("chat")
+
+    def rate(policy: SchedulerPolicy) -> float:
+        traffic = Traffic(concurrency=rows, prompt=1, answer=400, temperature=1.0)
+        return simulate(policy, ColdAtFirst(IN_TURN, 6.0), rounds, traffic, seconds=5, seed=1).tokens_per_second
+
+    best = max(rate(FixedPolicy(FixedConfig(k))) for k in (1, 3, 5))
+    assert best > 1.05 * rate(FixedPolicy(FixedConfig(0)))
+    assert rate(guarded(throughput(IN_TURN), IN_TURN)) > 0.97 * best
+
+
 def test_a_dip_in_the_costs_is_looked_past_without_anticipating() -> None:
     """At 16 rows a 17th token costs half a pass more: Algorithm 1 stops there, a budget from the past does not."""
     caught, lagged, auto = (

@@ -44,7 +44,9 @@ SAMPLED = 512  # drafts of the past that a plan is made of, about
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
 PROBED = 4  # rows tried in one step, or an eighth of all
-TRIES = 3  # steps with tried rows that the account need not hold enough for, after ``try_again``
+TRIES = 2  # times of trying for which the account need not hold enough, after ``try_again``
+IN_A_ROW = 3  # steps for which rows are tried: only after the first one are weights and code in the caches
+AT_START = 4  # the same when nothing is known
 REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
 PLANNING, WORTH = 0.25e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
 FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
@@ -151,7 +153,9 @@ class ThroughputPolicy:
         self._acceptance = AcceptanceModel(max(self._block, 1))
         self._history = SurvivalHistory(max(self._block, 1))
         self._ledger = Ledger(share=config.probe_share, most=0.1, balance=0.1)
-        self._allowed = 0  # steps with tried rows, as said at TRIES
+        self._allowed = 0  # times of trying, as said at TRIES
+        self._again: tuple[int, Ints, int] = (0, np.zeros(0, dtype=np.int64), 0)  # steps, slots and drafts still tried
+        self._was_drafting = False  # in the step before
         self._owners = np.full(0, -1)  # by slot: the request that has it
         self._idle = np.zeros(0, dtype=np.int64)  # by slot: steps since it was drafted for
         self._wait = np.zeros(0, dtype=np.int64)  # by slot: steps after which it is tried again
@@ -241,6 +245,7 @@ class ThroughputPolicy:
         if able and self._history.empty:  # nothing is known: see what a draft is like
             limits[:able] = self._block
             now.probe = True
+            self._again = (AT_START - 1, slots, self._block)
         elif able:
             if self._turn >= self._stale:
                 self._learn()
@@ -306,6 +311,14 @@ class ThroughputPolicy:
         passed, self._counted = self._turn - self._counted, self._turn
         self._idle[slots] = np.where(left_out, self._idle[slots] + passed, 0)
         self._wait[slots] = np.where(left_out, self._wait[slots], FIRST_WAIT)
+        more, tried, most = self._again
+        if more:
+            due = np.flatnonzero(left_out & np.isin(slots, tried))
+            self._again = (more - 1 if len(due) else 0, tried, most)
+            limits[due] = most
+            now.probe = now.probe or bool(len(due))
+            self._idle[slots[due]] = 0
+            return
         due = np.flatnonzero(left_out & (self._idle[slots] >= self._wait[slots]))
         if not len(due):
             return
@@ -322,6 +335,7 @@ class ThroughputPolicy:
             return
         limits[due] = most
         now.probe = True
+        self._again = (IN_A_ROW - 1, slots[due], most)
         self._idle[slots[due]] = 0
         self._wait[slots[due]] = np.minimum(2 * self._wait[slots[due]], LONGEST_WAIT)
 
@@ -430,6 +444,7 @@ class ThroughputPolicy:
         now, self._step = self._step, None
         if now is None:
             return
+        cold, self._was_drafting = not self._was_drafting, now.longest > 0
         ready, costs, chosen = now.ready, self.costs, now.chosen
         one = now.one
         kept = one.keep if one is not None else 0 if chosen is None else int(chosen.keep.sum())
@@ -437,12 +452,12 @@ class ThroughputPolicy:
         if looks and cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
             costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify)
         if looks:
-            costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping)
+            costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping, cold=cold and now.longest > 0)
         if not now.longest:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
         if looks:
-            costs.observe_draft(now.asked, now.longest, cost.draft)
+            costs.observe_draft(now.asked, now.longest, cost.draft, cold=cold)
         if ready > LEARNT_ROWS and self._learnt > EARLY and self._turn % SELDOM and not now.probe:
             return
         gained = 0
