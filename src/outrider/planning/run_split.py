@@ -148,9 +148,7 @@ def split(one: Round) -> Split:
         notes.append(f"the file has no time of drafting: it is part of {part} here")
     if whole == UNKNOWN and losses[bottleneck] < LEAST * one.seconds:
         bottleneck = UNKNOWN
-        notes.append(
-            "with --plain PAGE, of the same server without speculation, more can be told"
-        )
+        notes.append("with --plain PAGE, of the same server without speculation, more can be told")
     return Split(
         one.title,
         parts,
