@@ -30,6 +30,7 @@ IDLE_WITH_FEATURES = 256  # the same for a drafter that cannot
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
 SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
 LOOK = 4
+LOOK_ASIDE = 16  # the same while the drafter is left out: each step is to cost what a plain step costs
 
 
 @runtime_checkable
@@ -55,6 +56,7 @@ class GuardedPolicy:
         self._needed = 0.0  # seconds that it must hold for another try
         self._follows = True
         self._idle = 0  # plain steps in a row
+        self._unearned = 0.0  # seconds of those that the ledger was not told of
         self._pause = FIRST_PAUSE
         self._since_control = 0
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
@@ -107,6 +109,11 @@ class GuardedPolicy:
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         view, self._view = self._view, None
+        if not self._follows and view is not None and self._plain_steps > SEEN and self._plain_steps % LOOK_ASIDE:
+            self._plain_steps += 1
+            self._idle += 1
+            self._unearned += cost.draft + cost.verify + cost.bookkeeping
+            return
         if self._asked:
             self.policy.observe(cost, accepted)
         if view is None or not len(view):
@@ -123,7 +130,7 @@ class GuardedPolicy:
 
     def _learn(self, view: StepView, cost: StepCost, drafted: bool) -> None:
         self._plain_steps += not drafted
-        if not drafted and self._plain_steps > SEEN and self._plain_steps % LOOK:
+        if not drafted and self._plain_steps > SEEN and self._follows and self._plain_steps % LOOK:
             return
         ready = len(view)
         if cost.rows == ready and cost.tokens == ready + self._kept:
@@ -168,7 +175,8 @@ class GuardedPolicy:
 
     def _rest(self, cost: StepCost) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""
-        self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
+        self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping + self._unearned)
+        self._unearned = 0.0
         self._idle += 1
         if self._follows and self._idle >= self._patience:
             self._follows = False
