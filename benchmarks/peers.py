@@ -158,8 +158,11 @@ def llama_plain(llama: Any, ids: list[int], count: int) -> list[int]:
     return written
 
 
-def llama_drafted(target: Any, small: Any, ids: list[int], count: int, k: int) -> list[int]:
-    """Greedy speculative decoding with llama.cpp's passes: draft k, verify them in one pass, keep the equal prefix."""
+def llama_drafted(
+    target: Any, small: Any, ids: list[int], count: int, k: int, accepted: list[int] | None = None
+) -> list[int]:
+    """Greedy speculative decoding with llama.cpp's passes: draft k, verify them in one pass, keep the equal prefix.
+    ``accepted``: gets the number of accepted drafts of every round."""
     for llama in (target, small):
         llama.reset()
     target.eval(ids)
@@ -179,6 +182,8 @@ def llama_drafted(target: Any, small: Any, ids: list[int], count: int, k: int) -
         expected = target.scores[at : at + len(drafted) + 1].argmax(-1).tolist()
         kept = next((i for i, token in enumerate(drafted) if token != expected[i]), len(drafted))
         small.n_tokens = min(small.n_tokens, at + 1 + kept)
+        if accepted is not None:
+            accepted.append(kept)
         written += expected[: kept + 1]
     return written[:count]
 

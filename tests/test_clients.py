@@ -245,3 +245,41 @@ print(load(100).with_structured_output(schema, method="json_schema").invoke("It 
 def test_langchain(running: tuple[str, Service]) -> None:
     pytest.importorskip("langchain_openai", reason="the package langchain-openai is not installed")
     assert run_client(["-c", LANGCHAIN, running[0]]).strip() in ("{'yes': True}", "{'yes': False}")
+
+
+LITELLM = """
+import json, sys
+import litellm
+litellm.telemetry = False
+ask = {"model": "openai/embedded", "api_base": sys.argv[1] + "/v1", "api_key": "x", "temperature": 0, "max_tokens": 12,
+       "messages": [{"role": "user", "content": "It was"}]}
+whole = litellm.completion(**ask)
+assert whole.usage.completion_tokens == 12 and whole.choices[0].finish_reason == "length"
+chunks = list(litellm.completion(**ask, stream=True, stream_options={"include_usage": True}))
+text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+assert text == whole.choices[0].message.content, text
+assert [c.usage.completion_tokens for c in chunks if getattr(c, "usage", None)] == [12]
+plain = litellm.completion(**ask, extra_body={"outrider": {"off": True}}, logprobs=True, top_logprobs=2)
+assert plain.choices[0].message.content == text and len(plain.choices[0].logprobs.content) == 12
+schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
+          "additionalProperties": False}
+form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+answer = litellm.completion(**{**ask, "max_tokens": 100}, response_format=form)
+said = litellm.text_completion(model="text-completion-openai/embedded", api_base=sys.argv[1] + "/v1", api_key="x",
+                               prompt="It was", max_tokens=6, temperature=0)
+assert said.choices[0].text and said.usage.completion_tokens == 6
+try:
+    litellm.completion(**{**ask, "temperature": -1})
+except litellm.BadRequestError as error:
+    assert "temperature" in str(error)
+else:
+    raise AssertionError("a wrong temperature was not refused")
+print(json.loads(answer.choices[0].message.content))
+"""
+
+
+@pytest.mark.slow
+def test_litellm(running: tuple[str, Service]) -> None:
+    pytest.importorskip("litellm", reason="the package litellm is not installed")
+    said = run_client(["-W", "ignore", "-c", LITELLM, running[0]], LITELLM_LOCAL_MODEL_COST_MAP="True")
+    assert said.strip().splitlines()[-1] in ("{'yes': True}", "{'yes': False}")

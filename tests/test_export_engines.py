@@ -59,7 +59,7 @@ def test_vllm_gets_speculators_files_and_a_reduced_head_made_of_the_targets_rows
     assert config["enable_adaptive_verification"] is True
     assert any("0.269" in line for line in made.advice), "sigmoid(-0.5 * 2): where the calibrated one is a half"
     launch = (tmp_path / "out" / "launch.sh").read_text()
-    assert shlex.split(launch.splitlines()[-1]) == made.command and "not started" in launch
+    assert shlex.split(launch.splitlines()[-1]) == ["exec", *made.command, "$@"] and "not started" in launch
     assert json.loads((tmp_path / "out" / "speculative_config.json").read_text()) == config
 
 
@@ -67,6 +67,20 @@ def test_vllm_gets_an_eagle3_with_its_embedding_and_head(tmp_path: Path, target:
     made = hand_over(saved(tmp_path, make_checkpoint(Eagle3Design(depth=5))), "vllm", tmp_path / "out", target)
     copy = checkpoints.load(tmp_path / "out" / "drafter")
     assert {"embed.weight", "head.weight"} <= set(copy.tensors) and config_of(made)["num_speculative_tokens"] == 5
+
+
+@pytest.mark.parametrize("anchor", [True, False])
+def test_vllm_gets_a_block_without_heads_as_the_kind_that_drafts_so(anchor: bool, tmp_path: Path, target: str) -> None:
+    """In its DFlash only masks predict, and the key of causal sliding windows makes every layer causal."""
+    checkpoint = make_checkpoint(replace(DFLASH, sample_from_anchor=anchor))
+    made = hand_over(saved(tmp_path, checkpoint), "vllm", tmp_path / "out", target)
+    config = config_of(made)
+    assert config["method"] == ("dspark" if anchor else "dflash")
+    assert config["num_speculative_tokens"] == (4 if anchor else 3)
+    written = json.loads((tmp_path / "out" / "drafter" / "config.json").read_text())
+    assert written["speculators_model_type"] == config["method"]
+    assert anchor or written["sliding_window_non_causal"] is True
+    assert checkpoints.load(tmp_path / "out" / "drafter").design == checkpoint.design
 
 
 def test_sglang_gets_specforges_eagle3(tmp_path: Path, target: str) -> None:
@@ -98,9 +112,13 @@ def test_llama_cpp_gets_a_gguf_as_it_is_or_what_its_converter_reads(tmp_path: Pa
     made = hand_over(str(small), "llama.cpp", tmp_path / "model", target)
     assert (tmp_path / "model" / "drafter.gguf").read_bytes() == small.read_bytes() and not made.prepare
     made = hand_over(saved(tmp_path, make_checkpoint(DSPARK)), "llama.cpp", tmp_path / "out", target)
-    assert made.prepare[0][-2:] == ["--target-model-dir", target]
+    assert made.prepare[0][2:] == [target, "--outtype", "bf16", "--outfile", made.command[2]]
+    assert made.prepare[1][-2:] == ["--target-model-dir", target]
     assert "draft-dspark" in made.command and made.command[-2:] == ["--spec-draft-n-max", "4"]
     assert checkpoints.load(tmp_path / "out" / "drafter").format == "speculators"
+    made = hand_over(str(tmp_path / "d"), "llama.cpp", tmp_path / "hub", "smollm2")
+    assert [words[0] for words in made.prepare] == ["hf", "python"], "the package has the target's GGUF file"
+    assert made.prepare[1][-2:] == ["--target-model-dir", "target"] and Path(made.command[2]).is_file()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +129,13 @@ def test_llama_cpp_gets_a_gguf_as_it_is_or_what_its_converter_reads(tmp_path: Pa
         ("sglang", make_checkpoint(Eagle3Design()), "norms of queries"),
         ("sglang", make_checkpoint(Eagle3Design(norm_output=True), decoder=LLAMA), "fed back"),
         ("sglang", make_checkpoint(MTPDesign()), "own checkpoint"),
+        ("vllm", make_checkpoint(MTPDesign()), "own checkpoint"),
+        ("vllm", make_checkpoint(replace(DSPARK, markov_head="rnn")), "vanilla"),
+        ("vllm", make_checkpoint(DFLASH, decoder=LLAMA), "Qwen3's layers"),
         ("llama.cpp", make_checkpoint(MTPDesign()), "own GGUF"),
+        ("llama.cpp", make_checkpoint(Eagle3Design()), "one Llama layer"),
+        ("llama.cpp", make_checkpoint(Eagle3Design(norm_output=True), decoder=LLAMA), "fed back"),
+        ("llama.cpp", make_checkpoint(DFLASH, decoder=LLAMA), "norms of queries"),
         ("llama.cpp", make_checkpoint(replace(DSPARK, markov_head="gated")), "vanilla"),
         ("sglang", replace(make_checkpoint(DSPARK), target_layers=(0, 2, LAYERS - 1)), "last layer"),
     ],

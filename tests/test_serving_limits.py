@@ -116,6 +116,17 @@ def test_special_tokens_in_a_message_are_text(client: httpx.Client, running: tup
     assert text in client.post("/v1/detokenize", json={"tokens": tokens}).json()["prompt"]
 
 
+@pytest.mark.parametrize("token", [-1, 10**6, 2**80])
+def test_token_ids_that_are_none_are_refused_wherever_a_client_gives_them(client: httpx.Client, token: int) -> None:
+    for path, body in (
+        ("/v1/detokenize", {"tokens": [5, token]}),
+        ("/v1/completions", {"prompt": [5, token], "max_tokens": 1}),
+        ("/v1/completions", {"prompt": [[5, token]], "max_tokens": 0, "echo": True}),
+    ):
+        response = client.post(path, json=body)
+        assert response.status_code == 400 and str(token) in response.json()["error"]["message"]
+
+
 # ------------------------------------------------------------------------------------------------ room
 
 

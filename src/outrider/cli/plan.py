@@ -87,6 +87,10 @@ def plan(
             "llama.cpp server log or its timings.",
         ),
     ] = None,
+    plain: Annotated[
+        Path | None,
+        typer.Option("--plain", help="With --explain of a vLLM page: one of the same server without speculation."),
+    ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the page into this file.")] = None,
     chat: Chat = None,
     dtype: Dtype = "auto",
@@ -114,13 +118,15 @@ def plan(
     if explain is not None:
         from outrider.planning.run_split import read_run, split_page
 
-        splits = read_run(explain)
+        splits = read_run(explain, plain)
         for split in splits:
             _print_split(console, split)
         if html is not None:
             html.write_text(split_page(splits), encoding="utf-8")
         write_json(json, [split.to_json() for split in splits])
         return
+    if plain is not None:
+        raise InvalidRequest("--plain belongs to --explain: it tells what a plain step takes")
     from outrider.planning.forecast import Workload
     from outrider.planning.page import plan_page
 

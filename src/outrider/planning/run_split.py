@@ -8,9 +8,10 @@ A round is one target pass that verifies drafts of a row. Its time is split into
     rejected work                              the same, for those that were rejected
     bookkeeping
 
-as far as the file says. Runs of this package record the parts (``outrider bench``). llama.cpp's log has the time of
-drafting. vLLM's page has only counts, so its passes are split by their tokens: reading weights hides the first ``FREE``
-tokens of a pass.
+as far as the file says. Runs of this package record the parts (``outrider bench``, and the page of ``outrider serve``).
+llama.cpp's log has the time of drafting where it is verbose. vLLM's page has only counts: with a page of the same
+server without speculation, what a round takes longer is drafting and verifying together; without one its passes are
+split by their tokens, as a GPU's, whose reading of weights hides the first ``FREE`` tokens of a pass.
 
 Levers are compared at sizes that can be had: half the drafting time, half of what verifying adds, half the bookkeeping,
 a tenth more accepted drafts, and the best smaller number of drafts.
@@ -23,7 +24,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,6 +112,8 @@ class Split:
         speed = "" if self.speedup is None else f"{self.speedup:.2f} x plain decoding; "
         share = self.parts[self.bottleneck] / self.round_seconds
         most = f"most is lost to {self.bottleneck} ({share:.0%})"
+        if self.bottleneck == UNKNOWN:
+            most = "where the time goes is not in the file"
         best = self.levers[0] if self.levers else None
         if best is None or best.gain < 1 + LEAST:
             return f"{speed}{most}; no single change is worth more than {LEAST:.0%}"
@@ -133,20 +136,19 @@ def split(one: Round) -> Split:
     extra = passes - plain
     rejected = 0.0 if not one.drafted else extra * (one.drafted - one.accepted) / one.drafted
     told = one.draft is not None
-    parts = {
-        (PLAIN if told or one.plain is not None else UNKNOWN): plain,
-        DRAFTING: draft,
-        KEPT: extra - rejected,
-        REJECTED: rejected,
-        BOOKKEEPING: book,
-    }
+    whole = PLAIN if told or one.plain is not None else UNKNOWN
+    parts = {whole: plain, DRAFTING: draft, KEPT: extra - rejected, REJECTED: rejected, BOOKKEEPING: book}
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0 or name == REJECTED}
     losses = {name: s for name, s in parts.items() if name not in (PLAIN, UNKNOWN)}
     bottleneck = max(losses, key=lambda name: losses[name])
     length = 1 + one.accepted
     notes = list(one.notes)
     if not told:
-        notes.append("the file has no time of drafting: it is part of the target passes here")
+        part = "what a round takes longer than a plain step" if one.plain is not None else "the target passes"
+        notes.append(f"the file has no time of drafting: it is part of {part} here")
+    if whole == UNKNOWN and losses[bottleneck] < LEAST * one.seconds:
+        bottleneck = UNKNOWN
+        notes.append("with --plain PAGE, of the same server without speculation, more can be told")
     return Split(
         one.title,
         parts,
@@ -207,21 +209,28 @@ def _levers(one: Round, plain: float, extra: float, draft: float, book: float) -
 # ------------------------------------------------------------------------------------------------ files
 
 
-def read_run(path: Path) -> list[Split]:
-    """A file of a run, told by its content. Raises InvalidRequest for what is none, or holds no rounds with drafts."""
+def read_run(path: Path, plain: Path | None = None) -> list[Split]:
+    """A file of a run, told by its content. ``plain``: a vLLM page of the same server and load without speculation.
+
+    Raises InvalidRequest for what is none, or holds no rounds with drafts.
+    """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InvalidRequest(f"--explain: {path} cannot be read: {error.strerror}") from None
-    try:
-        rounds = _rounds(text, path)
+        rounds = _rounds(_text(path, "--explain"), path)
+        step = None if plain is None else _plain_step(_text(plain, "--plain"), plain)
     except InvalidRequest:
         raise
     except (ValueError, OverflowError) as error:
         raise InvalidRequest(f"--explain: {path} holds a number that is none: {error}") from None
     if not rounds:
         raise InvalidRequest(f"--explain: {path} holds no rounds with drafts; was speculation on?")
-    return [split(one) for one in rounds]
+    return [split(one if step is None else replace(one, plain=step)) for one in rounds]
+
+
+def _text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InvalidRequest(f"{option}: {path} cannot be read: {error.strerror}") from None
 
 
 def _rounds(text: str, path: Path) -> list[Round]:
@@ -240,8 +249,8 @@ def _rounds(text: str, path: Path) -> list[Round]:
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+([-+.\deE]+|NaN|[-+]?Inf)(?:\s+\d+)?$")
 
 
-def _metrics_page(text: str, title: str) -> Round:
-    """A Prometheus page of vLLM, or of ``outrider serve``. Counts of all models on it are summed."""
+def _samples(text: str) -> tuple[dict[str, float], dict[int, float]]:
+    """(values by name, accepted drafts by position) of a Prometheus page. Those of all models on it are summed."""
     total: dict[str, float] = {}
     positions: dict[int, float] = {}
     for line in text.splitlines():
@@ -254,6 +263,34 @@ def _metrics_page(text: str, title: str) -> Round:
         position = re.search(r'position="(\d+)"', labels)
         if position and name == "spec_decode_num_accepted_tokens_per_pos_total":
             positions[int(position[1])] = positions.get(int(position[1]), 0.0) + value
+    return total, positions
+
+
+def _decoding(total: Mapping[str, float], drafts: float) -> tuple[float, float]:
+    """(row-seconds of decoding, steps of rows in it) of vLLM's page. An n-gram drafter drafts in some steps only."""
+    steps = max(drafts, total.get("inter_token_latency_seconds_count", 0.0))
+    if seconds := total.get("request_decode_time_seconds_sum", 0.0):
+        return seconds, steps
+    for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
+        if total.get(f"{name}_count"):
+            return total[f"{name}_sum"] / total[f"{name}_count"] * steps, steps
+    return 0.0, steps
+
+
+def _plain_step(text: str, path: Path) -> float:
+    """Seconds of a step of a row in vLLM's page of a server without speculation."""
+    total, _ = _samples(text)
+    if total.get("spec_decode_num_drafts_total"):
+        raise InvalidRequest(f"--plain: {path} counts drafts; expected a page of the server without speculation")
+    seconds, steps = _decoding(total, 0.0)
+    if not seconds or not steps:
+        raise InvalidRequest(f"--plain: {path} has no decode times (request_decode_time_seconds or the like)")
+    return seconds / steps
+
+
+def _metrics_page(text: str, title: str) -> Round:
+    """A Prometheus page of vLLM, or of ``outrider serve``."""
+    total, positions = _samples(text)
 
     def counter(name: str) -> float:
         return total.get(f"{name}_total", 0.0)
@@ -262,26 +299,41 @@ def _metrics_page(text: str, title: str) -> Round:
     accepted = counter("spec_decode_num_accepted_tokens")
     if not drafts:
         raise InvalidRequest(f"--explain: {title} counts no drafts; was speculation on?")
-    notes: tuple[str, ...] = ("counts are since the server's start: compare two pages for a stretch of time",)
-    decoding = total.get("request_decode_time_seconds_sum", 0.0)
-    for name in ("inter_token_latency_seconds", "time_per_output_token_seconds"):
-        if not decoding and total.get(f"{name}_count"):
-            decoding = total[f"{name}_sum"] / total[f"{name}_count"] * drafts
-    if not decoding and total.get("step_seconds_total") and total.get("steps_total"):  # this package's server
-        decoding = total["step_seconds_total"] / total["steps_total"] * drafts
+    notes = ["counts are since the server's start: compare two pages for a stretch of time"]
+    survivals = [positions[j] for j in sorted(positions)]
+    if counter("drafting_steps"):  # this package's server
+        steps, plain = counter("drafting_steps"), counter("plain_steps")
+        draft, verify, book = (
+            counter(f"drafting_step_{name}_seconds") / steps for name in ("draft", "verify", "bookkeeping")
+        )
+        if not plain:
+            notes.append("no step without drafts is on the page: what a plain step takes is not known")
+        return Round(
+            title,
+            draft + verify + book,
+            drafted / drafts,
+            accepted / drafts,
+            draft,
+            book,
+            counter("plain_step_seconds") / plain if plain else None,
+            tuple(one / drafts for one in survivals),
+            notes=tuple(notes),
+        )
+    decoding, rounds = _decoding(total, drafts)
     if not decoding:
         raise InvalidRequest(f"--explain: {title} has no decode times (request_decode_time_seconds or the like)")
+    if rounds > 1.05 * drafts:
+        notes.append(f"{1 - drafts / rounds:.0%} of the rounds had no drafts; they are part of the mean")
     steps = total.get("iteration_tokens_total_count", 0.0)
-    rows = drafts / steps if steps else None
     return Round(
         title,
-        decoding / drafts,
-        drafted / drafts,
-        accepted / drafts,
-        survivals=tuple(positions[j] / drafts for j in sorted(positions)),
+        decoding / rounds,
+        drafted / rounds,
+        accepted / rounds,
+        survivals=tuple(one / rounds for one in survivals),
         pass_tokens=total["iteration_tokens_total_sum"] / steps if steps else None,
-        rows=rows,
-        notes=notes,
+        rows=rounds / steps if steps else None,
+        notes=tuple(notes),
     )
 
 

@@ -106,6 +106,7 @@ async def _encode(service: Service, prompt: str | list[int], suffix: str | None)
     if not isinstance(prompt, str):
         if suffix is not None:
             raise ApiError(400, "suffix needs a prompt that is text, got token ids", param="suffix")
+        service.check_ids(prompt, "prompt")
         return await service.encode(lambda: prompt, 0, "prompt")
     tokenizer = service.llm.tokenizer
     if suffix is None:

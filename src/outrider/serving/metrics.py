@@ -138,6 +138,11 @@ class Metrics:
         )
         yield gauge("outrider_verify_tokens_per_step", "Tokens of the latest target pass.", drafts.latest_tokens)
         yield count("outrider_step_seconds", "Seconds in steps: draft, verify and bookkeeping.", drafts.seconds)
+        for part, seconds in zip(("draft", "verify", "bookkeeping"), drafts.drafting_seconds, strict=True):
+            yield count(f"outrider_drafting_step_{part}_seconds", f"Of steps with drafts alone: {part}.", seconds)
+        yield count("outrider_drafting_steps", "Steps that verified drafts and read no prompts.", drafts.drafting_steps)
+        yield count("outrider_plain_step_seconds", "Seconds in steps of one token a row.", drafts.plain_seconds)
+        yield count("outrider_plain_steps", "Steps of one token a row, without prompts.", drafts.plain_steps)
         yield gauge("outrider_draft_budget", "Drafts that the policy allowed in the latest step.", drafts.latest_budget)
         policy = engine.policy
         if isinstance(policy, GuardedPolicy):
@@ -161,6 +166,10 @@ class _Drafts:
             self.latest_budget
         ) = 0
         self.seconds = 0.0
+        self.drafting_steps = self.plain_steps = 0
+        self.drafting_seconds = [0.0, 0.0, 0.0]
+        """Of drafting, verifying and bookkeeping."""
+        self.plain_seconds = 0.0
         self.per_position: list[int] = []
 
     def step(self, record: StepRecord) -> None:
@@ -168,6 +177,7 @@ class _Drafts:
         self.steps += 1
         cost = record.cost
         self.seconds += cost.draft + cost.verify + cost.bookkeeping
+        self._time(record)
         self.latest_tokens = cost.tokens
         self.latest_budget = sum(row.limit for row in record.rows)
         for row in record.rows:
@@ -179,3 +189,16 @@ class _Drafts:
                 self.per_position.append(0)
             for position in range(row.accepted):
                 self.per_position[position] += 1
+
+    def _time(self, record: StepRecord) -> None:
+        """Steps without prompts, by whether they verified drafts: what speculation costs, and what a plain step."""
+        cost, verified = record.cost, sum(row.verified for row in record.rows)
+        if cost.tokens != len(record.rows) + verified or any(row.first for row in record.rows):
+            return
+        if verified:
+            self.drafting_steps += 1
+            for i, seconds in enumerate((cost.draft, cost.verify, cost.bookkeeping)):
+                self.drafting_seconds[i] += seconds
+        else:
+            self.plain_steps += 1
+            self.plain_seconds += cost.draft + cost.verify + cost.bookkeeping

@@ -100,6 +100,13 @@ class Service:
             )
         return tokens
 
+    def check_ids(self, ids: Sequence[int], name: str) -> None:
+        """Raise ApiError for a client's token ids that are none of the target's."""
+        size = self.llm.target.spec.vocab_size
+        wrong = next((token for token in ids if not 0 <= token < size), None)
+        if wrong is not None:
+            raise ApiError(400, f"{name}: token ids must be between 0 and {size - 1}, got {wrong}", param=name)
+
     def new_tokens(self, prompt: Sequence[int], asked: int | None, name: str = "max_tokens") -> int:
         """How many tokens may follow a prompt. Raises ApiError for more than the limits."""
         limit = self.settings.max_new_tokens

@@ -60,8 +60,5 @@ async def detokenize(service: Service, body: Mapping[str, Any], request: Request
     """The text of token ids, special tokens included."""
     asked = parse(DetokenizeRequest, body, {})
     service.check_model(asked.model)
-    size = service.llm.target.spec.vocab_size
-    wrong = [token for token in asked.tokens if not 0 <= token < size]
-    if wrong:
-        raise ApiError(400, f"tokens: ids must be between 0 and {size - 1}, got {wrong[0]}", param="tokens")
+    service.check_ids(asked.tokens, "tokens")
     return JsonResponse({"prompt": service.llm.tokenizer.decode(asked.tokens, skip_special_tokens=False)})

@@ -101,9 +101,9 @@ class Handover:
     """Against what the form was checked, and what was not run."""
 
     def script(self) -> str:
-        """A shell script."""
+        """A shell script. The server replaces the shell, so that signals reach it, and gets the script's arguments."""
         comments = "".join(f"# {line}\n" for line in (*self.advice, self.checked) if line)
-        lines = [shlex.join(one) for one in (*self.prepare, self.command)]
+        lines = [*map(shlex.join, self.prepare), f'exec {shlex.join(self.command)} "$@"']
         return f'#!/bin/sh\n{comments}set -e\ncd "$(dirname "$0")"\n' + "\n".join(lines) + "\n"
 
 

@@ -1,22 +1,30 @@
 """llama.cpp: a GGUF draft model as it is; a directory for llama.cpp's own converter where the drafter is trained.
 
-https://github.com/ggml-org/llama.cpp, ``docs/speculative.md``; DSpark since pull request 25173, in speculators' form
-since 26275.
+https://github.com/ggml-org/llama.cpp, read in the sources that llama-cpp-python 0.3.36 is built from:
+``conversion/{qwen,llama}.py``, ``src/models/{dflash,eagle3}.cpp``, ``common/{arg,speculative}.cpp``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from outrider.errors import CheckpointError
+from outrider.files import read_json, write_json
 from outrider.models.locations import resolve_model
 from outrider.training.handover import DRAFTER, Handover, Source, copied, saved
 
 __all__ = ["LlamaCpp"]
 
 GGUF = "drafter.gguf"
-SPEC_TYPES = {"dspark": "draft-dspark", "dflash": "draft-dflash", "eagle3": "draft-eagle3"}
-CHECKED = "The converter and the server are llama.cpp's own and were not run by this export."
+TARGET = "target"
+SPEC_TYPES = {"dspark": "draft-dspark", "dflash": "draft-dspark", "eagle3": "draft-eagle3"}
+BLOCK_CLASS = "DSparkDraftModel"  # whose converter reads speculators' form of all blocks, with heads or without
+AUX_LAYERS = 3
+CHECKED = (
+    "The form follows llama.cpp's converter and loader; converter and server are llama.cpp's own and were not run by "
+    "this export."
+)
 
 
 class LlamaCpp:
@@ -26,23 +34,21 @@ class LlamaCpp:
         spec: list[str] = []
         advice: list[str] = []
         prepare: list[list[str]] = []
-        convert = ["python", "convert_hf_to_gguf.py", DRAFTER, "--outtype", "bf16", "--outfile", GGUF]
         if source.checkpoint is None:
             if not source.folder.is_file():
-                prepare = [convert]
+                prepare = [_convert(DRAFTER, GGUF)]
             copied(source, folder)
         else:
-            if source.kind not in SPEC_TYPES:
-                raise source.without("llama.cpp reads multi-token prediction from the target's own GGUF file only")
-            head = getattr(source.checkpoint.design, "markov_head", "vanilla")
-            if head != "vanilla":
-                raise source.without(f"llama.cpp has the vanilla Markov head only, this one is {head}")
+            _check(source)
             own = ("head.weight",) if source.checkpoint.reduced else ()
-            saved(source, source.with_heads(*own), folder, "speculators")
-            prepare = [[*convert, "--target-model-dir", source.served]]
+            path = saved(source, source.with_heads(*own), folder, "speculators")
+            if source.block:
+                config = path / "config.json"
+                write_json(config, read_json(config) | {"architectures": [BLOCK_CLASS]})
+            prepare = _conversion(source, advice)
             spec = ["--spec-type", SPEC_TYPES[source.kind]]
             if source.threshold is not None and source.kind == "dspark":
-                spec += ["--spec-draft-conf-min", f"{source.threshold:g}"]
+                spec += ["--spec-draft-p-min", f"{source.threshold:g}"]
                 advice.append(
                     f"Calibrated confidence 0.5 is {source.threshold:g} of the head's own, at the first position."
                 )
@@ -54,6 +60,48 @@ class LlamaCpp:
             advice.append("convert_hf_to_gguf.py is in llama.cpp's sources; run this where they are, or give its path.")
         command = ["llama-server", "-m", _gguf(source.target), "-md", GGUF, *spec, "--spec-draft-n-max", str(drafts)]
         return Handover("llama.cpp", source.kind, command, prepare, None, advice, CHECKED)
+
+
+def _convert(folder: str, file: str, *options: str) -> list[str]:
+    return ["python", "convert_hf_to_gguf.py", folder, "--outtype", "bf16", "--outfile", file, *options]
+
+
+def _conversion(source: Source, advice: list[str]) -> list[list[str]]:
+    """The converter reads tokenizer and sizes in the target's directory, which a hub id is loaded into first. The
+    target is converted too, unless it is a GGUF file."""
+    commands, folder = [], TARGET
+    if Path(source.served).is_dir():
+        folder = source.served
+    elif Path(source.served).is_file():
+        advice.append(f"The converter reads the target's Hugging Face directory at ./{TARGET}: put it there.")
+    else:
+        commands.append(["hf", "download", source.served, "--local-dir", TARGET])
+    if not Path(_gguf(source.target)).is_file():
+        commands.append(_convert(folder, _gguf(source.target)))
+    return [*commands, _convert(DRAFTER, GGUF, "--target-model-dir", folder)]
+
+
+def _check(source: Source) -> None:
+    checkpoint = source.checkpoint
+    assert checkpoint is not None
+    design: Any = checkpoint.design
+    if source.kind not in SPEC_TYPES:
+        raise source.without("llama.cpp reads multi-token prediction from the target's own GGUF file only")
+    head = getattr(design, "markov_head", "vanilla")
+    if head != "vanilla":
+        raise source.without(f"llama.cpp has the vanilla Markov head only, this one is {head}")
+    stack = checkpoint.stack(head=False)
+    if source.block and not all(layer.qk_norm for layer in stack.layers):
+        raise source.without("llama.cpp's blocks have Qwen3's norms of queries and keys, these have none")
+    if source.kind == "eagle3":
+        if len(stack.layers) != 1 or stack.layers[0].qk_norm:
+            raise source.without(
+                "llama.cpp's EAGLE-3 is one Llama layer; this one has norms of queries and keys, or more layers"
+            )
+        if len(checkpoint.target_layers or ()) != AUX_LAYERS:
+            raise source.without(f"llama.cpp's EAGLE-3 reads {AUX_LAYERS} layers of the target")
+        if design.norm_output or design.norm_each_before_fc:
+            raise source.without("llama.cpp's EAGLE-3 has no norm of what is fed back, and none of single layers")
 
 
 def _gguf(target: str) -> str:
