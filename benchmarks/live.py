@@ -275,8 +275,8 @@ def make_arm(name: str, setting: Setting, rows: int) -> LLM:
 def closed_loop(setting: Setting, concurrency: int, options: argparse.Namespace) -> dict[str, Any]:
     """All arms at one concurrency: rows, and ratios of ``auto``."""
     clients = {name: Client(make_arm(name, setting, concurrency), setting.asked) for name in options.arms}
-    for client in clients.values():
-        client.run(options.warm, concurrency)
+    for name, client in clients.items():  # policies that learn get longer
+        client.run(options.warm if name.startswith(("none", "fixed")) else 3 * options.warm, concurrency)
         client.seen.__init__()  # type: ignore[misc]
     order = random.Random(concurrency)
     windows: dict[str, list[Window]] = {name: [] for name in clients}
@@ -472,7 +472,7 @@ def main() -> None:
         one.add_argument("--target", default="embedded", help=f"a model, or random weights: {', '.join(SHAPES)}")
         one.add_argument("--dtype", default="auto", help="default of random weights: int8")
         one.add_argument("--prompts", type=Path, nargs="*", help="files of prompts, one a domain")
-        one.add_argument("--warm", type=float, default=3.0, help="seconds of each arm before counting")
+        one.add_argument("--warm", type=float, default=2.0, help="seconds of a fixed arm before counting")
         add_json(one)
     run, hostile, shown = commands.choices["run"], commands.choices["adversarial"], commands.add_parser("report")
     run.add_argument("--drafter", default="draft_model", help="any, or synthetic")
