@@ -51,7 +51,7 @@ DRAFTS = 7
 ARMS = ("none", "fixed:1", "fixed:3", "fixed:5", "fixed:7", "auto")
 ANSWERS = (64, 128, 96, 160, 80)  # most new tokens of an answer, in turn: requests do not end together
 LENGTHS = (32, 96, 64)  # tokens of random prompts, in turn
-KNOWN_TEXTS = 192  # requests whose text is recorded for a synthetic drafter
+KNOWN_TEXTS = 96  # requests whose text is recorded for a synthetic drafter
 CAPACITY = 512
 HELD_UP = 0.05  # seconds of a step in which the thread did not run: something else has stopped the process
 SHARE = 1 / 6  # of the target's time, what a synthetic drafter takes for as many tokens
@@ -499,9 +499,13 @@ def main() -> None:
     if options.command == "run":
         setting = set_up(options, max(options.concurrency))
         result: dict[str, Any] = {**setting.about, **facts()}
-        found = [closed_loop(setting, many, options) for many in options.concurrency]
-        result["rows"] = [row for one in found for row in one["rows"]]
-        result["ratios"] = [row for one in found for row in one["ratios"]]
+        result |= {"rows": [], "ratios": []}
+        for many in options.concurrency:
+            found = closed_loop(setting, many, options)
+            result["rows"] += found["rows"]
+            result["ratios"] += found["ratios"]
+            if options.json != "-":
+                write_json(options.json, result)  # an interruption leaves what is known
     else:
         loaded = load(options.target, options.dtype)
         result = {"target": options.target, "dtype": loaded.dtype, "drafter": "adversarial", **facts()}
