@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
@@ -51,8 +51,9 @@ DRAFTS = 7
 ARMS = ("none", "fixed:1", "fixed:3", "fixed:5", "fixed:7", "auto")
 ANSWERS = (64, 128, 96, 160, 80)  # most new tokens of an answer, in turn: requests do not end together
 LENGTHS = (32, 96, 64)  # tokens of random prompts, in turn
-KNOWN_TEXTS = 192  # requests whose text is recorded for a synthetic drafter
+KNOWN_TEXTS = 96  # requests whose text is recorded for a synthetic drafter
 CAPACITY = 512
+HELD_UP = 0.05  # seconds of a step in which the thread did not run: something else has stopped the process
 SHARE = 1 / 6  # of the target's time, what a synthetic drafter takes for as many tokens
 CHANGES = (1, 4, 16, 2, 8)  # requests in flight of mixed traffic, by window
 INTERACTIVE = ("chat", "code", "maths")
@@ -75,6 +76,7 @@ class Window:
 
     tokens: int = 0
     seconds: float = 0.0
+    held_up: float = 0.0  # of steps in which the process was stopped; not part of ``seconds``
     gaps: list[tuple[float, int]] = field(default_factory=list)  # seconds a token, of so many tokens
 
     @property
@@ -115,7 +117,8 @@ class Client:
         engine, window = self.llm.engine, Window()
         last: dict[int, float] = {}
         began = now = perf_counter()
-        while now < began + seconds:
+        while now - began - window.held_up < seconds:
+            worked = thread_time()
             ended = [request for request in self._flying if request.finish_reason is not None]
             if ended:
                 self.finished += [(request.prompt_length, len(request.output)) for request in ended]
@@ -127,14 +130,18 @@ class Client:
                 seed = self._submitted if asked.params.seed is None else asked.params.seed
                 self._flying.append(engine.submit(list(asked.tokens), asked.params, seed))
             commits = engine.step()
-            now = perf_counter()
+            before, now = now, perf_counter()
+            idle = now - before - (thread_time() - worked)
+            if idle > HELD_UP:
+                window.held_up += idle
+                last.clear()
             for commit in commits:
                 number, new = commit.request.number, len(commit.tokens)
                 window.tokens += new
                 if number in last and new:
                     window.gaps.append(((now - last[number]) / new, new))
                 last[number] = now
-        window.seconds = now - began
+        window.seconds = now - began - window.held_up
         return window
 
 
@@ -275,8 +282,8 @@ def make_arm(name: str, setting: Setting, rows: int) -> LLM:
 def closed_loop(setting: Setting, concurrency: int, options: argparse.Namespace) -> dict[str, Any]:
     """All arms at one concurrency: rows, and ratios of ``auto``."""
     clients = {name: Client(make_arm(name, setting, concurrency), setting.asked) for name in options.arms}
-    for client in clients.values():
-        client.run(options.warm, concurrency)
+    for name, client in clients.items():  # policies that learn get longer
+        client.run(options.warm if name.startswith(("none", "fixed")) else 3 * options.warm, concurrency)
         client.seen.__init__()  # type: ignore[misc]
     order = random.Random(concurrency)
     windows: dict[str, list[Window]] = {name: [] for name in clients}
@@ -306,6 +313,7 @@ def describe(name: str, concurrency: int, windows: Sequence[Window], seen: Round
         "tokens_per_second": round(speed, 2),
         "per_user_tokens_per_second": round(speed / concurrency, 2),
         "rounds": [round(window.speed, 2) for window in windows],
+        "held_up_seconds": round(sum(window.held_up for window in windows), 2),
         "acceptance_length": round(1 + seen.accepted / max(1, seen.rounds), 4),
         "drafted_per_row": round(seen.drafted / max(1, seen.rounds), 4),
         "verified_per_row": round(seen.verified / max(1, seen.rounds), 4),
@@ -472,7 +480,7 @@ def main() -> None:
         one.add_argument("--target", default="embedded", help=f"a model, or random weights: {', '.join(SHAPES)}")
         one.add_argument("--dtype", default="auto", help="default of random weights: int8")
         one.add_argument("--prompts", type=Path, nargs="*", help="files of prompts, one a domain")
-        one.add_argument("--warm", type=float, default=3.0, help="seconds of each arm before counting")
+        one.add_argument("--warm", type=float, default=2.0, help="seconds of a fixed arm before counting")
         add_json(one)
     run, hostile, shown = commands.choices["run"], commands.choices["adversarial"], commands.add_parser("report")
     run.add_argument("--drafter", default="draft_model", help="any, or synthetic")
@@ -491,9 +499,13 @@ def main() -> None:
     if options.command == "run":
         setting = set_up(options, max(options.concurrency))
         result: dict[str, Any] = {**setting.about, **facts()}
-        found = [closed_loop(setting, many, options) for many in options.concurrency]
-        result["rows"] = [row for one in found for row in one["rows"]]
-        result["ratios"] = [row for one in found for row in one["ratios"]]
+        result |= {"rows": [], "ratios": []}
+        for many in options.concurrency:
+            found = closed_loop(setting, many, options)
+            result["rows"] += found["rows"]
+            result["ratios"] += found["ratios"]
+            if options.json != "-":
+                write_json(options.json, result)  # an interruption leaves what is known
     else:
         loaded = load(options.target, options.dtype)
         result = {"target": options.target, "dtype": loaded.dtype, "drafter": "adversarial", **facts()}

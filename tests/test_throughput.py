@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from time import thread_time
 
 import numpy as np
@@ -172,6 +173,20 @@ def test_the_guard_keeps_every_window(costs: Costs, profile: str, says: str, fix
     kept = run(guarded(policy, costs), costs, profile, 2, 61, says=says, window=30.0)
     plain = run(FixedPolicy(FixedConfig(0)), costs, profile, 2, 61, window=30.0)
     assert kept.windows.min() >= 0.98 * plain.windows.min()
+
+
+def test_the_guard_comes_back_for_other_texts() -> None:
+    """Requests that drafting suits and others that it does not, one after the other: each is decoded as suits it."""
+    costs = replace(IN_TURN, draft_each=0.00008)
+    texts = Synthetic([(0.95,) * K, (0.15,) * K], spread=0.5, row_spread=0.2)
+    traffic = Traffic(concurrency=1, prompt=1, answer=100, temperature=1.0)
+
+    def rate(policy: SchedulerPolicy) -> float:
+        return simulate(policy, costs, texts, traffic, seconds=8, seed=1).tokens_per_second
+
+    alone = rate(throughput(costs))
+    assert alone > 1.2 * rate(FixedPolicy(FixedConfig(0)))
+    assert rate(guarded(throughput(costs), costs)) > 0.97 * alone
 
 
 def test_without_the_guard_a_fixed_length_is_slower() -> None:

@@ -3,8 +3,8 @@
 A step that drafted is worth the time in which plain decoding would have given its tokens, which is known because plain
 steps are taken now and then (a *control*). Losses are paid from a ``Ledger``; when it is empty, or when the policy
 itself has long seen no use in drafting, the guard steps aside: nothing is drafted, and after a while the drafter is not
-even shown what is committed (``follows``), so that steps cost what plain steps cost. Coming back is another draft like
-any other: paid from the ledger, and ever more rarely while it does not pay.
+even shown what is committed (``follows``), so that steps cost what plain steps cost. Coming back, after a pause or with
+other texts, is another draft like any other: paid from the ledger, and ever more rarely while it does not pay.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ STALL = 2.0  # a pass that took longer than so many times what it should was hel
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 IDLE_WITH_FEATURES = 256  # the same for a drafter that cannot
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
+MOST_RENEWALS = 8  # or until there are other texts: all rows have new requests, so many times over at most
 SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
 LOOK = 4
+LOOK_ASIDE = 16  # the same while the drafter is left out: each step is to cost what a plain step costs
 
 
 @runtime_checkable
@@ -55,7 +57,10 @@ class GuardedPolicy:
         self._needed = 0.0  # seconds that it must hold for another try
         self._follows = True
         self._idle = 0  # plain steps in a row
+        self._unearned = 0.0  # seconds of those that the ledger was not told of
         self._pause = FIRST_PAUSE
+        self._newest, self._newest_then = -1, -1  # the latest request: now, and when the drafter was left out
+        self._renewals = 1
         self._since_control = 0
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
@@ -77,13 +82,15 @@ class GuardedPolicy:
 
     def plan(self, step: StepView) -> Sequence[int]:
         self._view, self._kept = step, 0
+        self._newest = max(step.requests, default=-1)
         self._asked = self._may_draft(len(step))
         self._planned = self.policy.plan(step) if self._asked else [0] * len(step)
         return self._planned
 
     def _may_draft(self, rows: int) -> bool:
         if not self._follows:
-            if self._idle < self._pause or not self.ledger.affords(self._needed):
+            others = self._newest - self._newest_then >= self._renewals * rows
+            if (self._idle < self._pause and not others) or not self.ledger.affords(self._needed):
                 return False
             self._follows, self._suspended, self._idle = True, False, 0  # rows are followed from the next step on
             if isinstance(self.policy, TriesAgain):
@@ -107,6 +114,11 @@ class GuardedPolicy:
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         view, self._view = self._view, None
+        if not self._follows and view is not None and self._plain_steps > SEEN and self._plain_steps % LOOK_ASIDE:
+            self._plain_steps += 1
+            self._idle += 1
+            self._unearned += cost.draft + cost.verify + cost.bookkeeping
+            return
         if self._asked:
             self.policy.observe(cost, accepted)
         if view is None or not len(view):
@@ -123,7 +135,7 @@ class GuardedPolicy:
 
     def _learn(self, view: StepView, cost: StepCost, drafted: bool) -> None:
         self._plain_steps += not drafted
-        if not drafted and self._plain_steps > SEEN and self._plain_steps % LOOK:
+        if not drafted and self._plain_steps > SEEN and self._follows and self._plain_steps % LOOK:
             return
         ready = len(view)
         if cost.rows == ready and cost.tokens == ready + self._kept:
@@ -150,8 +162,8 @@ class GuardedPolicy:
         self._advantage += 0.05 * (worth / took - self._advantage)
         self._idle = 0
         self._since_control += 1
-        if self._advantage > 1 and self._pause > FIRST_PAUSE:
-            self._pause = FIRST_PAUSE
+        if self._advantage > 1:
+            self._pause, self._renewals = FIRST_PAUSE, 1
         if self.ledger.balance <= 0:
             self._suspended = True
             self._needed = max(2 * (took - worth), 0.25 * self.ledger.most)
@@ -168,9 +180,13 @@ class GuardedPolicy:
 
     def _rest(self, cost: StepCost) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""
-        self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
+        self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping + self._unearned)
+        self._unearned = 0.0
         self._idle += 1
         if self._follows and self._idle >= self._patience:
             self._follows = False
             self._idle = 0
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            if self._newest_then >= 0:
+                self._renewals = min(2 * self._renewals, MOST_RENEWALS)
+            self._newest_then = self._newest
