@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "top-p 0.95": {"top_p": 0.95},
     "temperature 1.05": {"temperature": 1.05},
     "every 50th token greedy": {},
+    "top-p 0.7": {"top_p": 0.7},
+    "temperature 1.5": {"temperature": 1.5},
     "4-bit copy": {},
 }
 BUDGET = Budget(5)
@@ -69,7 +71,7 @@ def told(llm: LLM, prompt: list[int], output: list[int]) -> tuple[np.ndarray, np
 def own_logprobs(
     answers: Sequence[tuple[np.ndarray, np.ndarray]], trials: int, generator: np.random.Generator
 ) -> tuple[float, int]:
-    """(share of audits that find something, tokens that the middle one of them took)."""
+    """(share of audits that find something, tokens that the middle one of them took; all where none finds anything)."""
     needed = []
     for _ in range(trials):
         bets = Bets()
@@ -79,7 +81,7 @@ def own_logprobs(
             if bets.log_value >= BUDGET.threshold:
                 needed.append(bets.samples)
                 break
-    return len(needed) / trials, int(np.median(needed)) if needed else 0
+    return len(needed) / trials, int(np.median(needed)) if needed else sum(len(columns) for _, columns in answers)
 
 
 def main() -> None:

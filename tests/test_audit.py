@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from outrider import LLM
 from outrider.cli import app
+from outrider.cli.audit import _prompts
 from outrider.config import SamplingParams
+from outrider.evaluation.speedup import default_prompt_files
 from outrider.proof import controls
 from outrider.proof.certificate import Certificate, Check, Tier
 from outrider.proof.controls import CONTROLS, Control, sound_repetition
@@ -19,7 +23,9 @@ from outrider.proof.enumeration import enumerate_texts
 from outrider.proof.evidence import Budget, Evidence, power, samples_needed
 from outrider.proof.exact import OPTIONS, RULES, TOLERANCE, Setting
 from outrider.proof.literal import Chain, next_token, plain_texts, total_variation
-from outrider.proof.toy_world import make_policy
+from outrider.proof.statistical import ToySetting, toy_settings
+from outrider.proof.toy_world import RemembersLastRound, make_policy
+from outrider.types import RequestStats, StepView
 
 RUN = CliRunner()
 
@@ -66,7 +72,8 @@ def test_broken_variants_are_caught(control: Control) -> None:
 
 
 def test_every_control_that_the_certificate_promises_is_there() -> None:
-    assert len({control.name for control in CONTROLS}) == len(CONTROLS) == 16
+    assert len({control.name for control in CONTROLS}) == len(CONTROLS) == 17
+    assert {control.tier for control in CONTROLS} == {"exact", "contracts", "equality", "statistical"}
 
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 2)) for seed in range(1, 21)])
@@ -121,6 +128,48 @@ def test_literal_decoding_by_hand() -> None:
     assert plain_texts(chain, [0], SamplingParams(max_tokens=2, temperature=1.0)) == pytest.approx(
         {(0, 0): 0.25, (0, 1): 0.25, (1, 0): 0.5}
     )
+
+
+# ------------------------------------------------------------------------------------------------ drafts in checks
+
+
+def test_an_enumeration_without_drafts_fails() -> None:
+    """One token a text: it comes from the prompt's own pass, and nothing is ever drafted."""
+    check = Setting("rejection", length=1).check()
+    assert not check.passed and check.figures["total_variation"] <= TOLERANCE and check.found.endswith("no drafts")
+    drafting = Setting("rejection").check()
+    assert drafting.passed and drafting.figures["deepest"] == 2
+
+
+@pytest.mark.parametrize("setting", toy_settings(quick=False), ids=lambda setting: setting.name)
+def test_streams_of_the_toy_target_verify_long_drafts_and_cut_ones(setting: ToySetting) -> None:
+    engine = setting.engine()
+    engine.wait([engine.submit([i % 4], replace(setting.params, max_tokens=64), i) for i in range(96)])
+    first, second, third = engine.totals[1].drafted_per_position
+    assert engine.totals[1].accepted_per_position[2] > 100
+    assert 0.9 * first > second >= third > 0.1 * first
+
+
+def test_the_policy_that_remembers_drafts_far_after_a_round_without_rejection() -> None:
+    policy, stats = RemembersLastRound(3), RequestStats()
+    limits: list[int] = []
+    for drafted, accepted in ((3, 3), (3, 1), (1, 0), (1, 1), (3, 3)):
+        limits += policy.plan(StepView([9], [stats], [SamplingParams()], requests=[7]))
+        assert limits[-1] == drafted
+        stats.drafted, stats.accepted, stats.rounds = (
+            stats.drafted + drafted,
+            stats.accepted + accepted,
+            stats.rounds + 1,
+        )
+    assert limits == [3, 3, 1, 1, 3]
+
+
+def test_chat_models_are_asked_in_their_template() -> None:
+    loaded = LLM(drafter="none").loaded
+    asked = json.loads(default_prompt_files(chat=True)[0].read_text().splitlines()[0])
+    plain, chat = (_prompts(replace(loaded, name=name), None)[0] for name in ("embedded", "a chat model"))
+    message = [{"role": "user", "content": asked["turns"][0]}]
+    assert list(chat) == loaded.tokenizer.encode_chat(message) and plain != chat
 
 
 # ------------------------------------------------------------------------------------------------ evidence

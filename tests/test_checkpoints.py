@@ -375,3 +375,44 @@ def test_outriders_format_refuses_damaged_files(tmp_path: Path, name: str) -> No
     edit(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(folder)
+
+
+# ------------------------------------------------------------------------------------------------ 8 bits
+
+
+def test_matrices_in_8_bits_come_back_within_half_a_step(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(DESIGNS["vanilla"])
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    zeroed = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[zeroed][0] = 0  # a row without any scale
+    checkpoint = replace(checkpoint, tensors=tensors)
+    folder = checkpoints.save(checkpoint, tmp_path / "a", "outrider", {}, int8=True)
+    read = checkpoints.load(folder)
+    assert read.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and tensor.is_floating_point():
+            step = tensor.float().abs().amax(1, keepdim=True) / 127
+            assert ((read.tensors[name] - tensor.float()).abs() <= 0.501 * step).all(), name
+        else:
+            assert torch.equal(read.tensors[name], tensor), name
+    again = checkpoints.save(read, tmp_path / "b", "outrider", {}, int8=True)
+    first, second = (load_file(path / "model.safetensors") for path in (folder, again))
+    for name, tensor in first.items():  # rounding once more changes no value
+        assert tensor.dtype != torch.int8 or torch.equal(tensor, second[name]), name
+    matrices = sum(t.numel() for t in tensors.values() if t.ndim == 2 and t.is_floating_point())
+    assert (folder / "model.safetensors").stat().st_size < 1.5 * matrices + 20_000
+
+
+def test_8_bit_files_are_checked(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(DESIGNS["vanilla"])
+    with pytest.raises(CheckpointError, match="'speculators' has no 8-bit matrices"):
+        checkpoints.save(checkpoint, tmp_path / "no", "speculators", {}, int8=True)
+    assert not (tmp_path / "no").exists()
+    folder = checkpoints.save(checkpoint, tmp_path / "a", "outrider", {}, int8=True)
+    name = next(n for n, tensor in load_file(folder / "model.safetensors").items() if tensor.dtype == torch.int8)
+    edit_tensors(folder, **{f"{name}_scale".replace(".", "__"): torch.ones(3)})
+    with pytest.raises(CheckpointError, match=rf"{name}' is int8 and needs .*_scale', float32 .* shape \[3\]"):
+        checkpoints.load(folder)
+    edit_tensors(folder, **{f"{name}_scale".replace(".", "__"): None})
+    with pytest.raises(CheckpointError, match="there is none"):
+        checkpoints.load(folder)

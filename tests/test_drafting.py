@@ -18,6 +18,7 @@ from outrider import LLM, SamplingParams
 from outrider.cli import app
 from outrider.drafters.base import SeveralDrafters
 from outrider.engine.engine import Engine
+from outrider.engine.rows import Rows
 from outrider.errors import InvalidRequest
 from outrider.evaluation.synthetic_drafter import SyntheticDrafter
 from outrider.models.toy import ToyTarget
@@ -358,8 +359,15 @@ def test_a_synthetic_drafter_is_as_good_as_it_is_set(texts: Any) -> None:
         output = llm.with_drafter(drafter).generate(prompts[0], params)[0]
         assert low <= output.stats.acceptance_length <= high
         assert output.token_ids == known[tuple(prompts[0])]
+    one = {tuple(prompts[0]): [1.0] * 4}  # a profile of its own
+    slow = SyntheticDrafter(known, [0.0] * 4, profiles=one, vocab_size=VOCABULARY, seconds_per_draft=1e-3)
+    outputs = llm.with_drafter(slow).generate(prompts[:2], params)
+    assert outputs[0].stats.acceptance_length >= 4.6 and outputs[1].stats.acceptance_length == 1.0
+    assert outputs[1].stats.seconds > 4e-3 * outputs[1].stats.rounds / 2
     with pytest.raises(InvalidRequest, match="probabilities"):
         SyntheticDrafter(known, [1.5], vocab_size=VOCABULARY)
+    with pytest.raises(InvalidRequest, match="as many of every prompt"):
+        SyntheticDrafter(known, [0.5], profiles={(1,): [0.5, 0.5]}, vocab_size=VOCABULARY)
 
 
 def test_the_command_line_takes_policies_and_several_drafters(tiny_model_dir: Path) -> None:
@@ -370,3 +378,35 @@ def test_the_command_line_takes_policies_and_several_drafters(tiny_model_dir: Pa
     assert "drafter ngram+suffix" in both.stderr
     wrong = CliRunner().invoke(app, [*given, "--policy", "fixed:two"])
     assert wrong.exit_code == 2 and "--policy must be NAME or NAME:DRAFTS like fixed:3" in wrong.stderr
+    memory = ["--kv-memory", "2M", "--prefill-chunk", "2"]
+    assert CliRunner().invoke(app, [*given, *memory, "--drafter", "none"]).stdout == plain.stdout
+    wrong = CliRunner().invoke(app, [*given, "--kv-memory", "some"])
+    assert wrong.exit_code == 2 and "--kv-memory must be a size like 8G or 500M" in wrong.stderr
+    wrong = CliRunner().invoke(app, [*given, "--kv-dtype", "int7"])
+    assert wrong.exit_code == 2 and "int7" in wrong.stderr
+
+
+def test_a_chunk_of_prompts_is_as_large_as_asked_for(tiny_model_dir: Path) -> None:
+    for chunk in (3, 64):
+        llm = LLM(tiny_model_dir, "none", dtype="float32", prefill_chunk=chunk)
+        request = llm.engine.submit([1] * 9, SamplingParams(max_tokens=2), 1)
+        llm.engine.step()
+        assert request.pending == max(1, 9 - chunk)
+        assert (llm.engine.admission.chunk, llm.engine.admission.beside) == (chunk, max(1, chunk // 4))
+    with pytest.raises(InvalidRequest, match="prefill_chunk"):
+        LLM(tiny_model_dir, "none", dtype="float32", prefill_chunk=0)
+
+
+def test_a_plain_step_makes_no_tensors_for_drafts(tiny_model_dir: Path) -> None:
+    """Where nothing is drafted, a step does what plain decoding does: the rows' proposal is the one that all such steps
+    share, and nothing is taken back from the cache."""
+    llm = LLM(tiny_model_dir, "ngram", dtype="float32", policy="fixed", policy_options={"draft_tokens": 0}, guard=False)
+    request = llm.engine.submit([1, 2, 3], SamplingParams(max_tokens=8, ignore_eos=True), 1)
+    llm.engine.step()
+    rows = Rows([request], [1])
+    empty = Proposal.empty(1)
+    assert rows.pad(Proposal.empty(0)) is empty and llm.engine.drafting.choose(empty) is empty.lengths
+    rewound: list[Any] = []
+    llm.engine.cache.rewind = lambda *given: rewound.append(given)  # type: ignore[method-assign]
+    llm.engine.step()
+    assert not rewound and len(request.output) == 2

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 import time
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interrupted import interrupted_runs
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from trained import DESIGNS, VOCABULARY, make_checkpoint, make_target
@@ -558,22 +557,6 @@ def test_streams_and_neighbours(llms: dict[str, LLM]) -> None:
 # ------------------------------------------------------------------------------------------------ interrupts, failures
 
 
-class _Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that the package runs, once."""
-
-    def __init__(self, line: int) -> None:
-        self.left = line
-
-    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if "outrider" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self
-
-
 def toy_engine(tokens: Sequence[str], drafts: int = 3, ends: bool = True) -> Engine:
     size = len(tokens) + ends
     table = torch.randn(size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -588,23 +571,14 @@ def test_an_interrupt_at_any_line_leaves_the_same_texts(stride: int) -> None:
         for regex in ("(ab|c){4,9}", "abcab[abc]+")
     ]
     expected = [r.output for r in finished(toy_engine("abc"), wanted)]
-    tracer, line = _Interrupt(1), 1
-    while tracer.left <= 0 or line == 1:
+
+    def begin() -> tuple[Engine, list[Any]]:
         engine = toy_engine("abc")
-        requests = [engine.submit([1 + i, 2, 3], params, 9, i) for i, params in enumerate(wanted)]
-        tracer = _Interrupt(line)
-        sys.settrace(tracer)
-        try:
-            for _ in range(4):
-                engine.step()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
+        return engine, [engine.submit([1 + i, 2, 3], params, 9, i) for i, params in enumerate(wanted)]
+
+    for line, engine, requests in interrupted_runs(begin, 4, stride, lines=1000):
         engine.wait(requests)
         assert [r.output for r in requests] == expected, f"interrupted at line {line}"
-        line += stride
-    assert line > 1000, "a step was never traced"
 
 
 def test_preempted_rows_go_on_in_their_grammars(monkeypatch: pytest.MonkeyPatch) -> None:

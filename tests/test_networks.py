@@ -236,7 +236,7 @@ def test_all_texts_in_one_product_have_the_same_mask(window: int | None) -> None
         return torch.randn(rows, heads, 16, generator=generator)
 
     given = draw(16, 4), draw(16, 2), draw(16, 2), draw(30, 2), draw(30, 2)
-    attention = BlockAttention(packed, anchors, slots)
+    attention = BlockAttention(packed, anchors, slots, torch.device("cpu"))
     torch.testing.assert_close(attention._padded(layer, *given), attention._by_text(layer, *given))
 
 

@@ -17,7 +17,8 @@ from outrider.cli import app
 from outrider.errors import InvalidRequest
 from outrider.planning.advice import described_candidates, make_plan
 from outrider.planning.described import DrafterShape, Machine, TargetShape, conditional_of
-from outrider.planning.forecast import Forecast, Profile, Workload, forecast
+from outrider.planning.forecast import Forecast, Profile, Workload, forecast, step_seconds
+from outrider.planning.measuring import MeasuredCosts, _costs, _profile, _Watch
 from outrider.planning.page import plan_page
 from outrider.planning.roofline import Roofline
 from outrider.planning.run_split import (
@@ -30,7 +31,9 @@ from outrider.planning.run_split import (
     split_page,
 )
 from outrider.planning.simulation import Costs, Synthetic, Traffic, simulate
+from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+from outrider.types import RequestStats, RowRecord, StepCost, StepRecord
 
 RUNS = Path(__file__).parent / "data" / "runs"
 MI50 = "bandwidth=1024,tflops=26,curve=1:31/8:68.7/9:106.9"
@@ -142,6 +145,47 @@ def test_a_forecast_agrees_with_a_simulation_of_the_engine() -> None:
         )
         told = forecast("x", drafts, Profile(profile), costs, work)
         assert told.tokens_per_second == pytest.approx(run.tokens_per_second, rel=0.06)
+
+
+def test_rounds_with_fewer_drafts_cost_their_own_passes() -> None:
+    """6 of 10 rounds are silent, 2 verify one draft and 2 two; passes over 1, 2 and 3 tokens take 10, 15 and 40 ms."""
+    costs = Costs(((1, 0.010), (2, 0.015), (3, 0.040)))
+    profile = Profile((0.3, 0.5), offered=(0.4, 0.2))
+    assert profile.verified(2) == pytest.approx((0.6, 0.2, 0.2)) and profile.verified(1) == pytest.approx((0.6, 0.4))
+    assert profile.verified(0) == (1.0,) and Profile((0.3, 0.5)).verified(2) == (0.0, 0.0, 1.0)
+    assert step_seconds(costs, 1, 2, 0, profile.verified(2))[1] == pytest.approx(
+        0.6 * 0.010 + 0.2 * 0.015 + 0.2 * 0.040
+    )
+    assert step_seconds(costs, 1, 2, 0)[1] == pytest.approx(0.040)
+    assert profile.accepted(2) == pytest.approx(0.3 + 0.3 * 0.5)
+
+
+def test_costs_follow_what_was_observed() -> None:
+    """Passes take 1.2 times the table's at one token and 1.5 times at four; a prompt's token takes 2 ms."""
+    key = CostKey("toy", "float32", "reference", "here", 1)
+    table = CostTable(key, tuple(CostPoint(n, 1, 0, 0.01 + 0.001 * n) for n in (1, 2, 4, 8)))
+
+    def run(drafts: int, factor: float, draft: float) -> _Watch:
+        watch = _Watch(1)
+        row = RowRecord(0, drafts, drafts, drafts, 1, (1,), None, False)
+        for _ in range(40):
+            cost = StepCost(draft, factor * table.seconds(1 + drafts, 1, 0), 0.001, 1, 1 + drafts, 0)
+            watch.step(StepRecord((row,), cost))
+        first = replace(row, drafted=0, verified=0, accepted=0, first=True)
+        watch.step(StepRecord((first,), StepCost(0.0, 0.199, 0.001, 1, 100, 0)))
+        return watch
+
+    stats = [RequestStats(40, 120, 40, 41, accepted_per_position=[30, 10], drafted_per_position=[40, 40, 40])]
+    plain = MeasuredCosts(table, ((1.0, 1.2),), 0.0005, reading=(0.001, 0.001))
+    runs = {3: (run(3, 1.5, 0.003), stats), 1: (run(1, 1.3, 0.002), stats)}
+    costs = _costs(plain, runs, best=3)
+    for tokens, factor in ((1, 1.2), (2, 1.3), (3, 1.4), (4, 1.5), (8, 1.5)):
+        assert costs.verify(tokens, 1, 0) == pytest.approx(factor * table.seconds(tokens, 1, 0))
+    assert [costs.draft(1, n) for n in (0, 1, 2, 3)] == pytest.approx([0.0, 0.002, 0.0025, 0.003])
+    assert costs.bookkeeping(1, False) == 0.0005 and costs.bookkeeping(1, True) == pytest.approx(0.001)
+    assert costs.prompt(50, False) == pytest.approx(0.05) and costs.prompt(50, True) == pytest.approx(0.1)
+    profile = _profile(runs, best=3, most=3)
+    assert profile.conditional == pytest.approx((0.75, 1 / 3, 0.0)) and profile.offered == (1.0, 1.0, 1.0)
 
 
 def test_profiles_from_a_length() -> None:

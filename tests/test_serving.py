@@ -133,6 +133,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": ASK, "max_tokens": 10**12}, "max_tokens"),
     ({"messages": ASK, "max_tokens": 1.5}, "max_tokens"),
     ({"messages": ASK, "n": 1000}, "n"),
+    ({"messages": ASK, "priority": 101}, "priority"),
+    ({"messages": ASK, "priority": "high"}, "priority"),
     ({"messages": ASK, "top_logprobs": 3}, "top_logprobs"),
     ({"messages": ASK, "stream_options": {"include_usage": True}}, "stream_options"),
     ({"messages": ASK, "logit_bias": {"x": 1}}, "logit_bias"),

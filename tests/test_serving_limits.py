@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -144,6 +145,30 @@ def test_a_request_that_finds_no_row_in_time_is_refused(client: httpx.Client, ru
         assert late.status_code == 429 and "Retry-After" in late.headers
 
 
+def test_a_lower_priority_number_gets_a_row_first() -> None:
+    with serving(LLM("embedded", "none", max_rows=1)) as (address, service):
+        admission, ended, threads = service.llm.engine.admission, [], []
+
+        def ask(priority: int, tokens: int) -> None:
+            body = {"messages": ASK, "max_tokens": tokens, "ignore_eos": True, "priority": priority}
+            assert httpx.post(address + CHAT, json=body, timeout=30).status_code == 200
+            ended.append(priority)
+
+        def begin(priority: int, tokens: int) -> None:
+            threads.append(Thread(target=ask, args=(priority, tokens)))
+            threads[-1].start()
+
+        begin(0, 1500)
+        assert eventually(lambda: len(admission.running) == 1)
+        begin(5, 1)
+        assert eventually(lambda: len(admission.waiting) == 1)
+        begin(-5, 1)
+        assert eventually(lambda: len(admission.waiting) == 2)
+        for thread in threads:
+            thread.join()
+        assert ended == [0, -5, 5]
+
+
 def test_leaving_ends_the_work_within_a_step(running: tuple[str, Service]) -> None:
     """Whether the answer is streamed or not, and whether it has begun or waits."""
     url, service = running
@@ -251,6 +276,12 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> Non
         read_settings({}, {"OUTRIDER_SERVE_MAX_ROW": "4"}, None)
     with pytest.raises(InvalidRequest, match="the command line: port"):
         read_settings({"port": -1}, {}, None)
+    assert read_settings({"kv_memory": "1.5G"}, {}, None).kv_memory == 3 << 29
+    assert read_settings({}, {"OUTRIDER_SERVE_KV_MEMORY": "4096"}, None).kv_memory == 4096
+    with pytest.raises(InvalidRequest, match="kv_memory must be a size like .*, got 'much'"):
+        read_settings({"kv_memory": "much"}, {}, None)
+    with pytest.raises(InvalidRequest, match="the command line: prefill_chunk"):
+        read_settings({"prefill_chunk": 0}, {}, None)
     with pytest.raises(InvalidRequest, match="TOML"):
         file.write_text("port")
         read_settings({}, {}, file)

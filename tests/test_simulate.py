@@ -50,6 +50,18 @@ def test_acceptance_is_the_profile() -> None:
     assert (counts / reached >= np.array(PROFILES["code"]) - 0.02).all(), "those that came so far are the better ones"
 
 
+def test_recorded_sizes_and_chunks_beside_decoding() -> None:
+    """Prompts of 300 tokens: 100 of them a step while the other user's text goes on, 512 where nothing does."""
+    traffic = Traffic(concurrency=2, sizes=((300, 7), (300, 40)), temperature=0.0)
+    policy, source = FixedPolicy(FixedConfig(0)), Synthetic([PROFILES["chat"]])
+    for beside, slowest in ((100, 0.030), (512, 0.010)):
+        result = simulate(policy, Costs(((1, 0.010),)), source, traffic, seconds=30, beside=beside)
+        assert result.first[:2] == pytest.approx([0.010, 0.020]) and result.first[2:].max() == pytest.approx(slowest)
+        assert 7 * result.requests < result.tokens < 40 * result.requests + 80
+    with pytest.raises(InvalidRequest, match="at least 1 token"):
+        Traffic(concurrency=1, sizes=((0, 4),))
+
+
 def test_the_same_seed_is_the_same_day() -> None:
     def once(seed: int) -> dict[str, Any]:
         policy = make_policy_for("auto", CURVES["accelerator"], 7)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interrupted import interrupted, interrupted_runs
 from test_block_cache import check_balance
 from test_engine import DRAFT_TABLE, PROMPTS, TABLE, MarkovDrafter
 
@@ -259,61 +258,31 @@ def _finish(engine: Engine, requests: list[Any]) -> list[list[int]]:
     return [r.output for r in requests]
 
 
-class _Interrupt:
-    """Raises KeyboardInterrupt at the n-th line that the package runs, once."""
-
-    def __init__(self, line: int) -> None:
-        self.left = line
-
-    def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if "outrider" not in frame.f_code.co_filename:
-            return None
-        if event == "line":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self
-
-
 @pytest.mark.parametrize("stride", [37, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_interrupt_at_any_line_of_a_step_loses_nothing(stride: int) -> None:
     """The texts, the counts and the memory afterwards are those of a run that was not interrupted."""
     wanted, prompts = SamplingParams(max_tokens=7, temperature=1.0, seed=9), PROMPTS[:3]
     whole = _toy()
     expected = _finish(whole, [whole.submit(p, wanted, 9, i) for i, p in enumerate(prompts)])
-    tracer, line = _Interrupt(1), 1
-    while tracer.left <= 0 or line == 1:
+
+    def begin() -> tuple[Engine, list[Any]]:
         engine = _toy()
-        requests = [engine.submit(p, wanted, 9, i) for i, p in enumerate(prompts)]
-        tracer = _Interrupt(line)
-        sys.settrace(tracer)
-        try:
-            for _ in range(5):
-                engine.step()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
+        return engine, [engine.submit(p, wanted, 9, i) for i, p in enumerate(prompts)]
+
+    for line, engine, requests in interrupted_runs(begin, 5, stride, lines=1500):
         assert _finish(engine, requests) == expected, f"interrupted at line {line}"
         assert not engine.busy and not engine.drafter.seen  # type: ignore[attr-defined]
         assert engine.cache.free_blocks == engine.cache.pool.count  # type: ignore[attr-defined]
         check_balance(engine.cache)
         assert engine.totals[0] == len(prompts)
         assert engine.totals[1].generated == sum(map(len, expected))
-        line += stride
-    assert line > 1500, "a step was never traced"
 
 
 def test_an_interrupted_generate_leaves_a_working_engine(llm: LLM) -> None:
     expected = llm.generate("def f(", params(20))[0].token_ids
     for line in (5, 60, 130, 400, 777, 1500):
-        sys.settrace(_Interrupt(line))
-        try:
+        with interrupted(line):
             llm.generate(["def f(", "x"], params(20))
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
         gc.collect()
         assert llm.generate("def f(", params(20))[0].token_ids == expected
         assert not llm.engine.busy

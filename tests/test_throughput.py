@@ -35,6 +35,12 @@ JAGGED = Costs(  # tiles of 16 and 32 rows
     step=0.0002,
     step_drafting=0.0002,
 )
+IN_TURN = Costs(  # a small target, and a draft model that drafts one token after the other
+    ((1, 0.00075), (4, 0.00085), (8, 0.001), (16, 0.0015), (32, 0.0026), (64, 0.005), (512, 0.04)),
+    draft_each=0.00022,
+    step=0.0002,
+    step_drafting=0.00016,
+)
 STEEP = Costs(((1, 0.004), (2, 0.0075), (4, 0.0145), (8, 0.028), (64, 0.22)), draft_fixed=0.001, step=0.0001)
 SLOW = Costs(((1, 0.005), (8, 0.0055), (64, 0.03)), draft_share=1.0, step=0.0002, step_drafting=0.0003)
 KEY = CostKey("model", "int8", "native", "a machine", 2)
@@ -88,6 +94,7 @@ def recorded(profile: str) -> Recorded:
         (JAGGED, "code", 16, 0.0),
         (JAGGED, "code", 16, 1.0),
         (STEEP, "code", 4, 1.0),
+        (IN_TURN, "chat", 4, 1.0),
     ],
 )
 def test_within_two_percent_of_the_best_fixed_length(costs: Costs, profile: str, rows: int, temperature: float) -> None:
@@ -100,6 +107,38 @@ def test_within_two_percent_of_the_best_fixed_length(costs: Costs, profile: str,
 
     best = max(rate(FixedPolicy(FixedConfig(k))) for k in (0, 1, 3, 7))
     assert rate(throughput(costs)) >= 0.98 * best
+
+
+class ColdAtFirst:
+    """Costs of a small drafter: in a step after plain ones its weights and code are in no cache."""
+
+    def __init__(self, costs: Costs, times: float) -> None:
+        self.costs, self.times, self.warm = costs, times, False
+
+    def verify(self, tokens: int, rows: int, context: int) -> float:
+        return self.costs.verify(tokens, rows, context)
+
+    def draft(self, rows: int, drafts: int) -> float:
+        seconds = self.costs.draft(rows, drafts) * (1 if self.warm else self.times)
+        self.warm = seconds > 0
+        return seconds
+
+    def bookkeeping(self, rows: int, drafting: bool) -> float:
+        return self.costs.bookkeeping(rows, drafting) * (1 if self.warm or not drafting else self.times)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_drafter_that_is_slow_at_first_is_not_given_up(rows: int) -> None:
+    """What is tried once in a while always costs the first step's time; drafting in every step does not."""
+    rounds = recorded("chat")
+
+    def rate(policy: SchedulerPolicy) -> float:
+        traffic = Traffic(concurrency=rows, prompt=1, answer=400, temperature=1.0)
+        return simulate(policy, ColdAtFirst(IN_TURN, 6.0), rounds, traffic, seconds=5, seed=1).tokens_per_second
+
+    best = max(rate(FixedPolicy(FixedConfig(k))) for k in (1, 3, 5))
+    assert best > 1.05 * rate(FixedPolicy(FixedConfig(0)))
+    assert rate(guarded(throughput(IN_TURN), IN_TURN)) > 0.97 * best
 
 
 def test_a_dip_in_the_costs_is_looked_past_without_anticipating() -> None:

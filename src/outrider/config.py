@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -21,6 +22,7 @@ __all__ = [
     "SamplingParams",
     "StackConfig",
     "build",
+    "memory_bytes",
     "whole_number",
 ]
 
@@ -245,6 +247,17 @@ def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
             f"logit_bias must hold token ids with a number below {LARGEST_BIAS:g} or -inf each, got {pair[:80]}"
         ) from None
     return tuple(total.items())
+
+
+def memory_bytes(name: str, given: int | str, least: int = 1) -> int:
+    """A number of bytes, also as 512M, 1.5G or 2GiB (powers of 1024). Raises InvalidRequest."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", str(given).strip(), re.IGNORECASE)
+    size = -1 if found is None else int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    if size < least:
+        raise InvalidRequest(
+            f"{name} must be a size like 8G or 500M, of at least {least} bytes, got {str(given)[:40]!r}"
+        )
+    return size
 
 
 # ------------------------------------------------------------------------------------------------ stacks

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import time
 import warnings
 import zlib
@@ -25,8 +24,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from outrider.config import memory_bytes
 from outrider.core import native
-from outrider.errors import InvalidRequest
 from outrider.files import cache_folder, replace_file
 
 __all__ = ["PackedFile", "cache_limit", "prune", "stored"]
@@ -117,14 +116,11 @@ class PackedFile:
 
 
 def cache_limit() -> int:
-    """Bytes that all files may take. Raises InvalidRequest for an OUTRIDER_CACHE_LIMIT that is no size."""
+    """Bytes that all files may take; 0: nothing is kept. Raises InvalidRequest for a limit that is no size."""
     text = os.environ.get("OUTRIDER_CACHE_LIMIT", "").strip()
     if not text:
         return LIMIT
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
-    if found is None:
-        raise InvalidRequest(f"OUTRIDER_CACHE_LIMIT must be a size like 8G, 500M or 0 (keep nothing), got {text!r}")
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    return memory_bytes("OUTRIDER_CACHE_LIMIT", text, least=0)
 
 
 def stored() -> tuple[int, int]:

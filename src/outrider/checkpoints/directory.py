@@ -8,11 +8,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from outrider.checkpoints.checkpoint import Design, DraftCheckpoint
 from outrider.checkpoints.forms import writable
+from outrider.checkpoints.int8_tensors import SCALE, dequantised, quantised
 from outrider.checkpoints.stack_format import file_name
 from outrider.errors import CheckpointError, nearest
 from outrider.files import new_folder, read_json, write_json
@@ -80,7 +82,7 @@ def read_header(config: Mapping[str, Any]) -> DraftCheckpoint:
 
 
 def load(folder: str | Path) -> DraftCheckpoint:
-    """Read a drafter's directory (or hub id), tensors in the dtype they are stored in.
+    """Read a drafter's directory (or hub id), tensors in the dtype they are stored in; int8 ones in float32.
 
     Raises CheckpointError for a tensor that is missing, unknown, of another shape, or not finite, and for a
     calibration.json that is not readable as one.
@@ -94,7 +96,7 @@ def load(folder: str | Path) -> DraftCheckpoint:
     checkpoint = read_header(read_json(path / "config.json"))
     stored = _StoredTensors(path)
     shapes = checkpoint.shapes()
-    in_file = {_plain(name): name for name in stored.shapes}
+    in_file = {_plain(name): name for name in stored.shapes if not stored.is_scale(name)}
     names = tensor_names(checkpoint)
     known = {file: neutral for neutral, file in names.items()}
     for plain, name in in_file.items():
@@ -124,8 +126,11 @@ def save(
     to: str,
     provenance: Mapping[str, Any],
     check: Callable[[Path], None] = lambda written: None,
+    int8: bool = False,
 ) -> Path:
     """Write a directory in a format, whole or not at all: it appears under its name when it is complete.
+
+    ``int8``: matrices in 8 bits, which only Outrider's own format holds.
 
     ``check`` is shown the complete directory before that; where it raises, nothing is left behind.
     Raises CheckpointError where the folder exists, the format is not written here, or it cannot hold this drafter.
@@ -136,13 +141,14 @@ def save(
     writers = [name for name in FORMATS if hasattr(_format(name), "write")]
     if to not in writers:
         raise CheckpointError(f"cannot write format {to!r}; {nearest(to, writers)}")
+    if int8 and to != "outrider":
+        raise CheckpointError(f"format {to!r} has no 8-bit matrices; write format 'outrider', or another precision")
     config = cast(WritableFormat, _format(to)).write(checkpoint)
     names = tensor_names(checkpoint)
+    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
     with new_folder(target) as partial:
         write_json(partial / "config.json", dict(sorted(config.items())))
-        write_tensors(
-            partial / "model.safetensors", {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
-        )
+        write_tensors(partial / "model.safetensors", quantised(tensors) if int8 else tensors)
         write_json(partial / "provenance.json", dict(provenance))
         if checkpoint.calibration is not None:
             write_json(partial / calibration.FILE, checkpoint.calibration.to_json())
@@ -181,8 +187,17 @@ def _format(name: str) -> Format:
 
 
 class _StoredTensors(TensorFiles):
-    """Tensors exactly as they are stored."""
+    """Tensors as they are stored, 8-bit matrices with their scales as one."""
+
+    def is_scale(self, name: str) -> bool:
+        return name.endswith(SCALE) and name.removesuffix(SCALE) in self.shapes
 
     def stored(self, name: str) -> Tensor:
+        tensor = self._whole(name)
+        if tensor.dtype != torch.int8:
+            return tensor
+        return dequantised(name, tensor, self._whole(name + SCALE) if name + SCALE in self.shapes else None)
+
+    def _whole(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             return cast(Tensor, file.get_tensor(name))

@@ -18,6 +18,7 @@ from outrider.cli.common import (
     check_writable,
     command,
     human,
+    is_chat_model,
     load_target_model,
     note,
     write_json,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outrider.engine.loader import LoadedModel
+    from outrider.evaluation.recording import EvalPrompt
     from outrider.proof.certificate import Certificate
     from outrider.types import TargetModel
 
@@ -231,18 +233,31 @@ def _drafters_of(loaded: LoadedModel) -> list[str]:
 
 
 def _prompts(loaded: LoadedModel, files: list[Path] | None) -> tuple[tuple[int, ...], ...]:
-    """Token ids of all prompts."""
-    encoded = [loaded.tokenizer.encode(text) if isinstance(text, str) else text for text in _texts(files)]
+    """Token ids of all prompts; a chat model is asked questions in its template."""
+    chat = is_chat_model(loaded.name, loaded.tokenizer)
+    encoded = []
+    for one in _read(files, chat):
+        if not isinstance(one.prompt, str):
+            encoded.append(one.prompt)
+        elif chat and one.asked:
+            encoded.append(loaded.tokenizer.encode_chat([{"role": "user", "content": one.prompt}]))
+        else:
+            encoded.append(loaded.tokenizer.encode(one.prompt))
     return tuple(tuple(ids) for ids in encoded if ids)
 
 
 def _texts(files: list[Path] | None) -> list[str | list[int]]:
+    """All prompts, as they are."""
+    return [one.prompt for one in _read(files, chat=False)]
+
+
+def _read(files: list[Path] | None, chat: bool) -> list[EvalPrompt]:
     """All prompts, the files taking turns."""
     from outrider.evaluation.recording import read_prompts
     from outrider.evaluation.speedup import default_prompt_files
 
-    sets = [read_prompts(path) for path in files or default_prompt_files(chat=False)]
-    return [one.prompt for one in chain.from_iterable(zip_longest(*sets)) if one is not None]
+    sets = [read_prompts(path) for path in files or default_prompt_files(chat)]
+    return [one for one in chain.from_iterable(zip_longest(*sets)) if one is not None]
 
 
 def _self_test(console: Console, repetitions: int, json: str | None) -> None:

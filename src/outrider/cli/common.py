@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from outrider.config import SamplingParams
+from outrider.config import SamplingParams, memory_bytes
 from outrider.errors import InvalidRequest, OutriderError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class ModelOptions:
 
         loaded = load_target_model(self.model, self.dtype, self.backend)
         with said_when_slow(f"loading the drafter {self.drafter}{_measuring(self.model, self.drafter)}"):
-            llm = LLM(loaded, self.drafters, draft_tokens=self.draft_tokens, **self.scheduling())
+            llm = LLM(loaded, self.drafters, draft_tokens=self.draft_tokens, **self.running())
         say_loaded(llm)
         return llm
 
@@ -162,14 +162,14 @@ class ModelOptions:
         names = [name.strip() for name in self.drafter.split(",")]
         return self.drafter if len(names) == 1 or Path(self.drafter).exists() else names
 
-    def scheduling(self) -> dict[str, Any]:
-        """How much is drafted, as ``LLM`` takes it."""
+    def running(self) -> dict[str, Any]:
+        """How much is drafted, and the memory, as ``LLM`` takes them."""
         return {}
 
 
 @dataclass(frozen=True)
 class ScheduledModel(ModelOptions):
-    """The same, and how much is drafted."""
+    """The same, how much is drafted, and the memory of a run."""
 
     policy: Annotated[
         str, _option(_MODEL, "--policy", help="How much is drafted: auto, NAME or NAME:DRAFTS, as fixed:3.")
@@ -178,14 +178,38 @@ class ScheduledModel(ModelOptions):
         bool,
         _option(_MODEL, "--guard/--no-guard", help="Stop drafting where it slows decoding down, whatever the policy."),
     ] = True
+    kv_memory: Annotated[
+        str | None,
+        _option(
+            _MODEL, "--kv-memory", help="Memory for keys and values, as 512M or 2G. Default: half of what is available."
+        ),
+    ] = None
+    kv_dtype: Annotated[
+        str, _option(_MODEL, "--kv-dtype", help="Of keys and values: auto, or int8, in half of the memory or less.")
+    ] = "auto"
+    prefill_chunk: Annotated[
+        int,
+        _option(
+            _MODEL,
+            "--prefill-chunk",
+            help="The most prompt tokens of a step; a quarter of it beside rows that decode.",
+        ),
+    ] = 512
 
-    def scheduling(self) -> dict[str, Any]:
-        """Raises InvalidRequest for drafts that are no number."""
+    def running(self) -> dict[str, Any]:
+        """Raises InvalidRequest for drafts or memory that are no number."""
         name, separator, drafts = self.policy.partition(":")
         if separator and not (drafts.isascii() and drafts.isdigit()):
             raise InvalidRequest(f"--policy must be NAME or NAME:DRAFTS like fixed:3, got {self.policy!r}")
         options = {"draft_tokens": int(drafts)} if separator else {}
-        return {"policy": name, "policy_options": options, "guard": self.guard}
+        return {
+            "policy": name,
+            "policy_options": options,
+            "guard": self.guard,
+            "kv_memory": None if self.kv_memory is None else memory_bytes("--kv-memory", self.kv_memory),
+            "kv_dtype": self.kv_dtype,
+            "prefill_chunk": self.prefill_chunk,
+        }
 
 
 def load_target_model(model: str, dtype: str, backend: str) -> LoadedModel:

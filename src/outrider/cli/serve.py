@@ -32,6 +32,20 @@ def serve(
     dtype: Annotated[str | None, typer.Option("--dtype", help="As of `generate`. Default: auto.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="native, reference, or auto. Default: auto.")] = None,
     max_rows: Annotated[int | None, typer.Option("--max-rows", help="Requests that run together. Default: 8.")] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option("--kv-memory", help="Memory for keys and values, as 2G. Default: half of what is available."),
+    ] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option("--kv-dtype", help="Of keys and values: auto, or int8, in half of the memory or less.")
+    ] = None,
+    prefill_chunk: Annotated[
+        int | None,
+        typer.Option(
+            "--prefill-chunk",
+            help="The most prompt tokens of a step; a quarter of it beside rows that decode. Default: 512.",
+        ),
+    ] = None,
     model_name: Annotated[
         str | None, typer.Option("--model-name", help="What clients call the model. Default: MODEL.")
     ] = None,
@@ -67,6 +81,9 @@ def serve(
         "dtype": dtype,
         "backend": backend,
         "max_rows": max_rows,
+        "kv_memory": kv_memory,
+        "kv_dtype": kv_dtype,
+        "prefill_chunk": prefill_chunk,
         "model_name": model_name,
         "api_key_file": api_key_file,
     }
@@ -90,6 +107,7 @@ def serve(
             capacity=settings.capacity,
             kv_memory=settings.kv_memory,
             kv_dtype=settings.kv_dtype,
+            prefill_chunk=settings.prefill_chunk,
         )
     say_loaded(llm)
     serve_until_stopped(make_service(llm, settings), lambda address: note(f"ready: {address}"))

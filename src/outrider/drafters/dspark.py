@@ -20,7 +20,6 @@ from outrider.drafters.base import (
     CachedDrafter,
     Drawing,
     draft_keys,
-    known_sampling,
     linear,
     packed_proposal,
     rms_norm,
@@ -129,27 +128,15 @@ class DSparkDrafter(CachedDrafter):
         )
         return backend.block_drafter(parts, dtype)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        """All rows in one pass. A row with missing features drafts nothing."""
-        named = slots.tolist()
-        lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
-        if not any(lengths):
-            return Proposal.empty(len(named))
-        if self.core is not None and known_sampling(context):
-            proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
-        else:
-            proposal = self._draft_stepwise(named, last, lengths, context, rng)
-        return self.calibrated(proposal, context)
-
     def _draft_at_once(
-        self, core: BlockDrafter, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
         rows, anchors = [b for b, n in enumerate(lengths) if n], last.tolist()
         params = [context.params[b] for b in rows]
         keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
         slots, counts, features = self.cache.take_features([named[b] for b in rows])
-        drafts = core.draft(
+        drafts = self.core.draft(
             self.cache.kv_cache,
             slots,
             counts,

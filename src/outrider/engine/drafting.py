@@ -212,7 +212,7 @@ class Drafting:
                 return self.policy.choose(proposal.confidence, proposal.lengths)
             except Exception as error:
                 self._policy_fails(error)
-        return torch.zeros_like(proposal.lengths)
+        return proposal.lengths if not proposal.tokens.shape[1] else torch.zeros_like(proposal.lengths)
 
     def aux_layers(self, rows: Rows) -> tuple[int, ...]:
         """The layers whose features this step's pass is to give."""

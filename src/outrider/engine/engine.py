@@ -230,7 +230,7 @@ class Engine:
         logprobs = token_logprobs(output.logits, run.rows, tokens, accepted, rows.context.params)
         drafts = draft_reports(proposal, accepted, rows.context.params)
         commits = self._commit(rows, kept, accepted, tokens, logprobs, drafts)  # commit, where texts may end
-        self._observe(rows, run, commits, output)
+        self._observe(rows, run, kept, commits, output)
         self._publish_prompts(rows)
         bookkeeping = perf_counter() - began - draft_seconds - verify_seconds
         cost = StepCost(draft_seconds, verify_seconds, bookkeeping, len(rows), len(run.batch.tokens), rows.cached)
@@ -307,14 +307,16 @@ class Engine:
             commit.apply()
         return commits
 
-    def _observe(self, rows: Rows, run: Candidates, commits: list[Commit], output: TargetOutput) -> None:
+    def _observe(
+        self, rows: Rows, run: Candidates, verified: list[int], commits: list[Commit], output: TargetOutput
+    ) -> None:
         """Take the rejected drafts back, and show the drafter what was committed of the rows that it follows."""
         batch, features = run.batch, output.features
         kept = [chunk + c.accepted for chunk, c in zip(rows.chunks, commits, strict=False)]
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
             request.pending -= chunk
             kept.append(chunk)
-        if commits:
+        if any(c.accepted < n or c.request.finish_reason for c, n in zip(commits, verified, strict=True)):
             ends = as_tensor([len(c.request.history) - 1 for c in commits])
             self.cache.rewind(batch.slots[: rows.complete], ends)
         shown = [b for b, request in enumerate(rows.requests) if request.followed]

@@ -30,6 +30,7 @@ from outrider.types import Drafter, Event, Output, SchedulerPolicy, StepObserver
 __all__ = ["LLM", "Run"]
 
 Prompt = str | Sequence[int]
+BESIDE = 4  # the part of a chunk of prompts that is read beside rows that decode
 CONTEXT = 8192  # tokens of a sequence that memory is laid out for at first; longer requests make it grow
 
 
@@ -48,7 +49,8 @@ class LLM:
 
     ``kv_memory``: bytes for the target's keys and values, those kept for requests that begin alike included; None: what
     ``max_rows`` sequences of ``capacity`` tokens need, at most half of the memory that is available. ``kv_dtype``:
-    ``int8`` keeps them in 8 bits, which changes the text a little (native backend only).
+    ``int8`` keeps them in 8 bits, which changes the text a little (native backend only). ``prefill_chunk``: the most
+    prompt tokens of a step; beside rows that decode a quarter of it, so that a long prompt does not hold them up.
 
     Raises CheckpointError for files that cannot be used, IncompatibleDrafter for a drafter of another target.
     """
@@ -69,6 +71,7 @@ class LLM:
         capacity: int | None = None,
         kv_memory: int | None = None,
         kv_dtype: str = "auto",
+        prefill_chunk: int = 512,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         max_rows = whole_number("max_rows", max_rows, 1)
@@ -76,6 +79,7 @@ class LLM:
         capacity = None if capacity is None else whole_number("capacity", capacity, 1)
         self.kv_memory = None if kv_memory is None else whole_number("kv_memory", kv_memory, 1)
         self.kv_dtype = kv_dtype
+        self.prefill_chunk = whole_number("prefill_chunk", prefill_chunk, 1)
         loaded = (
             model
             if isinstance(model, LoadedModel)
@@ -177,6 +181,7 @@ class LLM:
             capacity=self.capacity,
             kv_memory=self.kv_memory,
             kv_dtype=self.kv_dtype,
+            prefill_chunk=self.prefill_chunk,
         )
 
     def forget(self) -> None:
@@ -200,6 +205,8 @@ class LLM:
                     self.policy,
                     max_rows=self.max_rows,
                     capacity=self.capacity,
+                    chunk=self.prefill_chunk,
+                    beside=max(1, self.prefill_chunk // BESIDE),
                     memory=default_memory() if self.kv_memory is None else self.kv_memory,
                     kv_dtype=self.kv_dtype,
                     tokenizer=self.tokenizer,

@@ -117,6 +117,8 @@ class Rows:
         extra = self.complete - len(proposal.lengths)
         if extra == 0:
             return proposal
+        if not proposal.tokens.shape[1]:
+            return Proposal.empty(self.complete)
         tokens, lengths, sure = proposal.tokens, proposal.lengths, proposal.confidence
         return Proposal(
             torch.cat([tokens, tokens.new_zeros(extra, tokens.shape[1])]),

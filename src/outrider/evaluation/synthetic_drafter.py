@@ -33,23 +33,31 @@ class SyntheticDrafter:
         profile: Sequence[float],
         *,
         vocab_size: int,
+        profiles: Mapping[tuple[int, ...], Sequence[float]] | None = None,
         seconds: float = 0.0,
         seconds_each: float = 0.0,
+        seconds_per_draft: float = 0.0,
         says: Says = "truth",
         spread: float = 0.0,
         seed: int = 0,
     ) -> None:
-        """``profile``: probability that draft 1, 2, ... is right, where those before it were. ``seconds``: of a
-        proposal, ``seconds_each``: of each row in it. ``says``: confidences are true, 0.99 or not given. ``spread``:
-        how far the probabilities of single drafts differ from the profile, up and down.
+        """``profile``: probability that draft 1, 2, ... is right, where those before it were; ``profiles``: other ones
+        of single prompts. ``seconds``: of a proposal, ``seconds_each``: of each draft of each row,
+        ``seconds_per_draft``: of each draft of the longest row. ``says``: confidences are true, 0.99 or not given.
+        ``spread``: how far the probabilities of single drafts differ from the profile, up and down.
         """
-        if not profile or any(not 0 <= p <= 1 for p in profile):
-            raise InvalidRequest(f"profile must hold probabilities between 0 and 1, got {list(profile)}")
+        self._profiles = dict(profiles or {})
+        for one in (profile, *self._profiles.values()):
+            if len(one) != len(profile) or not one or any(not 0 <= p <= 1 for p in one):
+                raise InvalidRequest(
+                    f"profile must hold probabilities between 0 and 1, as many of every prompt, got {list(one)}"
+                )
         if says not in ("truth", "sure", "nothing"):
             raise InvalidRequest(f"says must be truth, sure or nothing, got {says!r}")
         self.block = len(profile)
         self._texts, self._profile, self._vocab = dict(texts), list(profile), vocab_size
-        self._seconds, self._seconds_each, self._says, self._spread = seconds, seconds_each, says, spread
+        self._seconds, self._seconds_each, self._seconds_per_draft = seconds, seconds_each, seconds_per_draft
+        self._says, self._spread = says, spread
         self._random = random.Random(seed)
 
     def open(self, slot: int, capacity: int) -> None:
@@ -57,17 +65,23 @@ class SyntheticDrafter:
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         """Deterministic drafts. The time set is spent waiting, as a drafter's own work would be."""
-        ends = perf_counter() + self._seconds
+        limits = limit.tolist()
+        ends = perf_counter() + self._seconds + self._seconds_per_draft * min(max(limits, default=0), self.block)
         drafts: list[list[int]] = []
         confidence: list[list[float]] = []
-        for b, most in enumerate(limit.tolist()):
-            ends += self._seconds_each if most else 0.0
-            history, prompt = context.history[b], context.prompt_lengths[b]
-            text = self._texts.get(tuple(history[:prompt]), ())
-            right = text[len(history) - prompt :]
+        for b, most in enumerate(limits):
+            if not most:
+                drafts.append([])
+                confidence.append([])
+                continue
+            ends += self._seconds_each * min(most, self.block)
+            history, length = context.history[b], context.prompt_lengths[b]
+            prompt = tuple(history[:length])
+            text, profile = self._texts.get(prompt, ()), self._profiles.get(prompt, self._profile)
+            right = text[len(history) - length :]
             row, sure = [], []
             for j in range(min(most, self.block)):
-                p = self._profile[j] + self._random.uniform(-1, 1) * self._spread
+                p = profile[j] + self._random.uniform(-1, 1) * self._spread
                 p = min(max(p, 0.0), 1.0)
                 known = right[j] if j < len(right) else 0
                 row.append(known if self._random.random() < p else (known + 1) % self._vocab)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from outrider.planning.described import DrafterShape, Machine, TargetShape
-from outrider.planning.forecast import Forecast, Profile, Workload, forecast
+from outrider.planning.forecast import Forecast, Profile, Workload, forecast, prompt_seconds
 from outrider.planning.roofline import Roofline
 from outrider.planning.simulation import StepCosts
 
@@ -274,11 +274,14 @@ class _Scaled:
     def bookkeeping(self, rows: int, drafting: bool) -> float:
         return self._step * self._costs.bookkeeping(rows, drafting)
 
+    def prompt(self, tokens: int, drafting: bool) -> float:
+        return prompt_seconds(self._costs, tokens, drafting)
+
 
 def _accepts(profile: Profile, factor: float) -> Profile:
     """With so many times the accepted drafts, as far as probabilities allow."""
     drafts = len(profile.conditional)
-    wanted = min(factor * profile.accepted(drafts), 0.999 * profile.proposed * drafts)
+    wanted = min(factor * profile.accepted(drafts), 0.999 * sum(profile.offered[:drafts] or (1.0,) * drafts))
     low, high = 0.0, 8.0
 
     def moved(power: float) -> Profile:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 from outrider.errors import InvalidRequest
 from outrider.planning.simulation import StepCosts
 
-__all__ = ["Forecast", "Profile", "Workload", "forecast", "step_seconds"]
+__all__ = ["Forecast", "Profile", "ReadsPrompts", "Workload", "forecast", "prompt_seconds", "step_seconds"]
 
 CHUNK = 512  # tokens of a prompt in one pass
 STEPS = 60  # of the search for an open loop's rows
@@ -54,11 +56,11 @@ class Profile:
     """How drafts of one drafter are accepted."""
 
     conditional: tuple[float, ...]
-    """P(draft j accepted | those before it were)."""
+    """P(draft j accepted | those before it were); of a round that may have fewer than j drafts."""
     uncertainty: float = 0.1
     """Half a 95 % interval of the accepted drafts, as a share of them."""
-    proposed: float = 1.0
-    """Share of rounds in which anything is proposed (drafters that look text up are often silent)."""
+    offered: tuple[float, ...] = ()
+    """P(a round has at least j drafts): drafters that look text up are often silent. Empty: always."""
 
     def accepted(self, drafts: int) -> float:
         """Mean accepted drafts of a round."""
@@ -66,7 +68,21 @@ class Profile:
         for p in self.conditional[:drafts]:
             survival *= p
             total += survival
-        return self.proposed * total
+        return total
+
+    def verified(self, drafts: int) -> tuple[float, ...]:
+        """P(a round verifies n drafts), n from 0 to ``drafts``, which is the limit."""
+        if not self.offered:
+            return (*(0.0,) * drafts, 1.0)
+        least = [1.0, *self.offered[:drafts], *(0.0,) * (drafts - len(self.offered)), 0.0]
+        return tuple(high - low for high, low in pairwise(least))
+
+
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """Costs that know what reading a prompt takes, the drafter's reading included."""
+
+    def prompt(self, tokens: int, drafting: bool) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +117,17 @@ class Forecast:
 
 
 def step_seconds(
-    costs: StepCosts, rows: int, drafts: int, context: int, proposed: float = 1.0
+    costs: StepCosts, rows: int, drafts: int, context: int, verified: Sequence[float] = ()
 ) -> tuple[float, float, float]:
-    """Mean draft, verify and bookkeeping of a step; ``proposed``: the share of rows with drafts."""
+    """Mean draft, verify and bookkeeping of a step. ``verified``: P(a row verifies n drafts); empty: all of them."""
     draft = costs.draft(rows, drafts)
-    if rows == 1:  # a step has all drafts or none
-        plain, full = (costs.verify(1 + k, 1, context) for k in (0, drafts))
-        verify = plain + proposed * (full - plain)
-    else:
-        verify = costs.verify(rows + round(proposed * rows * drafts), rows, rows * context)
+    if not verified:
+        verify = costs.verify(rows * (1 + drafts), rows, rows * context)
+    elif rows == 1:
+        verify = sum(p * costs.verify(1 + n, 1, context) for n, p in enumerate(verified) if p > 0)
+    else:  # the number of tokens varies little beside that of one row
+        mean = sum(n * p for n, p in enumerate(verified))
+        verify = costs.verify(rows + round(rows * mean), rows, rows * context)
     return draft, verify, costs.bookkeeping(rows, drafts > 0)
 
 
@@ -136,7 +154,7 @@ def forecast(
         draft=parts[0],
         verify=parts[1],
         bookkeeping=parts[2],
-        first_token=max(1.0, mine.rows if work.rate else 1.0) * _prefill(costs, work),
+        first_token=max(1.0, mine.rows if work.rate else 1.0) * prompt_seconds(costs, work.prompt, drafts > 0),
         between_tokens=sum(parts) / length,
         latency=seconds[drafts],
         tokens_per_second=per_second,
@@ -148,21 +166,24 @@ def forecast(
     )
 
 
-def _prefill(costs: StepCosts, work: Workload) -> float:
-    """Seconds of one prompt's passes."""
-    whole, rest = divmod(work.prompt, CHUNK)
+def prompt_seconds(costs: StepCosts, tokens: int, drafting: bool) -> float:
+    """Of one prompt's passes."""
+    if isinstance(costs, ReadsPrompts):
+        return costs.prompt(tokens, drafting)
+    whole, rest = divmod(tokens, CHUNK)
     sizes: Sequence[int] = [CHUNK] * whole + ([rest] if rest else [])
     return sum(costs.verify(size, 1, i * CHUNK) for i, size in enumerate(sizes))
 
 
 def _parts(costs: StepCosts, rows: float, drafts: int, profile: Profile, work: Workload) -> tuple[float, float, float]:
-    return step_seconds(costs, max(1, round(rows)), drafts, work.context, profile.proposed)
+    return step_seconds(costs, max(1, round(rows)), drafts, work.context, profile.verified(drafts))
 
 
 def _answer_seconds(costs: StepCosts, rows: float, drafts: int, profile: Profile, work: Workload) -> float:
     """A whole request among ``rows``, prompts of the others included."""
     steps = work.answer / (1 + profile.accepted(drafts))
-    return steps * sum(_parts(costs, rows, drafts, profile, work)) + max(1.0, rows) * _prefill(costs, work)
+    reading = max(1.0, rows) * prompt_seconds(costs, work.prompt, drafts > 0)
+    return steps * sum(_parts(costs, rows, drafts, profile, work)) + reading
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,13 +218,19 @@ class Traffic:
     prompt: int = 128
     """Mean tokens of a prompt, and of an answer; both are geometric, like lengths of real ones."""
     answer: int = 256
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Tokens of prompt and answer of recorded requests, which come in a random order, instead of the means."""
     temperature: float = 1.0
     """0: greedy, and a policy may search globally."""
 
     def __post_init__(self) -> None:
         if (self.concurrency > 0) == (self.rate > 0):
             raise InvalidRequest("traffic is either closed (concurrency above 0) or open (rate above 0)")
-        if min(self.prompt, self.answer) < 1 or self.burst <= 0 or self.period <= 0:
+        if (
+            min(self.prompt, self.answer, *(n for size in self.sizes for n in size)) < 1
+            or self.burst <= 0
+            or self.period <= 0
+        ):
             raise InvalidRequest("prompt and answer need at least 1 token, burst and period more than 0")
 
     def arrivals(self, rng: np.random.Generator) -> Iterator[float]:
@@ -299,6 +305,7 @@ def simulate(
     seconds: float,
     max_rows: int = 0,
     chunk: int = 512,
+    beside: int = 128,
     seed: int = 0,
     noise: float = 0.0,
     stalls: float = 0.0,
@@ -307,11 +314,13 @@ def simulate(
 ) -> Result:
     """Run ``seconds`` of virtual time.
 
-    ``max_rows``: rows of the engine (0: as many as there are users, or 256). ``noise``: how far single passes differ,
+    ``max_rows``: rows of the engine (0: as many as there are users, or 256). ``chunk``: most prompt tokens of a step,
+    ``beside``: where other rows decode. ``noise``: how far single passes differ,
     as the deviation of the log; ``stalls``: the share of passes that take ten times as long. ``slowness``: a factor on
     all times by the time of day, for a machine that is not alone.
     """
     run = _Simulation(policy, costs, acceptance, traffic, max_rows or traffic.concurrency or 256, chunk, seed)
+    run.beside = min(beside, chunk)
     run.noise, run.stalls, run.window, run.slowness = noise, stalls, window, slowness
     while run.now < seconds:
         run.step(seconds)
@@ -331,6 +340,7 @@ class _Simulation:
     ) -> None:
         self.policy, self.costs, self.acceptance, self.traffic = policy, costs, acceptance, traffic
         self.max_rows, self.chunk = max_rows, chunk
+        self.beside = chunk
         self.noise = self.stalls = 0.0
         self.window = 60.0
         self.slowness: Callable[[float], float] = lambda now: 1.0
@@ -353,6 +363,9 @@ class _Simulation:
 
     def _request(self, now: float) -> _Row:
         self.number += 1
+        if self.traffic.sizes:
+            prompt, answer = self.traffic.sizes[self.texts.integers(len(self.traffic.sizes))]
+            return _Row(self.number, -1, now, prompt, 0, answer)
         prompt = int(self.texts.geometric(1 / self.traffic.prompt))
         return _Row(self.number, -1, now, prompt, 0, int(self.texts.geometric(1 / self.traffic.answer)))
 
@@ -391,7 +404,8 @@ class _Simulation:
         self.policy.observe(cost, accepted.tolist())
 
     def _chunks(self) -> tuple[list[tuple[_Row, int]], list[_Row]]:
-        budget, chunks, finishing = self.chunk, [], []
+        decoding = any(not row.prompt for row in self.rows)
+        budget, chunks, finishing = self.beside if decoding else self.chunk, [], []
         for row in self.rows:
             if row.prompt and budget:
                 n = min(row.prompt, budget)

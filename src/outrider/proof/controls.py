@@ -18,11 +18,12 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.drafters.draft_model import DraftModelDrafter
+from outrider.engine.engine import Engine
 from outrider.engine.finisher import End, Finisher
 from outrider.engine.request import Request
 from outrider.models.toy import ToyTarget
 from outrider.proof.contracts import drafter_remembers_wrongly, policy_anticipates, rewind_difference
-from outrider.proof.enumeration import EnumeratingBackend, EnumeratingDraftModel
+from outrider.proof.enumeration import EnumeratingBackend, EnumeratingDraftModel, dense_rows
 from outrider.proof.equality import Rounding, differences, texts_alone, texts_of
 from outrider.proof.evidence import Budget
 from outrider.proof.exact import TOLERANCE, Setting, settings
@@ -42,6 +43,7 @@ from outrider.types import (
     RaggedBatch,
     Rng,
     SchedulerPolicy,
+    TargetModel,
     TargetOutput,
 )
 
@@ -100,8 +102,9 @@ def _prefixes(context: Context, proposal: Proposal) -> list[list[int]]:
     return [[*context.history[b], *row[:j]] for b, row in enumerate(proposal.tokens.tolist()) for j in range(len(row))]
 
 
-def _rows(model: ToyTarget, prefixes: Sequence[Sequence[int]]) -> Tensor:
+def _rows(model: TargetModel, prefixes: Sequence[Sequence[int]]) -> Tensor:
     """Logits of a toy model after each text, [n, V]."""
+    assert isinstance(model, ToyTarget)
     order = model.table.ndim - 1
     padded = [[0] * (order - len(text)) + list(text[-order:]) for text in prefixes]
     return model.table[tuple(torch.tensor(padded).view(-1, order).T)]
@@ -110,31 +113,31 @@ def _rows(model: ToyTarget, prefixes: Sequence[Sequence[int]]) -> Tensor:
 class _UnprocessedQ(EnumeratingDraftModel):
     """States the probabilities before temperature."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        drafted = super().propose(slots, last, context, limit, rng)
-        if drafted.distribution is None:
-            return drafted
-        assert isinstance(self.model, ToyTarget)
-        return replace(drafted, distribution=Categorical.of(_rows(self.model, _prefixes(context, drafted))))
+    def stated(self, drafted: Proposal, context: Context) -> Distribution:
+        return Categorical.of(_rows(self.model, _prefixes(context, drafted)))
 
 
 class _Bfloat16Q(EnumeratingDraftModel):
     """States its probabilities rounded to bfloat16."""
 
+    def stated(self, drafted: Proposal, context: Context) -> Distribution:
+        assert drafted.distribution is not None
+        rows = dense_rows(drafted.distribution)
+        return Categorical(rows.shape[1], probabilities=rows.bfloat16().double())
+
+
+class _UnmaskedDrafts(EnumeratingDraftModel):
+    """Samples without the grammar's mask."""
+
+    def seen(self, context: Context) -> Context:
+        return replace(context, processors=None)
+
+
+class _CutsAtForbidden(_UnmaskedDrafts):
+    """Ends the draft before the first token that the grammar forbids."""
+
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         drafted = super().propose(slots, last, context, limit, rng)
-        if drafted.distribution is None:
-            return drafted
-        rows = drafted.distribution.dense(torch.arange(len(drafted.distribution)))
-        rounded = Categorical(rows.shape[1], probabilities=rows.bfloat16().double())
-        return replace(drafted, distribution=rounded)
-
-
-class _CutsAtForbidden(EnumeratingDraftModel):
-    """Samples without the grammar's mask and ends the draft before the first token that the grammar forbids."""
-
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        drafted = super().propose(slots, last, replace(context, processors=None), limit, rng)
         lengths = []
         for b, (row, length) in enumerate(zip(drafted.tokens.tolist(), drafted.lengths.tolist(), strict=True)):
             before = [context.history[b][-1], *row]
@@ -143,26 +146,21 @@ class _CutsAtForbidden(EnumeratingDraftModel):
         return replace(drafted, lengths=torch.tensor(lengths, dtype=torch.int64))
 
 
-class _MaskOnTheTargetOnly(EnumeratingDraftModel):
-    """Samples without the grammar's mask and states the probabilities that the mask would give."""
+class _MaskOnTheTargetOnly(_UnmaskedDrafts):
+    """States the probabilities that the mask would give."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        drafted = super().propose(slots, last, replace(context, processors=None), limit, rng)
-        if drafted.distribution is None:
-            return drafted
-        assert isinstance(self.model, ToyTarget)
+    def stated(self, drafted: Proposal, context: Context) -> Distribution:
         prefixes = _prefixes(context, drafted)
         params = [context.params[i // drafted.tokens.shape[1]] for i in range(len(prefixes))]
         mask = Context(params, prefixes, [1] * len(prefixes), [[NoRepeat(GRAMMAR)]] * len(prefixes))
-        return replace(drafted, distribution=process(_rows(self.model, prefixes), mask))
+        return process(_rows(self.model, prefixes), mask)
 
 
 class _SameNoiseEachRound(EnumeratingDraftModel):
     """Draws with the noise of round 0 in every round."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        assert isinstance(rng, RowRng)
-        return super().propose(slots, last, context, limit, _round_zero(rng))
+    def noise(self, rng: RowRng) -> RowRng:
+        return _round_zero(rng)
 
 
 def _round_zero(rng: RowRng) -> RowRng:
@@ -209,22 +207,13 @@ class _NoRenormalising(EnumeratingBackend):
 
     sound = False
 
-    def bonus(
-        self,
-        round: DraftRound,
-        probabilities: AcceptanceProbabilities,
-        accepted: npt.NDArray[np.int64],
-        context: Context,
-    ) -> Distribution:
-        rows = super().bonus(round, probabilities, accepted, context).dense(torch.arange(len(accepted))).double()
+    def bonus_rows(self, rows: Tensor, round: DraftRound, accepted: npt.NDArray[np.int64], context: Context) -> Tensor:
         for b, count in enumerate(accepted.tolist()):
             if count < round.keep[b]:
-                p = round.target.dense(torch.tensor([int(round.starts[b]) + count]))[0].double()
-                assert round.distribution is not None
-                q = round.distribution.dense(torch.tensor([int(round.drafted[b]) + count]))[0].double()
+                p, q = _target_row(round, b, count), _drafted_row(round, b, count)
                 rows[b] = (p - q).clamp_min(0)
                 rows[b, -1] += 1 - rows[b].sum()
-        return Categorical(rows.shape[1], probabilities=rows)
+        return rows
 
 
 class _BonusFromTheDraft(EnumeratingBackend):
@@ -232,19 +221,22 @@ class _BonusFromTheDraft(EnumeratingBackend):
 
     sound = False
 
-    def bonus(
-        self,
-        round: DraftRound,
-        probabilities: AcceptanceProbabilities,
-        accepted: npt.NDArray[np.int64],
-        context: Context,
-    ) -> Distribution:
-        rows = super().bonus(round, probabilities, accepted, context).dense(torch.arange(len(accepted))).double()
+    def bonus_rows(self, rows: Tensor, round: DraftRound, accepted: npt.NDArray[np.int64], context: Context) -> Tensor:
         for b, count in enumerate(accepted.tolist()):
             if count == round.keep[b] > 0:
-                assert round.distribution is not None
-                rows[b] = round.distribution.dense(torch.tensor([int(round.drafted[b]) + count - 1]))[0]
-        return Categorical(rows.shape[1], probabilities=rows)
+                rows[b] = _drafted_row(round, b, count - 1)
+        return rows
+
+
+def _target_row(round: DraftRound, b: int, depth: int) -> Tensor:
+    """The target's probabilities at a position of a row, [V]."""
+    return round.target.dense(torch.tensor([int(round.starts[b]) + depth]))[0].double()
+
+
+def _drafted_row(round: DraftRound, b: int, depth: int) -> Tensor:
+    """The drafter's, [V]."""
+    assert round.distribution is not None
+    return round.distribution.dense(torch.tensor([int(round.drafted[b]) + depth]))[0].double()
 
 
 class _WithTarget(EnumeratingBackend):
@@ -262,17 +254,10 @@ class _WithTarget(EnumeratingBackend):
 class _BonusPastTheSampler(_WithTarget):
     """The token after a fully accepted draft is drawn from the target's own logits: no temperature, no grammar."""
 
-    def bonus(
-        self,
-        round: DraftRound,
-        probabilities: AcceptanceProbabilities,
-        accepted: npt.NDArray[np.int64],
-        context: Context,
-    ) -> Distribution:
-        rows = super().bonus(round, probabilities, accepted, context).dense(torch.arange(len(accepted))).double()
+    def bonus_rows(self, rows: Tensor, round: DraftRound, accepted: npt.NDArray[np.int64], context: Context) -> Tensor:
         raw = self.raw(context, round.tokens, accepted.tolist()).softmax(-1)
         all_accepted = torch.from_numpy((accepted == round.keep) & (round.keep > 0))
-        return Categorical(rows.shape[1], probabilities=torch.where(all_accepted[:, None], raw, rows))
+        return torch.where(all_accepted[:, None], raw, rows)
 
 
 class _PenaltiesOnOneSide(_WithTarget):
@@ -287,7 +272,7 @@ class _PenaltiesOnOneSide(_WithTarget):
         tokens = proposal.tokens.numpy()
         prefixes = [[*context.history[b], *tokens[b, :j].tolist()] for b, j in zip(owner, depth, strict=True)]
         rows = process(_rows(self.world.target(), prefixes), replace(context, params=params), torch.tensor(owner))
-        return Categorical(self.world.size, probabilities=rows.dense(torch.arange(len(owner))))
+        return Categorical(self.world.size, probabilities=dense_rows(rows))
 
 
 class _ClippedAtTheWrongSide(EnumeratingBackend):
@@ -301,9 +286,7 @@ class _ClippedAtTheWrongSide(EnumeratingBackend):
         for b, kept in enumerate(round.keep.tolist()):
             for j in range(kept):
                 token = round.tokens[b, j]
-                p = float(round.target.dense(torch.tensor([int(round.starts[b]) + j]))[0, token])
-                assert round.distribution is not None
-                q = float(round.distribution.dense(torch.tensor([int(round.drafted[b]) + j]))[0, token])
+                p, q = (float(of(round, b, j)[token]) for of in (_target_row, _drafted_row))
                 probability[b, j] = min(1.0, q / p) if p > 0 else 0.0
         return replace(right, probability=probability)
 
@@ -440,6 +423,29 @@ def _find_leak() -> tuple[bool, str]:
     return broken > 0 == sound, f"{broken} of {len(prompts)} texts differ in a batch ({sound} without the flaw)"
 
 
+class _SampledUnprocessedQ(DraftModelDrafter):
+    """Really samples, and states the probabilities before temperature."""
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        drafted = super().propose(slots, last, context, limit, rng)
+        if drafted.distribution is None:
+            return drafted
+        return replace(drafted, distribution=Categorical.of(_rows(self.model, _prefixes(context, drafted))))
+
+
+def _find_by_sampling() -> tuple[bool, str]:
+    setting, bias, budget = ToySetting("rejection", "remembers", temperature=0.6), 0.02, Budget(1)
+
+    def broken() -> Engine:
+        world = setting.world
+        drafter = _SampledUnprocessedQ(world.draft_model(torch.float32), setting.drafts)
+        policy = make_policy(setting.policy, setting.drafts)
+        return world.engine(world.target(dtype=torch.float32), drafter, policy, rows=setting.rows)
+
+    check, sound = setting.check(bias, budget, broken), setting.check(bias, budget)
+    return sound.passed and not check.passed, check.found
+
+
 # ------------------------------------------------------------------------------------------------ all
 
 _GRAMMAR = Setting("rejection", "grammar", size=3)
@@ -525,6 +531,12 @@ CONTROLS: tuple[Control, ...] = (
         "exact",
         "drafts are drawn without the mask and stated with it",
         _exact(_GRAMMAR, draft_model=_MaskOnTheTargetOnly),
+    ),
+    Control(
+        "unprocessed q, by sampling",
+        "statistical",
+        "the same as above, in an engine that samples",
+        _find_by_sampling,
     ),
     Control(
         "a neighbour's row leaking through padding",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ from outrider.sampling.verification import (
 )
 from outrider.types import Context, Distribution, Proposal, Rng, Stack, Verification
 
-__all__ = ["EnumeratingBackend", "EnumeratingDraftModel", "Outcomes", "enumerate_texts"]
+__all__ = ["EnumeratingBackend", "EnumeratingDraftModel", "Outcomes", "dense_rows", "enumerate_texts"]
 
 SLIVER = 1e-15
 """Pieces of the unit interval below this are rounding."""
@@ -127,6 +127,8 @@ class EnumeratingBackend:
     def __init__(self) -> None:
         self.outcomes: dict[int, Outcomes] = {}  # word of a request's seed -> its outcomes
         self.owners: dict[int, Outcomes] = {}  # token key -> the same
+        self.verified = 0  # drafts so far
+        self.deepest = 0  # most drafts of a row in a round
 
     # ---------------------------------------------------------------- what a control replaces
 
@@ -149,7 +151,16 @@ class EnumeratingBackend:
         context: Context,
     ) -> Distribution:
         """The distribution of each row's bonus (or recovered) token."""
-        return bonus_distribution(round, probabilities, accepted)
+        right = bonus_distribution(round, probabilities, accepted)
+        if self.sound:
+            return right
+        rows = self.bonus_rows(dense_rows(right), round, accepted, context)
+        return Categorical(rows.shape[1], probabilities=rows)
+
+    def bonus_rows(self, rows: Tensor, round: DraftRound, accepted: npt.NDArray[np.int64], context: Context) -> Tensor:
+        """What bonus tokens are drawn from where the backend is not sound: of the right rows [B, V], which are its own
+        to change."""
+        return rows
 
     # ---------------------------------------------------------------- a backend
 
@@ -158,7 +169,7 @@ class EnumeratingBackend:
 
     def sample(self, distribution: Distribution, keys: Tensor) -> Tensor:
         """One token a row from its key."""
-        rows = distribution.dense(torch.arange(len(distribution))).double().tolist()
+        rows = dense_rows(distribution).tolist()
         chosen = [self.owners[key].choose(key, row)[0] for key, row in zip(keys.tolist(), rows, strict=True)]
         return torch.tensor(chosen, dtype=torch.int64)
 
@@ -168,6 +179,8 @@ class EnumeratingBackend:
         """See ``sampling.verification.verify``."""
         assert isinstance(rng, RowRng) and isinstance(target, Processed)
         rows = [self.outcomes[word] for word, _ in rng.rows]
+        self.verified += int(keep.sum())
+        self.deepest = max(self.deepest, int(keep.max()))
         settled_target = self.target(settled(target), proposal, keep, context)
         round = DraftRound.of(settled_target, proposal, keep)
         shared = [p.effective_rule == "coupled" or p.temperature == 0 for p in context.params]
@@ -179,7 +192,7 @@ class EnumeratingBackend:
 
     def _follow(self, round: DraftRound, rows: list[Outcomes], context: Context, rng: Rng) -> Verification:
         """Coupled and greedy rows: the target's draws, up to the first that is not the draft."""
-        probabilities = round.target.dense(torch.arange(len(round.target))).double().tolist()
+        probabilities = dense_rows(round.target).tolist()
         accepted, bonus = [], []
         for b, outcomes in enumerate(rows):
             count, start, kept = len(context.history[b]), int(round.starts[b]), int(round.keep[b])
@@ -221,7 +234,7 @@ class EnumeratingBackend:
                     break
         accepted = count_accepted(probabilities, uniforms)
         distribution = self.bonus(round, probabilities, accepted, context)
-        following = distribution.dense(torch.arange(len(rows))).double().tolist()
+        following = dense_rows(distribution).tolist()
         after = [len(context.history[b]) + int(n) for b, n in enumerate(accepted)]
         keys = rng.uniform(torch.arange(len(rows)), torch.tensor(after), "own").tolist()
         bonus = []
@@ -240,12 +253,36 @@ def _name(uniform: float) -> int:
 
 
 class EnumeratingDraftModel(DraftModelDrafter):
-    """The draft-model drafter on a toy model, with draws whose outcomes are followed."""
+    """The draft-model drafter on a toy model, with draws whose outcomes are followed. Controls replace its parts."""
+
+    # ---------------------------------------------------------------- what a control replaces
+
+    def seen(self, context: Context) -> Context:
+        """What drafts are drawn under."""
+        return context
+
+    def noise(self, rng: RowRng) -> RowRng:
+        """The random numbers of a draft."""
+        return rng
+
+    def stated(self, drafted: Proposal, context: Context) -> Distribution | None:
+        """The distributions that sampled drafts are said to come from."""
+        return drafted.distribution
+
+    # ---------------------------------------------------------------- a drafter
 
     def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
         backend = self.model.backend
         assert isinstance(backend, EnumeratingBackend) and isinstance(rng, RowRng)
-        return super().propose(slots, last, context, limit, _Noise(rng, backend))
+        drafted = super().propose(slots, last, self.seen(context), limit, _Noise(self.noise(rng), backend))
+        if drafted.distribution is None:
+            return drafted
+        return replace(drafted, distribution=self.stated(drafted, context))
+
+
+def dense_rows(distribution: Distribution) -> Tensor:
+    """All rows, float64 [n, V]."""
+    return distribution.dense(torch.arange(len(distribution))).double()
 
 
 def enumerate_texts(

@@ -10,7 +10,7 @@ orders are by probability, which shows changes of temperature and truncation, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class ToySetting:
     drafts: int = 3
     rows: int = ROWS
     seed: int = 0
+    temperature: float = 0.9
 
     @property
     def name(self) -> str:
@@ -71,10 +72,11 @@ class ToySetting:
 
     @property
     def params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=TOKENS, temperature=0.9, rule=self.rule)
+        return SamplingParams(max_tokens=TOKENS, temperature=self.temperature, rule=self.rule)
 
     def engine(self) -> Engine:
-        return self.world.sampled(make_policy(self.policy, self.drafts), self.drafts, rows=self.rows)
+        options = {"threshold": self.world.middle_confidence} if self.policy == "threshold" else {}
+        return self.world.sampled(make_policy(self.policy, self.drafts, **options), self.drafts, rows=self.rows)
 
     def check(self, bias: float, budget: Budget, make: Callable[[], Engine] | None = None) -> Check:
         """``make``: another engine over the same world, as a control has it."""
@@ -93,7 +95,9 @@ class ToySetting:
                 after_one.add(text[1:], text[:-1])
                 after_two.add(text[2:], 4 * text[1:-1] + text[:-2])
             log_value = mean_of([after_one.log_value, after_two.log_value])
-        return _check(self.name, [after_one, after_two], log_value, budget, bias, expected, needed)
+        accepted = engine.totals[1].accepted
+        found = _check(self.name, [after_one, after_two], log_value, budget, bias, expected, needed, accepted)
+        return found if accepted else replace(found, passed=False, found="no draft was accepted: nothing was tested")
 
 
 def toy_settings(quick: bool, seed: int = 0) -> list[ToySetting]:
@@ -109,11 +113,19 @@ def toy_checks(settings: Sequence[ToySetting], bias: float, budget: Budget) -> I
 
 
 def _check(
-    name: str, evidence: list[Evidence], log_value: float, budget: Budget, bias: float, expected: Floats, needed: int
+    name: str,
+    evidence: list[Evidence],
+    log_value: float,
+    budget: Budget,
+    bias: float,
+    expected: Floats,
+    needed: int,
+    accepted: int,
 ) -> Check:
     samples, rejected = evidence[0].samples, log_value >= budget.threshold
     figures: dict[str, Any] = {
         "samples": samples,
+        "accepted": accepted,
         "log_evidence": round(min(log_value, 1e9), 3),
         "log_threshold": round(budget.threshold, 3),
         "total_variation_found": round(evidence[0].distance, 5),
@@ -125,7 +137,8 @@ def _check(
     return Check(
         name,
         True,
-        f"{samples} tokens, nothing found; total variation {bias:g} has power {figures['power']:.2f}",
+        f"{samples} tokens, {accepted} of them accepted drafts, nothing found; "
+        f"total variation {bias:g} has power {figures['power']:.2f}",
         figures,
     )
 
@@ -193,4 +206,4 @@ def real_checks(
                 for one, u in zip(evidence, placed, strict=True):
                     one.add(np.minimum((u * BUCKETS).astype(np.int64), BUCKETS - 1))
             log_value = mean_of([one.log_value for one in evidence])
-        yield _check(name, evidence, log_value, budget, bias, expected, needed)
+        yield _check(name, evidence, log_value, budget, bias, expected, needed, engine.totals[1].accepted)

@@ -54,6 +54,11 @@ class ToyWorld:
         """The target as ``literal`` reads it."""
         return Chain(self.tables[0].numpy(), self.no_repeat)
 
+    @property
+    def middle_confidence(self) -> float:
+        """A threshold that half of the draft model's rows pass: its confidence is its largest probability."""
+        return float(self.tables[1].softmax(-1).amax(-1).quantile(0.5))
+
     def target(self, kind: type[ToyTarget] = ToyTarget, dtype: torch.dtype = torch.float64) -> ToyTarget:
         return kind(self.tables[0].to(dtype), eos_token_ids=self.stop_ids)
 
@@ -115,12 +120,13 @@ def plain_drafter(name: str, target: ToyTarget, drafts: int) -> Drafter:
     return drafter
 
 
-def make_policy(name: str, drafts: int) -> SchedulerPolicy:
-    """A policy of the catalogue, or ``remembers``: one whose budget follows the last round."""
+def make_policy(name: str, drafts: int, **options: Any) -> SchedulerPolicy:
+    """A policy of the catalogue, or ``remembers``: one whose budget follows the last round. ``options``: of the policy,
+    in place of ``POLICY_OPTIONS``."""
     if name == "remembers":
         return RemembersLastRound(drafts)
     drafter = plain_drafter("ngram", ToyWorld().target(), max(drafts, 1))
-    return load_policy(name, {"draft_tokens": drafts, **POLICY_OPTIONS.get(name, {})}, drafter)
+    return load_policy(name, {"draft_tokens": drafts, **(options or POLICY_OPTIONS.get(name, {}))}, drafter)
 
 
 class RemembersLastRound:
@@ -131,9 +137,14 @@ class RemembersLastRound:
 
     def __init__(self, drafts: int) -> None:
         self._drafts = drafts
+        self._rejected: dict[int, int] = {}  # request -> its rejected drafts before the last round
 
     def plan(self, step: StepView) -> Sequence[int]:
-        return [self._drafts if not s.rounds or s.accepted == s.drafted else 1 for s in step.stats]
+        names = step.requests or range(len(step))
+        rejected = {name: stats.drafted - stats.accepted for name, stats in zip(names, step.stats, strict=True)}
+        limit = [self._drafts if count == self._rejected.get(name, 0) else 1 for name, count in rejected.items()]
+        self._rejected = rejected
+        return limit
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         return lengths

@@ -156,8 +156,8 @@ def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -
         accepted.append(same)
         tokens.append([*row[:same], draws[start + same], *row[same:]])
         start += count + 1
-    counts = torch.tensor(accepted)
-    return Verification(counts, torch.tensor(tokens), counts + 1)
+    counts = np.array(accepted, np.int64)
+    return Verification(*map(torch.from_numpy, (counts, np.array(tokens, np.int64), counts + 1)))
 
 
 # ------------------------------------------------------------------------------------------------ coupled and greedy

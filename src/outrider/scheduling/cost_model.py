@@ -31,6 +31,7 @@ OCTAVE = 32
 NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what another one adds, where nothing is known
 MOVE = 0.15  # the most that one observation counts for, in log seconds
 SPEED_RATE, CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.1, 0.05, 0.1, 0.05
+FIRST = 6  # observations of which the least counts
 VISIBLE = 0.004  # a correction that moved by less is not worth a new curve
 CHECKED = 96  # observations in which a table is checked
 OTHER_SHAPE, OTHER_SPEED = math.log(1.7), math.log(6.0)  # differences that no busy machine explains
@@ -46,12 +47,10 @@ class _Estimate:
 
     def add(self, seconds: float, rate: float) -> None:
         observed = math.log(max(seconds, 1e-9))
-        if self.count == 0:
-            self.value = observed
-        else:  # the first call of anything is slow: what follows may pull it down faster
-            move = MOVE if self.count > 4 else 4 * MOVE
-            error = min(max(observed - self.value, -move), move)
-            self.value += max(rate, 1 / (self.count + 1)) * error
+        if self.count < FIRST:  # the first calls of anything are slow, and none is too quick
+            self.value = min(self.value, observed) if self.count else observed
+        else:
+            self.value += max(rate, 1 / (self.count + 1)) * min(max(observed - self.value, -MOVE), MOVE)
         self.count += 1
 
     @property
@@ -126,6 +125,10 @@ class CostModel:
         seconds = _along(self._drafts[nearest], drafts)
         return seconds if nearest == wanted else seconds * 0.5 * (1 + rows / _rows_of(nearest))
 
+    def known_drafts(self, rows: int) -> int:
+        """How many numbers of drafts were proposed for about so many rows."""
+        return len(self._drafts.get(_bucket(rows), ()))
+
     def seen(self, tokens: int) -> int:
         """How many passes over about so many tokens were observed."""
         cell = self._cells.get(int(self._cell_of[tokens])) if tokens < len(self._cell_of) else None
@@ -166,14 +169,20 @@ class CostModel:
         key = int(self._cell_of[tokens])
         self._dirty = self._dirty or abs(cell.value - self._drawn.get(key, math.inf)) > VISIBLE
 
-    def observe_draft(self, rows: int, drafts: int, seconds: float) -> None:
-        """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows."""
+    def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
+        """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
+        that weights and code were not in the processor's caches: it says what trying costs, not what drafting costs."""
         if rows > 0 and drafts > 0:
-            self._drafts.setdefault(_bucket(rows), {}).setdefault(drafts, _Estimate()).add(seconds, DRAFT_RATE)
+            found = self._drafts.setdefault(_bucket(rows), {}).setdefault(drafts, _Estimate())
+            if not cold or found.count < FIRST:
+                found.add(seconds, DRAFT_RATE)
 
-    def observe_bookkeeping(self, rows: int, drafting: bool, seconds: float) -> None:
+    def observe_bookkeeping(self, rows: int, drafting: bool, seconds: float, *, cold: bool = False) -> None:
+        """The rest of a step; ``cold`` as of ``observe_draft``."""
         if rows > 0:
-            self._bookkeeping.setdefault((drafting, _bucket(rows)), _Estimate()).add(seconds, BOOKKEEPING_RATE)
+            found = self._bookkeeping.setdefault((drafting, _bucket(rows)), _Estimate())
+            if not cold or found.count < FIRST:
+                found.add(seconds, BOOKKEEPING_RATE)
 
     # ------------------------------------------------------------------------------------------ parts
 

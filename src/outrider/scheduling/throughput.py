@@ -34,6 +34,7 @@ __all__ = ["ThroughputConfig", "ThroughputPolicy"]
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Form = Literal["auto", "early", "lagged", "global"]
 FORMS: tuple[Form, ...] = ("auto", "early", "lagged", "global")
 
@@ -43,9 +44,14 @@ SAMPLED = 512  # drafts of the past that a plan is made of, about
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
 PROBED = 4  # rows tried in one step, or an eighth of all
-REUSED = 8  # steps that a plan is good for
+TRIES = 2  # times of trying for which the account need not hold enough, after ``try_again``
+IN_A_ROW = 3  # steps for which rows are tried: only after the first one are weights and code in the caches
+AT_START = 4  # the same when nothing is known
+REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
+PLANNING, WORTH = 0.25e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
 FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
 LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
+SELDOM = 4  # of more rows than that, only every so manyth step is learnt from, and plans are good for twice as long
 EARLY = 16  # rounds that are learnt from at once
 LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were
 
@@ -87,6 +93,7 @@ class _Step:
     context: int
     limits: list[int]  # [B]
     longest: int  # of the limits
+    asked: int = 0  # rows whose limit is not 0
     free: bool = False  # no row's text depends on the schedule
     probe: bool = False
     chosen: _Chosen | None = None
@@ -123,6 +130,18 @@ class _One:
     accepted: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The limits of the latest steps, and what follows from them as long as the rows stay."""
+
+    requests: Sequence[int]
+    limits: list[int]
+    slots: Ints
+    longest: int = 0
+    asked: int = 0
+    free: bool = False
+
+
 class ThroughputPolicy:
     """Algorithm 1 with everything charged. ``costs``: what steps cost; without, it is learnt from the steps alone."""
 
@@ -134,16 +153,21 @@ class ThroughputPolicy:
         self._acceptance = AcceptanceModel(max(self._block, 1))
         self._history = SurvivalHistory(max(self._block, 1))
         self._ledger = Ledger(share=config.probe_share, most=0.1, balance=0.1)
+        self._allowed = 0  # times of trying, as said at TRIES
+        self._again: tuple[int, Ints, int] = (0, np.zeros(0, dtype=np.int64), 0)  # steps, slots and drafts still tried
+        self._was_drafting = False  # in the step before
         self._owners = np.full(0, -1)  # by slot: the request that has it
         self._idle = np.zeros(0, dtype=np.int64)  # by slot: steps since it was drafted for
         self._wait = np.zeros(0, dtype=np.int64)  # by slot: steps after which it is tried again
         self._planned = np.zeros(0, dtype=np.int64)  # by slot: limits of the last plan
         self._common = 0  # the limit of rows that were drafted for in the last plan
         self._stale = 0  # the turn at which a new plan is made
-        self._latest: tuple[Sequence[int], list[int], Ints] = ((), [], np.zeros(0, dtype=np.int64))
+        self._made = (0, 0)  # the turn at which this one was, and the rows it was made for
+        self._latest = _Plan((), [], np.zeros(0, dtype=np.int64))
         self._turn = 0
         self._counted = 0  # the turn up to which ``_idle`` is counted
         self._step: _Step | None = None
+        self._one_costs: tuple[tuple[int, ...], list[float], float] = ((), [], 0.0)
         self._rounds: list[_Chosen] = []  # not learnt from yet
         self._ones: list[_One] = []  # the same
         self._learnt = 0
@@ -155,9 +179,9 @@ class ThroughputPolicy:
         return cls(config, costs)
 
     def try_again(self) -> None:
-        """Draft for every row once more, whether or not it paid."""
+        """Draft for some rows once more, whether or not it paid and whatever the account holds."""
         self._idle[:] = LONGEST_WAIT
-        self._ledger.balance = self._ledger.most
+        self._allowed = TRIES
         self._stale = 0
 
     # ------------------------------------------------------------------------------------------ before drafting
@@ -171,22 +195,23 @@ class ThroughputPolicy:
         context = step.context or sum(step.contexts)
         able = ready if step.can_draft < 0 else min(step.can_draft, ready)
         tokens, rows = max(step.tokens, ready), max(step.rows, ready)
-        requests, limits, slots = self._latest
-        if self._turn >= self._stale or able < ready or not step.requests or step.requests != requests:
+        latest, probe = self._latest, False
+        if self._turn >= self._stale or able < ready or not step.requests or step.requests != latest.requests:
+            if ready != self._made[1]:  # another load
+                self._stale = min(self._stale, self._made[0] + REUSED)
             slots = np.fromiter(step.slots, np.int64, ready) if step.slots else np.arange(ready)
             self._take_over(slots, step.requests)
             now = _Step(slots, ready, tokens, rows, context, [], 0)
             limits = self._limits(now, able)
-            probe = now.probe
+            probe, longest = now.probe, max(limits)
             # A probe is for one step; the plan itself is good for some.
-            self._latest = (list(step.requests) if not probe and able == ready else (), limits, slots)
-        else:
-            probe = False
-        longest = max(limits)
-        self._step = _Step(slots, ready, tokens, rows, context, limits, longest, probe=probe)
-        if longest:
-            self._step.free = self._free(step)
-        return limits
+            requests = list(step.requests) if not probe and able == ready else ()
+            asked = ready - limits.count(0)
+            self._latest = latest = _Plan(requests, limits, slots, longest, asked, bool(longest) and self._free(step))
+        self._step = _Step(
+            latest.slots, ready, tokens, rows, context, latest.limits, latest.longest, latest.asked, latest.free, probe
+        )
+        return latest.limits
 
     def _free(self, step: StepView) -> bool:
         if self._config.search != "auto":
@@ -220,12 +245,16 @@ class ThroughputPolicy:
         if able and self._history.empty:  # nothing is known: see what a draft is like
             limits[:able] = self._block
             now.probe = True
+            self._again = (AT_START - 1, slots, self._block)
         elif able:
             if self._turn >= self._stale:
                 self._learn()
                 self._planned[slots] = planned = self._best_limits(now, slots)
                 self._common = int(planned.max())
-                self._stale = self._turn + REUSED
+                seconds = self.costs.verify(now.ready, now.ready, now.context)
+                reused = REUSED if now.ready <= LEARNT_ROWS else 2 * REUSED
+                self._stale = self._turn + min(max(reused, round(PLANNING / (WORTH * seconds))), MOST_REUSED)
+                self._made = self._turn, now.ready
             limits[:able] = self._planned[slots]
             self._probe(now, slots, limits)
         return limits.tolist()
@@ -238,22 +267,25 @@ class ThroughputPolicy:
         seconds = self._decode_seconds(now, rows * block)
         plain = ready / (seconds[0] + costs.bookkeeping(ready, drafting=False))
         seconds = seconds + costs.bookkeeping(ready, drafting=True)
-        # Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of T_draft.
-        token = plain * (seconds[-1] - seconds[0]) / (rows * block)
-        chosen = np.ones(rows, dtype=bool)
-        if rows > 1:
-            some = max(1, rows // 2)
-            share = (costs.draft(rows, block) - costs.draft(some, block)) / (rows - some)
-            worth = np.maximum(past - token, 0).sum(2).mean(1)
-            chosen = worth > plain * max(share, 0.0)
-        drafting = int(chosen.sum())
-        limits = np.zeros(rows, dtype=np.int64)
-        if not drafting:
-            return limits
         lengths = self._lengths_to_try(ready)
-        spent = np.array([costs.draft(drafting, k) for k in lengths])
-        length, rate, early = _best_length(past[chosen, :samples], ready, seconds, lengths, spent)
+
+        def search(chosen: Bools) -> tuple[int, float, float, Bools]:
+            spent = np.array([costs.draft(int(chosen.sum()), k) for k in lengths])
+            return (*_best_length(past[chosen, :samples], ready, seconds, lengths, spent), chosen)
+
+        best = search(np.ones(rows, dtype=bool))
+        if rows > 1:
+            # Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of
+            # T_draft. Both depend on how far is drafted.
+            token, some = plain * (seconds[-1] - seconds[0]) / (rows * block), max(1, rows // 2)
+            for k in sorted({best[0], block}):
+                share = (costs.draft(rows, k) - costs.draft(some, k)) / (rows - some)
+                chosen = np.maximum(past[:, :, :k] - token, 0).sum(2).mean(1) > plain * max(share, 0.0)
+                if chosen.any() and (chosen != best[3]).any():
+                    best = max(best, search(chosen), key=lambda found: found[1])
+        length, rate, early, chosen = best
         self._caught = early < CAUGHT * rate
+        limits = np.zeros(rows, dtype=np.int64)
         if rate > MARGIN * plain:
             limits[chosen] = length
         return limits
@@ -279,16 +311,31 @@ class ThroughputPolicy:
         passed, self._counted = self._turn - self._counted, self._turn
         self._idle[slots] = np.where(left_out, self._idle[slots] + passed, 0)
         self._wait[slots] = np.where(left_out, self._wait[slots], FIRST_WAIT)
+        more, tried, most = self._again
+        if more:
+            due = np.flatnonzero(left_out & np.isin(slots, tried))
+            self._again = (more - 1 if len(due) else 0, tried, most)
+            limits[due] = most
+            now.probe = now.probe or bool(len(due))
+            self._idle[slots[due]] = 0
+            return
         due = np.flatnonzero(left_out & (self._idle[slots] >= self._wait[slots]))
         if not len(due):
             return
-        due = due[np.argsort(-self._idle[slots[due]], kind="stable")][: max(PROBED, now.ready // 8)]
         most = self._block
+        if most > 1 and left_out.all() and self.costs.known_drafts(len(slots)) == 1:
+            # What one draft costs, of which the block's time says little: a drafter may be autoregressive.
+            due, most = np.arange(len(slots)), 1
+        else:
+            due = due[np.argsort(-self._idle[slots[due]], kind="stable")][: max(PROBED, now.ready // 8)]
         seconds = self._decode_seconds(now, len(due) * most)
-        if not self._ledger.affords(self.costs.draft(len(due), most) + seconds[-1] - seconds[0]):
+        if self._allowed:
+            self._allowed -= 1
+        elif not self._ledger.affords(self.costs.draft(len(due), most) + seconds[-1] - seconds[0]):
             return
         limits[due] = most
         now.probe = True
+        self._again = (IN_A_ROW - 1, slots[due], most)
         self._idle[slots[due]] = 0
         self._wait[slots[due]] = np.minimum(2 * self._wait[slots[due]], LONGEST_WAIT)
 
@@ -300,9 +347,9 @@ class ThroughputPolicy:
         if now is None or now.ready > batch:  # no plan was asked for: nothing is known but the drafts
             limits = [self._block] * batch
             free = self._config.search == "global"
-            now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, free)
+            now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, batch, free)
         if batch == 1:
-            return torch.tensor([self._choose_one(now, int(most[0]), confidence)])
+            return torch.from_numpy(np.array([self._choose_one(now, int(most[0]), confidence)]))
         rows = np.flatnonzero(most[: now.ready])
         keep = np.zeros(batch, dtype=np.int64)
         if len(rows):
@@ -340,19 +387,27 @@ class ThroughputPolicy:
         if not length:
             return 0
         slot = int(now.slots[0])
-        z, p = self._acceptance.adjust_row(None if confidence is None else confidence[0].tolist(), slot, length)
+        said = None if confidence is None else confidence[0].tolist()
+        z, p = self._acceptance.adjust_row(said, slot, length)
         product, survival = 1.0, []
         for one in p:
             product *= one
             survival.append(product)
-        spent = self.costs.draft(1, now.longest) + self.costs.bookkeeping(1, drafting=True)
-        seconds = self._decode_seconds(now, length)
+        seconds, spent = self._costs_of_one(now)
         if self._config.search == "lagged" or (self._config.search == "auto" and not now.free and self._caught):
-            keep = self._budget(np.array(survival), 1, seconds + spent)
+            keep = self._budget(np.array(survival), 1, np.array(seconds[: length + 1]) + spent)
         else:
-            keep = _walk(survival, seconds.tolist(), spent, look_on=now.free)
+            keep = _walk(survival, seconds, spent, look_on=now.free)
         now.one = _One(0, slot, length, max(now.limits[0], length), z, p, survival, keep)
         return keep
+
+    def _costs_of_one(self, now: _Step) -> tuple[list[float], float]:
+        """Seconds of a single row's pass by drafts, and what drafting takes besides; worked out every few steps."""
+        key = (self._turn // LOOK, now.tokens, now.rows, now.longest)
+        if self._one_costs[0] != key:
+            spent = self.costs.draft(1, now.longest) + self.costs.bookkeeping(1, drafting=True)
+            self._one_costs = key, self._decode_seconds(now, max(now.longest, self._block)).tolist(), spent
+        return self._one_costs[1:]
 
     def _few(
         self, rows: Ints, slots: Ints, lengths: Ints, confidence: Tensor | None, width: int
@@ -389,6 +444,7 @@ class ThroughputPolicy:
         now, self._step = self._step, None
         if now is None:
             return
+        cold, self._was_drafting = not self._was_drafting, now.longest > 0
         ready, costs, chosen = now.ready, self.costs, now.chosen
         one = now.one
         kept = one.keep if one is not None else 0 if chosen is None else int(chosen.keep.sum())
@@ -396,12 +452,14 @@ class ThroughputPolicy:
         if looks and cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
             costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify)
         if looks:
-            costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping)
+            costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping, cold=cold and now.longest > 0)
         if not now.longest:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
         if looks:
-            costs.observe_draft(sum(n > 0 for n in now.limits), now.longest, cost.draft)
+            costs.observe_draft(now.asked, now.longest, cost.draft, cold=cold)
+        if ready > LEARNT_ROWS and self._learnt > EARLY and self._turn % SELDOM and not now.probe:
+            return
         gained = 0
         if one is not None:
             one.accepted = gained = int(accepted[one.row])
@@ -439,7 +497,8 @@ class ThroughputPolicy:
             alike = [one for one in rounds if one.logits.shape[1] == width]
             rounds = [one for one in rounds if one.logits.shape[1] != width]
             one = _together(alike)
-            some = slice(self._turn % max(1, len(one.rows) // LEARNT_ROWS), None, max(1, len(one.rows) // LEARNT_ROWS))
+            every = max(1, len(one.rows) // LEARNT_ROWS)
+            some = slice(self._learnt % every, None, every)
             slots, adjusted, lengths = one.slots[some], one.adjusted[some], one.lengths[some]
             assert one.accepted is not None
             self._acceptance.update(one.logits[some], adjusted, slots, one.keep[some], one.accepted[some])

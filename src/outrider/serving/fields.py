@@ -57,6 +57,8 @@ class SamplingFields(Strict):
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     stop: str | list[str] | None = None
     ignore_eos: bool = False
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Requests of a lower number get a row, memory and prompt tokens first."""
     outrider: OutriderOptions | None = None
 
     @property
@@ -83,6 +85,7 @@ class SamplingFields(Strict):
             max_tokens=max_tokens,
             stop=stop_strings("stop", self.stop),
             ignore_eos=self.ignore_eos,
+            priority=self.priority,
             rule=options.rule,
             draft_tokens=0 if plain else options.draft_tokens,
             **values,

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from outrider.config import memory_bytes
 from outrider.errors import InvalidRequest, nearest
 
 __all__ = ["ServerSettings", "read_settings"]
@@ -38,8 +39,11 @@ class ServerSettings(BaseModel):
     capacity: int | None = Field(default=None, ge=1)
     """Tokens of a sequence that memory is laid out for; None: at most 8192. Longer requests make it grow."""
     kv_memory: int | None = Field(default=None, ge=1)
-    """Bytes for keys and values, those kept for prompts that begin alike included; None: see ``LLM``."""
+    """Bytes for keys and values, also as 512M or 2G, those kept for prompts that begin alike included; None: see
+    ``LLM``."""
     kv_dtype: str = "auto"
+    prefill_chunk: int = Field(512, ge=1)
+    """The most prompt tokens of a step; a quarter of it beside rows that decode."""
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     """0: any free port, which is printed."""
@@ -66,6 +70,11 @@ class ServerSettings(BaseModel):
     log_format: str = Field("text", pattern="^(text|json)$")
     telemetry: bool = False
     """OpenTelemetry spans; needs the extra ``telemetry``."""
+
+    @field_validator("kv_memory", mode="before")
+    @classmethod
+    def _with_unit(cls, given: Any) -> Any:
+        return memory_bytes("kv_memory", given) if isinstance(given, str) else given
 
     @property
     def served_name(self) -> str:

@@ -63,6 +63,7 @@ class Tokenizer:
         self._fast.no_truncation()  # a file may hold settings that were used in training
         self._fast.no_padding()
         self._templates: dict[str, ChatTemplate] = {}
+        self._token_bytes: dict[int, bytes] = {}
 
     # ------------------------------------------------------------------------------------------ text and tokens
 
@@ -275,6 +276,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token of a byte-level vocabulary; none for an id that is not in it."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            known = self._token_bytes[token_id] = self._bytes_of(token_id)
+        return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
         token = self._fast.id_to_token(token_id)
         if token is None:
             return b""

@@ -62,11 +62,16 @@ def read_texts(path: Path, *, length: int, vocab_size: int) -> list[Text]:
 
 def pack(texts: Sequence[Text]) -> TokenBatch:
     """Concatenate texts into one batch."""
-    lengths = [len(text.tokens) for text in texts]
-    offsets = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int64)
-    tokens = torch.tensor([token for text in texts for token in text.tokens], dtype=torch.int64)
-    answers = torch.cat([torch.arange(len(text.tokens)) >= text.prompt_length for text in texts])
-    return TokenBatch(tokens, offsets, answers, tuple(text.key for text in texts))
+    lengths = np.array([len(text.tokens) for text in texts])
+    offsets = np.concatenate([[0], lengths.cumsum()])
+    answered = np.repeat(offsets[:-1] + [text.prompt_length for text in texts], lengths)
+    tokens = np.array([token for text in texts for token in text.tokens], dtype=np.int64)
+    return TokenBatch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(offsets),
+        torch.from_numpy(np.arange(len(tokens)) >= answered),
+        tuple(text.key for text in texts),
+    )
 
 
 @dataclass(frozen=True)

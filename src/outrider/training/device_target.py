@@ -26,7 +26,7 @@ from outrider.models.loading import load_layers, model_config
 from outrider.sampling.rng import RowRng, gumbel
 from outrider.training.conversations import Answerer, ChatTurn, Settings
 from outrider.training.dataset import Text, pack
-from outrider.training.networks.batch import FeatureBatch, TrainableDrafter
+from outrider.training.networks.batch import FeatureBatch, TrainableDrafter, send
 from outrider.training.networks.stack import LearnedLayer, LearnedStack
 
 __all__ = ["DeviceRunner", "DeviceTarget", "check_device", "device_answers"]
@@ -91,10 +91,10 @@ class DeviceTarget:
         """Whole texts, packed: features [N, F] at every token, and the states after the final norm at ``rows``."""
         where, length = _padded(texts, self.device)
         causal = _Causal(len(texts), length, where)
-        tokens = torch.tensor([token for text in texts for token in text], device=self.device)
+        tokens = _packed(texts, self.device)
         auxiliary, last = self._run(tokens, where % length, causal, aux_layers)
         features = torch.cat([auxiliary[layer] for layer in aux_layers], 1) if aux_layers else last[:, :0]
-        return features.float(), last[rows]
+        return features.float(), last[send(rows, self.device)]
 
     def _run(
         self, tokens: Tensor, positions: Tensor, attend: Any, aux_layers: Sequence[int] = ()
@@ -162,7 +162,7 @@ class DeviceTarget:
         for first in range(0, len(prompts), share):
             some = prompts[first : first + share]
             where, length = _padded(some, self.device)
-            tokens = torch.tensor([token for text in some for token in text], device=self.device)
+            tokens = _packed(some, self.device)
             causal = _Causal(len(some), length, where, cache, first)
             _, last = self._run(tokens, where % length, causal)
             ends = torch.tensor([len(text) for text in some], device=self.device).cumsum(0) - 1
@@ -174,9 +174,15 @@ class DeviceTarget:
 def _padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, int]:
     """Where each packed token is among texts padded at the end to the longest. -> int64 [N], L"""
     length = max(map(len, texts))
-    lengths = torch.tensor([len(text) for text in texts], device=device)
-    inside = torch.arange(length, device=device) < lengths[:, None]
-    return inside.flatten().nonzero()[:, 0], length
+    with torch.device("cpu"):
+        inside = torch.arange(length) < torch.tensor([len(text) for text in texts])[:, None]
+        return send(inside.flatten().nonzero()[:, 0], device), length
+
+
+def _packed(texts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """All tokens, one text behind the other. -> int64 [N]"""
+    with torch.device("cpu"):
+        return send(torch.tensor([token for text in texts for token in text]), device)
 
 
 def _keys(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], most: int) -> Tensor:
@@ -258,10 +264,11 @@ class _Cache:
             unseen = hidden
             if config.window is not None:
                 unseen = unseen | (self.lengths[:, None] - seen >= config.window)
-            grouped = q.to(keys.dtype).unflatten(1, (config.num_kv_heads, -1)) * config.scale
-            scores = (grouped @ keys[:, :, :reach].transpose(2, 3)).float()
-            weights = scores.masked_fill(unseen[:, None, None], -torch.inf).softmax(-1)
-            return (weights.to(values.dtype) @ values[:, :, :reach]).flatten(1, 2)
+            # The queries that share keys stand where others have their tokens.
+            grouped = q.to(keys.dtype).unflatten(1, (config.num_kv_heads, -1))
+            seen_by_all = ~unseen[:, None, None]
+            near = keys[:, :, :reach], values[:, :, :reach]
+            return F.scaled_dot_product_attention(grouped, *near, seen_by_all, scale=config.scale).flatten(1, 2)
 
         return attend
 
@@ -283,8 +290,9 @@ class DeviceRunner:
 
     def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
         """See ``FeatureSource.batch``."""
-        packed = pack(texts)
-        anchors, rows = drafter.wanted(packed, epoch)
+        with torch.device("cpu"):
+            packed = pack(texts)
+            anchors, rows = drafter.wanted(packed, epoch)
         features, hidden = self._target.read([text.tokens for text in texts], drafter.aux_layers, rows)
         return FeatureBatch(packed, anchors, rows, features, self._target.unembed(hidden), hidden)
 

@@ -36,8 +36,8 @@ class Config(BaseModel):
     form: Literal["auto", "speculators", "deepspec", "outrider"] = "auto"
     """speculators is the format that vLLM loads; deepspec also contains copies of the target's embedding and head;
     outrider holds every kind. auto: speculators where it can hold the kind, else outrider."""
-    dtype: Literal["keep", "float32", "bfloat16"] = "keep"
-    """Stored precision of the weights."""
+    dtype: Literal["keep", "float32", "bfloat16", "int8"] = "keep"
+    """Stored precision of the weights; int8 (in the form `outrider` alone) is what the native core drafts in."""
     name: str = "drafter"
     """Title of the model card."""
     target_name: str | None = None
@@ -62,7 +62,7 @@ def export(config: Config, drafter: Artefact, out: Path, target: str, *, evaluat
     else:
         checkpoint = _prepared(config, checkpoints.load(source), target)
         form = checkpoints.default_format(checkpoint.design) if config.form == "auto" else config.form
-        checkpoints.save(checkpoint, folder, form, provenance)
+        checkpoints.save(checkpoint, folder, form, provenance, int8=config.dtype == "int8")
         shape = _shape(checkpoint)
     name = config.target_name or (made_for or {}).get("name", public_name(target))
     (folder / "README.md").write_text(card(config, name, shape, history), encoding="utf-8")
@@ -74,7 +74,7 @@ def _prepared(config: Config, checkpoint: DraftCheckpoint, target: str) -> Draft
         checkpoint = replace(checkpoint, target=replace(checkpoint.target, name=config.target_name))
     if config.form == "deepspec":
         checkpoint = Frozen(checkpoint, load_target(target)).filled(checkpoint)
-    if config.dtype != "keep":
+    if config.dtype in DTYPES:
         dtype = DTYPES[config.dtype]
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in checkpoint.tensors.items()}
         checkpoint = replace(checkpoint, tensors=tensors)

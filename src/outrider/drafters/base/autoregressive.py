@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from outrider.drafters.base.draft_sampling import Drawing, draft_keys, known_sampling, packed_proposal
+from outrider.drafters.base.draft_sampling import Drawing, draft_keys, packed_proposal
 from outrider.drafters.base.trained import CachedDrafter
 from outrider.types import (
     AutoregressiveParts,
@@ -45,9 +45,6 @@ class AutoregressiveDrafter(CachedDrafter):
     pairs = True
     feeds_normed = False
     """Whether the state fed back is the one after the final norm."""
-
-    core: InTurnDrafter | None = None
-    """Drafts all tokens in one call of the backend, where it can; a drafter sets it when it is made."""
 
     def in_turn(
         self,
@@ -100,27 +97,15 @@ class AutoregressiveDrafter(CachedDrafter):
                 waiting.batch, self.cache.kv_cache, hidden=hidden, residual=residual, logits_at=nothing
             )
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        """All rows together. A row with missing features drafts nothing."""
-        named = slots.tolist()
-        lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
-        if not any(lengths):
-            return Proposal.empty(len(named))
-        if self.core is not None and known_sampling(context):
-            proposal = self._draft_at_once(self.core, named, last, lengths, context, rng)
-        else:
-            proposal = self._draft_stepwise(named, last, lengths, context, rng)
-        return self.calibrated(proposal, context)
-
     def _draft_at_once(
-        self, core: InTurnDrafter, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
         rows, ends = [b for b, n in enumerate(lengths) if n], last.tolist()
         params = [context.params[b] for b in rows]
         keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
         taken = self.cache.take_paired_features([named[b] for b in rows], [ends[b] for b in rows])
-        drafts = core.draft(self.cache.kv_cache, *taken, max(lengths), keys, params)
+        drafts = self.core.draft(self.cache.kv_cache, *taken, max(lengths), keys, params)
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 
     def _draft_stepwise(

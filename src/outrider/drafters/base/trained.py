@@ -13,6 +13,7 @@ from torch import Tensor
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.drafters.base.draft_cache import DraftCache
+from outrider.drafters.base.draft_sampling import known_sampling
 from outrider.drafters.base.network import load_net
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.registry import find
@@ -130,6 +131,8 @@ class CachedDrafter(TrainedDrafter):
 
     pairs: ClassVar[bool] = False
     """Whether a position's keys and values depend on the token after it too."""
+    core: Any = None
+    """Drafts all tokens in one call of the backend, where it can; a drafter sets it when it is made."""
 
     def __init__(
         self,
@@ -145,6 +148,28 @@ class CachedDrafter(TrainedDrafter):
         layers: tuple[int, ...] | None = config.target_layers
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows, layers=layers)
         self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows, self.pairs)
+
+    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+        """All rows together. A row with missing features drafts nothing."""
+        named = slots.tolist()
+        lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
+        if not any(lengths):
+            return Proposal.empty(len(named))
+        at_once = self.core is not None and known_sampling(context)
+        draft = self._draft_at_once if at_once else self._draft_stepwise
+        return self.calibrated(draft(named, last, lengths, context, rng), context)
+
+    @abstractmethod
+    def _draft_at_once(
+        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+    ) -> Proposal:
+        """One call of ``core`` for the rows that draft, ``lengths`` tokens each. ``named``: all rows' slots."""
+
+    @abstractmethod
+    def _draft_stepwise(
+        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+    ) -> Proposal:
+        """The same in steps, which any processor of logits may change."""
 
     def open(self, slot: int, capacity: int) -> None:
         self.cache.open(slot, capacity)

@@ -83,6 +83,7 @@ class TrainableAutoregressive(TrainableNet):
 
     def loss(self, batch: FeatureBatch) -> Loss:
         """Sums over all drafts, each with its step's weight."""
+        batch = batch.together()
         texts, weights = batch.texts, self.weights
         starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
         positions = torch.arange(len(texts.tokens)) - starts

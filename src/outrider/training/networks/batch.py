@@ -5,18 +5,23 @@ N packed tokens, S texts, A anchors, R rows of logits, F feature width, V vocabu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["FeatureBatch", "Loss", "TokenBatch", "TrainableDrafter"]
+__all__ = ["FeatureBatch", "Loss", "TokenBatch", "TrainableDrafter", "send"]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``, without waiting for work that runs there."""
+    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """Some training texts, packed."""
+    """Some training texts, packed. On the CPU, where indices are worked out, also when a device trains."""
 
     tokens: Tensor  # int64 [N]
     offsets: Tensor  # int64 [S+1]    text s owns tokens[offsets[s]:offsets[s+1]]
@@ -35,7 +40,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class FeatureBatch:
-    """Texts with the target's features, logits and hidden states."""
+    """Texts with the target's features, logits and hidden states, which may be on another device than the texts."""
 
     texts: TokenBatch
     anchors: Tensor  # int64 [A]       positions in the pack from which drafting is trained, ascending
@@ -43,6 +48,13 @@ class FeatureBatch:
     features: Tensor  # [N, F]
     logits: Tensor  # float32 [R, V]   the target's, at ``rows``: the distribution of the token after each
     hidden: Tensor | None = None  # [R, D]  the target's state after its final norm, at ``rows``; None: it cannot tell
+
+    def together(self) -> FeatureBatch:
+        """With texts, anchors and rows on the features' device."""
+        device, texts = self.features.device, self.texts
+        tokens, offsets, answers = (send(x, device) for x in (texts.tokens, texts.offsets, texts.answers))
+        texts = TokenBatch(tokens, offsets, answers, texts.keys)
+        return replace(self, texts=texts, anchors=send(self.anchors, device), rows=send(self.rows, device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,14 @@ N packed tokens, A anchors, S slots of a block, H heads, Hkv key/value heads, G 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from outrider.config import LayerConfig
-from outrider.training.networks.batch import TokenBatch
+from outrider.training.networks.batch import TokenBatch, send
 
 __all__ = ["AutoregressiveAttention", "BlockAttention"]
 
@@ -26,11 +27,24 @@ class _Span:
     first: int  # of its anchors among all
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """All spans padded to the most anchors and the longest reach."""
+
+    most: int
+    reach: int
+    seen: Tensor  # int64 [texts, reach]  packed positions of each text's context
+    where: Tensor  # int64 [A]  each anchor among texts * most
+    anchors: Tensor  # int64 [texts * most]  counted from its text's beginning
+    hidden: dict[int | None, Tensor] = field(default_factory=dict)  # by window: what a block does not see
+
+
 class BlockAttention:
     """Each slot sees its text before the anchor, and its whole block (DSpark paper, section 3.1)."""
 
-    def __init__(self, texts: TokenBatch, anchors: Tensor, slots: int) -> None:
-        self.slots, self.anchors, self.texts = slots, anchors, texts
+    def __init__(self, texts: TokenBatch, anchors: Tensor, slots: int, device: torch.device) -> None:
+        """``device``: where attention is computed; texts and anchors are on the CPU."""
+        self.slots, self._device = slots, device
         bounds = torch.searchsorted(anchors, texts.offsets).tolist()
         self._spans = [
             _Span(begin, end, anchors[low:high] - begin, low)
@@ -42,7 +56,7 @@ class BlockAttention:
         self, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
     ) -> Tensor:
         """q [A S, H, Dh], k and v [A S, Hkv, Dh], the context's [N, Hkv, Dh] -> [A S, H, Dh]"""
-        attend = self._by_text if q.device.type == "cpu" else self._padded
+        attend = self._by_text if self._device.type == "cpu" else self._padded
         return attend(config, q, k, v, context_k, context_v)
 
     def _by_text(
@@ -77,48 +91,60 @@ class BlockAttention:
 
     def _hidden(self, anchors: Tensor, reach: int, window: int | None) -> Tensor:
         """Which context positions a block does not see: bool [a, 1 or S, reach]."""
-        keys = torch.arange(reach)
+        keys = torch.arange(reach, device=anchors.device)
         hidden = (keys >= anchors[:, None])[:, None]
         if window is None:
             return hidden
-        positions = anchors[:, None] + torch.arange(self.slots)
+        positions = anchors[:, None] + torch.arange(self.slots, device=anchors.device)
         return hidden | (positions[:, :, None] - keys >= window)
+
+    @cached_property
+    def _layout(self) -> _Layout:
+        """One for all layers, made of few tensors."""
+        most = max(len(span.anchors) for span in self._spans)
+        reach = max(int(span.anchors[-1]) for span in self._spans)
+        with torch.device("cpu"):
+            last = self._spans[-1].end - 1
+            seen = torch.tensor([span.begin for span in self._spans])[:, None] + torch.arange(reach)
+            counts = torch.tensor([len(span.anchors) for span in self._spans])
+            first = torch.tensor([span.first for span in self._spans])
+            owner = torch.arange(len(counts)).repeat_interleave(counts)
+            where = owner * most + torch.arange(len(owner)) - first[owner]
+            anchors = torch.zeros(len(counts) * most, dtype=torch.int64)
+            anchors[where] = torch.cat([span.anchors for span in self._spans])
+        seen, where, anchors = (send(x, self._device) for x in (seen.clamp(max=last), where, anchors))
+        return _Layout(most, reach, seen, where, anchors)
 
     def _padded(
         self, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor
     ) -> Tensor:
         """All texts in one product, each padded to the longest reach and the most anchors: few kernels for a device."""
-        device, slots, count = q.device, self.slots, len(self._spans)
-        most = max(len(span.anchors) for span in self._spans)
-        reach = max(int(span.anchors[-1]) for span in self._spans)
-        begins = torch.tensor([span.begin for span in self._spans], device=device)
-        seen = (begins[:, None] + torch.arange(reach, device=device)).clamp(max=len(context_k) - 1)
-        anchors = torch.zeros(count, most, dtype=torch.int64, device=device)
-        owner = torch.cat([torch.full_like(span.anchors, index) for index, span in enumerate(self._spans)]).to(device)
-        within = torch.cat([torch.arange(len(span.anchors), device=device) for span in self._spans])
-        anchors[owner, within] = torch.cat([span.anchors for span in self._spans]).to(device)
+        slots, layout, count = self.slots, self._layout, len(self._spans)
+        most, reach, groups = layout.most, layout.reach, config.num_heads // config.num_kv_heads
 
         def blocks(x: Tensor) -> Tensor:
             """[A S, heads, Dh] -> [texts, Hkv, a, S G, Dh]"""
-            padded = x.new_zeros(count, most, slots, *x.shape[1:])
-            padded[owner, within] = x.view(-1, slots, *x.shape[1:])
-            grouped = padded.unflatten(3, (config.num_kv_heads, -1))
+            rows = x.view(-1, slots, *x.shape[1:])
+            padded = x.new_zeros(count * most, *rows.shape[1:]).index_copy(0, layout.where, rows)
+            grouped = padded.view(count, most, slots, config.num_kv_heads, -1, x.shape[-1])
             return grouped.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
 
-        groups = config.num_heads // config.num_kv_heads
         queries = blocks(q.to(v.dtype)) * config.scale
-        keys, values = (x.to(v.dtype)[seen].transpose(1, 2) for x in (context_k, context_v))  # [texts, Hkv, reach, Dh]
+        keys, values = (x.to(v.dtype)[layout.seen].transpose(1, 2) for x in (context_k, context_v))
         past = (queries.flatten(2, 3) @ keys.transpose(2, 3)).view(*queries.shape[:4], reach)
-        hidden = self._hidden(anchors.flatten(), reach, config.window).view(count, 1, most, -1, reach)
-        if config.window is not None:
-            hidden = hidden.repeat_interleave(groups, 3)
+        hidden = layout.hidden.get(config.window)
+        if hidden is None:
+            hidden = self._hidden(layout.anchors, reach, config.window).view(count, 1, most, -1, reach)
+            if config.window is not None:
+                hidden = hidden.repeat_interleave(groups, 3)
+            layout.hidden[config.window] = hidden
         past = past.float().masked_fill(hidden, -torch.inf)
         own = (queries @ blocks(k.to(v.dtype)).transpose(3, 4)).float()
         weights = torch.cat([past, own], -1).softmax(-1).to(v.dtype)
         mixed = (weights[..., :reach].flatten(2, 3) @ values).view_as(queries)
         mixed = mixed + weights[..., reach:] @ blocks(v)
-        mixed = mixed.unflatten(3, (slots, groups)).permute(0, 2, 3, 1, 4, 5)[owner, within]
-        return mixed.reshape(-1, config.num_heads, mixed.shape[-1])
+        mixed = mixed.unflatten(3, (slots, groups)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)
+        return mixed.index_select(0, layout.where).reshape(-1, config.num_heads, mixed.shape[-1])
 
 
 class AutoregressiveAttention:

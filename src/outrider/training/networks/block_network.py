@@ -22,7 +22,7 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.config import LayerConfig, build
 from outrider.drafters.dspark_design import BlockDesign, MarkovHead
 from outrider.training.networks.base import TrainableNet
-from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
+from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch, send
 from outrider.training.networks.block_attention import BlockAttention
 from outrider.training.networks.initial import (
     Counts,
@@ -52,6 +52,26 @@ class BlockLoss:
     """Position k of a block weighs exp(-k / gamma)."""
     anchors: int = 64
     """The most blocks trained on from one text in one epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Indices of a batch's blocks, on the features' device: worked out on the CPU, so that no step waits for it."""
+
+    attention: BlockAttention
+    tokens: Tensor  # int64 [A S]     what fills the slots
+    positions: Tensor  # int64 [A S]  their positions in their texts
+    context: Tensor  # int64 [N]      positions of the packed tokens in theirs
+    previous: Tensor  # int64 [A, K]  the token before each draft, along the true path
+    counted: Tensor  # int64 [n]      the drafts that count, among all A K
+    rows: Tensor  # int64 [n]         the row of the target's logits that verifies each
+    drafted: Tensor  # int64 [n]      its token
+    weight: Tensor  # float32 [n]     of its position in the block
+
+
+def _chosen(values: Tensor, blocks: _Blocks) -> Tensor:
+    """Those of the drafts that count. [A, K, ...] -> [n, ...]"""
+    return values.flatten(0, 1).index_select(0, blocks.counted)
 
 
 class TrainableBlock(TrainableNet):
@@ -95,13 +115,10 @@ class TrainableBlock(TrainableNet):
 
     def loss(self, batch: FeatureBatch) -> Loss:
         """Sums over all drafts of all blocks, each with the weight of its position."""
-        texts, weights = batch.texts, self.weights
-        valid = self._valid(texts, batch.anchors)
-        rows = self._positions(batch.anchors)[valid]
-        weight = position_weights(self.design.drafts, weights.gamma).expand(valid.shape)[valid]  # [n]
-        logits, sure = self.predict(batch)
-        distributions, drafted = self.frozen.distribution(batch.logits), self.frozen.draft_ids(texts.tokens[rows + 1])
-        hard, variation, soft = divergence(logits, distributions, torch.searchsorted(batch.rows, rows), drafted)
+        weights, blocks = self.weights, self._blocks(batch)
+        logits, sure = self._predict(batch, blocks)
+        distributions, drafted = self.frozen.distribution(batch.logits), self.frozen.draft_ids(blocks.drafted)
+        hard, variation, soft = divergence(logits, distributions, blocks.rows, drafted)
         terms = {
             "cross_entropy": hard,
             "total_variation": variation,
@@ -111,6 +128,7 @@ class TrainableBlock(TrainableNet):
         if sure is not None:
             accepted = (1 - variation.detach() / 2).clamp(0, 1)
             terms["confidence"] = F.binary_cross_entropy_with_logits(sure, accepted, reduction="none")
+        weight = blocks.weight
         parts = {name: (weight * term).sum() for name, term in terms.items()}
         used = [getattr(weights, name) * part for name, part in parts.items() if getattr(weights, name)]
         parts["acceptance"] = (weight * (1 - variation / 2)).sum()
@@ -119,16 +137,42 @@ class TrainableBlock(TrainableNet):
     def predict(self, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
         """Logits of every draft that counts, block by block, and of its confidence where there is that head.
         [n, Vd], [n]"""
-        valid = self._valid(batch.texts, batch.anchors)
-        hidden = self._block(batch)  # [A, K, D]
-        known = self._positions(batch.anchors).clamp(max=len(batch.texts.tokens) - 1)
-        latent, before = self._markov(batch.texts.tokens[known], hidden)
-        logits = self.frozen.unembed(hidden[valid])
-        if latent is not None:
-            logits = logits + self.markov["w2"](latent[valid])
-        return logits, None if self.confidence is None else self._confidence(hidden, before)[valid]
+        return self._predict(batch, self._blocks(batch))
 
     # -------------------------------------------------------------------------------------------- parts
+
+    def _predict(self, batch: FeatureBatch, blocks: _Blocks) -> tuple[Tensor, Tensor | None]:
+        hidden = self._block(batch, blocks)  # [A, K, D]
+        latent, before = self._markov(blocks.previous, hidden)
+        logits = self.frozen.unembed(_chosen(hidden, blocks))
+        if latent is not None:
+            logits = logits + self.markov["w2"](_chosen(latent, blocks))
+        if self.confidence is None:
+            return logits, None
+        return logits, _chosen(self._confidence(hidden, before), blocks)
+
+    def _blocks(self, batch: FeatureBatch) -> _Blocks:
+        texts, anchors, slots, device = batch.texts, batch.anchors, self.design.block_size, batch.features.device
+        with torch.device("cpu"):
+            starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
+            tokens = torch.full((len(anchors), slots), self.design.mask_token_id)
+            tokens[:, 0] = texts.tokens[anchors]
+            positions = (anchors - starts[anchors])[:, None] + torch.arange(slots)
+            known, valid = self._positions(anchors), self._valid(texts, anchors)
+            rows = known[valid]
+            weight = position_weights(self.design.drafts, self.weights.gamma).expand(valid.shape)[valid]
+            indices = (
+                tokens.flatten(),
+                positions.flatten(),
+                torch.arange(len(texts.tokens)) - starts,
+                texts.tokens[known.clamp(max=len(texts.tokens) - 1)],
+                valid.flatten().nonzero()[:, 0],
+                torch.searchsorted(batch.rows, rows),
+                texts.tokens[rows + 1],
+                weight,
+            )
+            attention = BlockAttention(texts, anchors, slots, device)
+        return _Blocks(attention, *(send(index, device) for index in indices))
 
     def _positions(self, anchors: Tensor) -> Tensor:
         """Position of the target's distribution of each draft: draft k follows the token at anchor + k. int64 [A, K]"""
@@ -142,25 +186,19 @@ class TrainableBlock(TrainableNet):
         answer = texts.answers[following.clamp(max=len(texts.tokens) - 1)]
         return (inside & answer).cumprod(1).bool()
 
-    def _block(self, batch: FeatureBatch) -> Tensor:
+    def _block(self, batch: FeatureBatch, blocks: _Blocks) -> Tensor:
         """Hidden states of the slots that predict, after the final norm. [A, K, D]"""
-        texts, anchors, slots = batch.texts, batch.anchors, self.design.block_size
-        starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
         context = self.hidden_norm(self.fc(batch.features))
-        context_angles = self.stack.angles(torch.arange(len(texts.tokens)) - starts)
-        tokens = torch.full((len(anchors), slots), self.design.mask_token_id)
-        tokens[:, 0] = texts.tokens[anchors]
-        attention = BlockAttention(texts, anchors, slots)
+        context_angles = self.stack.angles(blocks.context)
 
         def attend(layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             own = cast(LearnedLayer, self.stack.layers[layer])
-            return attention(config, q, k, v, *own.keys_values(context, context_angles[config.rope]))
+            return blocks.attention(config, q, k, v, *own.keys_values(context, context_angles[config.rope]))
 
-        positions = (anchors - starts[anchors])[:, None] + torch.arange(slots)
-        x = self.frozen.embed(tokens.flatten())
-        _, hidden = self.stack(x, positions.flatten(), attend)
+        x = self.frozen.embed(blocks.tokens)
+        _, hidden = self.stack(x, blocks.positions, attend)
         first = 0 if self.design.sample_from_anchor else 1
-        return hidden.view(len(anchors), slots, -1)[:, first:]
+        return hidden.view(len(batch.anchors), self.design.block_size, -1)[:, first:]
 
     def _markov(self, previous: Tensor, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What W2 makes the bias of, and W1 of the token before, along the true path. int64 [A, K] -> [A, K, r]"""

@@ -85,6 +85,7 @@ class TrainableModel(nn.Module):
 
     def loss(self, batch: FeatureBatch) -> Loss:
         """Sums over the answers' tokens."""
+        batch = batch.together()
         texts, rows = batch.texts, batch.rows
         parts = [texts.tokens[begin:end] for begin, end in texts.spans()]
         tokens = pad_sequence(parts, batch_first=True)

@@ -58,24 +58,29 @@ class _Divergence(torch.autograd.Function):
             missing = (1 - p.sum(-1)).clamp_(min=0)  # mass on tokens that cannot be drafted
             variation[rows] = p.sub_(log_q.exp_()).abs_().sum(-1).add_(missing)
         ctx.save_for_backward(q, distributions, index, tokens)
+        ctx.set_materialize_grads(False)
         ctx.dtype = logits.dtype
         return torch.where(tokens >= 0, hard, 0), variation, soft
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, hard: Tensor, variation: Tensor, soft: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(
+        ctx: Any, hard: Tensor | None, variation: Tensor | None, soft: Tensor | None
+    ) -> tuple[Tensor, None, None, None]:
+        """Gradients are None for what the loss does not use."""
         saved, distributions, index, tokens = ctx.saved_tensors
         gradient = torch.empty(saved.shape, dtype=ctx.dtype, device=saved.device)
-        hard = torch.where(tokens >= 0, hard, 0)[:, None]
-        softly = bool(soft.any())
+        nothing = saved.new_zeros(len(saved))
+        hard = torch.where(tokens >= 0, nothing if hard is None else hard, 0)[:, None]
+        variation = (nothing if variation is None else variation)[:, None]
         for rows in _parts(saved):
-            q, p, slope = saved[rows], distributions[index[rows]], variation[rows, None]
+            q, p, slope = saved[rows], distributions[index[rows]], variation[rows]
             part = torch.sign(q - p)
             common = hard[rows] - slope * torch.linalg.vecdot(part, q)[:, None]
-            if softly:
+            if soft is not None:
                 common = common + soft[rows, None] * p.sum(-1, keepdim=True)
             part.mul_(slope).add_(common).mul_(q)
-            if softly:
+            if soft is not None:
                 part.addcmul_(soft[rows, None], p, value=-1)
             gradient[rows] = part.scatter_add_(1, tokens[rows].clamp(min=0)[:, None], -hard[rows])
         return gradient, None, None, None
