@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ ANSWERS = (64, 128, 96, 160, 80)  # most new tokens of an answer, in turn: reque
 LENGTHS = (32, 96, 64)  # tokens of random prompts, in turn
 KNOWN_TEXTS = 96  # requests whose text is recorded for a synthetic drafter
 CAPACITY = 512
+PROCESSOR_TIME = os.environ.get("OUTRIDER_THREADS") == "1" and os.environ.get("LIVE_CLOCK") == "processor"
+# With one thread and LIVE_CLOCK=processor, seconds are those of the thread: for machines that are not quiet.
 HELD_UP = 0.05  # seconds of a step in which the thread did not run: something else has stopped the process
 SHARE = 1 / 6  # of the target's time, what a synthetic drafter takes for as many tokens
 CHANGES = (1, 4, 16, 2, 8)  # requests in flight of mixed traffic, by window
@@ -114,9 +117,9 @@ class Client:
 
     def run(self, seconds: float, concurrency: int) -> Window:
         """Go on for so many seconds; the step under way then is finished."""
-        engine, window = self.llm.engine, Window()
+        engine, window, clock = self.llm.engine, Window(), thread_time if PROCESSOR_TIME else perf_counter
         last: dict[int, float] = {}
-        began = now = perf_counter()
+        began = now = clock()
         while now - began - window.held_up < seconds:
             worked = thread_time()
             ended = [request for request in self._flying if request.finish_reason is not None]
@@ -130,7 +133,7 @@ class Client:
                 seed = self._submitted if asked.params.seed is None else asked.params.seed
                 self._flying.append(engine.submit(list(asked.tokens), asked.params, seed))
             commits = engine.step()
-            before, now = now, perf_counter()
+            before, now = now, clock()
             idle = now - before - (thread_time() - worked)
             if idle > HELD_UP:
                 window.held_up += idle

@@ -28,7 +28,7 @@ Ints = npt.NDArray[np.int64]
 LEAST = 1e-6  # confidences are kept off 0 and 1
 MEMORY = 100.0  # outcomes of a position that count
 ROW_MEMORY = 40.0
-PRIOR, SLOPE_PRIOR, ROW_PRIOR = 1.0, 6.0, 1.5  # curvature of what is believed before: about 4 outcomes to a unit
+PRIOR, SLOPE_PRIOR, ROW_PRIOR = 1.0, 6.0, 4.0  # curvature of what is believed before: about 4 outcomes to a unit
 PULL = 0.001  # of the way back to the identity that a round goes
 LEAST_SLOPE, MOST_SLOPE = 0.05, 4.0
 FEW = 16  # rounds that are learnt from together may be of the same row
@@ -139,6 +139,7 @@ class SurvivalHistory:
         self._shared = np.zeros((shared, drafts))
         self._shared_count = 0
         self._conditional = np.full(drafts, 0.5)  # mean probability of each position, of drafts that reached it
+        self._reached = np.zeros(drafts, dtype=np.int64)  # rounds learnt from in which any did
 
     @property
     def empty(self) -> bool:
@@ -152,7 +153,8 @@ class SurvivalHistory:
 
     def add(self, slots: Ints, adjusted: Floats | Singles, survival: Floats, lengths: Ints, limits: Ints) -> None:
         """What rows drafted, each slot once or in the order of its rounds. Positions that a row's limit cut off are
-        estimated; those it left out itself are 0."""
+        estimated: as likely as the row's own before them, as far as that holds for all rows. Those it left out itself
+        are 0."""
         if not len(slots):
             return
         self._reach(slots)
@@ -163,11 +165,19 @@ class SurvivalHistory:
             there = lengths > j
             count = int(there.sum())
             if count:
-                self._conditional[j] += 0.1 * (adjusted[:, j] @ there / count - self._conditional[j])
+                self._reached[j] += 1
+                rate = max(0.1, 1 / self._reached[j])
+                self._conditional[j] += rate * (adjusted[:, j] @ there / count - self._conditional[j])
         shortest = int(limits.min())
-        for j in range(max(shortest, 1), self.drafts):
-            cut = (limits <= j) & (lengths >= limits)
-            full[cut, j] = full[cut, j - 1] * self._conditional[min(j, max(width - 1, 0))]
+        cut = (lengths >= limits) & (limits > 0)
+        if shortest < self.drafts and cut.any():
+            last = np.minimum(np.maximum(limits, 1), width) - 1  # the last position of each row that was drafted
+            own = full[np.arange(len(slots)), last] ** (1 / (last + 1))
+            means = np.cumsum(self._conditional) / np.arange(1, self.drafts + 1)
+            for j in range(max(shortest, 1), self.drafts):
+                mine = cut & (limits <= j)
+                trend = self._conditional[j] / means[last[mine]] if self._reached[j] else 1.0
+                full[mine, j] = full[mine, j - 1] * np.minimum(own[mine] * trend, 0.99)
         if len(slots) <= FEW:
             for slot, row in zip(slots.tolist(), full, strict=True):
                 self._rows[slot, self._counts[slot] % self.kept] = row

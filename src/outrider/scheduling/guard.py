@@ -28,7 +28,7 @@ STALL = 2.0  # a pass that took longer than so many times what it should was hel
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 IDLE_WITH_FEATURES = 256  # the same for a drafter that cannot
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
-MOST_RENEWALS = 8  # or until there are other texts: all rows have new requests, so many times over at most
+RENEWALS = 8  # or until there are other texts: all rows have new requests, so many times over where much was lost
 SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
 LOOK = 4
 LOOK_ASIDE = 16  # the same while the drafter is left out: each step is to cost what a plain step costs
@@ -60,7 +60,6 @@ class GuardedPolicy:
         self._unearned = 0.0  # seconds of those that the ledger was not told of
         self._pause = FIRST_PAUSE
         self._newest, self._newest_then = -1, -1  # the latest request: now, and when the drafter was left out
-        self._renewals = 1
         self._since_control = 0
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
@@ -89,7 +88,8 @@ class GuardedPolicy:
 
     def _may_draft(self, rows: int) -> bool:
         if not self._follows:
-            others = self._newest - self._newest_then >= self._renewals * rows
+            renewals = 1 if 2 * self.ledger.balance > self.ledger.most else RENEWALS
+            others = self._newest - self._newest_then >= renewals * rows
             if (self._idle < self._pause and not others) or not self.ledger.affords(self._needed):
                 return False
             self._follows, self._suspended, self._idle = True, False, 0  # rows are followed from the next step on
@@ -163,7 +163,7 @@ class GuardedPolicy:
         self._idle = 0
         self._since_control += 1
         if self._advantage > 1:
-            self._pause, self._renewals = FIRST_PAUSE, 1
+            self._pause = FIRST_PAUSE
         if self.ledger.balance <= 0:
             self._suspended = True
             self._needed = max(2 * (took - worth), 0.25 * self.ledger.most)
@@ -187,6 +187,4 @@ class GuardedPolicy:
             self._follows = False
             self._idle = 0
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            if self._newest_then >= 0:
-                self._renewals = min(2 * self._renewals, MOST_RENEWALS)
             self._newest_then = self._newest

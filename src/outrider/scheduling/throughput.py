@@ -47,6 +47,7 @@ PROBED = 4  # rows tried in one step, or an eighth of all
 TRIES = 2  # times of trying for which the account need not hold enough, after ``try_again``
 IN_A_ROW = 3  # steps for which rows are tried: only after the first one are weights and code in the caches
 AT_START = 4  # the same when nothing is known
+WHOLE = 128  # steps after which rows that draft few tokens draft as many as they can once
 REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
 PLANNING, WORTH = 0.25e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
 FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
@@ -156,6 +157,7 @@ class ThroughputPolicy:
         self._allowed = 0  # times of trying, as said at TRIES
         self._again: tuple[int, Ints, int] = (0, np.zeros(0, dtype=np.int64), 0)  # steps, slots and drafts still tried
         self._was_drafting = False  # in the step before
+        self._whole = 0  # the turn in which as much was drafted as can be
         self._owners = np.full(0, -1)  # by slot: the request that has it
         self._idle = np.zeros(0, dtype=np.int64)  # by slot: steps since it was drafted for
         self._wait = np.zeros(0, dtype=np.int64)  # by slot: steps after which it is tried again
@@ -255,7 +257,13 @@ class ThroughputPolicy:
                 reused = REUSED if now.ready <= LEARNT_ROWS else 2 * REUSED
                 self._stale = self._turn + min(max(reused, round(PLANNING / (WORTH * seconds))), MOST_REUSED)
                 self._made = self._turn, now.ready
-            limits[:able] = self._planned[slots]
+            limits[:able] = planned = self._planned[slots]
+            longest = int(planned.max())
+            if longest == self._block:
+                self._whole = self._turn
+            elif longest and self._turn - self._whole >= WHOLE:
+                limits[:able][planned > 0] = self._block
+                self._whole, now.probe = self._turn, True
             self._probe(now, slots, limits)
         return limits.tolist()
 
@@ -380,6 +388,10 @@ class ThroughputPolicy:
         # Rows that are drafted for share one limit, but for those that are tried.
         limits = np.array(now.limits)[rows] if now.probe else np.full(len(rows), now.longest)
         keep = ranking.keep(count)
+        if (
+            now.probe and not self._history.empty
+        ):  # what is tried is tried in earnest, or nothing would be learnt; the past alone says where
+            keep = np.maximum(keep, np.minimum(lengths, 1))
         return _Chosen(rows, slots, lengths, np.maximum(limits, lengths), z, p, survival, keep)
 
     def _choose_one(self, now: _Step, length: int, confidence: Tensor | None) -> int:
@@ -398,6 +410,8 @@ class ThroughputPolicy:
             keep = self._budget(np.array(survival), 1, np.array(seconds[: length + 1]) + spent)
         else:
             keep = _walk(survival, seconds, spent, look_on=now.free)
+        if now.probe and not self._history.empty:
+            keep = max(keep, min(length, 1))
         now.one = _One(0, slot, length, max(now.limits[0], length), z, p, survival, keep)
         return keep
 
