@@ -178,12 +178,12 @@ def vllm(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[dict
     return rows
 
 
-def completed(url: str, prompts: Sequence[list[int]], count: int, **more: Any) -> tuple[list[list[int]], int]:
+def completed(url: str, prompts: Sequence[list[int]], count: int) -> tuple[list[list[int]], int]:
     """(greedy texts, accepted drafts) of a llama.cpp server, one prompt at a time."""
     texts, accepted = [], 0
     for ids in prompts:
         body = {"prompt": ids, "n_predict": count, "temperature": 0.0, "ignore_eos": True, "return_tokens": True}
-        body |= {"cache_prompt": False, **more}
+        body |= {"cache_prompt": False}
         request = Request(f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urlopen(request, timeout=PATIENCE) as response:
             answer = json.load(response)
@@ -207,8 +207,10 @@ def llama_server(options: argparse.Namespace, prompts: Sequence[list[int]]) -> l
             say(f"{name}: {made.script().splitlines()[-1]}")
             try:
                 with running(["sh", str(out / "launch.sh"), *machine, *cut], out, options.port, path) as url:
-                    undrafted, _ = completed(url, prompts, options.max_tokens, **{"speculative.n_max": 0})
                     texts, accepted = completed(url, prompts, options.max_tokens)
+                alone = [made.command[0], "-m", str(out / made.command[2]), *machine]
+                with running(alone, out, options.port, path) as url:
+                    undrafted, _ = completed(url, prompts, options.max_tokens)
             except RuntimeError as error:
                 rows.append({"drafter": name, "drafts": drafts, "refused": str(error)})
                 say(f"  {error}")

@@ -85,9 +85,9 @@ def in_turns(plain: LLM, fast: LLM, prompts: Sequence[Prompt], params: SamplingP
     for one in (plain, fast):
         one.generate(list(prompts[: one.max_rows]), params)  # warm up
     for _ in range(repeats):
-        fast.forget()  # stored answers would make a repeated prompt too easy
         each = []
         for one in (plain, fast):
+            one.forget()  # a repeated prompt would be too easy, and need not be read again
             began = perf_counter()
             done = one.generate(list(prompts), params)
             each.append((perf_counter() - began) / sum(len(output.token_ids) for output in done))

@@ -158,6 +158,17 @@ def verification(result: Result) -> tuple[str, str, str]:
     return title, "", table(header, (list(row.values()) for row in result["rows"]))
 
 
+def perplexity_peers(result: Result) -> tuple[str, str, str]:
+    header = ["engine", "perplexity", "against llama.cpp", "standard error"]
+    rows = (
+        [row["engine"], f"{row['perplexity']:.2f}", *(f"{row[name]:+.2%}" if name in row else "" for name in PEER)]
+        for row in result["rows"]
+    )
+    title = f"Perplexity of {result['model']}'s file against llama.cpp's, {result['scored_tokens']:,} tokens"
+    return title, "", table(header, rows)
+
+
+PEER = ("against_llama_cpp", "standard_error")
 KINDS: list[tuple[set[str], Callable[[Result], tuple[str, str, str]]]] = [
     ({"milliseconds", "bandwidth_share", "rows"}, profile),
     ({"contender", "new_tokens"}, passes),
@@ -166,6 +177,7 @@ KINDS: list[tuple[set[str], Callable[[Result], tuple[str, str, str]]]] = [
     ({"different", "drafter"}, lossless),
     ({"speedup", "drafter"}, bench),
     ({"perplexity", "dtype"}, perplexity),
+    ({"perplexity", "engine"}, perplexity_peers),
     ({"outside_us", "share"}, rounds),
     ({"process_ms", "verify_ms"}, verification),
 ]

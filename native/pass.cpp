@@ -177,21 +177,47 @@ void Pass::forward(const Batch& batch, const Chunk& chunk) {
   }
   allocate(std::max(chunk.count, static_cast<int>(chunk.logits_token.size())), partial);
   rows_ = chunk.count;
-  pool_.run([&](int thread) { run_layers(thread, batch); });
+  const size_t layers = stack_.layers_.size();
+  size_t first = 0, last = 0;
+  do {
+    first = last;
+    for (size_t work = 0; last < layers && work < kJobWork; last++) work += weights(stack_.layers_[last]) * rows_;
+    const bool all = pool_.run([&](int thread) {
+      if (first == 0) load_residual(thread, batch.tokens + chunk_->first);
+      run_layers(thread, first, last);
+      if (last == layers) finish(thread, pending_before(layers));
+    });
+    if (!all && replicated_) stop_replicating();
+  } while (last < layers);
 }
 
-void Pass::run_layers(int thread, const Batch& batch) {
-  load_residual(thread, batch.tokens + chunk_->first);
-  Pending pending;
-  pending.layer = -1;
-  for (size_t i = 0; i < stack_.layers_.size(); i++) {
+size_t Pass::weights(const Layer& layer) const {
+  size_t panels = 0;
+  for (const Linear* linear : {&layer.qkv, &layer.out, &layer.gate_up, &layer.down})
+    panels += static_cast<size_t>(linear->weights().panels) * linear->weights().inner;
+  return panels * kernels_.panel;
+}
+
+void Pass::run_layers(int thread, size_t first, size_t last) {
+  for (size_t i = first; i < last; i++) {
     const Layer& layer = stack_.layers_[i];
-    attention(thread, i, pending);
-    pending = {space_.y, stack_.spec_.sandwich ? &layer.attention_out_norm : nullptr, 1.0f, kNone};
-    mlp(thread, layer, pending);
-    pending = {space_.y, stack_.spec_.sandwich ? &layer.mlp_out_norm : nullptr, layer.spec.scalar, static_cast<int>(i)};
+    attention(thread, i, pending_before(i));
+    mlp(thread, layer, {space_.y, stack_.spec_.sandwich ? &layer.attention_out_norm : nullptr, 1.0f, kNone});
   }
-  finish(thread, pending);
+}
+
+Pass::Pending Pass::pending_before(size_t layer) const {
+  if (layer == 0) return {nullptr, nullptr, 1.0f, -1};
+  const Layer& before = stack_.layers_[layer - 1];
+  return {space_.y, stack_.spec_.sandwich ? &before.mlp_out_norm : nullptr, before.spec.scalar,
+          static_cast<int>(layer) - 1};
+}
+
+// Between two jobs: the caller's copies are complete, whoever was missing.
+void Pass::stop_replicating() {
+  replicated_ = false;
+  space_.x = space_.local[0].x;
+  space_.operand = space_.local[0].operand;
 }
 
 void Pass::load_residual(int thread, const int64_t* tokens) {

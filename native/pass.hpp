@@ -1,8 +1,11 @@
 // One forward pass of one chunk of a batch: the workspace, and how the work is shared between threads.
 //
 // With up to kReplicatedRows rows every thread keeps its own copy of the residual stream and prepares every operand
-// itself: that costs less than another barrier. With more rows each row is prepared by one thread, followed by a
-// barrier. The arithmetic of a row is the same either way.
+// itself: that costs less than another barrier. With more rows, or once a thread was missing, each row is prepared by
+// one thread, followed by a barrier. The arithmetic of a row is the same either way.
+//
+// A pass is several jobs of the pool, since a thread that has lost its core to something else can join at the beginning
+// of a job only: in a server the rest of a long pass would be left to one thread.
 #pragma once
 
 #include "stack.hpp"
@@ -13,6 +16,7 @@ namespace outrider {
 constexpr int kChunkRows = 256;  // tokens that go through the stack together
 constexpr int kReplicatedRows = 16;
 constexpr int kReplicatedThreads = 8;
+constexpr size_t kJobWork = size_t{24} << 20;  // multiplications of a job, about: a few hundred microseconds
 constexpr int kQueryTile = 128;  // queries of one unit: their states stay in cache while keys and values are read
 
 // The part of one row of the batch that lies in a chunk. Tokens are numbered within the chunk.
@@ -81,7 +85,10 @@ class Pass {
   };
 
   void allocate(int rows, size_t partial);
-  void run_layers(int thread, const Batch& batch);
+  void run_layers(int thread, size_t first, size_t last);
+  size_t weights(const Layer& layer) const;
+  Pending pending_before(size_t layer) const;
+  void stop_replicating();
   void load_residual(int thread, const int64_t* tokens);
   void attention(int thread, size_t index, Pending pending);
   void mlp(int thread, const Layer& layer, Pending pending);

@@ -25,7 +25,7 @@ constexpr int kIdleYields = 500;    // between jobs: the next pass often follows
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
 constexpr microseconds kMinWait{150};  // the caller waits at least this long for a worker before it drops it
-constexpr int kBackOff = 16;           // time lost by waiting in vain may be at most 1 / kBackOff of all time
+constexpr int kBackOff = 16;           // times what was lost by waiting in vain: so long the caller then works alone
 constexpr milliseconds kMaxBackOff{1000};
 
 void pause() {
@@ -103,20 +103,21 @@ void ThreadPool::work(int thread) {
   }
 }
 
-void ThreadPool::run_raw(Call call, void* context) {
+bool ThreadPool::run_raw(Call call, void* context) {
   const std::lock_guard<std::mutex> lock(one_job_);
   self = 0;
   call_ = call;
   context_ = context;
   drop_late_.store(false, std::memory_order_relaxed);
   for (PerThread& entry : per_thread_) entry.taken.store(0, std::memory_order_relaxed);
-  const Clock::time_point began = phase_began_ = Clock::now();
-  const bool alone = threads_ == 1 || began < alone_until_;
+  job_began_ = phase_began_ = Clock::now();
+  const bool alone = threads_ == 1 || job_began_ < alone_until_;
   state_.store(alone ? kClosed | kMember : kMember, std::memory_order_release);
   if (!alone) job_.advance();
   call(context, 0);
   wait_at_barrier(true);
-  if (!alone) shared_time_ += phase_began_ - began;
+  if (!alone) shared_time_ += phase_began_ - job_began_;
+  return static_cast<int>(state_.load(std::memory_order_relaxed) / kMember & kCount) == threads_;
 }
 
 // Joins the running job, if it is still open.
@@ -198,12 +199,14 @@ void ThreadPool::release(uint64_t state) {
   barrier_.advance();
 }
 
-// The caller has waited in vain: it works alone until the time lost is small compared with the time since the last
-// loss.
+// The caller has waited in vain. It works alone for a while if that is quicker: two threads that lose half of their time
+// by waiting do as much as one. A neighbour that takes the core now and then costs less than the worker's help is worth.
 void ThreadPool::back_off(Clock::duration lost) {
-  const Clock::duration wanted = kBackOff * lost - shared_time_;
+  const Clock::time_point now = Clock::now();
+  const Clock::duration helped = shared_time_ + (now - job_began_) - lost;
   shared_time_ = {};
-  if (wanted.count() > 0) alone_until_ = Clock::now() + std::min<Clock::duration>(wanted, kMaxBackOff);
+  job_began_ = now;
+  if (lost > helped) alone_until_ = now + std::min<Clock::duration>(kBackOff * lost, kMaxBackOff);
 }
 
 // Workers that share a core with another thread of the pool move to a free one. Without this, two threads that yield to

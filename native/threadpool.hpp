@@ -43,10 +43,11 @@ class ThreadPool {
 
   // Calls job(thread) on the caller's thread, number 0, and on the workers that take part; returns when all are done.
   // Work must be shared by `parallel_for`, since a worker may be missing, or leave at a barrier (by an exception). One
-  // job at a time. A job that throws ends the process: check arguments before the job.
+  // job at a time. A job that throws ends the process: check arguments before the job. Whether all threads took part
+  // from beginning to end. A worker that missed the beginning misses the whole job, so long work should be several jobs.
   template <class Job>
-  void run(Job&& job) {
-    run_raw([](void* context, int thread) { (*static_cast<std::remove_reference_t<Job>*>(context))(thread); }, &job);
+  bool run(Job&& job) {
+    return run_raw([](void* context, int thread) { (*static_cast<std::remove_reference_t<Job>*>(context))(thread); }, &job);
   }
 
   // Waits until all threads of the running job are here.
@@ -79,7 +80,7 @@ class ThreadPool {
     return state >= kClosed && (state & kCount) == (state / kMember & kCount);
   }
 
-  void run_raw(Call call, void* context);
+  bool run_raw(Call call, void* context);
   void work(int thread);
   bool join();
   void wait_at_barrier(bool last);
@@ -100,7 +101,7 @@ class ThreadPool {
   alignas(64) std::atomic<uint64_t> state_{kClosed};
   std::atomic<bool> drop_late_{false};  // the caller has waited too long: workers that arrive now are dropped
   // Used by the caller only.
-  Clock::time_point phase_began_, alone_until_;
+  Clock::time_point job_began_, phase_began_, alone_until_;
   Clock::duration shared_time_{};  // time of jobs with workers since the caller last waited in vain
   struct alignas(64) PerThread {
     std::atomic<int64_t> taken{0};  // items taken of this thread's share

@@ -20,6 +20,8 @@ from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
 from outrider.evaluation.drafter_quality import Config, evaluate
 from outrider.evaluation.intervals import Estimate, estimate, macro, share
 from outrider.evaluation.recording import Round
+from outrider.evaluation.speedup import run_bench
+from outrider.types import Output
 
 SMALL = Config(max_tokens=24, draws=200, temperatures=(0.0,))
 
@@ -241,3 +243,25 @@ def test_bad_input_is_one_line(tiny_model_dir: Path, options: list[str], message
     result = outrider("eval", "--drafter", "ngram", "--target", tiny_model_dir, "--backend", "reference", *options)
     assert result.exit_code == 2
     assert message in result.stderr and result.stderr.strip().count("\n") == 0
+
+
+def test_a_benchmark_reads_every_prompt_again_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of over a block of the cache would otherwise be read once by the side that forgets nothing."""
+    plain = LLM(drafter="none", max_rows=1)
+    cached: dict[int, list[int]] = {}
+    generate = LLM.generate
+
+    def watched(llm: LLM, *args: Any, **options: Any) -> list[Output]:
+        done = generate(llm, *args, **options)
+        cached.setdefault(id(llm), []).extend(output.stats.cached_tokens for output in done)
+        return done
+
+    monkeypatch.setattr(LLM, "generate", watched)
+    prompt = [i % 500 + 5 for i in range(150)]
+    assert plain.generate(prompt, SamplingParams(max_tokens=2)) and plain.generate(prompt, SamplingParams(max_tokens=2))
+    assert cached[id(plain)] == [0, 128], "the cache shares prefixes"
+    cached.clear()
+    fast = plain.with_drafter("suffix")
+    run_bench("embedded", {"suffix": fast}, plain, {"x": [prompt]}, temperatures=(0.0,), max_tokens=4, repeats=3)
+    timed = {id(llm): cached[id(llm)][1:] for llm in (plain, fast)}  # after the warm-up
+    assert timed == {id(plain): [0, 0, 0], id(fast): [0, 0, 0]}

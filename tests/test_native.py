@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -430,3 +432,35 @@ def test_weights_that_overflow_give_logits_that_are_not_numbers(dtype: str, isa:
     cache = made.new_cache(1, 8)
     logits = made.forward(RaggedBatch.pack([[1, 2, 3]], [0], [cache.open()]), cache).logits
     assert logits is not None and bool(logits.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_threads_that_lose_their_core_change_no_bit(dtype: str) -> None:
+    """Workers that are late, missing or dropped, in passes of one and of several jobs."""
+    from outrider import _native
+
+    config = stack(*[layer(num_heads=8, head_dim=32, intermediate_size=1024) for _ in range(6)], hidden_size=256)
+    made = NativeBackend().load(config, random_weights(config), dtype)
+    batches = [RaggedBatch.pack([[i % 200 for i in range(rows)]], [0], [0]) for rows in (1, 3, 16, 40)]
+
+    def run(batch: RaggedBatch) -> StackOutput:
+        cache = made.new_cache(1, 64)
+        cache.open()
+        return made.forward(batch, cache, aux_layers=[0, 5])
+
+    threads = _native.threads()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        _native.set_threads(1)
+        expected = [run(batch) for batch in batches]
+        _native.set_threads(3)
+        for _ in range(25):
+            for batch, alone in zip(batches, expected, strict=True):
+                together = run(batch)
+                assert torch.equal(together.logits, alone.logits)
+                assert torch.equal(together.features, alone.features)
+    finally:
+        _native.set_threads(threads)
+        for process in busy:
+            process.kill()
+            process.wait()

@@ -89,7 +89,7 @@ def plan(
     ] = None,
     plain: Annotated[
         Path | None,
-        typer.Option("--plain", help="With --explain of a vLLM page: one of the same server without speculation."),
+        typer.Option("--plain", help="With --explain: a vLLM page or llama.cpp log of the server without speculation."),
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write the page into this file.")] = None,
     chat: Chat = None,

@@ -123,8 +123,8 @@ def run_bench(
     """Time every drafter against ``plain`` on the same prompts, alternating; sampled text is seeded and coupled.
 
     Each prompt (or group of ``concurrency`` prompts) is answered by plain decoding, then with the drafter; the whole
-    set is repeated ``repeats`` times. The time of a prompt is the median of its repeats. Drafters that store earlier
-    text are emptied before each repeat. The share of identical texts is measured, not assumed. With ``ignore_eos``
+    set is repeated ``repeats`` times. The time of a prompt is the median of its repeats. Stored text and prefixes are
+    dropped on both sides before each repeat. The share of identical texts is measured, not assumed. With ``ignore_eos``
     answers go on past the end of the text; without it their lengths may differ, and seconds count for each token.
     """
     rows: list[BenchRow] = []
@@ -143,7 +143,8 @@ def run_bench(
                 llm.observers.append(steps)
                 for _ in range(repeats):
                     outputs = {side: [] for side in sides}
-                    llm.forget()  # stored answers would make a repeated prompt too easy
+                    for one in sides.values():  # a repeated prompt would be too easy, and need not be read again
+                        one.forget()
                     for index, group in enumerate(groups):
                         for side, one in sides.items():
                             done = one.generate(group, params)

@@ -51,6 +51,7 @@ KEPT = "verifying accepted drafts"
 REJECTED = "rejected work"
 BOOKKEEPING = "bookkeeping"
 UNKNOWN = "target pass, drafting and bookkeeping (no times of them in the file)"
+WHOLE = "target pass, verifying included (no plain step in the file)"
 FREE = 128.0  # tokens of a pass on a GPU that hide behind reading the weights
 CORNER = 4.0
 HALF, TENTH = 0.5, 1.1
@@ -94,7 +95,7 @@ class Split:
     title: str
     parts: dict[str, float]
     bottleneck: str
-    """The largest part that is not the pass that must be paid."""
+    """The largest part that is not the pass that must be paid; where the file does not tell that, perhaps the pass."""
     levers: list[Lever]
     acceptance_length: float
     drafted: float
@@ -114,6 +115,8 @@ class Split:
         most = f"most is lost to {self.bottleneck} ({share:.0%})"
         if self.bottleneck == UNKNOWN:
             most = "where the time goes is not in the file"
+        if self.bottleneck == WHOLE:
+            most = f"most goes into the target pass ({share:.0%}), and what a plain one takes is not in the file"
         best = self.levers[0] if self.levers else None
         if best is None or best.gain < 1 + LEAST:
             return f"{speed}{most}; no single change is worth more than {LEAST:.0%}"
@@ -136,19 +139,21 @@ def split(one: Round) -> Split:
     extra = passes - plain
     rejected = 0.0 if not one.drafted else extra * (one.drafted - one.accepted) / one.drafted
     told = one.draft is not None
-    whole = PLAIN if told or one.plain is not None else UNKNOWN
+    whole = UNKNOWN if not told else WHOLE
+    if one.plain is not None:
+        whole = PLAIN
     parts = {whole: plain, DRAFTING: draft, KEPT: extra - rejected, REJECTED: rejected, BOOKKEEPING: book}
     parts = {name: seconds for name, seconds in parts.items() if seconds > 0 or name == REJECTED}
-    losses = {name: s for name, s in parts.items() if name not in (PLAIN, UNKNOWN)}
+    losses = {name: s for name, s in parts.items() if name not in (PLAIN, UNKNOWN, WHOLE)}
     bottleneck = max(losses, key=lambda name: losses[name])
     length = 1 + one.accepted
     notes = list(one.notes)
     if not told:
         part = "what a round takes longer than a plain step" if one.plain is not None else "the target passes"
         notes.append(f"the file has no time of drafting: it is part of {part} here")
-    if whole == UNKNOWN and losses[bottleneck] < LEAST * one.seconds:
-        bottleneck = UNKNOWN
-        notes.append("with --plain PAGE, of the same server without speculation, more can be told")
+    if whole != PLAIN and losses[bottleneck] < (LEAST * one.seconds if whole == UNKNOWN else plain):
+        bottleneck = whole
+        notes.append("with --plain FILE, of the same server without speculation, more can be told")
     return Split(
         one.title,
         parts,
@@ -210,7 +215,8 @@ def _levers(one: Round, plain: float, extra: float, draft: float, book: float) -
 
 
 def read_run(path: Path, plain: Path | None = None) -> list[Split]:
-    """A file of a run, told by its content. ``plain``: a vLLM page of the same server and load without speculation.
+    """A file of a run, told by its content. ``plain``: a vLLM page or llama.cpp log of the same server and load without
+    speculation.
 
     Raises InvalidRequest for what is none, or holds no rounds with drafts.
     """
@@ -278,7 +284,13 @@ def _decoding(total: Mapping[str, float], drafts: float) -> tuple[float, float]:
 
 
 def _plain_step(text: str, path: Path) -> float:
-    """Seconds of a step of a row in vLLM's page of a server without speculation."""
+    """Seconds of a step of a row, in the page or log of a server without speculation."""
+    if "eval time" in text:
+        answers = _answers(text)
+        plain = [one.milliseconds / one.rounds for one in answers if one.tokens > 1]
+        if not plain or any(one.drafted for one in answers):
+            raise InvalidRequest(f"--plain: {path} holds drafts; expected a log of the server without speculation")
+        return median(plain) / 1e3
     total, _ = _samples(text)
     if total.get("spec_decode_num_drafts_total"):
         raise InvalidRequest(f"--plain: {path} counts drafts; expected a page of the server without speculation")
@@ -306,8 +318,6 @@ def _metrics_page(text: str, title: str) -> Round:
         draft, verify, book = (
             counter(f"drafting_step_{name}_seconds") / steps for name in ("draft", "verify", "bookkeeping")
         )
-        if not plain:
-            notes.append("no step without drafts is on the page: what a plain step takes is not known")
         return Round(
             title,
             draft + verify + book,
@@ -339,9 +349,8 @@ def _metrics_page(text: str, title: str) -> Round:
 
 EVAL = re.compile(r"(?<!prompt )\beval time\s*=\s*([\d.]+) ms /\s*(\d+) (?:tokens|runs)")
 ACCEPTANCE = re.compile(r"draft acceptance(?: rate)?\s*=\s*[\d.]+ \(\s*(\d+) accepted /\s*(\d+) generated\)")
-STATISTICS = re.compile(
-    r"statistics\s+([\w-]+):.*?#gen drafts\s*=\s*(\d+).*?dur\(b,g,a\)\s*=\s*([\d.]+), ([\d.]+), ([\d.]+) ms"
-)  # noqa: E501
+BLOCK_DRAFTERS = ("draft-dspark", "draft-dflash")
+STATISTICS = re.compile(r"statistics\s+([\w-]+):.*?dur\(b,g,a\)\s*=\s*([\d.]+), ([\d.]+), ([\d.]+) ms")  # noqa: E501
 
 
 @dataclass
@@ -350,28 +359,39 @@ class _Answer:
 
     milliseconds: float
     tokens: int
+    """The first one included, which the prompt's pass gave before the time began."""
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def rounds(self) -> int:
+        return max(1, self.tokens - 1 - self.accepted)
 
-def _llama_log(text: str, title: str) -> list[Round]:
+
+def _answers(text: str) -> list[_Answer]:
     answers: list[_Answer] = []
-    durations: dict[str, tuple[float, float, float]] = {}  # by implementation: what its latest line says, in all
-    rates: tuple[float, ...] = ()
     for line in text.splitlines():
         if found := EVAL.search(line):
             answers.append(_Answer(float(found[1]), int(found[2])))
         elif (found := ACCEPTANCE.search(line)) and answers:
             answers[-1].accepted, answers[-1].drafted = int(found[1]), int(found[2])
-        elif found := STATISTICS.search(line):
-            durations[found[1]] = float(found[3]), float(found[4]), float(found[5])
-            if shares := re.search(r"#acc rate/pos = \(([\d., ]+)\)", line):
-                rates = tuple(float(share) for share in shares[1].split(","))
+    return answers
+
+
+def _llama_log(text: str, title: str) -> list[Round]:
+    answers = _answers(text)
+    durations: dict[str, tuple[float, float, float]] = {}  # by implementation: what its latest line says, in all
+    rates: tuple[float, ...] = ()
+    for found in STATISTICS.finditer(text):
+        durations[found[1]] = float(found[2]), float(found[3]), float(found[4])
+        if shares := re.search(r"#acc rate/pos = \(([\d., ]+)\)", found[0]):
+            rates = tuple(float(share) for share in shares[1].split(","))
     drafting = [one for one in answers if one.drafted]
     begin, generate, accept = (
         (sum(parts) for parts in zip(*durations.values(), strict=True)) if durations else (0, 0, 0)
     )
-    return _llama_round(title, answers, drafting, generate if durations else None, begin + accept, rates)
+    block = bool(durations) and all(name in BLOCK_DRAFTERS for name in durations)
+    return _llama_round(title, answers, drafting, generate if durations else None, begin + accept, rates, block)
 
 
 def _llama_round(
@@ -381,14 +401,14 @@ def _llama_round(
     draft: float | None,
     other: float,
     survivals: tuple[float, ...],
+    block: bool = False,
 ) -> list[Round]:
     """Milliseconds over all answers -> a mean round. Answers without drafts show what a plain step takes."""
-    rounds = sum(one.tokens - one.accepted for one in drafting)
-    if rounds <= 0:
+    if not drafting:
         return []
-    plain = [one.milliseconds / one.tokens for one in answers if not one.drafted and one.tokens > 1]
+    rounds = sum(one.rounds for one in drafting)
+    plain = [one.milliseconds / one.rounds for one in answers if not one.drafted and one.tokens > 1]
     drafted, accepted = (sum(getattr(one, n) for one in drafting) / rounds for n in ("drafted", "accepted"))
-    notes = () if plain else ("no request without drafts is in the file: what a plain step takes is not known",)
     return [
         Round(
             title,
@@ -399,7 +419,7 @@ def _llama_round(
             other / rounds / 1e3 if draft is not None else None,
             median(plain) / 1e3 if plain else None,
             survivals or _even(drafted, accepted),
-            notes=notes,
+            block=block,
         )
     ]
 

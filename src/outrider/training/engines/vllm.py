@@ -6,9 +6,11 @@ Checked against vLLM 0.32: ``vllm/config/speculative.py``, ``vllm/transformers_u
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from outrider.checkpoints import DraftCheckpoint
 from outrider.files import read_json, write_json
 from outrider.training.handover import DRAFTER, Handover, Source, as_json, copied, saved
 
@@ -35,7 +37,10 @@ class VLLM:
             # a full vocabulary is shared with the target; a reduced head, and all of EAGLE-3, has to be in the file
             own = ["head.weight"] if source.checkpoint.reduced or source.kind == "eagle3" else []
             own += ["embed.weight"] if source.kind == "eagle3" else []
-            path = saved(source, source.with_heads(*own), folder, "speculators")
+            checkpoint = source.with_heads(*own)
+            if config["method"] == "dspark":
+                checkpoint = _with_markov_head(checkpoint)
+            path = saved(source, checkpoint, folder, "speculators")
             if config["method"] == "dflash":
                 _not_causal(path / "config.json")
         if source.checkpoint is not None and source.block:
@@ -66,6 +71,17 @@ def _method(source: Source) -> str:
     """A block without heads whose anchor drafts is a DSpark to vLLM: in its DFlash only masks predict."""
     anchored = source.checkpoint is not None and getattr(source.checkpoint.design, "sample_from_anchor", False)
     return "dspark" if source.kind == "dflash" and anchored else source.kind
+
+
+def _with_markov_head(checkpoint: DraftCheckpoint) -> DraftCheckpoint:
+    """vLLM's DSpark always has a Markov head, and one of rank 0 breaks its loader: one of rank 1 that adds nothing."""
+    design: Any = checkpoint.design
+    if design.markov_rank:
+        return checkpoint
+    like = checkpoint.tensors["fc.weight"]
+    sizes = {"markov.w1.weight": checkpoint.decoder["vocab_size"], "markov.w2.weight": checkpoint.draft_vocab_size}
+    zeros = {name: like.new_zeros((size, 1)) for name, size in sizes.items()}
+    return replace(checkpoint, design=replace(design, markov_rank=1), tensors={**checkpoint.tensors, **zeros})
 
 
 def _check(source: Source) -> None:
