@@ -48,6 +48,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+STATISTICS = re.compile(r"statistics.*?#calls\(b,g,a\) = +\d+ +(\d+) +\d+,.*?#acc tokens = +(\d+)")
 COLUMNS = ("drafter", "drafts", "engine_length", "our_length", "difference", "same_as_engine_plain", "same_as_ours")
 
 
@@ -178,9 +179,9 @@ def vllm(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[dict
     return rows
 
 
-def completed(url: str, prompts: Sequence[list[int]], count: int) -> tuple[list[list[int]], int]:
-    """(greedy texts, accepted drafts) of a llama.cpp server, one prompt at a time."""
-    texts, accepted = [], 0
+def completed(url: str, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """Greedy texts of a llama.cpp server, one prompt at a time."""
+    texts = []
     for ids in prompts:
         body = {"prompt": ids, "n_predict": count, "temperature": 0.0, "ignore_eos": True, "return_tokens": True}
         body |= {"cache_prompt": False}
@@ -188,13 +189,19 @@ def completed(url: str, prompts: Sequence[list[int]], count: int) -> tuple[list[
         with urlopen(request, timeout=PATIENCE) as response:
             answer = json.load(response)
         texts.append(answer["tokens"])
-        accepted += answer["timings"].get("draft_n_accepted", 0)
-    return texts, accepted
+    return texts
+
+
+def told(log: Path) -> tuple[int, int]:
+    """(rounds, accepted drafts) of llama-server's last statistics."""
+    found = STATISTICS.findall(log.read_text(errors="replace"))
+    return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
 
 def llama_server(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
     path = f"{options.engine.resolve()}:{os.environ['PATH']}"
     machine = ["--port", str(options.port), "-t", "2", "-tb", "2", "-np", "1", "-c", "2048"]
+    machine += ["-lv", "4"]
     rows = []
     llm, plain, _ = ours(options.target, None, 0, prompts, options.max_tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -207,17 +214,17 @@ def llama_server(options: argparse.Namespace, prompts: Sequence[list[int]]) -> l
             say(f"{name}: {made.script().splitlines()[-1]}")
             try:
                 with running(["sh", str(out / "launch.sh"), *machine, *cut], out, options.port, path) as url:
-                    texts, accepted = completed(url, prompts, options.max_tokens)
+                    texts = completed(url, prompts, options.max_tokens)
+                rounds, accepted = told(out / "server.log")
                 alone = [made.command[0], "-m", str(out / made.command[2]), *machine]
                 with running(alone, out, options.port, path) as url:
-                    undrafted, _ = completed(url, prompts, options.max_tokens)
+                    undrafted = completed(url, prompts, options.max_tokens)
             except RuntimeError as error:
                 rows.append({"drafter": name, "drafts": drafts, "refused": str(error)})
                 say(f"  {error}")
                 continue
             _, _, mine = ours(options.target, own(name, options.target), drafts, prompts, options.max_tokens, llm)
             equal = {"same_as_engine_plain": same(texts, undrafted), "same_as_ours": same(texts, plain)}
-            rounds = sum(len(text) - 1 for text in texts) - accepted
             rows.append(row_of(name, drafts, accepted, rounds, mine, equal))
             say(f"  {rows[-1]}")
     return rows
