@@ -26,7 +26,7 @@ AT_FIRST, KNOWN = 12, 6  # the same until so many plain steps of as many rows we
 PAYS_WELL = 1.25  # tokens per second over plain decoding's
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
-IDLE_WITH_FEATURES = 256  # the same for a drafter that cannot
+IDLE_WITH_FEATURES, FEWEST = 256, 8  # the same for a drafter that cannot, by rows: features of each are kept meanwhile
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
 RENEWALS = 8  # or until there are other texts: all rows have new requests, so many times over where much was lost
 SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
@@ -52,7 +52,7 @@ class GuardedPolicy:
         self.policy, self.costs = policy, costs
         self.ledger = ledger or Ledger()
         self._learns = getattr(policy, "costs", None) is not costs
-        self._patience = IDLE if takes_up else IDLE_WITH_FEATURES
+        self._takes_up = takes_up
         self._suspended = False  # the ledger is empty
         self._needed = 0.0  # seconds that it must hold for another try
         self._follows = True
@@ -183,7 +183,8 @@ class GuardedPolicy:
         self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping + self._unearned)
         self._unearned = 0.0
         self._idle += 1
-        if self._follows and self._idle >= self._patience:
+        patience = IDLE if self._takes_up else max(FEWEST, IDLE_WITH_FEATURES // cost.rows)
+        if self._follows and self._idle >= patience:
             self._follows = False
             self._idle = 0
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
