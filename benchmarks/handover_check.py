@@ -135,6 +135,13 @@ def same(texts: Sequence[list[int]], others: Sequence[list[int]]) -> float:
     return sum(a == b for a, b in zip(texts, others, strict=True)) / len(texts)
 
 
+def equality(
+    texts: Sequence[list[int]], undrafted: Sequence[list[int]], expected: Sequence[list[int]]
+) -> dict[str, float]:
+    """Shares of the engine's texts that equal its own without a drafter, and ours."""
+    return {"same_as_engine_plain": same(texts, undrafted), "same_as_ours": same(texts, expected)}
+
+
 def row_of(
     name: str, drafts: int, accepted: float, rounds: float, mine: float, equal: Mapping[str, float]
 ) -> dict[str, Any]:
@@ -173,8 +180,8 @@ def vllm(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[dict
                 say(f"  {error}")
                 continue
             _, _, mine = ours(options.target, own(name, options.target), drafts, prompts, options.max_tokens, llm)
-            equal = {"same_as_engine_plain": same(texts, undrafted), "same_as_ours": same(texts, plain)}
-            rows.append(row_of(name, drafts, counts[COUNTERS[2]], counts[COUNTERS[0]], mine, equal))
+            rounds, accepted = counts[COUNTERS[0]], counts[COUNTERS[2]]
+            rows.append(row_of(name, drafts, accepted, rounds, mine, equality(texts, undrafted, plain)))
             say(f"  {rows[-1]}")
     return rows
 
@@ -200,8 +207,7 @@ def told(log: Path) -> tuple[int, int]:
 
 def llama_server(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
     path = f"{options.engine.resolve()}:{os.environ['PATH']}"
-    machine = ["--port", str(options.port), "-t", "2", "-tb", "2", "-np", "1", "-c", "2048"]
-    machine += ["-lv", "4"]
+    machine = ["--port", str(options.port), "-t", "2", "-tb", "2", "-np", "1", "-c", "2048", "-lv", "4"]
     rows = []
     llm, plain, _ = ours(options.target, None, 0, prompts, options.max_tokens)
     with tempfile.TemporaryDirectory() as folder:
@@ -224,8 +230,7 @@ def llama_server(options: argparse.Namespace, prompts: Sequence[list[int]]) -> l
                 say(f"  {error}")
                 continue
             _, _, mine = ours(options.target, own(name, options.target), drafts, prompts, options.max_tokens, llm)
-            equal = {"same_as_engine_plain": same(texts, undrafted), "same_as_ours": same(texts, plain)}
-            rows.append(row_of(name, drafts, accepted, rounds, mine, equal))
+            rows.append(row_of(name, drafts, accepted, rounds, mine, equality(texts, undrafted, plain)))
             say(f"  {rows[-1]}")
     return rows
 
@@ -259,8 +264,7 @@ def llama_cpp(options: argparse.Namespace, prompts: Sequence[list[int]]) -> list
             kept: list[int] = []
             texts = [llama_drafted(verifying, small, ids, options.max_tokens, drafts, kept) for ids in prompts]
             _, _, mine = ours(options.target, own(name, options.target), drafts, prompts, options.max_tokens, llm)
-            equal = {"same_as_engine_plain": same(texts, undrafted), "same_as_ours": same(texts, plain)}
-            rows.append(row_of(name, drafts, sum(kept), len(kept), mine, equal))
+            rows.append(row_of(name, drafts, sum(kept), len(kept), mine, equality(texts, undrafted, plain)))
             say(f"  {rows[-1]}")
     return rows
 
