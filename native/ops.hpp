@@ -35,18 +35,24 @@ static inline void prefetch_share(const char* piece, int step, int ahead) {
 static inline int32_t four_bytes(const char* p) { int32_t v; std::memcpy(&v, p, 4); return v; }
 static inline float one_float(const char* p) { float v; std::memcpy(&v, p, 4); return v; }
 
+// What one part of a step multiplies: a vector per kVectors columns of the panel. Instruction sets without a product of
+// pairs or quads unpack a step to several parts, one after the other, so that only one of them takes up registers.
+struct FloatSlice { F w[kVectors]; };
+struct IntSlice { I w[kVectors]; };
+
 // float32: one k a step.
 struct OpF32 {
   using Acc = F;
   static constexpr Width kWidth = Width::float32;
-  static constexpr int kInner = 1, kBytes = kPanel * 4, kOperandBytes = 4;
-  struct Slice { F w[kVectors]; };
-  static inline Slice read(const char* w) {
-    Slice s;
+  static constexpr int kInner = 1, kBytes = kPanel * 4, kOperandBytes = 4, kParts = 1;
+  template <int>
+  static inline FloatSlice read(const char* w) {
+    FloatSlice s;
     for (int v = 0; v < kVectors; v++) s.w[v] = load(reinterpret_cast<const float*>(w) + v * kLanes);
     return s;
   }
-  static inline void multiply(F (&acc)[kVectors], const Slice& s, const char* x) {
+  template <int>
+  static inline void multiply(F (&acc)[kVectors], const FloatSlice& s, const char* x) {
     const F b = set(one_float(x));
     for (int v = 0; v < kVectors; v++) acc[v] = fma(s.w[v], b, acc[v]);
   }
@@ -58,32 +64,33 @@ struct OpBF16 {
   static constexpr Width kWidth = Width::bfloat16;
   static constexpr int kInner = 2, kBytes = kPanel * 4;
 #if defined(__AVX512BF16__)
-  static constexpr int kOperandBytes = 4;
-  struct Slice { I w[kVectors]; };
-  static inline Slice read(const char* w) {
-    Slice s;
+  static constexpr int kOperandBytes = 4, kParts = 1;
+  template <int>
+  static inline IntSlice read(const char* w) {
+    IntSlice s;
     for (int v = 0; v < kVectors; v++) s.w[v] = load_int(w + v * kLanes * 4);
     return s;
   }
-  static inline void multiply(F (&acc)[kVectors], const Slice& s, const char* x) {
+  template <int>
+  static inline void multiply(F (&acc)[kVectors], const IntSlice& s, const char* x) {
     const I b = set_int(four_bytes(x));
     for (int v = 0; v < kVectors; v++) acc[v] = _mm512_dpbf16_ps(acc[v], reinterpret_cast<__m512bh>(s.w[v]), reinterpret_cast<__m512bh>(b));
   }
-#else  // operands stay float32, already rounded to bfloat16; weights are widened once per step
-  static constexpr int kOperandBytes = 8;
-  struct Slice { F even[kVectors], odd[kVectors]; };
-  static inline Slice read(const char* w) {
-    Slice s;
+#else  // operands stay float32, already rounded to bfloat16; the parts are the even and the odd k
+  static constexpr int kOperandBytes = 8, kParts = 2;
+  template <int part>
+  static inline FloatSlice read(const char* w) {
+    FloatSlice s;
     for (int v = 0; v < kVectors; v++) {
       const I pair = load_int(w + v * kLanes * 4);
-      s.even[v] = as_float(shift_left<16>(pair));
-      s.odd[v] = as_float(pair & static_cast<int32_t>(0xffff0000));
+      s.w[v] = as_float(part ? pair & static_cast<int32_t>(0xffff0000) : shift_left<16>(pair));
     }
     return s;
   }
-  static inline void multiply(F (&acc)[kVectors], const Slice& s, const char* x) {
-    const F even = set(one_float(x)), odd = set(one_float(x + 4));
-    for (int v = 0; v < kVectors; v++) acc[v] = fma(s.odd[v], odd, fma(s.even[v], even, acc[v]));
+  template <int part>
+  static inline void multiply(F (&acc)[kVectors], const FloatSlice& s, const char* x) {
+    const F b = set(one_float(x + part * 4));
+    for (int v = 0; v < kVectors; v++) acc[v] = fma(s.w[v], b, acc[v]);
   }
 #endif
 };
@@ -91,39 +98,30 @@ struct OpBF16 {
 // Four unsigned 8-bit weights a lane, times four signed 8-bit activations; exact in int32.
 struct Quad {
 #if defined(__AVX512VNNI__)
-  static constexpr int kOperandBytes = 4;
-  struct Slice { I w[kVectors]; };
-  static inline void set_lane(Slice& s, int v, I w) { s.w[v] = w; }
-  static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
+  static constexpr int kOperandBytes = 4, kParts = 1;
+  template <int>
+  static inline I unpack(I w) { return w; }
+  template <int>
+  static inline void multiply(I (&acc)[kVectors], const IntSlice& s, const char* x) {
     const I b = set_int(four_bytes(x));
     for (int v = 0; v < kVectors; v++) acc[v] = lanes(_mm512_dpbusd_epi32(raw(acc[v]), raw(s.w[v]), raw(b)));
   }
 #elif defined(__AVX2__)  // activations are int16 in the order k0 k2 k1 k3, so that no product saturates
-  static constexpr int kOperandBytes = 8;
-  struct Slice { I even[kVectors], odd[kVectors]; };
-  static inline void set_lane(Slice& s, int v, I w) {
-    s.even[v] = w & 0x00ff00ff;
-    s.odd[v] = lanes(_mm256_srli_epi16(raw(w), 8));
-  }
-  static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
-    const I even = set_int(four_bytes(x)), odd = set_int(four_bytes(x + 4));
-    for (int v = 0; v < kVectors; v++) {
-      acc[v] = acc[v] + lanes(_mm256_madd_epi16(raw(s.even[v]), raw(even)));
-      acc[v] = acc[v] + lanes(_mm256_madd_epi16(raw(s.odd[v]), raw(odd)));
-    }
+  static constexpr int kOperandBytes = 8, kParts = 2;
+  template <int part>
+  static inline I unpack(I w) { return part ? lanes(_mm256_srli_epi16(raw(w), 8)) : w & 0x00ff00ff; }
+  template <int part>
+  static inline void multiply(I (&acc)[kVectors], const IntSlice& s, const char* x) {
+    const I b = set_int(four_bytes(x + part * 4));
+    for (int v = 0; v < kVectors; v++) acc[v] += lanes(_mm256_madd_epi16(raw(s.w[v]), raw(b)));
   }
 #else
-  static constexpr int kOperandBytes = 4;
-  struct Slice { I w[kVectors][4]; };
-  static inline void set_lane(Slice& s, int v, I w) {
-    s.w[v][0] = w & 255;
-    s.w[v][1] = shift_right<8>(w) & 255;
-    s.w[v][2] = shift_right<16>(w) & 255;
-    s.w[v][3] = shift_right<24>(w);
-  }
-  static inline void multiply(I (&acc)[kVectors], const Slice& s, const char* x) {
-    for (int v = 0; v < kVectors; v++)
-      for (int j = 0; j < 4; j++) acc[v] += s.w[v][j] * set_int(static_cast<int8_t>(x[j]));
+  static constexpr int kOperandBytes = 4, kParts = 4;
+  template <int part>
+  static inline I unpack(I w) { return shift_right<8 * part>(w) & 255; }
+  template <int part>
+  static inline void multiply(I (&acc)[kVectors], const IntSlice& s, const char* x) {
+    for (int v = 0; v < kVectors; v++) acc[v] += s.w[v] * set_int(static_cast<int8_t>(x[part]));
   }
 #endif
 };
@@ -133,12 +131,25 @@ struct OpI8 : Quad {
   using Acc = I;
   static constexpr Width kWidth = Width::byte;
   static constexpr int kInner = 4, kBytes = kPanel * 4;
-  static inline Slice read(const char* w) {
-    Slice s;
-    for (int v = 0; v < kVectors; v++) set_lane(s, v, load_int(w + v * kLanes * 4));
+  template <int part>
+  static inline IntSlice read(const char* w) {
+    IntSlice s;
+    for (int v = 0; v < kVectors; v++) s.w[v] = unpack<part>(load_int(w + v * kLanes * 4));
     return s;
   }
 };
+
+// The parts of one step, each for all M rows.
+template <class Op, int M, int part = 0>
+static inline void step(const char* w, const char* x, size_t x_stride, typename Op::Acc (&acc)[M][kVectors]) {
+  const auto slice = Op::template read<part>(w);
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) {
+    Op::template multiply<part>(acc[m], slice, x + m * x_stride);
+    keep_in_registers(acc[m]);
+  }
+  if constexpr (part + 1 < Op::kParts) step<Op, M, part + 1>(w, x, x_stride, acc);
+}
 
 // `steps` steps of M rows against one panel slice. acc starts as given.
 template <class Op, int M>
@@ -146,9 +157,7 @@ static inline void tile(const char* w, const char* x, size_t x_stride, int steps
                         typename Op::Acc (&acc)[M][kVectors]) {
   for (int s = 0; s < steps; s++) {
     prefetch_share<Op::kBytes, 1>(w, 0, ahead);
-    const typename Op::Slice slice = Op::read(w);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) Op::multiply(acc[m], slice, x + m * x_stride);
+    step<Op, M>(w, x, x_stride, acc);
     w += Op::kBytes;
     x += Op::kOperandBytes;
   }
@@ -198,23 +207,41 @@ static_assert(15 * 127 * 2 * kGroupSteps < 32768);
 template <class Format, int M>
 static inline void group_product(const char* group, const char* x, size_t x_stride, int ahead,
                                  I (&acc)[M][kVectors]) {
+  typedef int16_t Pairs __attribute__((vector_size(32)));
   const char* w = group + GroupSizes<Format>::kHeader;
-  __m256i sum[M][kVectors] = {};
+  Pairs sum[M][kVectors] = {};
+#pragma GCC unroll 8
   for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
     prefetch_share<GroupSizes<Format>::kBytes, kGroupSteps>(group, s, ahead);
     const I both = load_int(w);
     const __m256i low = raw(both & 0x0f0f0f0f), high = raw(shift_right<4>(both) & 0x0f0f0f0f);
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
       const __m256i b = raw(set_int(four_bytes(x + m * x_stride)));
-      sum[m][0] = _mm256_add_epi16(sum[m][0], _mm256_maddubs_epi16(low, b));
-      sum[m][1] = _mm256_add_epi16(sum[m][1], _mm256_maddubs_epi16(high, b));
+      sum[m][0] += reinterpret_cast<Pairs>(_mm256_maddubs_epi16(low, b));
+      sum[m][1] += reinterpret_cast<Pairs>(_mm256_maddubs_epi16(high, b));
+      keep_in_registers(sum[m]);
     }
   }
   for (int m = 0; m < M; m++)
     for (int v = 0; v < kVectors; v++)
-      acc[m][v] += lanes(_mm256_madd_epi16(sum[m][v], _mm256_set1_epi16(1)));
+      acc[m][v] += lanes(_mm256_madd_epi16(reinterpret_cast<__m256i>(sum[m][v]), _mm256_set1_epi16(1)));
 }
 #else
+// One part of a step of nibbles, then the next ones.
+template <int M, int part = 0>
+static inline void nibble_step(const char* w, const char* x, size_t x_stride, I (&acc)[M][kVectors]) {
+  IntSlice slice;
+  for (int v = 0; v < kVectors / 2; v++) {
+    const I both = load_int(w + v * kLanes * 4);
+    slice.w[v] = Quad::unpack<part>(both & 0x0f0f0f0f);
+    slice.w[v + kVectors / 2] = Quad::unpack<part>(shift_right<4>(both) & 0x0f0f0f0f);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++) Quad::multiply<part>(acc[m], slice, x + m * x_stride);
+  if constexpr (part + 1 < Quad::kParts) nibble_step<M, part + 1>(w, x, x_stride, acc);
+}
+
 template <class Format, int M>
 static inline void group_product(const char* group, const char* x, size_t x_stride, int ahead,
                                  I (&acc)[M][kVectors]) {
@@ -222,14 +249,7 @@ static inline void group_product(const char* group, const char* x, size_t x_stri
 #pragma GCC unroll 8
   for (int s = 0; s < kGroupSteps; s++, w += kNibbleBytes, x += 4) {
     prefetch_share<GroupSizes<Format>::kBytes, kGroupSteps>(group, s, ahead);
-    Quad::Slice slice;
-    for (int v = 0; v < kVectors / 2; v++) {
-      const I both = load_int(w + v * kLanes * 4);
-      Quad::set_lane(slice, v, both & 0x0f0f0f0f);
-      Quad::set_lane(slice, v + kVectors / 2, shift_right<4>(both) & 0x0f0f0f0f);
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) Quad::multiply(acc[m], slice, x + m * x_stride);
+    nibble_step<M>(w, x, x_stride, acc);
   }
 }
 #endif
@@ -242,9 +262,7 @@ static inline void byte_product(const char* group, const char* x, size_t x_strid
 #pragma GCC unroll 8
   for (int s = 0; s < kGroupSteps; s++, w += OpI8::kBytes, x += OpI8::kOperandBytes) {
     prefetch_share<GroupSizes<Format>::kBytes, kGroupSteps>(group, s, ahead);
-    const OpI8::Slice slice = OpI8::read(w);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) OpI8::multiply(acc[m], slice, x + m * x_stride);
+    step<OpI8, M>(w, x, x_stride, acc);
   }
 }
 
