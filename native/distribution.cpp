@@ -15,7 +15,8 @@ constexpr int64_t kKeptTerms = 16384;  // columns of a row whose exponentials ar
 
 }  // namespace
 
-Distribution::Distribution(const Kernels& kernels, const DistributionRows& rows, int64_t row, bool parallel)
+Distribution::Distribution(const Kernels& kernels, const DistributionRows& rows, int64_t row, bool parallel,
+                           bool drawn)
     : kernels_(kernels),
       logits_(rows.logits + row * rows.width),
       ids_(rows.ids ? rows.ids + row * rows.width : nullptr),
@@ -29,7 +30,8 @@ Distribution::Distribution(const Kernels& kernels, const DistributionRows& rows,
     kernels_.find_max(logits_ + first, count, &maxima[piece]);
   });
   const float largest = *std::max_element(maxima.begin(), maxima.end());
-  if (!std::isfinite(largest)) return;  // sum_ stays 0: not valid
+  valid_ = std::isfinite(largest);
+  if (!valid_ || drawn) return;
   max_ = largest / temperature_;
   if (count_ <= kKeptTerms) terms_ = scratch<float>(count_);
   sums_.resize(static_cast<size_t>(pieces));
@@ -38,6 +40,7 @@ Distribution::Distribution(const Kernels& kernels, const DistributionRows& rows,
         kernels_.exp_sum(logits_ + first, count, temperature_, max_, 1.0f, terms_ ? terms_.get() + first : nullptr);
   });
   for (double sum : sums_) sum_ += sum;
+  valid_ = sum_ > 0.0 && std::isfinite(sum_);
 }
 
 void Distribution::truncate(const Truncation& options) {
@@ -88,8 +91,7 @@ double Distribution::probability(int64_t token) const {
 int64_t Distribution::draw(uint64_t key) const {
   const auto word = static_cast<int64_t>(key);
   int64_t column;
-  gumbel_argmax(logits_, 1, count_, &word, &temperature_, ids_, &column, parallel_);
-  return token(column);
+  return try_gumbel_argmax(logits_, 1, count_, &word, &temperature_, ids_, &column, parallel_) ? token(column) : -1;
 }
 
 int64_t Distribution::sample(double u) const {

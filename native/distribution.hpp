@@ -25,14 +25,16 @@ struct DistributionRows {
 // One of these rows. Sums are taken piece by piece in a fixed order, so they do not depend on the number of threads.
 class Distribution {
  public:
-  // `parallel`: whether wide rows may use the thread pool (false inside a job of the pool).
-  Distribution(const Kernels& kernels, const DistributionRows& rows, int64_t row, bool parallel);
+  // `parallel`: whether wide rows may use the thread pool (false inside a job of the pool). `drawn`: only `draw` will be
+  // called, which needs no exponentials; then `valid` does not see NaN, and `draw` does.
+  Distribution(const Kernels& kernels, const DistributionRows& rows, int64_t row, bool parallel, bool drawn = false);
   Distribution(const Distribution&) = delete;
 
   // False where the logits hold NaN or +inf, or nothing but -inf.
-  bool valid() const { return sum_ > 0.0 && std::isfinite(sum_); }
+  bool valid() const { return valid_; }
   double probability(int64_t token) const;
-  // Gumbel-max sampling: the token with the largest logit + Gumbel value of this key (defined in outrider.noise).
+  // Gumbel-max sampling: the token with the largest logit + Gumbel value of this key (defined in outrider.noise); -1 where
+  // there is NaN among the logits.
   int64_t draw(uint64_t key) const;
   // Inverse-CDF sampling: the token at which the cumulative probability reaches u.
   int64_t sample(double u) const;
@@ -60,7 +62,7 @@ class Distribution {
   int64_t count_;
   float temperature_, max_ = 0.0f;  // max_: the largest logit / temperature
   double sum_ = 0.0;                // of exp(logit / temperature - max_)
-  bool parallel_;
+  bool parallel_, valid_ = false;
   Sums sums_;                       // of the pieces' exponentials; their total is sum_
   Scratch<float> terms_;            // the exponentials, where a row is so short that keeping them beats computing them
   std::vector<float> kept_logits_;  // what truncation keeps; logits_ and ids_ then point here

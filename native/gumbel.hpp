@@ -47,89 +47,127 @@ static int64_t find_max(const float* x, int64_t n, float* largest) {
   return 0;
 }
 
+// Words of kLanes tokens (ids, or first, first + 1, ...) without the mixer's last step, which changes a word by less than
+// one part in 2^30: float32 does not show it. Returns the words' high 24 bits.
 #if defined(__AVX512DQ__)
-// The high 24, middle 24 and low 16 bits of the words of kLanes tokens, without the mixer's last step (see below).
-static inline void words_of_vector(uint64_t key, uint64_t first, const int64_t* ids, F* high, F* mid, F* low) {
-  __m512i word[2];
+static inline F words_of(uint64_t key, uint64_t first, const int64_t* ids, uint64_t (&words)[kLanes]) {
+  const __m512i steps = _mm512_setr_epi64(1, 2, 3, 4, 5, 6, 7, 8);
+  __m256i high[2];
   for (int h = 0; h < 2; h++) {
-    const __m512i steps = _mm512_setr_epi64(1, 2, 3, 4, 5, 6, 7, 8);
     __m512i token = ids ? _mm512_add_epi64(_mm512_loadu_si512(ids + 8 * h), _mm512_set1_epi64(1))
                         : _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first + 8 * h)), steps);
     token = _mm512_mullo_epi64(token, _mm512_set1_epi64(static_cast<int64_t>(kGamma)));
     __m512i w = _mm512_add_epi64(token, _mm512_set1_epi64(static_cast<int64_t>(key)));
-    w = _mm512_mullo_epi64(_mm512_xor_si512(w, _mm512_srli_epi64(w, 30)),
-                           _mm512_set1_epi64(static_cast<int64_t>(0xBF58476D1CE4E5B9)));
-    word[h] = _mm512_mullo_epi64(_mm512_xor_si512(w, _mm512_srli_epi64(w, 27)),
-                                 _mm512_set1_epi64(static_cast<int64_t>(0x94D049BB133111EB)));
+    w = _mm512_mullo_epi64(_mm512_xor_si512(w, _mm512_srli_epi64(w, 30)), _mm512_set1_epi64(static_cast<int64_t>(kMix1)));
+    w = _mm512_mullo_epi64(_mm512_xor_si512(w, _mm512_srli_epi64(w, 27)), _mm512_set1_epi64(static_cast<int64_t>(kMix2)));
+    _mm512_store_si512(words + 8 * h, w);
+    high[h] = _mm512_cvtepi64_epi32(_mm512_srli_epi64(w, 40));
   }
-  const auto joined = [](__m512i a, __m512i b) {
-    const __m512i low_half = _mm512_castsi256_si512(_mm512_cvtepi64_epi32(a));
-    return _mm512_cvtepi32_ps(_mm512_inserti64x4(low_half, _mm512_cvtepi64_epi32(b), 1));
-  };
-  const __m512i bits24 = _mm512_set1_epi64(0xffffff), bits16 = _mm512_set1_epi64(0xffff);
-  *high = joined(_mm512_srli_epi64(word[0], 40), _mm512_srli_epi64(word[1], 40));
-  *mid = joined(_mm512_and_si512(_mm512_srli_epi64(word[0], 16), bits24),
-                _mm512_and_si512(_mm512_srli_epi64(word[1], 16), bits24));
-  *low = joined(_mm512_and_si512(word[0], bits16), _mm512_and_si512(word[1], bits16));
+  return _mm512_cvtepi32_ps(_mm512_inserti64x4(_mm512_castsi256_si512(high[0]), high[1], 1));
+}
+#elif defined(__AVX2__)
+// The low 64 bits of products, which AVX2 has no instruction for.
+static inline __m256i multiply_words(__m256i a, uint64_t factor) {
+  const __m256i low = _mm256_set1_epi64x(static_cast<int64_t>(factor & 0xffffffff));
+  const __m256i high = _mm256_set1_epi64x(static_cast<int64_t>(factor >> 32));
+  const __m256i crossed = _mm256_add_epi64(_mm256_mul_epu32(a, high), _mm256_mul_epu32(_mm256_srli_epi64(a, 32), low));
+  return _mm256_add_epi64(_mm256_mul_epu32(a, low), _mm256_slli_epi64(crossed, 32));
+}
+static inline F words_of(uint64_t key, uint64_t first, const int64_t* ids, uint64_t (&words)[kLanes]) {
+  const __m256i steps = _mm256_setr_epi64x(1, 2, 3, 4);
+  __m256i word[2];
+  for (int h = 0; h < 2; h++) {
+    const __m256i token =
+        ids ? _mm256_add_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids + 4 * h)), _mm256_set1_epi64x(1))
+            : _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first + 4 * h)), steps);
+    __m256i w = _mm256_add_epi64(multiply_words(token, kGamma), _mm256_set1_epi64x(static_cast<int64_t>(key)));
+    w = multiply_words(_mm256_xor_si256(w, _mm256_srli_epi64(w, 30)), kMix1);
+    word[h] = multiply_words(_mm256_xor_si256(w, _mm256_srli_epi64(w, 27)), kMix2);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(words + 4 * h), word[h]);
+  }
+  // The low 32 bits of w >> 40, in order.
+  const __m256 both = _mm256_shuffle_ps(reinterpret_cast<__m256>(_mm256_srli_epi64(word[0], 40)),
+                                        reinterpret_cast<__m256>(_mm256_srli_epi64(word[1], 40)), 0x88);
+  return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(reinterpret_cast<__m256i>(both), 0xd8));
+}
+#else
+static inline F words_of(uint64_t key, uint64_t first, const int64_t* ids, uint64_t (&words)[kLanes]) {
+  alignas(64) int32_t high[kLanes];
+  for (int l = 0; l < kLanes; l++) {
+    words[l] = splitmix_rounds(key + ((ids ? static_cast<uint64_t>(ids[l]) : first + l) + 1) * kGamma);
+    high[l] = static_cast<int32_t>(words[l] >> 40);
+  }
+  return to_float(load_int(high));
 }
 #endif
 
+// Gumbel values of words, of which `high` are the high 24 bits.
+static inline F gumbel_of(const uint64_t (&words)[kLanes], F high) {
+  alignas(64) int32_t middle[kLanes], lowest[kLanes];
+  for (int l = 0; l < kLanes; l++) {
+    middle[l] = static_cast<int32_t>(words[l] >> 16 & 0xffffff);
+    lowest[l] = static_cast<int32_t>(words[l] & 0xffff);
+  }
+  const F tiny = fma(to_float(load_int(middle)), set(0x1p-48f), (to_float(load_int(lowest)) + set(0.5f)) * set(0x1p-64f));
+  const F u = min(fma(high, set(0x1p-24f), tiny), set(1.0f - 0x1p-24f));
+  // -log(1 - u) with the relative precision of u: u / (1 - rest) corrects for the rounding of rest = 1 - u.
+  const F rest = set(1.0f) - u, lost = set(1.0f) - rest;
+  const Mask plain = less(lost, set(0x1p-23f));
+  const F exponential = select(plain, u, (set(0.0f) - log(rest)) * (u / select(plain, set(1.0f), lost)));
+  return set(0.0f) - log(exponential);
+}
+
+// At least 2^n, for n in [-127, 1]: the line between its values at whole n. 0 at -127.
+static inline F power_bound(F n) { return as_float(to_int(fma(n, set(0x1p23f), set(127.0f * 0x1p23f)))); }
+
 // scores[i] = x[i] / temperature + a float32 Gumbel value of (key, token), token = ids[i] or first + i. Gumbel values
 // above -1.9 have an error below 1e-5, smaller ones of up to 1. Returns the largest score; *peak is the largest
-// x[i] / temperature, NaN where there is NaN or +inf among the logits.
+// x[i] / temperature, NaN where there is NaN or +inf among the logits. A score that is more than 1 below the largest
+// may be -inf instead: a Gumbel value -log(-log(1 - u)) is at most -log(u), so nearly always the word's high bits, which
+// are a lower bound of u, show that a score cannot reach the largest one so far, and both logarithms are spared.
 static float gumbel_scores(const float* x, int64_t n, float temperature, uint64_t key, uint64_t first,
                            const int64_t* ids, float* scores, float* peak) {
-  F most = set(-INFINITY), highest = most;
+  constexpr float kSlack = 1.2f;  // twice the error of a score, and of what is computed here
+  float best = -INFINITY;
+  F highest = set(best);
   bool invalid = false;
   const bool divided = temperature != 1.0f;
   for (int64_t i = 0; i < n; i += kLanes) {
     const int width = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
-    alignas(64) float logit[kLanes];
-    F high, mid, low;
-#if defined(__AVX512DQ__)
-    if (width == kLanes) {
-      words_of_vector(key, first + i, ids ? ids + i : nullptr, &high, &mid, &low);
-      std::memcpy(logit, x + i, sizeof(logit));
-    } else
-#endif
-    {
-      alignas(64) uint64_t word[kLanes];
-      alignas(64) int32_t part[3][kLanes];
+    alignas(64) float logit[kLanes], result[kLanes];
+    alignas(64) int64_t token[kLanes];
+    alignas(64) uint64_t words[kLanes];
+    const float* from = x + i;
+    const int64_t* named = ids ? ids + i : nullptr;
+    if (width < kLanes) {
       for (int l = 0; l < kLanes; l++) {
-        logit[l] = l < width ? x[i + l] : -INFINITY;
-        word[l] = ids ? static_cast<uint64_t>(ids[l < width ? i + l : i]) : first + i + l;
+        logit[l] = l < width ? from[l] : -INFINITY;
+        if (ids) token[l] = named[l < width ? l : 0];
       }
-      // The mixer's last step changes a word by less than one part in 2^30, which float32 does not show.
-      for (int l = 0; l < kLanes; l++) word[l] = splitmix_rounds(key + (word[l] + 1) * kGamma);
-      for (int l = 0; l < kLanes; l++) {
-        part[0][l] = static_cast<int32_t>(word[l] >> 40);
-        part[1][l] = static_cast<int32_t>(word[l] >> 16 & 0xffffff);
-        part[2][l] = static_cast<int32_t>(word[l] & 0xffff);
-      }
-      high = to_float(load_int(part[0]));
-      mid = to_float(load_int(part[1]));
-      low = to_float(load_int(part[2]));
+      from = logit;
+      if (ids) named = token;
     }
-    const F tiny = fma(mid, set(0x1p-48f), (low + set(0.5f)) * set(0x1p-64f));
-    const F u = min(fma(high, set(0x1p-24f), tiny), set(1.0f - 0x1p-24f));
-    // -log(1 - u) with the relative precision of u: u / (1 - rest) corrects for the rounding of rest = 1 - u.
-    const F rest = set(1.0f) - u, lost = set(1.0f) - rest;
-    const Mask plain = less(lost, set(0x1p-23f));
-    const F exponential = select(plain, u, (set(0.0f) - log(rest)) * (u / select(plain, set(1.0f), lost)));
-    const F given = load(logit), scaled = divided ? given / set(temperature) : given;
-    const F score = scaled - log(exponential);
+    const F high = words_of(key, first + i, named, words);
+    const F given = load(from), scaled = divided ? given / set(temperature) : given;
     highest = max(scaled, highest);
-    most = max(score, most);
     invalid |= reaching(given, INFINITY) != 0;
+    const F exponent = (scaled - set(best - kSlack)) * set(1.44269504088896341f);
+    const F most = power_bound(max(min(exponent, set(1.0f)), set(-127.0f)));
+    F score = set(-INFINITY);
+    if (bits(less(high * set(0x1p-24f), most))) {
+      score = scaled + gumbel_of(words, high);
+      const float largest = reduce_max(score);
+      best = largest > best ? largest : best;
+    }
     if (width == kLanes) {
       store(scores + i, score);
     } else {
-      store(logit, score);
-      std::memcpy(scores + i, logit, width * sizeof(float));
+      store(result, score);
+      std::memcpy(scores + i, result, width * sizeof(float));
     }
   }
   *peak = invalid ? NAN : reduce_max(highest);
-  return reduce_max(most);
+  return best;
 }
 
 }  // namespace outrider::OUTRIDER_ISA

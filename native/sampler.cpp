@@ -53,6 +53,12 @@ void argmax(const float* logits, int64_t rows, int64_t width, int64_t* out) {
 
 void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,
                    const int64_t* ids, int64_t* out, bool parallel) {
+  if (!try_gumbel_argmax(logits, rows, width, keys, temperatures, ids, out, parallel))
+    throw std::invalid_argument("logits must be numbers, got NaN or +inf; the weights or the input are damaged");
+}
+
+bool try_gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,
+                       const int64_t* ids, int64_t* out, bool parallel) {
   const Kernels& k = find_kernels();
   const int64_t pieces = piece_count(width);
   std::vector<PieceScores> scored(rows * pieces);
@@ -72,8 +78,7 @@ void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64
   for (int64_t row = 0; row < rows; row++) {
     PieceScores whole;
     for (int64_t p = row * pieces; p < (row + 1) * pieces; p++) {
-      if (std::isnan(scored[p].peak))
-        throw std::invalid_argument("logits must be numbers, got NaN or +inf; the weights or the input are damaged");
+      if (std::isnan(scored[p].peak)) return false;
       whole.best = std::max(whole.best, scored[p].best);
       whole.peak = std::max(whole.peak, scored[p].peak);
     }
@@ -93,6 +98,7 @@ void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64
         }
       }
   }
+  return true;
 }
 
 }  // namespace outrider

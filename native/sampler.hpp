@@ -49,5 +49,8 @@ void argmax(const float* logits, int64_t rows, int64_t width, int64_t* out);
 // temperatures: null for 1. Throws std::invalid_argument for NaN or +inf. `parallel`: as for `for_pieces`.
 void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,
                    const int64_t* ids, int64_t* out, bool parallel = true);
+// The same, false instead of an exception: a job of the thread pool must not throw.
+bool try_gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,
+                       const int64_t* ids, int64_t* out, bool parallel);
 
 }  // namespace outrider

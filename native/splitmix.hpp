@@ -5,14 +5,14 @@
 
 namespace outrider {
 
-constexpr uint64_t kGamma = 0x9E3779B97F4A7C15;
+constexpr uint64_t kGamma = 0x9E3779B97F4A7C15, kMix1 = 0xBF58476D1CE4E5B9, kMix2 = 0x94D049BB133111EB;
 
 // These are static because kernels.cpp is compiled once per instruction set: the linker must not merge the copies.
 
 // SplitMix64 without its last step, which changes the result by less than one part in 2^30.
 static inline uint64_t splitmix_rounds(uint64_t x) {
-  x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
-  return (x ^ x >> 27) * 0x94D049BB133111EB;
+  x = (x ^ x >> 30) * kMix1;
+  return (x ^ x >> 27) * kMix2;
 }
 
 static inline uint64_t splitmix(uint64_t x) {

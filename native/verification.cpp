@@ -58,7 +58,10 @@ class RowVerifier {
     return &computed(drafter_[depth], *task_.drafter, control_.drafter_row + depth);
   }
   const Distribution& computed(std::unique_ptr<Distribution>& entry, const DistributionRows& rows, int64_t row) {
-    if (!entry) entry = std::make_unique<Distribution>(kernels_, rows, row, parallel_);
+    if (!entry) {
+      const bool drawn = static_cast<Rule>(control_.rule) == Rule::coupled;
+      entry = std::make_unique<Distribution>(kernels_, rows, row, parallel_, drawn);
+    }
     valid_ = valid_ && entry->valid();
     return *entry;
   }
@@ -91,6 +94,8 @@ class RowVerifier {
       if (!valid_) return;
       accepted_ = i;
       next_token_ = p.draw(word(keys, i));
+      valid_ = next_token_ >= 0;
+      if (!valid_) return;
       if (i < control_.keep && next_token_ != drafts_[i]) return;
     }
   }
