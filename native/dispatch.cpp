@@ -30,6 +30,8 @@ bool tiles_compute();
 }
 namespace avx512_bf16 { extern const Kernels table; }
 namespace avx512_vnni { extern const Kernels table; }
+namespace avx_vnni { extern const Kernels table; }
+namespace avx_vnni_emulated { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
 #endif
 namespace portable { extern const Kernels table; }
@@ -38,6 +40,11 @@ namespace {
 
 #if defined(OUTRIDER_X86)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx_vnni() {  // the instruction of processors without AVX-512 (Intel since Alder Lake), in its own encoding
+  unsigned a = 0, b, c, d;
+  __get_cpuid_count(7, 1, &a, &b, &c, &d);
+  return has_avx2() && (a & 1u << 4);
+}
 bool has_avx512_vnni() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -83,6 +90,7 @@ std::vector<const Kernels*> usable() {
 #if defined(OUTRIDER_X86)
   if (has_avx512_bf16()) found.push_back(&avx512_bf16::table);
   if (has_avx512_vnni()) found.push_back(&avx512_vnni::table);
+  if (has_avx_vnni()) found.push_back(&avx_vnni::table);
   if (has_avx2()) found.push_back(&avx2::table);
 #endif
   found.push_back(&portable::table);
@@ -93,6 +101,7 @@ std::vector<const Kernels*> emulated() {
   std::vector<const Kernels*> found;
 #if defined(OUTRIDER_X86)
   if (has_avx512_bf16()) found.push_back(&amx_emulated::table);
+  if (has_avx2()) found.push_back(&avx_vnni_emulated::table);
 #endif
   return found;
 }

@@ -164,8 +164,8 @@ struct Kernels {
   ReadAhead* read_ahead;
 };
 
-// The kernels of that name: avx512 (either of avx512_bf16, avx512_vnni), avx2 or portable. An empty name asks
-// OUTRIDER_ISA, and takes the best that this processor runs where that is not set. Throws std::invalid_argument.
+// The kernels of that name: avx512 (either of avx512_bf16, avx512_vnni), avx_vnni, avx2 or portable. An empty name
+// asks OUTRIDER_ISA, and takes the best that this processor runs where that is not set. Throws std::invalid_argument.
 const Kernels& find_kernels(const std::string& name = "");
 // Names of all tables that this build has and this processor runs, best first.
 std::vector<std::string> usable_kernels();

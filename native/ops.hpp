@@ -97,14 +97,14 @@ struct OpBF16 {
 
 // Four unsigned 8-bit weights a lane, times four signed 8-bit activations; exact in int32.
 struct Quad {
-#if defined(__AVX512VNNI__)
+#if defined(OUTRIDER_DOT_BYTES)
   static constexpr int kOperandBytes = 4, kParts = 1;
   template <int>
   static inline I unpack(I w) { return w; }
   template <int>
   static inline void multiply(I (&acc)[kVectors], const IntSlice& s, const char* x) {
     const I b = set_int(four_bytes(x));
-    for (int v = 0; v < kVectors; v++) acc[v] = lanes(_mm512_dpbusd_epi32(raw(acc[v]), raw(s.w[v]), raw(b)));
+    for (int v = 0; v < kVectors; v++) acc[v] = dot_bytes(acc[v], s.w[v], b);
   }
 #elif defined(__AVX2__)  // activations are int16 in the order k0 k2 k1 k3, so that no product saturates
   static constexpr int kOperandBytes = 8, kParts = 2;
@@ -201,7 +201,7 @@ struct GroupSizes {
   static constexpr Width kWidth = Format::kNibbles ? Width::nibble : Width::byte;
 };
 
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(__AVX2__) && !defined(OUTRIDER_DOT_BYTES)
 // 15 * 127 * 2 * (kGroup / 4) stays under 2^15, so a whole group sums in int16.
 static_assert(15 * 127 * 2 * kGroupSteps < 32768);
 template <class Format, int M>
@@ -238,7 +238,10 @@ static inline void nibble_step(const char* w, const char* x, size_t x_stride, I 
     slice.w[v + kVectors / 2] = Quad::unpack<part>(shift_right<4>(both) & 0x0f0f0f0f);
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < M; m++) Quad::multiply<part>(acc[m], slice, x + m * x_stride);
+  for (int m = 0; m < M; m++) {
+    Quad::multiply<part>(acc[m], slice, x + m * x_stride);
+    keep_in_registers(acc[m]);
+  }
   if constexpr (part + 1 < Quad::kParts) nibble_step<M, part + 1>(w, x, x_stride, acc);
 }
 

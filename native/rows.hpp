@@ -65,22 +65,21 @@ static inline void convert_bf16(const float* x, int n, char* out) {
 #endif
 }
 
-// The bytes of quantised values as operands: plain for Quads of four in order, int16 as k0 k2 k1 k3 where those want
-// it.
+// Quantised values as operands of Quads: bytes in order, or with `wide`, which AVX2 alone asks for, int16 as k0 k2 k1 k3.
 template <bool wide>
 static inline void store_quantised(I q, char* to) {
-  if constexpr (!wide) {
 #if defined(__AVX512VNNI__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(raw(q)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(raw(q)));
+#elif defined(__AVX2__)
+  const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(raw(q)), _mm256_extracti128_si256(raw(q), 1));
+  const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  if constexpr (wide)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(half, order));
+  else
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(half, half));
 #else
-    for (int l = 0; l < kLanes; l++) to[l] = static_cast<char>(q[l]);
+  for (int l = 0; l < kLanes; l++) to[l] = static_cast<char>(q[l]);
 #endif
-  } else {
-    for (int l = 0; l < kLanes; l++) {
-      const int16_t value = static_cast<int16_t>(q[l]);
-      std::memcpy(to + 2 * (l / 4 * 4 + ((l & 1) << 1 | (l >> 1 & 1))), &value, 2);
-    }
-  }
 }
 
 static inline int32_t sum_lanes(I a) {

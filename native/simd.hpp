@@ -44,6 +44,9 @@ static inline F to_float(I a) { return _mm512_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm512_cvtps_epi32(a)); }
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+// Each lane of acc plus the products of four unsigned bytes of a with four signed bytes of b.
+#define OUTRIDER_DOT_BYTES
+static inline I dot_bytes(I acc, I a, I b) { return lanes(_mm512_dpbusd_epi32(raw(acc), raw(a), raw(b))); }
 
 #elif defined(__AVX2__)
 
@@ -74,6 +77,18 @@ template <int n> static inline I shift_left(I a) { return lanes(_mm256_slli_epi3
 template <int n> static inline I shift_right(I a) { return lanes(_mm256_srli_epi32(raw(a), n)); }
 static inline F to_float(I a) { return _mm256_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm256_cvtps_epi32(a)); }
+#if defined(__AVXVNNI__)
+#define OUTRIDER_DOT_BYTES
+static inline I dot_bytes(I acc, I a, I b) { return lanes(_mm256_dpbusd_avx_epi32(raw(acc), raw(a), raw(b))); }
+#elif defined(OUTRIDER_DOT_BYTES_EMULATED)  // the same sums in more steps, for processors that lack the instruction
+#define OUTRIDER_DOT_BYTES
+static inline I dot_bytes(I acc, I a, I b) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(raw(a), _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(raw(b), 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(raw(a), 8), _mm256_srai_epi16(raw(b), 8));
+  return acc + lanes(even) + lanes(odd);
+}
+#endif
 
 #else
 

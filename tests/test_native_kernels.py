@@ -47,6 +47,16 @@ def rounded_int8(x: Tensor) -> Tensor:
     return (x.double() / scale).round() * scale
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="no AVX2")
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa.startswith("avx_vnni")])
+@pytest.mark.parametrize("rows", [1, 5, 6, 8, 33])
+def test_dot_products_of_bytes_have_the_bits_of_avx2(isa: str, rows: int) -> None:
+    """Their sums are exact, so AVX-VNNI and what emulates it give what AVX2 gives in other steps."""
+    x, w = torch.randn(rows, 544), torch.randn(96, 544)
+    assert torch.equal(product(w, "int8", isa)(x), product(w, "int8", "avx2")(x))
+    assert torch.equal(down_product(x, w, isa), down_product(x, w, "avx2"))
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
