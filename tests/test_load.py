@@ -77,11 +77,11 @@ def test_the_command(url: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_each_policy_has_a_server_of_its_own(tmp_path: Path) -> None:
     file = tmp_path / "load.json"
-    options = ["--policies", "none,fixed:2", "--drafter", "suffix", "--duration", "0.5", "--max-tokens", "16"]
+    options = ["--policies", "none,fixed:2", "--drafter", "draft_model", "--duration", "0.5", "--max-tokens", "16"]
     result = CliRunner().invoke(app, ["bench", "--load", "closed", *options, "--json", str(file)])
     assert result.exit_code == 0, result.output
     none, fixed = json.loads(file.read_text())["rows"]
     assert (none["policy"], fixed["policy"]) == ("none", "fixed:2")
-    assert none["verified_per_row"] == 0 and fixed["verified_per_row"] <= 2
+    assert none["verified_per_row"] == 0 and 1 < fixed["verified_per_row"] <= 2, "no guard stops what is compared"
     wrong = CliRunner().invoke(app, ["bench", "--load", "closed", "--policies", "fixd"])
     assert wrong.exit_code == 2 and "did you mean 'fixed'" in " ".join(wrong.output.split())

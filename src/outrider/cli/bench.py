@@ -74,7 +74,11 @@ def bench(
         str | None, typer.Option("--url", help="The load goes to this OpenAI-compatible server, whatever it is.")
     ] = None,
     policies: Annotated[
-        str, typer.Option("--policies", help="Of a load: none, auto, NAME or NAME:DRAFTS, separated by commas.")
+        str,
+        typer.Option(
+            "--policies",
+            help="Of a load: none, auto, NAME or NAME:DRAFTS, separated by commas; auto and throughput with the guard.",
+        ),
     ] = "none,auto",
     rate: Annotated[str, typer.Option("--rate", help="Requests a second of an open load, separated by commas.")] = "",
     duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of each load.")] = 30.0,

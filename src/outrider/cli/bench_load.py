@@ -17,6 +17,8 @@ from outrider.errors import InvalidRequest
 
 __all__ = ["LoadOptions", "bench_load"]
 
+GUARDED = ("auto", "throughput")  # others are measured as they are: a guard would turn fixed drafts off where they lose
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -121,6 +123,8 @@ def _server(options: LoadOptions, policy: str, rows: int) -> Iterator[str]:
             yield options.url
         return
     drafting = ["--drafter", "none"] if policy == "none" else ["--drafter", options.drafter, "--policy", policy]
+    if policy != "none" and policy.partition(":")[0] not in GUARDED:
+        drafting.append("--no-guard")
     if options.draft_tokens is not None:
         drafting += ["--draft-tokens", str(options.draft_tokens)]
     kind = ["--dtype", options.dtype, "--backend", options.backend, "--max-rows", str(rows)]

@@ -26,6 +26,10 @@ def serve(
     policy: Annotated[
         str | None, typer.Option("--policy", help="How much is drafted: auto, NAME or NAME:DRAFTS. Default: auto.")
     ] = None,
+    guard: Annotated[
+        bool | None,
+        typer.Option("--guard/--no-guard", help="Stop drafting where it slows decoding down. Default: --guard."),
+    ] = None,
     draft_tokens: Annotated[
         int | None, typer.Option("--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
     ] = None,
@@ -77,6 +81,7 @@ def serve(
         "port": port,
         "drafter": drafter,
         "policy": policy,
+        "guard": guard,
         "draft_tokens": draft_tokens,
         "dtype": dtype,
         "backend": backend,
