@@ -176,6 +176,38 @@ def test_the_guard_keeps_every_window(costs: Costs, profile: str, says: str, fix
     assert kept.windows.min() >= 0.98 * plain.windows.min()
 
 
+FOLLOWED = replace(NATIVE, follow_each=0.0004, features=0.03, takes_up=False)  # a drafter that reads features
+SHOWN = replace(IN_TURN, follow_each=0.00006)  # one that reads a row again before it drafts for it
+
+
+@pytest.mark.parametrize(
+    ("costs", "rows", "answer", "fixed"),
+    [
+        (FOLLOWED, 1, 40, False),
+        (FOLLOWED, 16, 40, False),
+        (replace(FOLLOWED, draft_share=1.0), 4, 40, True),
+        (SHOWN, 16, 40, False),
+    ],
+)
+def test_following_is_charged(costs: Costs, rows: int, answer: int, fixed: bool) -> None:
+    """A drafter whose drafts are all wrong, and which costs something in every step in which it is shown what was
+    committed: what is lost against plain decoding stays within what the account allows, from the first step on."""
+    model = costs_of(costs)
+    model.features = costs.features
+    policy = FixedPolicy(FixedConfig(K)) if fixed else ThroughputPolicy(ThroughputConfig(K), model)
+    guard = GuardedPolicy(policy, model, takes_up=costs.takes_up)
+
+    def windows(policy: SchedulerPolicy, costs: Costs) -> np.ndarray:
+        traffic = Traffic(concurrency=rows, prompt=30, answer=answer)
+        source = Synthetic([PROFILES["hostile"]], says="sure")
+        return simulate(policy, costs, source, traffic, seconds=61, seed=1, window=10).windows
+
+    plain = windows(FixedPolicy(FixedConfig(0)), replace(costs, follow_each=0.0, features=0.0))
+    kept = windows(guard, costs)
+    assert kept.mean() >= 0.98 * plain.mean()
+    assert kept[0] >= 0.95 * plain[0], "the start: a quarter of a second, and what ten seconds earn"
+
+
 def test_the_guard_comes_back_for_other_texts() -> None:
     """Requests that drafting suits and others that it does not, one after the other: each is decoded as suits it."""
     costs = replace(IN_TURN, draft_each=0.00008)

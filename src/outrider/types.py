@@ -305,6 +305,7 @@ class StepCost:
     rows: int
     tokens: int  # in the target pass: prompt chunks, each row's last token and its drafts
     context: int  # cached tokens over all rows
+    follow: float = 0.0  # of bookkeeping: showing the drafter what was committed
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "cost_key",
     "costs_path",
     "describe",
+    "feature_share",
     "instruction_set",
     "load_costs",
     "machine",
@@ -48,6 +50,7 @@ TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 
 ROWS = (2, 4, 8, 16, 32, 64)
 FEWEST = (1, 4, 8, 16)  # tokens, where passes are slow
 SAME_SHAPE, SAME_SPEED = 1.6, 4.0  # factors within which a table fits
+PAIRS, PAIRS_SECONDS = 16, 0.4  # passes with and without features, and the seconds in which no other pair begins
 
 
 # ------------------------------------------------------------------------------------------------ keys and files
@@ -178,6 +181,30 @@ def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, se
 
 
 @torch.inference_mode()
+def feature_share(target: TargetModel, aux_layers: Sequence[int]) -> float:
+    """The share that a pass over one token takes longer when it also gives features: as much of the median over pairs
+    of passes as their spread leaves certain, so that a busy machine gives 0 and not a chance value."""
+    if not aux_layers:
+        return 0.0
+    context = min(CONTEXT, max(0, target.spec.max_positions - 2))
+    cache = target.new_cache(1, context + 1)
+    slots = [cache.open()]
+    _fill(target, cache, slots[0], context)
+    shape, ends, found = (1, 1, context), perf_counter() + PAIRS_SECONDS, []
+    for turn in range(PAIRS + 1):
+        took = {}
+        for layers in (tuple(aux_layers), ()) if turn % 2 else ((), tuple(aux_layers)):
+            took[bool(layers)] = _time(target, cache, slots, shape, layers)
+        if turn:  # the first pair warms up
+            found.append(took[True] / took[False] - 1)
+        if perf_counter() > ends and len(found) >= 4:
+            break
+    middle = median(found)
+    deviation = 1.4826 * median(abs(share - middle) for share in found)
+    return min(max(0.0, middle - 2.5 * deviation / math.sqrt(len(found))), 0.5)
+
+
+@torch.inference_mode()
 def _fits(table: CostTable, target: TargetModel) -> bool:
     """Whether passes over a few tokens take about what the table says, allowing for a machine that is busy."""
     context, most = min(CONTEXT, max(0, target.spec.max_positions - 9)), min(8, target.spec.max_positions)
@@ -191,14 +218,20 @@ def _fits(table: CostTable, target: TargetModel) -> bool:
     return abs(ratios[0] - ratios[1]) < math.log(SAME_SHAPE) and max(map(abs, ratios)) < math.log(SAME_SPEED)
 
 
-def _time(target: TargetModel, cache: KVCache, slots: Sequence[int], shape: tuple[int, int, int]) -> float:
+def _time(
+    target: TargetModel,
+    cache: KVCache,
+    slots: Sequence[int],
+    shape: tuple[int, int, int],
+    aux_layers: tuple[int, ...] = (),
+) -> float:
     """Seconds of one pass over so many tokens in so many rows, which is taken back."""
     tokens, rows, context = shape
     row = [(11 * i + 3) % target.spec.vocab_size for i in range(tokens // rows)]
     batch = RaggedBatch.pack([row] * rows, [context] * rows, slots[:rows])
     cache.rewind(batch.slots, torch.full((rows,), context))
     began = perf_counter()
-    target.forward(batch, cache)
+    target.forward(batch, cache, aux_layers)
     return perf_counter() - began
 
 

@@ -58,6 +58,7 @@ class Drafting:
         self._policy_failed = False
         self._warned: set[str] = set()
         self._seconds = 0.0  # spent on taking rows up again in this step
+        self._follow_seconds = 0.0  # spent on following rows, and not yet part of a step's cost
 
     @property
     def follows(self) -> bool:
@@ -81,14 +82,16 @@ class Drafting:
 
     def open(self, request: Request, capacity: int, shared: int = 0) -> None:
         """A request has got its slot, and the target's cache holds its first ``shared`` tokens, of an earlier one."""
-        request.followed = self.follows and self._try(
-            [request], lambda: self.drafter.open(request.slot, capacity), closes=False
-        )
-        if not request.followed:
+        if not self.follows:
+            request.followed = False
             return
-        self._followed[request.slot] = request
-        if shared:
-            self._try([request], lambda: self._begin_with(request, shared))
+        began = perf_counter()
+        request.followed = self._try([request], lambda: self.drafter.open(request.slot, capacity), closes=False)
+        if request.followed:
+            self._followed[request.slot] = request
+            if shared:
+                self._try([request], lambda: self._begin_with(request, shared))
+        self._follow_seconds += perf_counter() - began
 
     def _begin_with(self, request: Request, shared: int) -> None:
         """Let the drafter take over what it holds of a prefix; one that reads tokens alone is shown the rest."""
@@ -108,8 +111,9 @@ class Drafting:
     def publish(self, request: Request) -> None:
         """Let later requests begin with what the drafter holds of this one."""
         if request.followed and self._sharing is not None:
-            sharing = self._sharing
+            sharing, began = self._sharing, perf_counter()
             self._try([request], lambda: sharing.publish(request.slot, request.history))
+            self._follow_seconds += perf_counter() - began
 
     def close(self, request: Request) -> None:
         """Before a request's slot is released."""
@@ -138,11 +142,11 @@ class Drafting:
             for request in list(self._followed.values()):
                 self.close(request)
         elif self._reads_tokens_alone and len(self._followed) < len(running):
-            began = perf_counter()
+            began, following = perf_counter(), self._follow_seconds
             for request in running:
                 if not request.followed and request.slot >= 0:
                     self._take_up(request, capacity)
-            self._seconds = perf_counter() - began
+            self._seconds, self._follow_seconds = perf_counter() - began, following
 
     def _take_up(self, request: Request, capacity: int) -> None:
         """Show the drafter what is in the cache of a row that it did not follow."""
@@ -219,11 +223,22 @@ class Drafting:
         return self.drafter.aux_layers if any(r.followed for r in rows.requests) else ()
 
     def observe(
-        self, requests: Sequence[Request], batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None
+        self,
+        requests: Sequence[Request],
+        batch: RaggedBatch,
+        features: Tensor | None,
+        hidden: Tensor | None,
+        began: float,
     ) -> None:
-        """Show the drafter what was committed, of rows that it follows."""
+        """Show the drafter what was committed, of rows that it follows. ``began``: when that was being prepared."""
         if len(batch.slots):
             self._try(requests, lambda: self.drafter.observe(batch, features, hidden))
+        self._follow_seconds += perf_counter() - began
+
+    def take_follow_seconds(self) -> float:
+        """Seconds spent on following rows since this was last asked."""
+        seconds, self._follow_seconds = self._follow_seconds, 0.0
+        return seconds
 
     def learn(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """Show the policy what the step cost."""

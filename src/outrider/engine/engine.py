@@ -101,6 +101,7 @@ class Engine:
             spec = target.spec
             self._grammars = Grammars(lambda: tokenizer.definition, spec.vocab_size, spec.eos_token_ids)
         self._turns = Turns()
+        self._uncounted = 0.0  # seconds of the last step after its cost was known: learning from it, requests that left
 
     @property
     def drafter(self) -> Drafter:
@@ -232,8 +233,16 @@ class Engine:
         commits = self._commit(rows, kept, accepted, tokens, logprobs, drafts)  # commit, where texts may end
         self._observe(rows, run, kept, commits, output)
         self._publish_prompts(rows)
-        bookkeeping = perf_counter() - began - draft_seconds - verify_seconds
-        cost = StepCost(draft_seconds, verify_seconds, bookkeeping, len(rows), len(run.batch.tokens), rows.cached)
+        counted = perf_counter()
+        cost = StepCost(
+            draft_seconds,
+            verify_seconds,
+            counted - began - draft_seconds - verify_seconds + self._uncounted,
+            len(rows),
+            len(run.batch.tokens),
+            rows.cached,
+            self.drafting.take_follow_seconds(),
+        )
         self.drafting.learn(cost, accepted)
         if self.observers:
             self._report(commits, planned, proposal, kept, cost)
@@ -242,6 +251,7 @@ class Engine:
                 self._retire(commit.request)
         self._commits = []
         self._whole = True
+        self._uncounted = perf_counter() - counted
         return commits
 
     def _begin(self) -> None:
@@ -319,6 +329,7 @@ class Engine:
         if any(c.accepted < n or c.request.finish_reason for c, n in zip(commits, verified, strict=True)):
             ends = as_tensor([len(c.request.history) - 1 for c in commits])
             self.cache.rewind(batch.slots[: rows.complete], ends)
+        began = perf_counter()
         shown = [b for b, request in enumerate(rows.requests) if request.followed]
         if not shown:
             return
@@ -334,7 +345,7 @@ class Engine:
             new = [tokens[first[b] : first[b] + kept[b]] for b in shown]
             slots = [rows.requests[b].slot for b in shown]
             batch = RaggedBatch.pack(new, [positions[first[b]] for b in shown], slots)
-        self.drafting.observe([rows.requests[b] for b in shown], batch, features, hidden)
+        self.drafting.observe([rows.requests[b] for b in shown], batch, features, hidden, began)
 
     def _report(
         self, commits: list[Commit], planned: Sequence[int], proposal: Proposal, keep: list[int], cost: StepCost

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from outrider.config import SamplingParams, whole_number
 from outrider.engine.auto import fastest
-from outrider.engine.cost_tables import start_costs
+from outrider.engine.cost_tables import feature_share, start_costs
 from outrider.engine.engine import Engine
 from outrider.engine.loader import EMBEDDED, LoadedModel, load_drafter, load_model, load_policy
 from outrider.engine.memory import default_memory
@@ -222,7 +222,8 @@ class LLM:
         if self.drafter.block and (guard or name in ("auto", "throughput")):
             rows = self.max_rows
             costs = CostModel(
-                start_costs(self.target, self.loaded.dtype, rows=rows, tokens=rows * (self.drafter.block + 1))
+                start_costs(self.target, self.loaded.dtype, rows=rows, tokens=rows * (self.drafter.block + 1)),
+                feature_share(self.target, self.drafter.aux_layers),
             )
         return load_policy(name, options, self.drafter, costs, guard=guard)
 

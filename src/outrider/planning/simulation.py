@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,13 @@ import torch
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
-from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepView
+from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepsAside, StepView
 
 __all__ = [
     "PROFILES",
     "Acceptance",
     "Costs",
+    "FollowCosts",
     "Recorded",
     "Result",
     "StepCosts",
@@ -58,6 +59,21 @@ class StepCosts(Protocol):
     def bookkeeping(self, rows: int, drafting: bool) -> float: ...
 
 
+@runtime_checkable
+class FollowCosts(Protocol):
+    """Step costs of a drafter that costs something in steps without drafts too. Rows are followed as in an engine: all
+    of them until the policy steps aside (``types.StepsAside``), then none; afterwards those that begin."""
+
+    takes_up: bool
+    """The drafter can take up a row in the middle of its text, by being shown it."""
+    features: float
+    """Share that a pass takes longer while any row is followed."""
+
+    def follow(self, tokens: int) -> float:
+        """Seconds of showing the drafter so many tokens."""
+        ...
+
+
 @dataclass(frozen=True)
 class Costs:
     """Seconds from curves: straight between the points, the last slope beyond. Raises InvalidRequest for bad points."""
@@ -78,6 +94,12 @@ class Costs:
     """Seconds of bookkeeping."""
     step_drafting: float = 0.0
     """More of it, in a step that drafts."""
+    follow_each: float = 0.0
+    """Seconds of showing the drafter a committed token."""
+    features: float = 0.0
+    """See ``FollowCosts``."""
+    takes_up: bool = True
+    """See ``FollowCosts``."""
 
     def __post_init__(self) -> None:
         tokens = [m for m, _ in self.points]
@@ -110,6 +132,9 @@ class Costs:
 
     def bookkeeping(self, rows: int, drafting: bool) -> float:
         return self.step + (self.step_drafting if drafting else 0.0)
+
+    def follow(self, tokens: int) -> float:
+        return self.follow_each * tokens
 
 
 # ------------------------------------------------------------------------------------------------ what is accepted
@@ -253,6 +278,7 @@ class _Row:
     began: float = 0.0
     last: float = 0.0  # time of its last token
     tokens: int = 0
+    followed: bool = True  # by the drafter
 
 
 @dataclass(frozen=True)
@@ -339,6 +365,8 @@ class _Simulation:
         seed: int,
     ) -> None:
         self.policy, self.costs, self.acceptance, self.traffic = policy, costs, acceptance, traffic
+        self.aside = policy if isinstance(policy, StepsAside) else None
+        self.following = costs if isinstance(costs, FollowCosts) else None
         self.max_rows, self.chunk = max_rows, chunk
         self.beside = chunk
         self.noise = self.stalls = 0.0
@@ -376,13 +404,15 @@ class _Simulation:
             self.next_arrival = next(self.arrivals)
         while self.waiting and self.free:
             row = self.waiting.popleft()
-            row.slot, row.began = self.free.pop(), self.now
+            row.slot, row.began, row.followed = self.free.pop(), self.now, self.follows
             self.acceptance.begin(row.slot, self.texts)
             self.rows.append(row)
         if not self.rows:
             self.now = min(self.next_arrival, ends)
             return
+        taking_up = self._follow()
         ready = [row for row in self.rows if not row.prompt]
+        ready.sort(key=lambda row: not row.followed)
         chunks, finishing = self._chunks()
         base = len(ready) + sum(n for _, n in chunks)
         taking_part = len(ready) + len(chunks)
@@ -391,17 +421,40 @@ class _Simulation:
         keep, accepted, drafting, longest = self._draft(ready, limits, len(finishing))
         kept = int(keep.sum())
         slow = self.slowness(self.now) * self._stall()
-        draft = self.costs.draft(drafting, longest) * slow
-        verify = self.costs.verify(base + kept, taking_part, context) * slow * self._noise()
-        bookkeeping = self.costs.bookkeeping(taking_part, longest > 0) * slow
+        follow = 0.0
+        features = 1.0
+        if self.following is not None and any(row.followed for row in self.rows):
+            shown = sum(1 + n for n, row in zip(accepted.tolist(), ready, strict=False) if row.followed)
+            shown += sum(n for row, n in chunks if row.followed)
+            follow, features = self.following.follow(shown) * slow, 1 + self.following.features
+        draft = (self.costs.draft(drafting, longest) + taking_up) * slow
+        verify = self.costs.verify(base + kept, taking_part, context) * slow * self._noise() * features
+        bookkeeping = self.costs.bookkeeping(taking_part, longest > 0) * slow + follow
         self.now += draft + verify + bookkeeping
         self._commit(ready, accepted[: len(ready)].tolist(), chunks, finishing)
         self.steps += 1
         self.rounds += len(ready)
         self.drafted += kept
         self.accepted += int(accepted.sum())
-        cost = StepCost(draft, verify, bookkeeping, taking_part, base + kept, context)
+        cost = StepCost(draft, verify, bookkeeping, taking_part, base + kept, context, follow)
         self.policy.observe(cost, accepted.tolist())
+
+    @property
+    def follows(self) -> bool:
+        return self.aside is None or self.aside.follows
+
+    def _follow(self) -> float:
+        """Leave all rows, or take rows up again, as the policy says; seconds that the latter takes."""
+        if not self.follows:
+            for row in self.rows:
+                row.followed = False
+            return 0.0
+        if self.following is None or self.following.takes_up:
+            again = [row for row in self.rows if not row.followed]
+            for row in again:
+                row.followed = True
+            return self.following.follow(sum(row.context for row in again)) if self.following is not None else 0.0
+        return 0.0
 
     def _chunks(self) -> tuple[list[tuple[_Row, int]], list[_Row]]:
         decoding = any(not row.prompt for row in self.rows)
@@ -424,6 +477,7 @@ class _Simulation:
             [self.params] * len(ready),
             slots=[row.slot for row in ready],
             requests=[row.number for row in ready],
+            can_draft=sum(row.followed for row in ready),
             tokens=base,
             rows=taking_part,
             context=context,
@@ -434,7 +488,10 @@ class _Simulation:
         """Drafts verified and accepted by row; rows that were drafted for, and the most drafts that were asked for."""
         batch = len(ready) + more
         keep, accepted = np.zeros(batch, dtype=np.int64), np.zeros(batch, dtype=np.int64)
-        most = [min(n, self.acceptance.drafts, row.left - 1) for n, row in zip(limits, ready, strict=True)]
+        most = [
+            min(n, self.acceptance.drafts, row.left - 1) if row.followed else 0
+            for n, row in zip(limits, ready, strict=True)
+        ]
         asked = [b for b, n in enumerate(most) if n > 0]
         if not asked:
             return keep, accepted, 0, 0

@@ -6,7 +6,8 @@ edge of a tile at 16 rows costs what it was observed to cost, not what a line th
 T_draft(rows, k) and bookkeeping are learnt from observed steps alone.
 
 All estimates are of logarithms and robust: an observation moves them by a bounded step, so a pass that a neighbour on
-the machine made ten times slower counts like one that was a little slower.
+the machine made ten times slower counts like one that was a little slower. Where most of the latest observations are far
+off to the same side, it is the machine or the table that changed, and the estimate moves there at once.
 
 A table that does not fit what is observed, one of another machine for instance, is dropped (``trusted``).
 """
@@ -32,10 +33,31 @@ NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what anoth
 MOVE = 0.15  # the most that one observation counts for, in log seconds
 SPEED_RATE, CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.1, 0.05, 0.1, 0.05
 FIRST = 6  # observations of which the least counts
+LATEST, FAR = 5, math.log(1.3)  # observations of which the median shows that times have changed, and by how much at least
 VISIBLE = 0.004  # a correction that moved by less is not worth a new curve
 CHECKED = 96  # observations in which a table is checked
 OTHER_SHAPE, OTHER_SPEED = math.log(1.7), math.log(6.0)  # differences that no busy machine explains
 KEPT_CURVES = 64
+
+
+@dataclass(slots=True)
+class _Change:
+    """Whether times have changed at once."""
+
+    latest: list[float] = field(default_factory=list)  # errors of the latest observations, in log seconds
+
+    def by(self, error: float) -> float:
+        """How much, by this error and those before it; 0 = not."""
+        self.latest.append(error)
+        if len(self.latest) > LATEST:
+            del self.latest[0]
+        if abs(error) < FAR or len(self.latest) < LATEST:
+            return 0.0
+        middle = median(self.latest)
+        if abs(middle) < FAR:
+            return 0.0
+        self.latest.clear()
+        return middle
 
 
 @dataclass(slots=True)
@@ -44,13 +66,16 @@ class _Estimate:
 
     value: float = 0.0
     count: int = 0
+    change: _Change = field(default_factory=_Change)
 
     def add(self, seconds: float, rate: float) -> None:
         observed = math.log(max(seconds, 1e-9))
         if self.count < FIRST:  # the first calls of anything are slow, and none is too quick
             self.value = min(self.value, observed) if self.count else observed
         else:
-            self.value += max(rate, 1 / (self.count + 1)) * min(max(observed - self.value, -MOVE), MOVE)
+            error = observed - self.value
+            change = self.change.by(error)
+            self.value += change or max(rate, 1 / (self.count + 1)) * min(max(error, -MOVE), MOVE)
         self.count += 1
 
     @property
@@ -78,14 +103,16 @@ class _Check:
 class CostModel:
     """Seconds of passes, drafts and bookkeeping, as they are now."""
 
-    def __init__(self, table: CostTable | None = None) -> None:
-        self.table = table
+    def __init__(self, table: CostTable | None = None, features: float = 0.0) -> None:
+        """``features``: the share that a pass takes longer when it also gives the features that the drafter reads."""
+        self.table, self.features = table, features
         self.trusted = True
         """False once a table was dropped because it did not fit."""
         self._check = _Check()
         self._bases: dict[tuple[int, int], Floats] = {}
         self._speed = 0.0  # log
         self._observed = 0
+        self._change = _Change()
         self._size(1024)
         self._cells: dict[int, _Estimate] = {}  # by cell: log ratio to table and speed
         self._drawn: dict[int, float] = {}  # the values that ``_correction`` was made of
@@ -146,10 +173,15 @@ class CostModel:
 
     # ------------------------------------------------------------------------------------------ what it is told
 
-    def observe_verify(self, tokens: int, rows: int, context: int, seconds: float) -> None:
-        """A pass in which every row's logits were computed; passes with chunks of prompts are left out."""
+    def observe_verify(
+        self, tokens: int, rows: int, context: int, seconds: float, *, features: bool = False
+    ) -> None:
+        """A pass in which every row's logits were computed; passes with chunks of prompts are left out. ``features``: it
+        gave those too, which estimates leave out."""
         if tokens <= 0 or not 0 < seconds < math.inf:
             return
+        if features:
+            seconds /= 1 + self.features
         if tokens >= len(self._cell_of):
             self._size(tokens + 1)
         ratio = math.log(seconds / float(self._base(rows, context)[tokens]))
@@ -161,6 +193,10 @@ class CostModel:
         if self._observed == 0 and self.table is None:
             self._speed, error = ratio, 0.0
         self._observed += 1
+        if cell.count >= LATEST:  # of what is known well, an error says that the machine has changed
+            change = self._change.by(error)
+            self._speed += change
+            error -= change
         move = MOVE if cell.count > 4 else 4 * MOVE  # what was never seen may be far off
         bounded = min(max(error, -move), move)
         self._speed += SPEED_RATE * bounded

@@ -5,6 +5,10 @@ steps are taken now and then (a *control*). Losses are paid from a ``Ledger``; w
 itself has long seen no use in drafting, the guard steps aside: nothing is drafted, and after a while the drafter is not
 even shown what is committed (``follows``), so that steps cost what plain steps cost. Coming back, after a pause or with
 other texts, is another draft like any other: paid from the ledger, and ever more rarely while it does not pay.
+
+Everything that a step takes longer because there is a drafter is charged: drafting, verifying, bookkeeping, and also in
+steps without drafts, prompts included, the features that passes give and the time in which the drafter is shown what
+was committed or takes rows up again. "Plain" means a step with none of that.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ AT_FIRST, KNOWN = 12, 6  # the same until so many plain steps of as many rows we
 PAYS_WELL = 1.25  # tokens per second over plain decoding's
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
-IDLE_WITH_FEATURES, FEWEST = 256, 8  # the same for a drafter that cannot, by rows: features of each are kept meanwhile
+RESTING = 0.1  # of the most that the ledger holds, what one that cannot may cost in plain steps before it is left out
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
 RENEWALS = 8  # or until there are other texts: all rows have new requests, so many times over where much was lost
 SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
@@ -58,6 +62,7 @@ class GuardedPolicy:
         self._follows = True
         self._idle = 0  # plain steps in a row
         self._unearned = 0.0  # seconds of those that the ledger was not told of
+        self._resting = 0.0  # seconds that following has cost in them
         self._pause = FIRST_PAUSE
         self._newest, self._newest_then = -1, -1  # the latest request: now, and when the drafter was left out
         self._since_control = 0
@@ -92,7 +97,8 @@ class GuardedPolicy:
             others = self._newest - self._newest_then >= renewals * rows
             if (self._idle < self._pause and not others) or not self.ledger.affords(self._needed):
                 return False
-            self._follows, self._suspended, self._idle = True, False, 0  # rows are followed from the next step on
+            self._follows, self._suspended = True, False  # rows are followed from the next step on
+            self._idle, self._resting = 0, 0.0
             if isinstance(self.policy, TriesAgain):
                 self.policy.try_again()
         if self._suspended:
@@ -121,7 +127,8 @@ class GuardedPolicy:
             return
         if self._asked:
             self.policy.observe(cost, accepted)
-        if view is None or not len(view):
+        if view is None or not len(view):  # prompts alone
+            self.ledger.settle(-self._following(cost))
             return
         drafted = any(self._planned)
         if self._learns or not self._asked:
@@ -139,10 +146,10 @@ class GuardedPolicy:
             return
         ready = len(view)
         if cost.rows == ready and cost.tokens == ready + self._kept:
-            self.costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify)
+            self.costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
         if drafted:
             self.costs.observe_draft(sum(n > 0 for n in self._planned), max(self._planned), cost.draft)
-        self.costs.observe_bookkeeping(ready, drafted, cost.bookkeeping)
+        self.costs.observe_bookkeeping(ready, drafted, cost.bookkeeping - (0.0 if drafted else cost.follow))
 
     def _settle(self, view: StepView, cost: StepCost, accepted: int) -> None:
         """What the step took, against what plain decoding would have taken for its tokens."""
@@ -160,11 +167,11 @@ class GuardedPolicy:
         worth = without + accepted / ready * plain
         self.ledger.settle(worth - took)
         self._advantage += 0.05 * (worth / took - self._advantage)
-        self._idle = 0
+        self._idle, self._resting = 0, 0.0
         self._since_control += 1
         if self._advantage > 1:
             self._pause = FIRST_PAUSE
-        if self.ledger.balance <= 0:
+        if self.ledger.balance <= max(took - worth, 0.0):  # another one like it would overdraw the account
             self._suspended = True
             self._needed = max(2 * (took - worth), 0.25 * self.ledger.most)
             self._since_control = 0
@@ -180,12 +187,22 @@ class GuardedPolicy:
 
     def _rest(self, cost: StepCost) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""
-        self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping + self._unearned)
+        following = self._following(cost)
+        self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping - following + self._unearned)
+        self.ledger.settle(-following)
         self._unearned = 0.0
         self._idle += 1
-        patience = IDLE if self._takes_up else max(FEWEST, IDLE_WITH_FEATURES // cost.rows)
-        if self._follows and self._idle >= patience:
+        self._resting += following
+        if not self._follows:
+            return
+        enough = self._idle >= IDLE if self._takes_up else self._resting >= RESTING * self.ledger.most
+        if enough or self.ledger.balance <= 0:
             self._follows = False
             self._idle = 0
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
             self._newest_then = self._newest
+
+    def _following(self, cost: StepCost) -> float:
+        """Seconds by which a step without drafts was longer than a plain one, because rows are followed."""
+        share = self.costs.features if cost.follow > 0 else 0.0
+        return cost.draft + cost.follow + cost.verify * share / (1 + share)

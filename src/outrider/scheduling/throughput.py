@@ -274,7 +274,7 @@ class ThroughputPolicy:
         past = self._history.of(slots, self._history.kept if rows <= 64 else 2, self._turn)
         seconds = self._decode_seconds(now, rows * block)
         plain = ready / (seconds[0] + costs.bookkeeping(ready, drafting=False))
-        seconds = seconds + costs.bookkeeping(ready, drafting=True)
+        seconds = seconds * (1 + costs.features) + costs.bookkeeping(ready, drafting=True)
         lengths = self._lengths_to_try(ready)
 
         def search(chosen: Bools) -> tuple[int, float, float, Bools]:
@@ -464,9 +464,10 @@ class ThroughputPolicy:
         kept = one.keep if one is not None else 0 if chosen is None else int(chosen.keep.sum())
         looks = self._turn % LOOK == 0 or costs.seen(cost.tokens) < KNOWN
         if looks and cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
-            costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify)
-        if looks:
-            costs.observe_bookkeeping(ready, now.longest > 0, cost.bookkeeping, cold=cold and now.longest > 0)
+            costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
+        if looks:  # plain decoding would not have shown the drafter anything
+            own = cost.bookkeeping - (0.0 if now.longest else cost.follow)
+            costs.observe_bookkeeping(ready, now.longest > 0, own, cold=cold and now.longest > 0)
         if not now.longest:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
