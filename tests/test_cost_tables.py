@@ -9,7 +9,15 @@ from time import perf_counter
 import pytest
 
 from outrider.engine import cost_tables
-from outrider.engine.cost_tables import cost_key, costs_path, load_costs, quick_costs, save_costs, start_costs
+from outrider.engine.cost_tables import (
+    cost_key,
+    costs_path,
+    feature_share,
+    load_costs,
+    quick_costs,
+    save_costs,
+    start_costs,
+)
 from outrider.models.loading import load_target
 from outrider.scheduling.costs import CostPoint, CostTable
 from outrider.types import TargetModel
@@ -45,6 +53,16 @@ def test_a_kept_table_is_used_while_passes_agree_with_it(target: TargetModel, mo
     assert start_costs(target, "float32", rows=2, tokens=16) != wrong, "no busy machine is a thousand times faster"
     costs_path(measured.key).write_text("{broken")
     assert start_costs(target, "float32", rows=2, tokens=16).key == measured.key
+
+
+def test_what_features_cost_is_measured(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert feature_share(target, ()) == 0.0
+    assert 0 <= feature_share(target, (0,)) <= 0.5
+    noise = iter([0.001, 0.0011, 0.0008, 0.0012] * 20)  # a busy machine, where neither is certainly slower
+    monkeypatch.setattr(cost_tables, "_time", lambda *given: next(noise))
+    assert feature_share(target, (0,)) == 0.0
+    monkeypatch.setattr(cost_tables, "_time", lambda *given: 0.0012 if given[-1] else 0.001)
+    assert feature_share(target, (0,)) == pytest.approx(0.2)
 
 
 def test_a_key_holds_whatever_changes_the_costs(target: TargetModel) -> None:

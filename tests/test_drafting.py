@@ -236,6 +236,26 @@ def test_rows_without_features_are_decoded_plainly_beside_others(tiny_model_dir:
     assert drafter.proposed and max(drafter.proposed) <= 2, "rows that it did not follow were never drafted for"
 
 
+def test_the_time_of_following_rows_is_measured() -> None:
+    """It is part of bookkeeping, and nothing once the policy has stepped aside."""
+
+    class Costs:
+        def __init__(self) -> None:
+            self.seen: list[StepCost] = []
+
+        def step(self, record: StepRecord) -> None:
+            self.seen.append(record.cost)
+
+    for away in (0, 10**6):
+        loop, seen = engine(3), Costs()
+        loop.policy = Moody(away)
+        loop.observers.append(seen)
+        run(loop, PROMPTS, PARAMS)
+        followed = [cost.follow for cost in seen.seen]
+        assert all(0 <= cost.follow <= cost.bookkeeping for cost in seen.seen[1:])
+        assert all(followed) if not away else not any(followed)
+
+
 # ------------------------------------------------------------------------------------------ several drafters
 
 

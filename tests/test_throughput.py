@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from time import thread_time
 
@@ -300,6 +300,28 @@ def test_a_table_of_another_machine_is_dropped() -> None:
         assert foreign.verify(tokens) == pytest.approx(NATIVE.verify(tokens, 1, 0), rel=0.15)
 
 
+@pytest.mark.parametrize("times", [0.5, 2.0])
+@pytest.mark.parametrize("wrong", ["table", "drafts"])
+@pytest.mark.parametrize(("costs", "profile", "rows"), [(NATIVE, "chat", 16), (IN_TURN, "chat", 4)])
+def test_wrong_costs_are_corrected_within_seconds(
+    costs: Costs, profile: str, rows: int, wrong: str, times: float
+) -> None:
+    """A table, or draft costs alone, of a machine that was busier or quieter: after two seconds of decoding, decisions
+    are about as good as with the right ones."""
+
+    def rate(times: float) -> float:
+        model = costs_of(costs, scale=lambda _: times if wrong == "table" else 1.0)
+        for _ in range(12):
+            for k in (1, 3, K):
+                model.observe_draft(rows, k, costs.draft(rows, k) * (times if wrong == "drafts" else 1.0))
+        policy = GuardedPolicy(ThroughputPolicy(ThroughputConfig(K), model), model)
+        result = run(policy, costs, profile, rows, 4, window=1.0)
+        assert model.verify(rows, rows) == pytest.approx(costs.verify(rows, rows, 0), rel=0.1)
+        return float(result.windows[2:].mean())
+
+    assert rate(times) > 0.97 * rate(1.0)
+
+
 @given(st.lists(st.tuples(st.integers(1, 300), st.floats(1e-5, 10.0)), max_size=30), st.integers(1, 3000))
 @settings(max_examples=50, deadline=None)
 def test_costs_stay_numbers(observed: list[tuple[int, float]], tokens: int) -> None:
@@ -382,29 +404,36 @@ def test_few_rows_are_scheduled_as_many_are(monkeypatch: pytest.MonkeyPatch) -> 
     assert keeps(0) == keeps(1000)
 
 
-def steps(rows: int) -> Iterator[float]:
-    """Seconds of the processor that scheduling takes, step by step."""
+def seconds_of_steps(rows: int) -> np.ndarray:
+    """Seconds of the processor that scheduling takes (``plan``, ``choose`` and ``observe``), step by step."""
     policy, rng = throughput(Costs(((1, 0.010), (2048, 0.014)), draft_fixed=0.001)), np.random.default_rng(0)
     view = StepView(
         [300] * rows, [RequestStats()] * rows, [SamplingParams(temperature=1.0)] * rows, requests=list(range(rows))
     )
-    for _ in range(24):
+    found = []
+    for _ in range(104):
         said = torch.from_numpy(rng.uniform(0.3, 0.99, (rows, K)).astype(np.float32))
         began = thread_time()
         limits = policy.plan(view)
         keep = policy.choose(said, torch.tensor(limits))
-        yield thread_time() - began
+        chosen = thread_time()
         assert sum(limits), "the step draws on everything"
         tokens = rows + int(keep.sum())
         right = (rng.random((rows, K)) < said.numpy()).cumprod(1).sum(1)
         accepted = np.minimum(keep.numpy(), right).tolist()
-        policy.observe(StepCost(0.001, 0.010 + 2e-6 * tokens, 1e-4, rows, tokens, 300 * rows), accepted)
+        cost = StepCost(0.001, 0.010 + 2e-6 * tokens, 1e-4, rows, tokens, 300 * rows)
+        planned = thread_time()
+        policy.observe(cost, accepted)
+        found.append(thread_time() - planned + chosen - began)
+    return np.array(found[40:])  # the first steps learn from every round
 
 
 @pytest.mark.parametrize(("rows", "most"), [(256, 200e-6), (1024, 1e-3)])
 def test_scheduling_is_quick(rows: int, most: float) -> None:
-    """256 rows x 7 in 200 microseconds, 1,024 rows in a millisecond; a busy machine may take three times as long."""
-    assert min(steps(rows)) < 3 * most
+    """256 rows x 7 in 200 microseconds, 1,024 rows in a millisecond: the mean, with steps that plan or learn. A busy
+    machine may take three times as long."""
+    least = np.min([seconds_of_steps(rows) for _ in range(5)], axis=0)  # the same steps, so that stalls do not count
+    assert least.mean() < 3 * most
 
 
 def test_wrong_options_are_named() -> None:

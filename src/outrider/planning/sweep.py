@@ -65,7 +65,8 @@ def read_costs(given: str) -> Costs:
             alone = {p.tokens: p.seconds for p in table.target if p.rows == 1 and p.context == context}
             return Costs(tuple(sorted(alone.items())))
         points = tuple((int(n), float(s)) for n, s in value["points"])
-        return Costs(points, **{k: float(v) for k, v in value.items() if k != "points"})
+        more: dict[str, Any] = {k: v if k == "takes_up" else float(v) for k, v in value.items() if k != "points"}
+        return Costs(points, **more)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidRequest(
             f'{path}: expected {{"points": [[tokens, seconds], ...], "draft_fixed": seconds, ...}} or a cost table, '

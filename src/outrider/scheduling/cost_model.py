@@ -6,8 +6,8 @@ edge of a tile at 16 rows costs what it was observed to cost, not what a line th
 T_draft(rows, k) and bookkeeping are learnt from observed steps alone.
 
 All estimates are of logarithms and robust: an observation moves them by a bounded step, so a pass that a neighbour on
-the machine made ten times slower counts like one that was a little slower. Where most of the latest observations are far
-off to the same side, it is the machine or the table that changed, and the estimate moves there at once.
+the machine made ten times slower counts like one that was a little slower. Where most of the latest observations are
+far off to the same side, it is the machine or the table that changed, and the estimate moves there at once.
 
 A table that does not fit what is observed, one of another machine for instance, is dropped (``trusted``).
 """
@@ -33,7 +33,10 @@ NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what anoth
 MOVE = 0.15  # the most that one observation counts for, in log seconds
 SPEED_RATE, CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.1, 0.05, 0.1, 0.05
 FIRST = 6  # observations of which the least counts
-LATEST, FAR = 5, math.log(1.3)  # observations of which the median shows that times have changed, and by how much at least
+LATEST, FAR = (
+    5,
+    math.log(1.3),
+)  # observations of which the median shows that times have changed, and by how much at least
 VISIBLE = 0.004  # a correction that moved by less is not worth a new curve
 CHECKED = 96  # observations in which a table is checked
 OTHER_SHAPE, OTHER_SPEED = math.log(1.7), math.log(6.0)  # differences that no busy machine explains
@@ -111,7 +114,7 @@ class CostModel:
         self._check = _Check()
         self._bases: dict[tuple[int, int], Floats] = {}
         self._speed = 0.0  # log
-        self._observed = 0
+        self._first: list[float] = []  # log ratios to the table
         self._change = _Change()
         self._size(1024)
         self._cells: dict[int, _Estimate] = {}  # by cell: log ratio to table and speed
@@ -173,11 +176,9 @@ class CostModel:
 
     # ------------------------------------------------------------------------------------------ what it is told
 
-    def observe_verify(
-        self, tokens: int, rows: int, context: int, seconds: float, *, features: bool = False
-    ) -> None:
-        """A pass in which every row's logits were computed; passes with chunks of prompts are left out. ``features``: it
-        gave those too, which estimates leave out."""
+    def observe_verify(self, tokens: int, rows: int, context: int, seconds: float, *, features: bool = False) -> None:
+        """A pass in which every row's logits were computed; passes with chunks of prompts are left out.
+        ``features``: it gave those too, which estimates leave out."""
         if tokens <= 0 or not 0 < seconds < math.inf:
             return
         if features:
@@ -188,11 +189,11 @@ class CostModel:
         if self.table is not None and self._check.seen < CHECKED and self._check.wrong(tokens, ratio):
             self._drop_table()
             ratio = math.log(seconds / float(self._base(rows, context)[tokens]))
+        if len(self._first) < LATEST:  # the machine's speed comes first, or single numbers of tokens would stand for it
+            self._first.append(ratio)
+            self._speed = median(self._first)
         cell = self._cells.setdefault(int(self._cell_of[tokens]), _Estimate())
         error = ratio - self._speed - cell.value
-        if self._observed == 0 and self.table is None:
-            self._speed, error = ratio, 0.0
-        self._observed += 1
         if cell.count >= LATEST:  # of what is known well, an error says that the machine has changed
             change = self._change.by(error)
             self._speed += change
@@ -269,7 +270,7 @@ class CostModel:
         self.table, self.trusted = None, False
         self._bases, self._cells, self._drawn = {}, {}, {}
         self._correction = np.ones(len(self._cell_of))
-        self._observed, self._speed = 0, 0.0
+        self._first, self._speed = [], 0.0
 
 
 def _bucket(rows: int) -> int:

@@ -41,6 +41,7 @@ FORMS: tuple[Form, ...] = ("auto", "early", "lagged", "global")
 CAUGHT = 0.98  # an early stop that gives less of the best of all is caught in a dip
 MARGIN = 1.005  # drafting must promise so much more than plain decoding
 SAMPLED = 512  # drafts of the past that a plan is made of, about
+STANDING = 64  # rows that stand for all in a plan
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
 PROBED = 4  # rows tried in one step, or an eighth of all
@@ -49,10 +50,10 @@ IN_A_ROW = 3  # steps for which rows are tried: only after the first one are wei
 AT_START = 4  # the same when nothing is known
 WHOLE = 128  # steps after which rows that draft few tokens draft as many as they can once
 REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
-PLANNING, WORTH = 0.25e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
+PLANNING, WORTH = 0.4e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
 FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
 LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
-SELDOM = 4  # of more rows than that, only every so manyth step is learnt from, and plans are good for twice as long
+SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so manyth step is learnt from
 EARLY = 16  # rounds that are learnt from at once
 LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were
 
@@ -254,7 +255,7 @@ class ThroughputPolicy:
                 self._planned[slots] = planned = self._best_limits(now, slots)
                 self._common = int(planned.max())
                 seconds = self.costs.verify(now.ready, now.ready, now.context)
-                reused = REUSED if now.ready <= LEARNT_ROWS else 2 * REUSED
+                reused = REUSED if now.ready <= LEARNT_ROWS else MOST_REUSED
                 self._stale = self._turn + min(max(reused, round(PLANNING / (WORTH * seconds))), MOST_REUSED)
                 self._made = self._turn, now.ready
             limits[:able] = planned = self._planned[slots]
@@ -271,15 +272,18 @@ class ThroughputPolicy:
         """int64 [D]: what would have been the best drafts of the past, had they been proposed now."""
         ready, rows, block, costs = now.ready, len(slots), self._block, self.costs
         samples = max(1, min(self._history.kept, SAMPLED // (rows * block)))
-        past = self._history.of(slots, self._history.kept if rows <= 64 else 2, self._turn)
+        past = self._history.of(slots, self._history.kept if rows <= STANDING else 2, self._turn)
         seconds = self._decode_seconds(now, rows * block)
         plain = ready / (seconds[0] + costs.bookkeeping(ready, drafting=False))
         seconds = seconds * (1 + costs.features) + costs.bookkeeping(ready, drafting=True)
         lengths = self._lengths_to_try(ready)
 
         def search(chosen: Bools) -> tuple[int, float, float, Bools]:
-            spent = np.array([costs.draft(int(chosen.sum()), k) for k in lengths])
-            return (*_best_length(past[chosen, :samples], ready, seconds, lengths, spent), chosen)
+            many = int(chosen.sum())
+            spent = np.array([costs.draft(many, k) for k in lengths])
+            some = past[chosen, :samples][:: -(-many // STANDING)]
+            share = many / (len(some) * samples)
+            return (*_best_length(some, ready, seconds, lengths, spent, share), chosen)
 
         best = search(np.ones(rows, dtype=bool))
         if rows > 1:
@@ -473,7 +477,8 @@ class ThroughputPolicy:
             return
         if looks:
             costs.observe_draft(now.asked, now.longest, cost.draft, cold=cold)
-        if ready > LEARNT_ROWS and self._learnt > EARLY and self._turn % SELDOM and not now.probe:
+        every = 1 if ready <= LEARNT_AT_ONCE else SELDOM if ready <= LEARNT_ROWS else RARELY
+        if self._turn % every and self._learnt > EARLY and not now.probe:
             return
         gained = 0
         if one is not None:
@@ -556,20 +561,20 @@ def _together(rounds: Sequence[_Chosen]) -> _Chosen:
 
 
 def _best_length(
-    past: Floats, ready: int, seconds: Floats, lengths: Sequence[int], spent: Floats
+    past: Floats, ready: int, seconds: Floats, lengths: Sequence[int], spent: Floats, share: float
 ) -> tuple[int, float, float]:
     """The draft length with the most tokens per second, how many, and how many an early stop would have given.
 
-    past [D, samples, K]: every sample is a step as it could be, and the walk over all of them counts a draft as the
-    part of a token that one sample is. spent [lengths]: T_draft of each.
+    past [D, samples, K]: every sample is a step as it could be, and some rows stand for all, so the walk over all of
+    them counts a draft as ``share`` drafts. spent [lengths]: T_draft of each.
     """
     rows, samples, drafts = past.shape
     ranking = rank(past.reshape(rows * samples, drafts))
     within = ranking.positions < np.array(lengths)[:, None]
     count = np.zeros((len(lengths), len(ranking.survival) + 1))
     tokens = np.full(count.shape, float(ready))
-    np.cumsum(within / samples, axis=1, out=count[:, 1:])
-    tokens[:, 1:] += np.cumsum(within * (ranking.survival / samples), axis=1)
+    np.cumsum(within * share, axis=1, out=count[:, 1:])
+    tokens[:, 1:] += np.cumsum(within * (ranking.survival * share), axis=1)
     whole = np.minimum(count.astype(np.int64), len(seconds) - 2)
     verify = seconds[whole] + (count - whole) * (seconds[whole + 1] - seconds[whole])
     rate = tokens / (verify + spent[:, None])
