@@ -5,6 +5,8 @@
     python benchmarks/live.py adversarial --target llama-110m --duration 200 --json FILE
     python benchmarks/live.py report FILE... [--plots FOLDER]
 
+The same ``run`` again goes on where it was interrupted, one concurrency at a time.
+
 run: a closed loop, C requests always in flight, the next one joins as one ends; chat (or prose), code and maths in
 turn, every other one greedy, the others at temperature 1. All arms share the target's weights. In each round each arm
 runs for some seconds, in a new random order, its requests staying where they are between rounds; generated tokens are
@@ -475,6 +477,18 @@ def draw(groups: Mapping[tuple[str, str], Mapping[str, Sequence[Any]]], folder: 
 # ------------------------------------------------------------------------------------------------ command line
 
 
+def earlier(options: argparse.Namespace) -> dict[str, list[Any]]:
+    """What an interrupted run of the same command has left in its file. Raises SystemExit where it is of another."""
+    path = Path(options.json or "-")
+    if not path.is_file():
+        return {"rows": [], "ratios": []}
+    found = json.loads(path.read_text())
+    command = facts()["command"]
+    if found.get("command") != command:
+        raise SystemExit(f"{path} is of {found.get('command')!r}, not of {command!r}; give another --json or remove it")
+    return {"rows": found["rows"], "ratios": found["ratios"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -500,15 +514,19 @@ def main() -> None:
         report(options)
         return
     if options.command == "run":
+        kept = earlier(options)
+        done = {one["concurrency"] for one in kept["ratios"]}
+        if done >= set(options.concurrency):
+            say(f"{options.json} has all of it; remove the file to measure again")
+            return
         setting = set_up(options, max(options.concurrency))
-        result: dict[str, Any] = {**setting.about, **facts()}
-        result |= {"rows": [], "ratios": []}
-        for many in options.concurrency:
+        result: dict[str, Any] = {**setting.about, **facts(), **kept}
+        for many in (many for many in options.concurrency if many not in done):
             found = closed_loop(setting, many, options)
             result["rows"] += found["rows"]
             result["ratios"] += found["ratios"]
             if options.json != "-":
-                write_json(options.json, result)  # an interruption leaves what is known
+                write_json(options.json, result)  # the same command goes on from here after an interruption
     else:
         loaded = load(options.target, options.dtype)
         result = {"target": options.target, "dtype": loaded.dtype, "drafter": "adversarial", **facts()}

@@ -2,106 +2,137 @@
 
     python benchmarks/simulated.py --target embedded --drafter draft_model --json FILE
 
-For each concurrency of a closed loop: a first run gives the costs of steps (the cost table that the scheduler starts
-with, brought to the plain passes observed; drafting and bookkeeping as observed, and how far single passes differ) and
-the drafter's rounds, all drafts verified. With these the simulation predicts each policy, which is then run.
+Pairs, so that a machine that is busier at times is so for both sides: in every round each arm runs twice, one window
+right after the other, arms in a new random order. The first windows give what the simulation is made of: the cost
+table brought to the passes observed (by tokens), drafting by number of drafts, bookkeeping by policy, what showing the
+drafter committed tokens takes, time outside steps, the drafter's rounds with all drafts verified, sizes of requests, and
+how much slower or quicker than its mean the machine was from step to step. The second windows are what it has to
+predict.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from live import DRAFTS, Client, Setting, Window, make_arm, set_up
 from support import add_json, facts, say, table, write_json
 
-from outrider.engine.cost_tables import start_costs
+from outrider.engine.cost_tables import feature_share, start_costs
 from outrider.engine.loader import load_policy
 from outrider.planning.simulation import Recorded, Traffic, simulate
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostTable
-from outrider.types import Drafter, SchedulerPolicy, StepRecord
+from outrider.types import Drafter, ReadsHidden, SchedulerPolicy, StepCost, StepRecord
 
 KNOWN = (1, 3, 7)  # drafts whose cost is measured
-CALIBRATED = 4.0  # seconds of each arm of the first run
+FEWEST = 5  # steps of about as many tokens from which a factor is taken
+SEEDS = 8  # simulated runs, each as long as the real one
 
 
 @dataclass
 class Watch:
-    """A ``StepObserver``: costs of steps without prompts, and rounds by request."""
+    """A ``StepObserver``: every step, and rounds by request. ``on``: only then."""
 
-    draft: list[float] = field(default_factory=list)
-    bookkeeping: list[float] = field(default_factory=list)
-    passes: list[tuple[float, int, int, int]] = field(default_factory=list)  # seconds, tokens, rows, context
+    on: bool = False
+    steps: list[tuple[StepCost, int, int]] = field(default_factory=list)  # with drafts asked for, tokens to be shown
     rounds: dict[int, list[tuple[tuple[float, ...], int]]] = field(default_factory=dict)
 
     def step(self, record: StepRecord) -> None:
-        cost = record.cost
+        if not self.on:
+            return
         rows = [row for row in record.rows if not row.first]
-        if cost.tokens == sum(1 + row.verified for row in rows):
-            self.draft.append(cost.draft)
-            self.bookkeeping.append(cost.bookkeeping)
-            self.passes.append((cost.verify, cost.tokens, cost.rows, cost.context))
+        prompts = record.cost.tokens - sum(1 + row.verified for row in rows)
+        shown = prompts + sum(len(row.committed) for row in rows)
+        self.steps.append((record.cost, max((row.limit for row in rows), default=0), shown))
         for row in rows:
             if row.drafted == row.verified == DRAFTS:
-                said = row.confidence or (0.5,) * DRAFTS
-                self.rounds.setdefault(row.request, []).append((said, row.accepted))
+                self.rounds.setdefault(row.request, []).append((row.confidence or (0.5,) * DRAFTS, row.accepted))
 
 
 @dataclass(frozen=True)
 class Observed:
-    """``StepCosts`` at one concurrency."""
+    """``StepCosts`` and ``FollowCosts`` at one concurrency, for one policy."""
 
     table: CostTable
-    factor: float
-    drafts: dict[int, float]  # seconds of a proposal, by drafts
-    book: tuple[float, float]  # plain, drafting
+    factors: Mapping[int, float]  # observed over the table's, by the logarithm of tokens in quarters of an octave
+    drafts: Mapping[int, float]  # seconds of a proposal, by drafts
+    book: tuple[float, float]  # plain, drafting; without following
+    each: float  # seconds of showing a token
+    features: float
+    takes_up: bool
 
     def verify(self, tokens: int, rows: int, context: int) -> float:
-        return self.factor * self.table.seconds(tokens, rows, context)
+        factor = np.interp(4 * math.log2(tokens), list(self.factors), list(self.factors.values()))
+        return float(factor) * self.table.seconds(tokens, rows, context)
 
     def draft(self, rows: int, drafts: int) -> float:
-        if not rows or not drafts:
-            return 0.0
-        return float(np.interp(drafts, list(self.drafts), list(self.drafts.values())))
+        return float(np.interp(drafts, list(self.drafts), list(self.drafts.values()))) if rows and drafts else 0.0
 
     def bookkeeping(self, rows: int, drafting: bool) -> float:
         return self.book[drafting]
 
+    def follow(self, tokens: int) -> float:
+        return self.each * tokens
 
-def calibrate(setting: Setting, concurrency: int) -> tuple[Observed, Recorded, float, tuple[tuple[int, int], ...]]:
-    """Costs, rounds, the spread of passes (of the logarithm), and the sizes of requests."""
-    cost = start_costs(setting.loaded.target, setting.loaded.dtype, rows=concurrency, tokens=concurrency * (DRAFTS + 1))
-    watches: dict[int, Watch] = {}
-    sizes: list[tuple[int, int]] = []
-    for drafts in (0, *KNOWN):
-        client = Client(make_arm(f"fixed:{drafts}" if drafts else "none", setting, concurrency), setting.asked)
-        client.run(0.5, concurrency)
-        watches[drafts] = Watch()
-        client.llm.observers.append(watches[drafts])
-        client.run(CALIBRATED, concurrency)
-        sizes += client.finished
-    plain, full = watches[0], watches[DRAFTS]
-    ratios = [seconds / cost.seconds(tokens, rows, context) for seconds, tokens, rows, context in plain.passes]
-    factor = fmean(ratios)
-    spread = float(np.std(np.log(ratios)))
-    observed = Observed(
-        cost,
-        factor,
-        {drafts: fmean(watches[drafts].draft) for drafts in KNOWN},
-        (fmean(plain.bookkeeping), fmean(full.bookkeeping)),
+
+def factors_of(steps: Iterable[StepCost], costs: CostTable) -> dict[int, float]:
+    """Seconds observed over the table's, by quarters of an octave of tokens; means, since throughput is one."""
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for cost in steps:
+        at = round(4 * math.log2(cost.tokens))
+        found[at].append((cost.verify, costs.seconds(cost.tokens, cost.rows, cost.context)))
+    enough = {at: some for at, some in found.items() if len(some) >= FEWEST} or found
+    return {at: sum(a for a, _ in some) / sum(b for _, b in some) for at, some in sorted(enough.items())}
+
+
+def observed(
+    name: str,
+    setting: Setting,
+    clients: Mapping[str, Client],
+    seen: Mapping[str, Watch],
+    first: Mapping[str, list[Window]],
+) -> Observed:
+    """The costs of an arm. Features are part of the passes that were observed with a drafter."""
+    rows = max(cost.rows for cost, _, _ in seen["none"].steps)
+    costs = start_costs(setting.loaded.target, setting.loaded.dtype, rows=rows, tokens=rows * (DRAFTS + 1))
+    drafter = clients[f"fixed:{DRAFTS}"].llm.drafter
+    book: dict[bool, list[float]] = {False: [], True: []}
+    for arm in ("none", name if name != "none" else f"fixed:{DRAFTS}"):
+        outside = sum(w.seconds for w in first[arm]) - sum(
+            c.draft + c.verify + c.bookkeeping for c, _, _ in seen[arm].steps
+        )
+        for cost, limit, _ in seen[arm].steps:
+            if (arm == "none") == (limit == 0):
+                book[limit > 0].append(cost.bookkeeping - cost.follow + outside / len(seen[arm].steps))
+    shown = seen[f"fixed:{DRAFTS}"].steps
+    drafts = {k: fmean(c.draft for c, limit, _ in seen[f"fixed:{k}"].steps if limit == k) for k in KNOWN}
+    return Observed(
+        costs,
+        factors_of((cost for watch in seen.values() for cost, _, _ in watch.steps), costs),
+        drafts,
+        (fmean(book[False]), fmean(book[True] or book[False])),
+        sum(cost.follow for cost, _, _ in shown) / sum(n for _, _, n in shown),
+        feature_share(setting.loaded.target, drafter.aux_layers),
+        not drafter.aux_layers and not isinstance(drafter, ReadsHidden),
     )
-    recorded = Recorded([rounds for rounds in full.rounds.values() if rounds])
-    say(
-        f"{concurrency}: table times {factor:.3f} (median {median(ratios):.3f}), spread {spread:.3f}, drafts "
-        f"{observed.drafts}, bookkeeping {observed.book}, {len(recorded.requests)} requests"
-    )
-    return observed, recorded, spread, tuple(sizes)
+
+
+def slowness_of(watches: Iterable[Watch], costs: Observed) -> Callable[[float], float]:
+    """How much slower than its mean the machine was, by time: passes observed over those expected, in order."""
+    steps = [cost for watch in watches for cost, _, _ in watch.steps]
+    ends = np.cumsum([cost.draft + cost.verify + cost.bookkeeping for cost in steps])
+    ratios = np.array([cost.verify / costs.verify(cost.tokens, cost.rows, cost.context) for cost in steps])
+    expected = np.array([costs.verify(cost.tokens, cost.rows, cost.context) for cost in steps])
+    ratios /= (ratios * expected).sum() / expected.sum()
+    return lambda now: float(ratios[min(int(np.searchsorted(ends, now % ends[-1])), len(ratios) - 1)])
 
 
 def policy_for(name: str, costs: Observed, drafter: Drafter) -> SchedulerPolicy:
@@ -109,46 +140,61 @@ def policy_for(name: str, costs: Observed, drafter: Drafter) -> SchedulerPolicy:
     kind, _, drafts = name.partition(":")
     if kind in ("none", "fixed"):
         return load_policy("fixed", {"draft_tokens": int(drafts or 0)}, drafter)
-    return load_policy("auto", {}, drafter, CostModel(costs.table), guard=True)
+    return load_policy("auto", {}, drafter, CostModel(costs.table, costs.features), guard=True)
 
 
 def both(setting: Setting, concurrency: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every policy, run and simulated."""
-    costs, acceptance, spread, sizes = calibrate(setting, concurrency)
-    clients = {name: Client(make_arm(name, setting, concurrency), setting.asked) for name in options.policies}
-    windows: dict[str, list[Window]] = {name: [] for name in clients}
-    for client in clients.values():
+    arms = list(dict.fromkeys(["none", *(f"fixed:{k}" for k in KNOWN), *options.policies]))
+    clients = {name: Client(make_arm(name, setting, concurrency), setting.asked) for name in arms}
+    seen = {name: Watch() for name in arms}
+    for name, client in clients.items():
         client.run(2.0, concurrency)
+        client.seen.__init__()  # type: ignore[misc]
+        client.llm.observers.append(seen[name])
+        client.finished.clear()
+    first: dict[str, list[Window]] = {name: [] for name in arms}
+    second: dict[str, list[Window]] = {name: [] for name in arms}
     order = random.Random(concurrency)
     for _ in range(options.rounds):
-        for name in order.sample(list(clients), len(clients)):
-            windows[name].append(clients[name].run(options.seconds, concurrency))
+        for name in order.sample(arms, len(arms)):
+            seen[name].on = True
+            first[name].append(clients[name].run(options.seconds, concurrency))
+            seen[name].on = False
+            second[name].append(clients[name].run(options.seconds, concurrency))
+    sizes = tuple(size for client in clients.values() for size in client.finished)
+    rounds = Recorded([some for some in seen[f"fixed:{DRAFTS}"].rounds.values() if some])
     rows = []
-    for name, some in windows.items():
+    for name in options.policies:
+        costs = observed(name, setting, clients, seen, first)
+        slowness = slowness_of(seen.values(), costs)
+        told = [
+            simulate(
+                policy_for(name, costs, clients[name].llm.drafter),
+                costs,
+                rounds,
+                Traffic(concurrency, sizes=sizes, temperature=1.0),
+                seconds=options.seconds * options.rounds,
+                max_rows=concurrency,
+                seed=seed,
+                slowness=slowness,
+            ).to_json()
+            for seed in range(SEEDS)
+        ]
+        some, counts = second[name], clients[name].seen
         speed = sum(w.tokens for w in some) / sum(w.seconds for w in some)
-        result = simulate(
-            policy_for(name, costs, clients[name].llm.drafter),
-            costs,
-            acceptance,
-            Traffic(concurrency, sizes=sizes, temperature=1.0),
-            seconds=60.0,
-            max_rows=concurrency,
-            noise=spread,
-        )
-        found = result.to_json()
-        rows.append(
-            {
-                "policy": name,
-                "concurrency": concurrency,
-                "tokens_per_second": [round(speed, 2), found["tokens_per_second"]],
-                "itl_p95_ms": [percentile(some), found["itl_p95_ms"]],
-                "acceptance_length": [
-                    round(1 + clients[name].seen.accepted / max(1, clients[name].seen.rounds), 3),
-                    found["acceptance_length"],
-                ],
-            }
-        )
-        say(str(rows[-1]))
+        row: dict[str, Any] = {
+            "policy": name,
+            "concurrency": concurrency,
+            "tokens_per_second": [round(speed, 2), round(fmean(one["tokens_per_second"] for one in told), 2)],
+            "itl_p95_ms": [percentile(some), round(fmean(one["itl_p95_ms"] for one in told), 4)],
+            "acceptance_length": [
+                round(1 + counts.accepted / max(1, counts.rounds), 3),
+                round(fmean(one["acceptance_length"] for one in told), 3),
+            ],
+        }
+        rows.append(row)
+        say(str(row))
     return rows
 
 
@@ -190,8 +236,8 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="*")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--policies", nargs="+", default=["none", "fixed:3", "auto"])
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a window")
     add_json(parser)
     options = parser.parse_args()
     setting = set_up(options, max(options.concurrency))
