@@ -5,9 +5,10 @@
 Pairs, so that a machine that is busier at times is so for both sides: in every round each arm runs twice, one window
 right after the other, arms in a new random order. The first windows give what the simulation is made of: the cost
 table brought to the passes observed (by tokens), drafting by number of drafts, bookkeeping by policy, what showing the
-drafter committed tokens takes, time outside steps, the drafter's rounds with all drafts verified, sizes of requests, and
-how much slower or quicker than its mean the machine was from step to step. The second windows are what it has to
-predict.
+drafter committed tokens takes, time outside steps, the drafter's rounds with all drafts verified, sizes of requests,
+and how much slower or quicker than its mean the machine was from step to step. The second windows are what it has to
+predict; "before" in the table is the first windows, and how far they differ from the second is what no simulation can
+know.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from statistics import fmean
 from typing import Any
 
@@ -96,19 +98,17 @@ def factors_of(steps: Iterable[StepCost], costs: CostTable) -> dict[int, float]:
 def observed(
     name: str,
     setting: Setting,
+    costs: CostTable,
     clients: Mapping[str, Client],
     seen: Mapping[str, Watch],
     first: Mapping[str, list[Window]],
 ) -> Observed:
     """The costs of an arm. Features are part of the passes that were observed with a drafter."""
-    rows = max(cost.rows for cost, _, _ in seen["none"].steps)
-    costs = start_costs(setting.loaded.target, setting.loaded.dtype, rows=rows, tokens=rows * (DRAFTS + 1))
     drafter = clients[f"fixed:{DRAFTS}"].llm.drafter
     book: dict[bool, list[float]] = {False: [], True: []}
     for arm in ("none", name if name != "none" else f"fixed:{DRAFTS}"):
-        outside = sum(w.seconds for w in first[arm]) - sum(
-            c.draft + c.verify + c.bookkeeping for c, _, _ in seen[arm].steps
-        )
+        inside = sum(c.draft + c.verify + c.bookkeeping for c, _, _ in seen[arm].steps)
+        outside = sum(map(seconds_of, first[arm])) - inside
         for cost, limit, _ in seen[arm].steps:
             if (arm == "none") == (limit == 0):
                 book[limit > 0].append(cost.bookkeeping - cost.follow + outside / len(seen[arm].steps))
@@ -125,14 +125,22 @@ def observed(
     )
 
 
-def slowness_of(watches: Iterable[Watch], costs: Observed) -> Callable[[float], float]:
-    """How much slower than its mean the machine was, by time: passes observed over those expected, in order."""
-    steps = [cost for watch in watches for cost, _, _ in watch.steps]
-    ends = np.cumsum([cost.draft + cost.verify + cost.bookkeeping for cost in steps])
-    ratios = np.array([cost.verify / costs.verify(cost.tokens, cost.rows, cost.context) for cost in steps])
-    expected = np.array([costs.verify(cost.tokens, cost.rows, cost.context) for cost in steps])
+def slowness_of(watches: Iterable[Watch], costs: Observed, seed: int) -> Callable[[float], float]:
+    """How much slower than its mean the machine was: steps observed over those expected, in their order, from a random
+    one on."""
+    steps = [(cost, limit) for watch in watches for cost, limit, _ in watch.steps]
+    expected = np.array(
+        [
+            costs.verify(cost.tokens, cost.rows, cost.context)
+            + costs.draft(cost.rows, limit)
+            + costs.bookkeeping(cost.rows, limit > 0)
+            for cost, limit in steps
+        ]
+    )
+    ratios = np.array([cost.draft + cost.verify + cost.bookkeeping - cost.follow for cost, _ in steps]) / expected
     ratios /= (ratios * expected).sum() / expected.sum()
-    return lambda now: float(ratios[min(int(np.searchsorted(ends, now % ends[-1])), len(ratios) - 1)])
+    turns = cycle(np.roll(ratios, random.Random(seed).randrange(len(ratios))).tolist())
+    return lambda now: next(turns)
 
 
 def policy_for(name: str, costs: Observed, drafter: Drafter) -> SchedulerPolicy:
@@ -164,10 +172,11 @@ def both(setting: Setting, concurrency: int, options: argparse.Namespace) -> lis
             second[name].append(clients[name].run(options.seconds, concurrency))
     sizes = tuple(size for client in clients.values() for size in client.finished)
     rounds = Recorded([some for some in seen[f"fixed:{DRAFTS}"].rounds.values() if some])
+    target, dtype = setting.loaded.target, setting.loaded.dtype
+    measured = start_costs(target, dtype, rows=concurrency, tokens=concurrency * (DRAFTS + 1))
     rows = []
     for name in options.policies:
-        costs = observed(name, setting, clients, seen, first)
-        slowness = slowness_of(seen.values(), costs)
+        costs = observed(name, setting, measured, clients, seen, first)
         told = [
             simulate(
                 policy_for(name, costs, clients[name].llm.drafter),
@@ -177,16 +186,16 @@ def both(setting: Setting, concurrency: int, options: argparse.Namespace) -> lis
                 seconds=options.seconds * options.rounds,
                 max_rows=concurrency,
                 seed=seed,
-                slowness=slowness,
+                slowness=slowness_of(seen.values(), costs, seed),
             ).to_json()
             for seed in range(SEEDS)
         ]
         some, counts = second[name], clients[name].seen
-        speed = sum(w.tokens for w in some) / sum(w.seconds for w in some)
         row: dict[str, Any] = {
             "policy": name,
             "concurrency": concurrency,
-            "tokens_per_second": [round(speed, 2), round(fmean(one["tokens_per_second"] for one in told), 2)],
+            "tokens_per_second": [speed(some), round(fmean(one["tokens_per_second"] for one in told), 2)],
+            "first_windows_tokens_per_second": speed(first[name]),
             "itl_p95_ms": [percentile(some), round(fmean(one["itl_p95_ms"] for one in told), 4)],
             "acceptance_length": [
                 round(1 + counts.accepted / max(1, counts.rounds), 3),
@@ -196,6 +205,16 @@ def both(setting: Setting, concurrency: int, options: argparse.Namespace) -> lis
         rows.append(row)
         say(str(row))
     return rows
+
+
+def seconds_of(window: Window) -> float:
+    """All of them: steps in which the process was stopped are among those that costs were taken from."""
+    return window.seconds + window.held_up
+
+
+def speed(windows: Sequence[Window]) -> float:
+    """Tokens per second."""
+    return round(sum(w.tokens for w in windows) / sum(map(seconds_of, windows)), 2)
 
 
 def percentile(windows: Sequence[Window]) -> float:
@@ -208,7 +227,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     """Real, simulated, and by how much the latter is off."""
     lines = []
     for row in rows:
-        line = [row["concurrency"], row["policy"]]
+        line = [row["concurrency"], row["policy"], f"{row['first_windows_tokens_per_second']:.4g}"]
         for name in ("tokens_per_second", "itl_p95_ms"):
             real, told = row[name]
             line += [f"{real:.4g}", f"{told:.4g}", f"{told / real - 1:+.1%}"]
@@ -216,6 +235,7 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
     header = [
         "requests",
         "policy",
+        "tokens/s before",
         "tokens/s",
         "simulated",
         "error",
