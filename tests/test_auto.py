@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,23 +33,44 @@ def test_the_fastest_is_measured_once(kept: Path, monkeypatch: pytest.MonkeyPatc
     assert fastest == max(speedups, key=lambda name: speedups[name])
     assert first == fastest
     assert set(speedups) == {"none", "suffix", "draft_model", *DRAFTERS}
-    monkeypatch.setattr(auto, "_measure", lambda prompts, load, candidates: pytest.fail("measured again"))
+    monkeypatch.setattr(auto, "_measure", lambda *args: pytest.fail("measured again"))
     assert LLM("embedded").drafter_name == first
 
 
 def test_plain_decoding_wins_where_nothing_is_faster(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slower = {"none": 1.0, "suffix": 0.9, "draft_model": 0.8}
-    monkeypatch.setattr(auto, "_measure", lambda prompts, load, candidates: slower)
+    monkeypatch.setattr(auto, "_measure", lambda *args: slower)
     assert LLM("embedded").drafter_name == "none"
 
 
 def test_a_damaged_memory_is_measured_anew(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "_measure", lambda prompts, load, candidates: {"none": 1.0, "suffix": 2.0})
+    monkeypatch.setattr(auto, "_measure", lambda *args: {"none": 1.0, "suffix": 2.0})
     LLM("embedded")
     (file,) = kept.iterdir()
     file.write_text("{broken")
     assert LLM("embedded").drafter_name == "suffix"
     assert json.loads(file.read_text())["fastest"] == "suffix"
+
+
+def test_an_engine_that_starts_at_once_measures_later(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The usual drafter and a short table first; measured piece by piece, and kept for the next start."""
+    llm = LLM("embedded", measure=False)
+    assert llm.drafter_name == "draft_model" and not (kept.parent / "choices").exists()
+    costs = llm.policy.costs
+    short = costs.table
+    assert short is not None and not (kept.parent / "costs").exists()
+    pieces = []
+
+    def alone(act: Callable[[], Any]) -> Any:
+        pieces.append(act)
+        return act()
+
+    llm.measure(alone)
+    assert len(pieces) > 100 and costs.table != short
+    assert json.loads(next(kept.iterdir()).read_text())["fastest"] == LLM("embedded", measure=False).drafter_name
+    pieces.clear()
+    llm.measure(alone)
+    assert len(pieces) == 1, "the core's tuning, which is not measured twice"
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)

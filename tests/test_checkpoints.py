@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trained import DECODER, DESIGNS, GEMMA4, LAYERS, VOCABULARY, WIDTH, make_checkpoint, make_target
+from transformers import CONFIG_MAPPING
 
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint, deepspec, speculators
+from outrider.checkpoints.stack_format import LLAMA_LIKE, known_keys
 from outrider.errors import CheckpointError
 
 DEEPSPEC = ("vanilla", "gated", "rnn", "dflash", "eagle3")
@@ -236,6 +240,22 @@ def test_deepspec_refuses_what_it_cannot_say(name: str, options: dict, message: 
 def test_only_written_formats_are_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot write format 'zlab'; expected one of: deepspec, outrider, spec"):
         checkpoints.save(complete("vanilla"), tmp_path / "x", "zlab", {})
+
+
+@pytest.mark.parametrize("model_type", [*LLAMA_LIKE, "gemma4_text"])
+def test_what_transformers_writes_is_known(model_type: str) -> None:
+    written = set(CONFIG_MAPPING[model_type]().to_dict())
+    assert written <= known_keys(model_type)
+
+
+def test_a_packaged_drafter_starts_without_transformers() -> None:
+    """Its import takes seconds, of which a server has three to be ready."""
+    code = (
+        "import sys; from outrider import LLM; LLM('embedded', 'dspark', policy='fixed', guard=False); "
+        "print(sorted({'transformers', 'scipy', 'matplotlib', 'torch._dynamo'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -96,6 +96,8 @@ def test_a_trained_drafter_for_the_file_loads_with_a_reduced_head_of_its_rows(pl
     weights = drafter.net.stack.unembed(torch.eye(target.spec.hidden_size))[:, :64].T
     rows = head_rows(target, ids[:64])
     assert float((weights - rows).norm() / rows.norm()) < 0.02
+    units = torch.eye(target.spec.hidden_size)
+    assert float((target.unembed(units)[:, ids[:64]].T - rows).norm() / rows.norm()) < 1e-3, "rows of the embedding"
     params = SamplingParams(max_tokens=24, temperature=1.0, seed=4)
     prompt = chat(plain, QUESTIONS[0])
     assert (

@@ -322,6 +322,19 @@ def test_wrong_costs_are_corrected_within_seconds(
     assert rate(times) > 0.97 * rate(1.0)
 
 
+def test_a_table_that_was_measured_later_replaces_the_first_one() -> None:
+    """What was learnt of passes belonged to the first one; what drafts cost stays."""
+    model, better = costs_of(STEEP), costs_of(NATIVE).table
+    assert better is not None
+    for _ in range(20):
+        model.observe_verify(8, 1, 0, 2 * STEEP.verify(8, 1, 0))
+        model.observe_draft(1, 3, 0.001)
+    model.use(better)
+    assert model.table is better and model.trusted
+    assert all(model.verify(n) == pytest.approx(NATIVE.verify(n, 1, 0)) for n in SIZES)
+    assert model.draft(1, 3) == pytest.approx(0.001)
+
+
 @given(st.lists(st.tuples(st.integers(1, 300), st.floats(1e-5, 10.0)), max_size=30), st.integers(1, 3000))
 @settings(max_examples=50, deadline=None)
 def test_costs_stay_numbers(observed: list[tuple[int, float]], tokens: int) -> None:

@@ -137,16 +137,28 @@ def test_only_large_models_are_worth_a_measurement(monkeypatch: pytest.MonkeyPat
     made = Tuning(4096, (2, 3, 4, 5), _native.threads())
     monkeypatch.setattr(tuning, "_applied", set())
     monkeypatch.setattr(tuning, "tune", lambda isa: asked.append(isa) or made)
-    apply_once(ISA, tuning.LARGE - 1)
+    apply_once(ISA, tuning.LARGE - 1, measure=True)
     assert not asked
     monkeypatch.setenv("OUTRIDER_TUNING", "0")
-    apply_once(ISA, tuning.LARGE)
+    apply_once(ISA, tuning.LARGE, measure=True)
     assert not asked
     monkeypatch.delenv("OUTRIDER_TUNING")
     for _ in range(2):
-        apply_once(ISA, tuning.LARGE)
+        apply_once(ISA, tuning.LARGE, measure=True)
     assert asked == [ISA]
     assert _native.read_ahead(ISA) == (4096, [2, 3, 4, 5])
+
+
+def test_loading_applies_what_is_kept_and_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_applied", set())
+    monkeypatch.setattr(tuning, "_measure_on", lambda isa: pytest.fail("measured"))
+    before = _native.read_ahead(ISA)
+    apply_once(ISA, tuning.LARGE, measure=False)
+    assert _native.read_ahead(ISA) == before
+    monkeypatch.setattr(tuning, "_measure_on", lambda isa: machine(lambda width, rows, ahead: 2.0 if ahead else 1.0))
+    kept = tune(ISA)
+    apply_once(ISA, tuning.LARGE, measure=False)
+    assert _native.read_ahead(ISA) == (kept.bytes_ahead, list(kept.rows)) != before
 
 
 @pytest.mark.parametrize("isa", _native.instruction_sets())

@@ -64,6 +64,7 @@ __all__ = [
     "TargetModel",
     "TargetOutput",
     "TargetSpec",
+    "TiedHead",
     "TokenLogprobs",
     "Verification",
 ]
@@ -656,6 +657,13 @@ class HasStack(Protocol):
     """A target whose embedding, layers and head are one stack. A drafter may share its embedding and head."""
 
     stack: Stack
+
+
+@runtime_checkable
+class TiedHead(Protocol):
+    """A stack that says whether head and embedding are one matrix in memory: then ``embed`` gives the head's rows."""
+
+    tied: bool
 
 
 @runtime_checkable

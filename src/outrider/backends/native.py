@@ -109,8 +109,7 @@ class NativeBackend:
     device = torch.device("cpu")
 
     def __init__(self, isa: str = "") -> None:
-        """``isa``: avx512, avx_vnni, avx2 or portable; empty = what OUTRIDER_ISA says, else the best this processor has.
-        """
+        """``isa``: avx512, avx_vnni, avx2 or portable; empty = what OUTRIDER_ISA says, else the best this processor has."""
         self.isa = isa
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> NativeStack:
@@ -136,7 +135,7 @@ class NativeBackend:
             core = _native.Stack(spec)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
-        apply_once(core.isa, core.weight_bytes)
+        apply_once(core.isa, core.weight_bytes, measure=False)
         kept, began = PackedFile(weights, key, core.isa), perf_counter()
         if not kept.read_into(core.packed):
             _pack(core, config, weights, formats)
@@ -191,6 +190,7 @@ class NativeStack:
 
     def __init__(self, config: StackConfig, core: Any, dtype: str, formats: Formats) -> None:
         self.config, self.core, self.dtype, self.formats = config, core, dtype, formats
+        self.tied = formats.tied
         self._width, self._vocabulary = config.hidden_size, config.vocab_size
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:

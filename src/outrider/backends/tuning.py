@@ -1,8 +1,8 @@
 """What the compiled core is tuned to on this machine: prefetch distance, rows from which on it prefetches, and threads.
 
-Measured once, in at most a second, when the first model that is larger than a cache is loaded; kept on disk for the
-machine, the number of cores, the instruction set and the build of the core. Nothing here changes a result's bits. With
-``OUTRIDER_TUNING=0`` the core keeps its defaults.
+Measured once, in at most a second, for the first model that is larger than a cache; kept on disk for the machine, the
+number of cores, the instruction set and the build of the core. Loading a model applies what is kept. Nothing here
+changes a result's bits. With ``OUTRIDER_TUNING=0`` the core keeps its defaults.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,15 @@ class Tuning:
         return made
 
 
-def apply_once(isa: str, weight_bytes: int) -> None:
-    """Tune the core for an instruction set, once a process, when a model of ``weight_bytes`` is large enough."""
+def apply_once(isa: str, weight_bytes: int, *, measure: bool) -> None:
+    """Tune the core for an instruction set, once a process, when a model of ``weight_bytes`` is large enough. Without
+    ``measure`` the core stays as it is where nothing was measured before."""
     if isa in _applied or weight_bytes < LARGE or os.environ.get("OUTRIDER_TUNING") == "0":
         return
+    tuning = tune(isa) if measure else _stored(isa)
+    if tuning is None:
+        return
     _applied.add(isa)
-    tuning = tune(isa)
     native.set_read_ahead(isa, tuning.bytes_ahead, list(tuning.rows))
     if tuning.threads != native.threads() and native.threads() == len(_cores()) and not _threads_are_given():
         native.set_threads(tuning.threads)
@@ -74,15 +78,10 @@ def apply_once(isa: str, weight_bytes: int) -> None:
 
 def tune(isa: str) -> Tuning:
     """What was chosen earlier, or what is measured now and kept. A file that does not fit is replaced."""
-    key = _key(isa)
-    path = stored_path(isa)
-    try:
-        stored = read_json(path)
-        if stored.get("version") == VERSION and stored.get("key") == key:
-            return Tuning.from_json(stored["tuning"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        pass  # missing, damaged, or written by something else
-    threads = native.threads()
+    stored = _stored(isa)
+    if stored is not None:
+        return stored
+    key, path, threads = _key(isa), stored_path(isa), native.threads()
     physical = 0 if _threads_are_given() else _physical_cores()
     tuning = choose(_measure_on(isa), native.read_ahead(isa)[1], threads, physical)
     try:
@@ -90,6 +89,15 @@ def tune(isa: str) -> Tuning:
     except OSError as error:
         warnings.warn(f"what was measured on this machine could not be kept in {path.parent}: {error}", stacklevel=2)
     return tuning
+
+
+def _stored(isa: str) -> Tuning | None:
+    """What was chosen earlier; None where that is missing, damaged, or written by something else."""
+    with suppress(CheckpointError, KeyError, TypeError, ValueError):
+        stored = read_json(stored_path(isa))
+        if stored.get("version") == VERSION and stored.get("key") == _key(isa):
+            return Tuning.from_json(stored["tuning"])
+    return None
 
 
 def choose(measure: Measure, defaults: Sequence[int], threads: int, physical: int) -> Tuning:

@@ -28,14 +28,26 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh", "gelu"]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu": "gelu",
 }
-# Written by some version of transformers for every model, or read by none of the decoders here.
+# Written out, because importing transformers takes seconds. Keys of the shape and of the computation, and those that
+# some version of transformers writes for every model or that none of the decoders here reads.
 GENERIC_KEYS = frozenset(
     """
-    _attn_implementation _name_or_path attention_bias attention_dropout attn_implementation bos_token_id
-    cache_implementation dtype eos_token_id head_dim initializer_range layer_types max_window_layers mlp_bias model_type
-    original_max_position_embeddings pad_token_id pretraining_tp rope_parameters rope_scaling rope_theta sliding_window
-    tie_word_embeddings torch_dtype transformers_version use_cache use_sliding_window
+    _attn_implementation _name_or_path architectures attention_bias attention_dropout attn_implementation bos_token_id
+    cache_implementation chunk_size_feed_forward dtype eos_token_id head_dim hidden_size id2label initializer_range
+    intermediate_size is_encoder_decoder label2id layer_types max_position_embeddings max_window_layers mlp_bias
+    model_type num_attention_heads num_hidden_layers num_key_value_heads original_max_position_embeddings
+    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict rms_norm_eps
+    rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings torch_dtype transformers_version
+    use_cache use_sliding_window vocab_size
     """.split()  # noqa: SIM905 (a list of strings would be a page)
+)
+LLAMA_KEYS = frozenset({"hidden_act"})
+GEMMA4_KEYS = frozenset(
+    """
+    attention_k_eq_v enable_moe_block final_logit_softcapping global_head_dim hidden_activation
+    hidden_size_per_layer_input moe_intermediate_size num_experts num_global_key_value_heads num_kv_shared_layers
+    per_layer_config top_k_experts use_bidirectional_attention use_double_wide_mlp vocab_size_per_layer_input
+    """.split()  # noqa: SIM905
 )
 
 
@@ -74,8 +86,8 @@ def refuse_unknown(config: Mapping[str, Any], known: Collection[str], section: s
             raise CheckpointError(f"{section} has an unknown key {key!r}; {hint}")
 
 
-def known_keys(model_type: str) -> set[str]:
-    """Keys that a config of this model type may hold, by any version of transformers.
+def known_keys(model_type: str) -> frozenset[str]:
+    """Keys that a config of this model type may hold.
 
     Raises CheckpointError for a model type that no drafter here is built from.
     """
@@ -83,14 +95,7 @@ def known_keys(model_type: str) -> set[str]:
         raise CheckpointError(
             f"model_type {model_type!r} is not supported in a drafter; {nearest(model_type, (*LLAMA_LIKE, *GEMMA4))}"
         )
-    from transformers import CONFIG_MAPPING
-
-    config = CONFIG_MAPPING["gemma4_text" if model_type in GEMMA4 else model_type]()
-    return (
-        set(config.to_dict())
-        | GENERIC_KEYS
-        | ({"global_head_dim", "num_global_key_value_heads"} if model_type in GEMMA4 else set())
-    )
+    return GENERIC_KEYS | (GEMMA4_KEYS if model_type in GEMMA4 else LLAMA_KEYS)
 
 
 def decoder_stack(decoder: Mapping[str, Any], *, vocab_size: int, input_width: int = 0) -> StackConfig:

@@ -113,6 +113,7 @@ def serve(
             kv_memory=settings.kv_memory,
             kv_dtype=settings.kv_dtype,
             prefill_chunk=settings.prefill_chunk,
+            measure=False,  # before the server is ready; see serving.idle_measurements
         )
     say_loaded(llm)
     serve_until_stopped(make_service(llm, settings), lambda address: note(f"ready: {address}"))

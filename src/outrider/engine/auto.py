@@ -2,7 +2,7 @@
 
 Each candidate answers for some seconds, greedily and sampled; plain decoding is one of them, and a drafter that is
 slower than it in either is not chosen. The result is cached with everything it depends on, and measured again when that
-changes.
+changes. Where an engine is to start at once, nothing is measured: the first drafter of the catalogue is taken.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from outrider.config import SamplingParams
+from outrider.engine.turns import Alone, at_once
 from outrider.files import cache_folder, read_json, write_json
 from outrider.models.locations import PACKAGED_DRAFTERS, resolve_model
 from outrider.types import Output
@@ -38,11 +39,18 @@ class _LLM(Protocol):
 
 
 def fastest(
-    target: str, prompts: Sequence[str | list[int]], load: Callable[[str], _LLM], dtype: str, backend: str
+    target: str,
+    prompts: Sequence[str | list[int]],
+    load: Callable[[str], _LLM],
+    dtype: str,
+    backend: str,
+    *,
+    alone: Alone | None = at_once,
 ) -> str:
     """The name of a packaged drafter of ``target``, ``suffix`` or ``none``; measured, or remembered from before.
 
-    ``load`` makes an LLM of the target with the drafter of that name, which answers ``prompts``, one a topic.
+    ``load`` makes an LLM of the target with the drafter of that name, which answers ``prompts``, one a topic. ``alone``
+    calls it for each answer, where requests may run beside; None: what is not remembered is not measured.
     """
     packaged = {name: model for name, model in PACKAGED_DRAFTERS[target].items() if _there(model)}
     candidates = [PLAIN, *WITHOUT_FILES, *packaged]
@@ -52,7 +60,9 @@ def fastest(
         kept = read_json(path)
         if kept["key"] == key and kept["fastest"] in candidates:
             return str(kept["fastest"])
-    speedups = _measure(prompts, load, candidates)
+    if alone is None:
+        return next(iter(packaged), WITHOUT_FILES[0])
+    speedups = _measure(prompts, load, candidates, alone)
     best = max(speedups, key=lambda name: speedups[name])
     with suppress(OSError):
         write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
@@ -60,22 +70,24 @@ def fastest(
 
 
 def _measure(
-    prompts: Sequence[str | list[int]], load: Callable[[str], _LLM], candidates: Sequence[str]
+    prompts: Sequence[str | list[int]], load: Callable[[str], _LLM], candidates: Sequence[str], alone: Alone
 ) -> dict[str, float]:
     """Speed-up over plain decoding: the lesser of greedy and sampled, each the geometric mean over the prompts.
     Greedy text of small models repeats itself, which flatters drafters that copy."""
     sides = {name: load(name) for name in candidates}
+
+    def answer(side: _LLM, prompt: str | list[int], params: SamplingParams) -> float:
+        side.forget()
+        return alone(lambda: side.generate([prompt], params))[0].stats.seconds
+
     for side in sides.values():  # warm up: the first call is not timed
-        side.generate([prompts[0]], SamplingParams(max_tokens=8))
+        answer(side, prompts[0], SamplingParams(max_tokens=8))
     least = dict.fromkeys(candidates, math.inf)
     for temperature in TEMPERATURES:
         params = SamplingParams(max_tokens=TOKENS, temperature=temperature, seed=1, ignore_eos=True)
         logarithms = dict.fromkeys(candidates, 0.0)
         for prompt in prompts:
-            seconds = {}
-            for name, side in sides.items():
-                side.forget()
-                seconds[name] = side.generate([prompt], params)[0].stats.seconds
+            seconds = {name: answer(side, prompt, params) for name, side in sides.items()}
             for name in candidates:
                 logarithms[name] += math.log(seconds[PLAIN] / seconds[name]) / len(prompts)
         least = {name: min(least[name], logarithms[name]) for name in candidates}

@@ -1,4 +1,4 @@
-"""Cost tables of targets: measured when an engine starts, kept on disk with everything they depend on.
+"""Cost tables of targets: measured once, kept on disk with everything they depend on.
 
 ``outrider profile`` measures the same thing at length and keeps it in the same place. A table is used for exactly its
 key (model shape, dtype, backend, instruction set, machine, threads), and only while a few passes agree with it.
@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from outrider.backends.native import NativeStack
+from outrider.backends.tuning import apply_once
 from outrider.core import native
+from outrider.engine.turns import Alone, at_once
 from outrider.files import cache_folder, read_json, write_json
 from outrider.models.decoder import DecoderTarget
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
@@ -33,17 +35,22 @@ __all__ = [
     "describe",
     "feature_share",
     "instruction_set",
+    "kept_costs",
     "load_costs",
     "machine",
+    "measured_costs",
     "model_key",
     "quick_costs",
     "save_costs",
     "start_costs",
     "threads",
+    "tune_core",
 ]
 
 SECONDS = 3.0
-"""What measuring at the start may take; a pass that has begun is finished."""
+"""What measuring may take; a pass that has begun is finished."""
+AT_FIRST = 0.3
+"""What a first, short table may take, for an engine that is to start at once."""
 ROUNDS = 5
 CONTEXT, LONG_CONTEXT = 64, 768
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 192, 256)  # with the edges of tiles
@@ -134,24 +141,46 @@ def load_costs(key: CostKey) -> CostTable | None:
 
 def start_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> CostTable:
     """The table kept for a target, if a few passes agree with it, else a new one, which is then kept."""
-    key = cost_key(target, dtype)
-    kept = load_costs(key)
-    if kept is not None and _fits(kept, target):
-        return kept
-    table = quick_costs(target, key, rows=rows, tokens=tokens)
+    return kept_costs(target, dtype) or measured_costs(target, dtype, rows=rows, tokens=tokens)
+
+
+def kept_costs(target: TargetModel, dtype: str) -> CostTable | None:
+    """The table kept for a target, if a few passes agree with it."""
+    kept = load_costs(cost_key(target, dtype))
+    return kept if kept is not None and _fits(kept, target) else None
+
+
+def measured_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int, alone: Alone = at_once) -> CostTable:
+    """A new table, which is then kept."""
+    table = quick_costs(target, cost_key(target, dtype), rows=rows, tokens=tokens, alone=alone)
     with suppress(OSError):
         save_costs(table)
     return table
 
 
 @torch.inference_mode()
-def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, seconds: float = SECONDS) -> CostTable:
+def quick_costs(
+    target: TargetModel,
+    key: CostKey,
+    *,
+    rows: int,
+    tokens: int,
+    seconds: float = SECONDS,
+    alone: Alone = at_once,
+) -> CostTable:
     """Time passes for at most about ``seconds``, in rounds and shuffled, and take the least of each kind.
 
     The least is what a pass costs when nobody interrupts it; how busy the machine is, the scheduler learns from steps.
-    ``rows``, ``tokens``: the most that a pass will have.
+    ``rows``, ``tokens``: the most that a pass will have. ``alone`` calls each pass, where requests may run beside.
     """
-    ends = perf_counter() + seconds
+    spent = 0.0
+
+    def time(shape: tuple[int, int, int]) -> float:
+        nonlocal spent
+        took = alone(lambda: _time(target, cache, slots, shape))
+        spent += took
+        return took
+
     room = target.spec.max_positions
     rows, tokens = min(rows, max(ROWS)), max(1, min(tokens, max(TOKENS), room // 2))
     longest = max(0, min(LONG_CONTEXT, room - tokens - 1))
@@ -162,22 +191,28 @@ def quick_costs(target: TargetModel, key: CostKey, *, rows: int, tokens: int, se
     cache = target.new_cache(rows, longest + tokens)
     slots = [cache.open() for _ in range(rows)]
     for slot in slots:
-        _fill(target, cache, slot, context)
-    once = _time(target, cache, slots, (1, 1, context))  # warm up
-    once = min(once, _time(target, cache, slots, (1, 1, context)))
+        alone(lambda slot=slot: _fill(target, cache, slot, context))  # type: ignore[misc]
+    once = min(time((1, 1, context)) for _ in range(2))  # the first one warms up
     if once * len(shapes) * 3 > seconds:
         shapes = [shape for shape in shapes if shape[1] == 1 and shape[0] in FEWEST and shape[2] == context]
     times: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in shapes}
     order = random.Random(0)
     for c in sorted({context, longest}):
-        _fill(target, cache, slots[0], c)
+        alone(lambda c=c: _fill(target, cache, slots[0], c))  # type: ignore[misc]
         here = [shape for shape in shapes if shape[2] == c]
         for _ in range(ROUNDS):
             for shape in order.sample(here, len(here)):
-                if not times[shape] or perf_counter() < ends:
-                    times[shape].append(_time(target, cache, slots, shape))
+                if not times[shape] or spent < seconds:
+                    times[shape].append(time(shape))
     points = tuple(CostPoint(m, r, c * r, min(found)) for (m, r, c), found in times.items())
     return CostTable(key, points)
+
+
+def tune_core(target: TargetModel) -> None:
+    """Tune the core for a target that runs in it, once on a machine."""
+    stack = getattr(target, "stack", None)
+    if isinstance(stack, NativeStack):
+        apply_once(stack.core.isa, stack.core.weight_bytes, measure=True)
 
 
 @torch.inference_mode()

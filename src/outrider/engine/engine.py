@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ from outrider.types import (
 
 __all__ = ["Engine"]
 
+T = TypeVar("T")
 TAIL = 16  # tokens of a prompt that its first new token's text may depend on
 
 
@@ -167,6 +169,10 @@ class Engine:
             self.advance(lambda request=request: request.finish_reason is not None)  # type: ignore[misc]
             if request.error is not None:
                 raise request.error
+
+    def alone(self, act: Callable[[], T], /) -> T:
+        """What ``act`` returns, called between two steps, which wait for it."""
+        return self._turns.run_once(act)
 
     def forget(self) -> None:
         """Drop what earlier requests have left in the cache and in the drafter; nothing happens while a step runs."""

@@ -13,12 +13,21 @@ from torch import Tensor
 
 from outrider.config import SamplingParams, whole_number
 from outrider.engine.auto import fastest
-from outrider.engine.cost_tables import feature_share, start_costs
+from outrider.engine.cost_tables import (
+    AT_FIRST,
+    cost_key,
+    feature_share,
+    kept_costs,
+    measured_costs,
+    quick_costs,
+    tune_core,
+)
 from outrider.engine.engine import Engine
 from outrider.engine.loader import EMBEDDED, LoadedModel, load_drafter, load_model, load_policy
 from outrider.engine.memory import default_memory
 from outrider.engine.request import Request
 from outrider.engine.stream import EventStream
+from outrider.engine.turns import Alone, at_once
 from outrider.errors import InvalidRequest
 from outrider.files import read_json_lines
 from outrider.models.loading import load_backend
@@ -52,6 +61,10 @@ class LLM:
     ``int8`` keeps them in 8 bits, which changes the text a little (native backend only). ``prefill_chunk``: the most
     prompt tokens of a step; beside rows that decode a quarter of it, so that a long prompt does not hold them up.
 
+    ``measure``: what is not known of this machine is measured first, for some seconds: the core's tuning, what passes
+    cost, and which drafter ``auto`` is. Without it, a short table of costs and the usual drafter are taken, and
+    ``measure()`` does the rest when there is time.
+
     Raises CheckpointError for files that cannot be used, IncompatibleDrafter for a drafter of another target.
     """
 
@@ -73,6 +86,7 @@ class LLM:
         kv_dtype: str = "auto",
         prefill_chunk: int = 512,
         tokenizer: Tokenizer | None = None,
+        measure: bool = True,
     ) -> None:
         max_rows = whole_number("max_rows", max_rows, 1)
         draft_tokens = None if draft_tokens is None else whole_number("draft_tokens", draft_tokens, 0)
@@ -92,14 +106,20 @@ class LLM:
             raise InvalidRequest(
                 f"capacity must be between 1 and the model's {self.target.spec.max_positions} positions, got {capacity}"
             )
+        self._measures = at_once if measure else None
+        self._auto = drafter == "auto"
+        if measure:
+            tune_core(self.target)
         if drafter == "auto":
-            drafter = _resolve_auto(loaded)
+            drafter = _resolve_auto(loaded, self._measures)
         if drafter_options is not None and not isinstance(drafter_options, Mapping):
             raise InvalidRequest(f"drafter_options must be a mapping of names to values, got {drafter_options!r}")
         options = dict(drafter_options or {})
         if draft_tokens is not None:
             options["draft_tokens"] = draft_tokens
         self.drafter_name, self.drafter = load_drafter(drafter, loaded, options, max_rows=max_rows)
+        self._first_costs: CostModel | None = None  # what ``measure`` completes
+        self._lacks_table = False
         self.policy = self._load_policy(policy, policy_options or {}, guard=guard)
         self.observers: list[StepObserver] = []
         """See every step of the engine."""
@@ -184,6 +204,23 @@ class LLM:
             prefill_chunk=self.prefill_chunk,
         )
 
+    def measure(self, alone: Alone) -> None:
+        """Measure and keep what ``LLM(measure=False)`` left out. ``alone`` calls each piece while no request runs.
+
+        The drafter stays; another one that measured faster is what ``auto`` is at the next start."""
+        if self._measures is not None:
+            return
+        alone(lambda: tune_core(self.target))
+        costs, self._first_costs = self._first_costs, None
+        if costs is not None:
+            costs.features = alone(lambda: feature_share(self.target, self.drafter.aux_layers))
+            if self._lacks_table:
+                rows, tokens = self._largest_pass()
+                table = measured_costs(self.target, self.loaded.dtype, rows=rows, tokens=tokens, alone=alone)
+                alone(lambda: costs.use(table))
+        if self._auto:
+            _resolve_auto(self.loaded, alone)
+
     def forget(self) -> None:
         """Drop what earlier requests have left in the cache and in the drafter: every measurement starts cold."""
         self.engine.forget()
@@ -218,14 +255,24 @@ class LLM:
 
     def _load_policy(self, name: str, options: Mapping[str, Any], *, guard: bool) -> SchedulerPolicy:
         """The policy; what passes cost is measured, or was before, where it matters."""
-        costs = None
+        costs: CostModel | None = None
         if self.drafter.block and (guard or name in ("auto", "throughput")):
-            rows = self.max_rows
-            costs = CostModel(
-                start_costs(self.target, self.loaded.dtype, rows=rows, tokens=rows * (self.drafter.block + 1)),
-                feature_share(self.target, self.drafter.aux_layers),
-            )
+            target, dtype = self.target, self.loaded.dtype
+            rows, tokens = self._largest_pass()
+            table = kept_costs(target, dtype)
+            if self._measures is not None:
+                table = table or measured_costs(target, dtype, rows=rows, tokens=tokens)
+                costs = CostModel(table, feature_share(target, self.drafter.aux_layers))
+            else:
+                self._lacks_table = table is None
+                if table is None:
+                    table = quick_costs(target, cost_key(target, dtype), rows=rows, tokens=tokens, seconds=AT_FIRST)
+                costs = self._first_costs = CostModel(table)
         return load_policy(name, options, self.drafter, costs, guard=guard)
+
+    def _largest_pass(self) -> tuple[int, int]:
+        """The most rows and tokens that a decoding step has."""
+        return self.max_rows, self.max_rows * (self.drafter.block + 1)
 
     def _submit(self, index: int, tokens: list[int], params: SamplingParams) -> Request:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
@@ -260,9 +307,10 @@ class Run:
         return self._llm._output(self._prompt, self._request)
 
 
-def _resolve_auto(loaded: LoadedModel) -> str:
+def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> str:
     """The drafter that ``auto`` means for a target: what measures fastest of those it comes with, under the policy that
-    runs it, else ``suffix``. One alone: a trained drafter and ``suffix`` together lost to either (docs/log.md)."""
+    runs it, else ``suffix``. One alone: a trained drafter and ``suffix`` together lost to either (docs/log.md).
+    ``alone``: see ``fastest``."""
     if loaded.name not in PACKAGED_DRAFTERS:
         return "suffix"
     files = sorted((EMBEDDED_PROMPTS if loaded.name == EMBEDDED else QUESTIONS).glob("*.jsonl"))
@@ -270,7 +318,9 @@ def _resolve_auto(loaded: LoadedModel) -> str:
     if loaded.name != EMBEDDED:
         prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in prompts]
     backend = load_backend(loaded.backend, loaded.dtype).name
-    return fastest(loaded.name, prompts, lambda name: LLM(loaded, name, guard=False), loaded.dtype, backend)
+    return fastest(
+        loaded.name, prompts, lambda name: LLM(loaded, name, guard=False), loaded.dtype, backend, alone=alone
+    )
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

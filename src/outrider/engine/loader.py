@@ -13,7 +13,14 @@ from outrider.checkpoints import load_calibration
 from outrider.config import build
 from outrider.drafters.base import CalibratedDrafter, SeveralDrafters
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
-from outrider.models.loading import QUANTISED, load_backend, load_target, load_tokenizer, runs_natively
+from outrider.models.loading import (
+    QUANTISED,
+    load_backend,
+    load_target,
+    load_tokenizer,
+    load_with_tokenizer,
+    runs_natively,
+)
 from outrider.models.locations import PACKAGED_DRAFTERS, resolve_model
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.guard import GuardedPolicy
@@ -41,8 +48,11 @@ def load_model(
 ) -> LoadedModel:
     """Raises CheckpointError for files that cannot be used, InvalidRequest for a ready target without a tokenizer."""
     if isinstance(model, (str, Path)):
-        target = load_target(str(model), dtype=dtype, backend=backend)
-        return LoadedModel(target, tokenizer or load_tokenizer(str(model)), str(model), dtype, backend)
+        if tokenizer is not None:
+            target = load_target(str(model), dtype=dtype, backend=backend)
+        else:
+            target, tokenizer = load_with_tokenizer(str(model), dtype=dtype, backend=backend)
+        return LoadedModel(target, tokenizer, str(model), dtype, backend)
     if not isinstance(model, TargetModel):
         raise InvalidRequest(f"model must be a name, a path or a loaded target, got {model!r}")
     if tokenizer is None:

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Condition, get_ident
+from typing import Protocol, TypeVar
 
-__all__ = ["Turns"]
+__all__ = ["Alone", "Turns", "at_once"]
+
+T = TypeVar("T")
+
+
+class Alone(Protocol):
+    """Calls a function while nothing else uses the target, and returns what it returned."""
+
+    def __call__(self, act: Callable[[], T], /) -> T: ...
+
+
+def at_once(act: Callable[[], T], /) -> T:
+    """``Alone`` where no engine runs yet."""
+    return act()
 
 
 class Turns:
@@ -29,6 +43,12 @@ class Turns:
                 step()
             finally:
                 self._release()
+
+    def run_once(self, act: Callable[[], T]) -> T:
+        """What ``act`` returns, called when no other thread runs a step."""
+        found: list[T] = []
+        self.run_until(lambda: bool(found), lambda: found.append(act()))
+        return found[0]
 
     def run_if_free(self, act: Callable[[], object]) -> None:
         """Call ``act`` while no thread runs a step; do nothing where one does, this thread's own included."""

@@ -22,7 +22,7 @@ import torch
 from outrider.backends.layers import weight_shapes
 from outrider.backends.native import NativeStack
 from outrider.config import StackConfig
-from outrider.engine.cost_tables import cost_key, threads
+from outrider.engine.cost_tables import cost_key, threads, tune_core
 from outrider.errors import InvalidRequest
 from outrider.models.decoder import DecoderTarget
 from outrider.models.loading import load_backend, load_target
@@ -280,6 +280,7 @@ def run_profile(
             target = random_target(shape, dtype, load_backend(backend, dtype))
         else:
             target = load_target(model, dtype=dtype, backend=backend)
+        tune_core(target)
 
         def report_context(context: int, done: float) -> None:
             progress(f"{dtype}: context {context}", (index + done) / len(dtypes))  # noqa: B023 (called at once)

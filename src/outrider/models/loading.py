@@ -22,7 +22,16 @@ from outrider.registry import find, names
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Backend, TargetModel
 
-__all__ = ["QUANTISED", "load_backend", "load_layers", "load_target", "load_tokenizer", "model_config", "runs_natively"]
+__all__ = [
+    "QUANTISED",
+    "load_backend",
+    "load_layers",
+    "load_target",
+    "load_tokenizer",
+    "load_with_tokenizer",
+    "model_config",
+    "runs_natively",
+]
 
 WITHOUT_FILES = ("huggingface", "toy")  # kinds that are no ``model_type``
 QUANTISED = ("int8", "int4", "file")
@@ -36,10 +45,27 @@ def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto"
     catalogue, or ``auto``: the native core where it is built and runs this dtype, else plain PyTorch.
     Raises CheckpointError, InvalidRequest, UnknownKind.
     """
+    return _load_target(_open(model), dtype, backend)
+
+
+def load_with_tokenizer(
+    model: str | Path, *, dtype: str = "auto", backend: str = "auto"
+) -> tuple[TargetModel, Tokenizer]:
+    """Both from one reading of a GGUF file's header, which takes a while. See ``load_target``, ``load_tokenizer``."""
+    files = _open(model)
+    return _load_target(files, dtype, backend), _load_tokenizer(files)
+
+
+def _open(model: str | Path) -> Path | GGUFFile:
+    """A model's directory, or its GGUF file."""
+    path = resolve_model(model)
+    return GGUFFile(path) if path.is_file() else path
+
+
+def _load_target(path: Path | GGUFFile, dtype: str, backend: str) -> TargetModel:
     if dtype != "auto":
         load_dtype(dtype)
-    path = resolve_model(model)
-    if path.is_file():
+    if isinstance(path, GGUFFile):
         return _load_gguf(path, dtype, backend)
     dtype = "float32" if dtype == "auto" else dtype
     engine, config = load_backend(backend, dtype), model_config(path)
@@ -47,15 +73,14 @@ def load_target(model: str | Path, *, dtype: str = "auto", backend: str = "auto"
     return target
 
 
-def _load_gguf(path: Path, dtype: str, backend: str) -> TargetModel:
-    file = GGUFFile(path)
+def _load_gguf(file: GGUFFile, dtype: str, backend: str) -> TargetModel:
     if dtype == "auto":
         dtype = "file" if load_backend(backend).name == "native" else "float32"
     engine = load_backend(backend, dtype)
     config, weights = read_model(file, reading_dtype(dtype, engine))
     kind = find("target", config["model_type"])
     target: TargetModel = kind.from_weights(
-        {**kind.defaults, **config}, weights, dtype=dtype, backend=engine, name=str(path)
+        {**kind.defaults, **config}, weights, dtype=dtype, backend=engine, name=str(file.path)
     )
     return target
 
@@ -98,17 +123,20 @@ def model_config(model: str | Path) -> dict[str, Any]:
 
 def load_tokenizer(model: str | Path) -> Tokenizer:
     """The tokenizer of a model by any name that ``resolve_model`` takes. Raises CheckpointError where it has none."""
-    path = resolve_model(model)
-    if path.is_dir():
-        return Tokenizer(path)
+    return _load_tokenizer(_open(model))
+
+
+def _load_tokenizer(files: Path | GGUFFile) -> Tokenizer:
+    if isinstance(files, Path):
+        return Tokenizer(files)
     from outrider.tokenization.gguf_tokenizer import read_gguf_tokenizer
 
     try:
-        found = read_gguf_tokenizer(GGUFFile(path).keys)
+        found = read_gguf_tokenizer(files.keys)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{files.path}: {error}") from None
     settings = {**found.special_tokens, "chat_template": found.chat_template}
-    return Tokenizer(path, found.parsing, settings, found.notes)
+    return Tokenizer(files.path, found.parsing, settings, found.notes)
 
 
 def runs_natively(model: str | Path) -> bool:

@@ -48,7 +48,7 @@ PACKAGED_DRAFTERS = {
     },
     "smollm2": {"dspark": "smollm2-dspark"},
 }
-"""Target -> kind of drafter -> the packaged one that was trained for it."""
+"""Target -> kind of drafter -> the packaged one that was trained for it; the first is the fastest on most machines."""
 EMBEDDED_PROMPTS = Path(__file__).parents[1] / "embedded" / "prompts"
 QUESTIONS = EMBEDDED_PROMPTS.parent / "questions"
 """What people ask a chat model, by topic, as ``EMBEDDED_PROMPTS`` are for the embedded target."""

@@ -266,8 +266,17 @@ class CostModel:
             self._drawn = dict(zip(known, values, strict=True))
         self._dirty = False
 
+    def use(self, table: CostTable) -> None:
+        """Take a table that was measured since; how far passes are from it is learnt anew, what drafts cost is not."""
+        self._check = _Check()
+        self._put(table)
+
     def _drop_table(self) -> None:
-        self.table, self.trusted = None, False
+        self.trusted = False
+        self._put(None)
+
+    def _put(self, table: CostTable | None) -> None:
+        self.table = table
         self._bases, self._cells, self._drawn = {}, {}, {}
         self._correction = np.ones(len(self._cell_of))
         self._first, self._speed = [], 0.0

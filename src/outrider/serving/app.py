@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from outrider.serving.chat_endpoint import chat_completions
 from outrider.serving.chat_run import api_error
 from outrider.serving.completion_endpoint import completions
+from outrider.serving.idle_measurements import IdleMeasurements
 from outrider.serving.messages_endpoint import count_tokens, messages
 from outrider.serving.openapi import openapi
 from outrider.serving.responses_endpoint import responses
@@ -56,9 +57,12 @@ def make_app(service: Service) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         service.thread.start(asyncio.get_running_loop())
+        measurements = IdleMeasurements(service.llm)
+        measurements.start()
         try:
             yield
         finally:
+            measurements.stop()
             service.thread.stop()
             if service.telemetry is not None:
                 service.telemetry.close()

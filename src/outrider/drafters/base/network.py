@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from outrider.checkpoints import DraftCheckpoint
 from outrider.config import StackConfig
 from outrider.errors import IncompatibleDrafter
-from outrider.types import Backend, HasStack, Stack, StackOutput, TargetModel
+from outrider.types import Backend, HasStack, Stack, StackOutput, TargetModel, TiedHead
 
 __all__ = ["DraftNet", "head_rows", "linear", "load_net", "rms_norm", "rowwise"]
 
@@ -104,10 +104,15 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
 
 
 def head_rows(target: TargetModel, ids: Tensor | None) -> Tensor:
-    """The target's head as a matrix in float32, or the rows of some tokens, from what it makes of unit vectors.
+    """The target's head as a matrix in float32, or the rows of some tokens: those of its embedding where that is the
+    same matrix, else what the target makes of unit vectors.
 
     int64 [n] -> [n, D]; None -> [V, D]
     """
+    stack = target.stack if isinstance(target, HasStack) else None
+    if isinstance(stack, TiedHead) and stack.tied:
+        chosen = torch.arange(target.spec.vocab_size) if ids is None else ids
+        return stack.embed(chosen) / stack.config.embedding_scale
     units = torch.eye(target.spec.hidden_size, dtype=target.spec.dtype) * UNIT
     rows = torch.empty(target.spec.vocab_size if ids is None else len(ids), len(units))
     for first, part in enumerate(units.split(LANES)):
