@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from outrider.cli.common import MODELS, command, load_target_model, note, said_when_slow, say_loaded
+
+if TYPE_CHECKING:
+    from outrider.serving.service import Service
+    from outrider.serving.settings import ServerSettings
 
 __all__ = ["serve"]
 
@@ -93,8 +100,26 @@ def serve(
         "api_key_file": api_key_file,
     }
     settings = read_settings(flags, os.environ, config)
+    with _collecting_later():
+        service = _load(settings)
+    from outrider.serving.launch import serve_until_stopped
+
+    serve_until_stopped(service, lambda address: note(f"ready: {address}"))
+
+
+@contextmanager
+def _collecting_later() -> Iterator[None]:
+    """Imports and loading make objects that stay; looking for garbage among them takes a tenth of the start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _load(settings: ServerSettings) -> Service:
     from outrider.engine.llm import LLM
-    from outrider.serving.launch import make_service, serve_until_stopped
+    from outrider.serving.launch import make_service
     from outrider.serving.logs import set_up_logs
 
     set_up_logs(settings)
@@ -116,4 +141,4 @@ def serve(
             measure=False,  # before the server is ready; see serving.idle_measurements
         )
     say_loaded(llm)
-    serve_until_stopped(make_service(llm, settings), lambda address: note(f"ready: {address}"))
+    return make_service(llm, settings)
