@@ -201,3 +201,15 @@ def test_the_page_is_served_whole_and_may_ask_nobody_else(client: httpx.Client) 
     page = client.get("/")
     assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
     assert "<title>" in page.text and "connect-src 'self'" in page.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_counts_every_prompt_once(client: httpx.Client, stream: bool) -> None:
+    """Also where each has several answers."""
+    prompts = [[5, 6, 7], [8, 9]]
+    body = {"model": "embedded", "prompt": prompts, "n": 2, "max_tokens": 3}
+    if stream:
+        usage = events(client, "/v1/completions", **body, stream_options={"include_usage": True})[-1]["usage"]
+    else:
+        usage = ask(client, "/v1/completions", **body)["usage"]
+    assert usage["prompt_tokens"] == 5 and usage["total_tokens"] == 5 + usage["completion_tokens"]

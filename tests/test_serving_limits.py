@@ -137,6 +137,31 @@ def test_too_many_requests_are_refused_with_a_time(client: httpx.Client) -> None
     assert client.post("/v1/messages", json={**LONG, "n": 5}).status_code == 400  # not a field of that interface
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/completions", {"prompt": "hi", "echo": True, "max_tokens": 0}),
+    ],
+    ids=["chat", "completion", "echo"],
+)
+def test_a_number_of_answers_beyond_the_limit_costs_nothing(client: httpx.Client, path: str, body: dict) -> None:
+    """A list of so many would take all memory."""
+    response = client.post(path, json={"model": "embedded", "n": 1 << 40, **body})
+    assert response.status_code == 400 and "n: this server gives at most" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/v1/tokenize"])
+def test_too_many_messages_are_refused_before_they_are_read(client: httpx.Client, path: str) -> None:
+    many = [{"role": "user", "content": "a"}] * 100_000
+    limits = {} if path == "/v1/tokenize" else {"max_tokens": 8}
+    began = time.perf_counter()
+    response = client.post(path, json={"model": "embedded", "messages": many, **limits})
+    assert response.status_code == 400 and "at most 10000" in response.text
+    assert time.perf_counter() - began < 10
+
+
 def test_a_request_that_finds_no_row_in_time_is_refused(client: httpx.Client, running: tuple[str, Service]) -> None:
     with client.stream("POST", CHAT, json={**LONG, "n": 2, "stream": True}) as both:
         assert both.status_code == 200

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider.serving.chat_run import ChatAnswer, ChatJob, Delta, TokenReport, api_error, begin, piece_reports
-from outrider.serving.conversation import ChatMessage, Tool, plain_text, template_messages
+from outrider.serving.conversation import MOST_MESSAGES, ChatMessage, Tool, plain_text, template_messages
 from outrider.serving.fields import SamplingFields, StreamOptions
 from outrider.serving.response_format import grammar_of
 from outrider.serving.service import Service
@@ -42,7 +42,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 class ChatRequest(SamplingFields):
     """The body of a chat completion."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
     model: str | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)

@@ -62,6 +62,7 @@ async def completions(service: Service, body: Mapping[str, Any], request: Reques
     asked = parse(CompletionRequest, body, UNSUPPORTED)
     service.check_model(asked.model)
     service.check_options(asked.outrider)
+    service.check_n(asked.n)
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     if asked.echo and asked.logprobs is not None:
@@ -157,7 +158,11 @@ async def _whole(service: Service, shown: _Shown, choices: Sequence[ChatAnswer])
     finally:
         for choice in choices:
             choice.answer.cancel()
-    return {**shown.head, "choices": found, "usage": service.usage([choice.answer for choice in choices])}
+    return {
+        **shown.head,
+        "choices": found,
+        "usage": service.usage([choice.answer for choice in choices], shown.asked.n),
+    }
 
 
 async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer], usage: bool) -> AsyncIterator[bytes]:
@@ -181,7 +186,7 @@ async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer]
                 if delta.text or delta.pieces or delta.finish_reason:
                     yield chunk(index, delta)
         if usage:
-            total = service.usage([choice.answer for choice in choices])
+            total = service.usage([choice.answer for choice in choices], shown.asked.n)
             yield sse({**shown.head, "choices": [], "usage": total})
     except Exception as error:  # the status has been sent: the stream says it
         yield sse(api_error(error).body())

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from outrider.config import Grammar
 from outrider.serving.chat_run import ChatAnswer, ChatJob, api_error, begin
-from outrider.serving.conversation import encode_conversation, plain_text
+from outrider.serving.conversation import MOST_MESSAGES, encode_conversation, plain_text
 from outrider.serving.fields import SamplingFields, Strict, stop_strings
 from outrider.serving.response_format import grammar_of
 from outrider.serving.service import Service, cached_tokens
@@ -72,7 +72,7 @@ class _OutputConfig(Strict):
 class CountRequest(Strict):
     """What a prompt is made of."""
 
-    messages: list[_Message] = Field(min_length=1)
+    messages: list[_Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     model: str | None = None
     system: str | list[dict[str, Any]] | None = None
     tools: list[_Tool] | None = None

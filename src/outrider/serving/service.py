@@ -107,6 +107,11 @@ class Service:
         if wrong is not None:
             raise ApiError(400, f"{name}: token ids must be between 0 and {size - 1}, got {wrong}", param=name)
 
+    def check_n(self, n: int) -> None:
+        """Raise ApiError for more answers to a prompt than the limit."""
+        if n > self.settings.max_n:
+            raise ApiError(400, f"n: this server gives at most {self.settings.max_n} answers, got {n}", param="n")
+
     def new_tokens(self, prompt: Sequence[int], asked: int | None, name: str = "max_tokens") -> int:
         """How many tokens may follow a prompt. Raises ApiError for more than the limits."""
         limit = self.settings.max_new_tokens
@@ -135,8 +140,7 @@ class Service:
 
         Raises ApiError for too many requests, also when they wait too long, InvalidRequest for one that cannot run.
         """
-        if n > self.settings.max_n:
-            raise ApiError(400, f"n: this server gives at most {self.settings.max_n} answers, got {n}", param="n")
+        self.check_n(n)
         running = self.thread.unfinished
         if running + n * len(prompts) > self.settings.max_requests:
             self._refuse(f"{running} requests run and wait, the limit is {self.settings.max_requests}")
@@ -187,15 +191,17 @@ class Service:
 
     # ------------------------------------------------------------------------------------------ usage
 
-    def usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """OpenAI's counts over the answers of one request, and the block ``speculative``."""
-        prompt = answers[0].request.prompt_length  # one prompt, however many answers
+    def usage(self, answers: Sequence[Answer], n: int | None = None) -> dict[str, Any]:
+        """OpenAI's counts over the answers of one request, and the block ``speculative``. ``n``: so many answers follow
+        each other for every prompt, which is counted once; None: there is one prompt."""
+        first = answers[:: n or len(answers)]
+        prompt = sum(answer.request.prompt_length for answer in first)
         generated = sum(answer.request.stats.generated for answer in answers)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": cached_tokens(answers[0])},
+            "prompt_tokens_details": {"cached_tokens": sum(map(cached_tokens, first))},
             "speculative": self.speculative(answers),
         }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from outrider.serving.conversation import ChatMessage, Tool, encode_conversation, template_messages
+from outrider.serving.conversation import MOST_MESSAGES, ChatMessage, Tool, encode_conversation, template_messages
 from outrider.serving.fields import Strict
 from outrider.serving.service import Service
 from outrider.serving.web import ApiError, JsonResponse, parse
@@ -21,7 +22,7 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: list[ChatMessage] | None = Field(default=None, max_length=MOST_MESSAGES)
     tools: list[Tool] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
