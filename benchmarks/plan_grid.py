@@ -1,22 +1,25 @@
-"""Predicted against measured speed-ups: ``outrider plan`` over targets, drafters, dtypes, concurrency and domains.
+"""Predicted against measured speed-ups: ``outrider plan`` over targets, drafters, dtypes, loads, temperatures, domains.
 
-    python benchmarks/plan_grid.py --out grid.json                    the whole grid, about half an hour
-    python benchmarks/plan_grid.py --targets embedded --limit 2       a few cells
+    python benchmarks/plan_grid.py --out grid.json                    all cells, about twelve minutes on a quiet machine
+    python benchmarks/plan_grid.py --targets embedded --domains code  some of them
 
-Prediction and measurement share no run: costs and acceptance are measured first, then plain decoding and the drafter
-answer all prompts in turns, with the number of drafts that was predicted for. With --held-out they answer other
-prompts, whose texts may be easier or harder to draft: the error is then also that of a small sample. A machine that
-does other work at the same time gives errors that say nothing.
+Prediction and measurement share no run: each drafter is planned with first, then plain decoding and all drafters, each
+with the number of drafts that was predicted for, answer all prompts in turns. With --held-out they answer other
+prompts, whose texts may be easier or harder to draft: the error is then also that of a small sample.
+
+Cells are written to --out as they are measured, and those that are there already are not measured again: the same
+command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 from time import perf_counter
 
 from support import table
@@ -28,11 +31,16 @@ from outrider.evaluation.recording import read_prompts, runnable
 from outrider.evaluation.speedup import default_prompt_files
 from outrider.planning.advice import make_plan
 from outrider.planning.forecast import Workload
-from outrider.planning.measuring import measure_drafter, measure_plain
+from outrider.planning.measuring import measure
 
-DRAFTERS = {"embedded": ("ngram", "suffix", "dspark", "draft_model"), "smollm2": ("ngram", "suffix", "dspark")}
-DTYPES = {"embedded": ("float32", "int8"), "smollm2": ("file", "int8")}
-TOKENS = 64
+DRAFTERS = {
+    "embedded": ("ngram", "suffix", "dspark", "dflash", "eagle3", "draft_model"),
+    "smollm2": ("ngram", "suffix", "dspark"),
+}
+DTYPES = {"embedded": ("float32", "int8"), "smollm2": ("file",)}
+PROMPTS = {"embedded": 6, "smollm2": 4}  # of a domain; with several rows at least twice as many as rows
+TOKENS = {"embedded": 64, "smollm2": 48}
+NEAR = 0.1
 Prompt = str | list[int]
 
 
@@ -54,6 +62,9 @@ class Cell:
     measured_length: float
     advised: bool
     """Whether it was advised over plain decoding."""
+    temperature: float = 0.0
+    noise: float = 0.0
+    """Of the machine: quartiles of plain decoding's seconds a token, their distance over the median."""
 
     @property
     def error(self) -> float:
@@ -63,6 +74,11 @@ class Cell:
     def error_of_costs(self) -> float:
         """The same where acceptance had been known."""
         return self.predicted * self.measured_length / self.predicted_length / self.measured - 1
+
+    @property
+    def covered(self) -> bool:
+        """Whether the intervals of prediction and measurement meet."""
+        return self.low <= self.measured_high and self.measured_low <= self.high
 
 
 @dataclass(frozen=True)
@@ -75,103 +91,134 @@ class Timed:
     acceptance_length: float
 
 
-def in_turns(plain: LLM, fast: LLM, prompts: Sequence[Prompt], params: SamplingParams, repeats: int) -> Timed:
-    """All prompts are handed over at once, so that a row that ends is followed by the next prompt.
+def in_turns(
+    plain: LLM, drafters: Mapping[str, LLM], prompts: Sequence[Prompt], params: SamplingParams, repeats: int
+) -> tuple[dict[str, Timed], list[float]]:
+    """All prompts are handed over at once, so that a row that ends is followed by the next prompt. Each drafter runs
+    between two runs of plain decoding. Also plain decoding's seconds a token.
 
     The speed-up is the median over repeats of the ratio of seconds a token, its interval their range.
     """
-    ratios: list[float] = []
-    stats = []
-    for one in (plain, fast):
-        one.generate(list(prompts[: one.max_rows]), params)  # warm up
+    ratios: dict[str, list[float]] = {name: [] for name in drafters}
+    lengths: dict[str, float] = {}
+    every: list[float] = []
+
+    def run(llm: LLM) -> tuple[float, float]:
+        """Seconds a token, and the acceptance length."""
+        llm.forget()  # a repeated prompt would be too easy, and need not be read again
+        began = perf_counter()
+        done = llm.generate(list(prompts), params)
+        seconds = perf_counter() - began
+        rounds = sum(output.stats.rounds for output in done)
+        accepted = sum(output.stats.accepted for output in done)
+        return seconds / sum(len(output.token_ids) for output in done), 1 + accepted / max(1, rounds)
+
+    for llm in (plain, *drafters.values()):
+        llm.generate(list(prompts[: llm.max_rows]), params)  # warm up
     for _ in range(repeats):
-        each = []
-        for one in (plain, fast):
-            one.forget()  # a repeated prompt would be too easy, and need not be read again
-            began = perf_counter()
-            done = one.generate(list(prompts), params)
-            each.append((perf_counter() - began) / sum(len(output.token_ids) for output in done))
-        ratios.append(each[0] / each[1])
-        stats = [output.stats for output in done]
-    rounds = sum(s.rounds for s in stats)
-    return Timed(median(ratios), min(ratios), max(ratios), 1 + sum(s.accepted for s in stats) / max(1, rounds))
+        before = run(plain)[0]
+        for name, llm in drafters.items():
+            mine, lengths[name] = run(llm)
+            after = run(plain)[0]
+            every.append(before)
+            ratios[name].append((before * after) ** 0.5 / mine)
+            before = after
+    return {n: Timed(median(r), min(r), max(r), lengths[n]) for n, r in ratios.items()}, every
 
 
 def cells_of(
-    target: str,
-    dtype: str,
-    concurrency: int,
-    limit: int,
-    repeats: int,
-    held_out: bool,
-    names: Sequence[str],
-    domains: Sequence[str],
+    plain: LLM, dtype: str, path: Path, temperature: float, names: Sequence[str], options: argparse.Namespace
 ) -> Iterator[Cell]:
-    plain = LLM(target, drafter="none", dtype=dtype, max_rows=concurrency)
+    """The cells of all drafters on one domain."""
+    target, rows = plain.model, plain.max_rows
     chat = is_chat_model(target, plain.tokenizer)
-    params = SamplingParams(max_tokens=TOKENS, ignore_eos=not chat)
-    loaded = {name: plain.with_drafter(name) for name in names}
-    most = max(llm.drafter.block for llm in loaded.values())
-    for path in default_prompt_files(chat):
-        if domains and path.stem not in domains:
-            continue
-        good, _ = runnable(plain, read_prompts(path)[: 2 * limit], params, chat=chat)
-        prompts = [prompt.prompt for prompt in good]
-        half = len(prompts) // 2
-        count = max(half, concurrency) // concurrency * concurrency
-        seen, asked = ([part[i % half] for i in range(count)] for part in (prompts, prompts[half * held_out :]))
-        outputs = plain.generate(asked, params)
-        read = fmean(len(plain.encode(prompt)) for prompt in asked)
-        written = fmean(len(output.token_ids) for output in outputs)
-        work = Workload(max(1, round(read)), max(1, round(written)), concurrency)
-        costs = measure_plain(plain, seen, params, work, most)
-        for name, llm in loaded.items():
+    params = SamplingParams(
+        max_tokens=TOKENS[target], temperature=temperature, seed=1 if temperature else None, ignore_eos=not chat
+    )
+    count = max(options.limit or PROMPTS[target], 2 * rows if rows > 1 else 1)
+    good, _ = runnable(plain, read_prompts(path)[: count * (1 + options.held_out)], params, chat=chat)
+    prompts = [prompt.prompt for prompt in good]
+    seen = prompts[: len(prompts) // 2] if options.held_out else prompts
+    asked = prompts[len(prompts) // 2 :] if options.held_out else prompts
 
-            def make(drafts: int | None, name: str = name, llm: LLM = llm) -> LLM:
-                return llm if drafts is None else plain.with_drafter(name, draft_tokens=drafts)
+    def maker(name: str) -> Callable[[int | None], LLM]:
+        return lambda drafts: plain.with_drafter(name, draft_tokens=drafts)
 
-            plan = make_plan([measure_drafter(make, name, costs, seen, params, work)], costs, work)
-            best = plan.forecasts[0]
-            timed = in_turns(plain, plain.with_drafter(name, draft_tokens=best.drafts), asked, params, repeats)
-            cell = Cell(
-                target,
-                dtype,
-                name,
-                path.stem,
-                concurrency,
-                best.drafts,
-                best.speedup,
-                best.low,
-                best.high,
-                timed.speedup,
-                timed.low,
-                timed.high,
-                best.acceptance_length,
-                timed.acceptance_length,
-                plan.pays,
-            )
-            print(
-                f"{target} {dtype} {name} {path.stem} {concurrency}: k {cell.drafts}, {cell.predicted:.2f} predicted, "
-                f"{cell.measured:.2f} measured: {cell.error:+.1%}, of costs {cell.error_of_costs:+.1%}",
-                flush=True,
-            )
-            yield cell
+    read = fmean(len(plain.encode(prompt)) for prompt in asked)
+    written = fmean(len(output.token_ids) for output in plain.generate(list(asked), params))
+    work = Workload(max(1, round(read)), max(1, round(written)), rows)
+    costs, candidates = measure(plain, {name: maker(name) for name in names}, seen, params, work)
+    plans = {candidate.name: make_plan([candidate], costs, work) for candidate in candidates}
+    bests = {name: plan.forecasts[0] for name, plan in plans.items()}
+    chosen = {name: maker(name)(best.drafts) for name, best in bests.items()}
+    timed, every = in_turns(plain, chosen, asked, params, options.repeats)
+    first, middle, third = quantiles(every, n=4)
+    for name, best in bests.items():
+        yield Cell(
+            target,
+            dtype,
+            name,
+            path.stem,
+            rows,
+            best.drafts,
+            best.speedup,
+            best.low,
+            best.high,
+            timed[name].speedup,
+            timed[name].low,
+            timed[name].high,
+            best.acceptance_length,
+            timed[name].acceptance_length,
+            plans[name].pays,
+            temperature,
+            (third - first) / middle,
+        )
 
 
 def summary(cells: Sequence[Cell]) -> str:
-    near = sum(abs(cell.error) <= 0.1 for cell in cells)
-    slower = [cell for cell in cells if cell.advised and cell.measured_high < 1]
-    costs = sum(abs(cell.error_of_costs) <= 0.1 for cell in cells)
-    return (
-        f"{near} of {len(cells)} cells within 10 %, {costs} had acceptance been known; "
-        f"advised and certainly slower: {len(slower)}"
-    )
+    if not cells:
+        return "no cells"
+    near = sum(abs(cell.error) <= NEAR for cell in cells)
+    costs = sum(abs(cell.error_of_costs) <= NEAR for cell in cells)
+    covered = sum(cell.covered for cell in cells)
+    advised = [cell for cell in cells if cell.advised]
+    slower = [cell for cell in advised if cell.measured < 1]
+    certainly = [cell for cell in slower if cell.measured_high < 1]
+    missed = sum(not cell.advised and cell.measured_low > 1 for cell in cells)
+    lines = [
+        f"{near} of {len(cells)} cells within 10 % ({near / len(cells):.0%}), {costs} had acceptance been known; "
+        f"median error {median(abs(cell.error) for cell in cells):.1%}; {covered} within the intervals",
+        f"advised: {len(advised)}, of which slower than plain decoding: {len(slower)}, certainly: {len(certainly)}; "
+        f"certainly faster and not advised: {missed}",
+        f"noise: plain decoding's quartiles are {median(cell.noise for cell in cells):.1%} apart",
+    ]
+    return "\n".join(lines)
+
+
+def by_part(cells: Sequence[Cell]) -> str:
+    """The share within 10 % of each target, dtype, drafter, load and temperature."""
+    lines = []
+    for name in ("target", "dtype", "drafter", "concurrency", "temperature", "domain"):
+        parts = []
+        for value in dict.fromkeys(getattr(cell, name) for cell in cells):
+            mine = [cell for cell in cells if getattr(cell, name) == value]
+            parts.append(f"{value} {sum(abs(cell.error) <= NEAR for cell in mine)}/{len(mine)}")
+        lines.append(f"{name}: {', '.join(parts)}")
+    return "\n".join(lines)
 
 
 def read_cells(paths: Sequence[Path]) -> list[Cell]:
     names = {field.name for field in fields(Cell)}
     rows = [row for path in paths for row in json.loads(path.read_text())["cells"]]
     return [Cell(**{name: value for name, value in row.items() if name in names}) for row in rows]
+
+
+def write_cells(path: Path, cells: Sequence[Cell]) -> None:
+    """Whole or not at all: the command may be stopped at any time."""
+    rows = [asdict(cell) | {"error": cell.error, "error_of_costs": cell.error_of_costs} for cell in cells]
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"machine": machine(), "cells": rows}, indent=2) + "\n")
+    partial.replace(path)
 
 
 def main() -> None:
@@ -181,52 +228,73 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", default=[], help="default: all of the target")
     parser.add_argument("--domains", nargs="+", default=[], help="default: all")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4])
-    parser.add_argument("--limit", type=int, default=8, help="prompts of each half")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
+    parser.add_argument("--limit", type=int, default=0, help="prompts of a domain; default: by target")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=60, help="begin nothing more after so long")
     parser.add_argument("--held-out", action="store_true", help="measure on other prompts than those planned with")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", nargs="+", type=Path, help="nothing is measured: the table of these results")
     options = parser.parse_args()
     if options.table:
         cells = read_cells(options.table)
-        print(markdown(cells), summary(cells), sep="\n\n")
+        print(markdown(cells), summary(cells), by_part(cells), sep="\n\n")
         return
-    cells = [
-        cell
-        for target in options.targets
-        for dtype in options.dtypes or DTYPES[target]
-        for rows in options.concurrency
-        for cell in cells_of(
-            target,
-            dtype,
-            rows,
-            options.limit,
-            options.repeats,
-            options.held_out,
-            options.drafters or DRAFTERS[target],
-            options.domains,
-        )
-    ]
-    print(summary(cells))
-    if options.out:
-        rows = [asdict(cell) | {"error": cell.error, "error_of_costs": cell.error_of_costs} for cell in cells]
-        options.out.write_text(json.dumps({"machine": machine(), "cells": rows}, indent=2) + "\n")
+    cells = read_cells([options.out]) if options.out and options.out.exists() else []
+    began, left = perf_counter(), 0
+    for target in options.targets:
+        for dtype, rows in product(options.dtypes or DTYPES[target], options.concurrency):
+            plain: LLM | None = None
+            for path, temperature in product(default_prompt_files(target != "embedded"), options.temperatures):
+                names = [
+                    name
+                    for name in options.drafters or DRAFTERS[target]
+                    if (target, dtype, name, path.stem, rows, temperature) not in {key(cell) for cell in cells}
+                ]
+                if not names or (options.domains and path.stem not in options.domains):
+                    continue
+                if perf_counter() - began > 60 * options.minutes:
+                    left += len(names)
+                    continue
+                plain = plain or LLM(target, drafter="none", dtype=dtype, max_rows=rows)
+                for cell in cells_of(plain, dtype, path, temperature, names, options):
+                    print(said(cell), flush=True)
+                    cells.append(cell)
+                if options.out:
+                    write_cells(options.out, cells)
+    print(summary(cells), by_part(cells), sep="\n")
+    print(f"{perf_counter() - began:.0f} s" + (f"; {left} cells were left: run the command again" if left else ""))
+
+
+def key(cell: Cell) -> tuple[str, str, str, str, int, float]:
+    return cell.target, cell.dtype, cell.drafter, cell.domain, cell.concurrency, cell.temperature
+
+
+def said(cell: Cell) -> str:
+    return (
+        f"{cell.target} {cell.dtype} {cell.drafter} {cell.domain}, {cell.concurrency} rows, temperature "
+        f"{cell.temperature:g}: k {cell.drafts}, {cell.predicted:.2f} ({cell.low:.2f} to {cell.high:.2f}) predicted, "
+        f"{cell.measured:.2f} ({cell.measured_low:.2f} to {cell.measured_high:.2f}) measured: {cell.error:+.1%}, of "
+        f"costs {cell.error_of_costs:+.1%}{', advised' if cell.advised else ''}"
+    )
 
 
 def markdown(cells: Sequence[Cell]) -> str:
-    """A row for each target, dtype, drafter and load; predicted and measured by domain."""
+    """A row for each target, dtype, drafter, load and temperature; predicted and measured by domain."""
     domains = list(dict.fromkeys(cell.domain for cell in cells))
-    rows: dict[tuple[str, str, str, int], dict[str, Cell]] = {}
+    rows: dict[tuple[str, str, str, int, float], dict[str, Cell]] = {}
     for cell in cells:
-        rows.setdefault((cell.target, cell.dtype, cell.drafter, cell.concurrency), {})[cell.domain] = cell
-    body = [[*map(str, key), *(_shown(by_domain.get(domain)) for domain in domains)] for key, by_domain in rows.items()]
-    return table(["target", "dtype", "drafter", "rows", *domains], body)
+        group = cell.target, cell.dtype, cell.drafter, cell.concurrency, cell.temperature
+        rows.setdefault(group, {})[cell.domain] = cell
+    body = [[*map(str, group), *(_shown(by_domain.get(d)) for d in domains)] for group, by_domain in rows.items()]
+    return table(["target", "dtype", "drafter", "rows", "temperature", *domains], body)
 
 
 def _shown(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    return f"{cell.drafts}: {cell.predicted:.2f}, {cell.measured:.2f} ({cell.error:+.0%})"
+    mark = "*" if cell.advised else ""
+    return f"{cell.drafts}{mark}: {cell.predicted:.2f}, {cell.measured:.2f} ({cell.error:+.0%})"
 
 
 if __name__ == "__main__":

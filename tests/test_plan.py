@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -14,7 +16,9 @@ from served import drafting, eventually, serving
 from typer.testing import CliRunner
 
 from outrider.cli import app
+from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
+from outrider.planning import measuring
 from outrider.planning.advice import described_candidates, make_plan
 from outrider.planning.described import DrafterShape, Machine, TargetShape, conditional_of
 from outrider.planning.forecast import Forecast, Profile, Workload, forecast, step_seconds
@@ -177,15 +181,93 @@ def test_costs_follow_what_was_observed() -> None:
 
     stats = [RequestStats(40, 120, 40, 41, accepted_per_position=[30, 10], drafted_per_position=[40, 40, 40])]
     plain = MeasuredCosts(table, ((1.0, 1.2),), 0.0005, reading=(0.001, 0.001))
-    runs = {3: (run(3, 1.5, 0.003), stats), 1: (run(1, 1.3, 0.002), stats)}
-    costs = _costs(plain, runs, best=3)
+    costs = _costs(plain, {1: run(1, 1.3, 0.002), 3: run(3, 1.5, 0.003)}, best=3)
     for tokens, factor in ((1, 1.2), (2, 1.3), (3, 1.4), (4, 1.5), (8, 1.5)):
         assert costs.verify(tokens, 1, 0) == pytest.approx(factor * table.seconds(tokens, 1, 0))
     assert [costs.draft(1, n) for n in (0, 1, 2, 3)] == pytest.approx([0.0, 0.002, 0.0025, 0.003])
     assert costs.bookkeeping(1, False) == 0.0005 and costs.bookkeeping(1, True) == pytest.approx(0.001)
     assert costs.prompt(50, False) == pytest.approx(0.05) and costs.prompt(50, True) == pytest.approx(0.1)
-    profile = _profile(runs, best=3, most=3)
+    profile = _profile({3: [stats], 1: [stats]}, best=3, most=3)
     assert profile.conditional == pytest.approx((0.75, 1 / 3, 0.0)) and profile.offered == (1.0, 1.0, 1.0)
+
+
+def test_repeated_turns_do_not_narrow_the_interval_of_acceptance() -> None:
+    prompts = [RequestStats(20, 20, n, 20 + n, accepted_per_position=[n], drafted_per_position=[20]) for n in (4, 16)]
+    once, often = (_profile({1: [prompts] * turns}, best=1, most=1) for turns in (1, 9))
+    assert once == often and once.uncertainty > 0.3
+
+
+class _Clock:
+    """Stands in for time: every fake answer moves it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class _Timed:
+    """Takes the place of an LLM: ``accepted`` drafts a round, and rounds that take ``seconds``, of which ``told`` are
+    in the parts that steps report. Seconds grow with the number of calls, as on a machine that gets slower."""
+
+    def __init__(self, clock: _Clock, seconds: float, told: float, drafts: int = 0, accepted: int = 0) -> None:
+        self.clock, self.seconds, self.told, self.drafts, self.accepted = clock, seconds, told, drafts, accepted
+        self.observers: list[Any] = []
+        self.drafter = SimpleNamespace(block=drafts)
+        self.calls = 0
+
+    def generate(self, prompts: list[Any], params: SamplingParams) -> list[Any]:
+        outputs = []
+        for _ in prompts:
+            rounds, each = params.max_tokens // (1 + self.accepted), 1 + self.accepted
+            for i in range(rounds):
+                self.clock.now += self.seconds * (1 + self.clock.now)
+                row = RowRecord(0, self.drafts, self.drafts, self.drafts, self.accepted, (1,), None, False)
+                cost = StepCost(self.told / 4, self.told / 2, self.told / 4, 1, 1 + self.drafts, i)
+                for observer in self.observers:
+                    observer.step(StepRecord((row,), cost))
+            stats = RequestStats(
+                rounds,
+                rounds * self.drafts,
+                rounds * self.accepted,
+                rounds * each,
+                accepted_per_position=[rounds] * self.accepted,
+                drafted_per_position=[rounds] * self.drafts,
+            )
+            outputs.append(SimpleNamespace(token_ids=[0] * (rounds * each), stats=stats))
+        return outputs
+
+    def forget(self) -> None: ...
+
+    def encode(self, prompt: Any) -> list[int]:
+        return [1, 2]
+
+
+def test_a_forecast_is_what_whole_runs_were_whatever_the_parts_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds take twice as long as steps report, and the machine gets slower all the time: the speed-up of the sample is
+    that of the pairs, 3 tokens in 1.5 times the seconds, and the best number of drafts is found by running it."""
+    clock = _Clock()
+    table = CostTable(CostKey("toy", "", "", "", 1), tuple(CostPoint(n, 1, 0, 0.001) for n in (1, 8)))
+    monkeypatch.setattr(measuring, "perf_counter", clock)
+    monkeypatch.setattr(measuring, "start_costs", lambda *a, **k: table)
+    monkeypatch.setattr(measuring, "_drafter_shape", lambda *a: None)
+    plain: Any = _Timed(clock, 1e-6, 1e-6)
+    plain.target, plain.loaded = None, SimpleNamespace(dtype="")
+
+    def make(drafts: int | None) -> Any:
+        drafts = drafts or 5
+        return _Timed(clock, 1e-6 * (1.3 + 0.1 * drafts), 0.5e-6, drafts, min(2, drafts))
+
+    params = SamplingParams(max_tokens=60)
+    costs, (candidate,) = measuring.measure(plain, {"toy": make}, ["a", "b"], params, Workload(2, 60))
+    made = make_plan([candidate], costs, Workload(2, 60))
+    assert made.plain.latency == pytest.approx(60 * 1e-6, rel=0.02), "the clock moved by 2 %"
+    assert made.advised.drafts == 2 and made.pays
+    assert made.advised.speedup == pytest.approx(3 / 1.5, rel=0.01)
+    assert set(candidate.tried) == {2}, "the others had one turn"
+    at_five = next(f for f in made.curves["toy"] if f.drafts == 5)
+    assert at_five.speedup == pytest.approx(3 / 1.8, rel=0.01)
 
 
 def test_profiles_from_a_length() -> None:

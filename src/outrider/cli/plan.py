@@ -30,6 +30,9 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from outrider.engine.llm import LLM
     from outrider.planning.advice import Plan
     from outrider.planning.forecast import Workload
     from outrider.planning.run_split import Split
@@ -186,12 +189,13 @@ def _measured(
     from outrider.evaluation.recording import read_prompts, runnable
     from outrider.evaluation.speedup import default_prompt_files
     from outrider.planning.advice import make_plan
-    from outrider.planning.measuring import measure_drafter, measure_plain, measured_shape, this_machine
+    from outrider.planning.measuring import measure, measured_shape, this_machine
 
     plain = LLM(load_target_model(model, dtype, backend), "none", max_rows=work.concurrency)
     as_chat = asks_as_chat(chat, model, plain.tokenizer)
     files = [prompts] if prompts else default_prompt_files(as_chat)
-    read = [prompt for path in files for prompt in read_prompts(path)[: max(1, -(-limit // len(files)))]]
+    count = max(limit, 2 * work.concurrency)  # rows that end are to be followed by others
+    read = [prompt for path in files for prompt in read_prompts(path)[: -(-count // len(files))]]
     params = SamplingParams(
         max_tokens=min(work.answer, 96),
         temperature=temperature,
@@ -199,25 +203,18 @@ def _measured(
         ignore_eos=not as_chat,
     )
     good, _ = runnable(plain, read, params, chat=as_chat)
-    count = max(limit, work.concurrency) // work.concurrency * work.concurrency
     sample = [prompt.prompt for prompt in good]
     if not sample:
         raise InvalidRequest("no prompt of the sample can be answered by this target")
-    sample = [sample[i % len(sample)] for i in range(count)]
+    sample = [sample[i % len(sample)] for i in range(max(work.concurrency, min(count, len(sample))))]
     names = list(dict.fromkeys(drafters or ["ngram", "suffix"]))
     say_loaded(plain, names)
-    loaded = {name: plain.with_drafter(name) for name in names}
-    most = max(llm.drafter.block for llm in loaded.values())
-    with console.status("plain decoding") as status:
-        costs = measure_plain(plain, sample, params, work, most)
-        candidates = []
-        for name, llm in loaded.items():
-            status.update(name)
 
-            def make(drafts: int | None, name: str = name, llm: LLM = llm) -> LLM:
-                return llm if drafts is None else plain.with_drafter(name, draft_tokens=drafts)
+    def maker(name: str) -> Callable[[int | None], LLM]:
+        return lambda drafts: plain.with_drafter(name, draft_tokens=drafts)
 
-            candidates.append(measure_drafter(make, name, costs, sample, params, work))
+    with console.status("plain decoding and drafters in turns"):
+        costs, candidates = measure(plain, {name: maker(name) for name in names}, sample, params, work)
     return make_plan(
         candidates,
         costs,

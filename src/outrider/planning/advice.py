@@ -8,12 +8,12 @@ objectives; where there is none, plain decoding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from outrider.planning.described import DrafterShape, Machine, TargetShape
-from outrider.planning.forecast import Forecast, Profile, Workload, forecast, prompt_seconds
+from outrider.planning.forecast import Forecast, Profile, Workload, forecast, prompt_seconds, whole_rounds
 from outrider.planning.roofline import Roofline
 from outrider.planning.simulation import StepCosts
 
@@ -37,7 +37,9 @@ class Candidate:
     uncertainty: float
     """Of the ratio of two times: half a 95 % interval, as a share."""
     shape: DrafterShape | None = None
-    measured: bool = False
+    tried: Mapping[int, float] = field(default_factory=dict)
+    """The same of numbers of drafts that were run with the workload's rows; where there are any, only these are
+    advised for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +166,10 @@ def make_plan(
     nothing = Profile(())
     base = forecast("none", 0, nothing, plain, work)
     curves = {c.name: _curve(c, work) for c in candidates}
-    bests = {name: _best(curve) for name, curve in curves.items()}
+    sure = {c.name: [f for f in curves[c.name] if not c.tried or f.drafts in c.tried] for c in candidates}
+    bests = {name: _best(curve) for name, curve in sure.items()}
     kept = [c for c in candidates if _memory(c.shape, target, machine, work, bests[c.name].drafts).fits]
-    good = [f for c in kept for f in curves[c.name] if f.pays and _meets(f, base, work)]
+    good = [f for c in kept for f in sure[c.name] if f.pays and _meets(f, base, work)]
     advised = _best(good) if good else base
     chosen = next((c for c in candidates if c.name == advised.drafter), None)
     shown = chosen or max(candidates, key=lambda c: bests[c.name].speedup, default=None)
@@ -198,7 +201,14 @@ def make_plan(
 
 def _curve(candidate: Candidate, work: Workload) -> list[Forecast]:
     return [
-        forecast(candidate.name, k, candidate.profile, candidate.costs, work, uncertainty=candidate.uncertainty)
+        forecast(
+            candidate.name,
+            k,
+            candidate.profile,
+            candidate.costs,
+            work,
+            uncertainty=candidate.tried.get(k, candidate.uncertainty),
+        )
         for k in range(1, candidate.most + 1)
     ]
 
@@ -276,6 +286,9 @@ class _Scaled:
 
     def prompt(self, tokens: int, drafting: bool) -> float:
         return prompt_seconds(self._costs, tokens, drafting)
+
+    def whole(self, drafts: int) -> float:
+        return whole_rounds(self._costs, drafts)
 
 
 def _accepts(profile: Profile, factor: float) -> Profile:

@@ -18,7 +18,17 @@ from typing import Protocol, runtime_checkable
 from outrider.errors import InvalidRequest
 from outrider.planning.simulation import StepCosts
 
-__all__ = ["Forecast", "Profile", "ReadsPrompts", "Workload", "forecast", "prompt_seconds", "step_seconds"]
+__all__ = [
+    "Forecast",
+    "Profile",
+    "ReadsPrompts",
+    "WholeRounds",
+    "Workload",
+    "forecast",
+    "prompt_seconds",
+    "step_seconds",
+    "whole_rounds",
+]
 
 CHUNK = 512  # tokens of a prompt in one pass
 STEPS = 60  # of the search for an open loop's rows
@@ -85,6 +95,13 @@ class ReadsPrompts(Protocol):
     def prompt(self, tokens: int, drafting: bool) -> float: ...
 
 
+@runtime_checkable
+class WholeRounds(Protocol):
+    """Costs that know how much longer whole rounds take than the sum of their parts, by drafts of a round."""
+
+    def whole(self, drafts: int) -> float: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """One setting. Times in seconds."""
@@ -128,7 +145,13 @@ def step_seconds(
     else:  # the number of tokens varies little beside that of one row
         mean = sum(n * p for n, p in enumerate(verified))
         verify = costs.verify(rows + round(rows * mean), rows, rows * context)
-    return draft, verify, costs.bookkeeping(rows, drafts > 0)
+    factor = whole_rounds(costs, drafts)
+    return factor * draft, factor * verify, factor * costs.bookkeeping(rows, drafts > 0)
+
+
+def whole_rounds(costs: StepCosts, drafts: int) -> float:
+    """Seconds of a round over the sum of its parts; 1 where only parts are known."""
+    return costs.whole(drafts) if isinstance(costs, WholeRounds) else 1.0
 
 
 def forecast(

@@ -1,14 +1,18 @@
 """Costs and acceptance measured on this machine: what a plan is made of when target and drafters are here.
 
-Plain decoding and each drafter answer the same sample of prompts, as many together as the workload has rows. Passes
-over other numbers of tokens come from the target's cost table, brought to the plain passes that were observed.
+Plain decoding and every drafter answer the same prompts in turns, as many together as the workload has rows, through
+the engine that serves them. What a setting gains is the ratio of whole runs: it contains all that a round costs,
+weights and caches that each pass pushes out for the next included. Parts of steps (draft, verify, bookkeeping, reading
+prompts) are observed in the same runs and brought to these totals; they say how costs change with other lengths,
+rows and numbers of drafts.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from statistics import fmean, median
@@ -30,24 +34,29 @@ from outrider.models.decoder import DecoderTarget
 from outrider.models.locations import PACKAGED_DRAFTERS
 from outrider.planning.advice import Candidate
 from outrider.planning.described import DrafterShape, Machine, TargetShape
-from outrider.planning.forecast import Profile, Workload, forecast
+from outrider.planning.forecast import Profile, Workload, forecast, prompt_seconds
 from outrider.scheduling.costs import CostTable
 from outrider.types import RequestStats, StepRecord
 
-__all__ = ["MeasuredCosts", "measure_drafter", "measure_plain", "measured_shape", "this_machine"]
+__all__ = ["MeasuredCosts", "measure", "measured_shape", "this_machine"]
 
-UNCERTAINTY = 0.06  # of ratios of measured times, half a 95 % interval
-FEW = 3  # drafts of the second run, which shows what one draft more costs
-RUNS = 4  # at most, with different numbers of drafts
+LADDER = (1, 3)  # drafts that every drafter tries, beside all of its own
+TURNS = (3, 8)  # that a setting takes at least and at most
+PRECISE = 0.02  # half an interval of a ratio of times that needs no further turns
+LEAST = 0.02  # half an interval is never taken to be narrower: the next run is not this one
+UNTRIED = 0.08  # uncertainty of a number of drafts that was not run, beside that of its neighbours
+BETTER = 1.02  # gain in the forecast for which another number of drafts is tried
 SLOWEST = 0.02  # of steps, which are left out of means
 ENOUGH = 10  # steps over one number of tokens that tell what they cost
 DRAWS = 1000
 Prompts = Sequence[str | list[int]]
+Make = Callable[[int | None], LLM]
+"""An LLM with one drafter, and so many drafts at most; None: all of its own."""
 
 
 @dataclass(frozen=True)
 class MeasuredCosts:
-    """``StepCosts`` from a cost table and observed steps."""
+    """``StepCosts`` from a cost table, observed steps and whole runs."""
 
     table: CostTable
     factors: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
@@ -60,6 +69,8 @@ class MeasuredCosts:
     rows: int = 1
     reading: tuple[float, float] = (0.0, 0.0)
     """Seconds for each token of a prompt, in plain decoding and where a drafter reads it too."""
+    rounds: tuple[tuple[int, float], ...] = ()
+    """(drafts, whole rounds over the sum of their parts), by whole runs; 0 drafts: plain steps."""
 
     def verify(self, tokens: int, rows: int, context: int) -> float:
         counts, factors = zip(*self.factors, strict=True)
@@ -82,6 +93,13 @@ class MeasuredCosts:
     def prompt(self, tokens: int, drafting: bool) -> float:
         return tokens * self.reading[drafting]
 
+    def whole(self, drafts: int) -> float:
+        tried = [(n, factor) for n, factor in self.rounds if bool(n) == bool(drafts)]
+        return float(np.interp(drafts, *zip(*tried, strict=True))) if tried else 1.0
+
+
+# ------------------------------------------------------------------------------------------------ runs in turns
+
 
 @dataclass
 class _Watch:
@@ -96,8 +114,8 @@ class _Watch:
     steps: int = 0
     seconds: float = 0.0
     """Of all steps."""
-    outside: float = 0.0
-    """Seconds a step that pass between steps."""
+    wall: float = 0.0
+    """Of the runs, what passes between steps included."""
     read: int = 0
     """Tokens of prompts."""
     reading: float = 0.0
@@ -136,86 +154,206 @@ class _Watch:
     @property
     def overhead(self) -> float:
         """Bookkeeping of a step, and what passes before the next one begins."""
-        return self.mean(self.bookkeeping) + self.outside
+        return self.mean(self.bookkeeping) + max(0.0, self.wall - self.seconds) / max(1, self.steps)
 
     @property
     def reading_each(self) -> float:
         return self.reading / max(1, self.read)
 
 
-Runs = dict[int, tuple[_Watch, list[RequestStats]]]  # by drafts of a round at most
+@dataclass
+class _Side:
+    """One setting that answers the prompts in turns with others: plain decoding, or a drafter with its drafts."""
+
+    llm: LLM
+    watch: _Watch
+    seconds: list[list[float]] = field(default_factory=list)
+    """[turns, groups] of prompts: seconds a token."""
+    turns: list[int] = field(default_factory=list)
+    """Which turns it took part in."""
+    stats: list[list[RequestStats]] = field(default_factory=list)
+    """[turns, prompts]."""
 
 
-def _run(llm: LLM, prompts: Prompts, params: SamplingParams, rows: int) -> tuple[_Watch, list[RequestStats]]:
-    watch, stats = _Watch(rows), []
-    llm.generate(list(prompts[:rows]), SamplingParams(max_tokens=4, ignore_eos=True))  # warm up
-    llm.observers.append(watch)
-    llm.forget()  # what was learnt from the warm-up; what it learns from these prompts it keeps, as it does in use
-    wall = 0.0
-    for start in range(0, len(prompts) - rows + 1, rows):
-        began = perf_counter()
-        stats += [output.stats for output in llm.generate(list(prompts[start : start + rows]), params)]
-        wall += perf_counter() - began
-    llm.observers.remove(watch)
-    watch.outside = max(0.0, wall - watch.seconds) / max(1, watch.steps)
-    return watch, stats
+class _Turns:
+    """Groups of prompts that every setting answers before the next group: what disturbs one disturbs all.
+
+    A group is handed over at once. With several rows it has twice as many prompts, so that rows that end are followed
+    by others, as in use.
+    """
+
+    def __init__(self, plain: LLM, prompts: Prompts, params: SamplingParams, rows: int) -> None:
+        size = rows if rows == 1 else 2 * rows
+        groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+        self.groups = [group for group in groups if len(group) >= rows] or groups
+        self.rows, self.params = rows, params
+        self.plain = self.side(plain)
+        self.count = 0
+
+    def side(self, llm: LLM) -> _Side:
+        llm.generate(list(self.groups[0][: self.rows]), replace(self.params, max_tokens=4))  # warm up
+        return _Side(llm, _Watch(self.rows))
+
+    def take(self, sides: Sequence[_Side]) -> None:
+        """One turn of plain decoding and these."""
+        all_sides = [self.plain, *sides]
+        for side in all_sides:
+            side.llm.forget()  # a repeated prompt would be too easy; what it learns in this turn it keeps, as in use
+            side.llm.observers.append(side.watch)
+            side.turns.append(self.count)
+            side.seconds.append([])
+            side.stats.append([])
+        for group in self.groups:
+            for side in all_sides:
+                began = perf_counter()
+                outputs = side.llm.generate(list(group), self.params)
+                seconds = perf_counter() - began
+                side.watch.wall += seconds
+                side.seconds[-1].append(seconds / max(1, sum(len(output.token_ids) for output in outputs)))
+                side.stats[-1] += [output.stats for output in outputs]
+            all_sides.append(all_sides.pop(0))  # nobody always follows the same one
+        for side in all_sides:
+            side.llm.observers.remove(side.watch)
+        self.count += 1
+
+    def speedup(self, side: _Side) -> float:
+        """Of whole runs: by the median of each group's turns, over those that both took part in."""
+        theirs = np.array([self.plain.seconds[turn] for turn in side.turns])
+        return float(np.median(theirs, 0).sum() / np.median(np.array(side.seconds), 0).sum())
+
+    def uncertainty(self, side: _Side) -> float:
+        """Half a 95 % interval of the logarithm of that, by how much a group's ratios differ from turn to turn."""
+        theirs = np.array([self.plain.seconds[turn] for turn in side.turns])
+        ratios = np.log(theirs / np.array(side.seconds))
+        turns, groups = ratios.shape
+        if turns < 2:
+            return 1.0
+        freedom = groups * (turns - 1)
+        spread = math.sqrt(float(((ratios - ratios.mean(0)) ** 2).sum()) / freedom)
+        return max(LEAST, _student(freedom) * spread / math.sqrt(turns * groups))
 
 
-def measure_plain(llm: LLM, prompts: Prompts, params: SamplingParams, work: Workload, most: int) -> MeasuredCosts:
-    """Costs of plain decoding. ``most``: drafts of a round at most. Raises InvalidRequest."""
-    rows = work.concurrency
-    table = start_costs(llm.target, llm.loaded.dtype, rows=rows, tokens=rows * (most + 1))
-    watch, _ = _run(llm, prompts, params, rows)
+def _student(freedom: int) -> float:
+    """The 97.5 % point of Student's distribution, by Cornish and Fisher's series: within 3 % from two on."""
+    return 12.71 if freedom == 1 else 1.96 + 2.37 / freedom + 2.82 / freedom**2 + 2.55 / freedom**3
+
+
+def measure(
+    plain: LLM, drafters: Mapping[str, Make], prompts: Prompts, params: SamplingParams, work: Workload
+) -> tuple[MeasuredCosts, list[Candidate]]:
+    """Costs of plain decoding, and candidates with measured costs and acceptance.
+
+    Each drafter tries all of its drafts and few of them; then, in turns until the interval is narrow, the number that
+    is best by what is known. Raises InvalidRequest.
+    """
+    turns = _Turns(plain, prompts, params, work.concurrency)
+    trials = {name: _Trial(name, make, turns) for name, make in drafters.items()}
+    table = start_costs(
+        plain.target,
+        plain.loaded.dtype,
+        rows=work.concurrency,
+        tokens=work.concurrency * (max((trial.most for trial in trials.values()), default=0) + 1),
+    )
+    turns.take([side for trial in trials.values() for side in trial.sides.values()])
+    sample = _sample(plain, turns)
+    while True:
+        costs = _plain_costs(turns, table, sample)
+        candidates = {name: trial.candidate(costs, sample) for name, trial in trials.items()}
+        wanted = [trial.next(candidates[name], sample) for name, trial in trials.items()]
+        if not any(wanted):
+            return costs, list(candidates.values())
+        turns.take([side for side in wanted if side is not None])
+
+
+def _sample(plain: LLM, turns: _Turns) -> Workload:
+    """The workload that the runs were."""
+    read = fmean(len(plain.encode(prompt)) for group in turns.groups for prompt in group)
+    written = fmean(stats.generated for stats in turns.plain.stats[0])
+    return Workload(max(1, round(read)), max(1, round(written)), turns.rows)
+
+
+class _Trial:
+    """One drafter's numbers of drafts."""
+
+    def __init__(self, name: str, make: Make, turns: _Turns) -> None:
+        self.name, self._make, self._turns = name, make, turns
+        llm = make(None)
+        self.most = llm.drafter.block
+        self.shape = _drafter_shape(name, llm)
+        self.sides = {self.most: turns.side(llm)}
+        self.sides |= {drafts: turns.side(make(drafts)) for drafts in LADDER if drafts < self.most}
+        self.chosen = self.most
+
+    def next(self, candidate: Candidate, sample: Workload) -> _Side | None:
+        """What is to be run in the next turn; None: nothing more."""
+        curve = [forecast(self.name, n, candidate.profile, candidate.costs, sample) for n in range(1, self.most + 1)]
+        best = max(curve, key=lambda one: one.speedup)
+        if best.speedup > BETTER * curve[self.chosen - 1].speedup:
+            self.chosen = best.drafts
+        if self.chosen not in self.sides:
+            self.sides[self.chosen] = self._turns.side(self._make(self.chosen))
+        side = self.sides[self.chosen]
+        least, most = TURNS
+        ready = len(side.turns) >= least and self._turns.uncertainty(side) <= PRECISE
+        return None if ready or len(side.turns) >= most else side
+
+    def candidate(self, plain: MeasuredCosts, sample: Workload) -> Candidate:
+        """From what was run so far."""
+        tried = {drafts: side for drafts, side in sorted(self.sides.items()) if side.turns}
+        best = self.chosen if self.chosen in tried else self.most
+        profile = _profile({drafts: side.stats for drafts, side in tried.items()}, best, self.most)
+        costs = _costs(plain, {drafts: side.watch for drafts, side in tried.items()}, best)
+        speedups = {drafts: self._turns.speedup(side) for drafts, side in tried.items()}
+        spread = {drafts: self._turns.uncertainty(side) for drafts, side in tried.items()}
+        return Candidate(
+            self.name,
+            profile,
+            replace(costs, rounds=(*plain.rounds, *_rounds(costs, profile, speedups, sample))),
+            self.most,
+            UNTRIED + spread[best],
+            self.shape,
+            tried={drafts: half for drafts, half in spread.items() if len(tried[drafts].turns) >= TURNS[0]},
+        )
+
+
+def _plain_costs(turns: _Turns, table: CostTable, sample: Workload) -> MeasuredCosts:
+    """Plain decoding: its steps as observed, and its rounds as whole runs took."""
+    watch, rows = turns.plain.watch, turns.rows
     expected = [table.seconds(rows, rows, context) for context in watch.context]
     factor = watch.mean(watch.verify) / max(1e-12, watch.mean(expected))
-    return MeasuredCosts(
-        table, ((float(rows), factor),), watch.overhead, rows=rows, reading=(watch.reading_each, watch.reading_each)
-    )
+    each = watch.reading_each
+    costs = MeasuredCosts(table, ((float(rows), factor),), watch.overhead, rows=rows, reading=(each, each))
+    seconds = rows * sample.answer * float(np.median(np.array(turns.plain.seconds), 0).mean())
+    return replace(costs, rounds=((0, _whole(costs, Profile(()), 0, seconds, sample)),))
 
 
-def measure_drafter(
-    make: Callable[[int | None], LLM],
-    name: str,
-    plain: MeasuredCosts,
-    prompts: Prompts,
-    params: SamplingParams,
-    work: Workload,
-) -> Candidate:
-    """A candidate with measured costs and acceptance. ``make``: an LLM with this drafter and so many drafts at most.
-
-    It runs with all of its drafts and with few; then, where another number is best by these two, with that one.
-    """
-    rows = work.concurrency
-    llm = make(None)
-    most = llm.drafter.block
-    runs = {most: _run(llm, prompts, params, rows)}
-    if most > FEW:
-        runs[FEW] = _run(make(FEW), prompts[: max(rows, len(prompts) // 2 // rows * rows)], params, rows)
-    best = most
-    while True:
-        candidate = Candidate(
-            name, _profile(runs, best, most), _costs(plain, runs, best), most, UNCERTAINTY, measured=True
-        )
-        guesses = [forecast(name, n, candidate.profile, candidate.costs, work) for n in range(1, most + 1)]
-        best = max(guesses, key=lambda guess: guess.speedup).drafts
-        if best in runs or len(runs) == RUNS:
-            return replace(candidate, shape=_drafter_shape(name, llm))
-        runs[best] = _run(make(best), prompts, params, rows)
+def _rounds(
+    costs: MeasuredCosts, profile: Profile, speedups: Mapping[int, float], sample: Workload
+) -> list[tuple[int, float]]:
+    """By drafts: whole rounds over the sum of their parts, such that the forecast of the sample is what was measured."""
+    plain = forecast("none", 0, profile, costs, sample).latency
+    return [(drafts, _whole(costs, profile, drafts, plain / x, sample)) for drafts, x in speedups.items()]
 
 
-def _costs(plain: MeasuredCosts, runs: Runs, best: int) -> MeasuredCosts:
-    """Plain decoding's costs with those of drafting; bookkeeping as with ``best`` drafts, if that was run."""
-    watches = {drafts: watch for drafts, (watch, _) in sorted(runs.items())}
+def _whole(costs: MeasuredCosts, profile: Profile, drafts: int, seconds: float, sample: Workload) -> float:
+    """``seconds``: of an answer, the reading of its rows' prompts included. At least a tenth of the parts."""
+    parts = replace(costs, rounds=())
+    reading = sample.concurrency * prompt_seconds(parts, sample.prompt, drafts > 0)
+    steps = forecast("", drafts, profile, parts, sample).latency - reading
+    return max(0.1, (seconds - reading) / steps)
+
+
+def _costs(plain: MeasuredCosts, watches: Mapping[int, _Watch], best: int) -> MeasuredCosts:
+    """Plain decoding's costs with those of drafting, by drafts in order; bookkeeping as with ``best`` drafts."""
     seen: dict[float, list[float]] = defaultdict(list)
     for tokens, factor in chain(plain.factors, *(watch.factors(plain.table) for watch in watches.values())):
         seen[tokens].append(factor)
-    nearest = watches.get(best, watches[max(watches)])
     return replace(
         plain,
         factors=tuple((tokens, fmean(factors)) for tokens, factors in sorted(seen.items())),
-        drafting=nearest.overhead,
+        drafting=watches[best].overhead,
         drafts=tuple((drafts, watch.mean(watch.draft)) for drafts, watch in watches.items()),
-        reading=(plain.reading[0], nearest.reading_each),
+        reading=(plain.reading[0], watches[best].reading_each),
     )
 
 
@@ -288,23 +426,25 @@ def _drafter_shape(name: str, llm: LLM) -> DrafterShape:
 # ------------------------------------------------------------------------------------------------ acceptance
 
 
-def _profile(runs: Runs, best: int, most: int) -> Profile:
+def _profile(runs: Mapping[int, Sequence[Sequence[RequestStats]]], best: int, most: int) -> Profile:
     """Acceptance by position, and how wrong its mean may be, by resampling prompts. From the run with ``best`` drafts;
-    positions beyond them from the one with ``most``."""
-    long, short = (_by_position(runs.get(drafts, runs[most])[1], most) for drafts in (most, best))
-    depth = best if best in runs else most
-    accepted = [*short[0][:depth], *long[0][depth:]]
+    positions beyond them from the one with ``most``. ``runs``: by drafts of a round at most; [turns, prompts]."""
+    long, short = (_by_position(list(chain(*runs[drafts])), most) for drafts in (most, best))
+    accepted = [*short[0][:best], *long[0][best:]]
     conditional = [min(1.0, p / before) if before else 0.0 for before, p in pairwise([1.0, *accepted])]
-    offered = tuple([*short[1][:depth], *long[1][depth:]])
-    stats = runs[best if best in runs else most][1]
-    rounds, accepted_all = (np.array([getattr(s, n) for s in stats], dtype=float) for n in ("rounds", "accepted"))
+    offered = tuple([*short[1][:best], *long[1][best:]])
+    stats = runs[best]
+    rounds, accepted_all = (
+        np.array([[getattr(s, name) for s in turn] for turn in stats], dtype=float).sum(0)
+        for name in ("rounds", "accepted")
+    )
     if not rounds.sum():
         return Profile((0.0,) * most, 1.0, (0.0,) * most)
-    picks = np.random.default_rng(0).integers(0, len(stats), (DRAWS, len(stats)))
+    picks = np.random.default_rng(0).integers(0, len(rounds), (DRAWS, len(rounds)))
     means = accepted_all[picks].sum(1) / np.maximum(1, rounds[picks].sum(1))
     low, high = np.percentile(means, [2.5, 97.5])
     mean = max(1e-9, accepted_all.sum() / rounds.sum())
-    spread = float((high - low) / 2 / mean) if len(stats) > 1 else 0.3
+    spread = float((high - low) / 2 / mean) if len(rounds) > 1 else 0.3
     return Profile(tuple(conditional), min(1.0, spread), offered)
 
 
