@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from trained import DECODER, LAYERS, make_checkpoint, make_target, save_target
+from safetensors import safe_open
+from trained import DECODER, GEMMA4, LAYERS, make_checkpoint, make_target, save_target
 from typer.testing import CliRunner
 
 from outrider import checkpoints
@@ -24,6 +25,7 @@ from outrider.training.handover import Handover, hand_over
 
 DSPARK = BlockDesign(4, 3, markov_rank=4, confidence=True, confidence_with_markov=True)
 DFLASH = BlockDesign(4, 3, sample_from_anchor=False)
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
 LLAMA = {**{k: v for k, v in DECODER.items() if k != "layer_types"}, "model_type": "llama"}
 
 
@@ -97,6 +99,104 @@ def test_sglang_gets_specforges_eagle3(tmp_path: Path, target: str) -> None:
     assert made.command[at + 1] == "8" and "EAGLE3" in made.command
 
 
+def sglang_parameters(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What sglang 0.5.23 declares for a checkpoint's config.json, by the names that its files use before q, k, v and
+    gate, up are joined: ``LlamaForCausalLMEagle3``, ``DFlashDraftModel`` and ``DSparkDraftModel`` of ``srt/models``,
+    written down from their code. What a loader does not find in its file keeps its random start; what it finds there
+    and does not know it leaves out."""
+    config = json.loads((folder / "config.json").read_text())
+    (kind,) = config["architectures"]
+    width, heads, kv, dim = (
+        config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    eagle, block = kind == "LlamaForCausalLMEagle3", config.get("dflash_config", config)
+    layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] if eagle else block["target_layer_ids"]
+    assert all(0 <= layer < LAYERS - 1 for layer in layers), "each captured as the input of the next one"
+    shapes = {"fc.weight": (width, len(layers) * config.get("target_hidden_size", width)), "norm.weight": (width,)}
+    for i in range(config["num_hidden_layers"]):
+        layer = "midlayer" if eagle and i == 0 else f"layers.{i}"
+        inputs = 2 * width if eagle and i == 0 else width
+        shapes |= {f"{layer}.self_attn.q_proj.weight": (heads * dim, inputs)}
+        shapes |= {f"{layer}.self_attn.{name}_proj.weight": (kv * dim, inputs) for name in "kv"}
+        shapes |= {f"{layer}.self_attn.o_proj.weight": (width, heads * dim)}
+        shapes |= {f"{layer}.mlp.{n}_proj.weight": (config["intermediate_size"], width) for n in ("gate", "up")}
+        shapes |= {f"{layer}.mlp.down_proj.weight": (width, config["intermediate_size"])}
+        norms = ("input_layernorm", "post_attention_layernorm", *(("hidden_norm",) if eagle else ()))
+        shapes |= {f"{layer}.{norm}.weight": (width,) for norm in norms}
+        if not eagle:
+            shapes |= {f"{layer}.self_attn.{norm}.weight": (dim,) for norm in ("q_norm", "k_norm")}
+    if eagle:
+        assert not config["tie_word_embeddings"]
+        shapes["lm_head.weight"] = (config["draft_vocab_size"], width)
+        if config.get("fc_norm"):
+            shapes |= {f"fc_norm.{i}.weight": (width,) for i in range(len(layers))}
+        return shapes
+    shapes["hidden_norm.weight"] = (width,)
+    assert config["num_target_layers"] == LAYERS and 0 <= block["mask_token_id"] < config["vocab_size"]
+    assert set(config.get("layer_types") or ["full_attention"]) == {"full_attention"}, "others would be causal"
+    if kind == "DFlashDraftModel":
+        return shapes
+    rank = config["markov_rank"]
+    shapes |= {f"markov_head.markov_w{i}.weight": (config["vocab_size"], rank) for i in (1, 2)}
+    if config["markov_head_type"] == "gated":
+        shapes |= {"markov_head.gate_proj.weight": (rank, width + rank), "markov_head.gate_proj.bias": (rank,)}
+    if config["markov_head_type"] == "rnn":
+        joint = "markov_head.joint_proj"
+        shapes |= {f"{joint}.weight": (3 * rank, 2 * rank + width), f"{joint}.bias": (3 * rank,)}
+    if config["enable_confidence_head"]:
+        read = width + rank * config["confidence_head_with_markov"]
+        shapes |= {"confidence_head.proj.weight": (1, read), "confidence_head.proj.bias": (1,)}
+    return shapes
+
+
+SKIPPED = {"DSparkDraftModel": ("embed_tokens.", "lm_head."), "LlamaForCausalLMEagle3": ("d2t", "t2d")}
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        make_checkpoint(DSPARK),
+        make_checkpoint(replace(DSPARK, markov_head="gated")),
+        make_checkpoint(replace(DSPARK, markov_head="rnn", confidence_with_markov=False)),
+        make_checkpoint(replace(DSPARK, confidence=False, confidence_with_markov=False)),
+        make_checkpoint(DFLASH),
+        make_checkpoint(Eagle3Design(), decoder=LLAMA),
+        make_checkpoint(Eagle3Design(norm_each_before_fc=True), decoder=LLAMA, drafted=20),
+    ],
+    ids=["dspark", "gated", "rnn", "no confidence", "dflash", "eagle3", "eagle3 reduced"],
+)
+def test_sglangs_loaders_know_every_tensor_and_miss_none(checkpoint: Any, tmp_path: Path, target: str) -> None:
+    checkpoint = replace(checkpoint, target=replace(checkpoint.target, num_layers=LAYERS))
+    hand_over(saved(tmp_path, checkpoint), "sglang", tmp_path / "out", target)
+    folder = tmp_path / "out" / "drafter"
+    (kind,) = json.loads((folder / "config.json").read_text())["architectures"]
+    kind = kind.replace("Qwen3DSparkModel", "DSparkDraftModel")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    read = {name: shape for name, shape in shapes.items() if not name.startswith(SKIPPED.get(kind, ("none",)))}
+    assert read == sglang_parameters(folder)
+    if kind == "LlamaForCausalLMEagle3":
+        layers = json.loads((folder / "config.json").read_text())["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        assert layers == list(checkpoint.target_layers), "SGLang adds the one that vLLM wants in the file"
+
+
+def test_sglang_wants_a_draft_model_with_the_targets_vocabulary(tmp_path: Path, target: str) -> None:
+    made = hand_over(str(save_target(tmp_path / "small", make_target())), "sglang", tmp_path / "out", target)
+    assert "STANDALONE" in made.command and (tmp_path / "out" / "drafter" / "config.json").is_file()
+    file = tmp_path / "small" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 65}))
+    with pytest.raises(CheckpointError, match="65 tokens and a target of 64"):
+        hand_over(str(tmp_path / "small"), "sglang", tmp_path / "other", target)
+
+
+def test_a_plan_does_not_shorten_a_block_in_sglang(tmp_path: Path, target: str) -> None:
+    checkpoint = make_checkpoint(DFLASH)
+    checkpoint = replace(checkpoint, target=replace(checkpoint.target, num_layers=LAYERS))
+    plan = {"advised": {"drafts": 1}, "by_rows": []}
+    made = hand_over(saved(tmp_path, checkpoint), "sglang", tmp_path / "out", target, plan=plan)
+    assert made.command[made.command.index("--speculative-dflash-block-size") + 1] == str(DFLASH.block_size)
+
+
 def test_sglang_gets_zlabs_dflash_and_deepspecs_dspark(tmp_path: Path, target: str) -> None:
     flash, spark = make_checkpoint(DFLASH), make_checkpoint(DSPARK)
     for name, checkpoint, form in (("f", flash, "zlab"), ("s", spark, "deepspec")):
@@ -132,6 +232,11 @@ def test_llama_cpp_gets_a_gguf_as_it_is_or_what_its_converter_reads(tmp_path: Pa
         ("sglang", make_checkpoint(Eagle3Design()), "norms of queries"),
         ("sglang", make_checkpoint(Eagle3Design(norm_output=True), decoder=LLAMA), "fed back"),
         ("sglang", make_checkpoint(MTPDesign()), "own checkpoint"),
+        ("sglang", make_checkpoint(DFLASH, decoder=LLAMA), "Qwen3's layers"),
+        ("sglang", make_checkpoint(DSPARK, decoder=GEMMA4), "Qwen3's layers"),
+        ("sglang", make_checkpoint(replace(DSPARK, markov_rank=0, confidence_with_markov=False)), "Markov head"),
+        ("sglang", make_checkpoint(DFLASH, decoder={**DECODER, **SLIDING}), "sliding window"),
+        ("sglang", replace(make_checkpoint(Eagle3Design(), decoder=LLAMA), frozen_embedding=False), "its own"),
         ("vllm", make_checkpoint(MTPDesign()), "own checkpoint"),
         ("vllm", make_checkpoint(replace(DSPARK, markov_head="rnn")), "vanilla"),
         ("vllm", make_checkpoint(DFLASH, decoder=LLAMA), "Qwen3's layers"),

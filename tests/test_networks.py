@@ -134,14 +134,17 @@ def test_losses_and_gradients_are_the_peers(name: str) -> None:
         DSparkTraining(block_size=4, markov_rank=8, markov_head="gated", confidence_with_markov=False),
         DSparkTraining(block_size=4, markov_rank=8, markov_head="rnn", target_layers=(0, 6)),
         DFlashTraining(block_size=4),
+        DFlashTraining(block_size=5, sample_from_anchor=False),
+        DSparkTraining(block_size=5, sample_from_anchor=False, markov_rank=8),
     ],
-    ids=["vanilla", "gated", "rnn", "dflash"],
+    ids=["vanilla", "gated", "rnn", "dflash", "dflash, masks alone", "dspark, masks alone"],
 )
 def test_a_block_in_training_is_the_block_that_drafts(
     training: DSparkTraining, target: TargetModel, config: dict[str, Any]
 ) -> None:
     module = shaken(training.start(target, config, VOCABULARY))
     assert isinstance(module, TrainableBlock)
+    assert module.design.drafts == training.block_size - (not training.sample_from_anchor)
     some = texts()
     batch = TargetRunner(target, 64).batch(some, module, epoch=0)
     valid = module._valid(batch.texts, batch.anchors)

@@ -245,8 +245,8 @@ class _Timed:
 
 
 def test_a_forecast_is_what_whole_runs_were_whatever_the_parts_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds take twice as long as steps report, and the machine gets slower all the time: the speed-up of the sample is
-    that of the pairs, 3 tokens in 1.5 times the seconds, and the best number of drafts is found by running it."""
+    """Rounds take twice as long as steps report, and the machine gets slower all the time: the speed-up of the sample
+    is that of the pairs, 3 tokens in 1.5 times the seconds; the best number of drafts is found by running it."""
     clock = _Clock()
     table = CostTable(CostKey("toy", "", "", "", 1), tuple(CostPoint(n, 1, 0, 0.001) for n in (1, 8)))
     monkeypatch.setattr(measuring, "perf_counter", clock)

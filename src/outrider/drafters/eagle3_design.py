@@ -160,9 +160,9 @@ def _read_specforge(config: Mapping[str, Any]) -> Eagle3Design:
 
 
 def _specforge_layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """SpecForge counts the embedding as layer 0."""
+    """The same key as speculators', counted otherwise: SpecForge and SGLang mean outputs of layers, from 0."""
     named = (config.get("eagle_config") or {}).get(LAYERS_KEY)
-    return None if named is None else tuple(layer - 1 for layer in named)
+    return None if named is None else tuple(named)
 
 
 _SPECFORGE = Form(

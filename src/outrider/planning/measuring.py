@@ -330,7 +330,7 @@ def _plain_costs(turns: _Turns, table: CostTable, sample: Workload) -> MeasuredC
 def _rounds(
     costs: MeasuredCosts, profile: Profile, speedups: Mapping[int, float], sample: Workload
 ) -> list[tuple[int, float]]:
-    """By drafts: whole rounds over the sum of their parts, such that the forecast of the sample is what was measured."""
+    """By drafts: whole rounds over the sum of their parts, such that the forecast of the sample is the measurement."""
     plain = forecast("none", 0, profile, costs, sample).latency
     return [(drafts, _whole(costs, profile, drafts, plain / x, sample)) for drafts, x in speedups.items()]
 

@@ -235,7 +235,10 @@ class DSparkTraining:
     layers: int = 1
     """Layers of the block. The paper takes 5 for targets of 36; small targets want 1 or 2."""
     block_size: int = 7
-    """Slots of a block, and drafts of a round."""
+    """Slots of a block: the drafts of a round, and one more where the anchor's slot does not predict."""
+    sample_from_anchor: bool = True
+    """Whether the anchor's slot predicts the first draft, as in DSpark and DeepSpec's DFlash; false: masks alone do, as
+    in z-lab's, SpecForge's and SGLang's DFlash."""
     target_layers: tuple[int, ...] | None = None
     """Layers of the target it reads, counted from 0; None: ``aux_layers`` of them, spread evenly."""
     aux_layers: int = 5
@@ -271,7 +274,7 @@ class DSparkTraining:
         design = BlockDesign(
             block_size=self.block_size,
             mask_token_id=mask_token(self.mask_token_id, target.spec, tokens),
-            sample_from_anchor=True,
+            sample_from_anchor=self.sample_from_anchor,
             markov_rank=self.markov_rank,
             markov_head=self.markov_head,
             confidence=self.confidence,
