@@ -1,6 +1,6 @@
 """Predicted against measured speed-ups: ``outrider plan`` over targets, drafters, dtypes, loads, temperatures, domains.
 
-    python benchmarks/plan_grid.py --out grid.json                    all cells, about twelve minutes on a quiet machine
+    python benchmarks/plan_grid.py --out grid.json                    all cells; begins nothing after twelve minutes
     python benchmarks/plan_grid.py --targets embedded --domains code  some of them
 
 Prediction and measurement share no run: each drafter is planned with first, then plain decoding and all drafters, each
@@ -40,6 +40,7 @@ DRAFTERS = {
 DTYPES = {"embedded": ("float32", "int8"), "smollm2": ("file",)}
 PROMPTS = {"embedded": 6, "smollm2": 4}  # of a domain; with several rows at least twice as many as rows
 TOKENS = {"embedded": 64, "smollm2": 48}
+CAPACITY = 1024  # tokens of a sequence
 NEAR = 0.1
 Prompt = str | list[int]
 
@@ -126,10 +127,27 @@ def in_turns(
     return {n: Timed(median(r), min(r), max(r), lengths[n]) for n, r in ratios.items()}, every
 
 
+class Loaded:
+    """One target for so many rows, and its drafters by name and number of drafts: loading takes longer than a cell."""
+
+    def __init__(self, target: str, dtype: str, rows: int) -> None:
+        self.plain = LLM(target, drafter="none", dtype=dtype, max_rows=rows, capacity=CAPACITY)
+        self._made: dict[tuple[str, int | None], LLM] = {}
+
+    def maker(self, name: str) -> Callable[[int | None], LLM]:
+        def make(drafts: int | None) -> LLM:
+            if (name, drafts) not in self._made:
+                self._made[name, drafts] = self.plain.with_drafter(name, draft_tokens=drafts)
+            return self._made[name, drafts]
+
+        return make
+
+
 def cells_of(
-    plain: LLM, dtype: str, path: Path, temperature: float, names: Sequence[str], options: argparse.Namespace
+    loaded: Loaded, dtype: str, path: Path, temperature: float, names: Sequence[str], options: argparse.Namespace
 ) -> Iterator[Cell]:
     """The cells of all drafters on one domain."""
+    plain, maker = loaded.plain, loaded.maker
     target, rows = plain.model, plain.max_rows
     chat = is_chat_model(target, plain.tokenizer)
     params = SamplingParams(
@@ -140,9 +158,6 @@ def cells_of(
     prompts = [prompt.prompt for prompt in good]
     seen = prompts[: len(prompts) // 2] if options.held_out else prompts
     asked = prompts[len(prompts) // 2 :] if options.held_out else prompts
-
-    def maker(name: str) -> Callable[[int | None], LLM]:
-        return lambda drafts: plain.with_drafter(name, draft_tokens=drafts)
 
     read = fmean(len(plain.encode(prompt)) for prompt in asked)
     written = fmean(len(output.token_ids) for output in plain.generate(list(asked), params))
@@ -231,7 +246,7 @@ def main() -> None:
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--limit", type=int, default=0, help="prompts of a domain; default: by target")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=60, help="begin nothing more after so long")
+    parser.add_argument("--minutes", type=float, default=12, help="begin nothing more after so long")
     parser.add_argument("--held-out", action="store_true", help="measure on other prompts than those planned with")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", nargs="+", type=Path, help="nothing is measured: the table of these results")
@@ -241,23 +256,23 @@ def main() -> None:
         print(markdown(cells), summary(cells), by_part(cells), sep="\n\n")
         return
     cells = read_cells([options.out]) if options.out and options.out.exists() else []
+    done = {key(cell) for cell in cells}
     began, left = perf_counter(), 0
-    for target in options.targets:
-        for dtype, rows in product(options.dtypes or DTYPES[target], options.concurrency):
-            plain: LLM | None = None
-            for path, temperature in product(default_prompt_files(target != "embedded"), options.temperatures):
-                names = [
-                    name
-                    for name in options.drafters or DRAFTERS[target]
-                    if (target, dtype, name, path.stem, rows, temperature) not in {key(cell) for cell in cells}
-                ]
-                if not names or (options.domains and path.stem not in options.domains):
-                    continue
-                if perf_counter() - began > 60 * options.minutes:
-                    left += len(names)
-                    continue
-                plain = plain or LLM(target, drafter="none", dtype=dtype, max_rows=rows)
-                for cell in cells_of(plain, dtype, path, temperature, names, options):
+    models: dict[tuple[str, str, int], Loaded] = {}
+    for temperature, target in product(options.temperatures, options.targets):
+        for dtype, rows, path in product(
+            options.dtypes or DTYPES[target], options.concurrency, default_prompt_files(target != "embedded")
+        ):
+            if options.domains and path.stem not in options.domains:
+                continue
+            names = options.drafters or DRAFTERS[target]
+            names = [n for n in names if (target, dtype, n, path.stem, rows, temperature) not in done]
+            if perf_counter() - began > 60 * options.minutes:
+                left += len(names)
+            elif names:
+                if (target, dtype, rows) not in models:
+                    models[target, dtype, rows] = Loaded(target, dtype, rows)
+                for cell in cells_of(models[target, dtype, rows], dtype, path, temperature, names, options):
                     print(said(cell), flush=True)
                     cells.append(cell)
                 if options.out:

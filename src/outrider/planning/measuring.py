@@ -288,7 +288,7 @@ class _Trial:
         """What is to be run in the next turn; None: nothing more."""
         curve = [forecast(self.name, n, candidate.profile, candidate.costs, sample) for n in range(1, self.most + 1)]
         best = max(curve, key=lambda one: one.speedup)
-        if best.speedup > BETTER * curve[self.chosen - 1].speedup:
+        if best.speedup > BETTER * curve[self.chosen - 1].speedup and self._turns.count < TURNS[1]:
             self.chosen = best.drafts
         if self.chosen not in self.sides:
             self.sides[self.chosen] = self._turns.side(self._make(self.chosen))
