@@ -95,7 +95,10 @@ class MeasuredCosts:
 
     def whole(self, drafts: int) -> float:
         tried = [(n, factor) for n, factor in self.rounds if bool(n) == bool(drafts)]
-        return float(np.interp(drafts, *zip(*tried, strict=True))) if tried else 1.0
+        if not tried:
+            return 1.0
+        counts, factors = zip(*tried, strict=True)
+        return float(np.interp(drafts, counts, factors))
 
 
 # ------------------------------------------------------------------------------------------------ runs in turns
@@ -189,6 +192,8 @@ class _Turns:
         self.rows, self.params = rows, params
         self.plain = self.side(plain)
         self.count = 0
+        self.tokens = np.ones(len(self.groups))
+        """That plain decoding writes, by group: what the groups weigh."""
 
     def side(self, llm: LLM) -> _Side:
         llm.generate(list(self.groups[0][: self.rows]), replace(self.params, max_tokens=4))  # warm up
@@ -211,6 +216,8 @@ class _Turns:
                 side.watch.wall += seconds
                 side.seconds[-1].append(seconds / max(1, sum(len(output.token_ids) for output in outputs)))
                 side.stats[-1] += [output.stats for output in outputs]
+                if side is self.plain:
+                    self.tokens[len(side.seconds[-1]) - 1] = sum(len(output.token_ids) for output in outputs)
             all_sides.append(all_sides.pop(0))  # nobody always follows the same one
         for side in all_sides:
             side.llm.observers.remove(side.watch)
@@ -219,7 +226,7 @@ class _Turns:
     def speedup(self, side: _Side) -> float:
         """Of whole runs: by the median of each group's turns, over those that both took part in."""
         theirs = np.array([self.plain.seconds[turn] for turn in side.turns])
-        return float(np.median(theirs, 0).sum() / np.median(np.array(side.seconds), 0).sum())
+        return float(self.tokens @ np.median(theirs, 0) / (self.tokens @ np.median(np.array(side.seconds), 0)))
 
     def uncertainty(self, side: _Side) -> float:
         """Half a 95 % interval of the logarithm of that, by how much a group's ratios differ from turn to turn."""
@@ -323,7 +330,8 @@ def _plain_costs(turns: _Turns, table: CostTable, sample: Workload) -> MeasuredC
     factor = watch.mean(watch.verify) / max(1e-12, watch.mean(expected))
     each = watch.reading_each
     costs = MeasuredCosts(table, ((float(rows), factor),), watch.overhead, rows=rows, reading=(each, each))
-    seconds = rows * sample.answer * float(np.median(np.array(turns.plain.seconds), 0).mean())
+    token = float(np.average(np.median(np.array(turns.plain.seconds), 0), weights=turns.tokens))
+    seconds = rows * sample.answer * token
     return replace(costs, rounds=((0, _whole(costs, Profile(()), 0, seconds, sample)),))
 
 
