@@ -7,6 +7,9 @@ Prediction and measurement share no run: each drafter is planned with first, the
 with the number of drafts that was predicted for, answer all prompts in turns. With --held-out they answer other
 prompts, whose texts may be easier or harder to draft: the error is then also that of a small sample.
 
+On a machine that does other work, OUTRIDER_THREADS=1 and --processor-time compare seconds of the processor instead,
+which leaves out waiting, and with it what a second thread gains.
+
 Cells are written to --out as they are measured, and those that are there already are not measured again: the same
 command goes on where it was stopped.
 """
@@ -20,7 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median, quantiles
-from time import perf_counter
+from time import perf_counter, process_time
 
 from support import table
 
@@ -93,7 +96,12 @@ class Timed:
 
 
 def in_turns(
-    plain: LLM, drafters: Mapping[str, LLM], prompts: Sequence[Prompt], params: SamplingParams, repeats: int
+    plain: LLM,
+    drafters: Mapping[str, LLM],
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    repeats: int,
+    clock: Callable[[], float] = perf_counter,
 ) -> tuple[dict[str, Timed], list[float]]:
     """All prompts are handed over at once, so that a row that ends is followed by the next prompt. Each drafter runs
     between two runs of plain decoding. Also plain decoding's seconds a token.
@@ -107,9 +115,9 @@ def in_turns(
     def run(llm: LLM) -> tuple[float, float]:
         """Seconds a token, and the acceptance length."""
         llm.forget()  # a repeated prompt would be too easy, and need not be read again
-        began = perf_counter()
+        began = clock()
         done = llm.generate(list(prompts), params)
-        seconds = perf_counter() - began
+        seconds = clock() - began
         rounds = sum(output.stats.rounds for output in done)
         accepted = sum(output.stats.accepted for output in done)
         return seconds / sum(len(output.token_ids) for output in done), 1 + accepted / max(1, rounds)
@@ -148,6 +156,7 @@ def cells_of(
 ) -> Iterator[Cell]:
     """The cells of all drafters on one domain."""
     plain, maker = loaded.plain, loaded.maker
+    clock = process_time if options.processor_time else perf_counter
     target, rows = plain.model, plain.max_rows
     chat = is_chat_model(target, plain.tokenizer)
     params = SamplingParams(
@@ -162,11 +171,11 @@ def cells_of(
     read = fmean(len(plain.encode(prompt)) for prompt in asked)
     written = fmean(len(output.token_ids) for output in plain.generate(list(asked), params))
     work = Workload(max(1, round(read)), max(1, round(written)), rows)
-    costs, candidates = measure(plain, {name: maker(name) for name in names}, seen, params, work)
+    costs, candidates = measure(plain, {name: maker(name) for name in names}, seen, params, work, clock=clock)
     plans = {candidate.name: make_plan([candidate], costs, work) for candidate in candidates}
     bests = {name: plan.forecasts[0] for name, plan in plans.items()}
     chosen = {name: maker(name)(best.drafts) for name, best in bests.items()}
-    timed, every = in_turns(plain, chosen, asked, params, options.repeats)
+    timed, every = in_turns(plain, chosen, asked, params, options.repeats, clock)
     first, middle, third = quantiles(every, n=4)
     for name, best in bests.items():
         yield Cell(
@@ -247,6 +256,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="prompts of a domain; default: by target")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=12, help="begin nothing more after so long")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count seconds of the processor; with OUTRIDER_THREADS=1, on a machine that does other work too",
+    )
     parser.add_argument("--held-out", action="store_true", help="measure on other prompts than those planned with")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", nargs="+", type=Path, help="nothing is measured: the table of these results")

@@ -249,7 +249,6 @@ def test_a_forecast_is_what_whole_runs_were_whatever_the_parts_say(monkeypatch: 
     is that of the pairs, 3 tokens in 1.5 times the seconds; the best number of drafts is found by running it."""
     clock = _Clock()
     table = CostTable(CostKey("toy", "", "", "", 1), tuple(CostPoint(n, 1, 0, 0.001) for n in (1, 8)))
-    monkeypatch.setattr(measuring, "perf_counter", clock)
     monkeypatch.setattr(measuring, "start_costs", lambda *a, **k: table)
     monkeypatch.setattr(measuring, "_drafter_shape", lambda *a: None)
     plain: Any = _Timed(clock, 1e-6, 1e-6)
@@ -260,7 +259,7 @@ def test_a_forecast_is_what_whole_runs_were_whatever_the_parts_say(monkeypatch: 
         return _Timed(clock, 1e-6 * (1.3 + 0.1 * drafts), 0.5e-6, drafts, min(2, drafts))
 
     params = SamplingParams(max_tokens=60)
-    costs, (candidate,) = measuring.measure(plain, {"toy": make}, ["a", "b"], params, Workload(2, 60))
+    costs, (candidate,) = measuring.measure(plain, {"toy": make}, ["a", "b"], params, Workload(2, 60), clock=clock)
     made = make_plan([candidate], costs, Workload(2, 60))
     assert made.plain.latency == pytest.approx(60 * 1e-6, rel=0.02), "the clock moved by 2 %"
     assert made.advised.drafts == 2 and made.pays

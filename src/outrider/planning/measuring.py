@@ -185,11 +185,13 @@ class _Turns:
     by others, as in use.
     """
 
-    def __init__(self, plain: LLM, prompts: Prompts, params: SamplingParams, rows: int) -> None:
+    def __init__(
+        self, plain: LLM, prompts: Prompts, params: SamplingParams, rows: int, clock: Callable[[], float] = perf_counter
+    ) -> None:
         size = rows if rows == 1 else 2 * rows
         groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
         self.groups = [group for group in groups if len(group) >= rows] or groups
-        self.rows, self.params = rows, params
+        self.rows, self.params, self._clock = rows, params, clock
         self.plain = self.side(plain)
         self.count = 0
         self.tokens = np.ones(len(self.groups))
@@ -210,9 +212,9 @@ class _Turns:
             side.stats.append([])
         for group in self.groups:
             for side in all_sides:
-                began = perf_counter()
+                began = self._clock()
                 outputs = side.llm.generate(list(group), self.params)
-                seconds = perf_counter() - began
+                seconds = self._clock() - began
                 side.watch.wall += seconds
                 side.seconds[-1].append(seconds / max(1, sum(len(output.token_ids) for output in outputs)))
                 side.stats[-1] += [output.stats for output in outputs]
@@ -246,14 +248,20 @@ def _student(freedom: int) -> float:
 
 
 def measure(
-    plain: LLM, drafters: Mapping[str, Make], prompts: Prompts, params: SamplingParams, work: Workload
+    plain: LLM,
+    drafters: Mapping[str, Make],
+    prompts: Prompts,
+    params: SamplingParams,
+    work: Workload,
+    *,
+    clock: Callable[[], float] = perf_counter,
 ) -> tuple[MeasuredCosts, list[Candidate]]:
     """Costs of plain decoding, and candidates with measured costs and acceptance.
 
     Each drafter tries all of its drafts and few of them; then, in turns until the interval is narrow, the number that
-    is best by what is known. Raises InvalidRequest.
+    is best by what is known. ``clock``: seconds of whole runs. Raises InvalidRequest.
     """
-    turns = _Turns(plain, prompts, params, work.concurrency)
+    turns = _Turns(plain, prompts, params, work.concurrency, clock)
     trials = {name: _Trial(name, make, turns) for name, make in drafters.items()}
     table = start_costs(
         plain.target,
