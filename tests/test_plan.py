@@ -223,8 +223,9 @@ class _Timed:
             rounds, each = params.max_tokens // (1 + self.accepted), 1 + self.accepted
             for i in range(rounds):
                 self.clock.now += self.seconds * (1 + self.clock.now)
-                row = RowRecord(0, self.drafts, self.drafts, self.drafts, self.accepted, (1,), None, False)
-                cost = StepCost(self.told / 4, self.told / 2, self.told / 4, 1, 1 + self.drafts, i)
+                drafts = self.drafts if i % 2 else 0  # every second round is silent, and its pass three times as long
+                row = RowRecord(0, drafts, drafts, drafts, self.accepted, (1,), None, False)
+                cost = StepCost(self.told / 4, self.told * (0.5 if drafts else 1.5), self.told / 4, 1, 1 + drafts, i)
                 for observer in self.observers:
                     observer.step(StepRecord((row,), cost))
             stats = RequestStats(
@@ -264,6 +265,7 @@ def test_a_forecast_is_what_whole_runs_were_whatever_the_parts_say(monkeypatch: 
     assert made.plain.latency == pytest.approx(60 * 1e-6, rel=0.02), "the clock moved by 2 %"
     assert made.advised.drafts == 2 and made.pays
     assert made.advised.speedup == pytest.approx(3 / 1.5, rel=0.01)
+    assert made.advised.tokens_per_second / made.plain.tokens_per_second == pytest.approx(made.advised.speedup)
     assert set(candidate.tried) == {2}, "the others had one turn"
     at_five = next(f for f in made.curves["toy"] if f.drafts == 5)
     assert at_five.speedup == pytest.approx(3 / 1.8, rel=0.01)

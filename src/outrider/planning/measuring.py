@@ -323,7 +323,7 @@ class _Trial:
         return Candidate(
             self.name,
             profile,
-            replace(costs, rounds=(*plain.rounds, *_rounds(costs, profile, speedups, sample))),
+            replace(costs, rounds=_rounds(costs, profile, plain, speedups, sample)),
             self.most,
             UNTRIED + spread[best],
             self.shape,
@@ -344,11 +344,13 @@ def _plain_costs(turns: _Turns, table: CostTable, sample: Workload) -> MeasuredC
 
 
 def _rounds(
-    costs: MeasuredCosts, profile: Profile, speedups: Mapping[int, float], sample: Workload
-) -> list[tuple[int, float]]:
-    """By drafts: whole rounds over the sum of their parts, such that the forecast of the sample is the measurement."""
-    plain = forecast("none", 0, profile, costs, sample).latency
-    return [(drafts, _whole(costs, profile, drafts, plain / x, sample)) for drafts, x in speedups.items()]
+    costs: MeasuredCosts, profile: Profile, plain: MeasuredCosts, speedups: Mapping[int, float], sample: Workload
+) -> tuple[tuple[int, float], ...]:
+    """By drafts: whole rounds over the sum of their parts, such that the forecast of the sample is the measurement.
+    Plain rounds too: their parts were observed once more in rounds without drafts."""
+    seconds = forecast("none", 0, Profile(()), plain, sample).latency
+    ratios = {0: 1.0} | dict(speedups)
+    return tuple((drafts, _whole(costs, profile, drafts, seconds / x, sample)) for drafts, x in ratios.items())
 
 
 def _whole(costs: MeasuredCosts, profile: Profile, drafts: int, seconds: float, sample: Workload) -> float:
