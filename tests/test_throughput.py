@@ -443,8 +443,8 @@ def seconds_of_steps(rows: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("rows", "most"), [(256, 200e-6), (1024, 1e-3)])
 def test_scheduling_does_not_grow(rows: int, most: float) -> None:
-    """The goal for a mean step with 7 drafts a row, steps that plan or learn included. Ten times as long is a mistake on
-    any machine; how long it takes is in the log."""
+    """The goal for a mean step with 7 drafts a row, steps that plan or learn included. Ten times as long is a mistake
+    on any machine; how long it takes is in the log."""
     least = np.min([seconds_of_steps(rows) for _ in range(5)], axis=0)  # the same steps, so that stalls do not count
     assert least.mean() < 10 * most
 
