@@ -159,10 +159,9 @@ def test_every_kind_trains_and_drafts(kind: str, answers: Path, tmp_path: Path) 
     assert (tmp_path / kind / "state" / "log.jsonl").read_bytes() == log
 
 
-@pytest.mark.parametrize(
-    "kind", ["dspark", "dflash"]
-)  # one learns the target's distribution, the other the text's tokens
+@pytest.mark.parametrize("kind", [pytest.param("dspark", marks=pytest.mark.slow), "dflash"])
 def test_one_text_can_be_over_fitted(kind: str, answers: Path, tmp_path: Path) -> None:
+    """One learns the target's distribution, the other the text's tokens."""
     printed: list[str] = []
     drafter = {"dspark": {"markov_rank": 16}, "dflash": {"loss": {"cross_entropy": 1.0, "total_variation": 0.0}}}[kind]
     options = SMALL | {"kind": kind, "sanity": True, "steps": 1, "drafter": {**drafter, "target_layers": [2, 5]}}
