@@ -16,11 +16,13 @@ from statistics import mean
 from time import perf_counter
 from typing import Any
 
+import torch
+
 from outrider.engine.llm import LLM
 from outrider.models.loading import model_config
 from outrider.training import dataset, prompts, regenerate
 from outrider.training.artefact import is_finished, open_artefact
-from outrider.training.conversations import ChatTurn
+from outrider.training.conversations import ChatTurn, Conversations
 from outrider.training.recipe import Recipe
 from outrider.training.stages import STAGES
 from outrider.training.target_runner import TargetRunner
@@ -31,6 +33,7 @@ LINE = 6.0  # bytes of a token id in JSON
 STATE = 4 * 4  # bytes on disk per trained parameter: weight, two moments, and the finished checkpoint
 TRIAL_TOKENS = 16  # tokens of an answer in the trial
 ROUND = 1.5  # assumed time of a round of drafting and verifying, in plain steps
+SELF_LENGTH = 90.0  # assumed tokens of such a prompt with its chat template
 SELF_TOKENS = 120  # assumed tokens of a prompt that the target writes, with those that are dropped
 LENGTH = 1.6  # assumed tokens per round
 
@@ -85,8 +88,8 @@ class _Trial:
         seconds, note = perf_counter() - began, ""
         if self._self_written:
             tokens = self._self_written * SELF_TOKENS
-            speed = self._speed(self.configs["prompts"].rows)  # type: ignore[attr-defined]
-            seconds, note = seconds + tokens / speed, f"{self._self_written:,} of the target's own"
+            _, token_seconds = self._pace(self.configs["prompts"].rows)  # type: ignore[attr-defined]
+            seconds, note = seconds + tokens * token_seconds, f"{self._self_written:,} of the target's own"
         return Estimate("prompts", seconds, _peak(), max(size, text), note)
 
     def regenerate(self) -> Estimate:
@@ -95,10 +98,11 @@ class _Trial:
         disk = count * (self._length("prompt") + config.max_tokens) * LINE * 2  # the finished file is a copy
         if config.server:
             return Estimate("regenerate", 0.0, _peak(), disk, "time depends on the server")
-        speed = self._speed(config.rows)
+        prompt_seconds, token_seconds = self._pace(config.rows)
         context = config.rows * (self._length("prompt") + config.max_tokens)
         memory = _peak() + context * self._key_value_bytes
-        seconds = count * config.max_tokens / speed
+        seconds = count * (prompt_seconds + config.max_tokens * token_seconds)
+        speed = count * config.max_tokens / seconds
         return Estimate("regenerate", seconds, memory, disk, f"{count:,} answers at {speed:,.0f} tokens/s")
 
     def features(self) -> Estimate:
@@ -136,7 +140,7 @@ class _Trial:
         return Estimate("export", 5.0, _peak(), self._training_speed[1] * 4)
 
     def _rounds(self, stage: str, rounds: float) -> Estimate:
-        speed = self._speed(1)
+        speed = 1 / self._pace(1)[1]
         size = self._training_speed[1] * 4
         return Estimate(stage, rounds * ROUND / speed, _peak(), size, f"{speed:,.0f} plain tokens/s, one at a time")
 
@@ -144,13 +148,16 @@ class _Trial:
 
     @cached_property
     def _prompts(self) -> tuple[dict[str, Counter[str]], list[float]]:
-        """Number of prompts by part and domain, and the lengths of up to 200 prompts in tokens."""
+        """Number of prompts by part and domain, and the lengths of up to 200 prompts in tokens, as the target gets
+        them."""
         config: Any = self.configs["prompts"]
         files = tuple(source for source in config.sources if source.path is not None)
         split, _ = prompts.collect(config.model_copy(update={"sources": files}))
         some = (split["train"] + split["held_out"])[:200]
-        words = [prompt.get("text") or " ".join(prompt.get("turns", ())) for prompt in some]
-        lengths = [float(len(self._llm.tokenizer.encode(text))) for text in words] or [60.0]
+        settings = regenerate.sampling(self.configs["regenerate"], self.recipe.target)  # type: ignore[arg-type]
+        conversations = Conversations(some, self._llm.tokenizer, settings)
+        conversations.resume([])
+        lengths = [float(len(turn.tokens)) for turn in conversations.todo] or [SELF_LENGTH]
         counts = {str(part): Counter(prompt["domain"] for prompt in found) for part, found in split.items()}
         for part, share in (("train", 1 - config.held_out), ("held_out", config.held_out)):
             counts[part]["self"] = round(share * self._self_written)
@@ -185,25 +192,37 @@ class _Trial:
         return LLM(self.recipe.target, "none", dtype=self.configs["regenerate"].dtype)  # type: ignore[attr-defined]
 
     @cached_property
-    def _speeds(self) -> dict[int, float]:
+    def _paces(self) -> dict[int, tuple[float, float]]:
         return {}
 
-    def _speed(self, rows: int) -> float:
-        """Tokens per second of plain decoding with ``rows`` rows."""
-        if rows not in self._speeds:
-            options = {"max_tokens": TRIAL_TOKENS, "rows": rows, "ignore_eos": True, "drafter": "none", "server": None}
-            options["device"] = "cpu"
-            config = self.configs["regenerate"].model_copy(update=options)
-            assert isinstance(config, regenerate.Config)
-            ask = regenerate.engine(config, lambda: self._llm, regenerate.sampling(config, self.recipe.target))
-            length = max(1, min(round(self._length("prompt")), self._llm.target.spec.max_positions - TRIAL_TOKENS))
-            tokens = [1 + i % (self._llm.target.spec.vocab_size - 1) for i in range(length)]
-            for count in (1, 2 * rows):  # the first pass is a warm-up
-                asked = deque(ChatTurn(f"{count} {i}", "", tokens, (), ()) for i in range(count))
-                began = perf_counter()
-                made = sum(len(answer) for answers in ask(asked) for _, answer in answers)
-                self._speeds[rows] = made / (perf_counter() - began)
-        return self._speeds[rows]
+    def _pace(self, rows: int) -> tuple[float, float]:
+        """Seconds that a prompt takes, and each token of its answer, where ``rows`` are answered together.
+
+        The two are told apart by trials with and without an answer: a trial's answers are shorter than those of a run.
+        """
+        if rows not in self._paces:
+            self._answer(1, 1)  # warm-up
+            prompts, both = self._answer(rows, 1), self._answer(rows, 1 + TRIAL_TOKENS)
+            self._paces[rows] = prompts / rows, max(both - prompts, both / 10) / (rows * TRIAL_TOKENS)
+        return self._paces[rows]
+
+    def _answer(self, rows: int, tokens: int) -> float:
+        """Seconds of ``rows`` answers of ``tokens`` tokens by plain decoding."""
+        options = {"max_tokens": tokens, "rows": rows, "ignore_eos": True, "drafter": "none", "server": None}
+        options["device"] = "cpu"
+        config = self.configs["regenerate"].model_copy(update=options)
+        assert isinstance(config, regenerate.Config)
+        ask = regenerate.engine(config, lambda: self._llm, regenerate.sampling(config, self.recipe.target))
+        spec = self._llm.target.spec
+        length = max(1, min(round(self._length("prompt")), spec.max_positions - tokens))
+        asked = deque(
+            ChatTurn(f"{rows} {n}", "", [1 + (i + n) % (spec.vocab_size - 1) for i in range(length)], (), ())
+            for n in range(rows)
+        )
+        began = perf_counter()
+        for _ in ask(asked):
+            pass
+        return perf_counter() - began
 
     @cached_property
     def _training_speed(self) -> tuple[float, int, float]:
@@ -214,12 +233,15 @@ class _Trial:
         texts = []
         for number in range(max(1, config.pack_tokens // length)):
             tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
-            texts.append(dataset.Text(str(number), "", tokens, length // 3))
-        module = import_module(STAGES["run"].reference.partition(":")[0]).trainable(config, self._llm, texts)
+            texts.append(dataset.Text(str(number), "", tokens, max(1, min(round(self._length("prompt")), length // 2))))
+        stage = import_module(STAGES["run"].reference.partition(":")[0])
+        module, plan = stage.trainable(config, self._llm, texts), stage.plan_of(config, 1, torch.device("cpu"))
         target_runner = TargetRunner(self._llm.target, length)
         for _ in range(2):  # the first pass is a warm-up
             began = perf_counter()
-            loss = module(target_runner.batch(texts, module, 0))
+            batch = target_runner.batch(texts, module, 0)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.bfloat16):
+                loss = module(batch)
             (loss.total / loss.weight).backward()
             seconds = perf_counter() - began
         parameters = sum(parameter.numel() for parameter in module.parameters())

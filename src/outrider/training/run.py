@@ -41,10 +41,10 @@ from outrider.training.networks import Frozen, fill, training_of
 from outrider.training.progress import Progress
 from outrider.training.report import read_log, write_report
 from outrider.training.target_runner import FeatureSource, TargetRunner
-from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, rank_and_world
+from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, multiplies_bfloat16, rank_and_world
 from outrider.types import TargetModel
 
-__all__ = ["Config", "Evaluator", "learn", "over_fit", "processes", "run", "save_drafter", "trainable"]
+__all__ = ["Config", "Evaluator", "learn", "over_fit", "plan_of", "processes", "run", "save_drafter", "trainable"]
 
 ACCEPTED = 0.9  # share of drafts that must be accepted on the single text of the sanity check
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -80,8 +80,9 @@ class Config(BaseModel):
     """Precision of the target during training."""
     device: str = "cpu"
     """cuda trains on an accelerator, the target in bfloat16 beside the drafter."""
-    bfloat16: bool = True
-    """Matrix products in bfloat16; weights and sums stay in float32."""
+    bfloat16: bool | None = None
+    """Matrix products in bfloat16; weights and sums stay in float32. Default: where the processor or accelerator has
+    instructions for it; without them it is some forty times slower than float32."""
     seed: int = 0
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: full copies (ddp), or weights sharded over the processes (fsdp)."""
@@ -222,7 +223,7 @@ def _learn(
     if config.batch < world:
         raise InvalidRequest(f"batch must be at least the number of processes, {world}; got {config.batch}")
     steps = config.steps or math.ceil(config.epochs * len(texts) / config.batch)
-    plan = _plan(config, steps)
+    plan = plan_of(config, steps, device)
     work, finished = out / "state", out / "drafter"
     device_target = None if config.device == "cpu" else DeviceTarget(target, device)
     module = trainable(config, llm, texts, device_target)
@@ -261,14 +262,15 @@ def _learn(
     return facts
 
 
-def _plan(config: Config, steps: int) -> Plan:
+def plan_of(config: Config, steps: int, device: torch.device) -> Plan:
+    """The trainer's part of the options."""
     return Plan(
         steps=steps,
         learning_rate=config.learning_rate,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
         clip=config.clip,
-        bfloat16=config.bfloat16,
+        bfloat16=multiplies_bfloat16(device) if config.bfloat16 is None else config.bfloat16,
         save_seconds=config.save_seconds,
     )
 
@@ -277,6 +279,7 @@ def _facts(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evaluated = [line for line in log if "acceptance_length" in line]
     facts: dict[str, Any] = {
         "seconds": round(sum(line["seconds"] for line in log), 1),
+        "processor_seconds": round(sum(line.get("processor_seconds", 0.0) for line in log), 1),
         "tokens": sum(line["tokens"] for line in log),
         "loss": log[-1]["loss"] if log else None,
     }

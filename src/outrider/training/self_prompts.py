@@ -8,6 +8,7 @@ repetitive nor nearly the same as another, and no topic has far more than its sh
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 import zlib
 from collections import Counter, deque
@@ -30,7 +31,8 @@ __all__ = ["balanced", "header", "write_self_prompts"]
 MARK = "\u241fuser text\u241f"
 TRIES = 4  # attempts for each prompt asked for, at most
 SIMILAR = 0.7  # Jaccard similarity of word triples above which two prompts are nearly the same
-ROUND = 256  # attempts made at least before they are looked at
+ROUND = 32  # attempts made at least before they are looked at
+MARGIN = 1.1  # attempts made beyond those that the share kept so far asks for
 PERMUTATIONS = 64  # of a MinHash
 VARIED = 0.5  # least share of a text's word triples that are different ones
 BUCKETS = 512  # hashed words of a topic vector
@@ -75,14 +77,14 @@ def write_self_prompts(
         found = {record["number"]: record for record in journal.records}
         number = 0
         while len(kept.texts) < count and number < TRIES * count:
-            wanted = range(number, min(number + max(ROUND, count - len(kept.texts)), TRIES * count))
+            wanted = range(number, min(number + _attempts(count, len(kept.texts), number), TRIES * count))
             number = wanted.stop
             todo = deque(_turns((i for i in wanted if i not in found), openings, start, tokenizer))
             for answers in answer(ends)(todo):
                 records = [_record(turn, tokens, openings, ends, tokenizer) for turn, tokens in answers]
                 journal.append(records)
                 found |= {record["number"]: record for record in records}
-                progress.advance(0, sum(len(tokens) for _, tokens in answers))
+                progress.advance(0, sum(len(tokens) for _, tokens in answers), f"{len(found)} attempts")
             before = len(kept.texts)
             for attempt in (found[i] for i in wanted):  # in their order, so that an interruption changes nothing
                 reason = _refused(attempt, characters, script) or kept.add(attempt["text"])
@@ -97,6 +99,12 @@ def write_self_prompts(
     lines = (json.dumps({"turns": [text]}, ensure_ascii=False) for text in texts)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return dropped
+
+
+def _attempts(count: int, kept: int, number: int) -> int:
+    """Attempts of the next round, where ``number`` have given ``kept`` of ``count`` prompts."""
+    share = max(kept, 1) / number if number else 1.0
+    return max(ROUND, math.ceil(MARGIN * (count - kept) / share))
 
 
 def _turns(

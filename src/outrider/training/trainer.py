@@ -28,7 +28,7 @@ from outrider.training.dataset import TextSampler
 from outrider.training.networks.batch import Loss, TrainableDrafter
 from outrider.training.target_runner import FeatureSource
 
-__all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "rank_and_world"]
+__all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "multiplies_bfloat16", "rank_and_world"]
 
 Sharding = Literal["ddp", "fsdp"]
 
@@ -74,6 +74,7 @@ class Step:
     gradient: float  # norm before clipping
     tokens: int  # in this step, over all processes
     seconds: float
+    processor_seconds: float  # of this process, all threads: what other programs take does not count
 
 
 class Trainer:
@@ -115,6 +116,7 @@ class Trainer:
             self.done += 1
             line: dict[str, Any] = {"step": step.step, "loss": step.loss, **step.parts}
             line |= {"rate": step.rate, "gradient": step.gradient, "tokens": step.tokens, "seconds": step.seconds}
+            line["processor_seconds"] = step.processor_seconds
             last = self.done == self.plan.steps
             if last or (every and self.done % every == 0):
                 line |= evaluate(self.done)
@@ -128,7 +130,7 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- one step
 
     def _step(self) -> Step:
-        began, rate = time.monotonic(), self.plan.rate(self.done)
+        began, processor, rate = time.monotonic(), time.process_time(), self.plan.rate(self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         packs = self.sampler.packs(self.done, self.rank, self.world)
@@ -154,7 +156,8 @@ class Trainer:
         count = int(totals.pop("tokens"))
         means = {name: value / weight for name, value in totals.items()}
         mean = means.pop("loss")
-        return Step(self.done + 1, mean, means, rate, gradient, count, time.monotonic() - began)
+        seconds, processor_seconds = time.monotonic() - began, time.process_time() - processor
+        return Step(self.done + 1, mean, means, rate, gradient, count, seconds, processor_seconds)
 
     def _backward(self, texts: Any, epoch: int, counted: bool) -> Loss:
         """Forward and backward through one pack."""
@@ -261,6 +264,14 @@ class Trainer:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.done]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast there. A processor without instructions for them takes some forty
+    times as long as for float32 (AVX2)."""
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def rank_and_world() -> tuple[int, int]:
