@@ -13,9 +13,9 @@ from outrider import LLM, SamplingParams, checkpoints
 from outrider.cli import app
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.training.artefact import open_artefact, read_lines
-from outrider.training.estimate import estimate
+from outrider.training.estimate import _Trial, estimate
 from outrider.training.export import Config as ExportConfig
-from outrider.training.export import export
+from outrider.training.export import card, export
 from outrider.training.recipe import read_recipe, run_recipe
 from outrider.training.stages import STAGES
 
@@ -207,6 +207,20 @@ def test_single_stage_commands_make_the_same_artefacts(recipe: Path) -> None:
     assert (
         wrong.exit_code == 2 and "made by the stage 'prompts'; expected an artefact of `outrider train" in wrong.stderr
     )
+
+
+def test_a_card_names_every_temperature_of_the_answers() -> None:
+    sampling = {"max_tokens": 128, "temperature": [0.0, 0.7, 1.0]}
+    history = {"regenerate": {"facts": {"train": {"answers": 6, "tokens": 70}, "sampling": sampling}}}
+    text = card(ExportConfig(), "my-model", {"kind": "dspark"}, history)
+    assert "| sampled with | max_tokens 128, temperature 0 / 0.7 / 1 |" in text
+
+
+def test_prompts_and_answers_are_estimated_apart(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial's answers are short: a speed over prompts and answers together would be far too low for long ones."""
+    monkeypatch.setattr(_Trial, "_answer", lambda self, rows, tokens: rows * (0.5 + 0.01 * (tokens - 1)))
+    answers = estimate(read_recipe(recipe, ["regenerate.max_tokens=48"]), "regenerate")[-1]
+    assert answers.seconds == pytest.approx(10 * (0.5 + 48 * 0.01))
 
 
 def test_an_estimate_writes_nothing(recipe: Path) -> None:

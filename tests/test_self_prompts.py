@@ -74,6 +74,24 @@ def test_an_interruption_changes_nothing(tokenizer: Tokenizer, tmp_path: Path) -
     assert not set(first) & set(then), "attempts of the first run are not made again"
 
 
+def test_few_attempts_more_than_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    asked = []
+    end = header(tokenizer)[1][0]
+
+    def answer(todo: deque[ChatTurn]) -> Iterator[list[tuple[ChatTurn, list[int]]]]:
+        while todo:
+            turn = todo.popleft()
+            asked.append(int(turn.id))
+            text = " ".join(f"question{asked[-1]}word{i}" for i in range(4))
+            tokens = tokenizer.encode(text, add_special_tokens=False)
+            yield [(turn, [*tokens, end] if asked[-1] % 5 else tokens)]  # every fifth does not end
+
+    path, progress = tmp_path / "own.jsonl", Progress(None, "", 100)
+    write_self_prompts(100, [""], None, tokenizer, lambda ends: answer, path, progress, (8, 500))
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 100
+    assert asked == list(range(len(asked))) and 125 <= len(asked) <= 145
+
+
 def test_a_topic_keeps_twice_its_share_at_most() -> None:
     words = ["bread oven flour yeast", "engine wheel brake road", "poem verse rhyme line", "star moon planet comet"]
     common = [f"{words[0]} {i}" for i in range(700)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from outrider import LLM, SamplingParams, checkpoints
@@ -25,8 +28,8 @@ from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.regenerate import Config as RegenerateConfig
 from outrider.training.regenerate import regenerate
-from outrider.training.run import Config, learn, run, trainable
-from outrider.training.trainer import Plan, TrainingFailed
+from outrider.training.run import Config, learn, plan_of, run, trainable
+from outrider.training.trainer import Plan, TrainingFailed, multiplies_bfloat16
 
 SMALL: dict[str, Any] = {
     "drafter": {"markov_rank": 8, "intermediate_size": 64, "target_layers": [2, 5], "loss": {"anchors": 4}},
@@ -165,8 +168,12 @@ def test_one_text_can_be_over_fitted(kind: str, answers: Path, tmp_path: Path) -
     printed: list[str] = []
     drafter = {"dspark": {"markov_rank": 16}, "dflash": {"loss": {"cross_entropy": 1.0, "total_variation": 0.0}}}[kind]
     options = SMALL | {"kind": kind, "sanity": True, "steps": 1, "drafter": {**drafter, "target_layers": [2, 5]}}
-    learn(Config(**options), answers, tmp_path / "out", "embedded", dtype="float32", say=printed.append)
+    console = Console(file=io.StringIO(), width=200)
+    learn(
+        Config(**options), answers, tmp_path / "out", "embedded", dtype="float32", say=printed.append, console=console
+    )
     assert "over-fitted" in printed[0]
+    assert "sanity check on one text" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_sanity_check_stops_a_drafter_that_cannot_learn(
@@ -334,6 +341,23 @@ def test_a_pack_marks_the_answers() -> None:
     assert packed.answers.tolist() == [False, True, True, False, False]
     assert packed.offsets.tolist() == [0, 3, 5]
     assert packed.keys[0] != packed.keys[1]
+
+
+def test_products_in_bfloat16_only_where_they_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    x = {dtype: torch.ones(256, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+    def seconds(dtype: torch.dtype) -> float:
+        began = time.process_time()
+        x[dtype] @ x[dtype].T
+        return time.process_time() - began
+
+    single, half = (min(seconds(dtype) for _ in range(5)) for dtype in x)
+    assert half < 6 * single or not multiplies_bfloat16(cpu)
+    for fast in (True, False):
+        monkeypatch.setattr("outrider.training.run.multiplies_bfloat16", lambda device, fast=fast: fast)
+        assert plan_of(Config(), 1, cpu).bfloat16 is fast
+        assert plan_of(Config(bfloat16=not fast), 1, cpu).bfloat16 is not fast
 
 
 def test_the_learning_rate_rises_then_falls() -> None:

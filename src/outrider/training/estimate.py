@@ -33,6 +33,7 @@ LINE = 6.0  # bytes of a token id in JSON
 STATE = 4 * 4  # bytes on disk per trained parameter: weight, two moments, and the finished checkpoint
 TRIAL_TOKENS = 16  # tokens of an answer in the trial
 ROUND = 1.5  # assumed time of a round of drafting and verifying, in plain steps
+SANITY_STEPS = 90  # assumed steps of the sanity check
 SELF_LENGTH = 90.0  # assumed tokens of such a prompt with its chat template
 SELF_TOKENS = 120  # assumed tokens of a prompt that the target writes, with those that are dropped
 LENGTH = 1.6  # assumed tokens per round
@@ -71,6 +72,7 @@ class _Trial:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self.configs = recipe, recipe.configs
+        self._sanity_seconds = 0.0  # of a step of the sanity check; known once `_training_speed` is
 
     def finished(self, name: str) -> bool:
         recipe = self.recipe
@@ -119,7 +121,18 @@ class _Trial:
         tokens = steps * config.batch * min(config.length, self._length("text"))
         speed, parameters, memory = self._training_speed
         note = f"{steps:,} steps at {speed:,.0f} tokens/s, {parameters / 1e6:,.1f} M parameters"
-        return Estimate("run", tokens / speed, memory, parameters * STATE, note)
+        seconds = tokens / speed + self._evaluations(config, steps)
+        if config.sanity:
+            seconds += SANITY_STEPS * self._sanity_seconds
+        return Estimate("run", seconds, memory, parameters * STATE, note)
+
+    def _evaluations(self, config: Any, steps: int) -> float:
+        """Seconds of a run's evaluations on held-out prompts."""
+        every = max(1, steps // 8) if config.eval_every is None else config.eval_every
+        prompts = min(config.eval_prompts, self._count("held_out"))
+        if not every or not prompts:
+            return 0.0
+        return math.ceil(steps / every) * prompts * config.eval_tokens / LENGTH * ROUND * self._pace(1)[1]
 
     def calibrate(self) -> Estimate:
         config: Any = self.configs["calibrate"]
@@ -230,13 +243,19 @@ class _Trial:
         config: Any = self.configs["run"]
         spec = self._llm.target.spec
         length = max(8, min(config.length, round(self._length("text")), spec.max_positions))
+        prompt = max(1, min(round(self._length("prompt")), length // 2))
         texts = []
         for number in range(max(1, config.pack_tokens // length)):
             tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
-            texts.append(dataset.Text(str(number), "", tokens, max(1, min(round(self._length("prompt")), length // 2))))
+            texts.append(dataset.Text(str(number), "", tokens, prompt))
         stage = import_module(STAGES["run"].reference.partition(":")[0])
         module, plan = stage.trainable(config, self._llm, texts), stage.plan_of(config, 1, torch.device("cpu"))
         target_runner = TargetRunner(self._llm.target, length)
+        short = dataset.Text("short", "", texts[0].tokens[: prompt + stage.SANITY_TOKENS], prompt)
+        batch = target_runner.batch([short], module, 0)
+        began = perf_counter()
+        module(batch).total.backward()
+        self._sanity_seconds = perf_counter() - began
         for _ in range(2):  # the first pass is a warm-up
             began = perf_counter()
             batch = target_runner.batch(texts, module, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -131,8 +131,13 @@ def _data(history: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "train" in answers:
         train, sampling = answers["train"], answers.get("sampling", {})
         rows.append(("the target's answers", f"{train['answers']:,} with {train['tokens']:,} tokens"))
-        rows.append(("sampled with", ", ".join(f"{name} {value:g}" for name, value in sampling.items())))
+        rows.append(("sampled with", ", ".join(f"{name} {_numbers(value)}" for name, value in sampling.items())))
     return rows
+
+
+def _numbers(value: float | Sequence[float]) -> str:
+    """One number, or the several temperatures that answers share out."""
+    return " / ".join(f"{one:g}" for one in (value if isinstance(value, Sequence) else [value]))
 
 
 def _budget(history: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -46,6 +46,7 @@ from outrider.types import TargetModel
 
 __all__ = ["Config", "Evaluator", "learn", "over_fit", "plan_of", "processes", "run", "save_drafter", "trainable"]
 
+SANITY_TOKENS = 24  # of the answer that the sanity check prefers: fewer prove little, more take longer
 ACCEPTED = 0.9  # share of drafts that must be accepted on the single text of the sanity check
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -233,7 +234,8 @@ def _learn(
     if features is not None:
         target_runner = CachedFeatures(llm.target, features, module.aux_layers, length)  # type: ignore[arg-type]
     if config.sanity and rank == 0 and not (work / "state.pt").exists():
-        say(over_fit(trainable(config, llm, texts, device_target).to(device), target_runner, texts, plan))
+        tried = trainable(config, llm, texts, device_target).to(device)
+        say(over_fit(tried, target_runner, texts, plan, console=console))
     every = max(1, steps // 8) if config.eval_every is None else config.eval_every
     evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if every else None
     board = _tensorboard(config, out) if rank == 0 else None
@@ -297,7 +299,13 @@ def _on_cpu(drafter: Any) -> Any:
 
 
 def over_fit(
-    module: nn.Module, target_runner: FeatureSource, texts: Sequence[Text], plan: Plan, most: int = 400
+    module: nn.Module,
+    target_runner: FeatureSource,
+    texts: Sequence[Text],
+    plan: Plan,
+    most: int = 400,
+    *,
+    console: Console | None = None,
 ) -> str:
     """Sanity check: train on the same blocks of one text until more than ``ACCEPTED`` of its drafts are accepted.
 
@@ -305,22 +313,25 @@ def over_fit(
     of the text's tokens, for losses that train on tokens only (DFlash). Returns a line for the log. Raises
     TrainingFailed if ``most`` steps are not enough.
     """
-    text = min(texts, key=lambda text: abs(len(text.tokens) - text.prompt_length - 24))
+    text = min(texts, key=lambda text: abs(len(text.tokens) - text.prompt_length - SANITY_TOKENS))
     batch = target_runner.batch([text], module, 0)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(module.parameters(), lr=max(plan.learning_rate, 1e-3), weight_decay=0.0)
     accepted, began = 0.0, time.monotonic()
-    for step in range(most):
-        loss = module(batch)
-        (loss.total / loss.weight).backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        by_distribution = loss.parts["acceptance"] / loss.weight
-        by_tokens = torch.exp(-loss.parts["cross_entropy"] / loss.weight)
-        accepted = max(float(by_distribution), float(by_tokens))
-        if accepted > ACCEPTED:
-            seconds = time.monotonic() - began
-            return f"one text over-fitted in {step + 1} steps, {seconds:.0f} s: {accepted:.0%} of its drafts accepted"
+    with Progress(console, "sanity check on one text, steps at most", most) as progress:
+        for step in range(most):
+            loss = module(batch)
+            (loss.total / loss.weight).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            by_distribution = loss.parts["acceptance"] / loss.weight
+            by_tokens = torch.exp(-loss.parts["cross_entropy"] / loss.weight)
+            accepted = max(float(by_distribution), float(by_tokens))
+            progress.advance(1, note=f"{accepted:.0%} of its drafts accepted")
+            if accepted > ACCEPTED:
+                seconds = time.monotonic() - began
+                share = f"{accepted:.0%} of its drafts accepted"
+                return f"one text over-fitted in {step + 1} steps, {seconds:.0f} s: {share}"
     raise TrainingFailed(
         f"after {most} steps on one single text only {accepted:.0%} of its drafts would be accepted, expected "
         f"{ACCEPTED:.0%}: the options or the data are probably wrong (a learning rate far too low or high, features "
