@@ -129,7 +129,7 @@ def test_the_recipes_in_the_repository_are_valid() -> None:
     for path in found:
         stages = read_recipe(path).stages()
         assert stages == [name for name in STAGES if name in stages]
-        assert {"prompts", "regenerate", "run", "eval", "export"} <= set(stages)
+        assert {"prompts", "regenerate", "run", "export"} <= set(stages)
 
 
 def test_all_stages_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,8 @@ def _costs(costs: list[Estimate]) -> Table:
     from outrider.training.progress import duration
 
     table = Table(
-        title="what it will take", caption="by a short trial on this machine; time is at most, if nothing else runs"
+        title="what it will take",
+        caption="by a short trial on this machine, as busy as it is now; answers counted at full length",
     )
     for name in ("stage", "time", "memory", "disk", ""):
         table.add_column(name, justify="right" if name in ("time", "memory", "disk") else "left")

@@ -35,7 +35,7 @@ TRIAL_TOKENS = 16  # tokens of an answer in the trial
 ROUND = 1.5  # assumed time of a round of drafting and verifying, in plain steps
 SANITY_STEPS = 90  # assumed steps of the sanity check
 SELF_LENGTH = 90.0  # assumed tokens of such a prompt with its chat template
-SELF_TOKENS = 120  # assumed tokens of a prompt that the target writes, with those that are dropped
+SELF_TOKENS = 80  # assumed tokens of a prompt that the target writes, with those that are dropped
 LENGTH = 1.6  # assumed tokens per round
 
 
