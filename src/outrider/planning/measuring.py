@@ -19,6 +19,7 @@ from statistics import fmean, median
 from time import perf_counter
 
 import numpy as np
+from scipy.special import stdtrit
 
 from outrider import checkpoints
 from outrider.backends.layers import weight_shapes
@@ -239,12 +240,7 @@ class _Turns:
             return 1.0
         freedom = groups * (turns - 1)
         spread = math.sqrt(float(((ratios - ratios.mean(0)) ** 2).sum()) / freedom)
-        return max(LEAST, _student(freedom) * spread / math.sqrt(turns * groups))
-
-
-def _student(freedom: int) -> float:
-    """The 97.5 % point of Student's distribution, by Cornish and Fisher's series: within 3 % from two on."""
-    return 12.71 if freedom == 1 else 1.96 + 2.37 / freedom + 2.82 / freedom**2 + 2.55 / freedom**3
+        return max(LEAST, float(stdtrit(freedom, 0.975)) * spread / math.sqrt(turns * groups))
 
 
 def measure(
