@@ -74,6 +74,8 @@ class Audit:
 
     def run(self) -> Certificate:
         """All chosen tiers."""
+        for name in self.drafters:  # one that does not load is said now, and not after minutes of other checks
+            self._drafter(name)
         made = {
             "exact": self._exact,
             "contracts": self._contracts,
