@@ -123,7 +123,7 @@ def _server(options: LoadOptions, policy: str, rows: int) -> Iterator[str]:
             yield options.url
         return
     drafting = ["--drafter", "none"] if policy == "none" else ["--drafter", options.drafter, "--policy", policy]
-    if policy != "none" and policy.partition(":")[0] not in GUARDED:
+    if policy.partition(":")[0] not in ("none", *GUARDED):
         drafting.append("--no-guard")
     if options.draft_tokens is not None:
         drafting += ["--draft-tokens", str(options.draft_tokens)]

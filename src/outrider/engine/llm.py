@@ -20,6 +20,7 @@ from outrider.engine.cost_tables import (
     kept_costs,
     measured_costs,
     quick_costs,
+    start_costs,
     tune_core,
 )
 from outrider.engine.engine import Engine
@@ -259,11 +260,11 @@ class LLM:
         if self.drafter.block and (guard or name in ("auto", "throughput")):
             target, dtype = self.target, self.loaded.dtype
             rows, tokens = self._largest_pass()
-            table = kept_costs(target, dtype)
             if self._measures is not None:
-                table = table or measured_costs(target, dtype, rows=rows, tokens=tokens)
-                costs = CostModel(table, feature_share(target, self.drafter.aux_layers))
+                measured = start_costs(target, dtype, rows=rows, tokens=tokens)
+                costs = CostModel(measured, feature_share(target, self.drafter.aux_layers))
             else:
+                table = kept_costs(target, dtype)
                 self._lacks_table = table is None
                 if table is None:
                     table = quick_costs(target, cost_key(target, dtype), rows=rows, tokens=tokens, seconds=AT_FIRST)
