@@ -21,10 +21,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
+from math import exp, log
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import fmean, median, quantiles, stdev
 from time import perf_counter, process_time
 
+from scipy.special import stdtrit
 from support import table
 
 from outrider import LLM, SamplingParams
@@ -35,6 +37,7 @@ from outrider.evaluation.speedup import default_prompt_files
 from outrider.planning.advice import make_plan
 from outrider.planning.forecast import Workload
 from outrider.planning.measuring import measure
+from outrider.types import Output, RequestStats
 
 DRAFTERS = {
     "embedded": ("ngram", "suffix", "dspark", "dflash", "eagle3", "draft_model"),
@@ -103,36 +106,56 @@ def in_turns(
     repeats: int,
     clock: Callable[[], float] = perf_counter,
 ) -> tuple[dict[str, Timed], list[float]]:
-    """All prompts are handed over at once, so that a row that ends is followed by the next prompt. Each drafter runs
-    between two runs of plain decoding. Also plain decoding's seconds a token.
+    """Groups of prompts, twice as many as rows, answered by plain decoding and all drafters before the next group; each
+    drafter runs between two runs of plain decoding. Also plain decoding's seconds a token.
 
-    The speed-up is the median over repeats of the ratio of seconds a token, its interval their range.
+    A repeat's ratio is that of all seconds, the drafter's neighbours against its own; the speed-up is the geometric
+    mean over repeats, its interval Student's of 95 %.
     """
+    size = 1 if plain.max_rows == 1 else 2 * plain.max_rows
+    groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    order = list(drafters)
     ratios: dict[str, list[float]] = {name: [] for name in drafters}
-    lengths: dict[str, float] = {}
     every: list[float] = []
+    stats: dict[str, list[RequestStats]] = {name: [] for name in drafters}
 
-    def run(llm: LLM) -> tuple[float, float]:
-        """Seconds a token, and the acceptance length."""
-        llm.forget()  # a repeated prompt would be too easy, and need not be read again
+    def run(llm: LLM, group: Sequence[Prompt]) -> tuple[float, list[Output]]:
+        """Seconds, and the answers."""
         began = clock()
-        done = llm.generate(list(prompts), params)
-        seconds = clock() - began
-        rounds = sum(output.stats.rounds for output in done)
-        accepted = sum(output.stats.accepted for output in done)
-        return seconds / sum(len(output.token_ids) for output in done), 1 + accepted / max(1, rounds)
+        done = llm.generate(list(group), params)
+        return clock() - began, done
 
     for llm in (plain, *drafters.values()):
-        llm.generate(list(prompts[: llm.max_rows]), params)  # warm up
+        llm.generate(list(groups[0]), params)  # warm up
     for _ in range(repeats):
-        before = run(plain)[0]
-        for name, llm in drafters.items():
-            mine, lengths[name] = run(llm)
-            after = run(plain)[0]
-            every.append(before)
-            ratios[name].append((before * after) ** 0.5 / mine)
-            before = after
-    return {n: Timed(median(r), min(r), max(r), lengths[n]) for n, r in ratios.items()}, every
+        seconds = {name: [0.0, 0.0] for name in drafters}  # the neighbours' mean and its own
+        for llm in (plain, *drafters.values()):
+            llm.forget()  # a repeated prompt would be too easy, and need not be read again
+        for group in groups:
+            before, done = run(plain, group)
+            plain.forget()
+            tokens = sum(len(output.token_ids) for output in done)
+            for name in order:
+                mine, outputs = run(drafters[name], group)
+                stats[name] += [output.stats for output in outputs]
+                after, _ = run(plain, group)
+                plain.forget()
+                ours = sum(len(output.token_ids) for output in outputs)
+                seconds[name][0] += (before + after) / 2
+                seconds[name][1] += mine * tokens / ours
+                every.append(before / tokens)
+                before = after
+            order.append(order.pop(0))  # nobody always follows the same one
+        for name, (neighbours, mine) in seconds.items():
+            ratios[name].append(neighbours / mine)
+    return {name: timed(ratios[name], stats[name]) for name in drafters}, every
+
+
+def timed(ratios: Sequence[float], stats: Sequence[RequestStats]) -> Timed:
+    logs = [log(ratio) for ratio in ratios]
+    half = float(stdtrit(len(logs) - 1, 0.975)) * stdev(logs) / len(logs) ** 0.5
+    length = 1 + sum(s.accepted for s in stats) / max(1, sum(s.rounds for s in stats))
+    return Timed(exp(fmean(logs)), exp(fmean(logs) - half), exp(fmean(logs) + half), length)
 
 
 class Loaded:
@@ -254,7 +277,7 @@ def main() -> None:
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 1.0])
     parser.add_argument("--limit", type=int, default=0, help="prompts of a domain; default: by target")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="at least 2")
     parser.add_argument("--minutes", type=float, default=12, help="begin nothing more after so long")
     parser.add_argument(
         "--processor-time",

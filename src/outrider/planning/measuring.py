@@ -42,7 +42,8 @@ from outrider.types import RequestStats, StepRecord
 __all__ = ["MeasuredCosts", "measure", "measured_shape", "this_machine"]
 
 LADDER = (1, 3)  # drafts that every drafter tries, beside all of its own
-TURNS = (3, 8)  # that a setting takes at least and at most
+TURNS = (3, 16)  # that a setting takes at least and at most
+PAIRS = 48  # of a group and a turn, that are enough; at least half of the turns are taken
 PRECISE = 0.02  # half an interval of a ratio of times that needs no further turns
 LEAST = 0.02  # half an interval is never taken to be narrower: the next run is not this one
 UNTRIED = 0.08  # uncertainty of a number of drafts that was not run, beside that of its neighbours
@@ -226,15 +227,29 @@ class _Turns:
             side.llm.observers.remove(side.watch)
         self.count += 1
 
+    @property
+    def most(self) -> int:
+        """Turns of a setting at most: the fewer groups a turn has, the less one tells."""
+        return min(TURNS[1], max(TURNS[1] // 2, PAIRS // len(self.groups)))
+
     def speedup(self, side: _Side) -> float:
-        """Of whole runs: by the median of each group's turns, over those that both took part in."""
-        theirs = np.array([self.plain.seconds[turn] for turn in side.turns])
-        return float(self.tokens @ np.median(theirs, 0) / (self.tokens @ np.median(np.array(side.seconds), 0)))
+        """Of whole runs, over the turns that both took part in.
+
+        A group's turns have their geometric mean. A processor whose clock changes between two speeds, as where a
+        neighbour shares its cores, gives times around two values: their median is now one and now the other, and the
+        least of them is of runs that were luckier than others.
+        """
+        theirs, mine = self._logarithms(side)
+        return float(self.tokens @ np.exp(theirs.mean(0)) / (self.tokens @ np.exp(mine.mean(0))))
+
+    def _logarithms(self, side: _Side) -> tuple[np.ndarray, np.ndarray]:
+        """[turns, groups] of plain decoding's and this side's seconds a token."""
+        return np.log([self.plain.seconds[turn] for turn in side.turns]), np.log(side.seconds)
 
     def uncertainty(self, side: _Side) -> float:
         """Half a 95 % interval of the logarithm of that, by how much a group's ratios differ from turn to turn."""
-        theirs = np.array([self.plain.seconds[turn] for turn in side.turns])
-        ratios = np.log(theirs / np.array(side.seconds))
+        theirs, mine = self._logarithms(side)
+        ratios = theirs - mine
         turns, groups = ratios.shape
         if turns < 2:
             return 1.0
@@ -299,14 +314,13 @@ class _Trial:
         """What is to be run in the next turn; None: nothing more."""
         curve = [forecast(self.name, n, candidate.profile, candidate.costs, sample) for n in range(1, self.most + 1)]
         best = max(curve, key=lambda one: one.speedup)
-        if best.speedup > BETTER * curve[self.chosen - 1].speedup and self._turns.count < TURNS[1]:
+        if best.speedup > BETTER * curve[self.chosen - 1].speedup and self._turns.count < self._turns.most:
             self.chosen = best.drafts
         if self.chosen not in self.sides:
             self.sides[self.chosen] = self._turns.side(self._make(self.chosen))
         side = self.sides[self.chosen]
-        least, most = TURNS
-        ready = len(side.turns) >= least and self._turns.uncertainty(side) <= PRECISE
-        return None if ready or len(side.turns) >= most else side
+        ready = len(side.turns) >= TURNS[0] and self._turns.uncertainty(side) <= PRECISE
+        return None if ready or len(side.turns) >= self._turns.most else side
 
     def candidate(self, plain: MeasuredCosts, sample: Workload) -> Candidate:
         """From what was run so far."""
@@ -334,7 +348,7 @@ def _plain_costs(turns: _Turns, table: CostTable, sample: Workload) -> MeasuredC
     factor = watch.mean(watch.verify) / max(1e-12, watch.mean(expected))
     each = watch.reading_each
     costs = MeasuredCosts(table, ((float(rows), factor),), watch.overhead, rows=rows, reading=(each, each))
-    token = float(np.average(np.median(np.array(turns.plain.seconds), 0), weights=turns.tokens))
+    token = float(np.average(np.exp(np.log(turns.plain.seconds).mean(0)), weights=turns.tokens))
     seconds = rows * sample.answer * token
     return replace(costs, rounds=((0, _whole(costs, Profile(()), 0, seconds, sample)),))
 
