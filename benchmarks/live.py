@@ -9,9 +9,10 @@ The same ``run`` again goes on where it was interrupted, one concurrency at a ti
 
 run: a closed loop, C requests always in flight, the next one joins as one ends; chat (or prose), code and maths in
 turn, every other one greedy, the others at temperature 1. All arms share the target's weights. In each round each arm
-runs for some seconds, in a new random order, its requests staying where they are between rounds; generated tokens are
-counted when they are committed. The best fixed arm (plain decoding is one of them) is chosen on the even rounds and
-compared on the odd ones, and the other way round; the ratio is the geometric mean over rounds with its interval.
+runs for some seconds, in several short turns, each in a new random order, so that a clock that changes every few
+seconds changes for all of them; an arm's requests stay where they are between turns; generated tokens are counted when
+they are committed. The best fixed arm (plain decoding is one of them) is chosen on the even rounds and compared on the
+odd ones, and the other way round; the ratio is the geometric mean over rounds with its interval.
 
 ``synthetic`` drafters have the acceptance of a profile (chat, code and maths, by request) and the time of a sixth of
 the target's layers. adversarial: the product's default against plain decoding in alternating windows, the concurrency
@@ -87,6 +88,12 @@ class Window:
     @property
     def speed(self) -> float:
         return self.tokens / self.seconds
+
+    def add(self, more: Window) -> None:
+        self.tokens += more.tokens
+        self.seconds += more.seconds
+        self.held_up += more.held_up
+        self.gaps += more.gaps
 
 
 class Rounds:
@@ -293,8 +300,11 @@ def closed_loop(setting: Setting, concurrency: int, options: argparse.Namespace)
     order = random.Random(concurrency)
     windows: dict[str, list[Window]] = {name: [] for name in clients}
     for turn in range(options.rounds):
-        for name in order.sample(list(clients), len(clients)):
-            windows[name].append(clients[name].run(options.seconds, concurrency))
+        for mine in windows.values():
+            mine.append(Window())
+        for _ in range(options.turns):
+            for name in order.sample(list(clients), len(clients)):
+                windows[name][-1].add(clients[name].run(options.seconds / options.turns, concurrency))
         say(f"{concurrency}: round {turn + 1}: " + ", ".join(f"{n} {w[-1].speed:.0f}" for n, w in windows.items()))
     rows = [describe(name, concurrency, windows[name], clients[name].seen) for name in clients]
     speeds = {name: [window.speed for window in some] for name, some in windows.items()}
@@ -505,8 +515,9 @@ def main() -> None:
     run.add_argument("--arms", nargs="+", default=list(ARMS))
     run.add_argument("--rounds", type=int, default=10)
     run.add_argument("--seconds", type=float, default=2.5, help="of an arm in a round")
+    run.add_argument("--turns", type=int, default=5, help="of an arm in a round")
     hostile.add_argument("--duration", type=float, default=200.0, help="seconds of each side")
-    hostile.add_argument("--seconds", type=float, default=4.0, help="of a window")
+    hostile.add_argument("--seconds", type=float, default=2.0, help="of a window")
     shown.add_argument("files", type=Path, nargs="+")
     shown.add_argument("--plots", type=Path, help="a folder for the two plots")
     options = parser.parse_args()
