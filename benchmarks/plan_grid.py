@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from math import exp, log
 from pathlib import Path
+from random import Random
 from statistics import fmean, median, quantiles, stdev
 from time import perf_counter, process_time
 
@@ -44,7 +45,7 @@ DRAFTERS = {
     "smollm2": ("ngram", "suffix", "dspark"),
 }
 DTYPES = {"embedded": ("float32", "int8"), "smollm2": ("file",)}
-PROMPTS = {"embedded": 6, "smollm2": 4}  # of a domain; with several rows at least twice as many as rows
+PROMPTS = {"embedded": 6, "smollm2": 4}  # of a domain; with several rows at least four times as many as rows
 TOKENS = {"embedded": 64, "smollm2": 48}
 CAPACITY = 1024  # tokens of a sequence
 NEAR = 0.1
@@ -114,7 +115,7 @@ def in_turns(
     """
     size = 1 if plain.max_rows == 1 else 2 * plain.max_rows
     groups = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    order = list(drafters)
+    order, shuffle = list(drafters), Random(0)
     ratios: dict[str, list[float]] = {name: [] for name in drafters}
     every: list[float] = []
     stats: dict[str, list[RequestStats]] = {name: [] for name in drafters}
@@ -145,7 +146,7 @@ def in_turns(
                 seconds[name][1] += mine * tokens / ours
                 every.append(before / tokens)
                 before = after
-            order.append(order.pop(0))  # nobody always follows the same one
+            shuffle.shuffle(order)  # nobody always follows the same one
         for name, (neighbours, mine) in seconds.items():
             ratios[name].append(neighbours / mine)
     return {name: timed(ratios[name], stats[name]) for name in drafters}, every
@@ -185,7 +186,7 @@ def cells_of(
     params = SamplingParams(
         max_tokens=TOKENS[target], temperature=temperature, seed=1 if temperature else None, ignore_eos=not chat
     )
-    count = max(options.limit or PROMPTS[target], 2 * rows if rows > 1 else 1)
+    count = max(options.limit or PROMPTS[target], 4 * rows if rows > 1 else 1)
     good, _ = runnable(plain, read_prompts(path)[: count * (1 + options.held_out)], params, chat=chat)
     prompts = [prompt.prompt for prompt in good]
     seen = prompts[: len(prompts) // 2] if options.held_out else prompts

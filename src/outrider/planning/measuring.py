@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ __all__ = ["MeasuredCosts", "measure", "measured_shape", "this_machine"]
 LADDER = (1, 3)  # drafts that every drafter tries, beside all of its own
 TURNS = (3, 16)  # that a setting takes at least and at most
 PAIRS = 48  # of a group and a turn, that are enough; at least half of the turns are taken
+TRIMMED = 0.2  # of a setting's turns, on either side
 PRECISE = 0.02  # half an interval of a ratio of times that needs no further turns
 LEAST = 0.02  # half an interval is never taken to be narrower: the next run is not this one
 UNTRIED = 0.08  # uncertainty of a number of drafts that was not run, beside that of its neighbours
@@ -196,6 +198,7 @@ class _Turns:
         self.rows, self.params, self._clock = rows, params, clock
         self.plain = self.side(plain)
         self.count = 0
+        self._order = random.Random(0)
         self.tokens = np.ones(len(self.groups))
         """That plain decoding writes, by group: what the groups weigh."""
 
@@ -213,7 +216,7 @@ class _Turns:
             side.seconds.append([])
             side.stats.append([])
         for group in self.groups:
-            for side in all_sides:
+            for side in self._order.sample(all_sides, len(all_sides)):  # nobody always follows the same one
                 began = self._clock()
                 outputs = side.llm.generate(list(group), self.params)
                 seconds = self._clock() - began
@@ -222,7 +225,6 @@ class _Turns:
                 side.stats[-1] += [output.stats for output in outputs]
                 if side is self.plain:
                     self.tokens[len(side.seconds[-1]) - 1] = sum(len(output.token_ids) for output in outputs)
-            all_sides.append(all_sides.pop(0))  # nobody always follows the same one
         for side in all_sides:
             side.llm.observers.remove(side.watch)
         self.count += 1
@@ -235,27 +237,43 @@ class _Turns:
     def speedup(self, side: _Side) -> float:
         """Of whole runs, over the turns that both took part in.
 
-        A group's turns have their geometric mean. A processor whose clock changes between two speeds, as where a
-        neighbour shares its cores, gives times around two values: their median is now one and now the other, and the
-        least of them is of runs that were luckier than others.
+        Of a group it is the trimmed geometric mean of its turns' ratios. A processor whose clock changes between two
+        speeds, as where a neighbour shares its cores, gives ratios around several values, between which a median
+        jumps; a program held up for a second gives one that would spoil the mean.
         """
-        theirs, mine = self._logarithms(side)
-        return float(self.tokens @ np.exp(theirs.mean(0)) / (self.tokens @ np.exp(mine.mean(0))))
+        ratios, weights = self._ratios(side).mean(0), self.tokens * self._plain_token()
+        return float(weights.sum() / (weights @ np.exp(-ratios)))
 
-    def _logarithms(self, side: _Side) -> tuple[np.ndarray, np.ndarray]:
-        """[turns, groups] of plain decoding's and this side's seconds a token."""
-        return np.log([self.plain.seconds[turn] for turn in side.turns]), np.log(side.seconds)
+    def plain_token(self) -> float:
+        """Seconds of plain decoding for a token."""
+        return float(np.average(self._plain_token(), weights=self.tokens))
+
+    def _plain_token(self) -> np.ndarray:
+        """[groups]."""
+        return np.exp(_trimmed(np.log(self.plain.seconds)).mean(0))
+
+    def _ratios(self, side: _Side) -> np.ndarray:
+        """[turns kept, groups]: logarithms, in order."""
+        theirs = np.log([self.plain.seconds[turn] for turn in side.turns])
+        return _trimmed(theirs - np.log(side.seconds))
 
     def uncertainty(self, side: _Side) -> float:
-        """Half a 95 % interval of the logarithm of that, by how much a group's ratios differ from turn to turn."""
-        theirs, mine = self._logarithms(side)
-        ratios = theirs - mine
-        turns, groups = ratios.shape
+        """Half a 95 % interval of the logarithm of that, by how much a group's ratios differ from turn to turn (Yuen
+        1974, The two-sample trimmed t for unequal population variances)."""
+        kept = self._ratios(side)
+        (turns, groups), cut = kept.shape, (len(side.turns) - len(kept)) // 2
         if turns < 2:
             return 1.0
+        winsorised = np.concatenate([kept, *[kept[:1], kept[-1:]] * cut])
         freedom = groups * (turns - 1)
-        spread = math.sqrt(float(((ratios - ratios.mean(0)) ** 2).sum()) / freedom)
+        spread = math.sqrt(float(((winsorised - winsorised.mean(0)) ** 2).sum()) / freedom)
         return max(LEAST, float(stdtrit(freedom, 0.975)) * spread / math.sqrt(turns * groups))
+
+
+def _trimmed(values: np.ndarray) -> np.ndarray:
+    """Each column in order, without a fifth of its values on either side."""
+    cut = int(TRIMMED * len(values))
+    return np.sort(values, 0)[cut : len(values) - cut]
 
 
 def measure(
@@ -348,8 +366,7 @@ def _plain_costs(turns: _Turns, table: CostTable, sample: Workload) -> MeasuredC
     factor = watch.mean(watch.verify) / max(1e-12, watch.mean(expected))
     each = watch.reading_each
     costs = MeasuredCosts(table, ((float(rows), factor),), watch.overhead, rows=rows, reading=(each, each))
-    token = float(np.average(np.exp(np.log(turns.plain.seconds).mean(0)), weights=turns.tokens))
-    seconds = rows * sample.answer * token
+    seconds = rows * sample.answer * turns.plain_token()
     return replace(costs, rounds=((0, _whole(costs, Profile(()), 0, seconds, sample)),))
 
 
