@@ -51,6 +51,7 @@ void bind_stack(nb::module_& m);
 void bind_drafters(nb::module_& m);
 void bind_markov(nb::module_& m);
 void bind_sampling(nb::module_& m);
+void bind_scheduling(nb::module_& m);
 void bind_diagnostics(nb::module_& m);
 
 }  // namespace outrider

@@ -9,6 +9,7 @@ NB_MODULE(_native, m) {
   bind_markov(m);
   bind_drafters(m);
   bind_sampling(m);
+  bind_scheduling(m);
   bind_diagnostics(m);
 }
 

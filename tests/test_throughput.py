@@ -355,7 +355,7 @@ def test_costs_stay_numbers(observed: list[tuple[int, float]], tokens: int) -> N
 @pytest.mark.parametrize("search", ["auto", "early", "lagged"])
 def test_sampled_rows_are_not_cut_by_what_was_drawn_later(search: str, seed: int) -> None:
     """keep[b] >= j is unmoved by confidences from j on and by how long the draft became, after any past, on costs with
-    dips; for few rows (plain Python) and more (arrays)."""
+    dips."""
     rng = np.random.default_rng(seed)
     rows = int(rng.integers(1, 7))
     past = [
@@ -400,21 +400,6 @@ def test_greedy_and_coupled_rows_leave_the_search_free() -> None:
 
     assert kept(SamplingParams(temperature=1.0)) == 0, "an early stop does not pass the edge of a tile"
     assert min(kept(SamplingParams()), kept(SamplingParams(temperature=1.0, seed=1))) >= 16
-
-
-def test_few_rows_are_scheduled_as_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    def keeps(limit: int) -> list[list[int]]:
-        monkeypatch.setattr("outrider.scheduling.throughput.FEW_DRAFTS", limit)
-        policy, rng, found = throughput(NATIVE), np.random.default_rng(0), []
-        view = StepView([9] * 3, [RequestStats()] * 3, [SamplingParams()] * 3)
-        for _ in range(20):
-            policy.plan(view)
-            said = torch.from_numpy(rng.random((3, K)).astype(np.float32))
-            found.append(policy.choose(said, torch.from_numpy(rng.integers(1, K + 1, 3))).tolist())
-            policy.observe(StepCost(0.001, 0.006, 1e-4, 3, 3 + sum(found[-1]), 30), [n // 2 for n in found[-1]])
-        return found
-
-    assert keeps(0) == keeps(1000)
 
 
 def seconds_of_steps(rows: int) -> np.ndarray:

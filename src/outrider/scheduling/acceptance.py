@@ -19,10 +19,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from outrider.core import native
+
 __all__ = ["AcceptanceModel", "SurvivalHistory"]
 
 Floats = npt.NDArray[np.float64]
-Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 LEAST = 1e-6  # confidences are kept off 0 and 1
@@ -39,10 +40,7 @@ class AcceptanceModel:
     """P(draft j accepted | those before it were), by position and row, as it is now."""
 
     def __init__(self, drafts: int) -> None:
-        self._slope = np.ones(drafts)
-        self._shift = np.zeros(drafts)
-        self._curvature = np.full(drafts, PRIOR)
-        self._slope_curvature = np.full(drafts, SLOPE_PRIOR)
+        self._positions = _new_positions(drafts)  # [4, K]: slopes, shifts, curvatures of the shifts and of the slopes
         self._row_shift = np.zeros(0)
         self._row_curvature = np.zeros(0)
         self._plain: tuple[list[float], list[float]] = ([], [])  # slopes and shifts, for a few rows
@@ -53,18 +51,23 @@ class AcceptanceModel:
         self._row_shift[slots] = 0.0
         self._row_curvature[slots] = ROW_PRIOR
 
-    def adjust(self, confidence: npt.NDArray[np.float32] | None, slots: Ints, drafts: int) -> tuple[Singles, Singles]:
-        """confidence [B, K] or None -> logits and corrected probabilities, float32 [B, K] each."""
-        self._reach(slots)
+    def corrections(self, drafts: int) -> tuple[Floats, Floats]:
+        """float64 [4, >= K], its first two rows slopes and shifts, and float64 [slots known so far] shifts of rows; to
+        read."""
         self._widen(drafts)
+        return self._positions, self._row_shift
+
+    def adjust(self, confidence: npt.NDArray[np.float32] | None, slots: Ints, drafts: int) -> tuple[Floats, Floats]:
+        """confidence [B, K] or None -> logits and corrected probabilities, float64 [B, K] each."""
+        self._reach(slots)
+        positions, rows = self.corrections(drafts)
         if confidence is None:
-            z = np.zeros((len(slots), drafts), dtype=np.float32)
+            z = np.zeros((len(slots), drafts))
         else:
-            p = np.clip(confidence, LEAST, 1 - LEAST)
+            p = np.clip(confidence.astype(np.float64), LEAST, 1 - LEAST)
             z = np.log(p / (1 - p))
-        moved = z * self._slope[:drafts].astype(np.float32) + self._shift[:drafts].astype(np.float32)
-        moved += self._row_shift[slots, None].astype(np.float32)
-        return z, np.divide(1, 1 + np.exp(-moved), dtype=np.float32)
+        slope, shift = positions[:2, :drafts]
+        return z, 1 / (1 + np.exp(-(z * slope + shift + rows[slots, None])))
 
     def adjust_row(self, confidence: Sequence[float] | None, slot: int, drafts: int) -> tuple[list[float], list[float]]:
         """The same for one row, in plain Python, which is quicker for a few."""
@@ -72,7 +75,7 @@ class AcceptanceModel:
             self._reach(np.array([slot]))
         if len(self._plain[0]) < drafts:
             self._widen(drafts)
-            self._plain = self._slope.tolist(), self._shift.tolist()
+            self._plain = self._positions[0].tolist(), self._positions[1].tolist()
         slopes, shifts = self._plain
         row = float(self._row_shift[slot])
         if confidence is None:
@@ -81,34 +84,39 @@ class AcceptanceModel:
             z = [math.log(p / (1 - p)) for p in (min(max(c, LEAST), 1 - LEAST) for c in confidence[:drafts])]
         return z, [1 / (1 + math.exp(-(x * slopes[j] + shifts[j] + row))) for j, x in enumerate(z)]
 
-    def update(
-        self, logits: Floats | Singles, adjusted: Floats | Singles, slots: Ints, verified: Ints, accepted: Ints
-    ) -> None:
+    def update(self, logits: Floats, adjusted: Floats, slots: Ints, verified: Ints, accepted: Ints) -> None:
         """After some rows' rounds: drafts 1..accepted held, and the next did not, where it was verified."""
-        logits, adjusted = logits.astype(np.float64), adjusted.astype(np.float64)
+        if native is None:
+            self._update_in_numpy(logits, adjusted, slots, verified, accepted)
+        else:
+            native.learn_acceptance(
+                logits, adjusted, slots, verified, accepted, self._positions, self._row_shift, self._row_curvature
+            )
+        self._plain = self._positions[0].tolist(), self._positions[1].tolist()
+
+    def _update_in_numpy(self, logits: Floats, adjusted: Floats, slots: Ints, verified: Ints, accepted: Ints) -> None:
         drafts = logits.shape[1]
         position = np.arange(drafts)
         seen = position < np.minimum(verified, accepted + 1)[:, None]
         error = np.where(seen, (position < accepted[:, None]) - adjusted, 0.0)
         curvature = np.where(seen, adjusted * (1 - adjusted), 0.0)
         outcomes = seen.sum(0)
-        part = slice(0, drafts)
-        self._slope += PULL * (1 - self._slope)
-        self._shift -= PULL * self._shift
+        self._positions[0] += PULL * (1 - self._positions[0])
+        self._positions[1] -= PULL * self._positions[1]
+        slope, shift, known, slope_known = self._positions[:, :drafts]  # views
         keep = (1 - 1 / MEMORY) ** outcomes
-        self._curvature[part] = np.maximum(keep * self._curvature[part], PRIOR) + curvature.sum(0)
-        self._shift[part] += error.sum(0) / self._curvature[part]
+        known[:] = np.maximum(keep * known, PRIOR) + curvature.sum(0)
+        shift += error.sum(0) / known
         weighted = curvature * logits
         squared = (weighted * logits).sum(0)
-        self._slope_curvature[part] = np.maximum(keep * self._slope_curvature[part], SLOPE_PRIOR) + squared
-        self._slope[part] += (error * logits).sum(0) / self._slope_curvature[part]
-        self._slope = self._slope.clip(LEAST_SLOPE, MOST_SLOPE)
+        slope_known[:] = np.maximum(keep * slope_known, SLOPE_PRIOR) + squared
+        slope += (error * logits).sum(0) / slope_known
+        np.clip(slope, LEAST_SLOPE, MOST_SLOPE, out=slope)
         rows = len(self._row_shift)
         kept = (1 - 1 / ROW_MEMORY) ** np.bincount(slots, seen.sum(1), rows)
         self._row_curvature = np.maximum(kept * self._row_curvature, ROW_PRIOR)
         self._row_curvature += np.bincount(slots, curvature.sum(1), rows)
         self._row_shift = kept * self._row_shift + np.bincount(slots, error.sum(1), rows) / self._row_curvature
-        self._plain = self._slope.tolist(), self._shift.tolist()
 
     def _reach(self, slots: Ints) -> None:
         missing = (int(slots.max()) + 1 if len(slots) else 0) - len(self._row_shift)
@@ -117,12 +125,14 @@ class AcceptanceModel:
             self._row_curvature = np.concatenate([self._row_curvature, np.full(missing, ROW_PRIOR)])
 
     def _widen(self, drafts: int) -> None:
-        missing = drafts - len(self._slope)
+        missing = drafts - self._positions.shape[1]
         if missing > 0:
-            self._slope = np.concatenate([self._slope, np.ones(missing)])
-            self._shift = np.concatenate([self._shift, np.zeros(missing)])
-            self._curvature = np.concatenate([self._curvature, np.full(missing, PRIOR)])
-            self._slope_curvature = np.concatenate([self._slope_curvature, np.full(missing, SLOPE_PRIOR)])
+            self._positions = np.concatenate([self._positions, _new_positions(missing)], axis=1)
+
+
+def _new_positions(drafts: int) -> Floats:
+    """Corrections that change nothing yet: float64 [4, K]."""
+    return np.repeat([[1.0], [0.0], [PRIOR], [SLOPE_PRIOR]], drafts, axis=1)
 
 
 class SurvivalHistory:
@@ -151,13 +161,31 @@ class SurvivalHistory:
         self._reach(slots)
         self._counts[slots] = 0
 
-    def add(self, slots: Ints, adjusted: Floats | Singles, survival: Floats, lengths: Ints, limits: Ints) -> None:
+    def add(self, slots: Ints, adjusted: Floats, survival: Floats, lengths: Ints, limits: Ints) -> None:
         """What rows drafted, each slot once or in the order of its rounds. Positions that a row's limit cut off are
         estimated: as likely as the row's own before them, as far as that holds for all rows. Those it left out itself
         are 0."""
         if not len(slots):
             return
         self._reach(slots)
+        if native is None:
+            self._add_in_numpy(slots, adjusted, survival, lengths, limits)
+            return
+        self._shared_count = native.learn_survivals(
+            slots,
+            adjusted,
+            survival,
+            lengths,
+            limits,
+            self._rows,
+            self._counts,
+            self._shared,
+            self._shared_count,
+            self._conditional,
+            self._reached,
+        )
+
+    def _add_in_numpy(self, slots: Ints, adjusted: Floats, survival: Floats, lengths: Ints, limits: Ints) -> None:
         width = min(survival.shape[1], self.drafts)
         full = np.zeros((len(slots), self.drafts))
         full[:, :width] = survival[:, :width]

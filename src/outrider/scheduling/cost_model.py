@@ -113,6 +113,7 @@ class CostModel:
         """False once a table was dropped because it did not fit."""
         self._check = _Check()
         self._bases: dict[tuple[int, int], Floats] = {}
+        self._curves: dict[tuple[int, ...], Floats] = {}  # as long as nothing new is observed
         self._speed = 0.0  # log
         self._first: list[float] = []  # log ratios to the table
         self._change = _Change()
@@ -132,14 +133,20 @@ class CostModel:
         return float(self._base(rows, context)[tokens] * self._correction[tokens]) * math.exp(self._speed)
 
     def verify_curve(self, tokens: int, more: int, rows: int = 1, context: int = 0) -> Floats:
-        """float64 [more + 1]: seconds of passes over ``tokens``, ``tokens + 1``, ... new tokens."""
-        end = tokens + more + 1
-        if end > len(self._cell_of):
-            self._size(end)
-        base = self._base(rows, context)
-        if self._dirty:
-            self._draw()
-        return base[tokens:end] * self._correction[tokens:end] * math.exp(self._speed)
+        """float64 [more + 1]: seconds of passes over ``tokens``, ``tokens + 1``, ... new tokens; to read."""
+        key = (tokens, more, *self._alike(rows, context))
+        found = self._curves.get(key)
+        if found is None:
+            end = tokens + more + 1
+            if end > len(self._cell_of):
+                self._size(end)
+            base = self._base(rows, context)
+            if self._dirty:
+                self._draw()
+            if len(self._curves) >= KEPT_CURVES:
+                self._curves.clear()
+            found = self._curves[key] = base[tokens:end] * self._correction[tokens:end] * math.exp(self._speed)
+        return found
 
     def draft(self, rows: int, drafts: int) -> float:
         """Seconds in which up to ``drafts`` tokens are proposed for ``rows`` rows; a guess where never seen."""
@@ -181,6 +188,7 @@ class CostModel:
         ``features``: it gave those too, which estimates leave out."""
         if tokens <= 0 or not 0 < seconds < math.inf:
             return
+        self._curves.clear()
         if features:
             seconds /= 1 + self.features
         if tokens >= len(self._cell_of):
@@ -229,23 +237,26 @@ class CostModel:
         n = np.arange(size)
         beyond = EXACT + np.floor(OCTAVE * np.log2(np.maximum(n, EXACT) / EXACT)).astype(np.int64)
         self._cell_of = np.where(n <= EXACT, n, beyond)
-        self._bases = {}
+        self._bases, self._curves = {}, {}
         self._correction = np.ones(size)
         self._drawn, self._dirty = {}, True
 
     def _base(self, rows: int, context: int) -> Floats:
         """Seconds by tokens, as the table has them; kept for rows and contexts that are alike."""
-        if self.table is None:
-            key = (0, 0)
-        else:
-            rows = max(rows, 1)
-            key = (_bucket(rows), round(4 * math.log2(64 + context / rows)))
+        key = self._alike(rows, context)
         found = self._bases.get(key)
         if found is None:
             if len(self._bases) >= KEPT_CURVES:
                 self._bases.clear()
             found = self._bases[key] = self._new_base(*key)
         return found
+
+    def _alike(self, rows: int, context: int) -> tuple[int, int]:
+        """The same for rows and contexts that are not told apart."""
+        if self.table is None:
+            return 0, 0
+        rows = max(rows, 1)
+        return _bucket(rows), round(4 * math.log2(64 + context / rows))
 
     def _new_base(self, rows_key: int, context_key: int) -> Floats:
         n = np.arange(len(self._cell_of))
@@ -277,7 +288,7 @@ class CostModel:
 
     def _put(self, table: CostTable | None) -> None:
         self.table = table
-        self._bases, self._cells, self._drawn = {}, {}, {}
+        self._bases, self._curves, self._cells, self._drawn = {}, {}, {}, {}
         self._correction = np.ones(len(self._cell_of))
         self._first, self._speed = [], 0.0
 

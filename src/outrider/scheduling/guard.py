@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 from torch import Tensor
 
 from outrider.scheduling.cost_model import CostModel
@@ -115,7 +114,7 @@ class GuardedPolicy:
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         keep = self.policy.choose(confidence, lengths) if self._asked else lengths.clamp(max=0)
-        self._kept = int(keep.sum())
+        self._kept = sum(keep.tolist())
         return keep
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
@@ -134,7 +133,7 @@ class GuardedPolicy:
         if self._learns or not self._asked:
             self._learn(view, cost, drafted)
         if drafted:
-            self._settle(view, cost, int(np.sum(accepted)))
+            self._settle(view, cost, sum(accepted))
         else:
             self._rest(cost)
 

@@ -14,7 +14,7 @@ drafts add to them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -26,17 +26,17 @@ from outrider.errors import InvalidRequest, nearest
 from outrider.scheduling.acceptance import AcceptanceModel, SurvivalHistory
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.ledger import Ledger
-from outrider.scheduling.prefix_search import RISE, Search, best_count, rank, survivals
+from outrider.scheduling.prefix_search import rank
+from outrider.scheduling.schedule import ACCEPTED, KEEP, ROW, Form, Round, schedule
 from outrider.types import StepCost, StepView
 
 __all__ = ["ThroughputConfig", "ThroughputPolicy"]
 
 Floats = npt.NDArray[np.float64]
-Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-Form = Literal["auto", "early", "lagged", "global"]
-FORMS: tuple[Form, ...] = ("auto", "early", "lagged", "global")
+Searches = Literal["auto", "early", "lagged", "global"]
+SEARCHES: tuple[Searches, ...] = ("auto", "early", "lagged", "global")
 
 CAUGHT = 0.98  # an early stop that gives less of the best of all is caught in a dip
 MARGIN = 1.005  # drafting must promise so much more than plain decoding
@@ -51,7 +51,6 @@ AT_START = 4  # the same when nothing is known
 WHOLE = 128  # steps after which rows that draft few tokens draft as many as they can once
 REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
 PLANNING, WORTH = 0.4e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
-FEW_DRAFTS = 24  # in a step: up to here plain Python is quicker than arrays
 LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
 SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so manyth step is learnt from
 EARLY = 16  # rounds that are learnt from at once
@@ -64,7 +63,7 @@ class ThroughputConfig:
 
     draft_tokens: int = 8
     """The most tokens to draft in a round; 0 decodes plainly."""
-    search: Form = "auto"
+    search: Searches = "auto"
     """early: Algorithm 1, which stops at the first draft that does not pay. lagged: a budget from confidences two steps
     old, which looks past dips of the costs and is lossless too. global: the best of all, for text that does not depend
     on the schedule. auto: global where every row is greedy or coupled, else early, or lagged while the past says that
@@ -75,10 +74,10 @@ class ThroughputConfig:
     def __post_init__(self) -> None:
         if self.draft_tokens < 0:
             raise InvalidRequest(f"policy throughput: draft_tokens must be at least 0, got {self.draft_tokens}")
-        if self.search not in FORMS:
+        if self.search not in SEARCHES:
             raise InvalidRequest(
-                f"policy throughput: search must be one of {', '.join(FORMS)}, got {self.search!r}; "
-                f"{nearest(str(self.search), FORMS)}"
+                f"policy throughput: search must be one of {', '.join(SEARCHES)}, got {self.search!r}; "
+                f"{nearest(str(self.search), SEARCHES)}"
             )
         if not 0 <= self.probe_share <= 1:
             raise InvalidRequest(f"policy throughput: probe_share must be between 0 and 1, got {self.probe_share}")
@@ -98,38 +97,7 @@ class _Step:
     asked: int = 0  # rows whose limit is not 0
     free: bool = False  # no row's text depends on the schedule
     probe: bool = False
-    chosen: _Chosen | None = None
-    one: _One | None = None
-
-
-@dataclass(slots=True)
-class _Chosen:
-    """What was drafted and kept. D rows have drafts."""
-
-    rows: Ints  # [D]
-    slots: Ints  # [D]
-    lengths: Ints  # [D]
-    limits: Ints  # [D]
-    logits: Floats | Singles  # [D, K]
-    adjusted: Floats | Singles  # [D, K]
-    survival: Floats  # [D, K]
-    keep: Ints  # [D]
-    accepted: Ints | None = None  # [D]
-
-
-@dataclass(slots=True)
-class _One:
-    """The same of a step in which one row alone was drafted for, in plain Python."""
-
-    row: int
-    slot: int
-    length: int
-    limit: int
-    logits: list[float]
-    adjusted: list[float]
-    survival: list[float]
-    keep: int
-    accepted: int = 0
+    round: Round | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +138,10 @@ class ThroughputPolicy:
         self._turn = 0
         self._counted = 0  # the turn up to which ``_idle`` is counted
         self._step: _Step | None = None
-        self._one_costs: tuple[tuple[int, ...], list[float], float] = ((), [], 0.0)
-        self._rounds: list[_Chosen] = []  # not learnt from yet
-        self._ones: list[_One] = []  # the same
+        self._rounds: list[Round] = []  # not learnt from yet
         self._learnt = 0
         self._caught = False  # an early stop would have been caught in a dip of the costs
-        self._past: list[tuple[Floats, int]] = []  # survivals in order and rows, of the last steps that drafted
+        self._past: list[tuple[Floats, int]] = []  # survivals and rows, of the last two steps that drafted
 
     @classmethod
     def from_config(cls, config: ThroughputConfig, costs: CostModel | None = None, **services: Any) -> ThroughputPolicy:
@@ -360,101 +326,37 @@ class ThroughputPolicy:
             limits = [self._block] * batch
             free = self._config.search == "global"
             now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, batch, free)
-        if batch == 1:
-            return torch.from_numpy(np.array([self._choose_one(now, int(most[0]), confidence)]))
-        rows = np.flatnonzero(most[: now.ready])
-        keep = np.zeros(batch, dtype=np.int64)
-        if len(rows):
-            width = int(most.max()) if confidence is None else confidence.shape[1]
-            now.chosen = self._choose(now, rows, most[rows], confidence, width)
-            keep[rows] = now.chosen.keep
+            self._take_over(now.slots, ())
+        rows = int(np.count_nonzero(most[: now.ready]))
+        if not rows:
+            return torch.zeros(batch, dtype=torch.int64)
+        said = None if confidence is None else confidence.numpy()
+        drafts = int(most.max()) if said is None else said.shape[1]
+        # T_draft by what was planned: how long a draft became is known only once its tokens are.
+        spent = self.costs.draft(rows, now.longest) + self.costs.bookkeeping(now.ready, drafting=True)
+        keep, now.round = schedule(
+            said,
+            most,
+            now.slots,
+            # Rows that are drafted for share one limit, but for those that are tried.
+            now.limits if now.probe else now.longest,
+            self._acceptance,
+            self._decode_seconds(now, now.ready * drafts),
+            spent,
+            self._form(now),
+            self._past[0] if self._past else None,
+            drafts=drafts,
+            # What is tried is tried in earnest, or nothing would be learnt; the past alone says where.
+            one_each=now.probe and not self._history.empty,
+        )
+        self._past = [*self._past[-1:], (now.round.survival, now.ready)]
         return torch.from_numpy(keep)
 
-    def _choose(self, now: _Step, rows: Ints, lengths: Ints, confidence: Tensor | None, width: int) -> _Chosen:
-        slots = now.slots[rows]
-        z: Floats | Singles
-        p: Floats | Singles
-        if len(rows) * width <= FEW_DRAFTS:
-            z, p, survival = self._few(rows, slots, lengths, confidence, width)
-        else:
-            z, p = self._acceptance.adjust(None if confidence is None else confidence.numpy()[rows], slots, width)
-            survival = survivals(p, lengths)
-        ranking = rank(survival)
-        # T_draft by what was planned: how long a draft became is known only once its tokens are.
-        spent = self.costs.draft(len(rows), now.longest) + self.costs.bookkeeping(now.ready, drafting=True)
-        seconds = self._decode_seconds(now, len(ranking.survival)) + spent
-        lagged = self._budget(ranking.survival, now.ready, seconds)
-        if self._config.search == "lagged" or (self._config.search == "auto" and not now.free and self._caught):
-            count = lagged
-        else:
-            form: Search = "global" if now.free else "early"
-            count = best_count(now.ready, ranking.survival, seconds, form)
-        # Rows that are drafted for share one limit, but for those that are tried.
-        limits = np.array(now.limits)[rows] if now.probe else np.full(len(rows), now.longest)
-        keep = ranking.keep(count)
-        if (
-            now.probe and not self._history.empty
-        ):  # what is tried is tried in earnest, or nothing would be learnt; the past alone says where
-            keep = np.maximum(keep, np.minimum(lengths, 1))
-        return _Chosen(rows, slots, lengths, np.maximum(limits, lengths), z, p, survival, keep)
-
-    def _choose_one(self, now: _Step, length: int, confidence: Tensor | None) -> int:
-        """The drafts to verify of a single row, whose survivals are in order as they are."""
-        if not length:
-            return 0
-        slot = int(now.slots[0])
-        said = None if confidence is None else confidence[0].tolist()
-        z, p = self._acceptance.adjust_row(said, slot, length)
-        product, survival = 1.0, []
-        for one in p:
-            product *= one
-            survival.append(product)
-        seconds, spent = self._costs_of_one(now)
-        if self._config.search == "lagged" or (self._config.search == "auto" and not now.free and self._caught):
-            keep = self._budget(np.array(survival), 1, np.array(seconds[: length + 1]) + spent)
-        else:
-            keep = _walk(survival, seconds, spent, look_on=now.free)
-        if now.probe and not self._history.empty:
-            keep = max(keep, min(length, 1))
-        now.one = _One(0, slot, length, max(now.limits[0], length), z, p, survival, keep)
-        return keep
-
-    def _costs_of_one(self, now: _Step) -> tuple[list[float], float]:
-        """Seconds of a single row's pass by drafts, and what drafting takes besides; worked out every few steps."""
-        key = (self._turn // LOOK, now.tokens, now.rows, now.longest)
-        if self._one_costs[0] != key:
-            spent = self.costs.draft(1, now.longest) + self.costs.bookkeeping(1, drafting=True)
-            self._one_costs = key, self._decode_seconds(now, max(now.longest, self._block)).tolist(), spent
-        return self._one_costs[1:]
-
-    def _few(
-        self, rows: Ints, slots: Ints, lengths: Ints, confidence: Tensor | None, width: int
-    ) -> tuple[Floats, Floats, Floats]:
-        """Logits, probabilities and survivals, row by row."""
-        logits, adjusted, survival = [], [], []
-        said = None if confidence is None else confidence.tolist()
-        for b, slot, length in zip(rows.tolist(), slots.tolist(), lengths.tolist(), strict=True):
-            z, p = self._acceptance.adjust_row(None if said is None else said[b], slot, width)
-            product, products = 1.0, []
-            for j, one in enumerate(p):
-                product = product * one if j < length else 0.0
-                products.append(product)
-            logits.append(z)
-            adjusted.append(p)
-            survival.append(products)
-        return np.array(logits), np.array(adjusted), np.array(survival)
-
-    def _budget(self, survival: Floats, ready: int, seconds: Floats) -> int:
-        """Drafts to verify, from confidences two steps old: today's only rank."""
-        self._past = [*self._past[-2:], (survival, ready)]
-        then, rows = self._past[0]  # two steps old, or the oldest there is
-        if self._config.search != "lagged" and not self._caught:
-            return 0  # not asked for
-        if then is survival:
-            return min(ready, len(survival))  # the first step: about one draft a row
-        most = min(len(then), len(seconds) - 1)
-        count = best_count(rows, then[:most], seconds, "global")
-        return min(len(survival), round(count * ready / rows))
+    def _form(self, now: _Step) -> Form:
+        search = self._config.search
+        if search != "auto":
+            return search
+        return "global" if now.free else "lagged" if self._caught else "early"
 
     # ------------------------------------------------------------------------------------------ afterwards
 
@@ -463,10 +365,9 @@ class ThroughputPolicy:
         if now is None:
             return
         cold, self._was_drafting = not self._was_drafting, now.longest > 0
-        ready, costs, chosen = now.ready, self.costs, now.chosen
-        one = now.one
-        kept = one.keep if one is not None else 0 if chosen is None else int(chosen.keep.sum())
+        ready, costs, round = now.ready, self.costs, now.round
         looks = self._turn % LOOK == 0 or costs.seen(cost.tokens) < KNOWN
+        kept = 0 if round is None or not (looks or now.probe) else int(round.numbers[:, KEEP].sum())
         if looks and cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
             costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
         if looks:  # plain decoding would not have shown the drafter anything
@@ -481,17 +382,15 @@ class ThroughputPolicy:
         if self._turn % every and self._learnt > EARLY and not now.probe:
             return
         gained = 0
-        if one is not None:
-            one.accepted = gained = int(accepted[one.row])
-            self._ones.append(one)
-        if chosen is not None:
-            chosen.accepted = np.array([accepted[b] for b in chosen.rows.tolist()])
-            gained = int(chosen.accepted.sum())
-            self._rounds.append(chosen)
-        if one is None and (chosen is None or len(chosen.rows) < ready):
-            self._nothing_drafted(now, chosen)
+        if round is not None:
+            drafted = round.numbers[:, ROW].tolist()
+            right = [accepted[b] for b in drafted]
+            round.numbers[:, ACCEPTED], gained = right, sum(right)
+            self._rounds.append(round)
+        if round is None or len(round) < ready:
+            self._nothing_drafted(now, round)
         self._learnt += 1
-        collected = len(self._ones) + sum(len(round.rows) for round in self._rounds)
+        collected = sum(map(len, self._rounds))
         if self._learnt <= EARLY or collected + ready > LEARNT_AT_ONCE:
             self._learn()
         if now.probe:
@@ -499,9 +398,9 @@ class ThroughputPolicy:
             more = self._decode_seconds(now, kept)
             self._ledger.settle(min(0.0, gained * plain - cost.draft - float(more[-1] - more[0])))
 
-    def _nothing_drafted(self, now: _Step, chosen: _Chosen | None) -> None:
+    def _nothing_drafted(self, now: _Step, round: Round | None) -> None:
         """Remember the rows for which the drafter was asked and had nothing to propose."""
-        has = set() if chosen is None else set(chosen.rows.tolist())
+        has = set() if round is None else set(round.numbers[:, ROW].tolist())
         empty = [b for b, n in enumerate(now.limits) if n and b not in has]
         if empty:
             nothing, none = np.zeros((len(empty), 1)), np.zeros(len(empty), dtype=np.int64)
@@ -510,54 +409,16 @@ class ThroughputPolicy:
     def _learn(self) -> None:
         """Learn from the rounds collected. Of one step with very many rows, some stand for all."""
         rounds, self._rounds = self._rounds, []
-        ones, self._ones = self._ones, []
-        rounds += [_as_rows([one for one in ones if len(one.logits) == n]) for n in {len(one.logits) for one in ones}]
         while rounds:
-            width = rounds[0].logits.shape[1]
-            alike = [one for one in rounds if one.logits.shape[1] == width]
-            rounds = [one for one in rounds if one.logits.shape[1] != width]
-            one = _together(alike)
-            every = max(1, len(one.rows) // LEARNT_ROWS)
+            drafts = rounds[0].chances.shape[2]
+            one = Round.together([one for one in rounds if one.chances.shape[2] == drafts])
+            rounds = [one for one in rounds if one.chances.shape[2] != drafts]
+            every = max(1, len(one) // LEARNT_ROWS)
             some = slice(self._learnt % every, None, every)
-            slots, adjusted, lengths = one.slots[some], one.adjusted[some], one.lengths[some]
-            assert one.accepted is not None
-            self._acceptance.update(one.logits[some], adjusted, slots, one.keep[some], one.accepted[some])
-            self._history.add(slots, adjusted, one.survival[some], lengths, one.limits[some])
-
-
-def _walk(survival: Sequence[float], seconds: Sequence[float], spent: float, *, look_on: bool) -> int:
-    """``best_count`` for one row, in plain Python."""
-    tokens = 1.0
-    best, highest, last = 0, tokens / (seconds[0] + spent), tokens / (seconds[0] + spent)
-    for count, a in enumerate(survival, 1):
-        tokens += a
-        rate = tokens / (seconds[count] + spent)
-        if a <= 0 or (not look_on and rate <= last * RISE):
-            break
-        if rate > highest * RISE:
-            best, highest = count, rate
-        last = rate
-    return best
-
-
-def _as_rows(ones: Sequence[_One]) -> _Chosen:
-    """Rounds of single rows, in order, as one of several."""
-
-    def whole(name: str) -> Ints:
-        return np.array([getattr(one, name) for one in ones])
-
-    z, p, survival = (np.array([getattr(one, name) for one in ones]) for name in ("logits", "adjusted", "survival"))
-    return _Chosen(
-        whole("row"), whole("slot"), whole("length"), whole("limit"), z, p, survival, whole("keep"), whole("accepted")
-    )
-
-
-def _together(rounds: Sequence[_Chosen]) -> _Chosen:
-    """Several rounds of few rows, in order, as one."""
-    if len(rounds) == 1:
-        return rounds[0]
-    names = [field.name for field in fields(_Chosen)]
-    return _Chosen(*(np.concatenate([getattr(one, name) for one in rounds]) for name in names))
+            _, slots, lengths, limits, kept, accepted = one.numbers[some].T
+            logits, adjusted, survival = one.chances[:, some]
+            self._acceptance.update(logits, adjusted, slots, kept, accepted)
+            self._history.add(slots, adjusted, survival, lengths, limits)
 
 
 def _best_length(
