@@ -111,8 +111,8 @@ def test_the_core_learns_as_numpy_does(seed: int) -> None:
         for slots, logits, lengths, limits, kept, accepted in rounds:
             _, adjusted = model.adjust(np.float32(1) / (1 + np.exp(-logits)).astype(np.float32), slots, drafts)
             model.update(logits, adjusted, slots, kept, accepted)
-            there = np.where(np.arange(drafts) < lengths[:, None], adjusted, 0.0)
-            history.add(slots, adjusted, np.cumprod(there, axis=1), lengths, limits)
+            there = adjusted * (np.arange(drafts) < lengths[:, None])
+            history.add(slots, adjusted, np.cumprod(there, axis=1, dtype=np.float64), lengths, limits)
         return model, history
 
     found = learn()

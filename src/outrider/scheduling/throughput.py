@@ -321,6 +321,8 @@ class ThroughputPolicy:
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         batch, most = len(lengths), lengths.numpy()
+        if not batch:
+            return lengths
         now = self._step
         if now is None or now.ready > batch:  # no plan was asked for: nothing is known but the drafts
             limits = [self._block] * batch
