@@ -85,7 +85,9 @@ int64_t best_count(RankedDrafts& ranked, const double* survival, int64_t drafts,
   }
   if (early) return most;
   const double best = *std::max_element(rates.begin(), rates.end());
-  return std::find_if(rates.begin(), rates.end(), [&](double rate) { return rate * kRise >= best; }) - rates.begin();
+  for (int64_t n = 0; n < most; n++)
+    if (rates[static_cast<size_t>(n)] * kRise >= best) return n;  // the first maximum, rounding aside
+  return best > 0 ? most : 0;                                     // no number: verify nothing
 }
 
 // Drafts to verify by survivals two steps old, of which today's only rank.
