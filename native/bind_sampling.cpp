@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.hpp"
@@ -21,6 +23,8 @@ namespace {
 using DistributionArrays =
     std::tuple<FloatMatrix, std::optional<IntMatrix>, std::optional<FloatVector>, std::optional<IntVector>,
                std::optional<DoubleVector>, std::optional<DoubleVector>>;
+using ControlWords = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, uint64_t, uint64_t>;  // of VerificationRow
+using Verified = std::pair<std::vector<int64_t>, std::vector<std::vector<int64_t>>>;  // accepted [B], tokens [B, K + 1]
 using PurposeWords = std::tuple<uint64_t, uint64_t, uint64_t>;  // the fields of Purposes
 
 void expect_one_per_row(const FloatMatrix& logits, size_t count) {
@@ -66,9 +70,8 @@ void expect_within(const VerificationTask& task) {
   }
 }
 
-void verify_arrays(const DistributionArrays& target, const std::optional<DistributionArrays>& drafter,
-                   const IntMatrix& control, const IntMatrix& tokens, const PurposeWords& purposes,
-                   const IntMatrixOut& out) {
+Verified verify_arrays(const DistributionArrays& target, const std::optional<DistributionArrays>& drafter,
+                   const std::vector<ControlWords>& control, const IntMatrix& tokens, const PurposeWords& purposes) {
   VerificationTask task;
   task.target = checked(target);
   DistributionRows drafter_rows;
@@ -78,15 +81,27 @@ void verify_arrays(const DistributionArrays& target, const std::optional<Distrib
   }
   task.rows = tokens.shape(0);
   task.drafts = tokens.shape(1);
-  expect_matrix("control", control, task.rows, kVerificationColumns);
-  expect_matrix("out", out, task.rows, task.drafts + 2);
-  task.control = reinterpret_cast<const VerificationRow*>(control.data());
+  expect_shape("control", control.size(), 1, task.rows, 1);
+  std::vector<VerificationRow> rows;
+  for (const auto& [target_row, drafter_row, keep, rule, position, seed, round] : control)
+    rows.push_back({target_row, drafter_row, keep, rule, position, static_cast<int64_t>(seed),
+                    static_cast<int64_t>(round)});
+  std::vector<int64_t> out(task.rows * (task.drafts + 2));
+  task.control = rows.data();
   task.tokens = tokens.data();
   task.purposes = {std::get<0>(purposes), std::get<1>(purposes), std::get<2>(purposes)};
   task.out = out.data();
   expect_within(task);
-  nb::gil_scoped_release released;
-  verify(task);
+  {
+    nb::gil_scoped_release released;
+    verify(task);
+  }
+  Verified result;
+  for (auto row = out.cbegin(); row != out.cend(); row += task.drafts + 2) {
+    result.first.push_back(*row);
+    result.second.emplace_back(row + 1, row + task.drafts + 2);
+  }
+  return result;
 }
 
 nb::ndarray<nb::numpy, int64_t, nb::ndim<1>> truncate(const FloatVector& logits, int64_t top_k, double top_p,
@@ -138,19 +153,46 @@ void absorb_positions(const Array<const uint64_t, 1>& streams, const IntVector& 
   }
 }
 
+// The keys of the positions after each start, from the words of each row's seed, round and purpose.
+void token_keys(const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& rows, const std::vector<int64_t>& starts,
+                const IntMatrixOut& out) {
+  expect_shape("starts", starts.size(), 1, rows.size(), 1);
+  expect_shape("out", out.shape(0), 1, rows.size(), 1);
+  const auto width = static_cast<int64_t>(out.shape(1));
+  for (size_t i = 0; i < rows.size(); i++) {
+    const auto& [seed, round, purpose] = rows[i];
+    const uint64_t stream = absorb(absorb(seed, round), purpose);
+    for (int64_t k = 0; k < width; k++)
+      out.data()[i * width + k] = static_cast<int64_t>(absorb(stream, static_cast<uint64_t>(starts[i] + k)));
+  }
+}
+
+using Scaling = std::pair<std::vector<double>, std::vector<double>>;  // temperatures, shifts
+
 // Confidences as outrider.scheduling.calibration.Scaling corrects them: sigmoid(logit(c) / temperature + shift).
-void scale_confidence(const FloatMatrix& confidence, const Array<const double, 2>& temperatures,
-                      const Array<const double, 2>& shifts, double largest, const FloatMatrixOut& out) {
+void scale_confidence(const FloatMatrix& confidence, const std::vector<std::optional<Scaling>>& scalings, double largest,
+                      const FloatMatrixOut& out) {
   const int64_t rows = confidence.shape(0), width = confidence.shape(1);
-  expect_matrix("temperatures", temperatures, rows, width);
-  expect_matrix("shifts", shifts, rows, width);
+  expect_shape("scalings", scalings.size(), 1, rows, 1);
   expect_matrix("out", out, rows, width);
-  for (int64_t i = 0; i < rows * width; i++) {
-    const double p = confidence.data()[i];
-    double z = p <= 0 ? -largest : p >= 1 ? largest : std::log(p / (1 - p));  // and NaN stays NaN
-    z = std::min(std::max(z, -largest), largest) / temperatures.data()[i] + shifts.data()[i];
-    const double small = std::exp(-std::fabs(z));  // never overflows
-    out.data()[i] = static_cast<float>((z >= 0 ? 1 : small) / (1 + small));
+  for (int64_t b = 0; b < rows; b++) {
+    const float* given = confidence.data() + b * width;
+    float* to = out.data() + b * width;
+    if (!scalings[b]) {
+      std::copy_n(given, width, to);
+      continue;
+    }
+    const auto& [temperatures, shifts] = *scalings[b];
+    if (temperatures.empty() || temperatures.size() != shifts.size())
+      throw std::invalid_argument("a scaling needs as many shifts as temperatures, one at least");
+    for (int64_t j = 0; j < width; j++) {
+      const size_t at = std::min<size_t>(j, temperatures.size() - 1);  // the last one holds for all later positions
+      const double p = given[j];
+      double z = p <= 0 ? -largest : p >= 1 ? largest : std::log(p / (1 - p));  // and NaN stays NaN
+      z = std::min(std::max(z, -largest), largest) / temperatures[at] + shifts[at];
+      const double small = std::exp(-std::fabs(z));  // never overflows
+      to[j] = static_cast<float>((z >= 0 ? 1 : small) / (1 + small));
+    }
   }
 }
 
@@ -159,9 +201,13 @@ void scale_confidence(const FloatMatrix& confidence, const Array<const double, 2
 void bind_sampling(nb::module_& m) {
   m.def("absorb_positions", &absorb_positions, "streams"_a.noconvert(), "rows"_a.noconvert(),
         "positions"_a.noconvert(), "out"_a.noconvert(), "Words of (row, position) pairs: see outrider.sampling.rng.");
-  m.def("scale_confidence", &scale_confidence, "confidence"_a.noconvert(), "temperatures"_a.noconvert(),
-        "shifts"_a.noconvert(), "largest"_a, "out"_a.noconvert(),
-        "sigmoid(logit(confidence) / temperature + shift), element by element, logits within +-largest.");
+  m.def("token_keys", &token_keys, "rows"_a, "starts"_a, "out"_a.noconvert(),
+        "Token keys int64 [n, K] of the positions from each start on: see outrider.sampling.rng. rows: the words of each\n"
+        "row's seed, round and purpose.");
+  m.def("scale_confidence", &scale_confidence, "confidence"_a.noconvert(), "scalings"_a, "largest"_a,
+        "out"_a.noconvert(),
+        "sigmoid(logit(confidence) / temperature + shift), element by element, logits within +-largest. scalings: each\n"
+        "row's temperatures and shifts, the last of them for all later positions; None leaves the row as it is.");
   m.def("argmax", &argmax_rows, "logits"_a.noconvert(), "out"_a.noconvert(),
         "The column of each row's largest logit, the lowest on ties.");
   m.def("gumbel_argmax", &gumbel_argmax_rows, "logits"_a.noconvert(), "keys"_a.noconvert(), "out"_a.noconvert(),
@@ -169,14 +215,14 @@ void bind_sampling(nb::module_& m) {
         "The column of each row's largest logit / temperature + Gumbel value, exactly as outrider.noise defines it.");
   m.def("truncate", &truncate, "logits"_a.noconvert(), "top_k"_a, "top_p"_a, "min_p"_a,
         "The columns that top-k, top-p and min-p keep of one row of logits, ascending.");
-  m.def("verify", &verify_arrays, "target"_a.noconvert(), "drafter"_a.noconvert().none(), "control"_a.noconvert(),
-        "tokens"_a.noconvert(), "purposes"_a, "out"_a.noconvert(),
+  m.def("verify", &verify_arrays, "target"_a.noconvert(), "drafter"_a.noconvert().none(), "control"_a,
+        "tokens"_a.noconvert(), "purposes"_a,
         "Verify a step's drafts by the rules of outrider.acceptance.\n\n"
         "target, drafter (or None: deterministic drafts): tuples (logits float32 [R, W], ids int64 [R, W],\n"
         "temperatures float32 [R], top_k int64 [R], top_p float64 [R], min_p float64 [R]), each but the logits may be None.\n"
-        "control int64 [B, 7]: target row, drafter row, keep, rule (0 coupled, 1 rejection, 2 block), position, seed,\n"
-        "round. tokens int64 [B, K]. purposes: the words for accept, next token and Gumbel keys. out int64 [B, K + 2]:\n"
-        "the number of accepted drafts, then the drafts with the recovered or bonus token behind the accepted ones.");
+        "control: for each row a tuple of target row, drafter row, keep, rule (0 coupled, 1 rejection, 2 block), position, seed,\n"
+        "round. tokens int64 [B, K]. purposes: the words for accept, next token and Gumbel keys. Returns the numbers of\n"
+        "accepted drafts [B], and [B, K + 1] the drafts with the recovered or bonus token behind the accepted ones.");
 }
 
 }  // namespace outrider

@@ -10,7 +10,7 @@ namespace outrider {
 
 enum class Rule : int64_t { coupled = 0, rejection = 1, block = 2 };
 
-// What is verified of one row of the batch: one row of the int64 control array that Python fills.
+// What is verified of one row of the batch: a tuple that Python gives.
 struct VerificationRow {
   int64_t target_row;   // first of its keep + 1 rows among the target's distributions
   int64_t drafter_row;  // first of its rows among the drafter's distributions
@@ -20,7 +20,6 @@ struct VerificationRow {
   int64_t seed;         // word of the request's seed
   int64_t round;        // what the noise key absorbs of the round: its number + 1, 0 under coupled
 };
-constexpr int64_t kVerificationColumns = sizeof(VerificationRow) / sizeof(int64_t);
 
 // Words that keep the random numbers of different purposes apart (outrider.noise.purpose_word).
 struct Purposes {

@@ -235,25 +235,24 @@ def test_cuts_of_damaged_logits_are_refused() -> None:
 
 
 def test_arguments_are_checked() -> None:
-    logits, out = np.zeros((2, 5), np.float32), np.zeros((1, 3), np.int64)
+    logits = np.zeros((2, 5), np.float32)
     control = np.array([[0, 0, 1, 1, 4, 9, 1]])
     tokens, none = np.zeros((1, 1), np.int64), (None,) * 5
 
     def call(**changes: Any) -> None:
-        given = {"logits": logits, "draft": logits, "control": control, "tokens": tokens, "out": out} | changes
+        given = {"logits": logits, "draft": logits, "control": control, "tokens": tokens} | changes
         native = (
             (given["logits"], *none),
             (given["draft"], *none),
-            given["control"],
+            [tuple(row.tolist()) for row in given["control"]],
             given["tokens"],
             (1, 2, 3),
-            given["out"],
         )
         _native.verify(*native)
 
     call()
-    with pytest.raises(ValueError, match="out has shape"):
-        call(out=np.zeros((1, 2), np.int64))
+    with pytest.raises(ValueError, match="control has shape"):
+        call(control=np.concatenate([control, control]))
     for column, value in ((0, 1), (0, -1), (1, 2), (2, 2), (2, -1)):
         wrong = control.copy()
         wrong[0, column] = value

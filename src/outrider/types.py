@@ -76,32 +76,101 @@ Mask = Literal["causal", "block"]
 # ------------------------------------------------------------------------------------------------ values
 
 
-@dataclass(frozen=True, slots=True)
+Integers = npt.NDArray[np.int64]
+
+
 class RaggedBatch:
-    """Some new tokens of some rows. Prefill chunk, decode and verify are all this."""
+    """Some new tokens of some rows. Prefill chunk, decode and verify are all this.
 
-    tokens: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T]    absolute position of each token in its sequence; consecutive within a row
-    slots: Tensor  # int64 [B]        the memory slot of each row
-    offsets: Tensor  # int64 [B+1]    row b owns tokens[offsets[b]:offsets[b+1]]
+    It is not changed once made. Of its forms (lists, and numpy arrays and tensors on the same memory) those that it was
+    not made from are made when they are asked for: right after a pass each array or tensor takes several microseconds.
+    """
 
-    @staticmethod
-    def pack(rows: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int]) -> RaggedBatch:
+    __slots__ = ("_arrays", "_lists", "_tensors")
+
+    def __init__(self, tokens: Tensor, positions: Tensor, slots: Tensor, offsets: Tensor) -> None:
+        """See the properties of these names."""
+        self._tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = (tokens, positions, slots, offsets)
+        self._arrays: tuple[Integers, Integers, Integers, Integers] | None = None
+        self._lists: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]] | None = None
+
+    @classmethod
+    def of_lists(
+        cls, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], offsets: Sequence[int]
+    ) -> RaggedBatch:
+        """The same from Python's integers."""
+        batch = cls.__new__(cls)
+        batch._lists = tokens, positions, slots, offsets
+        batch._arrays = batch._tensors = None
+        return batch
+
+    @classmethod
+    def pack(cls, rows: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int]) -> RaggedBatch:
         """Pack rows of token ids, row b starting at position ``starts[b]``."""
         tokens = [token for row in rows for token in row]
         positions = [start + i for row, start in zip(rows, starts, strict=True) for i in range(len(row))]
         offsets = [0]
         for row in rows:
             offsets.append(offsets[-1] + len(row))
-        # One allocation, by numpy: it reads a list several times faster than torch.
-        as_tensor = torch.from_numpy(np.array([*tokens, *positions, *slots, *offsets], np.int64))
-        t, b = len(tokens), len(rows)
-        return RaggedBatch(as_tensor[:t], as_tensor[t : 2 * t], as_tensor[2 * t : 2 * t + b], as_tensor[2 * t + b :])
+        return cls.of_lists(tokens, positions, slots, offsets)
+
+    @property
+    def lists(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
+        """Tokens, positions, slots and offsets. Not to be written to."""
+        if self._lists is None:
+            tokens, positions, slots, offsets = self.tensors
+            self._lists = tokens.tolist(), positions.tolist(), slots.tolist(), offsets.tolist()
+        return self._lists
+
+    @property
+    def arrays(self) -> tuple[Integers, Integers, Integers, Integers]:
+        """Tokens, positions, slots and offsets. Raises TypeError for tensors on another device than the CPU."""
+        if self._arrays is None and self._lists is not None:
+            tokens, positions, slots, offsets = self._lists
+            whole = np.array([*tokens, *positions, *slots, *offsets], np.int64)  # one allocation
+            t, b = len(tokens), len(slots)
+            self._arrays = whole[:t], whole[t : 2 * t], whole[2 * t : 2 * t + b], whole[2 * t + b :]
+        elif self._arrays is None:
+            given, at, rows, ends = self.tensors
+            self._arrays = given.numpy(), at.numpy(), rows.numpy(), ends.numpy()
+        return self._arrays
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, positions, slots and offsets."""
+        if self._tensors is None:
+            tokens, positions, slots, offsets = map(torch.from_numpy, self.arrays)
+            self._tensors = tokens, positions, slots, offsets
+        return self._tensors
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [T]"""
+        return self.tensors[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T]: the absolute position of each token in its sequence; consecutive within a row."""
+        return self.tensors[1]
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 [B]: the memory slot of each row."""
+        return self.tensors[2]
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 [B+1]: row b owns tokens[offsets[b]:offsets[b+1]]."""
+        return self.tensors[3]
 
     @property
     def lengths(self) -> Tensor:
         """int64 [B]: new tokens of each row."""
         return self.offsets.diff()
+
+    def __len__(self) -> int:
+        """T"""
+        return len(self.tensors[0] if self._lists is None else self._lists[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,19 +242,60 @@ def _empty(rows: int) -> Proposal:
         return Proposal(torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
 
 
-@dataclass(frozen=True, slots=True)
 class Verification:
-    """The result of verifying a proposal."""
+    """The result of verifying a proposal. It is not changed once made; the form that it was not made from, tensors or
+    lists, is made when it is asked for."""
 
-    accepted: Tensor  # int64 [B]         drafted tokens kept
-    tokens: Tensor  # int64 [B, K+1]      accepted tokens, then the bonus token (the recovered one after a rejection)
-    lengths: Tensor  # int64 [B]          accepted + 1
+    __slots__ = ("_lists", "_tensors")
 
-    @staticmethod
-    def of(accepted: Tensor, drafted: Tensor, bonus: Tensor) -> Verification:
+    def __init__(self, accepted: Tensor, tokens: Tensor, lengths: Tensor) -> None:
+        """See the properties of these names."""
+        self._tensors: tuple[Tensor, Tensor, Tensor] | None = (accepted, tokens, lengths)
+        self._lists: tuple[list[int], list[list[int]]] | None = None
+
+    @classmethod
+    def of_lists(cls, accepted: list[int], tokens: list[list[int]]) -> Verification:
+        """The same from Python's integers."""
+        made = cls.__new__(cls)
+        made._tensors, made._lists = None, (accepted, tokens)
+        return made
+
+    @classmethod
+    def of(cls, accepted: Tensor, drafted: Tensor, bonus: Tensor) -> Verification:
         """accepted [B], drafted [B, K], bonus [B]: the token after the accepted ones."""
         tokens = torch.cat([drafted, bonus[:, None]], 1).scatter(1, accepted[:, None], bonus[:, None])
-        return Verification(accepted, tokens, accepted + 1)
+        return cls(accepted, tokens, accepted + 1)
+
+    @property
+    def lists(self) -> tuple[list[int], list[list[int]]]:
+        """``accepted`` and ``tokens``."""
+        if self._lists is None:
+            accepted, tokens, _ = self.tensors
+            self._lists = accepted.tolist(), tokens.tolist()
+        return self._lists
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``accepted``, ``tokens`` and ``lengths``."""
+        if self._tensors is None:
+            accepted, tokens = (torch.from_numpy(np.array(part, np.int64)) for part in self.lists)
+            self._tensors = accepted, tokens, accepted + 1
+        return self._tensors
+
+    @property
+    def accepted(self) -> Tensor:
+        """int64 [B]: drafted tokens kept."""
+        return self.tensors[0]
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [B, K+1]: accepted tokens, then the bonus token (the recovered one after a rejection)."""
+        return self.tensors[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B]: accepted + 1."""
+        return self.tensors[2]
 
 
 @dataclass(frozen=True, slots=True)

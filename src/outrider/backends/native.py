@@ -87,8 +87,8 @@ class NativeCache(BlockCache):
 
     def make_room(self, batch: RaggedBatch, more: int = 0) -> None:
         """Room for a batch, and for ``more`` tokens of each row after it. Raises CacheFull."""
-        offsets, positions = batch.offsets.tolist(), batch.positions.tolist()
-        for slot, begin, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
+        _, positions, slots, offsets = batch.lists
+        for slot, begin, end in zip(slots, offsets, offsets[1:], strict=False):
             if begin < end:
                 self.require(slot, positions[begin], positions[end - 1] + 1 + more)
 
@@ -226,7 +226,7 @@ class NativeStack:
         mask: Mask = "causal",
     ) -> StackOutput:
         """See ``outrider.types.Stack``. Raises InvalidRequest, and CacheFull past a slot's capacity."""
-        count = len(batch.tokens)
+        count = len(batch)
         rows = count if logits_at is None else len(logits_at)
         last = torch.empty(rows, self._width)
         logits = torch.empty(rows, self._vocabulary) if self._vocabulary else None
@@ -314,7 +314,7 @@ def _with_room(
 
 def _arrays(batch: RaggedBatch) -> tuple[Any, ...]:
     """A batch as numpy arrays on the same memory: they cross to the core several times faster than tensors."""
-    return batch.tokens.numpy(), batch.positions.numpy(), batch.slots.numpy(), batch.offsets.numpy()
+    return batch.arrays
 
 
 # ------------------------------------------------------------------------------------------------ loading

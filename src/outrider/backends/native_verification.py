@@ -7,10 +7,8 @@ down.
 
 from __future__ import annotations
 
-from array import array
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,22 +31,17 @@ def verify_native(target: Processed, proposal: Proposal, keep: Tensor, context: 
     if not forms or not isinstance(rng, RowRng):
         return verify(target, proposal, keep, context, rng)
     counts, drafts = keep.tolist(), proposal.tokens.shape[1]
-    control, start = array("Q"), 0
+    control, start = [], 0
     for b, (params, history, count) in enumerate(zip(context.params, context.history, counts, strict=True)):
         rule = _RULES[params.effective_rule] if params.temperature else 0  # the cheapest one for greedy rows
-        control.extend((start, b * drafts, count, rule, len(history), *rng.rows[b]))
+        control.append((start, b * drafts, count, rule, len(history), *rng.rows[b]))
         start += count + 1
     assert len(forms[0][0]) == start, "one distribution for each kept draft and one more for each row"
-    out = np.empty((len(counts), drafts + 2), np.int64)
-    tokens = np.ascontiguousarray(proposal.tokens.numpy())
-    words = np.frombuffer(control, np.int64).reshape(len(counts), -1)
     try:
-        native.verify(*forms, words, tokens, _PURPOSES, out)
+        return Verification.of_lists(*native.verify(*forms, control, proposal.tokens.contiguous().numpy(), _PURPOSES))
     except ValueError as error:
         check_rows(torch.from_numpy(forms[0][0]))  # which of the target's rows, if it is them
         raise OutriderError(str(error)) from error
-    accepted = out[:, 0]
-    return Verification(*(torch.from_numpy(part) for part in (accepted, out[:, 1:], accepted + 1)))
 
 
 def _core_forms(target: Processed, drafter: Distribution | None) -> tuple[Any, ...]:

@@ -196,9 +196,9 @@ class DraftModelDrafter:
         A run of several tokens right behind the cache is a prompt's chunk. The single token of a plain round waits,
         since a row that never drafts again should not pay for it.
         """
-        tokens, positions, offsets = batch.tokens.tolist(), batch.positions.tolist(), batch.offsets.tolist()
+        tokens, positions, slots, offsets = batch.lists
         chunks: list[tuple[_Row, list[int]]] = []
-        for slot, first, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
+        for slot, first, end in zip(slots, offsets, offsets[1:], strict=False):
             if first == end:
                 continue
             row, start, after = self._rows[slot], positions[first], positions[end - 1] + 1

@@ -260,8 +260,8 @@ class SuffixDrafter:
 
     def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
         """Read prompts as they come, so that the first proposal need not, and what plain rounds commit."""
-        tokens, positions, offsets = batch.tokens.tolist(), batch.positions.tolist(), batch.offsets.tolist()
-        for slot, start, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
+        tokens, positions, slots, offsets = batch.lists
+        for slot, start, end in zip(slots, offsets, offsets[1:], strict=False):
             if start < end:
                 self._rows[slot].read(positions[start], tokens[start:end])
 

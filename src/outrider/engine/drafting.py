@@ -231,7 +231,7 @@ class Drafting:
         began: float,
     ) -> None:
         """Show the drafter what was committed, of rows that it follows. ``began``: when that was being prepared."""
-        if len(batch.slots):
+        if len(batch):
             self._try(requests, lambda: self.drafter.observe(batch, features, hidden))
         self._follow_seconds += perf_counter() - began
 

@@ -233,7 +233,7 @@ class Engine:
                 result = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
-            accepted, tokens = result.accepted.tolist(), result.tokens.tolist()
+            accepted, tokens = result.lists
         logprobs = token_logprobs(output.logits, run.rows, tokens, accepted, rows.context.params)
         drafts = draft_reports(proposal, accepted, rows.context.params)
         commits = self._commit(rows, kept, accepted, tokens, logprobs, drafts)  # commit, where texts may end
@@ -245,7 +245,7 @@ class Engine:
             verify_seconds,
             counted - began - draft_seconds - verify_seconds + self._uncounted,
             len(rows),
-            len(run.batch.tokens),
+            len(run.batch),
             rows.cached,
             self.drafting.take_follow_seconds(),
         )
@@ -334,7 +334,7 @@ class Engine:
             kept.append(chunk)
         if any(c.accepted < n or c.request.finish_reason for c, n in zip(commits, verified, strict=True)):
             ends = as_tensor([len(c.request.history) - 1 for c in commits])
-            self.cache.rewind(batch.slots[: rows.complete], ends)
+            self.cache.rewind(as_tensor([c.request.slot for c in commits]), ends)
         began = perf_counter()
         shown = [b for b, request in enumerate(rows.requests) if request.followed]
         if not shown:
@@ -343,8 +343,8 @@ class Engine:
         if self.drafting.reads_hidden and output.hidden is not None:
             last = [(b, commits[b].accepted) for b in shown if b < rows.complete]
             hidden = output.hidden[_last_rows(run.rows, last)]
-        if len(shown) < len(rows) or sum(kept) < len(batch.tokens):
-            first, tokens, positions = batch.offsets.tolist(), batch.tokens.tolist(), batch.positions.tolist()
+        if len(shown) < len(rows) or sum(kept) < len(batch):
+            tokens, positions, _, first = batch.lists
             if features is not None:  # slices: an index would wake all of PyTorch's threads for a few rows
                 parts = [features[first[b] : first[b] + kept[b]] for b in shown]
                 features = parts[0] if len(parts) == 1 else torch.cat(parts)

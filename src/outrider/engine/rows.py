@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -37,18 +37,23 @@ class Rows:
     prompt, then in its middle."""
 
     def __init__(self, requests: list[Request], chunks: list[int]) -> None:
-        stages = [
-            (r.pending > 1, r.pending > chunk, r.round == 0, not r.followed)
-            for r, chunk in zip(requests, chunks, strict=True)
-        ]
-        if any(stage != stages[0] for stage in stages):
+        self.ready = self.complete = len(requests)
+        if not all([r.pending == 1 and r.round > 0 for r in requests]):
+            stages = [
+                (r.pending > 1, r.pending > chunk, r.round == 0, not r.followed)
+                for r, chunk in zip(requests, chunks, strict=True)
+            ]
             order = sorted(range(len(requests)), key=stages.__getitem__)
             requests, chunks = [requests[i] for i in order], [chunks[i] for i in order]
+            self.ready = sum(r.pending == 1 and r.round > 0 for r in requests)
+            self.complete = sum(r.pending == c for r, c in zip(requests, chunks, strict=True))
+        followed = [r.followed for r in requests[: self.ready]]
+        self.drafting = sum(followed)
+        if not all(followed[: self.drafting]):  # all are ready, and some are not followed
+            order = sorted(range(len(requests)), key=lambda i: i < len(followed) and not followed[i])
+            requests, chunks = [requests[i] for i in order], [chunks[i] for i in order]
         self.requests, self.chunks = requests, chunks
-        self.ready = sum(r.pending == 1 and r.round > 0 for r in self.requests)
-        self.drafting = sum(r.followed for r in self.requests[: self.ready])
-        self.complete = sum(r.pending == c for r, c in zip(self.requests, self.chunks, strict=True))
-        verified = self.requests[: self.complete]
+        verified = self.requests if self.complete == len(requests) else self.requests[: self.complete]
         self.grammars = [r.finisher.grammar for r in verified]
         self.context = Context(
             [r.params for r in verified],
@@ -148,12 +153,17 @@ class Rows:
             positions += range(start, start + len(tokens) - offsets[-1])
             offsets.append(len(tokens))
         slots = [request.slot for request in self.requests]
-        parts = (tokens, positions, slots, offsets, wanted, rows, depth)
-        whole = array("q")  # one allocation for all: at small models each small tensor costs as much as a layer
-        for part in parts:
-            whole.extend(part)
-        packed = torch.from_numpy(np.frombuffer(whole, np.int64)).split([len(part) for part in parts])
-        return Candidates(RaggedBatch(*packed[:4]), *packed[4:])
+        batch = RaggedBatch.of_lists(tokens, positions, slots, offsets)
+        if len(tokens) == len(rows) and len(rows) == len(slots):  # plain decoding
+            return Candidates(batch, *_one_a_row(len(rows)))
+        return Candidates(batch, as_tensor(wanted), as_tensor(rows), as_tensor(depth))
+
+
+@cache
+def _one_a_row(rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``wanted``, ``rows`` and ``depth`` of candidates without drafts; not to be written to."""
+    with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
+        return torch.arange(rows), torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
 
 
 def _at_most(drafts: int, limit: int | None) -> int:

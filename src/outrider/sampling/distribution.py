@@ -275,7 +275,7 @@ def settled(distribution: Processed) -> Categorical:
 def _core_form(logits: Tensor | None, ids: Tensor | None, limits: Limits | None) -> CoreForm | None:
     if logits is None or logits.dtype != torch.float32 or logits.device.type != "cpu":
         return None
-    values = np.ascontiguousarray(logits.numpy())
+    values = logits.contiguous().numpy()
     names = None if ids is None else ids.numpy()
     if limits is None:
         return values, names, None, None, None, None

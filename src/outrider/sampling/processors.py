@@ -146,9 +146,8 @@ def process(
         return Categorical.greedy(argmax(logits), size)
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    owner = None if rows is None else rows.cpu().numpy()
     if changed:
-        logits = _changed(logits, context, owner, depth, drafted)
+        logits = _changed(logits, context, None if rows is None else rows.cpu().numpy(), depth, drafted)
         if greedy:
             return Categorical.greedy(argmax(logits), size)
     if all(p.temperature == 1 and p.top_p >= 1 and not (p.top_k or p.min_p) for p in params):
@@ -159,7 +158,7 @@ def process(
     truncated = any(n < size or p.top_p < 1 or p.min_p > 0 for n, p in zip(k, params, strict=True))
     if not truncated and all(t == 1 for t in temperature):
         return Categorical.of(logits)
-    mine = slice(None) if owner is None else owner
+    mine = slice(None) if rows is None else rows.cpu().numpy()
     temperatures = np.array(temperature)[mine] if any(t != 1 for t in temperature) else None
     if temperatures is not None and temperatures.min() < _COLD:
         logits, temperatures = _divided(logits, temperatures), None

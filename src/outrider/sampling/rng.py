@@ -25,7 +25,7 @@ CUDA) finds the same token, whatever the last bits of its logarithm.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -102,13 +102,16 @@ class RowRng:
     """
 
     def __init__(self, seeds: Sequence[int], rounds: Sequence[int], rules: Sequence[Rule]) -> None:
-        self.rules = rules
-        # Of each row the word of its seed and what is absorbed of its round.
-        self.rows = [
-            (_word(seed), 0 if rule == "coupled" else round + 1)
-            for seed, round, rule in zip(seeds, rounds, rules, strict=True)
-        ]
+        self._seeds, self._rounds, self.rules = seeds, rounds, rules
         self._streams: dict[int, _Words] = {}
+
+    @cached_property
+    def rows(self) -> list[tuple[int, int]]:
+        """Of each row the word of its seed and what is absorbed of its round."""
+        return [
+            (_word(seed), 0 if rule == "coupled" else round + 1)
+            for seed, round, rule in zip(self._seeds, self._rounds, self.rules, strict=True)
+        ]
 
     def uniform(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
         """float64 in (0, 1), one for each (row, position): odd multiples of 2**-53. int64 [n], int64 [n] -> [n]."""
@@ -119,6 +122,19 @@ class RowRng:
     def token_keys(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
         """int64 [n]: the keys of ``gumbel``, one for each (row, position). int64 [n], int64 [n] -> [n]."""
         return torch.from_numpy(self._words(purpose_word(purpose, True), _SHARED, rows, positions).view(np.int64))
+
+    def token_keys_after(self, rows: Sequence[int], starts: Sequence[int], count: int, purpose: str) -> Tensor:
+        """``token_keys`` of ``count`` positions of each row, from ``starts`` on. n rows, n starts -> int64 [n, count]"""
+        own = purpose_word(purpose, True)
+        keys = np.empty((len(rows), count), np.int64)
+        if native is None:
+            owners = np.repeat(np.array(rows, np.int64), count)
+            positions = (np.array(starts, np.int64)[:, None] + np.arange(count)).ravel()
+            words = self._words(own, _SHARED, torch.from_numpy(owners), torch.from_numpy(positions))
+            return torch.from_numpy(words.view(np.int64).reshape(keys.shape))
+        streams = [(*self.rows[b], _SHARED if self.rules[b] == "coupled" else own) for b in rows]
+        native.token_keys(streams, starts, keys)
+        return torch.from_numpy(keys)
 
     def _words(self, own: int, shared: int, rows: Tensor, positions: Tensor) -> _Words:
         """One word for each (row, position) of the stream ``own``; of ``shared`` in rows under ``coupled``."""

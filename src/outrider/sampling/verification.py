@@ -156,8 +156,7 @@ def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -
         accepted.append(same)
         tokens.append([*row[:same], draws[start + same], *row[same:]])
         start += count + 1
-    counts = np.array(accepted, np.int64)
-    return Verification(*map(torch.from_numpy, (counts, np.array(tokens, np.int64), counts + 1)))
+    return Verification.of_lists(accepted, tokens)
 
 
 # ------------------------------------------------------------------------------------------------ coupled and greedy

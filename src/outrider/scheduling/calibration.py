@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from outrider.config import SamplingParams
 from outrider.core import native
 from outrider.errors import CheckpointError
 from outrider.types import Context, Proposal
@@ -66,6 +65,7 @@ GRID = tuple(10 ** (k / 40 - 1) for k in range(101))
 ENOUGH = 0.01
 """Calibration error of a position that no shift is fitted for."""
 LARGEST_LOGIT = 14.0  # beyond it a float32 sigmoid rounds to 0 or 1
+REMEMBERED = 64  # buckets of requests whose scaling is kept at hand
 FORMAT, VERSION = "outrider-calibration", 1
 
 
@@ -316,11 +316,23 @@ class Calibration:
 
     scalings: Mapping[tuple[str, float], Scaling]  # (rule, temperature)
     facts: Mapping[str, Any] = field(default_factory=dict)  # how it was made; nothing is computed from it
+    _latest: dict[tuple[str, float], Scaling | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def scaling(self, rule: str, temperature: float) -> Scaling | None:
         """That of the rule and the nearest temperature; None where nothing was fitted for the rule."""
         near = [(abs(t - temperature), t) for r, t in self.scalings if r == rule]
         return self.scalings[rule, min(near)[1]] if near else None
+
+    def _scaling_of(self, params: SamplingParams) -> Scaling | None:
+        """``scaling``, remembered for a few kinds of requests."""
+        bucket = params.effective_rule, params.temperature
+        if bucket not in self._latest:
+            if len(self._latest) >= REMEMBERED:
+                self._latest.clear()
+            self._latest[bucket] = self.scaling(*bucket)
+        return self._latest[bucket]
 
     def calibrated(self, proposal: Proposal, context: Context) -> Proposal:
         """The same drafts, each row's confidence corrected for its request's rule and temperature.
@@ -330,14 +342,8 @@ class Calibration:
         confidence = proposal.confidence
         if confidence is None:
             return proposal
-        found: dict[tuple[str, float], Scaling | None] = {}
-        scalings = []
-        for params in context.params[: len(confidence)]:
-            bucket = params.effective_rule, params.temperature
-            if bucket not in found:
-                found[bucket] = self.scaling(*bucket)
-            scalings.append(found[bucket])
-        return replace(proposal, confidence=_adjusted(confidence, scalings))
+        adjusted = _adjusted(confidence, [self._scaling_of(params) for params in context.params[: len(confidence)]])
+        return Proposal(proposal.tokens, proposal.lengths, proposal.distribution, adjusted, proposal.parents)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as ``from_json`` reads it."""
@@ -390,21 +396,9 @@ def _adjusted(confidence: Tensor, scalings: Sequence[Scaling | None]) -> Tensor:
         pairs = zip(confidence.tolist(), scalings, strict=True)
         rows = [row if scaling is None else scaling.adjust(row) for row, scaling in pairs]
         return torch.tensor(rows).view(confidence.shape)
-    given = np.ascontiguousarray(confidence.numpy())
-    temperatures, shifts = np.ones(given.shape), np.zeros(given.shape)
-    for b, scaling in enumerate(scalings):
-        if scaling is not None:
-            temperatures[b], shifts[b] = _spread(scaling, given.shape[1])
-    out = np.empty_like(given)
-    native.scale_confidence(given, temperatures, shifts, LARGEST_LOGIT, out)
-    for b, scaling in enumerate(scalings):
-        if scaling is None:
-            out[b] = given[b]
+    given = confidence.contiguous().numpy()
+    out = np.empty(given.shape, np.float32)
+    native.scale_confidence(
+        given, [None if s is None else (s.temperatures, s.shifts) for s in scalings], LARGEST_LOGIT, out
+    )
     return torch.from_numpy(out)
-
-
-@lru_cache(maxsize=256)
-def _spread(scaling: Scaling, width: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Temperature and shift of each position. [K], [K]"""
-    places = np.arange(width).clip(max=len(scaling.temperatures) - 1)
-    return np.array(scaling.temperatures)[places], np.array(scaling.shifts)[places]

@@ -133,15 +133,16 @@ class DraftCache:
         if features is None:
             return []
         full = []
-        tokens, offsets = batch.tokens.tolist(), batch.offsets.tolist()
-        for slot, begin, end in zip(batch.slots.tolist(), offsets, offsets[1:], strict=False):
+        tokens, positions, slots, offsets = batch.lists
+        for slot, begin, end in zip(slots, offsets, offsets[1:], strict=False):
             row = self._rows[slot]
-            start = int(batch.positions[begin]) if begin < end else row.end
+            start = positions[begin] if begin < end else row.end
             if begin == end or start > row.end or start + end - begin > row.capacity:
                 continue  # nothing new, or behind a hole that is still to be filled
             self._truncate(row, start)
             row.tokens += tokens[begin:end]
-            row.features.append(features[begin:end].clone())  # the target may use its buffer again
+            own = features if end - begin == len(tokens) else features[begin:end]
+            row.features.append(own.clone())  # the target may use its buffer again
             if len(row.tokens) >= BACKLOG:
                 full.append(slot)
         return full

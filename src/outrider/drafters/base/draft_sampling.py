@@ -14,6 +14,7 @@ from torch import Tensor
 from outrider.drafters.base.network import DraftNet, rowwise
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.processors import process
+from outrider.sampling.rng import RowRng
 from outrider.types import Context, Drafts, Proposal, Rng
 
 __all__ = ["Drawing", "draft_keys", "known_sampling", "packed_proposal"]
@@ -100,6 +101,8 @@ class Drawing:
 
 def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> Tensor:
     """The keys of all drafts of some rows, int64 [n, K]."""
+    if isinstance(rng, RowRng):
+        return rng.token_keys_after(rows, [len(context.history[b]) for b in rows], drafts, "draft")
     owners = [b for b in rows for _ in range(drafts)]
     positions = [len(context.history[b]) + k for b in rows for k in range(drafts)]
     both = torch.from_numpy(np.array([owners, positions], np.int64))  # numpy reads lists several times faster
