@@ -124,7 +124,7 @@ class RowRng:
         return torch.from_numpy(self._words(purpose_word(purpose, True), _SHARED, rows, positions).view(np.int64))
 
     def token_keys_after(self, rows: Sequence[int], starts: Sequence[int], count: int, purpose: str) -> Tensor:
-        """``token_keys`` of ``count`` positions of each row, from ``starts`` on. n rows, n starts -> int64 [n, count]"""
+        """``token_keys`` of ``count`` positions of each of n rows, from its start on. -> int64 [n, count]"""
         own = purpose_word(purpose, True)
         keys = np.empty((len(rows), count), np.int64)
         if native is None:
