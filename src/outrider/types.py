@@ -92,12 +92,10 @@ class RaggedBatch:
         """See the properties of these names."""
         self._tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = (tokens, positions, slots, offsets)
         self._arrays: tuple[Integers, Integers, Integers, Integers] | None = None
-        self._lists: tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]] | None = None
+        self._lists: tuple[list[int], list[int], list[int], list[int]] | None = None
 
     @classmethod
-    def of_lists(
-        cls, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], offsets: Sequence[int]
-    ) -> RaggedBatch:
+    def of_lists(cls, tokens: list[int], positions: list[int], slots: list[int], offsets: list[int]) -> RaggedBatch:
         """The same from Python's integers."""
         batch = cls.__new__(cls)
         batch._lists = tokens, positions, slots, offsets
@@ -112,10 +110,10 @@ class RaggedBatch:
         offsets = [0]
         for row in rows:
             offsets.append(offsets[-1] + len(row))
-        return cls.of_lists(tokens, positions, slots, offsets)
+        return cls.of_lists(tokens, positions, list(slots), offsets)
 
     @property
-    def lists(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int]]:
+    def lists(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """Tokens, positions, slots and offsets. Not to be written to."""
         if self._lists is None:
             tokens, positions, slots, offsets = self.tensors

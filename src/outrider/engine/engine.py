@@ -226,7 +226,8 @@ class Engine:
         verify_began = perf_counter()
         output = self.target.forward(run.batch, self.cache, self.drafting.aux_layers(rows), run.wanted)  # verify
         verify_seconds = perf_counter() - verify_began
-        accepted, tokens = kept, []
+        accepted: list[int] = kept
+        tokens: list[list[int]] = []
         if rows.complete:
             try:
                 distributions = process(output.logits, rows.context, run.rows, run.depth, drafted=proposal.tokens)
