@@ -25,11 +25,15 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/outrider demo
 
+# One process a core, four at most: each of them loads PyTorch. Tests are handed out in order, so that the models that a
+# file shares are mostly made once; whoever is done first takes some from the others.
+PARALLEL ?= -n logical --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/installed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 test-all: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -185,12 +185,13 @@ def test_a_lower_priority_number_gets_a_row_first() -> None:
             threads.append(Thread(target=ask, args=(priority, tokens)))
             threads[-1].start()
 
-        begin(0, 1500)
-        assert eventually(lambda: len(admission.running) == 1)
-        begin(5, 400)  # long, so that which of the two ended first says which got the row
-        assert eventually(lambda: len(admission.waiting) == 1)
-        begin(-5, 1)
-        assert eventually(lambda: len(admission.waiting) == 2)
+        with httpx.stream("POST", address + CHAT, json={**LONG, "stream": True}, timeout=30) as first:
+            lines = first.iter_lines()  # kept: without it the client leaves
+            next(lines)
+            begin(5, 200)  # long, so that which of the two ended first says which got the row
+            assert eventually(lambda: len(admission.waiting) == 1)
+            begin(-5, 1)
+            assert eventually(lambda: len(admission.waiting) == 2)
         for thread in threads:
             thread.join()
         assert ended.index(-5) < ended.index(5)
