@@ -1,0 +1,76 @@
+"""The values that pass between packages, and the contracts of targets, drafters, policies, backends and caches.
+
+Shape legend, used in names and docstrings everywhere:
+B rows in a step   K drafted tokens at most   T packed tokens   R rows of logits   V vocabulary   D model width
+F feature width (= auxiliary layers x D)   H heads   Hkv key/value heads   Dh head width   N training tokens
+"""
+
+from __future__ import annotations
+
+from outrider.types.caches import KVCache, PagedCache, PagedTarget, SharesPrefixes
+from outrider.types.fused_drafting import (
+    AutoregressiveParts,
+    BlockDrafter,
+    BlockParts,
+    Drafts,
+    DraftsBlocks,
+    DraftsInTurn,
+    InTurnDrafter,
+    MarkovParts,
+)
+from outrider.types.passes import Mask, RaggedBatch, StackOutput, TargetOutput
+from outrider.types.results import DraftReport, Event, Output, Piece, RequestStats, TokenLogprobs
+from outrider.types.roles import Drafter, Forgets, ReadsHidden, ResetsRows, TargetModel, TargetSpec
+from outrider.types.rounds import Context, Distribution, Processor, Proposal, RequestRows, Rng, Verification
+from outrider.types.stacks import Backend, DraftLoop, HasStack, Stack, TiedHead
+from outrider.types.steps import RowRecord, SchedulerPolicy, StepCost, StepObserver, StepRecord, StepsAside, StepView
+
+__all__ = [
+    "AutoregressiveParts",
+    "Backend",
+    "BlockDrafter",
+    "BlockParts",
+    "Context",
+    "Distribution",
+    "DraftLoop",
+    "DraftReport",
+    "Drafter",
+    "Drafts",
+    "DraftsBlocks",
+    "DraftsInTurn",
+    "Event",
+    "Forgets",
+    "HasStack",
+    "InTurnDrafter",
+    "KVCache",
+    "MarkovParts",
+    "Mask",
+    "Output",
+    "PagedCache",
+    "PagedTarget",
+    "Piece",
+    "Processor",
+    "Proposal",
+    "RaggedBatch",
+    "ReadsHidden",
+    "RequestRows",
+    "RequestStats",
+    "ResetsRows",
+    "Rng",
+    "RowRecord",
+    "SchedulerPolicy",
+    "SharesPrefixes",
+    "Stack",
+    "StackOutput",
+    "StepCost",
+    "StepObserver",
+    "StepRecord",
+    "StepView",
+    "StepsAside",
+    "TargetModel",
+    "TargetOutput",
+    "TargetSpec",
+    "TiedHead",
+    "TokenLogprobs",
+    "Verification",
+]

@@ -1,0 +1,132 @@
+"""What a pass of a model takes and gives.
+
+Shapes: the legend of ``outrider.types``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["Mask", "RaggedBatch", "StackOutput", "TargetOutput"]
+
+Mask = Literal["causal", "block"]
+"""Who a new token attends to beside the cached ones: new tokens up to itself, or all new tokens of its row."""
+
+Integers = npt.NDArray[np.int64]
+
+
+class RaggedBatch:
+    """Some new tokens of some rows. Prefill chunk, decode and verify are all this.
+
+    It is not changed once made. Of its forms (lists, and numpy arrays and tensors on the same memory) those that it was
+    not made from are made when they are asked for: right after a pass each array or tensor takes several microseconds.
+    """
+
+    __slots__ = ("_arrays", "_lists", "_tensors")
+
+    def __init__(self, tokens: Tensor, positions: Tensor, slots: Tensor, offsets: Tensor) -> None:
+        """See the properties of these names."""
+        self._tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = (tokens, positions, slots, offsets)
+        self._arrays: tuple[Integers, Integers, Integers, Integers] | None = None
+        self._lists: tuple[list[int], list[int], list[int], list[int]] | None = None
+
+    @classmethod
+    def of_lists(cls, tokens: list[int], positions: list[int], slots: list[int], offsets: list[int]) -> RaggedBatch:
+        """The same from Python's integers."""
+        batch = cls.__new__(cls)
+        batch._lists = tokens, positions, slots, offsets
+        batch._arrays = batch._tensors = None
+        return batch
+
+    @classmethod
+    def pack(cls, rows: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int]) -> RaggedBatch:
+        """Pack rows of token ids, row b starting at position ``starts[b]``."""
+        tokens = [token for row in rows for token in row]
+        positions = [start + i for row, start in zip(rows, starts, strict=True) for i in range(len(row))]
+        offsets = [0]
+        for row in rows:
+            offsets.append(offsets[-1] + len(row))
+        return cls.of_lists(tokens, positions, list(slots), offsets)
+
+    @property
+    def lists(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Tokens, positions, slots and offsets. Not to be written to."""
+        if self._lists is None:
+            tokens, positions, slots, offsets = self.tensors
+            self._lists = tokens.tolist(), positions.tolist(), slots.tolist(), offsets.tolist()
+        return self._lists
+
+    @property
+    def arrays(self) -> tuple[Integers, Integers, Integers, Integers]:
+        """Tokens, positions, slots and offsets. Raises TypeError for tensors on another device than the CPU."""
+        if self._arrays is None and self._lists is not None:
+            tokens, positions, slots, offsets = self._lists
+            whole = np.array([*tokens, *positions, *slots, *offsets], np.int64)  # one allocation
+            t, b = len(tokens), len(slots)
+            self._arrays = whole[:t], whole[t : 2 * t], whole[2 * t : 2 * t + b], whole[2 * t + b :]
+        elif self._arrays is None:
+            given, at, rows, ends = self.tensors
+            self._arrays = given.numpy(), at.numpy(), rows.numpy(), ends.numpy()
+        return self._arrays
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, positions, slots and offsets."""
+        if self._tensors is None:
+            tokens, positions, slots, offsets = map(torch.from_numpy, self.arrays)
+            self._tensors = tokens, positions, slots, offsets
+        return self._tensors
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [T]"""
+        return self.tensors[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [T]: the absolute position of each token in its sequence; consecutive within a row."""
+        return self.tensors[1]
+
+    @property
+    def slots(self) -> Tensor:
+        """int64 [B]: the memory slot of each row."""
+        return self.tensors[2]
+
+    @property
+    def offsets(self) -> Tensor:
+        """int64 [B+1]: row b owns tokens[offsets[b]:offsets[b+1]]."""
+        return self.tensors[3]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B]: new tokens of each row."""
+        return self.offsets.diff()
+
+    def __len__(self) -> int:
+        """T"""
+        return len(self.tensors[0] if self._lists is None else self._lists[0])
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What one target pass gives."""
+
+    logits: Tensor  # float [R, V]          of the packed tokens asked for (``logits_at``; all T of them by default)
+    features: Tensor | None  # [T, F]       raw residual after each auxiliary layer, before the final norm
+    hidden: Tensor | None = None  # [R, D]  what ``unembed`` made the logits of, where the target can tell
+
+
+@dataclass(frozen=True, slots=True)
+class StackOutput:
+    """What one pass through a layer stack gives."""
+
+    hidden: Tensor  # [R, D]               after the final norm, at ``logits_at``
+    logits: Tensor | None  # float [R, V]  None where the stack has no head
+    features: Tensor | None  # [T, F]
