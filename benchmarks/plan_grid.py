@@ -130,13 +130,16 @@ def in_turns(
         llm.generate(list(groups[0]), params)  # warm up
     for _ in range(repeats):
         seconds = {name: [0.0, 0.0] for name in drafters}  # the neighbours' mean and its own
+        written, spent = 0, [0.0] * (1 + len(drafters))  # by plain decoding, in each of its runs
         for llm in (plain, *drafters.values()):
             llm.forget()  # a repeated prompt would be too easy, and need not be read again
         for group in groups:
             before, done = run(plain, group)
             plain.forget()
             tokens = sum(len(output.token_ids) for output in done)
-            for name in order:
+            written += tokens
+            spent[0] += before
+            for i, name in enumerate(order):
                 mine, outputs = run(drafters[name], group)
                 stats[name] += [output.stats for output in outputs]
                 after, _ = run(plain, group)
@@ -144,9 +147,10 @@ def in_turns(
                 ours = sum(len(output.token_ids) for output in outputs)
                 seconds[name][0] += (before + after) / 2
                 seconds[name][1] += mine * tokens / ours
-                every.append(before / tokens)
+                spent[i + 1] += after
                 before = after
-            shuffle.shuffle(order)  # nobody always follows the same one
+            shuffle.shuffle(order)  # no setting always runs after the same one
+        every += [one / written for one in spent]
         for name, (neighbours, mine) in seconds.items():
             ratios[name].append(neighbours / mine)
     return {name: timed(ratios[name], stats[name]) for name in drafters}, every
@@ -289,6 +293,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", nargs="+", type=Path, help="nothing is measured: the table of these results")
     options = parser.parse_args()
+    if options.repeats < 2:
+        parser.error(f"--repeats must be at least 2, got {options.repeats}")
     if options.table:
         cells = read_cells(options.table)
         print(markdown(cells), summary(cells), by_part(cells), sep="\n\n")

@@ -128,7 +128,7 @@ def replay(name: str, recording: Recording, seconds: float, seed: int) -> float:
 
 
 def policy_of(name: str, costs: Observed) -> SchedulerPolicy:
-    """As ``LLM`` makes it."""
+    """As ``LLM`` makes it, without a drafter, which a replay has none of."""
     _, _, drafts = name.partition(":")
     kind = registry.find("policy", "throughput" if name == "auto" else "fixed")
     model = CostModel(costs.table, costs.features)
@@ -138,7 +138,7 @@ def policy_of(name: str, costs: Observed) -> SchedulerPolicy:
 
 
 def by_second(turns: Sequence[tuple[float, float]]) -> Callable[[float], float]:
-    """The factor at a time of the day; after its end the recording begins again."""
+    """The factor at a time of the simulation; after its end the recording begins again."""
     ends = list(accumulate(seconds for seconds, _ in turns))
     return lambda now: turns[min(len(turns) - 1, bisect_right(ends, now % ends[-1]))][1]
 

@@ -212,12 +212,12 @@ void bind_sampling(nb::module_& m) {
         "The column of each row's largest logit, the lowest on ties.");
   m.def("gumbel_argmax", &gumbel_argmax_rows, "logits"_a.noconvert(), "keys"_a.noconvert(), "out"_a.noconvert(),
         "temperatures"_a.noconvert() = nb::none(), "ids"_a.noconvert() = nb::none(),
-        "The column of each row's largest logit / temperature + Gumbel value, exactly as outrider.noise defines it.");
+        "The column of each row's largest logit / temperature + Gumbel value, exactly as outrider.sampling.rng defines it.");
   m.def("truncate", &truncate, "logits"_a.noconvert(), "top_k"_a, "top_p"_a, "min_p"_a,
         "The columns that top-k, top-p and min-p keep of one row of logits, ascending.");
   m.def("verify", &verify_arrays, "target"_a.noconvert(), "drafter"_a.noconvert().none(), "control"_a,
         "tokens"_a.noconvert(), "purposes"_a,
-        "Verify a step's drafts by the rules of outrider.acceptance.\n\n"
+        "Verify a step's drafts by the rules of outrider.sampling.verification.\n\n"
         "target, drafter (or None: deterministic drafts): tuples (logits float32 [R, W], ids int64 [R, W],\n"
         "temperatures float32 [R], top_k int64 [R], top_p float64 [R], min_p float64 [R]), each but the logits may be None.\n"
         "control: for each row a tuple of target row, drafter row, keep, rule (0 coupled, 1 rejection, 2 block), position, seed,\n"

@@ -1,5 +1,5 @@
 // What the bind_*.cpp files share: array types as Python passes them, and checks of their shapes. Tensors cross by
-// DLPack without a copy, shapes and types are checked before the core is called, and the GIL is released while it runs.
+// DLPack without a copy, shapes and types are checked before the core is called, and the GIL is released where a call is long.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -33,7 +33,7 @@ class Distribution {
   // False where the logits hold NaN or +inf, or nothing but -inf.
   bool valid() const { return valid_; }
   double probability(int64_t token) const;
-  // Gumbel-max sampling: the token with the largest logit + Gumbel value of this key (defined in outrider.noise); -1 where
+  // Gumbel-max sampling: the token with the largest logit + Gumbel value of this key (defined in outrider.sampling.rng); -1 where
   // there is NaN among the logits.
   int64_t draw(uint64_t key) const;
   // Inverse-CDF sampling: the token at which the cumulative probability reaches u.

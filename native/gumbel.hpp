@@ -1,4 +1,4 @@
-// Rows of logits: the largest entry, and scores for Gumbel-max sampling (outrider.noise defines the random numbers).
+// Rows of logits: the largest entry, and scores for Gumbel-max sampling (outrider.sampling.rng defines the random numbers).
 #pragma once
 
 #include "simd.hpp"

@@ -10,7 +10,7 @@ namespace outrider {
 
 namespace {
 
-constexpr double kLeast = 1e-6;      // confidences are kept off 0 and 1
+constexpr double kLeast = 1e-6;      // confidences are kept off 0 and 1; NaN becomes this
 constexpr double kRise = 1 + 1e-12;  // tokens per second must rise by more than rounding
 
 // The drafts of a step in descending survival; equal ones by position, then by row. The key of a draft is its survival's
@@ -80,14 +80,14 @@ int64_t best_count(RankedDrafts& ranked, const double* survival, int64_t drafts,
     const auto [row, position] = ranked[n];
     accepted += survival[row * drafts + position];
     const double rate = (accepted + batch) / (seconds[n + 1] + spent);
-    if (early && rate <= rates.back() * kRise) return n;
+    if (early && !(rate > rates.back() * kRise)) return n;
     rates.push_back(rate);
   }
   if (early) return most;
   const double best = *std::max_element(rates.begin(), rates.end());
   for (int64_t n = 0; n < most; n++)
     if (rates[static_cast<size_t>(n)] * kRise >= best) return n;  // the first maximum, rounding aside
-  return best > 0 ? most : 0;                                     // no number: verify nothing
+  return best > 0 ? most : 0;                                     // costs are NaN: verify nothing
 }
 
 // Drafts to verify by survivals two steps old, of which today's only rank.
@@ -116,7 +116,7 @@ int64_t schedule(const ScheduleTask& task) {
       double z = 0, p = 0;
       if (j < length) {
         if (task.confidence) {
-          const double c = std::min(std::max<double>(task.confidence[b * task.drafts + j], kLeast), 1 - kLeast);
+          const double c = std::min(std::max(kLeast, double{task.confidence[b * task.drafts + j]}), 1 - kLeast);
           z = std::log(c / (1 - c));
         }
         p = 1 / (1 + std::exp(-(z * task.slope[j] + task.shift[j] + task.row_shift[slot])));

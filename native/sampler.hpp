@@ -44,7 +44,7 @@ void for_pieces(bool parallel, int64_t rows, int64_t width, Job&& job) {
 // The column of each row's largest logit, the lowest on ties. [rows, width] -> [rows]
 void argmax(const float* logits, int64_t rows, int64_t width, int64_t* out);
 
-// The column of each row's largest logit / temperature + Gumbel value, computed in float64 as outrider.noise defines
+// The column of each row's largest logit / temperature + Gumbel value, computed in float64 as outrider.sampling.rng defines
 // it; the lowest column on ties. ids [rows, width]: the token of each column, null where column v is token v.
 // temperatures: null for 1. Throws std::invalid_argument for NaN or +inf. `parallel`: as for `for_pieces`.
 void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,

@@ -1,4 +1,4 @@
-// SplitMix64 (Steele, Lea, Flood 2014), the mixer behind all random numbers; outrider.noise defines how it is used.
+// SplitMix64 (Steele, Lea, Flood 2014), the mixer behind all random numbers; outrider.sampling.rng defines how it is used.
 #pragma once
 
 #include <cstdint>

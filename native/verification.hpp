@@ -1,5 +1,5 @@
 // Verification of a step: how many drafted tokens of each row are accepted, and the token that follows them. The rules
-// are those of outrider.acceptance; a distribution is computed only where the result depends on it.
+// are those of outrider.sampling.verification; a distribution is computed only where the result depends on it.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace outrider {
 
 enum class Rule : int64_t { coupled = 0, rejection = 1, block = 2 };
 
-// What is verified of one row of the batch: a tuple that Python gives.
+// What is verified of one row of the batch: in the order of the tuple that Python passes.
 struct VerificationRow {
   int64_t target_row;   // first of its keep + 1 rows among the target's distributions
   int64_t drafter_row;  // first of its rows among the drafter's distributions
@@ -21,7 +21,7 @@ struct VerificationRow {
   int64_t round;        // what the noise key absorbs of the round: its number + 1, 0 under coupled
 };
 
-// Words that keep the random numbers of different purposes apart (outrider.noise.purpose_word).
+// Words that keep the random numbers of different purposes apart (outrider.sampling.rng.purpose_word).
 struct Purposes {
   uint64_t accept;      // uniforms that accept drafts
   uint64_t next_token;  // uniforms that sample the recovered or bonus token

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from served import drafting, eventually, serving
 from typer.testing import CliRunner
 
@@ -22,7 +24,7 @@ from outrider.planning import measuring
 from outrider.planning.advice import described_candidates, make_plan
 from outrider.planning.described import DrafterShape, Machine, TargetShape, conditional_of
 from outrider.planning.forecast import Forecast, Profile, Workload, forecast, step_seconds
-from outrider.planning.measuring import MeasuredCosts, _costs, _profile, _Watch
+from outrider.planning.measuring import MeasuredCosts, _costs, _profile, _Side, _Turns, _Watch
 from outrider.planning.page import plan_page
 from outrider.planning.roofline import Roofline
 from outrider.planning.run_split import (
@@ -518,3 +520,35 @@ def test_pages_hold_what_was_asked() -> None:
     made = plan_of("qwen3-8b", "h100", ["dspark,length=2.33", "eagle3,length=2.1"], Workload())
     text = plan_page(made)
     assert "eagle3" in text and made.answer in text
+
+
+def _turns(plain: list[list[float]], mine: list[list[float]]) -> tuple[_Turns, _Side]:
+    """Recorded seconds a token, [turns, groups]; groups have equal weights."""
+    turns = _Turns.__new__(_Turns)
+    turns.groups = [["prompt"]] * len(plain[0])
+    turns.tokens = np.ones(len(plain[0]))
+    turns.plain = _Side(None, _Watch(1), plain)  # type: ignore[arg-type]
+    return turns, _Side(None, _Watch(1), mine, list(range(len(mine))))  # type: ignore[arg-type]
+
+
+def test_turns_of_a_changing_clock_and_one_that_was_held_up() -> None:
+    """Both settings slow down together, and one turn takes a hundred times as long: the ratio is what it was."""
+    clock = [1.0, 1.75, 1.0, 1.75, 1.75, 1.0, 1.0, 1.75, 1.0, 1.0]
+    plain = [[0.010 * c, 0.020 * c] for c in clock]
+    mine = [[0.005 * c, 0.020 * c] for c in clock]
+    mine[4] = [0.5, 2.0]
+    turns, side = _turns(plain, mine)
+    assert turns.speedup(side) == pytest.approx(30 / 25)
+    assert turns.uncertainty(side) == measuring.LEAST
+
+
+def test_uncertainty_of_turns_is_the_t_interval_of_trimmed_means() -> None:
+    """Against scipy's own, one group of ten turns."""
+    ratios = np.log([1.1, 1.3, 0.9, 1.2, 1.25, 1.0, 1.05, 1.4, 0.8, 1.15])
+    turns, side = _turns([[1.0]] * 10, [[float(np.exp(-r))] for r in ratios])
+    half = turns.uncertainty(side)
+    low, high = stats.ttest_1samp(ratios, 0).confidence_interval()  # untrimmed: as a check of size
+    assert 0.5 < half / ((high - low) / 2) < 2
+    expected = stats.mstats.trimmed_stde(ratios, (0.2, 0.2), (True, True)) * stats.t.ppf(0.975, 5)
+    assert half == pytest.approx(float(expected), rel=0.06)  # scipy's has n where Yuen's has n - 1
+    assert turns.speedup(side) == pytest.approx(float(np.exp(stats.trim_mean(ratios, 0.2))))

@@ -207,6 +207,20 @@ def test_coupled_rows_share_their_token_keys_across_rounds_and_purposes() -> Non
     assert early.uniform(rows, positions, "own")[0] == late.uniform(rows, positions, "own")[0]
 
 
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("core", [True, False])
+def test_keys_after_a_start_are_those_of_the_positions(count: int, core: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core's and numpy's, for rows of several rules in any order."""
+    if not core:
+        monkeypatch.setattr(rng_module, "native", None)
+    rng = RowRng([3, 2**64 - 1, 5], [1, 0, 7], ["coupled", "block", "rejection"])
+    rows, starts = [2, 0, 1], [9, 0, 2**31]
+    found = rng.token_keys_after(rows, starts, count, "draft")
+    owners = torch.tensor(rows).repeat_interleave(count)
+    positions = (torch.tensor(starts)[:, None] + torch.arange(count)).ravel()
+    assert torch.equal(found, rng.token_keys(owners, positions, "draft").view(3, count))
+
+
 def test_row_does_not_depend_on_its_neighbours() -> None:
     crowd = RowRng([3, 8, 5], [1, 2, 3], ["coupled", "block", "rejection"])
     for row, alone in enumerate(

@@ -17,7 +17,7 @@ from outrider.scheduling.schedule import FORMS, schedule
 
 pytestmark = pytest.mark.skipif(native is None, reason="needs the compiled core")
 
-LEVELS = (0.0, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0)
+LEVELS = (0.0, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0, float("nan"))
 
 
 class RowByRow(AcceptanceModel):
@@ -75,7 +75,7 @@ def test_the_core_decides_as_numpy_does(
 
 
 def test_many_rows_are_ranked_as_numpy_ranks_them() -> None:
-    """Ties and sure drafts over several hundred rows; every number of drafts is kept once."""
+    """Ties and sure drafts over several hundred rows; the walk ends where passes become dear."""
     rng = np.random.default_rng(0)
     said = np.where(rng.random((512, 8)) < 0.5, 0.999, rng.choice(LEVELS, (512, 8))).astype(np.float32)
     model, lengths = RowByRow(8), rng.integers(1, 9, 512)
@@ -87,6 +87,36 @@ def test_many_rows_are_ranked_as_numpy_ranks_them() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(schedule_module, "native", None)
             assert keep.tolist() == schedule(*given, drafts=8)[0].tolist()  # type: ignore[arg-type]
+        if dear <= 300:
+            assert keep.sum() == dear
+
+
+@pytest.mark.parametrize("core", [True, False])
+def test_a_confidence_that_is_no_number_spoils_nothing(core: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as the least likely draft, and what is learnt of its round are numbers."""
+    if not core:
+        monkeypatch.setattr(schedule_module, "native", None)
+        monkeypatch.setattr(acceptance_module, "native", None)
+    model = AcceptanceModel(2)
+    model.forget_row(np.arange(1))
+    said = np.array([[np.nan, 0.9]], dtype=np.float32)
+    seconds = np.array([1.0, 1.1, 1.2])
+    _, round = schedule(said, np.array([2]), np.arange(1), 2, model, seconds, 0.0, "global", None, drafts=2, one_each=True)
+    assert round.chances[1, 0, 0] < 0.001
+    logits, adjusted, _ = round.chances
+    model.update(logits, adjusted, np.array([0]), np.array([2]), np.array([1]))
+    assert all(np.isfinite(part).all() for part in model.corrections(2))
+
+
+@pytest.mark.parametrize("form", ["early", "global"])
+@pytest.mark.parametrize("core", [True, False])
+def test_costs_that_are_no_numbers_verify_nothing(form: Any, core: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not core:
+        monkeypatch.setattr(schedule_module, "native", None)
+    model = AcceptanceModel(2)
+    model.forget_row(np.arange(1))
+    keep, _ = schedule(None, np.array([2]), np.arange(1), 2, model, np.full(3, np.nan), 0.0, form, None, drafts=2)
+    assert keep.tolist() == [0]
 
 
 @given(st.integers(0, 10**6))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import thread_time
 
@@ -206,6 +206,36 @@ def test_following_is_charged(costs: Costs, rows: int, answer: int, fixed: bool)
     kept = windows(guard, costs)
     assert kept.mean() >= 0.98 * plain.mean()
     assert kept[0] >= 0.95 * plain[0], "the start: a quarter of a second, and what ten seconds earn"
+
+
+class TriesNowAndThen(FixedPolicy):
+    """Drafts in every eighth step, where it breaks even; what deciding costs is on top of every step it is asked for."""
+
+    asked = False
+    steps = 0
+
+    def plan(self, step: StepView) -> Sequence[int]:
+        self.asked, self.steps = True, self.steps + 1
+        return [0 if self.steps % 8 else 1] * len(step)
+
+
+def test_what_deciding_costs_is_charged() -> None:
+    """Steps of 4 ms, a sixteenth of which is the policy's own work: all in all no more is lost than may be."""
+    policy = TriesNowAndThen(FixedConfig(1))
+    guard = GuardedPolicy(policy, CostModel())
+    rows, total, lost = 4, 0.0, 0.0
+    for _ in range(15_000):
+        policy.asked = False
+        requests = [RequestStats()] * rows, [SamplingParams()] * rows
+        limits = guard.plan(StepView([100] * rows, *requests, requests=[1, 2, 3, 4]))
+        drafts = any(limits)
+        keep = guard.choose(None, torch.tensor(list(limits)))
+        deciding = 0.00025 if policy.asked else 0.0
+        seconds = (0.004, 0.0034, 0.0006 + deciding) if drafts else (0.0, 0.0034, 0.0006 + deciding)
+        guard.observe(StepCost(*seconds, rows, rows + int(keep.sum()), 100 * rows, 0.0), [int(drafts)] * rows)
+        total += 0.004 * (1 + drafts)
+        lost += deciding
+    assert lost < guard.ledger.most + 0.01 * total < 0.00025 * 15_000
 
 
 def test_the_guard_comes_back_for_other_texts() -> None:

@@ -50,7 +50,7 @@ class Rows:
         followed = [r.followed for r in requests[: self.ready]]
         self.drafting = sum(followed)
         if not all(followed[: self.drafting]):  # all are ready, and some are not followed
-            order = sorted(range(len(requests)), key=lambda i: i < len(followed) and not followed[i])
+            order = sorted(range(len(requests)), key=lambda i: not followed[i])
             requests, chunks = [requests[i] for i in order], [chunks[i] for i in order]
         self.requests, self.chunks = requests, chunks
         verified = self.requests if self.complete == len(requests) else self.requests[: self.complete]
@@ -163,7 +163,7 @@ class Rows:
 def _one_a_row(rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """``wanted``, ``rows`` and ``depth`` of candidates without drafts; not to be written to."""
     with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
-        return torch.arange(rows), torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+        return as_tensor(range(rows)), as_tensor(range(rows)), as_tensor([0] * rows)
 
 
 def _at_most(drafts: int, limit: int | None) -> int:

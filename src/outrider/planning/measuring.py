@@ -44,7 +44,7 @@ __all__ = ["MeasuredCosts", "measure", "measured_shape", "this_machine"]
 
 LADDER = (1, 3)  # drafts that every drafter tries, beside all of its own
 TURNS = (3, 16)  # that a setting takes at least and at most
-PAIRS = 48  # of a group and a turn, that are enough; at least half of the turns are taken
+PAIRS = 48  # of a group and a turn, after which no more turns are taken, but for TURNS[1] / 2
 TRIMMED = 0.2  # of a setting's turns, on either side
 PRECISE = 0.02  # half an interval of a ratio of times that needs no further turns
 LEAST = 0.02  # half an interval is never taken to be narrower: the next run is not this one
@@ -216,7 +216,7 @@ class _Turns:
             side.seconds.append([])
             side.stats.append([])
         for group in self.groups:
-            for side in self._order.sample(all_sides, len(all_sides)):  # nobody always follows the same one
+            for side in self._order.sample(all_sides, len(all_sides)):  # none always after the same one
                 began = self._clock()
                 outputs = side.llm.generate(list(group), self.params)
                 seconds = self._clock() - began

@@ -8,7 +8,7 @@ of each position, moved for each row as far as the row's own rounds warrant.
 Whatever is said of draft j is made of confidence j and of the past, so nothing anticipates.
 
 ``OnlineCorrection`` is the same for one row at a time, in plain Python and with gradient steps; this one serves
-hundreds of rows in a few array operations. K positions; slots number the rows for as long as they live.
+hundreds of rows in one call of the core. K positions; slots number the rows for as long as they live.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class AcceptanceModel:
         if confidence is None:
             z = np.zeros((len(slots), drafts))
         else:
-            p = np.clip(confidence.astype(np.float64), LEAST, 1 - LEAST)
+            p = np.fmin(np.fmax(confidence.astype(np.float64), LEAST), 1 - LEAST)  # no number: as unlikely as can be
             z = np.log(p / (1 - p))
         slope, shift = positions[:2, :drafts]
         return z, 1 / (1 + np.exp(-(z * slope + shift + rows[slots, None])))
@@ -81,7 +81,7 @@ class AcceptanceModel:
         if confidence is None:
             z = [0.0] * drafts
         else:
-            z = [math.log(p / (1 - p)) for p in (min(max(c, LEAST), 1 - LEAST) for c in confidence[:drafts])]
+            z = [math.log(p / (1 - p)) for p in (min(max(LEAST, c), 1 - LEAST) for c in confidence[:drafts])]
         return z, [1 / (1 + math.exp(-(x * slopes[j] + shifts[j] + row))) for j, x in enumerate(z)]
 
     def update(self, logits: Floats, adjusted: Floats, slots: Ints, verified: Ints, accepted: Ints) -> None:
@@ -92,7 +92,7 @@ class AcceptanceModel:
             native.learn_acceptance(
                 logits, adjusted, slots, verified, accepted, self._positions, self._row_shift, self._row_curvature
             )
-        self._plain = self._positions[0].tolist(), self._positions[1].tolist()
+        self._plain = [], []
 
     def _update_in_numpy(self, logits: Floats, adjusted: Floats, slots: Ints, verified: Ints, accepted: Ints) -> None:
         drafts = logits.shape[1]

@@ -316,9 +316,7 @@ class Calibration:
 
     scalings: Mapping[tuple[str, float], Scaling]  # (rule, temperature)
     facts: Mapping[str, Any] = field(default_factory=dict)  # how it was made; nothing is computed from it
-    _latest: dict[tuple[str, float], Scaling | None] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _latest: dict[tuple[str, float], Scaling] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def scaling(self, rule: str, temperature: float) -> Scaling | None:
         """That of the rule and the nearest temperature; None where nothing was fitted for the rule."""
@@ -328,11 +326,14 @@ class Calibration:
     def _scaling_of(self, params: SamplingParams) -> Scaling | None:
         """``scaling``, remembered for a few kinds of requests."""
         bucket = params.effective_rule, params.temperature
-        if bucket not in self._latest:
-            if len(self._latest) >= REMEMBERED:
-                self._latest.clear()
-            self._latest[bucket] = self.scaling(*bucket)
-        return self._latest[bucket]
+        found = self._latest.get(bucket)
+        if found is None:
+            found = self.scaling(*bucket)
+            if found is not None:
+                if len(self._latest) >= REMEMBERED:
+                    self._latest.clear()
+                self._latest[bucket] = found
+        return found
 
     def calibrated(self, proposal: Proposal, context: Context) -> Proposal:
         """The same drafts, each row's confidence corrected for its request's rule and temperature.

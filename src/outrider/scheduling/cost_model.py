@@ -146,6 +146,7 @@ class CostModel:
             if len(self._curves) >= KEPT_CURVES:
                 self._curves.clear()
             found = self._curves[key] = base[tokens:end] * self._correction[tokens:end] * math.exp(self._speed)
+            found.setflags(write=False)  # it is kept
         return found
 
     def draft(self, rows: int, drafts: int) -> float:

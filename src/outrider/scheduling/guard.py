@@ -8,7 +8,8 @@ other texts, is another draft like any other: paid from the ledger, and ever mor
 
 Everything that a step takes longer because there is a drafter is charged: drafting, verifying, bookkeeping, and also in
 steps without drafts, prompts included, the features that passes give and the time in which the drafter is shown what
-was committed or takes rows up again. "Plain" means a step with none of that.
+was committed or takes rows up again, and the policy's own work where it was asked and drafted nothing. "Plain" means a
+step with none of that.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
 RENEWALS = 8  # or until there are other texts: all rows have new requests, so many times over where much was lost
 SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
 LOOK = 4
+OWN_RATE = 0.05  # of the bookkeeping of plain steps that the policy was not asked about, the newest one's weight
 LOOK_ASIDE = 16  # the same while the drafter is left out: each step is to cost what a plain step costs
 
 
@@ -68,6 +70,7 @@ class GuardedPolicy:
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
+        self._own: dict[int, tuple[float, int]] = {}  # by rows: bookkeeping without the policy's work, steps seen
         self._view: StepView | None = None
         self._planned: Sequence[int] = ()
         self._kept = 0
@@ -135,7 +138,7 @@ class GuardedPolicy:
         if drafted:
             self._settle(view, cost, sum(accepted))
         else:
-            self._rest(cost)
+            self._rest(cost, self._deciding(len(view), cost))
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -178,15 +181,26 @@ class GuardedPolicy:
     def _plain(self, rows: int, context: int) -> tuple[float, float]:
         """Seconds of a plain step of so many rows, and of its bookkeeping alone; worked out anew every few steps."""
         if self._plain_rows != rows or self._plain_steps_left <= 0:
-            own = self.costs.bookkeeping(rows, drafting=False)
+            own = self._own[rows][0] if rows in self._own else self.costs.bookkeeping(rows, drafting=False)
             self._plain_seconds = self.costs.verify(rows, rows, context) + own, own
             self._plain_rows, self._plain_steps_left = rows, LOOK
         self._plain_steps_left -= 1
         return self._plain_seconds
 
-    def _rest(self, cost: StepCost) -> None:
+    def _deciding(self, rows: int, cost: StepCost) -> float:
+        """Seconds by which the policy's own work made a step without drafts longer; right after a pass each of its
+        array operations takes long. Known by the steps that it was not asked about."""
+        seconds = cost.bookkeeping - cost.follow
+        own, count = self._own.get(rows, (seconds, 0))
+        seconds = min(seconds, STALL * own)
+        if self._asked:
+            return seconds - own if count else 0.0
+        self._own[rows] = own + max(OWN_RATE, 1 / (count + 1)) * (seconds - own), count + 1
+        return 0.0
+
+    def _rest(self, cost: StepCost, deciding: float) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""
-        following = self._following(cost)
+        following = self._following(cost) + deciding
         self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping - following + self._unearned)
         self.ledger.settle(-following)
         self._unearned = 0.0

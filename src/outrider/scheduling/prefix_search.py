@@ -4,10 +4,10 @@ Survival a[b, j] is the probability that draft j of row b and all before it are 
 so the drafts in descending survival are, for each row, its drafts in order. The search walks down that list; n drafts
 into it, a step gives ``rows + a_1 + ... + a_n`` tokens in ``seconds[n]``.
 
-- ``EARLY``: Algorithm 1 as printed. The walk ends at the first draft that does not raise tokens per second. Whether
+- ``early``: Algorithm 1 as printed. The walk ends at the first draft that does not raise tokens per second. Whether
   draft j is kept depends on survivals of at least a[b, j] alone, so on nothing that its row says of later drafts, and
   the rules that sample (``rejection``, ``block``) stay lossless.
-- ``GLOBAL``: the first maximum over the whole walk. A later draft's confidence then decides on an earlier draft, which
+- ``global``: the first maximum over the whole walk. A later draft's confidence then decides on an earlier draft, which
   biases sampled text (Appendix A) and is for rows whose text does not depend on the schedule: greedy and ``coupled``.
 - A ``budget``: the best drafts, so many of them. The number must come from the past (section 5.2: an unconstrained
   search over confidences two steps old); the ranking is today's. It looks past a dip in the costs and is lossless.
@@ -96,6 +96,6 @@ def best_count(rows: float, survival: Floats, seconds: Floats, search: Search = 
     if search == "global":
         best = int(rate.argmax())
         return int((rate * RISE >= rate[best]).argmax())  # the first maximum, rounding aside
-    stops = rate[1:] <= rate[:-1] * RISE
+    stops = ~(rate[1:] > rate[:-1] * RISE)  # also where costs are NaN
     first = int(stops.argmax())
     return first if stops[first] else len(survival)

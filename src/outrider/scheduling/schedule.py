@@ -85,9 +85,9 @@ def schedule(
         keep[round.numbers[:, ROW]] = round.numbers[:, KEEP]
         return keep, round
     chances = np.empty((3, len(slots), drafts))
-    positions, rows = acceptance.corrections(drafts)
+    positions, row_shifts = acceptance.corrections(drafts)
     count = native.schedule(
-        confidence, lengths, positions, rows, seconds, spent, FORMS.index(form), past, one_each, numbers, chances, keep
+        confidence, lengths, positions, row_shifts, seconds, spent, FORMS.index(form), past, one_each, numbers, chances, keep
     )
     if count == len(slots):
         return keep, Round(numbers, chances)

@@ -32,7 +32,7 @@ class RaggedBatch:
     __slots__ = ("_arrays", "_lists", "_tensors")
 
     def __init__(self, tokens: Tensor, positions: Tensor, slots: Tensor, offsets: Tensor) -> None:
-        """See the properties of these names."""
+        """From tensors; the properties give their shapes."""
         self._tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = (tokens, positions, slots, offsets)
         self._arrays: tuple[Integers, Integers, Integers, Integers] | None = None
         self._lists: tuple[list[int], list[int], list[int], list[int]] | None = None

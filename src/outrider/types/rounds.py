@@ -68,7 +68,7 @@ class Proposal:
 @cache
 def _empty(rows: int) -> Proposal:
     with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
-        return Proposal(torch.zeros(rows, 0, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64))
+        return Proposal(*(torch.zeros(shape, dtype=torch.int64, device="cpu") for shape in ((rows, 0), (rows,))))
 
 
 class Verification:
@@ -78,7 +78,7 @@ class Verification:
     __slots__ = ("_lists", "_tensors")
 
     def __init__(self, accepted: Tensor, tokens: Tensor, lengths: Tensor) -> None:
-        """See the properties of these names."""
+        """From tensors; the properties give their shapes."""
         self._tensors: tuple[Tensor, Tensor, Tensor] | None = (accepted, tokens, lengths)
         self._lists: tuple[list[int], list[list[int]]] | None = None
 

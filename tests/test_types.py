@@ -1,0 +1,30 @@
+"""Values that pass between packages: their forms say the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from outrider.types import RaggedBatch, Verification
+
+
+@pytest.mark.parametrize("rows", [[], [[5]], [[1, 2, 3], [], [7]]])
+def test_a_batch_says_the_same_as_lists_arrays_and_tensors(rows: list[list[int]]) -> None:
+    batch = RaggedBatch.pack(rows, list(range(len(rows))), list(range(3, 3 + len(rows))))
+    again = RaggedBatch(batch.tokens, batch.positions, batch.slots, batch.offsets)
+    for one in (batch, again):
+        assert len(one) == len(one.tokens) == sum(map(len, rows))
+        assert one.lists == tuple(part.tolist() for part in one.arrays) == tuple(part.tolist() for part in one.tensors)
+    assert batch.lists == again.lists
+    assert batch.lengths.tolist() == [len(row) for row in rows]
+
+
+def test_a_verification_says_the_same_as_lists_and_tensors() -> None:
+    accepted, tokens = [0, 2], [[7, 1, 2], [1, 2, 9]]
+    made = Verification.of_lists(accepted, tokens)
+    again = Verification(made.accepted, made.tokens, made.lengths)
+    assert again.lists == (accepted, tokens)
+    assert made.lengths.tolist() == [1, 3]
+    of = Verification.of(torch.tensor(accepted), torch.tensor([[1, 2], [1, 2]]), torch.tensor([7, 9]))
+    assert of.accepted.tolist() == accepted
+    assert of.tokens[1].tolist() == tokens[1]
