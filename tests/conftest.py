@@ -14,7 +14,9 @@ from hypothesis import settings
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine it waits long
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores, whose threads would wait for each other; PARALLEL= has all threads
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # as many processes as cores, whose threads would wait for each other; PARALLEL= has all threads
     os.environ.setdefault("OUTRIDER_THREADS", "1")
 
 # Several processes share the machine's cores: no deadline per example, and the same examples on every run.

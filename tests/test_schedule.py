@@ -101,7 +101,9 @@ def test_a_confidence_that_is_no_number_spoils_nothing(core: bool, monkeypatch: 
     model.forget_row(np.arange(1))
     said = np.array([[np.nan, 0.9]], dtype=np.float32)
     seconds = np.array([1.0, 1.1, 1.2])
-    _, round = schedule(said, np.array([2]), np.arange(1), 2, model, seconds, 0.0, "global", None, drafts=2, one_each=True)
+    _, round = schedule(
+        said, np.array([2]), np.arange(1), 2, model, seconds, 0.0, "global", None, drafts=2, one_each=True
+    )
     assert round.chances[1, 0, 0] < 0.001
     logits, adjusted, _ = round.chances
     model.update(logits, adjusted, np.array([0]), np.array([2]), np.array([1]))

@@ -87,7 +87,18 @@ def schedule(
     chances = np.empty((3, len(slots), drafts))
     positions, row_shifts = acceptance.corrections(drafts)
     count = native.schedule(
-        confidence, lengths, positions, row_shifts, seconds, spent, FORMS.index(form), past, one_each, numbers, chances, keep
+        confidence,
+        lengths,
+        positions,
+        row_shifts,
+        seconds,
+        spent,
+        FORMS.index(form),
+        past,
+        one_each,
+        numbers,
+        chances,
+        keep,
     )
     if count == len(slots):
         return keep, Round(numbers, chances)
