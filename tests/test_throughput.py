@@ -209,7 +209,7 @@ def test_following_is_charged(costs: Costs, rows: int, answer: int, fixed: bool)
 
 
 class TriesNowAndThen(FixedPolicy):
-    """Drafts in every eighth step, where it breaks even; what deciding costs is on top of every step it is asked for."""
+    """Drafts in every eighth step, where it breaks even; deciding costs something in every step it is asked for."""
 
     asked = False
     steps = 0

@@ -68,7 +68,9 @@ class Proposal:
 @cache
 def _empty(rows: int) -> Proposal:
     with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
-        return Proposal(*(torch.zeros(shape, dtype=torch.int64, device="cpu") for shape in ((rows, 0), (rows,))))
+        return Proposal(
+            torch.zeros(rows, 0, dtype=torch.int64, device="cpu"), torch.zeros(rows, dtype=torch.int64, device="cpu")
+        )
 
 
 class Verification:
