@@ -491,3 +491,16 @@ def test_positions_beyond_a_limit_are_as_likely_as_those_before_it() -> None:
     assert history.of(one, 1, 0)[0, 0] == pytest.approx([0.9, 0.81, 0.81 * 0.45, 0.81 * 0.45**2], rel=0.03)
     history.add(one, good, np.cumprod(good, 1), np.array([2]), np.array([3]))  # the drafter had no more to say
     assert history.of(one, 1, 1)[0, 0, 2:] == pytest.approx([0.0, 0.0])
+
+
+def test_confidences_of_any_layout() -> None:
+    """Drafters from elsewhere may give slices, float64 and int32: the same decisions as with what the core reads."""
+    given = torch.rand(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[:, ::2]
+    kept = [
+        ThroughputPolicy(ThroughputConfig(draft_tokens=3), CostModel()).choose(confidence, lengths).tolist()
+        for confidence, lengths in [
+            (given, torch.tensor([3, 2], dtype=torch.int32)),
+            (given.float().contiguous(), torch.tensor([3, 2])),
+        ]
+    ]
+    assert kept[0] == kept[1]

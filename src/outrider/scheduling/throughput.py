@@ -320,7 +320,7 @@ class ThroughputPolicy:
     # ------------------------------------------------------------------------------------------ once drafted
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        batch, most = len(lengths), lengths.long().contiguous().numpy()
+        batch, most = len(lengths), np.ascontiguousarray(lengths.numpy(), np.int64)
         if not batch:
             return lengths
         now = self._step
@@ -332,7 +332,7 @@ class ThroughputPolicy:
         rows = int(np.count_nonzero(most[: now.ready]))
         if not rows:
             return torch.zeros(batch, dtype=torch.int64)
-        said = None if confidence is None else confidence.float().contiguous().numpy()
+        said = None if confidence is None else np.ascontiguousarray(confidence.numpy(), np.float32)
         drafts = int(most.max()) if said is None else said.shape[1]
         # T_draft by what was planned: how long a draft became is known only once its tokens are.
         spent = self.costs.draft(rows, now.longest) + self.costs.bookkeeping(now.ready, drafting=True)
