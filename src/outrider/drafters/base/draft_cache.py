@@ -141,8 +141,7 @@ class DraftCache:
                 continue  # nothing new, or behind a hole that is still to be filled
             self._truncate(row, start)
             row.tokens += tokens[begin:end]
-            own = features if end - begin == len(tokens) else features[begin:end]
-            row.features.append(own.clone())  # the target may use its buffer again
+            row.features.append(features[begin:end].clone())  # the target may use its buffer again
             if len(row.tokens) >= BACKLOG:
                 full.append(slot)
         return full
