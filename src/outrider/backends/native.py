@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -228,9 +229,9 @@ class NativeStack:
         """See ``outrider.types.Stack``. Raises InvalidRequest, and CacheFull past a slot's capacity."""
         count = len(batch)
         rows = count if logits_at is None else len(logits_at)
-        last = torch.empty(rows, self._width)
-        logits = torch.empty(rows, self._vocabulary) if self._vocabulary else None
-        features = torch.empty(count, len(aux_layers) * self._width) if aux_layers else None
+        last = np.empty((rows, self._width), np.float32)
+        logits = np.empty((rows, self._vocabulary), np.float32) if self._vocabulary else None
+        features = np.empty((count, len(aux_layers) * self._width), np.float32) if aux_layers else None
         try:
             arguments = (
                 cache.core,
@@ -240,9 +241,9 @@ class NativeStack:
                 None if hidden is None else hidden.detach().float().numpy(),
                 None if residual is None else residual.detach().float().numpy(),
                 None if logits_at is None else logits_at.numpy(),
-                last.numpy(),
-                None if logits is None else logits.numpy(),
-                None if features is None else features.numpy(),
+                last,
+                logits,
+                features,
             )
             _with_room(self.core.forward, arguments, cache, batch)
         except (TypeError, ValueError, IndexError) as error:

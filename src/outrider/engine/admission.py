@@ -94,6 +94,7 @@ class Admission:
         self.waiting = Queue()
         self.running: list[Request] = []
         self._refused: Request | None = None  # there was no memory for it, and none was given back since
+        self._latest: Rows | None = None  # of the step before
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -111,10 +112,15 @@ class Admission:
             self.running.append(request)
 
     def next(self) -> Rows:
+        """The rows of the next step."""
+        self._latest = Rows(*self._shares(), self._latest)
+        return self._latest
+
+    def _shares(self) -> tuple[list[Request], list[int]]:
         """Share out the step's prompt tokens, the smallest priority first; rows that decode always take part."""
         reading = [request for request in self.running if request.pending > 1]
         if not reading:
-            return Rows(self.running.copy(), [request.pending for request in self.running])
+            return self.running.copy(), [request.pending for request in self.running]
         budget = self.chunk if len(reading) == len(self.running) else self.beside
         chunks = {}
         for request in sorted(reading, key=lambda request: request.params.priority):
@@ -122,7 +128,7 @@ class Admission:
             budget -= chunks[request.number]
         shares = [(request, chunks.get(request.number, 1)) for request in self.running]
         shares = [(request, chunk) for request, chunk in shares if chunk]
-        return Rows([request for request, _ in shares], [chunk for _, chunk in shares])
+        return [request for request, _ in shares], [chunk for _, chunk in shares]
 
     def freed(self) -> None:
         """Memory was given back."""

@@ -171,7 +171,7 @@ class Drafting:
     def propose(self, rows: Rows, planned: Sequence[int], capacity: int) -> tuple[Proposal, float]:
         """Drafts for the rows that are followed and past their prompt, and the seconds they took; none where the policy
         or their budgets say so."""
-        limits = rows.limits(planned, self.block, capacity) if planned else []
+        limits = rows.limits(planned, self.block, capacity) if any(planned) else []
         if not any(limits):
             return rows.pad(Proposal.empty(rows.drafting)), self._seconds
         began = perf_counter()

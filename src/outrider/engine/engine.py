@@ -230,7 +230,7 @@ class Engine:
         tokens: list[list[int]] = []
         if rows.complete:
             try:
-                distributions = process(output.logits, rows.context, run.rows, run.depth, drafted=proposal.tokens)
+                distributions = process(output.scores, rows.context, run.rows, run.depth, drafted=proposal.tokens)
                 result = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])

@@ -43,7 +43,7 @@ class Finisher:
         assert self.tokenizer is not None or not self.stop, "stop strings need a tokenizer"
         if self.tokenizer is not None:
             self._detokenizer = Detokenizer(self.tokenizer, self.prompt_tail)
-            self._matcher = StopMatcher(self.stop)
+            self._matcher = StopMatcher(self.stop) if self.stop else None
 
     def fresh(self) -> Finisher:
         """The same before its first token: what an interrupted step replays the committed tokens into."""
@@ -54,20 +54,28 @@ class Finisher:
         """The next tokens of the sequence: ``accepted`` drafts, then the bonus token; at most ``budget`` are text."""
         pieces: list[Piece] = []
         reason = None
+        grammar, detokenizer, matcher = self.grammar, self._detokenizer, self._matcher
         for i, token in enumerate(tokens[: min(accepted + 1, budget)]):
-            if self.grammar is not None and not self.grammar.consume(token):
+            if grammar is not None and not grammar.consume(token):
                 reason = "error"
                 break
-            text = self._text(token)
-            if token in self.stop_ids or self._stopped or (self.grammar is not None and self.grammar.ended):
+            text = ""
+            if token in self.stop_ids:
                 reason = "stop"
-            elif i + 1 == budget:
+            elif detokenizer is not None:
+                text = detokenizer.push(token)
+                if matcher is not None:
+                    text = matcher.push(text)
+                    if matcher.stopped:
+                        reason = "stop"
+            if grammar is not None and grammar.ended:
+                reason = "stop"
+            elif reason is None and i + 1 == budget:
                 reason = "length"
             if reason is not None:
-                text += self._flush()
-            pieces.append(Piece(token, text, drafted=i < accepted))
-            if reason is not None:
+                pieces.append(Piece(token, text + self._flush(), i < accepted))
                 break
+            pieces.append(Piece(token, text, i < accepted))
         return End(list(tokens[: len(pieces)]), min(accepted, len(pieces)), tuple(pieces), reason)
 
     @property
@@ -81,19 +89,13 @@ class Finisher:
         """The stop string that ended the text."""
         return None if self._matcher is None else self._matcher.matched
 
-    @property
-    def _stopped(self) -> bool:
-        return self._matcher is not None and self._matcher.stopped
-
-    def _text(self, token: int) -> str:
-        """Text that a token makes certain; a stop id has none."""
-        if self._detokenizer is None or self._matcher is None or token in self.stop_ids:
-            return ""
-        return self._matcher.push(self._detokenizer.push(token))
-
     def _flush(self) -> str:
         """Text that was held back, once the sequence has ended."""
-        if self._detokenizer is None or self._matcher is None or self._matcher.stopped:
+        matcher = self._matcher
+        if self._detokenizer is None or (matcher is not None and matcher.stopped):
             return ""
-        rest = self._matcher.push(self._detokenizer.flush())
-        return rest if self._matcher.stopped else rest + self._matcher.flush()
+        rest = self._detokenizer.flush()
+        if matcher is None:
+            return rest
+        rest = matcher.push(rest)
+        return rest if matcher.stopped else rest + matcher.flush()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from outrider.config import SamplingParams
 from outrider.engine.finisher import Finisher
@@ -53,8 +54,7 @@ class Request:
         return self.params.max_tokens - (len(self.history) - self.prompt_length)
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(NamedTuple):
     """New tokens of one request, ready to be applied: accepted drafts, then the bonus token unless the text ended.
 
     Applying it twice is the same as applying it once, so a step that was interrupted while it committed is completed
@@ -98,22 +98,14 @@ class Commit:
         pieces = end.pieces
         if logprobs:
             pieces = tuple(
-                replace(piece, logprobs=one, draft=drafts[i] if i < len(drafts) else None)
+                piece._replace(logprobs=one, draft=drafts[i] if i < len(drafts) else None)
                 for i, (piece, one) in enumerate(zip(pieces, logprobs, strict=False))
             )
         failed = end.reason == "error"
         event = Event(request.index, pieces, None if failed else end.reason)
-        return Commit(
-            request,
-            start=len(request.history),
-            tokens=end.tokens,
-            accepted=end.accepted,
-            round=request.round + 1,
-            stats=stats,
-            event=event,
-            event_index=len(request.events),
-            error=InvalidRequest(request.finisher.failure) if failed else None,
-        )
+        error = InvalidRequest(request.finisher.failure) if failed else None
+        start, index = len(request.history), len(request.events)
+        return Commit(request, start, end.tokens, end.accepted, request.round + 1, stats, event, index, error)
 
     def apply(self) -> None:
         request = self.request

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from outrider.config import Rule
 from outrider.engine.request import Request
+from outrider.sampling.grammar import GrammarMatcher
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, Proposal, RaggedBatch, StepView
 
@@ -27,6 +29,29 @@ class Candidates:
     depth: Tensor  # int64 [R]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """What stays as long as the same requests get tokens."""
+
+    requests: list[Request]
+    grammars: list[GrammarMatcher | None]
+    context: Context
+    seeds: list[int]
+    rules: list[Rule]
+
+    @staticmethod
+    def of(requests: list[Request]) -> _Sampled:
+        grammars = [r.finisher.grammar for r in requests]
+        context = Context(
+            [r.params for r in requests],
+            [r.history for r in requests],
+            [r.prompt_length for r in requests],
+            [() if grammar is None else (grammar,) for grammar in grammars] if any(grammars) else None,
+        )
+        rules = [r.params.effective_rule for r in requests]
+        return _Sampled(requests, grammars, context, [r.seed for r in requests], rules)
+
+
 def as_tensor(numbers: Sequence[int]) -> Tensor:
     """int64 [n], by numpy: it reads a short list several times faster than torch."""
     return torch.from_numpy(np.array(numbers, np.int64))
@@ -36,7 +61,8 @@ class Rows:
     """The requests of one step, in order: ready to go on (those that the drafter follows first), then finishing their
     prompt, then in its middle."""
 
-    def __init__(self, requests: list[Request], chunks: list[int]) -> None:
+    def __init__(self, requests: list[Request], chunks: list[int], before: Rows | None = None) -> None:
+        """``before``: the rows of an earlier step. Where the same requests take part, what stays is taken from it."""
         self.ready = self.complete = len(requests)
         if not all([r.pending == 1 and r.round > 0 for r in requests]):
             stages = [
@@ -53,17 +79,12 @@ class Rows:
             order = sorted(range(len(requests)), key=lambda i: not followed[i])
             requests, chunks = [requests[i] for i in order], [chunks[i] for i in order]
         self.requests, self.chunks = requests, chunks
-        verified = self.requests if self.complete == len(requests) else self.requests[: self.complete]
-        self.grammars = [r.finisher.grammar for r in verified]
-        self.context = Context(
-            [r.params for r in verified],
-            [r.history for r in verified],
-            [r.prompt_length for r in verified],
-            [() if g is None else (g,) for g in self.grammars] if any(self.grammars) else None,
-        )
-        self.rng = RowRng(
-            [r.seed for r in verified], [r.round for r in verified], [r.params.effective_rule for r in verified]
-        )
+        verified = requests if self.complete == len(requests) else requests[: self.complete]
+        same = before is not None and before._sampled.requests == verified
+        sampled = before._sampled if before is not None and same else _Sampled.of(verified)
+        self._sampled: _Sampled = sampled
+        self.grammars, self.context = sampled.grammars, sampled.context
+        self.rng = RowRng(sampled.seeds, [r.round for r in verified], sampled.rules)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -134,6 +155,11 @@ class Rows:
 
     def candidates(self, proposal: Proposal, keep: list[int]) -> Candidates:
         """What the target runs: each row's next chunk, then the drafts to check; and where logits are wanted."""
+        slots = [request.slot for request in self.requests]
+        if self.ready == len(slots) and not any(keep):  # plain decoding
+            count = len(slots)
+            last, ends = [r.history[-1] for r in self.requests], [len(r.history) - 1 for r in self.requests]
+            return Candidates(RaggedBatch.of_lists(last, ends, slots, list(range(count + 1))), *_one_a_row(count))
         drafted = proposal.tokens.tolist()
         tokens: list[int] = []
         positions: list[int] = []
@@ -152,10 +178,7 @@ class Rows:
                 tokens += drafted[b][: n - 1]
             positions += range(start, start + len(tokens) - offsets[-1])
             offsets.append(len(tokens))
-        slots = [request.slot for request in self.requests]
         batch = RaggedBatch.of_lists(tokens, positions, slots, offsets)
-        if len(tokens) == len(rows) and len(rows) == len(slots):  # plain decoding
-            return Candidates(batch, *_one_a_row(len(rows)))
         return Candidates(batch, as_tensor(wanted), as_tensor(rows), as_tensor(depth))
 
 

@@ -189,8 +189,9 @@ class DecoderTarget:
         """One pass; see ``outrider.types.TargetModel``. Raises InvalidRequest for a layer there is not."""
         check_aux_layers(aux_layers, self.spec.num_layers)
         output = self.stack.forward(batch, cache, aux_layers=aux_layers, logits_at=logits_at)
-        assert output.logits is not None
-        return TargetOutput(output.logits, output.features, output.hidden)
+        hidden, logits, features = output.parts
+        assert logits is not None
+        return TargetOutput(logits, features, hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., D], as the first layer sees it."""

@@ -404,7 +404,7 @@ class _LeaksThroughPadding(ToyTarget):
             if length < max(lengths):
                 neighbour = int(batch.tokens[ends[b - 1] - 1])
                 logits[ends[b] - 1] += self.table[(neighbour,) * (self.table.ndim - 1)]
-        return replace(output, logits=logits if logits_at is None else logits[logits_at])
+        return TargetOutput(logits if logits_at is None else logits[logits_at], output.features, output.hidden)
 
 
 def _find_leak() -> tuple[bool, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from outrider.errors import RowsFailed
 from outrider.sampling.rng import gumbel_argmax
 from outrider.sampling.truncation import Limits, limited
+from outrider.types import Values
 
 __all__ = ["Categorical", "Processed", "ProcessedLogits", "argmax", "check_rows", "settled"]
 
@@ -33,37 +34,38 @@ class Categorical:
     sample. Tensors are kept, not copied: their owner must not write to them while the distribution is in use.
     """
 
-    __slots__ = ("_logits", "_probabilities", "ids", "tokens", "vocab_size")
+    __slots__ = ("_logits", "_probabilities", "_tokens", "ids", "vocab_size")
 
     def __init__(
         self,
         vocab_size: int,
         *,
-        logits: Tensor | None = None,
+        logits: Values | None = None,
         probabilities: Tensor | None = None,
         ids: Tensor | None = None,
-        tokens: Tensor | None = None,
+        tokens: Tensor | list[int] | None = None,
     ) -> None:
         """Give ``tokens`` int64 [R], or else ``logits`` or ``probabilities`` [R, S]; S = V unless ``ids`` int64 [R, S]
         name the columns: ascending in each row, distinct, V (with no mass) where a row has fewer."""
         self.vocab_size = vocab_size
-        self.tokens = tokens
+        self._tokens = tokens
         self.ids = ids
         self._logits = logits
         self._probabilities = probabilities
 
     @staticmethod
-    def greedy(tokens: Tensor, vocab_size: int) -> Categorical:
+    def greedy(tokens: Tensor | list[int], vocab_size: int) -> Categorical:
         """All mass on ``tokens[r]``."""
         return Categorical(vocab_size, tokens=tokens)
 
     @staticmethod
-    def of(logits: Tensor) -> Categorical:
+    def of(logits: Values) -> Categorical:
         """softmax(logits), [R, V]."""
         return Categorical(logits.shape[1], logits=logits)
 
     def __len__(self) -> int:
-        return len(self._columns if self.tokens is None else self.tokens)
+        columns = self._probabilities if self._logits is None else self._logits
+        return len(self._tokens if columns is None else columns)  # type: ignore[arg-type]
 
     @property
     def core_form(self) -> CoreForm | None:
@@ -73,17 +75,31 @@ class Categorical:
     @property
     def is_greedy(self) -> bool:
         """Every row is certain (a batch that mixes greedy and sampled rows is not)."""
-        return self.tokens is not None
+        return self._tokens is not None
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """int64 [R]: each row's certain token; None where rows are distributions."""
+        if isinstance(self._tokens, list):
+            self._tokens = torch.tensor(self._tokens)
+        return self._tokens
+
+    @property
+    def certain(self) -> list[int]:
+        """The same as a list; not of distributions."""
+        assert self._tokens is not None
+        return self._tokens if isinstance(self._tokens, list) else self._tokens.tolist()
 
     @property
     def _columns(self) -> Tensor:
-        columns = self._probabilities if self._logits is None else self._logits
-        assert columns is not None
-        return columns
+        if self._logits is None:
+            assert self._probabilities is not None
+            return self._probabilities
+        return self.logits
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32 if self.tokens is not None else self._columns.dtype
+        return torch.float32 if self.is_greedy else self._columns.dtype
 
     @property
     def probabilities(self) -> Tensor:
@@ -97,6 +113,8 @@ class Categorical:
         """[R, S], by column, up to a constant per row; not of certain tokens."""
         if self._logits is None:
             self._logits = self._columns.log()
+        elif isinstance(self._logits, np.ndarray):
+            self._logits = torch.from_numpy(self._logits)
         return self._logits
 
     def at(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -141,7 +159,10 @@ class Categorical:
 
     def argmax(self) -> Tensor:
         """int64 [R]: the likeliest token, the lowest id on ties."""
-        return self.tokens if self.tokens is not None else self._token_of(argmax(self._columns))
+        if self.tokens is not None:
+            return self.tokens
+        found = argmax(self._columns)
+        return self._token_of(torch.tensor(found) if isinstance(found, list) else found)
 
     def draw(self, keys: Tensor) -> Tensor:
         """One token a row by Gumbel-max: the same token from the same key whatever the form. int64 [R] -> [R]."""
@@ -162,7 +183,8 @@ class Categorical:
 
     def take(self, rows: Tensor) -> Categorical:
         """These rows, in this order. int64 [n]."""
-        taken = (x if x is None else x[rows] for x in (self._logits, self._probabilities, self.ids, self.tokens))
+        own = None if self._logits is None else self.logits
+        taken = (x if x is None else x[rows] for x in (own, self._probabilities, self.ids, self.tokens))
         logits, probabilities, ids, tokens = taken
         return Categorical(self.vocab_size, logits=logits, probabilities=probabilities, ids=ids, tokens=tokens)
 
@@ -173,10 +195,10 @@ class Categorical:
         if len(distributions) == 1:
             return distributions[0]
         size = distributions[0].vocab_size
-        if all(distribution.tokens is not None for distribution in distributions):
+        if all(distribution.is_greedy for distribution in distributions):
             return Categorical.greedy(torch.cat([distribution.argmax() for distribution in distributions]), size)
-        dtype = next(distribution.dtype for distribution in distributions if distribution.tokens is None)
-        if any(distribution.tokens is None and distribution.ids is None for distribution in distributions):
+        dtype = next(distribution.dtype for distribution in distributions if not distribution.is_greedy)
+        if any(not distribution.is_greedy and distribution.ids is None for distribution in distributions):
             return Categorical.of(torch.cat([distribution._spread().to(dtype) for distribution in distributions]))
         sparse = [distribution._as_sparse(dtype) for distribution in distributions]
         width = max(ids.shape[1] for ids, _ in sparse)
@@ -219,8 +241,13 @@ class ProcessedLogits:
     computes all rows once, as a ``Categorical``.
     """
 
-    logits: Tensor  # [R, V]
+    scores: Values  # [R, V]
     limits: Limits
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[R, V]"""
+        return torch.from_numpy(self.scores) if isinstance(self.scores, np.ndarray) else self.scores
 
     @cached_property
     def distribution(self) -> Categorical:
@@ -229,19 +256,19 @@ class ProcessedLogits:
 
     @property
     def vocab_size(self) -> int:
-        return self.logits.shape[1]
+        return self.scores.shape[1]
 
     @property
     def core_form(self) -> CoreForm | None:
         """What the compiled core reads, None where it is not float32 logits on a CPU: rows that were drawn from are
         truncated already, and are not truncated again."""
         computed: Categorical | None = self.__dict__.get("distribution")
-        return _core_form(self.logits, None, self.limits) if computed is None else computed.core_form
+        return _core_form(self.scores, None, self.limits) if computed is None else computed.core_form
 
     is_greedy = False
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(self.scores)
 
     def take(self, rows: Tensor) -> ProcessedLogits:
         """These rows, in this order. int64 [n]."""
@@ -272,10 +299,13 @@ def settled(distribution: Processed) -> Categorical:
     return distribution.distribution if isinstance(distribution, ProcessedLogits) else distribution
 
 
-def _core_form(logits: Tensor | None, ids: Tensor | None, limits: Limits | None) -> CoreForm | None:
-    if logits is None or logits.dtype != torch.float32 or logits.device.type != "cpu":
+def _core_form(logits: Values | None, ids: Tensor | None, limits: Limits | None) -> CoreForm | None:
+    if isinstance(logits, np.ndarray):
+        values = logits
+    elif logits is None or logits.dtype != torch.float32 or logits.device.type != "cpu":
         return None
-    values = logits.contiguous().numpy()
+    else:
+        values = logits.contiguous().numpy()
     names = None if ids is None else ids.numpy()
     if limits is None:
         return values, names, None, None, None, None
@@ -283,21 +313,23 @@ def _core_form(logits: Tensor | None, ids: Tensor | None, limits: Limits | None)
     return values, names, temperatures, limits.top_k, limits.top_p, limits.min_p
 
 
-def argmax(scores: Tensor) -> Tensor:
-    """int64 [R]: the first of the largest of each row. numpy's is several times faster than torch's on a CPU.
+def argmax(scores: Values) -> Tensor | list[int]:
+    """The first of the largest of each row: R numbers, or int64 [R] where the scores are on another device.
 
-    Raises RowsFailed where the largest is no number: both libraries take NaN for the largest.
+    numpy's is several times faster than torch's on a CPU. Raises RowsFailed where the largest is no number: both
+    libraries take NaN for the largest.
     """
-    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        values = scores.numpy()
-        found = values.argmax(1)
-        bad = [r for r, column in enumerate(found.tolist()) if not isfinite(values.item(r, column))]
-        if bad:
-            raise RowsFailed(bad)
-        return torch.from_numpy(found)
-    found_there = scores.argmax(1)
-    check_rows(scores.gather(1, found_there[:, None]))
-    return found_there
+    if isinstance(scores, Tensor):
+        if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+            found_there = scores.argmax(1)
+            check_rows(scores.gather(1, found_there[:, None]))
+            return found_there
+        scores = scores.numpy()
+    found: list[int] = scores.argmax(1).tolist()
+    bad = [r for r, column in enumerate(found) if not isfinite(scores.item(r, column))]
+    if bad:
+        raise RowsFailed(bad)
+    return found
 
 
 def check_rows(logits: Tensor) -> None:

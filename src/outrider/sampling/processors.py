@@ -32,7 +32,7 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.sampling.distribution import Categorical, Processed, ProcessedLogits, argmax
 from outrider.sampling.truncation import Limits
-from outrider.types import Context, Processor, RequestRows
+from outrider.types import Context, Processor, RequestRows, Values
 
 __all__ = ["LogitBias", "OccurrencePenalty", "RepetitionPenalty", "process", "processors_of"]
 
@@ -124,7 +124,7 @@ def processors_of(params: SamplingParams) -> tuple[Processor, ...]:
 
 
 def process(
-    logits: Tensor,
+    logits: Values,
     context: Context,
     rows: Tensor | None = None,
     depth: Tensor | None = None,
@@ -133,24 +133,23 @@ def process(
 ) -> Processed:
     """R distributions of the next token, as each row's request asks.
 
-    logits [R, V], any float dtype, never written to; rows int64 [R]: the request of ``context`` each row belongs to
-    (None: row r to request r); depth int64 [R], drafted int64 [B, K]: row r follows the first ``depth[r]`` drafted
-    tokens of its request, which count for its penalties like its history (None: it follows the history alone).
+    logits [R, V], a tensor of any float dtype or a float32 array, never written to; rows int64 [R]: the request of
+    ``context`` each row belongs to (None: row r to request r); depth int64 [R], drafted int64 [B, K]: row r follows the
+    first ``depth[r]`` drafted tokens of its request, which count for its penalties like its history (None: it follows
+    the history alone).
     Raises InvalidRequest for a logit bias on a token that the vocabulary does not have, RowsFailed for greedy rows
     without a largest logit.
     """
     params, size = context.params, logits.shape[1]
-    greedy = not any(p.temperature for p in params)
-    changed = context.stepwise or any(p.logit_bias for p in params)
-    if greedy and not changed:
+    if context.greedy and not context.changed:
         return Categorical.greedy(argmax(logits), size)
-    if logits.dtype not in (torch.float32, torch.float64):
+    if isinstance(logits, Tensor) and logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    if changed:
-        logits = _changed(logits, context, None if rows is None else rows.cpu().numpy(), depth, drafted)
-        if greedy:
+    if context.changed:
+        logits = _changed(_tensor(logits), context, None if rows is None else rows.cpu().numpy(), depth, drafted)
+        if context.greedy:
             return Categorical.greedy(argmax(logits), size)
-    if all(p.temperature == 1 and p.top_p >= 1 and not (p.top_k or p.min_p) for p in params):
+    if context.unlimited:
         return Categorical.of(logits)
     # A greedy row among sampled ones is a row with top_k = 1: ties go to the lowest id there too.
     k = [1 if p.temperature == 0 else min(p.top_k or size, size) for p in params]
@@ -161,7 +160,7 @@ def process(
     mine = slice(None) if rows is None else rows.cpu().numpy()
     temperatures = np.array(temperature)[mine] if any(t != 1 for t in temperature) else None
     if temperatures is not None and temperatures.min() < _COLD:
-        logits, temperatures = _divided(logits, temperatures), None
+        logits, temperatures = _divided(_tensor(logits), temperatures), None
     limits = Limits(
         temperatures,
         np.array(k)[mine] if truncated else None,
@@ -169,6 +168,10 @@ def process(
         np.array([p.min_p for p in params])[mine] if truncated else None,
     )
     return ProcessedLogits(logits, limits)
+
+
+def _tensor(logits: Values) -> Tensor:
+    return torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits
 
 
 def _changed(

@@ -115,7 +115,9 @@ def verify(target: Processed, proposal: Proposal, keep: Tensor, context: Context
     """
     target = settled(target)
     if target.is_greedy:
-        return _verify_greedy(target.argmax().tolist(), proposal.tokens.tolist(), keep.tolist())
+        if not proposal.tokens.shape[1]:  # plain decoding
+            return Verification.of_lists([0] * len(target), [[token] for token in target.certain])
+        return _verify_greedy(target.certain, proposal.tokens.tolist(), keep.tolist())
     whole = DraftRound.of(target, proposal, keep)
     rules = [
         p.effective_rule if p.temperature else "coupled" for p in context.params

@@ -64,6 +64,8 @@ class Tokenizer:
         self._fast.no_padding()
         self._templates: dict[str, ChatTemplate] = {}
         self._token_bytes: dict[int, bytes] = {}
+        self.whole_texts: dict[int, str] = {}
+        """Text of the tokens met so far that are whole characters, whatever comes before them."""
 
     # ------------------------------------------------------------------------------------------ text and tokens
 
@@ -320,16 +322,21 @@ class Detokenizer:
             at = self._incomplete_end(tail)
             tail, self._pending = tail[:at], tail[at:]
             self._unshown = len(self._pending)
+        self._whole = self._utf8 is not None and not self._unshown  # no incomplete character waits
         self._context = tail  # tokens whose text is known, at most 2 * _CONTEXT
         self._open: list[int] = []  # tokens whose text is not certain yet
         self._context_text = self._decode(tail)
 
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
+        if self._whole:
+            known = self._tokenizer.whole_texts.get(token_id)
+            if known is not None:
+                return known
         if token_id in self._special:
             return ""
         if self._utf8 is not None:
-            return self._show(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+            return self._push_bytes(self._utf8, token_id)
         if token_id in self._byte_of:
             self._pending.append(token_id)
             return self._show(self._release_bytes(final=False))
@@ -340,6 +347,16 @@ class Detokenizer:
         if self._utf8 is not None:
             return self._show(self._utf8.decode(b"", final=True))
         return self._show(self._release_bytes(final=True) + self._release_open())
+
+    # ------------------------------------------------------------------------------------------ byte level
+
+    def _push_bytes(self, utf8: codecs.IncrementalDecoder, token_id: int) -> str:
+        whole = self._whole
+        text = self._show(utf8.decode(self._tokenizer.token_bytes(token_id)))
+        self._whole = not (utf8.getstate()[0] or self._unshown)
+        if whole and self._whole:
+            self._tokenizer.whole_texts[token_id] = text
+        return text
 
     # ------------------------------------------------------------------------------------------ byte tokens
 

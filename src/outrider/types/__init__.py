@@ -18,7 +18,7 @@ from outrider.types.fused_drafting import (
     InTurnDrafter,
     MarkovParts,
 )
-from outrider.types.passes import Mask, RaggedBatch, StackOutput, TargetOutput
+from outrider.types.passes import Mask, RaggedBatch, StackOutput, TargetOutput, Values
 from outrider.types.results import DraftReport, Event, Output, Piece, RequestStats, TokenLogprobs
 from outrider.types.roles import Drafter, Forgets, ReadsHidden, ResetsRows, TargetModel, TargetSpec
 from outrider.types.rounds import Context, Distribution, Processor, Proposal, RequestRows, Rng, Verification
@@ -72,5 +72,6 @@ __all__ = [
     "TargetSpec",
     "TiedHead",
     "TokenLogprobs",
+    "Values",
     "Verification",
 ]

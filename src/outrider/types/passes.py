@@ -6,7 +6,6 @@ Shapes: the legend of ``outrider.types``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,12 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Mask", "RaggedBatch", "StackOutput", "TargetOutput"]
+__all__ = ["Mask", "RaggedBatch", "StackOutput", "TargetOutput", "Values"]
 
 Mask = Literal["causal", "block"]
 """Who a new token attends to beside the cached ones: new tokens up to itself, or all new tokens of its row."""
 
 Integers = npt.NDArray[np.int64]
+Values = Tensor | npt.NDArray[np.float32]
 
 
 class RaggedBatch:
@@ -114,19 +114,74 @@ class RaggedBatch:
         return len(self.tensors[0] if self._lists is None else self._lists[0])
 
 
-@dataclass(frozen=True, slots=True)
-class TargetOutput:
-    """What one target pass gives."""
-
-    logits: Tensor  # float [R, V]          of the packed tokens asked for (``logits_at``; all T of them by default)
-    features: Tensor | None  # [T, F]       raw residual after each auxiliary layer, before the final norm
-    hidden: Tensor | None = None  # [R, D]  what ``unembed`` made the logits of, where the target can tell
-
-
-@dataclass(frozen=True, slots=True)
 class StackOutput:
-    """What one pass through a layer stack gives."""
+    """What one pass through a layer stack gives, as tensors, or as arrays that become tensors when they are asked for:
+    right after a pass, when PyTorch's code is in no cache, its simplest call takes tens of microseconds."""
 
-    hidden: Tensor  # [R, D]               after the final norm, at ``logits_at``
-    logits: Tensor | None  # float [R, V]  None where the stack has no head
-    features: Tensor | None  # [T, F]
+    __slots__ = ("_features", "_hidden", "_logits")
+
+    def __init__(self, hidden: Values, logits: Values | None, features: Values | None) -> None:
+        self._hidden, self._logits, self._features = hidden, logits, features
+
+    @property
+    def hidden(self) -> Tensor:
+        """float [R, D]: after the final norm, at ``logits_at``."""
+        self._hidden = _tensor(self._hidden)
+        return self._hidden
+
+    @property
+    def logits(self) -> Tensor | None:
+        """float [R, V]; None where the stack has no head."""
+        if self._logits is not None:
+            self._logits = _tensor(self._logits)
+        return self._logits
+
+    @property
+    def features(self) -> Tensor | None:
+        """float [T, F]: raw residual after each auxiliary layer, before the final norm."""
+        if self._features is not None:
+            self._features = _tensor(self._features)
+        return self._features
+
+    @property
+    def parts(self) -> tuple[Values, Values | None, Values | None]:
+        """Hidden states, logits and features as they are."""
+        return self._hidden, self._logits, self._features
+
+
+class TargetOutput:
+    """What one target pass gives, as tensors, or as arrays as in ``StackOutput``."""
+
+    __slots__ = ("_features", "_hidden", "_logits")
+
+    def __init__(self, logits: Values, features: Values | None, hidden: Values | None = None) -> None:
+        self._logits, self._features, self._hidden = logits, features, hidden
+
+    @property
+    def scores(self) -> Values:
+        """The logits as they are."""
+        return self._logits
+
+    @property
+    def logits(self) -> Tensor:
+        """float [R, V]: of the packed tokens asked for (``logits_at``; all T of them by default)."""
+        self._logits = _tensor(self._logits)
+        return self._logits
+
+    @property
+    def features(self) -> Tensor | None:
+        """float [T, F]: raw residual after each auxiliary layer, before the final norm."""
+        if self._features is not None:
+            self._features = _tensor(self._features)
+        return self._features
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """float [R, D]: what ``unembed`` made the logits of, where the target can tell."""
+        if self._hidden is not None:
+            self._hidden = _tensor(self._hidden)
+        return self._hidden
+
+
+def _tensor(values: Values) -> Tensor:
+    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values

@@ -6,6 +6,7 @@ Shapes: the legend of ``outrider.types``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 __all__ = ["DraftReport", "Event", "Output", "Piece", "RequestStats", "TokenLogprobs"]
 
@@ -49,8 +50,7 @@ class DraftReport:
     confidence: float | None  # that it would be accepted; None: the drafter reports none
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Text of one committed token (may be empty while a character is incomplete)."""
 
     token_id: int
@@ -60,8 +60,7 @@ class Piece:
     draft: DraftReport | None = None  # of an accepted draft, where the request asked for log-probabilities
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """New text of one request."""
 
     request: int  # index of the prompt

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Protocol
 
 import numpy as np
@@ -129,19 +129,37 @@ class Verification:
         return self.tensors[2]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Context:
-    """What sampling depends on besides logits: each row's request and its committed tokens."""
+    """What sampling depends on besides logits: each row's request and its committed tokens.
+
+    The lists of tokens grow; everything else stays, and what follows from it is worked out once.
+    """
 
     params: Sequence[SamplingParams]  # B
     history: Sequence[list[int]]  # B lists: prompt and output so far, the last committed token included
     prompt_lengths: Sequence[int]  # B
     processors: Sequence[Sequence[Processor]] | None = None  # B: applied after the request's own (a grammar's mask)
 
-    @property
+    @cached_property
     def stepwise(self) -> bool:
         """Whether the distribution of some row depends on the tokens before it by other ways than the model."""
         return self.processors is not None or any(p.penalised for p in self.params)
+
+    @cached_property
+    def changed(self) -> bool:
+        """Whether the logits of some row are changed before its temperature is applied."""
+        return self.stepwise or any(p.logit_bias for p in self.params)
+
+    @cached_property
+    def greedy(self) -> bool:
+        """Whether all rows are."""
+        return not any(p.temperature for p in self.params)
+
+    @cached_property
+    def unlimited(self) -> bool:
+        """Whether all rows are sampled from the model's own distribution, at temperature 1 and not truncated."""
+        return all(p.temperature == 1 and p.top_p >= 1 and not (p.top_k or p.min_p) for p in self.params)
 
 
 @dataclass(frozen=True, slots=True)
