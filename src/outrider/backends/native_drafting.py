@@ -20,7 +20,7 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.core import native
 from outrider.errors import CacheFull, InvalidRequest
-from outrider.types import AutoregressiveParts, BlockParts, Drafts, MarkovParts
+from outrider.types import AutoregressiveParts, BlockParts, Drafts, MarkovParts, Values
 
 __all__ = ["NativeBlockDrafter", "NativeInTurnDrafter", "autoregressive_parts", "block_parts", "markov_head"]
 
@@ -83,7 +83,7 @@ class NativeBlockDrafter:
         self.core = native.BlockDrafter(parts)
         self._size = parts.size
 
-    def absorb(self, cache: Any, slots: Sequence[int], counts: Sequence[int], features: Sequence[Tensor]) -> None:
+    def absorb(self, cache: Any, slots: Sequence[int], counts: Sequence[int], features: Sequence[Values]) -> None:
         """Append the keys and values of waiting features. Raises InvalidRequest, and CacheFull past the capacity."""
         arguments = (cache.core, slots, counts, _arrays(features))
         _with_room(self.core.absorb, arguments, cache, slots, counts, 0)
@@ -93,7 +93,7 @@ class NativeBlockDrafter:
         cache: Any,
         slots: Sequence[int],
         counts: Sequence[int],
-        features: Sequence[Tensor],
+        features: Sequence[Values],
         anchors: Sequence[int],
         drafts: int,
         keys: Tensor | None,
@@ -114,7 +114,7 @@ class NativeInTurnDrafter:
         cache: Any,
         slots: Sequence[int],
         counts: Sequence[int],
-        features: Sequence[Tensor],
+        features: Sequence[Values],
         tokens: Sequence[int],
         drafts: int,
         keys: Tensor | None,
@@ -129,7 +129,7 @@ def _draft(
     cache: Any,
     slots: Sequence[int],
     counts: Sequence[int],
-    features: Sequence[Tensor],
+    features: Sequence[Values],
     given: Sequence[int],
     drafts: int,
     keys: Tensor | None,
@@ -179,9 +179,9 @@ def _with_room(
         raise _explained(error) from error
 
 
-def _arrays(features: Sequence[Tensor]) -> list[Any]:
+def _arrays(features: Sequence[Values]) -> list[Any]:
     """numpy arrays on the same memory: they cross to the core several times faster than tensors."""
-    return [piece.numpy() for piece in features]
+    return [piece.numpy() if isinstance(piece, Tensor) else piece for piece in features]
 
 
 def _explained(error: Exception) -> InvalidRequest | CacheFull:

@@ -44,6 +44,8 @@ from outrider.types import (
     TargetModel,
     TargetOutput,
     TokenLogprobs,
+    joined,
+    to_tensor,
 )
 
 __all__ = ["Engine"]
@@ -230,7 +232,7 @@ class Engine:
         tokens: list[list[int]] = []
         if rows.complete:
             try:
-                distributions = process(output.scores, rows.context, run.rows, run.depth, drafted=proposal.tokens)
+                distributions = process(output.parts[0], rows.context, run.rows, run.depth, drafted=proposal.tokens)
                 result = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
@@ -328,7 +330,7 @@ class Engine:
         self, rows: Rows, run: Candidates, verified: list[int], commits: list[Commit], output: TargetOutput
     ) -> None:
         """Take the rejected drafts back, and show the drafter what was committed of the rows that it follows."""
-        batch, features = run.batch, output.features
+        batch, features = run.batch, output.parts[1]
         kept = [chunk + c.accepted for chunk, c in zip(rows.chunks, commits, strict=False)]
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
             request.pending -= chunk
@@ -348,11 +350,12 @@ class Engine:
             tokens, positions, _, first = batch.lists
             if features is not None:  # slices: an index would wake all of PyTorch's threads for a few rows
                 parts = [features[first[b] : first[b] + kept[b]] for b in shown]
-                features = parts[0] if len(parts) == 1 else torch.cat(parts)
+                features = joined(parts)
             new = [tokens[first[b] : first[b] + kept[b]] for b in shown]
             slots = [rows.requests[b].slot for b in shown]
             batch = RaggedBatch.pack(new, [positions[first[b]] for b in shown], slots)
-        self.drafting.observe([rows.requests[b] for b in shown], batch, features, hidden, began)
+        seen = None if features is None else to_tensor(features)
+        self.drafting.observe([rows.requests[b] for b in shown], batch, seen, hidden, began)
 
     def _report(
         self, commits: list[Commit], planned: Sequence[int], proposal: Proposal, keep: list[int], cost: StepCost

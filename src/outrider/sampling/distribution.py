@@ -18,7 +18,7 @@ from torch import Tensor
 from outrider.errors import RowsFailed
 from outrider.sampling.rng import gumbel_argmax
 from outrider.sampling.truncation import Limits, limited
-from outrider.types import Values
+from outrider.types import Values, to_tensor
 
 __all__ = ["Categorical", "Processed", "ProcessedLogits", "argmax", "check_rows", "settled"]
 
@@ -113,8 +113,7 @@ class Categorical:
         """[R, S], by column, up to a constant per row; not of certain tokens."""
         if self._logits is None:
             self._logits = self._columns.log()
-        elif isinstance(self._logits, np.ndarray):
-            self._logits = torch.from_numpy(self._logits)
+        self._logits = to_tensor(self._logits)
         return self._logits
 
     def at(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -247,7 +246,7 @@ class ProcessedLogits:
     @cached_property
     def logits(self) -> Tensor:
         """[R, V]"""
-        return torch.from_numpy(self.scores) if isinstance(self.scores, np.ndarray) else self.scores
+        return to_tensor(self.scores)
 
     @cached_property
     def distribution(self) -> Categorical:

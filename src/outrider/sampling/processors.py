@@ -32,7 +32,7 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.sampling.distribution import Categorical, Processed, ProcessedLogits, argmax
 from outrider.sampling.truncation import Limits
-from outrider.types import Context, Processor, RequestRows, Values
+from outrider.types import Context, Processor, RequestRows, Values, to_tensor
 
 __all__ = ["LogitBias", "OccurrencePenalty", "RepetitionPenalty", "process", "processors_of"]
 
@@ -146,7 +146,7 @@ def process(
     if isinstance(logits, Tensor) and logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
     if context.changed:
-        logits = _changed(_tensor(logits), context, None if rows is None else rows.cpu().numpy(), depth, drafted)
+        logits = _changed(to_tensor(logits), context, None if rows is None else rows.cpu().numpy(), depth, drafted)
         if context.greedy:
             return Categorical.greedy(argmax(logits), size)
     if context.unlimited:
@@ -160,7 +160,7 @@ def process(
     mine = slice(None) if rows is None else rows.cpu().numpy()
     temperatures = np.array(temperature)[mine] if any(t != 1 for t in temperature) else None
     if temperatures is not None and temperatures.min() < _COLD:
-        logits, temperatures = _divided(_tensor(logits), temperatures), None
+        logits, temperatures = _divided(to_tensor(logits), temperatures), None
     limits = Limits(
         temperatures,
         np.array(k)[mine] if truncated else None,
@@ -168,10 +168,6 @@ def process(
         np.array([p.min_p for p in params])[mine] if truncated else None,
     )
     return ProcessedLogits(logits, limits)
-
-
-def _tensor(logits: Values) -> Tensor:
-    return torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits
 
 
 def _changed(

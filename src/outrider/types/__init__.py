@@ -18,7 +18,7 @@ from outrider.types.fused_drafting import (
     InTurnDrafter,
     MarkovParts,
 )
-from outrider.types.passes import Mask, RaggedBatch, StackOutput, TargetOutput, Values
+from outrider.types.passes import Mask, RaggedBatch, StackOutput, TargetOutput, Values, joined, to_tensor
 from outrider.types.results import DraftReport, Event, Output, Piece, RequestStats, TokenLogprobs
 from outrider.types.roles import Drafter, Forgets, ReadsHidden, ResetsRows, TargetModel, TargetSpec
 from outrider.types.rounds import Context, Distribution, Processor, Proposal, RequestRows, Rng, Verification
@@ -74,4 +74,6 @@ __all__ = [
     "TokenLogprobs",
     "Values",
     "Verification",
+    "joined",
+    "to_tensor",
 ]

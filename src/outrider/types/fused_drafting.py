@@ -14,6 +14,7 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.types.caches import KVCache
+from outrider.types.passes import Values
 from outrider.types.stacks import Stack
 
 __all__ = [
@@ -81,7 +82,7 @@ class DraftsBlocks(Protocol):
 class BlockDrafter(Protocol):
     """A block drafter on one kind of hardware. Rows whose features wait come in order, ``counts`` tokens each."""
 
-    def absorb(self, cache: KVCache, slots: Sequence[int], counts: Sequence[int], features: Sequence[Tensor]) -> None:
+    def absorb(self, cache: KVCache, slots: Sequence[int], counts: Sequence[int], features: Sequence[Values]) -> None:
         """Append the keys and values of waiting features, [tokens, F] in pieces, row after row."""
         ...
 
@@ -90,7 +91,7 @@ class BlockDrafter(Protocol):
         cache: KVCache,
         slots: Sequence[int],
         counts: Sequence[int],
-        features: Sequence[Tensor],
+        features: Sequence[Values],
         anchors: Sequence[int],
         drafts: int,
         keys: Tensor | None,
@@ -137,7 +138,7 @@ class InTurnDrafter(Protocol):
         cache: KVCache,
         slots: Sequence[int],
         counts: Sequence[int],
-        features: Sequence[Tensor],
+        features: Sequence[Values],
         tokens: Sequence[int],
         drafts: int,
         keys: Tensor | None,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Mask", "RaggedBatch", "StackOutput", "TargetOutput", "Values"]
+__all__ = ["Mask", "RaggedBatch", "StackOutput", "TargetOutput", "Values", "joined", "to_tensor"]
 
 Mask = Literal["causal", "block"]
 """Who a new token attends to beside the cached ones: new tokens up to itself, or all new tokens of its row."""
@@ -126,21 +126,21 @@ class StackOutput:
     @property
     def hidden(self) -> Tensor:
         """float [R, D]: after the final norm, at ``logits_at``."""
-        self._hidden = _tensor(self._hidden)
+        self._hidden = to_tensor(self._hidden)
         return self._hidden
 
     @property
     def logits(self) -> Tensor | None:
         """float [R, V]; None where the stack has no head."""
         if self._logits is not None:
-            self._logits = _tensor(self._logits)
+            self._logits = to_tensor(self._logits)
         return self._logits
 
     @property
     def features(self) -> Tensor | None:
         """float [T, F]: raw residual after each auxiliary layer, before the final norm."""
         if self._features is not None:
-            self._features = _tensor(self._features)
+            self._features = to_tensor(self._features)
         return self._features
 
     @property
@@ -158,30 +158,38 @@ class TargetOutput:
         self._logits, self._features, self._hidden = logits, features, hidden
 
     @property
-    def scores(self) -> Values:
-        """The logits as they are."""
-        return self._logits
-
-    @property
     def logits(self) -> Tensor:
         """float [R, V]: of the packed tokens asked for (``logits_at``; all T of them by default)."""
-        self._logits = _tensor(self._logits)
+        self._logits = to_tensor(self._logits)
         return self._logits
 
     @property
     def features(self) -> Tensor | None:
         """float [T, F]: raw residual after each auxiliary layer, before the final norm."""
         if self._features is not None:
-            self._features = _tensor(self._features)
+            self._features = to_tensor(self._features)
         return self._features
 
     @property
     def hidden(self) -> Tensor | None:
         """float [R, D]: what ``unembed`` made the logits of, where the target can tell."""
         if self._hidden is not None:
-            self._hidden = _tensor(self._hidden)
+            self._hidden = to_tensor(self._hidden)
         return self._hidden
 
+    @property
+    def parts(self) -> tuple[Values, Values | None, Values | None]:
+        """Logits, features and hidden states as they are."""
+        return self._logits, self._features, self._hidden
 
-def _tensor(values: Values) -> Tensor:
+
+def joined(pieces: Sequence[Values]) -> Values:
+    """The rows of pieces of one kind, piece after piece; not a copy where there is one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return np.concatenate(pieces) if isinstance(pieces[0], np.ndarray) else torch.cat(pieces)  # type: ignore[arg-type]
+
+
+def to_tensor(values: Values) -> Tensor:
+    """The same numbers, on the same memory."""
     return torch.from_numpy(values) if isinstance(values, np.ndarray) else values

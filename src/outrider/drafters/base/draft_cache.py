@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from outrider.errors import CacheFull
-from outrider.types import Context, KVCache, PagedCache, PagedTarget, RaggedBatch, SharesPrefixes, Stack
+from outrider.types import (
+    Context,
+    KVCache,
+    PagedCache,
+    PagedTarget,
+    RaggedBatch,
+    SharesPrefixes,
+    Stack,
+    Values,
+    joined,
+    to_tensor,
+)
 
 __all__ = ["DraftCache", "Waiting"]
 
@@ -27,17 +38,16 @@ class _Row:
     capacity: int
     held: int = 0
     tokens: list[int] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)  # together as long as ``tokens``
+    features: list[Values] = field(default_factory=list)  # together as long as ``tokens``
 
     @property
     def end(self) -> int:
         """Committed tokens the drafter knows the features of, from the start without a hole."""
         return self.held + len(self.tokens)
 
-    def joined(self) -> Tensor:
+    def joined(self) -> Values:
         """[waiting, F]"""
-        if len(self.features) > 1:
-            self.features = [torch.cat(self.features)]
+        self.features = [joined(self.features)]
         return self.features[0]
 
     def truncate(self, end: int) -> None:
@@ -133,6 +143,9 @@ class DraftCache:
         if features is None:
             return []
         full = []
+        # Right after a pass each call of PyTorch takes tens of microseconds, those of numpy a few.
+        plain = features.device.type == "cpu" and features.dtype == torch.float32
+        values: Values = features.numpy() if plain else features
         tokens, positions, slots, offsets = batch.lists
         for slot, begin, end in zip(slots, offsets, offsets[1:], strict=False):
             row = self._rows[slot]
@@ -141,7 +154,7 @@ class DraftCache:
                 continue  # nothing new, or behind a hole that is still to be filled
             self._truncate(row, start)
             row.tokens += tokens[begin:end]
-            row.features.append(features[begin:end].clone())  # the target may use its buffer again
+            row.features.append(_copied(values[begin:end]))  # the target may use its buffer again
             if len(row.tokens) >= BACKLOG:
                 full.append(slot)
         return full
@@ -167,12 +180,12 @@ class DraftCache:
         batch = RaggedBatch.pack(
             [row.tokens for row in rows], [row.held for row in rows], [row.cache_slot for row in rows]
         )
-        features = torch.cat([row.joined() for row in rows])
+        features = joined([row.joined() for row in rows])
         for row in rows:
             row.drop(len(row.tokens))
-        return Waiting(batch, features)
+        return Waiting(batch, to_tensor(features))
 
-    def take_features(self, slots: Sequence[int]) -> tuple[list[int], list[int], list[Tensor]]:
+    def take_features(self, slots: Sequence[int]) -> tuple[list[int], list[int], list[Values]]:
         """The same in pieces, for a backend that packs them itself: each row's slot in the KV cache and number of
         waiting tokens, and all features, row after row."""
         rows = [self._rows[slot] for slot in slots]
@@ -193,14 +206,14 @@ class DraftCache:
         ends = [[]] * len(rows) if last is None else [[token] for token in last]
         tokens = [[*row.tokens[1:], *end] for row, end in zip(rows, ends, strict=True)]
         batch = RaggedBatch.pack(tokens, [row.held for row in rows], [row.cache_slot for row in rows])
-        features = torch.cat([row.joined()[: len(following)] for row, following in zip(rows, tokens, strict=True)])
+        features = joined([row.joined()[: len(following)] for row, following in zip(rows, tokens, strict=True)])
         for row in rows:
             row.drop(len(row.tokens) - 1)
-        return Waiting(batch, features)
+        return Waiting(batch, to_tensor(features))
 
     def take_paired_features(
         self, slots: Sequence[int], last: Sequence[int]
-    ) -> tuple[list[int], list[int], list[Tensor], list[int]]:
+    ) -> tuple[list[int], list[int], list[Values], list[int]]:
         """The same in pieces, for a backend that packs them itself: each row's slot in the KV cache and number of
         waiting features, all features, and the token that follows each, row after row."""
         rows = [self._rows[slot] for slot in slots]
@@ -229,3 +242,7 @@ class DraftCache:
         if end < row.held:
             row.held = end
             self.kv_cache.rewind(torch.tensor([row.cache_slot]), torch.tensor([end]))
+
+
+def _copied(values: Values) -> Values:
+    return values.copy() if not isinstance(values, Tensor) else values.clone()
