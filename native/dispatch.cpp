@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #if defined(OUTRIDER_X86)
 #include <cpuid.h>
@@ -85,7 +86,7 @@ std::string ask_for_tiles() {
 }
 #endif
 
-std::vector<const Kernels*> usable() {
+std::vector<const Kernels*> find_usable() {
   std::vector<const Kernels*> found;
 #if defined(OUTRIDER_X86)
   if (has_avx512_bf16()) found.push_back(&avx512_bf16::table);
@@ -94,6 +95,12 @@ std::vector<const Kernels*> usable() {
   if (has_avx2()) found.push_back(&avx2::table);
 #endif
   found.push_back(&portable::table);
+  return found;
+}
+
+// Found once: a virtual machine asks its host what the processor has, which takes microseconds.
+const std::vector<const Kernels*>& usable() {
+  static const std::vector<const Kernels*> found = find_usable();
   return found;
 }
 
@@ -138,11 +145,9 @@ const Kernels& find_kernels(const std::string& name) {
   std::string wanted = name;
   if (wanted.empty())
     if (const char* variable = std::getenv("OUTRIDER_ISA")) wanted = variable;
-  std::string known;
   for (const Kernels* table : usable()) {
-    const std::string has = table->name;
-    if (wanted.empty() || wanted == has || (wanted == "avx512" && has.rfind(wanted, 0) == 0)) return *table;
-    known += (known.empty() ? "" : ", ") + has;
+    const std::string_view has = table->name;
+    if (wanted.empty() || wanted == has || (wanted == "avx512" && has.starts_with(wanted))) return *table;
   }
 #if defined(OUTRIDER_X86)
   // Matrix tiles have run on emulated hardware only so far, so they are used where they are asked for by name.
@@ -150,6 +155,8 @@ const Kernels& find_kernels(const std::string& name) {
 #endif
   for (const Kernels* table : emulated())
     if (wanted == table->name) return *table;
+  std::string known;
+  for (const Kernels* table : usable()) known += (known.empty() ? "" : ", ") + std::string(table->name);
   const std::string reason = wanted == "amx" ? " (" + why_no_tiles() + ")" : "";
   throw std::invalid_argument("instruction set " + wanted + " is not one this processor runs" + reason +
                               "; expected one of: " + known);

@@ -156,7 +156,7 @@ struct Kernels {
   double (*exp_sum)(const float* x, int64_t n, float temperature, float shift, float scale, float* out);
   double (*residual_sum)(float* p, const float* q, int64_t n, float weight);
   void (*fold_max)(const float* x, int64_t blocks, int64_t length, float* out);
-  // The entries above a bound, and products with only those rows of a matrix: see shortlist.hpp.
+  // The entries above a bound (room for n columns), and products with only those rows of a matrix: see shortlist.hpp.
   int64_t (*count_from)(const float* x, int64_t n, float bound);
   int64_t (*collect)(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* columns);
   void (*dot_rows)(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out);

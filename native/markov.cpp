@@ -1,9 +1,9 @@
 #include "markov.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <mutex>
 #include <numeric>
 #include <stdexcept>
 
@@ -14,25 +14,12 @@ namespace outrider {
 
 namespace {
 
-constexpr int64_t kRowsPerItem = 128;              // rows of a matrix that one thread takes at a time
+constexpr int64_t kRowsPerPart = 128;             // rows of a matrix that one thread takes at a time, at least
 constexpr int64_t kParallelProducts = 64 * 1024;  // multiplications below which one thread alone is faster
 constexpr int kInterpolations = 12;               // in the search for a shortlist's bound, before it bisects
 constexpr float kRounding = 2e-5f;                // relative slack of the bound for rounding errors
 constexpr int64_t kMaxExtension = 2;              // a greedy draft's list is extended to so many shortlists at most
 constexpr float kRoundUp = 1.0f + 1e-6f;
-
-// out[i] = row rows[i] of w times z.
-void products(ThreadPool& pool, const Kernels& kernels, const RowMajor& w, const float* z,
-              const std::vector<int32_t>& rows, float* out) {
-  const int64_t count = static_cast<int64_t>(rows.size());
-  if (count * w.inner < kParallelProducts) return kernels.dot_rows(w, z, rows.data(), count, out);
-  pool.run([&](int thread) {
-    pool.parallel_for(thread, (count + kRowsPerItem - 1) / kRowsPerItem, [&](int64_t piece) {
-      const int64_t first = piece * kRowsPerItem;
-      kernels.dot_rows(w, z, rows.data() + first, std::min(kRowsPerItem, count - first), out + first);
-    });
-  });
-}
 
 float norm(const float* x, int n) {
   double sum = 0.0;
@@ -40,7 +27,39 @@ float norm(const float* x, int n) {
   return static_cast<float>(std::sqrt(sum)) * kRoundUp;
 }
 
+int64_t parts_of(int64_t count, int threads) {
+  return std::max(piece_count(count), std::clamp<int64_t>(count / kRowsPerPart, 1, threads));
+}
+
+bool truncates(const Truncation* options, int64_t width) {
+  return options && (options->top_k < width || options->top_p < 1.0 || options->min_p > 0.0);
+}
+
 }  // namespace
+
+class MarkovHead::Team {
+ public:
+  Team() = default;  // a thread alone
+  Team(ThreadPool& pool, int thread) : pool_(&pool), thread_(thread) {}
+
+  // The parts that a shared list of `count` rows of a matrix is computed in.
+  int64_t parts(int64_t count) const { return parts_of(count, pool_ ? pool_->threads() : 1); }
+  bool first() const { return thread_ == 0; }  // whether this thread is the one that writes results
+  // Calls item(i) for 0 <= i < count, each on one thread, and waits for all of them.
+  template <class Item>
+  void share(int64_t count, Item&& item) const {
+    if (pool_) {
+      pool_->parallel_for(thread_, count, item);
+      pool_->barrier();
+    } else {
+      for (int64_t i = 0; i < count; i++) item(i);
+    }
+  }
+
+ private:
+  ThreadPool* pool_ = nullptr;
+  int thread_ = 0;
+};
 
 // ------------------------------------------------------------------------------------------------ loading
 
@@ -92,44 +111,116 @@ void MarkovHead::draft(const MarkovBlock& block) {
                                   std::to_string(spec_.vocabulary - 1));
   const auto pool = shared_pool();
   std::vector<Shortlist> lists(count);
+  std::vector<Sequence> sequences;
+  for (int64_t b = 0; b < block.rows; b++) sequences.push_back(new_sequence(pool->threads()));
+  std::atomic<bool> valid{true};
+  // A thread for each sequence where that keeps all threads busy; else all threads together, where that pays.
+  const bool apart = block.rows % pool->threads() == 0 || block.rows >= 2 * pool->threads();
+  const bool together = !apart && static_cast<int64_t>(spec_.shortlist) * w2_.inner >= kParallelProducts;
   pool->run([&](int thread) {
-    pool->parallel_for(thread, count, [&](int64_t i) { fill_shortlist(block.base + i * width, lists[i]); });
+    const Scratch<int32_t> room = scratch<int32_t>(width);
+    pool->parallel_for(thread, count, [&](int64_t i) {
+      fill_shortlist(block.base + i * width, lists[i], room.get());
+      if (block.temperatures[i / block.drafts] > 0)
+        list_ids(lists[i], block.ids + i * spec_.shortlist, block.logits + i * spec_.shortlist);
+      if (lists[i].tokens.empty()) valid.store(false, std::memory_order_relaxed);
+    });
+    pool->barrier();
+    if (!valid.load(std::memory_order_relaxed)) return;
+    const auto draft_row = [&](const Team& team, int64_t b) {
+      return draft_sequence(team, block, b, lists.data() + b * block.drafts, sequences[b]);
+    };
+    if (together) {
+      const Team team(*pool, thread);
+      for (int64_t b = 0; b < block.rows; b++)
+        if (!draft_row(team, b)) return valid.store(false, std::memory_order_relaxed);
+    } else {
+      pool->parallel_for(thread, block.rows, [&](int64_t b) {
+        if (!draft_row(Team(), b)) valid.store(false, std::memory_order_relaxed);
+      });
+    }
   });
-  for (const Shortlist& list : lists)
-    if (list.tokens.empty())
-      throw std::invalid_argument("logits must be numbers, got NaN or infinity; the weights or the input are damaged");
-  for (int64_t b = 0; b < block.rows; b++) {
-    Row row;
-    row.previous = block.anchors[b];
-    row.input.assign(mix_.inner + w1_.inner, 0.0f);  // unpacking an embedding also writes W1's padding
-    row.latent.assign(w2_.inner, 0.0f);
-    row.mixed.resize(mixed_width());
-    const bool greedy = !(block.temperatures[b] > 0);
-    for (int64_t i = b * block.drafts; i < (b + 1) * block.drafts; i++) {
-      const float* base = block.base + i * width;
-      Shortlist& list = lists[i];
-      compute_latent(*pool, block.mixed + i * mixed_width(), row);
-      correct(*pool, base, list, row);
-      if (greedy) extend(*pool, base, list, row);
-      const int64_t entry = i * spec_.shortlist;
-      block.tokens[i] = row.previous =
-          draw(list, row, block.keys ? block.keys[i] : 0, greedy ? 0.0f : block.temperatures[b],
-               block.truncations ? block.truncations + b : nullptr, block.ids ? block.ids + entry : nullptr,
-               block.logits ? block.logits + entry : nullptr);
-      block.margins[i] = row.largest - row.second;
+  if (!valid)
+    throw std::invalid_argument("logits must be numbers, got NaN or infinity; the weights or the input are damaged");
+}
+
+MarkovHead::Sequence MarkovHead::new_sequence(int threads) const {
+  const int64_t most = std::min<int64_t>(kMaxExtension * spec_.shortlist, spec_.drafted);
+  Sequence sequence;
+  sequence.mixed.resize(mixed_width());
+  for (Draft& draft : sequence.drafts) {
+    draft.logits.resize(most);
+    draft.parts.resize(parts_of(most, threads));
+    draft.scored.resize(draft.parts.size());
+  }
+  return sequence;
+}
+
+// Drafts one sequence, token by token. Every thread of a team calls this; they all come to the same drafts. False for
+// logits that are no numbers.
+bool MarkovHead::draft_sequence(const Team& team, const MarkovBlock& block, int64_t row, Shortlist* lists,
+                                Sequence& sequence) const {
+  State state;
+  state.previous = block.anchors[row];
+  state.input.assign(mix_.inner + w1_.inner, 0.0f);  // unpacking an embedding also writes W1's padding
+  state.latent.assign(w2_.inner, 0.0f);
+  state.mixed.resize(mixed_width());
+  const bool greedy = !(block.temperatures[row] > 0);
+  const float temperature = greedy ? 0.0f : block.temperatures[row];
+  const Truncation* truncation = block.truncations ? block.truncations + row : nullptr;
+  for (int64_t k = 0; k < block.drafts; k++) {
+    const int64_t i = row * block.drafts + k, entry = i * spec_.shortlist;
+    Shortlist& list = lists[k];
+    Draft& draft = sequence.drafts[k % 2];
+    int64_t* ids = block.ids ? block.ids + entry : nullptr;
+    float* logits = block.logits ? block.logits + entry : nullptr;
+    const int64_t key = block.keys ? block.keys[i] : 0, count = static_cast<int64_t>(list.tokens.size());
+    // Truncation, and the largest logit where the temperature is next to nothing, need the whole list.
+    const bool alone = !greedy && (temperature < kCold || truncates(truncation, count));
+    compute_latent(team, block.mixed + i * mixed_width(), sequence, state);
+    const float* z = state.latent.data();
+    Largest best = correct(team, z, list, draft, key, alone ? 0.0f : temperature, ids, logits);
+    int64_t drawn = best.index;
+    if (greedy) {
+      // z is rounded to W2's format before it is multiplied, which may raise its norm.
+      const float latent_norm = norm(z, spec_.rank) * (spec_.dtype == DType::f32 ? 1.0f : 1.0f + 0x1p-8f);
+      if (extend(team, block.base + i * spec_.drafted, latent_norm, best.largest, list, draft)) {
+        best = correct(team, z, list, draft, key, temperature, ids, logits);
+        drawn = best.index;
+      }
+    } else if (alone) {
+      team.share(1, [&](int64_t) {
+        draft.drawn = draw_alone(draft, count, best.largest, key, temperature, truncation, ids, logits);
+      });
+      drawn = draft.drawn;
+    } else {
+      drawn = winner(draft.scored.data(), team.parts(count), logits, 1.0f, key, ids);
+    }
+    if (drawn < 0) return false;
+    state.previous = target_id(list.tokens[drawn]);
+    if (!team.first()) continue;
+    block.tokens[i] = state.previous;
+    block.margins[i] = best.largest - best.second;
+    if (greedy && ids) {  // one token with all the probability
+      std::fill_n(ids, spec_.shortlist, static_cast<int64_t>(spec_.vocabulary));
+      std::fill_n(logits, spec_.shortlist, kMaskedLogit);
+      ids[0] = state.previous;
+      logits[0] = 0.0f;
     }
   }
+  return true;
 }
 
 // Takes the tokens with the largest base logits, between three quarters of the wanted length and all of it: that is
 // cheaper than an exact top-k, because any bound will do that so many logits reach. Where ties leave no such bound,
 // takes the lowest ids of those at the bound.
-void MarkovHead::fill_shortlist(const float* base, Shortlist& list) const {
+void MarkovHead::fill_shortlist(const float* base, Shortlist& list, int32_t* room) const {
   const int64_t width = spec_.drafted, most = spec_.shortlist, least = most - most / 4;
   if (most == width) {
     list.bound = kMaskedLogit;
     list.tokens.resize(width);
     std::iota(list.tokens.begin(), list.tokens.end(), 0);
+    list.base.assign(base, base + width);
     return;
   }
   float peak;
@@ -158,95 +249,116 @@ void MarkovHead::fill_shortlist(const float* base, Shortlist& list) const {
       reach = count;
     }
   }
-  list.tokens.resize(reach);
+  reach = kernels_.collect(base, nullptr, 0.0f, width, bound, room);
   list.bound = bound;
-  kernels_.collect(base, nullptr, 0.0f, width, bound, list.tokens.data());
-  if (reach <= most) return;
-  list.bound = above;
-  const int64_t higher = std::count_if(list.tokens.begin(), list.tokens.end(), [&](int32_t v) { return base[v] >= above; });
-  int64_t ties = std::max<int64_t>(0, most - higher);
-  std::erase_if(list.tokens, [&](int32_t v) { return base[v] < above && ties-- <= 0; });
+  list.tokens.assign(room, room + reach);
+  if (reach > most) {
+    list.bound = above;
+    const auto below = [&](int32_t v) { return base[v] < above; };
+    int64_t ties = most - reach + std::count_if(list.tokens.begin(), list.tokens.end(), below);
+    std::erase_if(list.tokens, [&](int32_t v) { return below(v) && ties-- <= 0; });
+  }
+  list.base.reserve(list.tokens.size());
+  for (int32_t v : list.tokens) list.base.push_back(base[v]);
+}
+
+// The tokens of a sampled draft's distribution, and no probability behind them.
+void MarkovHead::list_ids(const Shortlist& list, int64_t* ids, float* logits) const {
+  const auto count = static_cast<int64_t>(list.tokens.size());
+  for (int64_t i = 0; i < count; i++) ids[i] = target_id(list.tokens[i]);
+  std::fill(ids + count, ids + spec_.shortlist, static_cast<int64_t>(spec_.vocabulary));
+  std::fill(logits + count, logits + spec_.shortlist, kMaskedLogit);
 }
 
 // z of the next draft from the token before it, with embedding e and mixing output m. Vanilla: e. Gated: sigmoid(m) *
 // e. rnn: a gated recurrent unit whose state starts from zero in every block.
-void MarkovHead::compute_latent(ThreadPool& pool, const float* mixed, Row& row) const {
+void MarkovHead::compute_latent(const Team& team, const float* mixed, Sequence& sequence, State& state) const {
   const int rank = spec_.rank;
-  float* z = row.latent.data();
-  if (spec_.kind == MarkovKind::vanilla) {
-    embed(row.previous, z);
-  } else {
-    float* state = row.input.data();
-    float* token = spec_.kind == MarkovKind::rnn ? state + rank : state;
-    embed(row.previous, token);
-    const int width = mixed_width();
-    std::vector<float>& m = row.mixed;
-    products(pool, kernels_, mix_, row.input.data(), mix_rows_, m.data());
-    for (int i = 0; i < width; i++) m[i] = (m[i] + mixed[i]) * (i < rank ? 0.5f : 1.0f);
-    kernels_.softcap(m.data(), width, 1.0f);  // tanh; sigmoid(x) = (1 + tanh(x / 2)) / 2
-    for (int i = 0; i < rank; i++) {
-      const float gate = 0.5f + 0.5f * m[i];
-      if (spec_.kind == MarkovKind::gated) {
-        z[i] = gate * token[i];
-      } else {
-        state[i] = gate * state[i] + (1.0f - gate) * m[rank + i];
-        z[i] = m[2 * rank + i];
-      }
+  float* z = state.latent.data();
+  if (spec_.kind == MarkovKind::vanilla) return embed(state.previous, z);
+  float* const before = state.input.data();
+  float* const token = spec_.kind == MarkovKind::rnn ? before + rank : before;
+  embed(state.previous, token);
+  const int width = mixed_width();
+  const int64_t parts = team.parts(width);
+  team.share(parts, [&](int64_t part) {
+    const int64_t first = width * part / parts, last = width * (part + 1) / parts;
+    kernels_.dot_rows(mix_, state.input.data(), mix_rows_.data() + first, last - first, sequence.mixed.data() + first);
+  });
+  std::vector<float>& m = state.mixed;
+  for (int i = 0; i < width; i++) m[i] = (sequence.mixed[i] + mixed[i]) * (i < rank ? 0.5f : 1.0f);
+  kernels_.softcap(m.data(), width, 1.0f);  // tanh; sigmoid(x) = (1 + tanh(x / 2)) / 2
+  for (int i = 0; i < rank; i++) {
+    const float gate = 0.5f + 0.5f * m[i];
+    if (spec_.kind == MarkovKind::gated) {
+      z[i] = gate * token[i];
+    } else {
+      before[i] = gate * before[i] + (1.0f - gate) * m[rank + i];
+      z[i] = m[2 * rank + i];
     }
   }
-  // z is rounded to W2's format before it is multiplied, which may raise its norm.
-  row.latent_norm = norm(z, rank) * (spec_.dtype == DType::f32 ? 1.0f : 1.0f + 0x1p-8f);
 }
 
-void MarkovHead::correct(ThreadPool& pool, const float* base, const Shortlist& list, Row& row) const {
-  row.logits.resize(list.tokens.size());
-  products(pool, kernels_, w2_, row.latent.data(), list.tokens, row.logits.data());
-  for (size_t i = 0; i < list.tokens.size(); i++) row.logits[i] += base[list.tokens[i]];
-  const int64_t count = static_cast<int64_t>(row.logits.size());
-  row.best = kernels_.find_max(row.logits.data(), count, &row.largest);
-  row.logits[row.best] = kMaskedLogit;
-  kernels_.find_max(row.logits.data(), count, &row.second);
-  row.logits[row.best] = row.largest;
+// Corrects the logits of a shortlist, and scores them for sampling where there is a temperature.
+MarkovHead::Largest MarkovHead::correct(const Team& team, const float* latent, const Shortlist& list, Draft& draft,
+                                        int64_t key, float temperature, const int64_t* ids, float* logits) const {
+  const auto length = static_cast<int64_t>(list.tokens.size());
+  const int64_t parts = team.parts(length);
+  team.share(parts, [&](int64_t part) {
+    const int64_t first = length * part / parts, count = length * (part + 1) / parts - first;
+    float* x = draft.logits.data() + first;
+    kernels_.dot_rows(w2_, latent, list.tokens.data() + first, count, x);
+    for (int64_t i = 0; i < count; i++) x[i] += list.base[first + i];
+    Largest& of = draft.parts[part];
+    const int64_t best = kernels_.find_max(x, count, &of.largest);
+    x[best] = kMaskedLogit;
+    kernels_.find_max(x, count, &of.second);
+    x[best] = of.largest;
+    of.index = first + best;
+    if (temperature <= 0) return;
+    for (int64_t i = 0; i < count; i++) logits[first + i] = x[i] / temperature;
+    draft.scored[part].score(kernels_, logits, first, count, 1.0f, key, ids);
+  });
+  Largest best = draft.parts[0];
+  for (int64_t part = 1; part < parts; part++) {
+    const Largest& of = draft.parts[part];
+    best.second = std::max({best.second, of.second, std::min(best.largest, of.largest)});
+    if (of.largest > best.largest) {
+      best.largest = of.largest;
+      best.index = of.index;
+    }
+  }
+  return best;
 }
 
 // Adds the tokens outside the list that could have the largest corrected logit, unless there are too many of them.
-void MarkovHead::extend(ThreadPool& pool, const float* base, Shortlist& list, Row& row) const {
-  const float most = largest_norm_ * row.latent_norm;
-  const float bound = row.largest - kRounding * (1.0f + std::fabs(row.largest) + most);
-  if (list.bound + most < bound) return;
-  Shortlist longer;
-  longer.tokens.resize(spec_.drafted);
-  longer.tokens.resize(kernels_.collect(base, norms_.data(), row.latent_norm, spec_.drafted, bound, longer.tokens.data()));
-  if (static_cast<int64_t>(longer.tokens.size()) > kMaxExtension * spec_.shortlist) return;
-  list.tokens = std::move(longer.tokens);
-  correct(pool, base, list, row);
+bool MarkovHead::extend(const Team& team, const float* base, float latent_norm, float largest, Shortlist& list,
+                        Draft& draft) const {
+  const float most = largest_norm_ * latent_norm;
+  const float bound = largest - kRounding * (1.0f + std::fabs(largest) + most);
+  if (list.bound + most < bound) return false;
+  team.share(1, [&](int64_t) { draft.extended = lengthen(base, latent_norm, bound, list); });
+  return draft.extended;
 }
 
-// Draws the next draft and writes the distribution it came from. Returns a target id.
-int64_t MarkovHead::draw(const Shortlist& list, const Row& row, int64_t key, float temperature,
-                         const Truncation* truncation, int64_t* ids, float* logits) const {
-  const int64_t count = static_cast<int64_t>(list.tokens.size());
-  if (ids) {
-    std::fill(ids, ids + spec_.shortlist, static_cast<int64_t>(spec_.vocabulary));
-    std::fill(logits, logits + spec_.shortlist, kMaskedLogit);
-  }
-  if (temperature <= 0.0f) {
-    const int64_t token = target_id(list.tokens[row.best]);
-    if (ids) {
-      ids[0] = token;
-      logits[0] = 0.0f;
-    }
-    return token;
-  }
-  const float shift = temperature < 1e-3f ? row.largest : 0.0f;  // keeps logits / temperature finite
-  for (int64_t i = 0; i < count; i++) {
-    ids[i] = target_id(list.tokens[i]);
-    logits[i] = (row.logits[i] - shift) / temperature;
-  }
+bool MarkovHead::lengthen(const float* base, float latent_norm, float bound, Shortlist& list) const {
+  const Scratch<int32_t> room = scratch<int32_t>(spec_.drafted);
+  const int64_t count = kernels_.collect(base, norms_.data(), latent_norm, spec_.drafted, bound, room.get());
+  if (count > kMaxExtension * spec_.shortlist) return false;
+  list.tokens.assign(room.get(), room.get() + count);
+  list.base.clear();
+  for (int32_t v : list.tokens) list.base.push_back(base[v]);
+  return true;
+}
+
+// Draws from a whole shortlist and writes its distribution. -1 for logits that are no numbers.
+int64_t MarkovHead::draw_alone(const Draft& draft, int64_t count, float largest, int64_t key, float temperature,
+                               const Truncation* truncation, const int64_t* ids, float* logits) const {
+  const float shift = temperature < kCold ? largest : 0.0f;  // keeps logits / temperature finite
+  for (int64_t i = 0; i < count; i++) logits[i] = (draft.logits[i] - shift) / temperature;
   if (truncation) mask_truncated(kernels_, logits, count, *truncation);
   int64_t column;
-  gumbel_argmax(logits, 1, count, &key, nullptr, ids, &column);
-  return ids[column];
+  return try_gumbel_argmax(logits, 1, count, &key, nullptr, ids, &column, false) ? column : -1;
 }
 
 }  // namespace outrider

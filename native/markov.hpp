@@ -15,6 +15,7 @@
 
 #include "arena.hpp"
 #include "kernels.hpp"
+#include "sampler.hpp"
 #include "threadpool.hpp"
 #include "truncation.hpp"
 
@@ -64,25 +65,49 @@ class MarkovHead {
   struct Shortlist {              // the tokens that a draft is chosen from
     float bound = 0.0f;           // the base logits of all other tokens are smaller
     std::vector<int32_t> tokens;  // draft ids, ascending
+    std::vector<float> base;      // their base logits
   };
-  struct Row {                    // state of one row of the block, updated draft by draft
-    int64_t previous = 0;         // the token before the draft, target id
-    std::vector<float> input;     // of the mixing matrix: state (rnn only), embedding of the token
-    std::vector<float> mixed;     // its output
-    std::vector<float> latent;    // z
-    float latent_norm = 0.0f;     // |z|, rounded up
-    std::vector<float> logits;    // corrected, one per token of the shortlist
-    int64_t best = 0;             // index of the first largest of them
+  struct Largest {                // corrected logits of a shortlist, or of a part of it that one thread computes
     float largest = 0.0f, second = 0.0f;
+    int64_t index = 0;            // within the list, of the first largest
   };
+  // What the threads that draft a sequence share of one draft.
+  struct Draft {
+    std::vector<float> logits;    // corrected, one per token of the shortlist
+    std::vector<Largest> parts;
+    std::vector<ScoredPiece> scored;  // sampled drafts: the same parts
+    int64_t drawn = 0;            // index of a draft that one thread draws alone
+    bool extended = false;
+  };
+  // Of one sequence. Drafts take turns with two buffers: a thread may still read one while another begins the next.
+  struct Sequence {
+    Draft drafts[2];
+    std::vector<float> mixed;     // output of the mixing matrix
+  };
+  // The state of one sequence, updated draft by draft. Threads that share a sequence keep it each for themselves.
+  struct State {
+    int64_t previous = 0;        // the token before the draft, target id
+    std::vector<float> input;    // of the mixing matrix: state (rnn only), embedding of the token
+    std::vector<float> mixed;
+    std::vector<float> latent;   // z
+  };
+  // Who drafts a sequence: one thread alone, or all threads of a job together.
+  class Team;
 
   RowMajor pack(const float* matrix, int64_t rows, int width);
-  void fill_shortlist(const float* base, Shortlist& list) const;
-  void compute_latent(ThreadPool& pool, const float* mixed, Row& row) const;
-  void correct(ThreadPool& pool, const float* base, const Shortlist& list, Row& row) const;
-  void extend(ThreadPool& pool, const float* base, Shortlist& list, Row& row) const;
-  int64_t draw(const Shortlist& list, const Row& row, int64_t key, float temperature, const Truncation* truncation,
-               int64_t* ids, float* logits) const;
+  void fill_shortlist(const float* base, Shortlist& list, int32_t* room) const;
+  void list_ids(const Shortlist& list, int64_t* ids, float* logits) const;
+  Sequence new_sequence(int threads) const;
+  bool draft_sequence(const Team& team, const MarkovBlock& block, int64_t row, Shortlist* lists,
+                      Sequence& sequence) const;
+  void compute_latent(const Team& team, const float* mixed, Sequence& sequence, State& state) const;
+  Largest correct(const Team& team, const float* latent, const Shortlist& list, Draft& draft, int64_t key,
+                  float temperature, const int64_t* ids, float* logits) const;
+  bool extend(const Team& team, const float* base, float latent_norm, float largest, Shortlist& list,
+              Draft& draft) const;
+  bool lengthen(const float* base, float latent_norm, float bound, Shortlist& list) const;
+  int64_t draw_alone(const Draft& draft, int64_t count, float largest, int64_t key, float temperature,
+                     const Truncation* truncation, const int64_t* ids, float* logits) const;
   int64_t target_id(int32_t draft_id) const { return ids_.empty() ? draft_id : ids_[draft_id]; }
 
   MarkovSpec spec_;

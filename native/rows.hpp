@@ -82,16 +82,6 @@ static inline void store_quantised(I q, char* to) {
 #endif
 }
 
-static inline int32_t sum_lanes(I a) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32(raw(a));
-#else
-  int32_t total = 0;
-  for (int l = 0; l < kLanes; l++) total += a[l];
-  return total;
-#endif
-}
-
 // Symmetric 8-bit quantisation of n values, n a multiple of `span`; sums[j] = -zero * sum of the j-th span. A row that
 // begins with NaN (see inverse_rms) has a scale of NaN, so that whatever is multiplied with it is NaN.
 template <bool wide>

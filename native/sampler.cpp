@@ -6,7 +6,6 @@
 #include <stdexcept>
 #include <vector>
 
-#include "kernels.hpp"
 #include "splitmix.hpp"
 
 namespace outrider {
@@ -19,21 +18,9 @@ double gumbel(uint64_t key, uint64_t token) {
   return -std::log(-std::log1p(-u));
 }
 
-struct ScoredColumn {
-  int64_t column;
-  float score;
-};
-
-// Approximate scores (float32) of a piece of a row: those that could be the largest are computed again in float64.
-struct PieceScores {
-  float best = -std::numeric_limits<float>::infinity();  // largest score
-  float peak = best;                                     // largest logit / temperature
-  std::vector<ScoredColumn> candidates;
-
-  // Smaller scores cannot be the exact largest. The error of a score is 1e-5 plus the rounding of a sum, but up to 1
-  // for Gumbel values below -1.9, which matters only where some logit is that far above the best score.
-  float bound() const { return best - (peak > best + 1.8f ? 2.5f : 1e-4f) - std::fabs(best) * 5e-7f; }
-};
+// Smaller scores cannot be the exact largest. The error of a score is 1e-5 plus the rounding of a sum, but up to 1 for
+// Gumbel values below -1.9, which matters only where some logit is that far above the best score.
+float lowest_score(float best, float peak) { return best - (peak > best + 1.8f ? 2.5f : 1e-4f) - std::fabs(best) * 5e-7f; }
 
 }  // namespace
 
@@ -61,44 +48,55 @@ bool try_gumbel_argmax(const float* logits, int64_t rows, int64_t width, const i
                        const int64_t* ids, int64_t* out, bool parallel) {
   const Kernels& k = find_kernels();
   const int64_t pieces = piece_count(width);
-  std::vector<PieceScores> scored(rows * pieces);
+  std::vector<ScoredPiece> scored(rows * pieces);
   const auto temperature = [&](int64_t row) { return temperatures ? temperatures[row] : 1.0f; };
+  const auto ids_of = [&](int64_t row) { return ids ? ids + row * width : nullptr; };
   for_pieces(parallel, rows, width, [&](int64_t row, int64_t first, int64_t count, int64_t piece) {
-    PieceScores& part = scored[piece];
-    float scores[kPiece];
-    part.best = k.gumbel_scores(logits + row * width + first, count, temperature(row), static_cast<uint64_t>(keys[row]),
-                                static_cast<uint64_t>(first), ids ? ids + row * width + first : nullptr, scores,
-                                &part.peak);
-    if (std::isinf(part.best)) return;  // all logits of this piece are masked
-    const float bound = part.bound();
-    int32_t reached[kPiece];
-    const int64_t found = k.collect(scores, nullptr, 0.0f, count, bound, reached);
-    for (int64_t i = 0; i < found; i++) part.candidates.push_back({first + reached[i], scores[reached[i]]});
+    scored[piece].score(k, logits + row * width, first, count, temperature(row), keys[row], ids_of(row));
   });
   for (int64_t row = 0; row < rows; row++) {
-    PieceScores whole;
-    for (int64_t p = row * pieces; p < (row + 1) * pieces; p++) {
-      if (std::isnan(scored[p].peak)) return false;
-      whole.best = std::max(whole.best, scored[p].best);
-      whole.peak = std::max(whole.peak, scored[p].peak);
-    }
-    const float bound = whole.bound();
-    double largest = -std::numeric_limits<double>::infinity();
-    out[row] = 0;
-    for (int64_t p = row * pieces; p < (row + 1) * pieces; p++)
-      for (const ScoredColumn& candidate : scored[p].candidates) {
-        if (candidate.score < bound) continue;
-        const int64_t at = row * width + candidate.column;
-        const uint64_t token = static_cast<uint64_t>(ids ? ids[at] : candidate.column);
-        const double exact =
-            static_cast<double>(logits[at] / temperature(row)) + gumbel(static_cast<uint64_t>(keys[row]), token);
-        if (exact > largest) {
-          largest = exact;
-          out[row] = candidate.column;
-        }
-      }
+    out[row] = winner(scored.data() + row * pieces, pieces, logits + row * width, temperature(row), keys[row],
+                      ids_of(row));
+    if (out[row] < 0) return false;
   }
   return true;
+}
+
+void ScoredPiece::score(const Kernels& kernels, const float* logits, int64_t first, int64_t count, float temperature,
+                        int64_t key, const int64_t* ids) {
+  float scores[kPiece];
+  candidates.clear();
+  best = kernels.gumbel_scores(logits + first, count, temperature, static_cast<uint64_t>(key),
+                               static_cast<uint64_t>(first), ids ? ids + first : nullptr, scores, &peak);
+  if (std::isinf(best)) return;  // all logits of this piece are masked
+  int32_t reached[kPiece];
+  const int64_t found = kernels.collect(scores, nullptr, 0.0f, count, lowest_score(best, peak), reached);
+  for (int64_t i = 0; i < found; i++) candidates.push_back({first + reached[i], scores[reached[i]]});
+}
+
+int64_t winner(const ScoredPiece* pieces, int64_t count, const float* logits, float temperature, int64_t key,
+               const int64_t* ids) {
+  float best = kMaskedLogit, peak = kMaskedLogit;
+  for (const ScoredPiece* piece = pieces; piece < pieces + count; piece++) {
+    if (std::isnan(piece->peak)) return -1;
+    best = std::max(best, piece->best);
+    peak = std::max(peak, piece->peak);
+  }
+  const float bound = lowest_score(best, peak);
+  double largest = -std::numeric_limits<double>::infinity();
+  int64_t column = 0;
+  for (const ScoredPiece* piece = pieces; piece < pieces + count; piece++)
+    for (const ScoredPiece::Column& candidate : piece->candidates) {
+      if (candidate.score < bound) continue;
+      const uint64_t token = static_cast<uint64_t>(ids ? ids[candidate.column] : candidate.column);
+      const double exact = static_cast<double>(logits[candidate.column] / temperature) +
+                           gumbel(static_cast<uint64_t>(key), token);
+      if (exact > largest) {
+        largest = exact;
+        column = candidate.column;
+      }
+    }
+  return column;
 }
 
 }  // namespace outrider

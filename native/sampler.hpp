@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <vector>
 
+#include "kernels.hpp"
 #include "threadpool.hpp"
 
 namespace outrider {
@@ -43,6 +45,26 @@ void for_pieces(bool parallel, int64_t rows, int64_t width, Job&& job) {
 
 // The column of each row's largest logit, the lowest on ties. [rows, width] -> [rows]
 void argmax(const float* logits, int64_t rows, int64_t width, int64_t* out);
+
+// Gumbel-max sampling of one row in pieces, each scored by any thread: the columns that could win. Scores are float32;
+// `winner` compares those near the largest in float64.
+struct ScoredPiece {
+  struct Column {
+    int64_t column;
+    float score;
+  };
+  float best = kMaskedLogit;  // largest score
+  float peak = kMaskedLogit;  // largest logit / temperature; NaN where there is NaN or +inf among the logits
+  std::vector<Column> candidates;
+
+  // Scores columns [first, first + count) of a row, at most kPiece; the arguments are those of `gumbel_argmax`.
+  void score(const Kernels& kernels, const float* logits, int64_t first, int64_t count, float temperature, int64_t key,
+             const int64_t* ids);
+};
+
+// The column drawn from a row, whose pieces are given in order; -1 where there is NaN or +inf among the logits.
+int64_t winner(const ScoredPiece* pieces, int64_t count, const float* logits, float temperature, int64_t key,
+               const int64_t* ids);
 
 // The column of each row's largest logit / temperature + Gumbel value, computed in float64 as outrider.sampling.rng defines
 // it; the lowest column on ties. ids [rows, width]: the token of each column, null where column v is token v.

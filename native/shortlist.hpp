@@ -8,19 +8,24 @@ namespace outrider::OUTRIDER_ISA {
 
 // How many of x are not below the bound.
 static int64_t count_from(const float* x, int64_t n, float bound) {
-  int64_t count = 0, i = 0;
-  for (; i + kLanes <= n; i += kLanes) count += __builtin_popcount(reaching(load(x + i), bound));
+  I below[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes)
+    for (int v = 0; v < 2; v++) below[v] = count_lanes(below[v], less(load(x + i + v * kLanes), set(bound)));
+  int64_t count = i - sum_lanes(below[0] + below[1]);
   for (; i < n; i++) count += !(x[i] < bound);
   return count;
 }
 
-// The indices at which x + weight * extra (extra may be null) is not below the bound, ascending. Returns their number.
+// The indices at which x + weight * extra (extra may be null) is not below the bound, ascending. Returns their number;
+// there must be room for n.
 static int64_t collect(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* indices) {
   int64_t count = 0, i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const F v = extra ? fma(load(extra + i), set(weight), load(x + i)) : load(x + i);
-    for (uint32_t hits = reaching(v, bound); hits; hits &= hits - 1)
-      indices[count++] = static_cast<int32_t>(i + __builtin_ctz(hits));
+    const uint32_t hits = reaching(v, bound);
+    store_set_bits(hits, static_cast<int32_t>(i), indices + count);  // without a branch: hits have no order to predict
+    count += __builtin_popcount(hits);
   }
   for (; i < n; i++)
     if (!((extra ? x[i] + weight * extra[i] : x[i]) < bound)) indices[count++] = static_cast<int32_t>(i);

@@ -42,6 +42,10 @@ template <int n> static inline I shift_left(I a) { return lanes(_mm512_slli_epi3
 template <int n> static inline I shift_right(I a) { return lanes(_mm512_srli_epi32(raw(a), n)); }
 static inline F to_float(I a) { return _mm512_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm512_cvtps_epi32(a)); }
+// counts + 1 in the lanes of the mask.
+static inline I count_lanes(I counts, Mask m) {
+  return lanes(_mm512_mask_sub_epi32(raw(counts), m, raw(counts), _mm512_set1_epi32(-1)));
+}
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 // Each lane of acc plus the products of four unsigned bytes of a with four signed bytes of b.
@@ -77,6 +81,17 @@ template <int n> static inline I shift_left(I a) { return lanes(_mm256_slli_epi3
 template <int n> static inline I shift_right(I a) { return lanes(_mm256_srli_epi32(raw(a), n)); }
 static inline F to_float(I a) { return _mm256_cvtepi32_ps(raw(a)); }
 static inline I to_int(F a) { return lanes(_mm256_cvtps_epi32(a)); }
+static inline I count_lanes(I counts, Mask m) { return counts - as_int(m); }
+static inline float reduce_add(F a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+static inline float reduce_max(F a) {
+  const __m128 four = _mm_max_ps(_mm256_extractf128_ps(a, 1), _mm256_castps256_ps128(a));
+  const __m128 two = _mm_max_ps(_mm_movehl_ps(four, four), four);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two));
+}
 #if defined(__AVXVNNI__)
 #define OUTRIDER_DOT_BYTES
 static inline I dot_bytes(I acc, I a, I b) { return lanes(_mm256_dpbusd_avx_epi32(raw(acc), raw(a), raw(b))); }
@@ -126,10 +141,7 @@ static inline F abs(F a) { return as_float(as_int(a) & 0x7fffffff); }
 static inline F round(F a) { return (a + 12582912.0f) - 12582912.0f; }
 static inline F to_float(I a) { return __builtin_convertvector(a, F); }
 static inline I to_int(F a) { return __builtin_convertvector(round(a), I); }
-
-#endif
-
-#if !defined(__AVX512F__) || !defined(__AVX512VNNI__)
+static inline I count_lanes(I counts, Mask m) { return counts - m; }
 static inline float reduce_add(F a) {
   float v[kLanes];
   store(v, a);
@@ -144,6 +156,7 @@ static inline float reduce_max(F a) {
   for (int i = 1; i < kLanes; i++) best = v[i] > best ? v[i] : best;
   return best;
 }
+
 #endif
 
 static inline float first_of(F a) { return a[0]; }
@@ -234,7 +247,45 @@ static inline float from_bf16(uint16_t a) {
   return value;
 }
 
+static inline int32_t sum_lanes(I a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32(raw(a));
+#else
+  int32_t total = 0;
+  for (int l = 0; l < kLanes; l++) total += a[l];
+  return total;
+#endif
+}
+
 // The lanes that are not below the bound, a bit each.
 static inline uint32_t reaching(F a, float bound) { return ~bits(less(a, set(bound))) & ((1u << kLanes) - 1); }
+
+// Writes first + the number of each bit that is set, ascending; what follows them, up to kLanes values, is undefined.
+#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+static inline void store_set_bits(uint32_t set, int32_t first, int32_t* to) {
+  const __m512i number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(set), number);
+  store_int(to, lanes(packed) + first);
+}
+#else
+struct SetBits {
+  uint8_t number[1 << kLanes][kLanes] = {};
+  constexpr SetBits() {
+    for (int set = 0; set < 1 << kLanes; set++)
+      for (int bit = 0, count = 0; bit < kLanes; bit++)
+        if (set >> bit & 1) number[set][count++] = static_cast<uint8_t>(bit);
+  }
+};
+static constexpr SetBits kSetBits;
+static inline void store_set_bits(uint32_t set, int32_t first, int32_t* to) {
+  const uint8_t* number = kSetBits.number[set];
+#if defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(number));
+  store_int(to, lanes(_mm256_cvtepu8_epi32(bytes)) + first);
+#else
+  for (int l = 0; l < kLanes; l++) to[l] = first + number[l];
+#endif
+}
+#endif
 
 }  // namespace outrider::OUTRIDER_ISA

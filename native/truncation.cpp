@@ -85,7 +85,7 @@ Candidate last_of_nucleus(const Kernels& k, const float* x, int64_t n, float pea
     const float bound = peak - distance;
     const int64_t count = k.count_from(x, n, bound);
     if (count * kShortRatio > n) continue;
-    const Scratch<int32_t> found_at = scratch<int32_t>(count);
+    const Scratch<int32_t> found_at = scratch<int32_t>(n);
     const Scratch<float> values = scratch<float>(count);
     k.collect(x, nullptr, 0.0f, n, bound, found_at.get());
     for (int64_t i = 0; i < count; i++) values[i] = x[found_at[i]];
