@@ -20,7 +20,9 @@ constexpr int kSpins = 2000;        // pauses before the first yield: tens of mi
 constexpr int kPausesPerCheck = 32;  // pauses between checks of the clock and of shared cores
 constexpr int kBarrierYields = 20;  // inside a job; on a busy machine each may cost a time slice
 constexpr int kMoveEvery = 16;      // barriers between checks whether to move to another core
-constexpr int kIdleYields = 500;    // between jobs: the next pass often follows at once
+// Between jobs, more than a millisecond: a round's work outside the passes should find the workers awake after it. To
+// wake one costs both threads some 50 microseconds where a virtual machine's idle processor belongs to its host.
+constexpr int kIdleYields = 2500;
 
 using std::chrono::microseconds;
 using std::chrono::milliseconds;
