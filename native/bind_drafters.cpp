@@ -5,6 +5,7 @@
 #include "autoregressive.hpp"
 #include "bindings.hpp"
 #include "block_drafter.hpp"
+#include "confidence.hpp"
 
 namespace outrider {
 
@@ -16,22 +17,43 @@ namespace {
 using Ints = std::vector<int64_t>;
 // Temperature, top-k, top-p and min-p of each row; a temperature of 0 is greedy.
 using Sampling = std::vector<std::tuple<float, int64_t, double, double>>;
+using Keys = std::optional<std::vector<Ints>>;  // [n, K]; none where all rows are greedy
 
+// What drafts are drawn by, and how their confidences are scaled.
 struct RowSampling {
   std::vector<float> temperatures;
   std::vector<Truncation> truncations;
+  std::vector<int64_t> keys;  // [n, K], or empty where all rows are greedy
+
+  const int64_t* keys_or_null() const { return keys.empty() ? nullptr : keys.data(); }
 };
 
-RowSampling checked(const Sampling& sampling, int64_t rows, bool samples) {
+RowSampling checked(const Sampling& sampling, const Keys& keys, const Scalings& scalings, int64_t rows, int64_t drafts,
+                    bool has_logits) {
   expect_shape("sampling", static_cast<int64_t>(sampling.size()), 1, rows, 1);
+  if (!scalings.empty()) expect_shape("scalings", static_cast<int64_t>(scalings.size()), 1, rows, 1);
   RowSampling all;
+  if (keys) {
+    expect_shape("keys", static_cast<int64_t>(keys->size()), drafts, rows, drafts);
+    for (const Ints& row : *keys) {
+      expect_shape("keys of a row", 1, static_cast<int64_t>(row.size()), 1, drafts);
+      all.keys.insert(all.keys.end(), row.begin(), row.end());
+    }
+  }
   for (const auto& [temperature, top_k, top_p, min_p] : sampling) {
-    if (temperature > 0 && !samples) throw std::invalid_argument("sampled rows need keys, and an array for logits");
+    if (temperature > 0 && !(keys && has_logits))
+      throw std::invalid_argument("sampled rows need keys, and an array for logits");
     if (top_k < 1) throw std::invalid_argument("truncation keeps at least one token");
     all.temperatures.push_back(temperature);
     all.truncations.push_back({top_k, top_p, min_p});
   }
   return all;
+}
+
+void scale(const Scalings& scalings, const FloatMatrixOut& confidence) {
+  const auto drafts = static_cast<int64_t>(confidence.shape(1));
+  for (size_t b = 0; b < scalings.size(); b++)
+    if (scalings[b]) scale_confidences(*scalings[b], confidence.data() + static_cast<int64_t>(b) * drafts, drafts);
 }
 
 WaitingFeatures waiting_of(const BlockDrafter& drafter, const Ints& slots, const Ints& counts,
@@ -64,9 +86,8 @@ void absorb(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints
 }
 
 void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints& counts,
-           const std::vector<FloatMatrix>& features, const Ints& anchors,
-           const std::optional<IntMatrix>& keys,
-           const Sampling& sampling, const IntMatrixOut& tokens, const FloatMatrixOut& confidence,
+           const std::vector<FloatMatrix>& features, const Ints& anchors, const Keys& keys, const Sampling& sampling, const Scalings& scalings, const IntMatrixOut& tokens,
+           const FloatMatrixOut& confidence,
            const std::optional<IntMatrixOut>& ids, const std::optional<FloatMatrixOut>& logits) {
   BlockTask task{};
   task.waiting = waiting_of(drafter, slots, counts, features);
@@ -76,15 +97,14 @@ void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints&
     throw std::invalid_argument("a block gives 1 to " + std::to_string(drafter.drafts()) + " drafts, got " +
                                 std::to_string(task.drafts));
   expect_shape("anchors", static_cast<int64_t>(anchors.size()), 1, rows, 1);
-  if (keys) expect_matrix("keys", *keys, rows, task.drafts);
   expect_matrix("tokens", tokens, rows, task.drafts);
   expect_matrix("confidence", confidence, rows, task.drafts);
   if (logits) expect_matrix("logits", *logits, rows * task.drafts, drafter.width());
   if (ids) expect_matrix("ids", *ids, rows * task.drafts, drafter.width());
-  const RowSampling row_sampling = checked(sampling, rows, keys && logits);
+  const RowSampling row_sampling = checked(sampling, keys, scalings, rows, task.drafts, logits.has_value());
   if (logits && drafter.lists_ids() && !ids) throw std::invalid_argument("this drafter needs an array for ids");
   task.anchors = anchors.data();
-  task.keys = data_or_null(keys);
+  task.keys = row_sampling.keys_or_null();
   task.temperatures = row_sampling.temperatures.data();
   task.truncations = row_sampling.truncations.data();
   task.tokens = tokens.data();
@@ -93,12 +113,13 @@ void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints&
   task.logits = data_or_null(logits);
   nb::gil_scoped_release released;
   drafter.draft(cache, task);
+  scale(scalings, confidence);
 }
 
 void draft_in_turn(AutoregressiveDrafter& drafter, KVCache& cache, const Ints& slots, const Ints& counts,
                    const std::vector<FloatMatrix>& features, const Ints& tokens,
-                   const std::optional<IntMatrix>& keys, const Sampling& sampling,
-                   const IntMatrixOut& drawn, const FloatMatrixOut& confidence, const std::optional<IntMatrixOut>& ids,
+                   const Keys& keys, const Sampling& sampling, const Scalings& scalings, const IntMatrixOut& drawn,
+                   const FloatMatrixOut& confidence, const std::optional<IntMatrixOut>& ids,
                    const std::optional<FloatMatrixOut>& logits) {
   AutoregressiveTask task{};
   task.rows = static_cast<int64_t>(slots.size());
@@ -120,15 +141,14 @@ void draft_in_turn(AutoregressiveDrafter& drafter, KVCache& cache, const Ints& s
                                 std::to_string(tokens.size()) + " following tokens, expected " + std::to_string(wanted));
   expect_matrix("drawn", drawn, task.rows, task.drafts);
   expect_matrix("confidence", confidence, task.rows, task.drafts);
-  if (keys) expect_matrix("keys", *keys, task.rows, task.drafts);
   if (logits) expect_matrix("logits", *logits, task.rows * task.drafts, drafter.width());
   if (ids) expect_matrix("ids", *ids, task.rows * task.drafts, drafter.width());
-  const RowSampling row_sampling = checked(sampling, task.rows, keys && logits);
+  const RowSampling row_sampling = checked(sampling, keys, scalings, task.rows, task.drafts, logits.has_value());
   if (logits && drafter.lists_ids() && !ids) throw std::invalid_argument("this drafter needs an array for ids");
   task.slots = slots.data();
   task.counts = counts.data();
   task.tokens = tokens.data();
-  task.keys = data_or_null(keys);
+  task.keys = row_sampling.keys_or_null();
   task.temperatures = row_sampling.temperatures.data();
   task.truncations = row_sampling.truncations.data();
   task.drawn = drawn.data();
@@ -137,6 +157,7 @@ void draft_in_turn(AutoregressiveDrafter& drafter, KVCache& cache, const Ints& s
   task.logits = data_or_null(logits);
   nb::gil_scoped_release released;
   drafter.draft(cache, task);
+  scale(scalings, confidence);
 }
 
 void bind_autoregressive(nb::module_& m) {
@@ -159,7 +180,7 @@ void bind_autoregressive(nb::module_& m) {
       .def_prop_ro("width", &AutoregressiveDrafter::width)
       .def_prop_ro("lists_ids", &AutoregressiveDrafter::lists_ids)
       .def("draft", &draft_in_turn, "cache"_a, "slots"_a, "counts"_a, "features"_a, "tokens"_a,
-           "keys"_a.noconvert().none(), "sampling"_a, "drawn"_a.noconvert(), "confidence"_a.noconvert(),
+           "keys"_a.none(), "sampling"_a, "scalings"_a, "drawn"_a.noconvert(), "confidence"_a.noconvert(),
            "ids"_a.noconvert().none(), "logits"_a.noconvert().none());
 }
 
@@ -190,7 +211,7 @@ void bind_drafters(nb::module_& m) {
       .def_prop_ro("lists_ids", &BlockDrafter::lists_ids)
       .def("absorb", &absorb, "cache"_a, "slots"_a, "counts"_a, "features"_a)
       .def("draft", &draft, "cache"_a, "slots"_a, "counts"_a, "features"_a,
-           "anchors"_a, "keys"_a.noconvert().none(), "sampling"_a, "tokens"_a.noconvert(),
+           "anchors"_a, "keys"_a.none(), "sampling"_a, "scalings"_a, "tokens"_a.noconvert(),
            "confidence"_a.noconvert(), "ids"_a.noconvert().none(), "logits"_a.noconvert().none());
 }
 

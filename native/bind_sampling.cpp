@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings.hpp"
+#include "confidence.hpp"
 #include "sampler.hpp"
 #include "splitmix.hpp"
 #include "verification.hpp"
@@ -154,45 +155,27 @@ void absorb_positions(const Array<const uint64_t, 1>& streams, const IntVector& 
 }
 
 // The keys of the positions after each start, from the words of each row's seed, round and purpose.
-void token_keys(const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& rows, const std::vector<int64_t>& starts,
-                const IntMatrixOut& out) {
+std::vector<std::vector<int64_t>> token_keys(const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& rows,
+                                             const std::vector<int64_t>& starts, int64_t count) {
   expect_shape("starts", starts.size(), 1, rows.size(), 1);
-  expect_shape("out", out.shape(0), 1, rows.size(), 1);
-  const auto width = static_cast<int64_t>(out.shape(1));
+  std::vector<std::vector<int64_t>> keys(rows.size());
   for (size_t i = 0; i < rows.size(); i++) {
     const auto& [seed, round, purpose] = rows[i];
     const uint64_t stream = absorb(absorb(seed, round), purpose);
-    for (int64_t k = 0; k < width; k++)
-      out.data()[i * width + k] = static_cast<int64_t>(absorb(stream, static_cast<uint64_t>(starts[i] + k)));
+    for (int64_t k = 0; k < count; k++)
+      keys[i].push_back(static_cast<int64_t>(absorb(stream, static_cast<uint64_t>(starts[i] + k))));
   }
+  return keys;
 }
 
-using Scaling = std::pair<std::vector<double>, std::vector<double>>;  // temperatures, shifts
-
-// Confidences as outrider.scheduling.calibration.Scaling corrects them: sigmoid(logit(c) / temperature + shift).
-void scale_confidence(const FloatMatrix& confidence, const std::vector<std::optional<Scaling>>& scalings, double largest,
-                      const FloatMatrixOut& out) {
+void scale_confidence(const FloatMatrix& confidence, const Scalings& scalings, const FloatMatrixOut& out) {
   const int64_t rows = confidence.shape(0), width = confidence.shape(1);
   expect_shape("scalings", scalings.size(), 1, rows, 1);
   expect_matrix("out", out, rows, width);
   for (int64_t b = 0; b < rows; b++) {
-    const float* given = confidence.data() + b * width;
     float* to = out.data() + b * width;
-    if (!scalings[b]) {
-      std::copy_n(given, width, to);
-      continue;
-    }
-    const auto& [temperatures, shifts] = *scalings[b];
-    if (temperatures.empty() || temperatures.size() != shifts.size())
-      throw std::invalid_argument("a scaling needs as many shifts as temperatures, one at least");
-    for (int64_t j = 0; j < width; j++) {
-      const size_t at = std::min<size_t>(j, temperatures.size() - 1);  // the last one holds for all later positions
-      const double p = given[j];
-      double z = p <= 0 ? -largest : p >= 1 ? largest : std::log(p / (1 - p));  // and NaN stays NaN
-      z = std::min(std::max(z, -largest), largest) / temperatures[at] + shifts[at];
-      const double small = std::exp(-std::fabs(z));  // never overflows
-      to[j] = static_cast<float>((z >= 0 ? 1 : small) / (1 + small));
-    }
+    std::copy_n(confidence.data() + b * width, width, to);
+    if (scalings[b]) scale_confidences(*scalings[b], to, width);
   }
 }
 
@@ -201,13 +184,12 @@ void scale_confidence(const FloatMatrix& confidence, const std::vector<std::opti
 void bind_sampling(nb::module_& m) {
   m.def("absorb_positions", &absorb_positions, "streams"_a.noconvert(), "rows"_a.noconvert(),
         "positions"_a.noconvert(), "out"_a.noconvert(), "Words of (row, position) pairs: see outrider.sampling.rng.");
-  m.def("token_keys", &token_keys, "rows"_a, "starts"_a, "out"_a.noconvert(),
-        "Token keys int64 [n, K] of the positions from each start on: see outrider.sampling.rng. rows: the words of each\n"
-        "row's seed, round and purpose.");
-  m.def("scale_confidence", &scale_confidence, "confidence"_a.noconvert(), "scalings"_a, "largest"_a,
-        "out"_a.noconvert(),
-        "sigmoid(logit(confidence) / temperature + shift), element by element, logits within +-largest. scalings: each\n"
-        "row's temperatures and shifts, the last of them for all later positions; None leaves the row as it is.");
+  m.def("token_keys", &token_keys, "rows"_a, "starts"_a, "count"_a,
+        "Token keys of `count` positions from each start on, a list for each row: see outrider.sampling.rng. rows: the\n"
+        "words of each row's seed, round and purpose.");
+  m.def("scale_confidence", &scale_confidence, "confidence"_a.noconvert(), "scalings"_a, "out"_a.noconvert(),
+        "sigmoid(logit(confidence) / temperature + shift), element by element. scalings: each row's temperatures and\n"
+        "shifts, the last of them for all later positions, and the largest logit; None leaves the row as it is.");
   m.def("argmax", &argmax_rows, "logits"_a.noconvert(), "out"_a.noconvert(),
         "The column of each row's largest logit, the lowest on ties.");
   m.def("gumbel_argmax", &gumbel_argmax_rows, "logits"_a.noconvert(), "keys"_a.noconvert(), "out"_a.noconvert(),

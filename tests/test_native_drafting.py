@@ -10,6 +10,7 @@ from outrider.backends.native import NativeBackend
 from outrider.config import SamplingParams
 from outrider.core import native
 from outrider.registry import find
+from outrider.scheduling.calibration import Calibration, Scaling
 from outrider.types import Proposal
 
 ISAS = [] if native is None else list(native.instruction_sets())
@@ -41,6 +42,7 @@ def test_drafts_of_one_call_are_those_drawn_step_by_step(isa: str, name: str, dr
         sessions.append(Session(target, drafter, 4))
         sessions[-1].observe([h[:-1] for h in histories], [0] * 4)
     drafters[1].core = None
+    drafters[0].calibration = drafters[1].calibration = Calibration({("block", 1.0): Scaling((2.0, 0.7), (0.3, -0.2))})
     for params in PARAMS:
         proposals = []
         for drafter, session in zip(drafters, sessions, strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.core import native
 from outrider.errors import CacheFull, InvalidRequest
-from outrider.types import AutoregressiveParts, BlockParts, Drafts, MarkovParts, Values
+from outrider.types import AutoregressiveParts, BlockParts, CoreScaling, Drafts, MarkovParts, Values
 
 __all__ = ["NativeBlockDrafter", "NativeInTurnDrafter", "autoregressive_parts", "block_parts", "markov_head"]
 
@@ -96,11 +96,13 @@ class NativeBlockDrafter:
         features: Sequence[Values],
         anchors: Sequence[int],
         drafts: int,
-        keys: Tensor | None,
+        keys: list[list[int]] | None,
         params: Sequence[SamplingParams],
+        scalings: Sequence[CoreScaling | None],
     ) -> Drafts:
         """The same, then K drafts a row. Raises InvalidRequest, and CacheFull past the capacity."""
-        return _draft(self.core, cache, slots, counts, features, anchors, drafts, keys, params, self._size)
+        rows = (cache, slots, counts, features, anchors)
+        return _draft(self.core, *rows, drafts, keys, params, scalings, self._size)
 
 
 class NativeInTurnDrafter:
@@ -117,11 +119,13 @@ class NativeInTurnDrafter:
         features: Sequence[Values],
         tokens: Sequence[int],
         drafts: int,
-        keys: Tensor | None,
+        keys: list[list[int]] | None,
         params: Sequence[SamplingParams],
+        scalings: Sequence[CoreScaling | None],
     ) -> Drafts:
         """Raises InvalidRequest, and CacheFull past the capacity."""
-        return _draft(self.core, cache, slots, counts, features, tokens, drafts, keys, params, drafts)
+        rows = (cache, slots, counts, features, tokens)
+        return _draft(self.core, *rows, drafts, keys, params, scalings, drafts)
 
 
 def _draft(
@@ -132,8 +136,9 @@ def _draft(
     features: Sequence[Values],
     given: Sequence[int],
     drafts: int,
-    keys: Tensor | None,
+    keys: list[list[int]] | None,
     params: Sequence[SamplingParams],
+    scalings: Sequence[CoreScaling | None],
     scratch: int,
 ) -> Drafts:
     """One call of a drafter in the core; ``given``: the tokens that it drafts from; ``scratch``: positions after a
@@ -145,10 +150,9 @@ def _draft(
         shape = count * drafts, core.width
         logits = np.empty(shape, np.float32)
         ids = np.empty(shape, np.int64) if core.lists_ids else None
-    words = None if keys is None else keys.numpy()
     sampling = [(p.temperature, p.top_k or NO_LIMIT, p.top_p, p.min_p) for p in params]
-    arrays = (words, sampling, tokens, confidence, ids, logits)
-    arguments = (cache.core, slots, counts, _arrays(features), given, *arrays)
+    drawing = (keys, sampling, scalings, tokens, confidence, ids, logits)
+    arguments = (cache.core, slots, counts, _arrays(features), given, *drawing)
     _with_room(core.draft, arguments, cache, slots, counts, scratch)
     return Drafts(
         torch.from_numpy(tokens),

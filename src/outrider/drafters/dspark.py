@@ -145,6 +145,7 @@ class DSparkDrafter(CachedDrafter):
             max(lengths),
             keys,
             params,
+            self.core_scalings(params),
         )
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 

@@ -123,18 +123,17 @@ class RowRng:
         """int64 [n]: the keys of ``gumbel``, one for each (row, position). int64 [n], int64 [n] -> [n]."""
         return torch.from_numpy(self._words(purpose_word(purpose, True), _SHARED, rows, positions).view(np.int64))
 
-    def token_keys_after(self, rows: Sequence[int], starts: Sequence[int], count: int, purpose: str) -> Tensor:
-        """``token_keys`` of ``count`` positions of each of n rows, from its start on. -> int64 [n, count]"""
+    def token_keys_after(self, rows: Sequence[int], starts: Sequence[int], count: int, purpose: str) -> list[list[int]]:
+        """``token_keys`` of ``count`` positions of each of n rows, from its start on. -> n lists of ``count``"""
         own = purpose_word(purpose, True)
-        keys = np.empty((len(rows), count), np.int64)
         if native is None:
             owners = np.repeat(np.array(rows, np.int64), count)
             positions = (np.array(starts, np.int64)[:, None] + np.arange(count)).ravel()
             words = self._words(own, _SHARED, torch.from_numpy(owners), torch.from_numpy(positions))
-            return torch.from_numpy(words.view(np.int64).reshape(keys.shape))
+            return words.view(np.int64).reshape(len(rows), count).tolist()
         streams = [(*self.rows[b], _SHARED if self.rules[b] == "coupled" else own) for b in rows]
-        native.token_keys(streams, starts, keys)
-        return torch.from_numpy(keys)
+        keys: list[list[int]] = native.token_keys(streams, starts, count)
+        return keys
 
     def _words(self, own: int, shared: int, rows: Tensor, positions: Tensor) -> _Words:
         """One word for each (row, position) of the stream ``own``; of ``shared`` in rows under ``coupled``."""

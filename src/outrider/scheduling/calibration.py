@@ -30,7 +30,7 @@ from torch import Tensor
 from outrider.config import SamplingParams
 from outrider.core import native
 from outrider.errors import CheckpointError
-from outrider.types import Context, Proposal
+from outrider.types import Context, CoreScaling, Proposal
 
 __all__ = [
     "BINS",
@@ -212,6 +212,11 @@ class Scaling:
     temperatures: tuple[float, ...]
     shifts: tuple[float, ...]
 
+    @property
+    def core_form(self) -> CoreScaling:
+        """What the compiled core reads."""
+        return self.temperatures, self.shifts, LARGEST_LOGIT
+
     def apply(self, logits: Tensor) -> Tensor:
         """float [n, K] -> probabilities, float64 [n, K]"""
         last = len(self.temperatures) - 1
@@ -335,6 +340,10 @@ class Calibration:
                 self._latest[bucket] = found
         return found
 
+    def core_scalings(self, params: Sequence[SamplingParams]) -> list[CoreScaling | None]:
+        """Each request's scaling as the compiled core reads it."""
+        return [None if s is None else s.core_form for s in map(self._scaling_of, params)]
+
     def calibrated(self, proposal: Proposal, context: Context) -> Proposal:
         """The same drafts, each row's confidence corrected for its request's rule and temperature.
 
@@ -399,7 +408,5 @@ def _adjusted(confidence: Tensor, scalings: Sequence[Scaling | None]) -> Tensor:
         return torch.tensor(rows).view(confidence.shape)
     given = confidence.contiguous().numpy()
     out = np.empty(given.shape, np.float32)
-    native.scale_confidence(
-        given, [None if s is None else (s.temperatures, s.shifts) for s in scalings], LARGEST_LOGIT, out
-    )
+    native.scale_confidence(given, [None if s is None else s.core_form for s in scalings], out)
     return torch.from_numpy(out)

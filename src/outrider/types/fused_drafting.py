@@ -21,12 +21,16 @@ __all__ = [
     "AutoregressiveParts",
     "BlockDrafter",
     "BlockParts",
+    "CoreScaling",
     "Drafts",
     "DraftsBlocks",
     "DraftsInTurn",
     "InTurnDrafter",
     "MarkovParts",
 ]
+
+CoreScaling = tuple[Sequence[float], Sequence[float], float]
+"""A row's scaling of confidences (``scheduling.calibration.Scaling``): temperatures, shifts, and the largest logit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,13 @@ class BlockDrafter(Protocol):
         features: Sequence[Values],
         anchors: Sequence[int],
         drafts: int,
-        keys: Tensor | None,
+        keys: list[list[int]] | None,
         params: Sequence[SamplingParams],
+        scalings: Sequence[CoreScaling | None],
     ) -> Drafts:
         """The same, then K ``drafts`` for each of n rows; nothing of them stays in the cache. anchors [n]: the rows'
-        last tokens; keys int64 [n, K] of ``Rng.token_keys``, None where all rows are greedy; ``params`` [n]: of which
-        temperature and truncation are applied."""
+        last tokens; keys [n][K] of ``Rng.token_keys``, None where all rows are greedy; ``params`` [n]: of which
+        temperature and truncation are applied; ``scalings`` [n] of the confidences, empty: of none."""
         ...
 
 
@@ -141,13 +146,14 @@ class InTurnDrafter(Protocol):
         features: Sequence[Values],
         tokens: Sequence[int],
         drafts: int,
-        keys: Tensor | None,
+        keys: list[list[int]] | None,
         params: Sequence[SamplingParams],
+        scalings: Sequence[CoreScaling | None],
     ) -> Drafts:
         """Run the waiting features of n rows, then draft K ``drafts`` a row.
 
         ``counts`` [n], at least 1: waiting features of each row; ``features`` [T, F] in pieces and ``tokens`` [T], the
-        one that follows each of them, row after row. All but each row's last one stay in the cache. ``keys`` and
-        ``params`` as in ``BlockDrafter.draft``.
+        one that follows each of them, row after row. All but each row's last one stay in the cache. ``keys``,
+        ``params`` and ``scalings`` as in ``BlockDrafter.draft``.
         """
         ...

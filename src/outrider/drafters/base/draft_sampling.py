@@ -99,14 +99,14 @@ class Drawing:
         return distribution.take(index.flatten())
 
 
-def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> Tensor:
-    """The keys of all drafts of some rows, int64 [n, K]."""
+def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> list[list[int]]:
+    """The keys of all drafts of some rows, K for each."""
     if isinstance(rng, RowRng):
         return rng.token_keys_after(rows, [len(context.history[b]) for b in rows], drafts, "draft")
     owners = [b for b in rows for _ in range(drafts)]
     positions = [len(context.history[b]) + k for b in rows for k in range(drafts)]
     both = torch.from_numpy(np.array([owners, positions], np.int64))  # numpy reads lists several times faster
-    return rng.token_keys(both[0], both[1], "draft").view(len(rows), drafts)
+    return rng.token_keys(both[0], both[1], "draft").view(len(rows), drafts).tolist()
 
 
 def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Proposal:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
+from outrider.config import SamplingParams
 from outrider.drafters.base.draft_cache import DraftCache
 from outrider.drafters.base.draft_sampling import known_sampling
 from outrider.drafters.base.network import load_net
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.registry import find
-from outrider.types import Backend, Context, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import Backend, Context, CoreScaling, Proposal, RaggedBatch, Rng, TargetModel
 
 __all__ = ["CachedDrafter", "TrainedConfig", "TrainedDrafter"]
 
@@ -120,6 +121,10 @@ class TrainedDrafter(ABC):
         """The proposal with its confidences scaled by the checkpoint's calibration, where it has one."""
         return proposal if self.calibration is None else self.calibration.calibrated(proposal, context)
 
+    def core_scalings(self, params: Sequence[SamplingParams]) -> Sequence[CoreScaling | None]:
+        """The same for a backend that scales confidences itself: those of some rows, empty where there are none."""
+        return () if self.calibration is None else self.calibration.core_scalings(params)
+
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
         """Whether a directory with this config.json holds such a drafter. Raises CheckpointError for a damaged one."""
@@ -155,15 +160,16 @@ class CachedDrafter(TrainedDrafter):
         lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
         if not any(lengths):
             return Proposal.empty(len(named))
-        at_once = self.core is not None and known_sampling(context)
-        draft = self._draft_at_once if at_once else self._draft_stepwise
-        return self.calibrated(draft(named, last, lengths, context, rng), context)
+        if self.core is not None and known_sampling(context):
+            return self._draft_at_once(named, last, lengths, context, rng)
+        return self.calibrated(self._draft_stepwise(named, last, lengths, context, rng), context)
 
     @abstractmethod
     def _draft_at_once(
         self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
-        """One call of ``core`` for the rows that draft, ``lengths`` tokens each. ``named``: all rows' slots."""
+        """One call of ``core`` for the rows that draft, ``lengths`` tokens each, with calibrated confidences.
+        ``named``: all rows' slots."""
 
     @abstractmethod
     def _draft_stepwise(
