@@ -10,7 +10,6 @@
 
 namespace outrider::OUTRIDER_ISA {
 
-constexpr int kPanelsPerBlock = kBlock / kPanel;
 constexpr int kWidestHead = 512 + kPanel;  // padded
 constexpr float kInitialMax = -1e30f;  // before the first visible position; finite, so that differences are not NaN
 
@@ -94,9 +93,8 @@ struct BlockTile {
   inline void softmax(int row, int64_t low, int64_t high, float* state) {
     float* s = score[row];
     const int head_pad = task.head_pad;
-    if (low > 0 || high < kBlock)
-      for (int i = 0; i < kBlock; i++)
-        if (i < low || i >= high) s[i] = -INFINITY;
+    for (int64_t i = 0; i < low && i < kBlock; i++) s[i] = -INFINITY;
+    for (int64_t i = high > 0 ? high : 0; i < kBlock; i++) s[i] = -INFINITY;
     F most = load(s);
     for (int i = kLanes; i < kBlock; i += kLanes) most = max(most, load(s + i));
     const float before = state[head_pad], now = reduce_max(most), m = now > before ? now : before;
@@ -124,7 +122,8 @@ struct BlockTile {
     const char* x = task.queries + first * task.query_stride;
     constexpr int per_step = Op::kInner;
     const size_t element_block = static_cast<size_t>(task.head_dim) / per_step * Op::kBytes;
-    for (int p = 0; p < kPanelsPerBlock; p++)
+    const int64_t known = task.row_end - start < kBlock ? task.row_end - start : kBlock;
+    for (int p = 0; p * kPanel < known; p++)  // the softmax masks the others
       panel_product<Op, M>(keys + p * element_block, x, task.query_stride, task.head_dim / per_step, false,
                            &score[0][p * kPanel], kBlock);
     for (int m = 0; m < M; m++) {
@@ -141,7 +140,6 @@ struct BlockTile {
       else
         convert_bf16(score[m], kBlock, weight[m]);
     }
-    const int64_t known = task.row_end - start < kBlock ? task.row_end - start : kBlock;
     const int steps = static_cast<int>((known + per_step - 1) / per_step);
     const size_t panel = static_cast<size_t>(kBlock) / per_step * Op::kBytes;
     for (int p = 0; p * kPanel < head_pad; p++)
