@@ -146,6 +146,15 @@ void Distribution::probabilities(int64_t first, int64_t count, float* out) const
 // This distribution's probabilities of the tokens in columns [first, first + count) of another one.
 void Distribution::probabilities_at(const Distribution& columns, int64_t first, int64_t count, float* out) const {
   if (!ids_ && !columns.ids_) return probabilities(first, count, out);
+  if (!columns.ids_) {  // the listed tokens among all
+    std::fill_n(out, count, 0.0f);
+    const int64_t* const begin = std::lower_bound(ids_, ids_ + count_, first);
+    const int64_t* const end = std::lower_bound(begin, ids_ + count_, first + count);
+    float listed[kPiece];
+    probabilities(begin - ids_, end - begin, listed);
+    for (const int64_t* id = begin; id < end; ++id) out[*id - first] = listed[id - begin];
+    return;
+  }
   float logits[kPiece];
   if (!ids_) {
     for (int64_t i = 0; i < count; i++) {
@@ -159,7 +168,7 @@ void Distribution::probabilities_at(const Distribution& columns, int64_t first, 
       const int64_t wanted = columns.token(first + i);
       if (*id == wanted) logits[i++] = logits_[id++ - ids_];
       else if (*id < wanted) ++id;
-      else i = columns.ids_ ? i + 1 : *id - first;  // without ids, jump to the column of the next listed token
+      else ++i;
     }
   }
   kernels_.exp_sum(logits, count, temperature_, max_, static_cast<float>(1.0 / sum_), out);
