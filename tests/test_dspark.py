@@ -460,13 +460,20 @@ class WideHead:
     """A Markov head with random weights in the core, and step by step. ``scale``: how much its bias can move."""
 
     def __init__(
-        self, kind: str, scale: float, *, drafted: int = WIDE, shortlist: int = 64, ids: Tensor | None = None
+        self,
+        kind: str,
+        scale: float,
+        *,
+        drafted: int = WIDE,
+        shortlist: int = 64,
+        rank: int = 16,
+        ids: Tensor | None = None,
     ) -> None:
-        design = BlockDesign(5, 3, markov_rank=16, markov_head=kind)
+        design = BlockDesign(5, 3, markov_rank=rank, markov_head=kind)
         generator = torch.Generator().manual_seed(0)
-        shapes = {"markov.w1.weight": (WIDE, 16), "markov.w2.weight": (drafted, 16)}
-        shapes |= {"markov.gate.weight": (16, 24), "markov.gate.bias": (16,)}
-        shapes |= {"markov.joint.weight": (48, 40), "markov.joint.bias": (48,)}
+        shapes: dict[str, tuple[int, ...]] = {"markov.w1.weight": (WIDE, rank), "markov.w2.weight": (drafted, rank)}
+        shapes |= {"markov.gate.weight": (rank, 8 + rank), "markov.gate.bias": (rank,)}
+        shapes |= {"markov.joint.weight": (3 * rank, 2 * rank + 8), "markov.joint.bias": (3 * rank,)}
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         tensors["markov.w2.weight"] *= scale
         self.steps = SequentialHead(design, tensors, NativeBackend(), "float32")
@@ -550,15 +557,17 @@ def test_a_sampled_block_is_drawn_from_the_distribution_it_reports(kind: str) ->
 
 
 @pytest.mark.skipif(not available(), reason="the compiled core is not built")
-def test_a_row_of_a_block_has_the_same_bits_alone_and_on_any_threads() -> None:
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("rank", [16, 128])  # a row on one thread, and one that threads share
+def test_a_row_of_a_block_has_the_same_bits_alone_and_on_any_threads(rank: int, kind: str) -> None:
     from outrider import _native
 
-    head, before = WideHead("rnn", 0.5, shortlist=600), _native.threads()
+    head, before = WideHead(kind, 4 / rank, shortlist=600, rank=rank), _native.threads()
     base, hidden, anchors, keys = block_inputs(4, 5)
-    temperatures = torch.tensor([1.0, 0.0, 0.5, 1.0])
+    temperatures = torch.tensor([1.0, 0.0, 0.5, 1e-4])
     whole = head.draft(base, hidden, anchors, keys, temperatures)
     try:
-        for threads in (1, 3):
+        for threads in (1, 2, 3):
             _native.set_threads(threads)
             for b in range(4):
                 one = slice(b, b + 1)
