@@ -86,9 +86,10 @@ void absorb(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints
 }
 
 void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints& counts,
-           const std::vector<FloatMatrix>& features, const Ints& anchors, const Keys& keys, const Sampling& sampling, const Scalings& scalings, const IntMatrixOut& tokens,
-           const FloatMatrixOut& confidence,
-           const std::optional<IntMatrixOut>& ids, const std::optional<FloatMatrixOut>& logits) {
+           const std::vector<FloatMatrix>& features, const Ints& anchors, const Ints& lengths, const Keys& keys,
+           const Sampling& sampling, const Scalings& scalings, const IntMatrixOut& tokens,
+           const FloatMatrixOut& confidence, const std::optional<IntMatrixOut>& ids,
+           const std::optional<FloatMatrixOut>& logits) {
   BlockTask task{};
   task.waiting = waiting_of(drafter, slots, counts, features);
   const int64_t rows = task.waiting.rows;
@@ -97,6 +98,11 @@ void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints&
     throw std::invalid_argument("a block gives 1 to " + std::to_string(drafter.drafts()) + " drafts, got " +
                                 std::to_string(task.drafts));
   expect_shape("anchors", static_cast<int64_t>(anchors.size()), 1, rows, 1);
+  expect_shape("lengths", static_cast<int64_t>(lengths.size()), 1, rows, 1);
+  for (const int64_t length : lengths)
+    if (length < 1 || length > task.drafts)
+      throw std::invalid_argument("a row's drafts must be 1 to " + std::to_string(task.drafts) + ", got " +
+                                  std::to_string(length));
   expect_matrix("tokens", tokens, rows, task.drafts);
   expect_matrix("confidence", confidence, rows, task.drafts);
   if (logits) expect_matrix("logits", *logits, rows * task.drafts, drafter.width());
@@ -104,6 +110,7 @@ void draft(BlockDrafter& drafter, KVCache& cache, const Ints& slots, const Ints&
   const RowSampling row_sampling = checked(sampling, keys, scalings, rows, task.drafts, logits.has_value());
   if (logits && drafter.lists_ids() && !ids) throw std::invalid_argument("this drafter needs an array for ids");
   task.anchors = anchors.data();
+  task.lengths = lengths.data();
   task.keys = row_sampling.keys_or_null();
   task.temperatures = row_sampling.temperatures.data();
   task.truncations = row_sampling.truncations.data();
@@ -211,7 +218,7 @@ void bind_drafters(nb::module_& m) {
       .def_prop_ro("lists_ids", &BlockDrafter::lists_ids)
       .def("absorb", &absorb, "cache"_a, "slots"_a, "counts"_a, "features"_a)
       .def("draft", &draft, "cache"_a, "slots"_a, "counts"_a, "features"_a,
-           "anchors"_a, "keys"_a.none(), "sampling"_a, "scalings"_a, "tokens"_a.noconvert(),
+           "anchors"_a, "lengths"_a, "keys"_a.none(), "sampling"_a, "scalings"_a, "tokens"_a.noconvert(),
            "confidence"_a.noconvert(), "ids"_a.noconvert().none(), "logits"_a.noconvert().none());
 }
 

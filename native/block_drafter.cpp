@@ -110,23 +110,26 @@ void BlockDrafter::draft(KVCache& cache, const BlockTask& task) {
   if (!parts_.confidence.empty()) rate(task);
 }
 
-// Hidden states [n, K, D] and base logits [n, K, Vd] at the slots that predict. The block's own keys and values do not
-// stay in the cache.
+// Hidden states [n, K, D] and base logits [n, K, Vd] at the slots that predict, those of a row's last slot again where it
+// has fewer. The block's own keys and values do not stay in the cache.
 void BlockDrafter::run_block(KVCache& cache, const BlockTask& task) {
   const StackSpec& layers = parts_.layers->spec();
-  const int64_t rows = task.waiting.rows, size = parts_.size, count = rows * size, drafts = rows * task.drafts;
-  tokens_.assign(count, parts_.mask_token);
-  positions_.resize(count);
-  offsets_.resize(rows + 1);
-  wanted_.resize(drafts);
+  const int64_t rows = task.waiting.rows, drafts = rows * task.drafts;
+  tokens_.clear();
+  positions_.clear();
+  offsets_.assign(1, 0);
+  wanted_.clear();
   starts_.resize(rows);
   for (int64_t b = 0; b < rows; b++) {
+    const int64_t begin = offsets_[b], size = parts_.first + task.lengths[b];
     starts_[b] = cache.lengths().at(task.waiting.slots[b]);
-    tokens_[b * size] = task.anchors[b];
-    offsets_[b + 1] = offsets_[b] + size;
-    for (int64_t i = 0; i < size; i++) positions_[b * size + i] = starts_[b] + i;
-    for (int64_t k = 0; k < task.drafts; k++) wanted_[b * task.drafts + k] = b * size + parts_.first + k;
+    tokens_.push_back(task.anchors[b]);
+    tokens_.resize(begin + size, parts_.mask_token);
+    for (int64_t i = 0; i < size; i++) positions_.push_back(starts_[b] + i);
+    for (int64_t k = 0; k < task.drafts; k++) wanted_.push_back(begin + std::min(parts_.first + k, size - 1));
+    offsets_.push_back(begin + size);
   }
+  const auto count = static_cast<int64_t>(tokens_.size());
   embedded_.resize(count * layers.hidden);
   hidden_.resize(drafts * layers.hidden);
   base_.resize(drafts * parts_.head->spec().vocabulary);

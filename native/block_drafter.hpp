@@ -48,6 +48,7 @@ struct WaitingFeatures {
 struct BlockTask {
   WaitingFeatures waiting;    // of the rows that draft
   int64_t drafts = 0;         // K
+  const int64_t* lengths;     // [n] drafts that are wanted of each row, 1 to K; the block has no slot for the others
   const int64_t* anchors;     // [n] target ids
   const int64_t* keys;        // [n, K]; null where all rows are greedy
   const float* temperatures;  // [n]; 0: greedy

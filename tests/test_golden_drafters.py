@@ -149,7 +149,7 @@ def test_block(folder: Path, backend: str) -> None:
             if held > len(context):
                 held = 0
             _observe(drafter, context[held:], held, features[held:])
-            hidden, logits = drafter.run_block([0], torch.tensor([anchor]), count)
+            hidden, logits = drafter.run_block([0], torch.tensor([anchor]), [count])
             _close(hidden[0], expected["block_hidden"][first:])
             base = logits[0]
             if "base_logits" in expected:

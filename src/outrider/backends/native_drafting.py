@@ -95,14 +95,14 @@ class NativeBlockDrafter:
         counts: Sequence[int],
         features: Sequence[Values],
         anchors: Sequence[int],
-        drafts: int,
+        lengths: Sequence[int],
         keys: list[list[int]] | None,
         params: Sequence[SamplingParams],
         scalings: Sequence[CoreScaling | None],
     ) -> Drafts:
-        """The same, then K drafts a row. Raises InvalidRequest, and CacheFull past the capacity."""
-        rows = (cache, slots, counts, features, anchors)
-        return _draft(self.core, *rows, drafts, keys, params, scalings, self._size)
+        """The same, then up to K drafts a row. Raises InvalidRequest, and CacheFull past the capacity."""
+        rows = (cache, slots, counts, features, (anchors, lengths))
+        return _draft(self.core, *rows, max(lengths), keys, params, scalings, self._size)
 
 
 class NativeInTurnDrafter:
@@ -124,7 +124,7 @@ class NativeInTurnDrafter:
         scalings: Sequence[CoreScaling | None],
     ) -> Drafts:
         """Raises InvalidRequest, and CacheFull past the capacity."""
-        rows = (cache, slots, counts, features, tokens)
+        rows = (cache, slots, counts, features, (tokens,))
         return _draft(self.core, *rows, drafts, keys, params, scalings, drafts)
 
 
@@ -134,15 +134,15 @@ def _draft(
     slots: Sequence[int],
     counts: Sequence[int],
     features: Sequence[Values],
-    given: Sequence[int],
+    given: tuple[Sequence[int], ...],
     drafts: int,
     keys: list[list[int]] | None,
     params: Sequence[SamplingParams],
     scalings: Sequence[CoreScaling | None],
     scratch: int,
 ) -> Drafts:
-    """One call of a drafter in the core; ``given``: the tokens that it drafts from; ``scratch``: positions after a
-    row's waiting features that it writes."""
+    """One call of a drafter in the core; ``given``: the tokens that it drafts from, and for a block how many drafts;
+    ``scratch``: positions after a row's waiting features that it writes."""
     count = len(slots)
     tokens, confidence = np.empty((count, drafts), np.int64), np.empty((count, drafts), np.float32)
     ids = logits = None
@@ -152,7 +152,7 @@ def _draft(
         ids = np.empty(shape, np.int64) if core.lists_ids else None
     sampling = [(p.temperature, p.top_k or NO_LIMIT, p.top_p, p.min_p) for p in params]
     drawing = (keys, sampling, scalings, tokens, confidence, ids, logits)
-    arguments = (cache.core, slots, counts, _arrays(features), given, *drawing)
+    arguments = (cache.core, slots, counts, _arrays(features), *given, *drawing)
     _with_room(core.draft, arguments, cache, slots, counts, scratch)
     return Drafts(
         torch.from_numpy(tokens),

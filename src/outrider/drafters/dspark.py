@@ -8,7 +8,7 @@ n rows that draft, K drafts, S slots of a block, D width, F feature width, r Mar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,8 @@ class DSparkConfig:
 
 
 class DSparkDrafter(CachedDrafter):
-    """Drafts a block in one pass of its layers, then corrects it token by token."""
+    """Drafts a block in one pass of its layers, then corrects it token by token. A block has a slot for each draft that
+    is asked for, so what is drafted depends on how much is; and never on what is asked of other rows."""
 
     Config = DSparkConfig
     kinds = ("dspark", "dflash")
@@ -142,7 +143,7 @@ class DSparkDrafter(CachedDrafter):
             counts,
             features,
             [anchors[b] for b in rows],
-            max(lengths),
+            [lengths[b] for b in rows],
             keys,
             params,
             self.core_scalings(params),
@@ -155,7 +156,8 @@ class DSparkDrafter(CachedDrafter):
         """The block in one pass of the layers, then draft after draft."""
         drawing = Drawing(self.net, context, rng, lengths)
         anchors = last[drawing.rows]
-        hidden, base = self.run_block([named[b] for b in drawing.rows.tolist()], anchors, max(lengths))
+        rows = drawing.rows.tolist()
+        hidden, base = self.run_block([named[b] for b in rows], anchors, [lengths[b] for b in rows])
         before: list[Tensor] = []
         if not self.design.markov_rank:
             drawing.draw_all(base)
@@ -175,29 +177,28 @@ class DSparkDrafter(CachedDrafter):
 
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TrainedDrafter.follow``."""
-        hidden, base = self.run_block(slots, path[:, 0], path.shape[1])
+        hidden, base = self.run_block(slots, path[:, 0], [self.design.drafts] * len(slots))  # whole, as in training
         state, logits, before = self.head.start(len(slots)), [], []
         for k in range(path.shape[1]):
             state, embedding, latent = self.head.step(state, path[:, k], hidden[:, k])
             logits.append(self.head.corrected(base[:, k], latent))
             before.append(embedding)
-        return torch.stack(logits, 1), self.head.confidence_logits(hidden, before)
+        return torch.stack(logits, 1), self.head.confidence_logits(hidden[:, : path.shape[1]], before)
 
-    def run_block(self, slots: list[int], anchors: Tensor, drafts: int) -> tuple[Tensor, Tensor]:
-        """The block at the slots that predict: hidden states after the final norm, and base logits.
+    def run_block(self, slots: list[int], anchors: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A block of each row, no longer than its drafts need (fewer masks change the drafts, but no more or fewer of
+        them are accepted): hidden states after the final norm, and base logits, at the slots that predict. K is the
+        largest length; what is beyond a row's own is meaningless.
 
-        int64 [n] -> [n, drafts, D], [n, drafts, Vd].
+        anchors int64 [n], lengths [n] -> [n, K, D], [n, K, Vd].
         """
         self._absorb(slots)
-        size, first = self.design.block_size, 0 if self.design.sample_from_anchor else 1
+        mask, first, drafts = self.design.mask_token_id, 0 if self.design.sample_from_anchor else 1, max(lengths)
         cache_slots, starts = self.cache.cache_slots(slots), self.cache.held(slots)
-        tokens = torch.full((len(slots), size), self.design.mask_token_id, dtype=torch.int64)
-        tokens[:, 0] = anchors
-        block = torch.arange(size)
-        batch = RaggedBatch(
-            tokens.flatten(), (starts[:, None] + block).flatten(), cache_slots, torch.arange(len(slots) + 1) * size
-        )
-        wanted = torch.arange(len(slots))[:, None] * size + first + torch.arange(drafts)
+        blocks = [[anchor, *[mask] * (first + n - 1)] for anchor, n in zip(anchors.tolist(), lengths, strict=True)]
+        batch = RaggedBatch.pack(blocks, starts.tolist(), cache_slots.tolist())
+        slot = first + torch.arange(drafts).minimum(torch.tensor(lengths)[:, None] - 1)
+        wanted = batch.offsets[:-1, None] + slot
         output = self.net.stack.forward(
             batch, self.cache.kv_cache, hidden=self.net.embed(batch.tokens), logits_at=wanted.flatten(), mask="block"
         )
