@@ -103,7 +103,7 @@ class BlockDrafter(Protocol):
         scalings: Sequence[CoreScaling | None],
     ) -> Drafts:
         """The same, then as many drafts for each of n rows as ``lengths`` [n] says, in a block of so many slots; what
-        is beyond, up to the K of the longest, is meaningless. Nothing of them stays in the cache. anchors [n]: the rows'
+        is beyond, up to the K of the longest, means nothing. Nothing of them stays in the cache. anchors [n]: the rows'
         last tokens; keys [n][K] of ``Rng.token_keys``, None where all rows are greedy; ``params`` [n]: of which
         temperature and truncation are applied; ``scalings`` [n] of the confidences, empty: of none."""
         ...
