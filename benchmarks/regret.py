@@ -23,17 +23,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from live import DRAFTS, Client, Setting, Window, make_arm, set_up
-from simulated import KNOWN, Observed, Watch, observed
+from live import DRAFTS, Setting, Window, set_up
+from simulated import KNOWN, Observed, observed, policy_for, sizes_of, warm_arms, whole_rounds
 from support import add_json, facts, say, table, write_json
 
-from outrider import registry
-from outrider.engine.cost_tables import start_costs
 from outrider.planning.simulation import Recorded, Traffic, simulate
-from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostTable
-from outrider.scheduling.guard import GuardedPolicy
-from outrider.types import SchedulerPolicy
 
 ARMS = ("none", *(f"fixed:{k}" for k in range(1, DRAFTS + 1)), "auto")
 GOAL = 0.98
@@ -61,13 +56,9 @@ class Recording:
 def recorded(setting: Setting, concurrency: int, options: argparse.Namespace) -> Recording:
     """Arms in short turns on this machine."""
     arms = ["none", *(f"fixed:{k}" for k in KNOWN), "auto"]
-    clients = {name: Client(make_arm(name, setting, concurrency), setting.asked) for name in arms}
-    seen = {name: Watch() for name in arms}
-    for name, client in clients.items():
-        client.run(2.0, concurrency)
-        client.llm.observers.append(seen[name])
-        seen[name].on = True
-        client.finished.clear()
+    clients, seen, measured = warm_arms(arms, setting, concurrency)
+    for watch in seen.values():
+        watch.on = True
     windows: dict[str, list[Window]] = {name: [] for name in arms}
     order, turns = random.Random(concurrency), []
     for _ in range(round(options.duration / options.seconds / len(arms))):
@@ -75,8 +66,6 @@ def recorded(setting: Setting, concurrency: int, options: argparse.Namespace) ->
             before = len(seen[name].steps)
             windows[name].append(clients[name].run(options.seconds, concurrency))
             turns.append((name, before, len(seen[name].steps)))
-    target, dtype = setting.loaded.target, setting.loaded.dtype
-    measured = start_costs(target, dtype, rows=concurrency, tokens=concurrency * (DRAFTS + 1))
     costs = {name: observed(name, setting, measured, clients, seen, windows) for name in (f"fixed:{DRAFTS}", "auto")}
     steps = [step for name, start, end in turns for step in seen[name].steps[start:end]]
     known = costs["auto"]
@@ -88,8 +77,8 @@ def recorded(setting: Setting, concurrency: int, options: argparse.Namespace) ->
     return Recording(
         concurrency,
         costs,
-        [[(list(said), n) for said, n in some] for some in seen[f"fixed:{DRAFTS}"].rounds.values() if some],
-        [size for client in clients.values() for size in client.finished],
+        [[(list(said), n) for said, n in some] for some in whole_rounds(seen[f"fixed:{DRAFTS}"])],
+        sizes_of(clients),
         [(round(a, 6), round(a / b / mean, 3)) for a, b in zip(took, expected, strict=True)],
     )
 
@@ -117,7 +106,7 @@ def from_json(found: Mapping[str, Any]) -> Recording:
 def replay(name: str, recording: Recording, seconds: float, seed: int) -> float:
     """Tokens per second of an arm."""
     costs = recording.costs["auto" if name == "auto" else f"fixed:{DRAFTS}"]
-    policy = policy_of(name, costs)
+    policy = policy_for(name, costs)
     many = recording.concurrency
     traffic = Traffic(many, sizes=tuple(recording.sizes), temperature=1.0)
     rounds = Recorded(recording.rounds)
@@ -125,16 +114,6 @@ def replay(name: str, recording: Recording, seconds: float, seed: int) -> float:
     return simulate(
         policy, costs, rounds, traffic, seconds=seconds, max_rows=many, seed=seed, slowness=slowness
     ).tokens_per_second
-
-
-def policy_of(name: str, costs: Observed) -> SchedulerPolicy:
-    """As ``LLM`` makes it, without a drafter, which a replay has none of."""
-    _, _, drafts = name.partition(":")
-    kind = registry.find("policy", "throughput" if name == "auto" else "fixed")
-    model = CostModel(costs.table, costs.features)
-    config = kind.Config(draft_tokens=DRAFTS if name == "auto" else int(drafts or 0))
-    policy: SchedulerPolicy = kind.from_config(config, costs=model)
-    return GuardedPolicy(policy, model, takes_up=costs.takes_up) if name == "auto" else policy
 
 
 def by_second(turns: Sequence[tuple[float, float]]) -> Callable[[float], float]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from live import DRAFTS, Client, Setting, Window, make_arm, set_up
@@ -143,24 +143,52 @@ def slowness_of(watches: Iterable[Watch], costs: Observed, seed: int) -> Callabl
     return lambda now: next(turns)
 
 
-def policy_for(name: str, costs: Observed, drafter: Drafter) -> SchedulerPolicy:
+@dataclass(frozen=True)
+class StandIn:
+    """What ``load_policy`` asks of a drafter."""
+
+    aux_layers: tuple[int, ...]
+    block: int = DRAFTS
+
+
+def policy_for(name: str, costs: Observed) -> SchedulerPolicy:
     """The policy that a live arm of this name has, in its first state."""
     kind, _, drafts = name.partition(":")
+    drafter = cast(Drafter, StandIn(() if costs.takes_up else (0,)))
     if kind in ("none", "fixed"):
         return load_policy("fixed", {"draft_tokens": int(drafts or 0)}, drafter)
     return load_policy("auto", {}, drafter, CostModel(costs.table, costs.features), guard=True)
 
 
-def both(setting: Setting, concurrency: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every policy, run and simulated."""
-    arms = list(dict.fromkeys(["none", *(f"fixed:{k}" for k in KNOWN), *options.policies]))
+def warm_arms(
+    arms: Iterable[str], setting: Setting, concurrency: int
+) -> tuple[dict[str, Client], dict[str, Watch], CostTable]:
+    """Engines that have run for two seconds, what watches each of them, and the target's cost table."""
     clients = {name: Client(make_arm(name, setting, concurrency), setting.asked) for name in arms}
-    seen = {name: Watch() for name in arms}
+    seen = {name: Watch() for name in clients}
     for name, client in clients.items():
         client.run(2.0, concurrency)
         client.seen.__init__()  # type: ignore[misc]
         client.llm.observers.append(seen[name])
         client.finished.clear()
+    target, dtype = setting.loaded.target, setting.loaded.dtype
+    return clients, seen, start_costs(target, dtype, rows=concurrency, tokens=concurrency * (DRAFTS + 1))
+
+
+def whole_rounds(watch: Watch) -> list[list[tuple[tuple[float, ...], int]]]:
+    """By request, rounds in which all drafts were verified."""
+    return [some for some in watch.rounds.values() if some]
+
+
+def sizes_of(clients: Mapping[str, Client]) -> list[tuple[int, int]]:
+    """Tokens of prompt and answer of all requests that ended."""
+    return [size for client in clients.values() for size in client.finished]
+
+
+def both(setting: Setting, concurrency: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every policy, run and simulated."""
+    arms = list(dict.fromkeys(["none", *(f"fixed:{k}" for k in KNOWN), *options.policies]))
+    clients, seen, measured = warm_arms(arms, setting, concurrency)
     first: dict[str, list[Window]] = {name: [] for name in arms}
     second: dict[str, list[Window]] = {name: [] for name in arms}
     order = random.Random(concurrency)
@@ -170,16 +198,14 @@ def both(setting: Setting, concurrency: int, options: argparse.Namespace) -> lis
             first[name].append(clients[name].run(options.seconds, concurrency))
             seen[name].on = False
             second[name].append(clients[name].run(options.seconds, concurrency))
-    sizes = tuple(size for client in clients.values() for size in client.finished)
-    rounds = Recorded([some for some in seen[f"fixed:{DRAFTS}"].rounds.values() if some])
-    target, dtype = setting.loaded.target, setting.loaded.dtype
-    measured = start_costs(target, dtype, rows=concurrency, tokens=concurrency * (DRAFTS + 1))
+    sizes = tuple(sizes_of(clients))
+    rounds = Recorded(whole_rounds(seen[f"fixed:{DRAFTS}"]))
     rows = []
     for name in options.policies:
         costs = observed(name, setting, measured, clients, seen, first)
         told = [
             simulate(
-                policy_for(name, costs, clients[name].llm.drafter),
+                policy_for(name, costs),
                 costs,
                 rounds,
                 Traffic(concurrency, sizes=sizes, temperature=1.0),

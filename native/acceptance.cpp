@@ -12,7 +12,7 @@ namespace {
 // As in outrider.scheduling.acceptance.
 constexpr double kMemory = 100, kRowMemory = 40;
 constexpr double kPrior = 1, kSlopePrior = 6, kRowPrior = 4;
-constexpr double kPull = 0.001, kLeastSlope = 0.05, kMostSlope = 4;
+constexpr double kPull = 0.001, kFollow = 0.1, kLeastSlope = 0.05, kMostSlope = 4;
 constexpr int64_t kSharedRows = 8;
 
 struct Sums {
@@ -21,8 +21,8 @@ struct Sums {
 
 }  // namespace
 
-void update_acceptance(const AcceptanceUpdate& update) {
-  std::vector<Sums> positions(static_cast<size_t>(update.drafts)), slots(static_cast<size_t>(update.all_slots));
+void update_acceptance(const Acceptance& model, const AcceptanceUpdate& update) {
+  std::vector<Sums> positions(static_cast<size_t>(update.drafts)), slots(static_cast<size_t>(model.slots));
   for (int64_t i = 0; i < update.rounds; i++) {
     const double *logits = update.logits[i], *adjusted = update.adjusted[i];
     const int64_t accepted = update.accepted[i];
@@ -44,11 +44,14 @@ void update_acceptance(const AcceptanceUpdate& update) {
     slot.error += row.error;
     slot.curvature += row.curvature;
   }
-  double *slope = update.positions, *shift = slope + update.known;
-  double *known = shift + update.known, *slope_known = known + update.known;
-  for (int64_t j = 0; j < update.known; j++) {
-    slope[j] += kPull * (1 - slope[j]);
-    shift[j] -= kPull * shift[j];
+  double *slope = model.positions, *shift = slope + model.known;
+  double *known = shift + model.known, *slope_known = known + model.known;
+  double slope_before = 1, shift_before = 0;  // of the position before: what little is known of one follows
+  for (int64_t j = 0; j < model.known; j++) {
+    const double slope_then = slope[j], shift_then = shift[j];
+    slope[j] += (j ? kFollow * kSlopePrior / slope_known[j] : kPull) * (slope_before - slope[j]);
+    shift[j] += (j ? kFollow * kPrior / known[j] : kPull) * (shift_before - shift[j]);
+    slope_before = slope_then, shift_before = shift_then;
     if (j >= update.drafts) continue;
     const Sums& sums = positions[static_cast<size_t>(j)];
     const double keep = std::pow(1 - 1 / kMemory, sums.seen);
@@ -57,54 +60,71 @@ void update_acceptance(const AcceptanceUpdate& update) {
     slope_known[j] = std::max(keep * slope_known[j], kSlopePrior) + sums.slope_curvature;
     slope[j] = std::min(std::max(slope[j] + sums.slope_error / slope_known[j], kLeastSlope), kMostSlope);
   }
-  for (int64_t s = 0; s < update.all_slots; s++) {
+  for (int64_t s = 0; s < model.slots; s++) {
     const Sums& sums = slots[static_cast<size_t>(s)];
     if (!sums.seen) continue;
     const double keep = std::pow(1 - 1 / kRowMemory, sums.seen);
-    update.row_curvature[s] = std::max(keep * update.row_curvature[s], kRowPrior) + sums.curvature;
-    update.row_shift[s] = keep * update.row_shift[s] + sums.error / update.row_curvature[s];
+    model.row_curvature[s] = std::max(keep * model.row_curvature[s], kRowPrior) + sums.curvature;
+    model.row_shift[s] = keep * model.row_shift[s] + sums.error / model.row_curvature[s];
   }
 }
 
-int64_t add_to_history(const HistoryUpdate& update) {
-  const int64_t drafts = update.drafts;
-  for (int64_t j = 0; j < update.width; j++) {
+void add_to_history(const History& history, const HistoryUpdate& update) {
+  const int64_t every = std::max<int64_t>(1, update.rounds / kSharedRows);
+  const auto put = [&](double* logits, int64_t* sizes, int64_t at, int64_t i) {
+    std::fill_n(logits + at * history.drafts, history.drafts, 0.0);
+    std::copy_n(update.logits[i], update.width, logits + at * history.drafts);
+    sizes[2 * at] = update.lengths[i], sizes[2 * at + 1] = update.limits[i];
+  };
+  for (int64_t i = 0; i < update.rounds; i++) {
+    const int64_t slot = update.slots[i];
+    put(history.logits, history.sizes, slot * history.kept + history.counts[slot]++ % history.kept, i);
+    if (i % every == 0)
+      put(history.shared, history.shared_sizes, history.shared_count[0]++ % history.shared_kept, i);
+  }
+}
+
+std::vector<double> expected_survivals(const History& history, const Acceptance& model,
+                                       const std::vector<int64_t>& slots, int64_t samples, int64_t turn) {
+  const int64_t drafts = history.drafts, known = std::min(history.shared_count[0], history.shared_kept);
+  // What each position is like in general: its mean probability, with two of the position before's.
+  std::vector<double> means(static_cast<size_t>(drafts));
+  for (int64_t j = 0; j < drafts; j++) {
     double sum = 0;
     int64_t count = 0;
-    for (int64_t i = 0; i < update.rounds; i++)
-      if (update.lengths[i] > j) sum += update.adjusted[i][j], count++;
-    if (!count) continue;
-    update.reached[j]++;
-    const double rate = std::max(0.1, 1 / static_cast<double>(update.reached[j]));
-    update.conditional[j] += rate * (sum / static_cast<double>(count) - update.conditional[j]);
+    for (int64_t i = 0; i < known; i++)
+      if (history.shared_sizes[2 * i] > j) sum += model.probability(history.shared[i * drafts + j], j, 0), count++;
+    const double here = sum / static_cast<double>(std::max<int64_t>(count, 1));
+    means[static_cast<size_t>(j)] =
+        j ? (static_cast<double>(count) * here + 2 * means[static_cast<size_t>(j - 1)]) / static_cast<double>(count + 2)
+          : here;
   }
-  std::vector<double> means(static_cast<size_t>(drafts)), full(static_cast<size_t>(drafts));
-  double sum = 0;
-  for (int64_t j = 0; j < drafts; j++) {
-    sum += update.conditional[j];
-    means[static_cast<size_t>(j)] = sum / static_cast<double>(j + 1);
-  }
-  int64_t shared_count = update.shared_count;
-  const int64_t every = std::max<int64_t>(1, update.rounds / kSharedRows);
-  for (int64_t i = 0; i < update.rounds; i++) {
-    std::fill(full.begin(), full.end(), 0.0);
-    std::copy_n(update.survival[i], update.width, full.begin());
-    const int64_t limit = update.limits[i];
-    if (limit > 0 && update.lengths[i] >= limit) {  // estimate what the limit cut off
-      const auto last = static_cast<size_t>(std::min(limit, update.width) - 1);
-      const double own = std::pow(full[last], 1 / static_cast<double>(last + 1));
-      for (auto j = static_cast<size_t>(limit); j < full.size(); j++) {
-        const double trend = update.reached[j] ? update.conditional[j] / means[last] : 1.0;
-        full[j] = full[j - 1] * std::min(own * trend, 0.99);
+  std::vector<double> found;
+  found.reserve(slots.size() * static_cast<size_t>(samples * drafts));
+  int64_t missing = 0;
+  for (const int64_t slot : slots)
+    for (int64_t s = 0; s < samples; s++) {
+      const int64_t at = (turn + s) % history.kept;
+      const double* logits = history.logits + (slot * history.kept + at) * drafts;
+      const int64_t* sizes = history.sizes + 2 * (slot * history.kept + at);
+      if (at >= history.counts[slot] && known) {  // of another row
+        const int64_t pick = (turn + 7 * missing++) % known;
+        logits = history.shared + pick * drafts, sizes = history.shared_sizes + 2 * pick;
+      }
+      const int64_t length = sizes[0], limit = sizes[1];
+      double product = 1, own = 0, usual = 0;
+      for (int64_t j = 0; j < drafts; j++) {
+        double p = 0;
+        if (j < length) {
+          p = model.probability(logits[j], j, model.row_shift[slot]);
+          own += p, usual += means[static_cast<size_t>(j)];
+        } else if (limit > 0 && length >= limit) {
+          p = std::min(own / std::max(usual, 1e-9) * means[static_cast<size_t>(j)], 0.99);
+        }
+        found.push_back(product *= p);
       }
     }
-    const int64_t slot = update.slots[i];
-    std::copy(full.begin(), full.end(),
-              update.rows + (slot * update.kept + update.counts[slot]++ % update.kept) * drafts);
-    if (i % every == 0)
-      std::copy(full.begin(), full.end(), update.shared + (shared_count++ % update.shared_kept) * drafts);
-  }
-  return shared_count;
+  return found;
 }
 
 }  // namespace outrider

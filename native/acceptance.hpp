@@ -1,7 +1,9 @@
-// Learning from verified drafts: outrider.scheduling.acceptance in plain loops, for a few hundred numbers a step.
+// How likely drafts are accepted, and learning it from verified drafts: outrider.scheduling.acceptance in plain loops.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 namespace outrider {
 
@@ -17,31 +19,47 @@ struct DoubleRows {
   const double* operator[](int64_t row) const { return data + row * stride; }
 };
 
+// The arrays of AcceptanceModel.
+struct Acceptance {
+  double* positions = nullptr;  // [4, known]: slopes, shifts, curvatures of the shifts and of the slopes
+  int64_t known = 0;            // drafts
+  double *row_shift = nullptr, *row_curvature = nullptr;  // [slots]
+  int64_t slots = 0;
+
+  double probability(double logit, int64_t position, double row_shift) const {
+    return 1 / (1 + std::exp(-(logit * positions[position] + positions[known + position] + row_shift)));
+  }
+};
+
 // AcceptanceModel.update. D rounds of K drafts, several of them perhaps of one slot.
 struct AcceptanceUpdate {
-  int64_t rounds, drafts;           // D, K
-  DoubleRows logits, adjusted;      // [D, K]
+  int64_t rounds, drafts;               // D, K, at most those known
+  DoubleRows logits, adjusted;          // [D, K]
   IntColumn slots, verified, accepted;  // [D]
-  double* positions;                // [4, known]: slopes, shifts, curvatures of the shifts and of the slopes
-  int64_t known;                    // at least K
-  double *row_shift, *row_curvature;  // [all slots]
-  int64_t all_slots;
 };
-void update_acceptance(const AcceptanceUpdate& update);
+void update_acceptance(const Acceptance& model, const AcceptanceUpdate& update);
 
-// SurvivalHistory.add.
-struct HistoryUpdate {
-  int64_t rounds, width;          // D, and drafts of each, at most K
-  DoubleRows adjusted, survival;  // [D, width]
-  IntColumn slots, lengths, limits;  // [D]
-  int64_t drafts, kept, shared_kept;  // K; rounds of each row, and of all
-  double* rows;                   // [slots, kept, K]
-  int64_t* counts;                // [slots]
-  double* shared;                 // [shared_kept, K]
-  int64_t shared_count;
-  double* conditional;            // [K]
-  int64_t* reached;               // [K]
+// The arrays of DraftHistory: logits of drafts, and how many there were and might have been.
+struct History {
+  double* logits = nullptr;   // [slots, kept, K]
+  int64_t* sizes = nullptr;   // [slots, kept, 2]: drafts, and the most that were asked for
+  int64_t* counts = nullptr;  // [slots]
+  double* shared = nullptr;   // [shared_kept, K], of all rows
+  int64_t* shared_sizes = nullptr;  // [shared_kept, 2]
+  int64_t* shared_count = nullptr;  // [1]
+  int64_t slots = 0, kept = 0, shared_kept = 0, drafts = 0;
 };
-int64_t add_to_history(const HistoryUpdate& update);  // returns the new shared_count
+
+// DraftHistory.add. D rounds of at most K drafts each.
+struct HistoryUpdate {
+  int64_t rounds, width;             // D, and drafts of each, at most K
+  DoubleRows logits;                 // [D, width]
+  IntColumn slots, lengths, limits;  // [D]
+};
+void add_to_history(const History& history, const HistoryUpdate& update);
+
+// DraftHistory.of: survivals [rows, samples, K] of the latest drafts of some slots.
+std::vector<double> expected_survivals(const History& history, const Acceptance& model,
+                                       const std::vector<int64_t>& slots, int64_t samples, int64_t turn);
 
 }  // namespace outrider

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstddef>
+#include <utility>
 #include <vector>
 
 namespace outrider {
@@ -136,10 +137,126 @@ int64_t schedule(const ScheduleTask& task) {
                        task.spent, task.search == Search::early);
   for (int64_t n = 0; n < count; n++) task.rows[ranked[n].row].keep++;
   for (int64_t i = 0; i < rows; i++) {
-    if (task.one_each) task.rows[i].keep = std::max<int64_t>(task.rows[i].keep, 1);
+    task.rows[i].keep = std::max(task.rows[i].keep, std::min(task.rows[i].length, task.at_least));
     task.keep[task.rows[i].row] = task.rows[i].keep;
   }
   return rows;
+}
+
+namespace {
+
+constexpr int64_t kStanding = 64;  // rows that stand for all
+constexpr double kCaught = 0.995;  // an early stop that gives less of what a budget does is caught in a dip
+
+// The best length for some rows, each sample being a step as it could be.
+Plan search(const PlanTask& task, std::vector<bool> chosen) {
+  const auto many = static_cast<int64_t>(std::count(chosen.begin(), chosen.end(), true));
+  std::vector<int64_t> some;
+  const int64_t every = (many + kStanding - 1) / kStanding;
+  for (int64_t row = 0, n = 0; row < task.rows; row++)
+    if (chosen[static_cast<size_t>(row)] && n++ % every == 0) some.push_back(row);
+  const double share = static_cast<double>(many) / static_cast<double>(some.size());
+  const auto batch = static_cast<double>(task.batch);
+  Plan best{.chosen = std::move(chosen)};
+  struct Draft {
+    double survival;
+    int64_t position;
+  };
+  std::vector<Draft> walks;  // of each sample, all drafts in descending survival
+  walks.reserve(static_cast<size_t>(task.samples * task.drafts) * some.size());
+  std::vector<size_t> starts{0};
+  for (int64_t s = 0; s < task.samples; s++) {
+    for (const int64_t row : some)
+      for (int64_t j = 0; j < task.drafts; j++) {
+        const double a = task.survival[(row * task.samples + s) * task.drafts + j];
+        if (!(a > 0)) break;  // and so are all behind it
+        walks.push_back({a, j});
+      }
+    std::sort(walks.begin() + static_cast<ptrdiff_t>(starts.back()), walks.end(),
+              [](const Draft& a, const Draft& b) { return a.survival > b.survival; });
+    starts.push_back(walks.size());
+  }
+  std::vector<double> tokens, costs;
+  for (const int64_t length : task.lengths) {
+    const double spent = task.draft(many, length);
+    const auto most = static_cast<int64_t>(some.size()) * length;
+    tokens.resize(static_cast<size_t>(task.samples * (most + 1)));
+    costs.resize(static_cast<size_t>(most + 1));
+    for (int64_t n = 0; n <= most; n++) {
+      const double at = static_cast<double>(n) * share;
+      const int64_t whole = std::min(static_cast<int64_t>(at), task.many - 2);
+      const double *seconds = task.seconds + whole;
+      costs[static_cast<size_t>(n)] =
+          seconds[0] + (at - static_cast<double>(whole)) * (seconds[1] - seconds[0]) + spent;
+    }
+    std::vector<int64_t> early, best_of_all, ends;
+    for (int64_t s = 0; s < task.samples; s++) {
+      double* gives = tokens.data() + s * (most + 1);
+      double sum = 0, before = batch / costs[0], highest = before;
+      gives[0] = batch;
+      int64_t stop = -1, top = 0, end = 0;
+      for (size_t i = starts[static_cast<size_t>(s)]; i < starts[static_cast<size_t>(s) + 1]; i++) {
+        if (walks[i].position >= length) continue;
+        sum += walks[i].survival * share;
+        gives[++end] = batch + sum;
+        const double rate = gives[end] / costs[static_cast<size_t>(end)];
+        if (stop < 0 && !(rate > before * kRise)) stop = end - 1;
+        if (rate > highest) highest = rate, top = end;
+        before = rate;
+      }
+      early.push_back(stop < 0 ? end : stop), best_of_all.push_back(top), ends.push_back(end);
+    }
+    const auto value = [&](auto&& where) {
+      double gained = 0, took = 0;
+      for (int64_t s = 0; s < task.samples; s++) {
+        const int64_t n = where(static_cast<size_t>(s));
+        gained += tokens[static_cast<size_t>(s * (most + 1) + n)], took += costs[static_cast<size_t>(n)];
+      }
+      return gained / took;
+    };
+    double rate = task.early ? value([&](size_t s) { return early[s]; }) : 0;
+    bool budget = false;
+    if (task.all) rate = value([&](size_t s) { return best_of_all[s]; });
+    if (task.budget) {  // what was best for another step
+      const double found = value([&](size_t s) { return std::min(ends[s], best_of_all[(s ? s : ends.size()) - 1]); });
+      if (rate < kCaught * found) rate = found, budget = true;
+    }
+    if (rate > best.rate) best.length = length, best.rate = rate, best.budget = budget;
+  }
+  return best;
+}
+
+}  // namespace
+
+Plan best_plan(const PlanTask& task) {
+  Plan best = search(task, std::vector<bool>(static_cast<size_t>(task.rows), true));
+  if (task.rows < 2) return best;
+  // Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of drafting. Both
+  // depend on how far is drafted.
+  const auto rows = static_cast<double>(task.rows), all = static_cast<double>(task.rows * task.drafts);
+  const double token = task.plain * (task.seconds[task.many - 1] - task.seconds[0]) / all;
+  const int64_t half = task.rows / 2, first = best.length;
+  for (const int64_t length : {first, task.drafts}) {
+    const double share =
+        (task.draft(task.rows, length) - task.draft(half, length)) / (rows - static_cast<double>(half));
+    std::vector<bool> chosen(static_cast<size_t>(task.rows));
+    for (int64_t row = 0; row < task.rows; row++) {
+      double worth = 0;
+      for (int64_t s = 0; s < task.samples; s++) {
+        double sum = 0;
+        for (int64_t j = 0; j < length; j++)
+          sum += std::max(task.survival[(row * task.samples + s) * task.drafts + j] - token, 0.0);
+        worth += sum;
+      }
+      chosen[static_cast<size_t>(row)] = worth / static_cast<double>(task.samples) > task.plain * std::max(share, 0.0);
+    }
+    if (std::count(chosen.begin(), chosen.end(), true) && chosen != best.chosen) {
+      Plan found = search(task, std::move(chosen));
+      if (found.rate > best.rate) best = std::move(found);
+    }
+    if (first == task.drafts) break;
+  }
+  return best;
 }
 
 }  // namespace outrider

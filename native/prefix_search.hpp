@@ -3,12 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <vector>
 
 namespace outrider {
 
 enum class Search : int64_t { early, global, lagged };  // as outrider.scheduling.prefix_search explains them
 
-// A row of int64 [B, 6], the columns of outrider.scheduling.schedule.Round.
+// A row of int64 [B, 6], the columns of outrider.scheduling.schedule.Round.rows.
 struct ScheduledRow {
   int64_t row, slot, length, limit, keep, accepted;
 };
@@ -26,7 +28,7 @@ struct ScheduleTask {
   Search search = Search::early;
   const double* past = nullptr;  // [past_rows, past_drafts]: survivals two steps old, for lagged; null: the first step
   int64_t past_rows = 0, past_drafts = 0, past_batch = 0;
-  bool one_each = false;         // verify at least one draft of each row
+  int64_t at_least = 0;          // verify at least so many drafts of each row
   ScheduledRow* rows = nullptr;  // [B]: slot and limit of all rows; then, in front, all of the rows that have drafts
   double* logits = nullptr;      // [B, K] each, of the rows that have drafts
   double* adjusted = nullptr;
@@ -36,5 +38,24 @@ struct ScheduleTask {
 
 // Fills rows, logits, adjusted, survival and keep; returns how many rows have drafts.
 int64_t schedule(const ScheduleTask& task);
+
+// outrider.scheduling.prefix_search.best_plan: how far it is best to draft, by survivals that stand for drafting again.
+struct PlanTask {
+  const double* survival = nullptr;  // [rows, samples, K]
+  int64_t rows = 0, samples = 0, drafts = 0, batch = 0;  // of ``batch`` rows, so many can be drafted for
+  const double* seconds = nullptr;   // [many]: of a step that drafts by drafts verified, without drafting itself
+  int64_t many = 0;
+  double plain = 0;                     // tokens per second of plain decoding
+  std::vector<int64_t> lengths;         // to try
+  std::function<double(int64_t, int64_t)> draft;  // seconds of drafting for so many rows so many tokens
+  bool early = true, budget = true, all = false;  // searches that may be used
+};
+struct Plan {
+  int64_t length = 0;
+  double rate = 0;  // tokens per second
+  bool budget = false;
+  std::vector<bool> chosen;  // rows
+};
+Plan best_plan(const PlanTask& task);
 
 }  // namespace outrider

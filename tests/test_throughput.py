@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.planning.simulation import PROFILES, Costs, Recorded, Result, Synthetic, Traffic, simulate
-from outrider.scheduling.acceptance import SurvivalHistory
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
@@ -475,22 +474,6 @@ def test_wrong_options_are_named() -> None:
         Traffic()
     with pytest.raises(InvalidRequest, match="cost curve"):
         Costs(((4, 0.1), (2, 0.1)))
-
-
-def test_positions_beyond_a_limit_are_as_likely_as_those_before_it() -> None:
-    """Of the same row, as far as that holds for all rows; else a short limit would never be seen to be too short."""
-    history, one, two = SurvivalHistory(4), np.array([0]), np.array([1])
-    good = np.array([[0.9, 0.9]])
-    history.add(one, good, np.cumprod(good, 1), np.array([2]), np.array([2]))
-    assert history.of(one, 1, 0)[0, 0] == pytest.approx([0.9, 0.81, 0.729, 0.6561])
-    falling = np.array([[0.8, 0.8, 0.4, 0.4]])  # what positions 3 and 4 are like in general: half as likely
-    for _ in range(200):
-        history.add(two, falling, np.cumprod(falling, 1), np.array([4]), np.array([4]))
-    history.forget_row(one)
-    history.add(one, good, np.cumprod(good, 1), np.array([2]), np.array([2]))
-    assert history.of(one, 1, 0)[0, 0] == pytest.approx([0.9, 0.81, 0.81 * 0.45, 0.81 * 0.45**2], rel=0.03)
-    history.add(one, good, np.cumprod(good, 1), np.array([2]), np.array([3]))  # the drafter had no more to say
-    assert history.of(one, 1, 1)[0, 0, 2:] == pytest.approx([0.0, 0.0])
 
 
 def test_confidences_of_any_layout() -> None:

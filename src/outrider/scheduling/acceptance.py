@@ -3,7 +3,8 @@
 A draft's confidence becomes sigmoid(slope_j z + shift_j + shift of its row), z being its logit. All three follow what
 is accepted: one step of Newton's method each round on the log loss of the drafts that were verified, against curvature
 remembered from the rounds before. A drafter without confidence has z = 0, so its probabilities are those of the past:
-of each position, moved for each row as far as the row's own rounds warrant.
+of each position, moved for each row as far as the row's own rounds warrant. A position that was hardly ever verified is
+corrected like the one before it.
 
 Whatever is said of draft j is made of confidence j and of the past, so nothing anticipates.
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from outrider.core import native
 
-__all__ = ["AcceptanceModel", "SurvivalHistory"]
+__all__ = ["AcceptanceModel", "DraftHistory", "sigmoid"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -30,9 +31,9 @@ LEAST = 1e-6  # confidences are kept off 0 and 1
 MEMORY = 100.0  # outcomes of a position that count
 ROW_MEMORY = 40.0
 PRIOR, SLOPE_PRIOR, ROW_PRIOR = 1.0, 6.0, 4.0  # curvature of what is believed before: about 4 outcomes to a unit
-PULL = 0.001  # of the way back to the identity that a round goes
+PULL = 0.001  # of the way back to the identity that the first position goes each time
+FOLLOW = 0.1  # of the way to the position before that one goes of which nothing is known; less where more is
 LEAST_SLOPE, MOST_SLOPE = 0.05, 4.0
-FEW = 16  # rounds that are learnt from together may be of the same row
 SHARED_ROWS = 8  # of a round, about so many rows stand for all
 
 
@@ -57,6 +58,12 @@ class AcceptanceModel:
         self._widen(drafts)
         return self._positions, self._row_shift
 
+    def arrays(self, drafts: int) -> tuple[Floats, Floats, Floats]:
+        """float64 [4, >= K], [slots] and [slots]: what it knows of positions and rows, to be worked on in place until
+        there are more of either."""
+        self._widen(drafts)
+        return self._positions, self._row_shift, self._row_curvature
+
     def adjust(self, confidence: npt.NDArray[np.float32] | None, slots: Ints, drafts: int) -> tuple[Floats, Floats]:
         """confidence [B, K] or None -> logits and corrected probabilities, float64 [B, K] each."""
         self._reach(slots)
@@ -67,7 +74,7 @@ class AcceptanceModel:
             p = np.fmin(np.fmax(confidence.astype(np.float64), LEAST), 1 - LEAST)  # no number: as unlikely as can be
             z = np.log(p / (1 - p))
         slope, shift = positions[:2, :drafts]
-        return z, 1 / (1 + np.exp(-(z * slope + shift + rows[slots, None])))
+        return z, sigmoid(z * slope + shift + rows[slots, None])
 
     def adjust_row(self, confidence: Sequence[float] | None, slot: int, drafts: int) -> tuple[list[float], list[float]]:
         """The same for one row, in plain Python, which is quicker for a few."""
@@ -101,8 +108,11 @@ class AcceptanceModel:
         error = np.where(seen, (position < accepted[:, None]) - adjusted, 0.0)
         curvature = np.where(seen, adjusted * (1 - adjusted), 0.0)
         outcomes = seen.sum(0)
-        self._positions[0] += PULL * (1 - self._positions[0])
-        self._positions[1] -= PULL * self._positions[1]
+        for values, known, prior, first in ((0, 3, SLOPE_PRIOR, 1.0), (1, 2, PRIOR, 0.0)):
+            before = np.concatenate([[first], self._positions[values, :-1]])
+            rate = FOLLOW * prior / self._positions[known]
+            rate[0] = PULL
+            self._positions[values] += rate * (before - self._positions[values])
         slope, shift, known, slope_known = self._positions[:, :drafts]  # views
         keep = (1 - 1 / MEMORY) ** outcomes
         known[:] = np.maximum(keep * known, PRIOR) + curvature.sum(0)
@@ -130,108 +140,99 @@ class AcceptanceModel:
             self._positions = np.concatenate([self._positions, _new_positions(missing)], axis=1)
 
 
+def sigmoid(logits: Floats) -> Floats:
+    """Probabilities."""
+    return np.asarray(1 / (1 + np.exp(-logits)))
+
+
 def _new_positions(drafts: int) -> Floats:
     """Corrections that change nothing yet: float64 [4, K]."""
     return np.repeat([[1.0], [0.0], [PRIOR], [SLOPE_PRIOR]], drafts, axis=1)
 
 
-class SurvivalHistory:
-    """The survivals of each row's latest drafts, and of all rows' together: what drafting again would give.
+class DraftHistory:
+    """Each row's latest drafts, and some of all rows: what drafting again would give.
 
     A confidence that was low in one round and high in the next is worth more than its mean says, because only the
-    second draft would be verified. So whole rounds are kept, not averages.
+    second draft would be verified. So whole rounds are kept, not averages; and their confidences, not probabilities,
+    so that they are always seen as corrected now: at the start corrections change within a few rounds.
     """
 
-    def __init__(self, drafts: int, kept: int = 8, shared: int = 64) -> None:
+    def __init__(self, drafts: int, kept: int = 16, shared: int = 128) -> None:
         self.drafts, self.kept = drafts, kept
-        self._rows = np.zeros((0, kept, drafts))
-        self._counts = np.zeros(0, dtype=np.int64)
-        self._shared = np.zeros((shared, drafts))
-        self._shared_count = 0
-        self._conditional = np.full(drafts, 0.5)  # mean probability of each position, of drafts that reached it
-        self._reached = np.zeros(drafts, dtype=np.int64)  # rounds learnt from in which any did
+        self.logits = np.zeros((0, kept, drafts))
+        self.sizes = np.zeros((0, kept, 2), dtype=np.int64)  # drafts, and the most that were asked for
+        self.counts = np.zeros(0, dtype=np.int64)
+        self.shared = np.zeros((shared, drafts))
+        self.shared_sizes = np.zeros((shared, 2), dtype=np.int64)
+        self.shared_count = np.zeros(1, dtype=np.int64)
 
     @property
     def empty(self) -> bool:
         """Whether nothing was drafted yet."""
-        return self._shared_count == 0
+        return not self.shared_count[0]
 
     def forget_row(self, slots: Ints) -> None:
         """Other requests have these rows now."""
         self._reach(slots)
-        self._counts[slots] = 0
+        self.counts[slots] = 0
 
-    def add(self, slots: Ints, adjusted: Floats, survival: Floats, lengths: Ints, limits: Ints) -> None:
-        """What rows drafted, each slot once or in the order of its rounds. Positions that a row's limit cut off are
-        estimated: as likely as the row's own before them, as far as that holds for all rows. Those it left out itself
-        are 0."""
-        if not len(slots):
-            return
+    def add(self, slots: Ints, logits: Floats, lengths: Ints, limits: Ints) -> None:
+        """What rows drafted, slots in the order of their rounds. logits [D, K]"""
         self._reach(slots)
-        if native is None:
-            self._add_in_numpy(slots, adjusted, survival, lengths, limits)
-            return
-        self._shared_count = native.learn_survivals(
-            slots,
-            adjusted,
-            survival,
-            lengths,
-            limits,
-            self._rows,
-            self._counts,
-            self._shared,
-            self._shared_count,
-            self._conditional,
-            self._reached,
-        )
-
-    def _add_in_numpy(self, slots: Ints, adjusted: Floats, survival: Floats, lengths: Ints, limits: Ints) -> None:
-        width = min(survival.shape[1], self.drafts)
+        width = min(logits.shape[1], self.drafts)
         full = np.zeros((len(slots), self.drafts))
-        full[:, :width] = survival[:, :width]
-        for j in range(width):
-            there = lengths > j
-            count = int(there.sum())
-            if count:
-                self._reached[j] += 1
-                rate = max(0.1, 1 / self._reached[j])
-                self._conditional[j] += rate * (adjusted[:, j] @ there / count - self._conditional[j])
-        shortest = int(limits.min())
-        cut = (lengths >= limits) & (limits > 0)
-        if shortest < self.drafts and cut.any():
-            last = np.minimum(np.maximum(limits, 1), width) - 1  # the last position of each row that was drafted
-            own = full[np.arange(len(slots)), last] ** (1 / (last + 1))
-            means = np.cumsum(self._conditional) / np.arange(1, self.drafts + 1)
-            for j in range(max(shortest, 1), self.drafts):
-                mine = cut & (limits <= j)
-                trend = self._conditional[j] / means[last[mine]] if self._reached[j] else 1.0
-                full[mine, j] = full[mine, j - 1] * np.minimum(own[mine] * trend, 0.99)
-        if len(slots) <= FEW:
-            for slot, row in zip(slots.tolist(), full, strict=True):
-                self._rows[slot, self._counts[slot] % self.kept] = row
-                self._counts[slot] += 1
-        else:
-            self._rows[slots, self._counts[slots] % self.kept] = full
-            self._counts[slots] += 1
-        for row in full[:: max(1, len(full) // SHARED_ROWS)]:
-            self._shared[self._shared_count % len(self._shared)] = row
-            self._shared_count += 1
+        full[:, :width] = np.where(np.arange(width) < lengths[:, None], logits[:, :width], 0.0)
+        sizes = np.stack([lengths, limits], axis=1)
+        every = max(1, len(slots) // SHARED_ROWS)
+        for i, slot in enumerate(slots.tolist()):
+            at = self.counts[slot] % self.kept
+            self.logits[slot, at], self.sizes[slot, at] = full[i], sizes[i]
+            self.counts[slot] += 1
+            if i % every == 0:
+                at = self.shared_count[0] % len(self.shared)
+                self.shared[at], self.shared_sizes[at] = full[i], sizes[i]
+                self.shared_count[0] += 1
 
-    def of(self, slots: Ints, samples: int, turn: int) -> Floats:
-        """[B, samples, K]: latest rounds of each row; of all rows where it has too few."""
+    def of(self, slots: Ints, samples: int, turn: int, model: AcceptanceModel) -> Floats:
+        """Survivals [B, samples, K] of the latest rounds of each row; of all rows' where it has too few.
+
+        Positions that a row's limit cut off are as likely as they are in general, as far as that holds for those
+        before them in this round. Those that the row left out itself are 0.
+        """
         self._reach(slots)
         index = (turn + np.arange(samples)) % self.kept
-        own = self._rows[slots[:, None], index]
-        missing = index >= self._counts[slots][:, None]
-        if missing.any():
-            known = min(self._shared_count, len(self._shared))
-            if known:
-                picks = (turn + np.arange(missing.sum()) * 7) % known
-                own[missing] = self._shared[picks]
-        return own
+        logits, sizes = self.logits[slots[:, None], index], self.sizes[slots[:, None], index]
+        known = min(int(self.shared_count[0]), len(self.shared))
+        missing = index >= self.counts[slots][:, None]
+        if known and missing.any():
+            picks = (turn + np.arange(missing.sum()) * 7) % known
+            logits[missing], sizes[missing] = self.shared[picks], self.shared_sizes[picks]
+        slope, shift = model.corrections(self.drafts)[0][:2, : self.drafts]
+        row_shift = model.corrections(self.drafts)[1][slots]
+        p = sigmoid(logits * slope + shift + row_shift[:, None, None])
+        usual = self._means(slope, shift, known)
+        lengths, limits = sizes[..., :1], sizes[..., 1:]
+        there = np.arange(self.drafts) < lengths
+        own = np.cumsum(np.where(there, p, 0.0), axis=-1)[..., -1:]
+        general = np.cumsum(np.where(there, usual, 0.0), axis=-1)[..., -1:]
+        guess = np.minimum(own / np.maximum(general, 1e-9) * usual, 0.99)
+        cut_off = (limits > 0) & (lengths >= limits)
+        return np.multiply.accumulate(np.where(there, p, np.where(cut_off, guess, 0.0)), axis=-1)
+
+    def _means(self, slope: Floats, shift: Floats, known: int) -> Floats:
+        """float64 [K]: the mean probability of each position, with two of the position before's."""
+        p = sigmoid(self.shared[:known] * slope + shift + 0.0)
+        means = np.zeros(self.drafts)
+        for j in range(self.drafts):
+            reached = p[self.shared_sizes[:known, 0] > j, j]
+            here = (np.cumsum(reached)[-1] if len(reached) else 0.0) / max(len(reached), 1)
+            means[j] = (len(reached) * here + 2 * means[j - 1]) / (len(reached) + 2) if j else here
+        return means
 
     def _reach(self, slots: Ints) -> None:
-        missing = (int(slots.max()) + 1 if len(slots) else 0) - len(self._counts)
+        missing = (int(slots.max()) + 1 if len(slots) else 0) - len(self.counts)
         if missing > 0:
-            self._rows = np.concatenate([self._rows, np.zeros((missing, self.kept, self.drafts))])
-            self._counts = np.concatenate([self._counts, np.zeros(missing, dtype=np.int64)])
+            self.logits = np.concatenate([self.logits, np.zeros((missing, self.kept, self.drafts))])
+            self.sizes = np.concatenate([self.sizes, np.zeros((missing, self.kept, 2), dtype=np.int64)])
+            self.counts = np.concatenate([self.counts, np.zeros(missing, dtype=np.int64)])

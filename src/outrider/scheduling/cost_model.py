@@ -33,10 +33,10 @@ NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what anoth
 MOVE = 0.15  # the most that one observation counts for, in log seconds
 SPEED_RATE, CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.1, 0.05, 0.1, 0.05
 FIRST = 6  # observations of which the least counts
-LATEST, FAR = (
-    5,
-    math.log(1.3),
-)  # observations of which the median shows that times have changed, and by how much at least
+LATEST = 5  # observations of which the median shows that times have changed,
+FAR = math.log(1.3)  # and by how much at least
+ALIKE = 0.5  # of what an estimate of some drafts moves, what those of other numbers do
+LINE_WEIGHT, MOST_WEIGHT = 32, 64  # observations that a line through draft costs is worth, and that one of them can be
 VISIBLE = 0.004  # a correction that moved by less is not worth a new curve
 CHECKED = 96  # observations in which a table is checked
 OTHER_SHAPE, OTHER_SPEED = math.log(1.7), math.log(6.0)  # differences that no busy machine explains
@@ -71,9 +71,9 @@ class _Estimate:
     count: int = 0
     change: _Change = field(default_factory=_Change)
 
-    def add(self, seconds: float, rate: float) -> None:
+    def add(self, seconds: float, rate: float, first: int = FIRST) -> None:
         observed = math.log(max(seconds, 1e-9))
-        if self.count < FIRST:  # the first calls of anything are slow, and none is too quick
+        if self.count < max(first, 1):  # the first calls of anything are slow, and none is too quick
             self.value = min(self.value, observed) if self.count else observed
         else:
             error = observed - self.value
@@ -115,6 +115,7 @@ class CostModel:
         self._bases: dict[tuple[int, int], Floats] = {}
         self._curves: dict[tuple[int, ...], Floats] = {}  # as long as nothing new is observed
         self._speed = 0.0  # log
+        self._pace = 0.0  # log: how much slower the machine has become, so that what was not seen since is right too
         self._first: list[float] = []  # log ratios to the table
         self._change = _Change()
         self._size(1024)
@@ -122,7 +123,8 @@ class CostModel:
         self._drawn: dict[int, float] = {}  # the values that ``_correction`` was made of
         self._dirty = False
         self._drafts: dict[int, dict[int, _Estimate]] = {}  # by rows, by drafts
-        self._bookkeeping: dict[tuple[bool, int], _Estimate] = {}
+        self._drawn_drafts: dict[tuple[int, int], float] = {}  # as long as nothing new is observed
+        self._bookkeeping: dict[tuple[str, int], _Estimate] = {}  # by kind of step, by rows
 
     # ------------------------------------------------------------------------------------------ what it says
 
@@ -156,12 +158,14 @@ class CostModel:
         if not self._drafts:
             return 0.2 * self.verify(rows, rows)
         wanted = _bucket(rows)
-        exact = self._drafts.get(wanted)
-        if exact is not None and drafts in exact:
-            return exact[drafts].seconds
-        nearest = wanted if exact is not None else min(self._drafts, key=lambda key: abs(key - wanted))
-        seconds = _along(self._drafts[nearest], drafts)
-        return seconds if nearest == wanted else seconds * 0.5 * (1 + rows / _rows_of(nearest))
+        seconds = self._drawn_drafts.get((wanted, drafts))
+        if seconds is None:
+            nearest = wanted if wanted in self._drafts else min(self._drafts, key=lambda key: abs(key - wanted))
+            seconds = _along(self._drafts[nearest], drafts)
+            if nearest != wanted:
+                seconds *= 0.5 * (1 + _rows_of(wanted) / _rows_of(nearest))
+            self._drawn_drafts[wanted, drafts] = seconds
+        return seconds * math.exp(self._pace)
 
     def known_drafts(self, rows: int) -> int:
         """How many numbers of drafts were proposed for about so many rows."""
@@ -169,18 +173,30 @@ class CostModel:
 
     def seen(self, tokens: int) -> int:
         """How many passes over about so many tokens were observed."""
-        cell = self._cells.get(int(self._cell_of[tokens])) if tokens < len(self._cell_of) else None
+        key = tokens if tokens <= EXACT else int(self._cell_of[tokens]) if tokens < len(self._cell_of) else -1
+        cell = self._cells.get(key)
         return cell.count if cell is not None else 0
 
-    def bookkeeping(self, rows: int, drafting: bool) -> float:
-        """Seconds of a step outside the two passes; nothing until it was seen."""
-        found = self._bookkeeping.get((drafting, _bucket(rows)))
-        if found is None:  # the nearest number of rows, or a plain step's
-            near = [(abs(key[1] - _bucket(rows)), key) for key in self._bookkeeping if key[0] == drafting]
-            if not near:
-                return self.bookkeeping(rows, False) if drafting else 0.0
-            found = self._bookkeeping[min(near)[1]]
-        return found.seconds
+    def bookkeeping(self, rows: int, drafting: bool, *, asked: bool = True) -> float:
+        """Seconds of a step outside the two passes; nothing until it was seen. ``asked``: with the work of a policy
+        that was asked whether to draft."""
+        wanted = _bucket(rows)
+        for kind in dict.fromkeys((_kind(drafting, asked), _kind(False, True), _kind(False, False))):
+            found = self._bookkeeping.get((kind, wanted))
+            if found is None:  # the nearest number of rows
+                near = [(abs(known - wanted), known) for there, known in self._bookkeeping if there == kind]
+                if not near:
+                    continue
+                found = self._bookkeeping[kind, min(near)[1]]
+            return found.seconds
+        return 0.0
+
+    def deciding(self, rows: int) -> float:
+        """Seconds by which a step without drafts is longer because a policy was asked; nothing until both are known."""
+        with_it, without = (self._bookkeeping.get((_kind(False, asked), _bucket(rows))) for asked in (True, False))
+        if with_it is None or without is None:
+            return 0.0
+        return max(0.0, with_it.seconds - without.seconds)
 
     # ------------------------------------------------------------------------------------------ what it is told
 
@@ -206,10 +222,13 @@ class CostModel:
         if cell.count >= LATEST:  # of what is known well, an error says that the machine has changed
             change = self._change.by(error)
             self._speed += change
+            self._pace += change
             error -= change
         move = MOVE if cell.count > 4 else 4 * MOVE  # what was never seen may be far off
         bounded = min(max(error, -move), move)
         self._speed += SPEED_RATE * bounded
+        if len(self._first) >= LATEST:
+            self._pace += SPEED_RATE * bounded
         cell.value += max(CELL_RATE, 1 / (cell.count + 3)) * (bounded - SPEED_RATE * bounded)
         cell.count += 1
         key = int(self._cell_of[tokens])
@@ -219,16 +238,27 @@ class CostModel:
         """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
         that weights and code were not in the processor's caches: it says what trying costs, not what drafting costs."""
         if rows > 0 and drafts > 0:
-            found = self._drafts.setdefault(_bucket(rows), {}).setdefault(drafts, _Estimate())
+            known = self._drafts.setdefault(_bucket(rows), {})
+            found = known.setdefault(drafts, _Estimate())
             if not cold or found.count < FIRST:
-                found.add(seconds, DRAFT_RATE)
+                certain, before = found.count >= FIRST, found.value
+                found.add(seconds * math.exp(-self._pace), DRAFT_RATE)
+                if certain:  # the machine is slower or quicker for other numbers of drafts too
+                    moved = found.value - before
+                    for other in known.values():
+                        if other is not found:
+                            other.value += moved if abs(moved) > MOVE else ALIKE * moved
+                self._drawn_drafts.clear()
 
-    def observe_bookkeeping(self, rows: int, drafting: bool, seconds: float, *, cold: bool = False) -> None:
-        """The rest of a step; ``cold`` as of ``observe_draft``."""
+    def observe_bookkeeping(
+        self, rows: int, drafting: bool, seconds: float, *, asked: bool = True, cold: bool = False
+    ) -> None:
+        """The rest of a step; ``asked`` as of ``bookkeeping``, ``cold`` as of ``observe_draft``."""
         if rows > 0:
-            found = self._bookkeeping.setdefault((drafting, _bucket(rows)), _Estimate())
+            found = self._bookkeeping.setdefault((_kind(drafting, asked), _bucket(rows)), _Estimate())
             if not cold or found.count < FIRST:
-                found.add(seconds, BOOKKEEPING_RATE)
+                # Steps without drafts are told apart by little, so the least of the first ones would not do.
+                found.add(seconds, BOOKKEEPING_RATE, FIRST if drafting else 1)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -303,12 +333,24 @@ def _rows_of(bucket: int) -> float:
     return float(bucket) if bucket <= 16 else 2 ** (bucket / 4)
 
 
+def _kind(drafting: bool, asked: bool) -> str:
+    return "drafting" if drafting else "asked" if asked else "plain"
+
+
 def _along(known: dict[int, _Estimate], drafts: int) -> float:
-    """Seconds for a number of drafts from those of others: a line through the two nearest, never falling; half of it
-    in proportion where only one is known."""
-    first, *others = sorted(known, key=lambda k: (abs(k - drafts), k))
-    if not others:
-        return known[first].seconds * 0.5 * (1 + drafts / first)
-    second = others[0]
-    slope = max(0.0, (known[second].seconds - known[first].seconds) / (second - first))
-    return max(known[first].seconds + slope * (drafts - first), 0.1 * known[first].seconds)
+    """Seconds for a number of drafts: between what was observed of it and a line through all numbers, never falling,
+    the more to the former the more often it was observed. By themselves, numbers seen seldom differ by chance, and the
+    one that came off worst would not be seen again. Half of it in proportion where only one is known."""
+    own = known.get(drafts)
+    if len(known) == 1:
+        ((first, found),) = known.items()
+        return found.seconds if own is not None else found.seconds * 0.5 * (1 + drafts / first)
+    points = [(k, found.seconds, min(found.count, MOST_WEIGHT)) for k, found in known.items()]
+    total = sum(n for _, _, n in points)
+    middle, mean = sum(n * k for k, _, n in points) / total, sum(n * y for _, y, n in points) / total
+    slope = sum(n * (k - middle) * (y - mean) for k, y, n in points) / sum(n * (k - middle) ** 2 for k, _, n in points)
+    line = max(mean + max(0.0, slope) * (drafts - middle), 0.1 * mean)
+    if own is None:
+        return line
+    weight = min(own.count, MOST_WEIGHT)
+    return (weight * own.seconds + LINE_WEIGHT * line) / (weight + LINE_WEIGHT)

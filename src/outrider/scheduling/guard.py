@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from outrider.scheduling.cost_model import CostModel
@@ -35,7 +36,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
 RENEWALS = 8  # or until there are other texts: all rows have new requests, so many times over where much was lost
 SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
 LOOK = 4
-OWN_RATE = 0.05  # of the bookkeeping of plain steps that the policy was not asked about, the newest one's weight
 LOOK_ASIDE = 16  # the same while the drafter is left out: each step is to cost what a plain step costs
 
 
@@ -70,11 +70,9 @@ class GuardedPolicy:
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
-        self._own: dict[int, tuple[float, int]] = {}  # by rows: bookkeeping without the policy's work, steps seen
         self._view: StepView | None = None
         self._planned: Sequence[int] = ()
-        self._kept = 0
-        self._plain_seconds, self._plain_rows, self._plain_steps_left = (0.0, 0.0), 0, 0
+        self._plain_seconds, self._plain_rows, self._plain_steps_left = (0.0, 0.0, 0.0), 0, 0
 
     @property
     def follows(self) -> bool:
@@ -87,7 +85,7 @@ class GuardedPolicy:
         return self._advantage
 
     def plan(self, step: StepView) -> Sequence[int]:
-        self._view, self._kept = step, 0
+        self._view = step
         self._newest = max(step.requests, default=-1)
         self._asked = self._may_draft(len(step))
         self._planned = self.policy.plan(step) if self._asked else [0] * len(step)
@@ -116,9 +114,7 @@ class GuardedPolicy:
         return True
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        keep = self.policy.choose(confidence, lengths) if self._asked else lengths.clamp(max=0)
-        self._kept = sum(keep.tolist())
-        return keep
+        return self.policy.choose(confidence, lengths) if self._asked else torch.zeros_like(lengths)
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         view, self._view = self._view, None
@@ -138,26 +134,28 @@ class GuardedPolicy:
         if drafted:
             self._settle(view, cost, sum(accepted))
         else:
-            self._rest(cost, self._deciding(len(view), cost))
+            self._rest(cost, self._plain(len(view), cost.context)[2] if self._asked else 0.0)
 
     # ------------------------------------------------------------------------------------------ parts
 
     def _learn(self, view: StepView, cost: StepCost, drafted: bool) -> None:
         self._plain_steps += not drafted
-        if not drafted and self._plain_steps > SEEN and self._follows and self._plain_steps % LOOK:
+        often = self._plain_steps > SEEN and self._follows and (self._asked or self._suspended)
+        if not drafted and often and self._plain_steps % LOOK:
             return
         ready = len(view)
-        if cost.rows == ready and cost.tokens == ready + self._kept:
+        if cost.rows == ready == max(view.tokens, ready) <= cost.tokens:
             self.costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
         if drafted:
             self.costs.observe_draft(sum(n > 0 for n in self._planned), max(self._planned), cost.draft)
-        self.costs.observe_bookkeeping(ready, drafted, cost.bookkeeping - (0.0 if drafted else cost.follow))
+        own = cost.bookkeeping - (0.0 if drafted else cost.follow)
+        self.costs.observe_bookkeeping(ready, drafted, own, asked=self._asked)
 
     def _settle(self, view: StepView, cost: StepCost, accepted: int) -> None:
         """What the step took, against what plain decoding would have taken for its tokens."""
         ready, costs, context = len(view), self.costs, cost.context
-        plain, own = self._plain(ready, context)
-        without, base = plain, cost.tokens - self._kept
+        plain, own, _ = self._plain(ready, context)
+        without, base = plain, max(view.tokens, ready)
         if base != ready:  # chunks of prompts beside it
             without = costs.verify(max(base, 1), cost.rows, context) + own
         verify, bookkeeping = cost.verify, cost.bookkeeping
@@ -178,25 +176,15 @@ class GuardedPolicy:
             self._needed = max(2 * (took - worth), 0.25 * self.ledger.most)
             self._since_control = 0
 
-    def _plain(self, rows: int, context: int) -> tuple[float, float]:
-        """Seconds of a plain step of so many rows, and of its bookkeeping alone; worked out anew every few steps."""
+    def _plain(self, rows: int, context: int) -> tuple[float, float, float]:
+        """Seconds of a plain step of so many rows, of its bookkeeping alone, and of the policy's work where it is asked
+        and drafts nothing; worked out anew every few steps."""
         if self._plain_rows != rows or self._plain_steps_left <= 0:
-            own = self._own[rows][0] if rows in self._own else self.costs.bookkeeping(rows, drafting=False)
-            self._plain_seconds = self.costs.verify(rows, rows, context) + own, own
+            own = self.costs.bookkeeping(rows, drafting=False, asked=False)
+            self._plain_seconds = self.costs.verify(rows, rows, context) + own, own, self.costs.deciding(rows)
             self._plain_rows, self._plain_steps_left = rows, LOOK
         self._plain_steps_left -= 1
         return self._plain_seconds
-
-    def _deciding(self, rows: int, cost: StepCost) -> float:
-        """Seconds by which the policy's own work made a step without drafts longer; right after a pass each of its
-        array operations takes long. Known by the steps that it was not asked about."""
-        seconds = cost.bookkeeping - cost.follow
-        own, count = self._own.get(rows, (seconds, 0))
-        seconds = min(seconds, STALL * own)
-        if self._asked:
-            return seconds - own if count else 0.0
-        self._own[rows] = own + max(OWN_RATE, 1 / (count + 1)) * (seconds - own), count + 1
-        return 0.0
 
     def _rest(self, cost: StepCost, deciding: float) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""

@@ -9,28 +9,36 @@ into it, a step gives ``rows + a_1 + ... + a_n`` tokens in ``seconds[n]``.
   the rules that sample (``rejection``, ``block``) stay lossless.
 - ``global``: the first maximum over the whole walk. A later draft's confidence then decides on an earlier draft, which
   biases sampled text (Appendix A) and is for rows whose text does not depend on the schedule: greedy and ``coupled``.
-- A ``budget``: the best drafts, so many of them. The number must come from the past (section 5.2: an unconstrained
-  search over confidences two steps old); the ranking is today's. It looks past a dip in the costs and is lossless.
+- ``lagged``: a budget, that is the best drafts, so many of them. The number must come from the past (section 5.2: an
+  unconstrained search over confidences two steps old); the ranking is today's. It looks past a dip in the costs and is
+  lossless.
 
 Equal survivals are taken by position, then by row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["RISE", "Ranking", "Search", "best_count", "rank", "survivals"]
+__all__ = ["RISE", "SEARCHES", "Plan", "Ranking", "Search", "best_count", "best_plan", "rank", "survivals"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Search = Literal["early", "global"]
+Bools = npt.NDArray[np.bool_]
+Search = Literal["early", "global", "lagged"]
+SEARCHES: tuple[Search, ...] = ("early", "global", "lagged")  # by the core's numbers
 
 RISE = 1 + 1e-12
 """Tokens per second must rise by more than rounding."""
+CAUGHT = 0.995
+"""An early stop that gives less of what a budget gives is caught in a dip of the costs."""
+STANDING = 64
+"""Rows that stand for all in a plan."""
 _ONE = int(np.float64(1.0).view(np.int64))
 
 
@@ -85,7 +93,8 @@ def rank(survival: Floats) -> Ranking:
 
 
 def best_count(rows: float, survival: Floats, seconds: Floats, search: Search = "early") -> int:
-    """How far to walk: survival [n] in descending order, seconds [n + 1] of a step with 0 to n drafts."""
+    """How far to walk: survival [n] in descending order, seconds [n + 1] of a step with 0 to n drafts. A lagged search
+    walks over survivals of the past as a global one does."""
     if not len(survival):
         return 0
     tokens = np.empty(len(survival) + 1)
@@ -93,9 +102,99 @@ def best_count(rows: float, survival: Floats, seconds: Floats, search: Search = 
     np.cumsum(survival, out=tokens[1:])
     tokens[1:] += rows
     rate = tokens / seconds[: len(tokens)]
-    if search == "global":
+    if search != "early":
         best = int(rate.argmax())
         return int((rate * RISE >= rate[best]).argmax())  # the first maximum, rounding aside
     stops = ~(rate[1:] > rate[:-1] * RISE)  # also where costs are NaN
     first = int(stops.argmax())
     return first if stops[first] else len(survival)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How far to draft for which rows."""
+
+    length: int
+    rate: float  # tokens per second
+    budget: bool  # an early stop would give less than a budget
+    chosen: Bools  # [rows]
+
+
+def best_plan(
+    survival: Floats,
+    batch: int,
+    seconds: Floats,
+    plain: float,
+    lengths: Sequence[int],
+    draft: Callable[[int, int], float],
+    search: Search | None,
+) -> Plan:
+    """The plan with the most tokens per second.
+
+    survival [rows, samples, K]: what drafting for each row may give; every sample is a step as it could be, and is
+    searched as a step would be. batch: rows of the step, drafted for or not. seconds: of a step by drafts verified,
+    without T_draft. plain: tokens per second without drafts. lengths: those to try. draft: T_draft of so many rows and
+    drafts. search: None: an early stop or a budget, whichever gives more.
+    """
+    rows, samples, drafts = survival.shape
+
+    def found(chosen: Bools) -> Plan:
+        many = int(chosen.sum())
+        some = survival[chosen][:: -(-many // STANDING)]
+        share = many / len(some)  # some rows stand for all, so the walk counts a draft as ``share`` drafts
+        best = Plan(0, 0.0, False, chosen)
+        for length in lengths:
+            rate, budget = _rate(some[:, :, :length], batch, share, seconds, draft(many, length), search)
+            if rate > best.rate:
+                best = Plan(length, rate, budget, chosen)
+        return best
+
+    best = found(np.ones(rows, dtype=bool))
+    if rows < 2:
+        return best
+    # Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of T_draft. Both
+    # depend on how far is drafted.
+    token, half = plain * (seconds[-1] - seconds[0]) / (rows * drafts), rows // 2
+    for length in dict.fromkeys((best.length, drafts)):
+        share = (draft(rows, length) - draft(half, length)) / (rows - half)
+        worth = _sum(_sum(np.maximum(survival[:, :, :length] - token, 0.0)))
+        chosen = worth / samples > plain * max(share, 0.0)
+        if chosen.any() and (chosen != best.chosen).any():
+            best = max(best, found(chosen), key=lambda plan: plan.rate)
+    return best
+
+
+def _rate(
+    survival: Floats, batch: int, share: float, seconds: Floats, spent: float, search: Search | None
+) -> tuple[float, bool]:
+    """Tokens per second over all samples, and whether it takes a budget. survival [rows, samples, length]"""
+    samples = survival.shape[1]
+    walk = -np.sort(-survival.transpose(1, 0, 2).reshape(samples, -1), axis=1)
+    real = walk > 0
+    ends = real.sum(1)
+    tokens = np.full((samples, walk.shape[1] + 1), float(batch))
+    tokens[:, 1:] += np.cumsum(walk * share, axis=1)
+    at = np.arange(walk.shape[1] + 1) * share
+    whole = np.minimum(at.astype(np.int64), len(seconds) - 2)
+    costs = seconds[whole] + (at - whole) * (seconds[whole + 1] - seconds[whole]) + spent
+    rate = tokens / costs
+    stops = ~((rate[:, 1:] > rate[:, :-1] * RISE) & real)
+    early = np.where(stops.any(1), stops.argmax(1), ends)
+    best = np.where(np.arange(rate.shape[1]) <= ends[:, None], rate, 0.0).argmax(1)
+
+    def value(counts: Ints) -> float:
+        return float(_sum(tokens[np.arange(samples), counts]) / _sum(costs[counts]))
+
+    if search == "global":
+        return value(best), False
+    found = 0.0 if search == "lagged" else value(early)
+    if search != "early":
+        budget = value(np.minimum(ends, np.roll(best, 1)))  # what was best for another step
+        if found < CAUGHT * budget:
+            return budget, True
+    return found, False
+
+
+def _sum(values: Floats) -> Floats:
+    """Along the last axis, one after the other, as the core adds."""
+    return np.asarray(np.cumsum(values, axis=-1)[..., -1])

@@ -1,143 +1,240 @@
-"""A step's schedule: how likely each draft is accepted, and how many drafts of each row to verify.
+"""A step's schedule: how likely each draft is accepted, how many of each row to verify, and what is learnt of it.
 
 The compiled core does it in one call. After a pass the processor's caches hold the target's weights, and then each of
-some thirty array operations costs several microseconds, however few rows there are. ``schedule_in_numpy`` is the same
-in arrays: it says what is meant, serves where there is no core, and is what tests compare the core with.
+some thirty array operations costs several microseconds, however few rows there are. ``NumpyScheduler`` is the same in
+arrays: it says what is meant, serves where there is no core, and is what tests compare the core with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from outrider.core import native
-from outrider.scheduling.acceptance import AcceptanceModel
-from outrider.scheduling.prefix_search import best_count, rank, survivals
+from outrider.scheduling.acceptance import AcceptanceModel, DraftHistory
+from outrider.scheduling.prefix_search import SEARCHES, best_count, best_plan, rank, survivals
 
-__all__ = ["ACCEPTED", "KEEP", "ROW", "Form", "Round", "schedule"]
+__all__ = ["NumpyScheduler", "Round", "RoundScheduler", "Scheduler"]
 
 Floats = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-Form = Literal["early", "global", "lagged"]  # as prefix_search explains them; lagged: a budget
-FORMS: tuple[Form, ...] = ("early", "global", "lagged")  # by the core's numbers
-ROW, SLOT, LENGTH, LIMIT, KEEP, ACCEPTED = range(6)
+LEARNT_ROWS = 64  # of rounds that are learnt from together, about so many stand for all
+ROW, SLOT, LENGTH, LIMIT, KEPT, ACCEPTED = range(6)
+
+
+class RoundScheduler(Protocol):
+    """Numbers are plain Python: right after a pass, making an array costs more than reading a list of a few rows."""
+
+    def schedule(
+        self,
+        confidence: Singles | None,
+        lengths: Sequence[int],
+        slots: Sequence[int],
+        limits: Sequence[int],
+        seconds: Floats,
+        spent: float,
+        search: int,
+        at_least: int,
+        keep: Ints,
+    ) -> int:
+        """Fill ``keep`` with the drafts of each row to verify; -> how many rows have drafts.
+
+        confidence: float32 [batch, K] or None. lengths: [batch], at most K. slots, limits: [B], of the rows that may
+        draft, the first ones, and the most drafts that they were asked for. seconds: float64 [> B * K], of a pass by
+        drafts; ``spent``: of everything else. search: its place in ``SEARCHES``. at_least: drafts to verify of each row
+        that has as many, whatever the search says. keep: int64 [batch].
+        """
+        ...
+
+    def accept(self, accepted: Sequence[int], slots: Sequence[int], limits: Sequence[int], scheduled: bool) -> int:
+        """Remember what became of the step's drafts, also of rows that were asked for drafts and have none; -> how many
+        were accepted. ``scheduled``: ``schedule`` was called in this step."""
+        ...
+
+    @property
+    def pending(self) -> int:
+        """Rounds that are not learnt from yet."""
+        ...
+
+    def learn(self, turn: int) -> None:
+        """Learn from the rounds that are pending. Of very many, some stand for all, others in each turn."""
+        ...
+
+    def plan(
+        self,
+        slots: Sequence[int],
+        batch: int,
+        samples: int,
+        seconds: Floats,
+        plain: float,
+        lengths: Sequence[int],
+        draft: Callable[[int, int], float],
+        turn: int,
+        search: int,
+    ) -> tuple[int, float, bool, Sequence[int]]:
+        """``prefix_search.best_plan`` on so many samples of the past of each slot: (drafts, tokens per second, whether
+        by a budget, 1 for each row that is to have drafts). search: -1 where an early stop or a budget may be used."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """What was drafted, kept and accepted in a step. D rows have drafts, K at most."""
 
-    numbers: Ints  # [D, 6]: row in the step, slot, drafts, the most drafts that were asked for, verified, accepted
-    chances: Floats  # [3, D, K]: logits of the confidences, corrected probabilities, survivals
+    rows: Ints  # [D, 6]: row in the step, slot, drafts, the most drafts that were asked for, verified, accepted
+    logits: Floats  # [D, K], of the confidences
+    adjusted: Floats  # [D, K]: corrected probabilities
+    survival: Floats  # [D, K]
 
-    def __len__(self) -> int:
-        return len(self.numbers)
+
+class Scheduler:
+    """The models of acceptance and what is done with them, in the core where there is one."""
+
+    def __init__(self, drafts: int, *, core: bool = native is not None) -> None:
+        self.acceptance, self.history = AcceptanceModel(drafts), DraftHistory(drafts)
+        self._widest = drafts
+        self._core: Any = native.Scheduler() if core else None
+        self.rounds: RoundScheduler = self._core or NumpyScheduler(self.acceptance, self.history)
+        self._bind()
+
+    def forget_rows(self, slots: Ints) -> None:
+        """Other requests have these rows now."""
+        if self.rounds.pending:
+            self.rounds.learn(0)  # of the rows before them
+        known = len(self.history.counts)
+        self.acceptance.forget_row(slots)
+        self.history.forget_row(slots)
+        if len(self.history.counts) > known:
+            self._bind()
+
+    def widen(self, drafts: int) -> None:
+        """Make room for so many drafts in a round."""
+        if drafts > self._widest:
+            self.rounds.learn(0)
+            self._widest = drafts
+            self._bind()
+
+    def _bind(self) -> None:
+        """Give the core the arrays, which it works on in place; anew where they are others."""
+        if self._core is not None:
+            history = self.history
+            self._core.bind(
+                *self.acceptance.arrays(self._widest),
+                history.logits,
+                history.sizes,
+                history.counts,
+                history.shared,
+                history.shared_sizes,
+                history.shared_count,
+            )
+
+
+class NumpyScheduler:
+    """A ``RoundScheduler`` in arrays."""
+
+    def __init__(self, acceptance: AcceptanceModel, history: DraftHistory) -> None:
+        self._acceptance, self._history = acceptance, history
+        self._latest: Round | None = None
+        self._past: list[tuple[Floats, int]] = []  # survivals and rows, of the last two steps that drafted
+        self._rounds: list[Round] = []
+
+    def schedule(
+        self,
+        confidence: Singles | None,
+        lengths: Sequence[int],
+        slots: Sequence[int],
+        limits: Sequence[int],
+        seconds: Floats,
+        spent: float,
+        search: int,
+        at_least: int,
+        keep: Ints,
+    ) -> int:
+        keep[:] = 0
+        ready, drafts = len(slots), max(lengths, default=0) if confidence is None else confidence.shape[1]
+        there = np.array(lengths, dtype=np.int64)[:ready]
+        with_drafts = np.flatnonzero(there)
+        rows = np.zeros((len(with_drafts), 6), dtype=np.int64)
+        rows[:, ROW], rows[:, LENGTH] = with_drafts, there[with_drafts]
+        rows[:, SLOT] = np.array(slots, dtype=np.int64)[with_drafts]
+        rows[:, LIMIT] = np.maximum(np.array(limits, dtype=np.int64)[with_drafts], rows[:, LENGTH])
+        said = None if confidence is None else np.asarray(confidence, np.float32)[with_drafts]
+        logits, adjusted = self._acceptance.adjust(said, rows[:, SLOT], drafts)
+        survival = survivals(adjusted, rows[:, LENGTH])
+        self._latest = Round(rows, logits, adjusted, survival)
+        if not len(rows):
+            return 0
+        ranking = rank(survival)
+        n = len(ranking.survival)
+        seconds, how = seconds[: n + 1] + spent, SEARCHES[search]
+        if how != "lagged":
+            count = best_count(ready, ranking.survival, seconds, how)
+        elif not self._past:
+            count = min(ready, n)  # about one draft a row
+        else:
+            then, rows_then = rank(self._past[0][0]).survival, self._past[0][1]
+            count = min(n, round(best_count(rows_then, then[:n], seconds, "lagged") * ready / rows_then))
+        rows[:, KEPT] = np.maximum(ranking.keep(count), np.minimum(rows[:, LENGTH], at_least))
+        keep[with_drafts] = rows[:, KEPT]
+        self._past = [*self._past[-1:], (survival, ready)]
+        return len(rows)
+
+    def accept(self, accepted: Sequence[int], slots: Sequence[int], limits: Sequence[int], scheduled: bool) -> int:
+        round = self._latest if scheduled else None
+        has: list[int] = []
+        if round is not None:
+            has = round.rows[:, ROW].tolist()
+            round.rows[:, ACCEPTED] = [accepted[b] for b in has]
+            self._rounds.append(round)
+        empty = [slot for b, slot in enumerate(slots) if limits[b] and b not in has]
+        if empty:
+            none = np.zeros(len(empty), dtype=np.int64)
+            self._history.add(np.array(empty), np.zeros((len(empty), 1)), none, none + self._history.drafts)
+        return sum(accepted[b] for b in has)
 
     @property
-    def survival(self) -> Floats:
-        """float64 [D, K]"""
-        return self.chances[2]
+    def pending(self) -> int:
+        return sum(len(round.rows) for round in self._rounds)
 
-    @staticmethod
-    def together(rounds: Sequence[Round]) -> Round:
-        """Several rounds of the same K, in order, as one."""
-        if len(rounds) == 1:
-            return rounds[0]
-        return Round(
-            np.concatenate([one.numbers for one in rounds]), np.concatenate([one.chances for one in rounds], axis=1)
-        )
+    def learn(self, turn: int) -> None:
+        rounds, self._rounds = self._rounds, []
+        if not rounds:
+            return
+        width = max(round.logits.shape[1] for round in rounds)
+        padded = [np.pad([round.logits, round.adjusted], ((0, 0), (0, 0), (0, width - round.logits.shape[1])))
+                  for round in rounds]  # fmt: skip
+        logits, adjusted = np.concatenate(padded, axis=1)
+        rows = np.concatenate([round.rows for round in rounds])
+        every = max(1, len(rows) // LEARNT_ROWS)
+        some = slice(turn % every, None, every)
+        _, slots, lengths, limits, kept, accepted = rows[some].T
+        self._acceptance.update(logits[some], adjusted[some], slots, kept, accepted)
+        self._history.add(slots, logits[some], lengths, limits)
 
+    def plan(
+        self,
+        slots: Sequence[int],
+        batch: int,
+        samples: int,
+        seconds: Floats,
+        plain: float,
+        lengths: Sequence[int],
+        draft: Callable[[int, int], float],
+        turn: int,
+        search: int,
+    ) -> tuple[int, float, bool, Sequence[int]]:
+        survival = self._history.of(np.array(slots), samples, turn, self._acceptance)
+        how = None if search < 0 else SEARCHES[search]
+        plan = best_plan(survival, batch, seconds, plain, lengths, draft, how)
+        return plan.length, plan.rate, plan.budget, plan.chosen.astype(int).tolist()
 
-def schedule(
-    confidence: Singles | None,
-    lengths: Ints,
-    slots: Ints,
-    limits: Sequence[int] | int,
-    acceptance: AcceptanceModel,
-    seconds: Floats,
-    spent: float,
-    form: Form,
-    past: tuple[Floats, int] | None,
-    *,
-    drafts: int,
-    one_each: bool = False,
-) -> tuple[Ints, Round]:
-    """int64 [batch] drafts to verify, and the round of the rows that have drafts.
-
-    confidence: float32 [batch, K] or None. lengths: int64 [batch], at most K = ``drafts``. slots: int64 [B], of the
-    rows that may draft, the first ones; known to ``acceptance``. limits: [B] or one for all. seconds: float64
-    [> B * K], of a pass by drafts; ``spent``: of everything else. past: for ``lagged``, survivals [D, K] two steps old
-    and the rows of their step; None: this is the first step. one_each: verify at least one draft of each row that has
-    any.
-    """
-    numbers = np.zeros((len(slots), 6), dtype=np.int64)
-    numbers[:, SLOT], numbers[:, LIMIT] = slots, limits
-    keep = np.zeros(len(lengths), dtype=np.int64)
-    if native is None:
-        round = schedule_in_numpy(
-            confidence, lengths, numbers, acceptance, seconds, spent, form, past, drafts=drafts, one_each=one_each
-        )
-        keep[round.numbers[:, ROW]] = round.numbers[:, KEEP]
-        return keep, round
-    chances = np.empty((3, len(slots), drafts))
-    positions, row_shifts = acceptance.corrections(drafts)
-    count = native.schedule(
-        confidence,
-        lengths,
-        positions,
-        row_shifts,
-        seconds,
-        spent,
-        FORMS.index(form),
-        past,
-        one_each,
-        numbers,
-        chances,
-        keep,
-    )
-    if count == len(slots):
-        return keep, Round(numbers, chances)
-    return keep, Round(numbers[:count], chances[:, :count].copy())
-
-
-def schedule_in_numpy(
-    confidence: Singles | None,
-    lengths: Ints,
-    numbers: Ints,
-    acceptance: AcceptanceModel,
-    seconds: Floats,
-    spent: float,
-    form: Form,
-    past: tuple[Floats, int] | None,
-    *,
-    drafts: int,
-    one_each: bool,
-) -> Round:
-    """The round; numbers: int64 [B, 6], with slots and limits."""
-    ready = len(numbers)
-    rows = np.flatnonzero(lengths[:ready])
-    numbers = numbers[rows]
-    numbers[:, ROW], numbers[:, LENGTH] = rows, lengths[rows]
-    numbers[:, LIMIT] = np.maximum(numbers[:, LIMIT], numbers[:, LENGTH])
-    said = None if confidence is None else confidence[rows]
-    logits, adjusted = acceptance.adjust(said, numbers[:, SLOT], drafts)
-    survival = survivals(adjusted, numbers[:, LENGTH])
-    ranking = rank(survival)
-    n = len(ranking.survival)
-    seconds = seconds[: n + 1] + spent
-    if form != "lagged":
-        count = best_count(ready, ranking.survival, seconds, form)
-    elif past is None:
-        count = min(ready, n)  # about one draft a row
-    else:
-        then, rows_then = rank(past[0]).survival, past[1]
-        count = min(n, round(best_count(rows_then, then[:n], seconds, "global") * ready / rows_then))
-    numbers[:, KEEP] = ranking.keep(count)
-    if one_each:
-        numbers[:, KEEP] = np.maximum(numbers[:, KEEP], np.minimum(numbers[:, LENGTH], 1))
-    return Round(numbers, np.stack([logits, adjusted, survival]))
+    def latest(self) -> tuple[list[list[int]], list[list[float]]]:
+        """The rows of the latest round that was scheduled, and its logits, probabilities and survivals."""
+        assert self._latest is not None
+        round = self._latest
+        return round.rows.tolist(), [part.ravel().tolist() for part in (round.logits, round.adjusted, round.survival)]

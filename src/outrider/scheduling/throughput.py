@@ -1,10 +1,10 @@
 """Draft and verify what raises tokens per second: DSpark's hardware-aware prefix scheduler, with drafting charged.
 
 **Before drafting** (``plan``) the past alone speaks. Each row's latest drafts, as survivals, stand for what drafting
-again would give; the search that schedules a step is run on them, unconstrained, with T_draft and bookkeeping in the
-costs. A row whose return is below its share of the cost is not drafted for; where plain decoding gives more tokens per
-second, nothing is. Rows that were left out are drafted for again from time to time, paid from an account that plain
-steps fill at a small rate, and ever more rarely while it does not pay.
+again would give; the searches that schedule a step are run on them, one sample of all rows after the other, with
+T_draft and bookkeeping in the costs. A row whose return is below its share of the cost is not drafted for; where plain
+decoding gives more tokens per second, nothing is. Rows that were left out are drafted for again from time to time, paid
+from an account that plain steps fill at a small rate, and ever more rarely while it does not pay.
 
 **Once drafted** (``choose``), T_draft is spent: Algorithm 1 starts from R / (T_draft + T_verify(R) + T_bookkeeping).
 The costs are of decoding alone: chunks of prompts that share the step are paid for anyway, so the search is shown what
@@ -13,8 +13,8 @@ drafts add to them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -23,25 +23,20 @@ import torch
 from torch import Tensor
 
 from outrider.errors import InvalidRequest, nearest
-from outrider.scheduling.acceptance import AcceptanceModel, SurvivalHistory
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.ledger import Ledger
-from outrider.scheduling.prefix_search import rank
-from outrider.scheduling.schedule import ACCEPTED, KEEP, ROW, Form, Round, schedule
+from outrider.scheduling.prefix_search import SEARCHES, Search
+from outrider.scheduling.schedule import Scheduler
 from outrider.types import StepCost, StepView
 
 __all__ = ["ThroughputConfig", "ThroughputPolicy"]
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 Searches = Literal["auto", "early", "lagged", "global"]
-SEARCHES: tuple[Searches, ...] = ("auto", "early", "lagged", "global")
+CHOICES: tuple[Searches, ...] = ("auto", *SEARCHES)
 
-CAUGHT = 0.98  # an early stop that gives less of the best of all is caught in a dip
 MARGIN = 1.005  # drafting must promise so much more than plain decoding
 SAMPLED = 512  # drafts of the past that a plan is made of, about
-STANDING = 64  # rows that stand for all in a plan
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
 PROBED = 4  # rows tried in one step, or an eighth of all
@@ -49,9 +44,11 @@ TRIES = 2  # times of trying for which the account need not hold enough, after `
 IN_A_ROW = 3  # steps for which rows are tried: only after the first one are weights and code in the caches
 AT_START = 4  # the same when nothing is known
 WHOLE = 128  # steps after which rows that draft few tokens draft as many as they can once
+UNSEEN = 6  # passes as large as all drafts of a try: where fewer were seen, all are verified
 REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
-PLANNING, WORTH = 0.4e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
-LEARNT_AT_ONCE, LEARNT_ROWS = 16, 64  # rounds collected before they are learnt from; the most rows of one step
+PLANNING, WORTH = 0.1e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
+KEPT_PLANS = 64
+LEARNT_AT_ONCE, MANY_ROWS = 16, 64  # rounds collected before they are learnt from; rows that are many
 SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so manyth step is learnt from
 EARLY = 16  # rounds that are learnt from at once
 LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were
@@ -74,42 +71,62 @@ class ThroughputConfig:
     def __post_init__(self) -> None:
         if self.draft_tokens < 0:
             raise InvalidRequest(f"policy throughput: draft_tokens must be at least 0, got {self.draft_tokens}")
-        if self.search not in SEARCHES:
+        if self.search not in CHOICES:
             raise InvalidRequest(
-                f"policy throughput: search must be one of {', '.join(SEARCHES)}, got {self.search!r}; "
-                f"{nearest(str(self.search), SEARCHES)}"
+                f"policy throughput: search must be one of {', '.join(CHOICES)}, got {self.search!r}; "
+                f"{nearest(str(self.search), CHOICES)}"
             )
         if not 0 <= self.probe_share <= 1:
             raise InvalidRequest(f"policy throughput: probe_share must be between 0 and 1, got {self.probe_share}")
 
 
 @dataclass(slots=True)
+class _Row:
+    """What the policy knows of a slot."""
+
+    request: int
+    drafted: int  # the turn in which it was last drafted for, as far as plans go
+    wait: int = FIRST_WAIT  # turns after which it is tried again
+
+
+@dataclass(frozen=True, slots=True)
+class _Belief:
+    """How far to draft at one load, for some steps."""
+
+    made: int  # the turn
+    stale: int  # the turn at which it is worked out anew
+    length: int
+    budget: bool  # an early stop would be caught in a dip of the costs
+    left_out: Mapping[int, int]  # slot -> request, of rows that are not drafted for
+
+
+@dataclass(slots=True)
+class _Plan:
+    """The limits of the latest steps, and what follows from them as long as the rows stay."""
+
+    requests: Sequence[int] = ()
+    slots: list[int] = field(default_factory=list)
+    limits: list[int] = field(default_factory=list)
+    load: tuple[int, bool] = (0, False)
+    stale: int = 0
+    longest: int = 0  # of the limits
+    asked: int = 0  # rows whose limit is not 0
+    search: int = 0
+    probe: bool = False
+    seconds: Floats | None = None  # of passes by drafts, once needed
+    spent: float = 0.0  # T_draft and bookkeeping
+
+
+@dataclass(slots=True)
 class _Step:
     """What is known of the step under way."""
 
-    slots: Ints  # [B]
+    plan: _Plan
     ready: int  # B
     tokens: int  # of the pass without drafts
     rows: int
     context: int
-    limits: list[int]  # [B]
-    longest: int  # of the limits
-    asked: int = 0  # rows whose limit is not 0
-    free: bool = False  # no row's text depends on the schedule
-    probe: bool = False
-    round: Round | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """The limits of the latest steps, and what follows from them as long as the rows stay."""
-
-    requests: Sequence[int]
-    limits: list[int]
-    slots: Ints
-    longest: int = 0
-    asked: int = 0
-    free: bool = False
+    scheduled: bool = False
 
 
 class ThroughputPolicy:
@@ -120,28 +137,20 @@ class ThroughputPolicy:
     def __init__(self, config: ThroughputConfig, costs: CostModel | None = None) -> None:
         self.costs = costs or CostModel()
         self._config, self._block = config, config.draft_tokens
-        self._acceptance = AcceptanceModel(max(self._block, 1))
-        self._history = SurvivalHistory(max(self._block, 1))
+        self._scheduler = Scheduler(max(self._block, 1))
+        self._rounds, self._history = self._scheduler.rounds, self._scheduler.history
         self._ledger = Ledger(share=config.probe_share, most=0.1, balance=0.1)
         self._allowed = 0  # times of trying, as said at TRIES
-        self._again: tuple[int, Ints, int] = (0, np.zeros(0, dtype=np.int64), 0)  # steps, slots and drafts still tried
+        self._again: tuple[int, list[int], int] = (0, [], 0)  # steps, slots and drafts still tried
         self._was_drafting = False  # in the step before
         self._whole = 0  # the turn in which as much was drafted as can be
-        self._owners = np.full(0, -1)  # by slot: the request that has it
-        self._idle = np.zeros(0, dtype=np.int64)  # by slot: steps since it was drafted for
-        self._wait = np.zeros(0, dtype=np.int64)  # by slot: steps after which it is tried again
-        self._planned = np.zeros(0, dtype=np.int64)  # by slot: limits of the last plan
-        self._common = 0  # the limit of rows that were drafted for in the last plan
-        self._stale = 0  # the turn at which a new plan is made
-        self._made = (0, 0)  # the turn at which this one was, and the rows it was made for
-        self._latest = _Plan((), [], np.zeros(0, dtype=np.int64))
+        self._rows: dict[int, _Row] = {}  # by slot
+        self._all_drafted = 0  # the turn in which all of them were last drafted for; 0: as the rows say
+        self._beliefs: dict[tuple[int, bool], _Belief] = {}  # by load
+        self._latest = _Plan()
         self._turn = 0
-        self._counted = 0  # the turn up to which ``_idle`` is counted
         self._step: _Step | None = None
-        self._rounds: list[Round] = []  # not learnt from yet
         self._learnt = 0
-        self._caught = False  # an early stop would have been caught in a dip of the costs
-        self._past: list[tuple[Floats, int]] = []  # survivals and rows, of the last two steps that drafted
 
     @classmethod
     def from_config(cls, config: ThroughputConfig, costs: CostModel | None = None, **services: Any) -> ThroughputPolicy:
@@ -149,124 +158,124 @@ class ThroughputPolicy:
 
     def try_again(self) -> None:
         """Draft for some rows once more, whether or not it paid and whatever the account holds."""
-        self._idle[:] = LONGEST_WAIT
+        for row in self._rows.values():
+            row.drafted = self._turn - LONGEST_WAIT
+        self._all_drafted = 0
         self._allowed = TRIES
-        self._stale = 0
+        self._beliefs.clear()
+        self._latest = _Plan()
 
     # ------------------------------------------------------------------------------------------ before drafting
 
     def plan(self, step: StepView) -> list[int]:
-        ready = len(step)
+        ready = len(step.contexts)
         self._turn += 1
         self._step = None
         if not ready or not self._block:
             return [0] * ready
-        context = step.context or sum(step.contexts)
+        plan, tokens, rows = self._latest, max(step.tokens, ready), max(step.rows, ready)
         able = ready if step.can_draft < 0 else min(step.can_draft, ready)
-        tokens, rows = max(step.tokens, ready), max(step.rows, ready)
-        latest, probe = self._latest, False
-        if self._turn >= self._stale or able < ready or not step.requests or step.requests != latest.requests:
-            if ready != self._made[1]:  # another load
-                self._stale = min(self._stale, self._made[0] + REUSED)
-            slots = np.fromiter(step.slots, np.int64, ready) if step.slots else np.arange(ready)
-            self._take_over(slots, step.requests)
-            now = _Step(slots, ready, tokens, rows, context, [], 0)
-            limits = self._limits(now, able)
-            probe, longest = now.probe, max(limits)
-            # A probe is for one step; the plan itself is good for some.
-            requests = list(step.requests) if not probe and able == ready else ()
-            asked = ready - limits.count(0)
-            self._latest = latest = _Plan(requests, limits, slots, longest, asked, bool(longest) and self._free(step))
-        self._step = _Step(
-            latest.slots, ready, tokens, rows, context, latest.limits, latest.longest, latest.asked, latest.free, probe
-        )
-        return latest.limits
+        now = _Step(plan, ready, tokens, rows, step.context or sum(step.contexts))
+        if (
+            self._turn >= plan.stale
+            or (ready, tokens > ready) != plan.load
+            or able < ready
+            or not step.requests
+            or step.requests != plan.requests
+        ):
+            self._latest = now.plan = self._new_plan(now, step, able)
+        self._step = now
+        return now.plan.limits
+
+    def _new_plan(self, now: _Step, step: StepView, able: int) -> _Plan:
+        """For rows of which the first ``able`` can be drafted for."""
+        slots = list(step.slots) or list(range(now.ready))
+        self._take_over(slots, step.requests or slots)
+        plan = _Plan((), slots, [0] * now.ready, (now.ready, now.tokens > now.ready))
+        free = self._free(step)
+        if able and self._history.empty:  # nothing is known: see what a draft is like
+            plan.limits[:able] = [self._block] * able
+            plan.probe, plan.search = True, SEARCHES.index(self._search(free, budget=False))
+            self._again = (AT_START - 1, slots[:able], self._block)
+        elif able:
+            belief = self._belief(now, slots[:able], free)
+            plan.stale = belief.stale
+            plan.search = SEARCHES.index(self._search(free, belief.budget))
+            rows = self._rows
+            if not belief.left_out or not belief.length:
+                plan.limits[:able] = [belief.length] * able
+            else:
+                for b, slot in enumerate(slots[:able]):
+                    if belief.left_out.get(slot) != rows[slot].request:
+                        plan.limits[b] = belief.length
+            if belief.length == self._block:
+                self._whole = self._turn
+            elif belief.length and self._turn - self._whole >= WHOLE:
+                plan.limits = [self._block if n else 0 for n in plan.limits]
+                self._whole, plan.probe = self._turn, True
+            self._probe(now, plan, able)
+        if not plan.probe and able == now.ready and step.requests:  # a probe is for one step
+            plan.requests = list(step.requests)
+        plan.longest = max(plan.limits)
+        plan.asked = now.ready - plan.limits.count(0)
+        return plan
 
     def _free(self, step: StepView) -> bool:
+        """Whether no row's text depends on the schedule."""
         if self._config.search != "auto":
             return self._config.search == "global"
         different = {id(params): params for params in step.params}.values()
         return all(p.temperature == 0 or p.effective_rule == "coupled" for p in different)
 
-    def _take_over(self, slots: Ints, requests: Sequence[int]) -> None:
+    def _search(self, free: bool, budget: bool) -> Search:
+        search = self._config.search
+        if search != "auto":
+            return search
+        return "global" if free else "lagged" if budget else "early"
+
+    def _take_over(self, slots: Sequence[int], requests: Sequence[int]) -> None:
         """Rows of new requests start without a past of their own."""
-        missing = int(slots.max()) + 1 - len(self._owners)
-        if missing > 0:
-            self._owners = np.concatenate([self._owners, np.full(missing, -1)])
-            self._idle = np.concatenate([self._idle, np.zeros(missing, dtype=np.int64)])
-            self._wait = np.concatenate([self._wait, np.full(missing, FIRST_WAIT)])
-            self._planned = np.concatenate([self._planned, np.full(missing, self._block)])
-        owners = np.fromiter(requests, np.int64, len(slots)) if requests else slots
-        new = self._owners[slots] != owners
-        if new.any():
-            self._learn()  # of the rows before them
-            fresh = slots[new]
-            self._owners[fresh] = owners[new]
-            self._idle[fresh], self._wait[fresh] = 0, FIRST_WAIT
-            self._planned[fresh] = self._common
-            self._acceptance.forget_row(fresh)
-            self._history.forget_row(fresh)
+        rows, fresh = self._rows, []
+        for slot, request in zip(slots, requests, strict=True):
+            row = rows.get(slot)
+            if row is None or row.request != request:
+                rows[slot] = _Row(request, self._turn)
+                fresh.append(slot)
+        if fresh:
+            self._scheduler.forget_rows(np.array(fresh))
 
-    def _limits(self, now: _Step, able: int) -> list[int]:
-        """The most drafts of each of the B rows, of which the first ``able`` can be drafted for."""
-        limits = np.zeros(now.ready, dtype=np.int64)
-        slots = now.slots[:able]
-        if able and self._history.empty:  # nothing is known: see what a draft is like
-            limits[:able] = self._block
-            now.probe = True
-            self._again = (AT_START - 1, slots, self._block)
-        elif able:
-            if self._turn >= self._stale:
-                self._learn()
-                self._planned[slots] = planned = self._best_limits(now, slots)
-                self._common = int(planned.max())
-                seconds = self.costs.verify(now.ready, now.ready, now.context)
-                reused = REUSED if now.ready <= LEARNT_ROWS else MOST_REUSED
-                self._stale = self._turn + min(max(reused, round(PLANNING / (WORTH * seconds))), MOST_REUSED)
-                self._made = self._turn, now.ready
-            limits[:able] = planned = self._planned[slots]
-            longest = int(planned.max())
-            if longest == self._block:
-                self._whole = self._turn
-            elif longest and self._turn - self._whole >= WHOLE:
-                limits[:able][planned > 0] = self._block
-                self._whole, now.probe = self._turn, True
-            self._probe(now, slots, limits)
-        return limits.tolist()
-
-    def _best_limits(self, now: _Step, slots: Ints) -> Ints:
-        """int64 [D]: what would have been the best drafts of the past, had they been proposed now."""
+    def _belief(self, now: _Step, slots: Sequence[int], free: bool) -> _Belief:
+        """What would have been the best drafts of the past, had they been proposed now."""
         ready, rows, block, costs = now.ready, len(slots), self._block, self.costs
-        samples = max(1, min(self._history.kept, SAMPLED // (rows * block)))
-        past = self._history.of(slots, self._history.kept if rows <= STANDING else 2, self._turn)
+        load = (ready if ready <= LEARNT_AT_ONCE else ready.bit_length() + LEARNT_AT_ONCE, now.tokens > ready)
+        belief = self._beliefs.get(load)
+        if belief is not None and self._turn < belief.stale:
+            return belief
+        if self._rounds.pending:
+            self._rounds.learn(self._turn)
         seconds = self._decode_seconds(now, rows * block)
-        plain = ready / (seconds[0] + costs.bookkeeping(ready, drafting=False))
-        seconds = seconds * (1 + costs.features) + costs.bookkeeping(ready, drafting=True)
-        lengths = self._lengths_to_try(ready)
-
-        def search(chosen: Bools) -> tuple[int, float, float, Bools]:
-            many = int(chosen.sum())
-            spent = np.array([costs.draft(many, k) for k in lengths])
-            some = past[chosen, :samples][:: -(-many // STANDING)]
-            share = many / (len(some) * samples)
-            return (*_best_length(some, ready, seconds, lengths, spent, share), chosen)
-
-        best = search(np.ones(rows, dtype=bool))
-        if rows > 1:
-            # Rows one by one: what drafting for a row gives beyond what verifying it costs, against its share of
-            # T_draft. Both depend on how far is drafted.
-            token, some = plain * (seconds[-1] - seconds[0]) / (rows * block), max(1, rows // 2)
-            for k in sorted({best[0], block}):
-                share = (costs.draft(rows, k) - costs.draft(some, k)) / (rows - some)
-                chosen = np.maximum(past[:, :, :k] - token, 0).sum(2).mean(1) > plain * max(share, 0.0)
-                if chosen.any() and (chosen != best[3]).any():
-                    best = max(best, search(chosen), key=lambda found: found[1])
-        length, rate, early, chosen = best
-        self._caught = early < CAUGHT * rate
-        limits = np.zeros(rows, dtype=np.int64)
-        if rate > MARGIN * plain:
-            limits[chosen] = length
-        return limits
+        plain = ready / (float(seconds[0]) + costs.bookkeeping(ready, drafting=False))
+        search = -1 if self._config.search == "auto" else SEARCHES.index(self._config.search)
+        length, rate, budget, chosen = self._rounds.plan(
+            slots,
+            ready,
+            min(self._history.kept, max(2, SAMPLED // (rows * block))),
+            seconds * (1 + costs.features) + costs.bookkeeping(ready, drafting=True),
+            plain,
+            self._lengths_to_try(ready),
+            costs.draft,
+            self._turn,
+            SEARCHES.index("global") if free else search,
+        )
+        if rate <= MARGIN * plain:
+            length = 0
+        left_out = {slot: self._rows[slot].request for slot, there in zip(slots, chosen, strict=True) if not there}
+        wait = round(PLANNING / (WORTH * costs.verify(ready, ready, now.context)))
+        reused = min(max(REUSED if ready <= MANY_ROWS else MOST_REUSED, wait), MOST_REUSED)
+        if len(self._beliefs) >= KEPT_PLANS:
+            self._beliefs.clear()
+        belief = self._beliefs[load] = _Belief(self._turn, self._turn + reused, length, budget, left_out)
+        return belief
 
     def _lengths_to_try(self, ready: int) -> list[int]:
         block = self._block
@@ -279,86 +288,111 @@ class ThroughputPolicy:
             curve = curve + (min(self.costs.verify(now.ready, now.ready, now.context), curve[0]) - curve[0])
         return curve
 
-    def _probe(self, now: _Step, slots: Ints, limits: Ints) -> None:
+    def _probe(self, now: _Step, plan: _Plan, able: int) -> None:
         """Let rows that were left out for long be drafted for, as far as the account reaches."""
-        left_out = limits[: len(slots)] == 0
-        if not left_out.any():
-            self._idle[slots], self._wait[slots] = 0, FIRST_WAIT
-            self._counted = self._turn
+        rows, turn, limits = self._rows, self._turn, plan.limits
+        if 0 not in limits:
+            self._all_drafted = turn
             return
-        passed, self._counted = self._turn - self._counted, self._turn
-        self._idle[slots] = np.where(left_out, self._idle[slots] + passed, 0)
-        self._wait[slots] = np.where(left_out, self._wait[slots], FIRST_WAIT)
+        if self._all_drafted:
+            for row in rows.values():
+                row.drafted, row.wait = max(row.drafted, self._all_drafted), FIRST_WAIT
+            self._all_drafted = 0
+        left_out = []
+        for b, slot in enumerate(plan.slots[:able]):
+            if limits[b]:
+                rows[slot].drafted, rows[slot].wait = turn, FIRST_WAIT
+            else:
+                left_out.append(b)
+        if not left_out:
+            return
         more, tried, most = self._again
         if more:
-            due = np.flatnonzero(left_out & np.isin(slots, tried))
-            self._again = (more - 1 if len(due) else 0, tried, most)
-            limits[due] = most
-            now.probe = now.probe or bool(len(due))
-            self._idle[slots[due]] = 0
-            return
-        due = np.flatnonzero(left_out & (self._idle[slots] >= self._wait[slots]))
-        if not len(due):
-            return
-        most = self._block
-        if most > 1 and left_out.all() and self.costs.known_drafts(len(slots)) == 1:
-            # What one draft costs, of which the block's time says little: a drafter may be autoregressive.
-            due, most = np.arange(len(slots)), 1
+            due = [b for b in left_out if plan.slots[b] in tried]
+            self._again = (more - 1 if due else 0, tried, most)
         else:
-            due = due[np.argsort(-self._idle[slots[due]], kind="stable")][: max(PROBED, now.ready // 8)]
-        seconds = self._decode_seconds(now, len(due) * most)
-        if self._allowed:
-            self._allowed -= 1
-        elif not self._ledger.affords(self.costs.draft(len(due), most) + seconds[-1] - seconds[0]):
-            return
-        limits[due] = most
-        now.probe = True
-        self._again = (IN_A_ROW - 1, slots[due], most)
-        self._idle[slots[due]] = 0
-        self._wait[slots[due]] = np.minimum(2 * self._wait[slots[due]], LONGEST_WAIT)
+            due, most = self._due(plan, left_out, able)
+            if not due:
+                return
+            seconds = self._decode_seconds(now, len(due) * most)
+            if self._allowed:
+                self._allowed -= 1
+            elif not self._ledger.affords(self.costs.draft(len(due), most) + float(seconds[-1] - seconds[0])):
+                return
+            self._again = (IN_A_ROW - 1, [plan.slots[b] for b in due], most)
+            for b in due:
+                rows[plan.slots[b]].wait = min(2 * rows[plan.slots[b]].wait, LONGEST_WAIT)
+        for b in due:
+            limits[b] = most
+            rows[plan.slots[b]].drafted = turn
+        plan.probe = plan.probe or bool(due)
+
+    def _due(self, plan: _Plan, left_out: Sequence[int], able: int) -> tuple[list[int], int]:
+        """The rows that are to be tried now, and with how many drafts."""
+        rows = [self._rows[slot] for slot in plan.slots]
+        due = [b for b in left_out if self._turn - rows[b].drafted >= rows[b].wait]
+        if not due:
+            return [], 0
+        most = self._block
+        if len(left_out) == able:
+            # What a few drafts cost, of which the block's time says little: a drafter may be autoregressive.
+            known = self.costs.known_drafts(able)
+            if known in (1, 2) and most > known:
+                return list(left_out), 1 if known == 1 else (most + 1) // 2
+        due.sort(key=lambda b: rows[b].drafted)
+        return due[: max(PROBED, len(rows) // 8)], most
 
     # ------------------------------------------------------------------------------------------ once drafted
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        batch, most = len(lengths), np.ascontiguousarray(lengths.numpy(), np.int64)
-        if not batch:
-            return lengths
+        drafted = lengths.tolist()
         now = self._step
-        if now is None or now.ready > batch:  # no plan was asked for: nothing is known but the drafts
-            limits = [self._block] * batch
-            free = self._config.search == "global"
-            now = self._step = _Step(np.arange(batch), batch, batch, batch, 0, limits, self._block, batch, free)
-            self._take_over(now.slots, ())
-        rows = int(np.count_nonzero(most[: now.ready]))
+        if now is None or now.ready > len(drafted):  # no plan was asked for: nothing is known but the drafts
+            now = self._step = self._without_plan(len(drafted))
+        plan, ready = now.plan, now.ready
+        rows = ready - drafted[:ready].count(0)
         if not rows:
-            return torch.zeros(batch, dtype=torch.int64)
-        said = None if confidence is None else np.ascontiguousarray(confidence.numpy(), np.float32)
-        drafts = int(most.max()) if said is None else said.shape[1]
-        # T_draft by what was planned: how long a draft became is known only once its tokens are.
-        spent = self.costs.draft(rows, now.longest) + self.costs.bookkeeping(now.ready, drafting=True)
-        keep, now.round = schedule(
-            said,
-            most,
-            now.slots,
-            # Rows that are drafted for share one limit, but for those that are tried.
-            now.limits if now.probe else now.longest,
-            self._acceptance,
-            self._decode_seconds(now, now.ready * drafts),
-            spent,
-            self._form(now),
-            self._past[0] if self._past else None,
-            drafts=drafts,
+            return torch.zeros(len(drafted), dtype=torch.int64)
+        said = None if confidence is None else confidence.numpy()
+        drafts = max(drafted) if said is None else said.shape[1]
+        if drafts > self._block:
+            self._scheduler.widen(drafts)
+        if plan.seconds is not None and now.tokens == ready and drafts <= self._block:
+            seconds = plan.seconds
+        else:
+            seconds = self._decode_seconds(now, ready * max(drafts, self._block))
+            if now.tokens == ready and drafts <= self._block:
+                plan.seconds, plan.spent = seconds, self._spent(plan.asked, now)
+        at_least = 0
+        if plan.probe and not self._history.empty:
             # What is tried is tried in earnest, or nothing would be learnt; the past alone says where.
-            one_each=now.probe and not self._history.empty,
+            at_least = drafts if self.costs.seen(now.tokens + sum(drafted[:ready])) < UNSEEN else 1
+        keep = np.empty(len(drafted), np.int64)
+        self._rounds.schedule(
+            said,
+            drafted,
+            plan.slots,
+            plan.limits,
+            seconds,
+            # T_draft by what was planned: how long a draft became is known only once its tokens are.
+            plan.spent if plan.spent and rows == plan.asked else self._spent(rows, now),
+            plan.search,
+            at_least,
+            keep,
         )
-        self._past = [*self._past[-1:], (now.round.survival, now.ready)]
+        now.scheduled = True
         return torch.from_numpy(keep)
 
-    def _form(self, now: _Step) -> Form:
-        search = self._config.search
-        if search != "auto":
-            return search
-        return "global" if now.free else "lagged" if self._caught else "early"
+    def _spent(self, rows: int, now: _Step) -> float:
+        return self.costs.draft(rows, now.plan.longest) + self.costs.bookkeeping(now.ready, drafting=True)
+
+    def _without_plan(self, batch: int) -> _Step:
+        slots = list(range(batch))
+        self._take_over(slots, slots)
+        search = 0 if self._config.search == "auto" else SEARCHES.index(self._config.search)
+        limits = [self._block] * batch
+        plan = _Plan((), slots, limits, (batch, False), 0, self._block, batch, search)
+        return _Step(plan, batch, batch, batch, 0)
 
     # ------------------------------------------------------------------------------------------ afterwards
 
@@ -366,83 +400,28 @@ class ThroughputPolicy:
         now, self._step = self._step, None
         if now is None:
             return
-        cold, self._was_drafting = not self._was_drafting, now.longest > 0
-        ready, costs, round = now.ready, self.costs, now.round
+        plan, ready, costs, drafting = now.plan, now.ready, self.costs, now.plan.longest > 0
+        cold, self._was_drafting = not self._was_drafting, drafting
         looks = self._turn % LOOK == 0 or costs.seen(cost.tokens) < KNOWN
-        kept = 0 if round is None or not (looks or now.probe) else int(round.numbers[:, KEEP].sum())
-        if looks and cost.rows == ready and cost.tokens == ready + kept:  # no chunks of prompts beside it
-            costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
-        if looks:  # plain decoding would not have shown the drafter anything
-            own = cost.bookkeeping - (0.0 if now.longest else cost.follow)
-            costs.observe_bookkeeping(ready, now.longest > 0, own, cold=cold and now.longest > 0)
-        if not now.longest:
+        if looks:
+            if cost.rows == ready == now.tokens <= cost.tokens:  # no chunks of prompts beside it
+                costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
+            # Plain decoding would not have shown the drafter anything.
+            own = cost.bookkeeping - (0.0 if drafting else cost.follow)
+            costs.observe_bookkeeping(ready, drafting, own, cold=cold and drafting)
+        if not drafting:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
         if looks:
-            costs.observe_draft(now.asked, now.longest, cost.draft, cold=cold)
-        every = 1 if ready <= LEARNT_AT_ONCE else SELDOM if ready <= LEARNT_ROWS else RARELY
-        if self._turn % every and self._learnt > EARLY and not now.probe:
+            costs.observe_draft(plan.asked, plan.longest, cost.draft, cold=cold)
+        every = 1 if ready <= LEARNT_AT_ONCE else SELDOM if ready <= MANY_ROWS else RARELY
+        if self._turn % every and self._learnt > EARLY and not plan.probe:
             return
-        gained = 0
-        if round is not None:
-            drafted = round.numbers[:, ROW].tolist()
-            right = [accepted[b] for b in drafted]
-            round.numbers[:, ACCEPTED], gained = right, sum(right)
-            self._rounds.append(round)
-        if round is None or len(round) < ready:
-            self._nothing_drafted(now, round)
+        gained = self._rounds.accept(accepted, plan.slots, plan.limits, now.scheduled)
         self._learnt += 1
-        collected = sum(map(len, self._rounds))
-        if self._learnt <= EARLY or collected + ready > LEARNT_AT_ONCE:
-            self._learn()
-        if now.probe:
+        if self._learnt <= EARLY or self._rounds.pending + ready > LEARNT_AT_ONCE:
+            self._rounds.learn(self._turn)
+        if plan.probe:
             plain = costs.verify(ready, ready, now.context) / ready
-            more = self._decode_seconds(now, kept)
+            more = self._decode_seconds(now, max(0, cost.tokens - now.tokens))
             self._ledger.settle(min(0.0, gained * plain - cost.draft - float(more[-1] - more[0])))
-
-    def _nothing_drafted(self, now: _Step, round: Round | None) -> None:
-        """Remember the rows for which the drafter was asked and had nothing to propose."""
-        has = set() if round is None else set(round.numbers[:, ROW].tolist())
-        empty = [b for b, n in enumerate(now.limits) if n and b not in has]
-        if empty:
-            nothing, none = np.zeros((len(empty), 1)), np.zeros(len(empty), dtype=np.int64)
-            self._history.add(now.slots[empty], nothing, nothing, none, none + self._block)
-
-    def _learn(self) -> None:
-        """Learn from the rounds collected. Of one step with very many rows, some stand for all."""
-        rounds, self._rounds = self._rounds, []
-        while rounds:
-            drafts = rounds[0].chances.shape[2]
-            one = Round.together([one for one in rounds if one.chances.shape[2] == drafts])
-            rounds = [one for one in rounds if one.chances.shape[2] != drafts]
-            every = max(1, len(one) // LEARNT_ROWS)
-            some = slice(self._learnt % every, None, every)
-            _, slots, lengths, limits, kept, accepted = one.numbers[some].T
-            logits, adjusted, survival = one.chances[:, some]
-            self._acceptance.update(logits, adjusted, slots, kept, accepted)
-            self._history.add(slots, adjusted, survival, lengths, limits)
-
-
-def _best_length(
-    past: Floats, ready: int, seconds: Floats, lengths: Sequence[int], spent: Floats, share: float
-) -> tuple[int, float, float]:
-    """The draft length with the most tokens per second, how many, and how many an early stop would have given.
-
-    past [D, samples, K]: every sample is a step as it could be, and some rows stand for all, so the walk over all of
-    them counts a draft as ``share`` drafts. spent [lengths]: T_draft of each.
-    """
-    rows, samples, drafts = past.shape
-    ranking = rank(past.reshape(rows * samples, drafts))
-    within = ranking.positions < np.array(lengths)[:, None]
-    count = np.zeros((len(lengths), len(ranking.survival) + 1))
-    tokens = np.full(count.shape, float(ready))
-    np.cumsum(within * share, axis=1, out=count[:, 1:])
-    tokens[:, 1:] += np.cumsum(within * (ranking.survival * share), axis=1)
-    whole = np.minimum(count.astype(np.int64), len(seconds) - 2)
-    verify = seconds[whole] + (count - whole) * (seconds[whole + 1] - seconds[whole])
-    rate = tokens / (verify + spent[:, None])
-    best, at = divmod(int(rate.argmax()), rate.shape[1])
-    walk = rate[best]
-    falls = walk[1:] < walk[:-1]
-    early = walk[int(falls.argmax())] if falls.any() else walk[at]
-    return lengths[best], float(walk[at]), float(early)
