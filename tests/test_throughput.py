@@ -364,6 +364,28 @@ def test_a_table_that_was_measured_later_replaces_the_first_one() -> None:
     assert model.draft(1, 3) == pytest.approx(0.001)
 
 
+def test_a_step_in_which_nothing_was_proposed_says_nothing_of_drafting() -> None:
+    """Texts that are about to end leave no room for drafts, whatever the plan was."""
+    model = costs_of(NATIVE)
+    for _ in range(20):
+        model.observe_draft(1, 7, 0.002)
+        model.observe_draft(1, 3, 0.0)
+    assert model.draft(1, 7) == pytest.approx(0.002) and 0.0005 < model.draft(1, 3) < 0.002
+
+
+def test_drafts_of_other_lengths_follow_a_machine_that_changes() -> None:
+    """What was not drafted since is as much slower as passes are, and as drafts of the length that is in use."""
+    model = costs_of(NATIVE)
+    for slow in (1.0, 1.8):
+        for _ in range(60):
+            model.observe_verify(4, 1, 0, slow * NATIVE.verify(4, 1, 0))
+            model.observe_draft(1, 7, slow * 0.002)
+            if slow == 1:
+                model.observe_draft(1, 3, 0.001)
+    assert model.draft(1, 7) == pytest.approx(0.0036, rel=0.1)
+    assert model.draft(1, 3) == pytest.approx(0.0018, rel=0.1)
+
+
 @given(st.lists(st.tuples(st.integers(1, 300), st.floats(1e-5, 10.0)), max_size=30), st.integers(1, 3000))
 @settings(max_examples=50, deadline=None)
 def test_costs_stay_numbers(observed: list[tuple[int, float]], tokens: int) -> None:

@@ -237,7 +237,7 @@ class CostModel:
     def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
         """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
         that weights and code were not in the processor's caches: it says what trying costs, not what drafting costs."""
-        if rows > 0 and drafts > 0:
+        if rows > 0 and drafts > 0 and seconds > 0:  # nothing is proposed where a text is about to end
             known = self._drafts.setdefault(_bucket(rows), {})
             found = known.setdefault(drafts, _Estimate())
             if not cold or found.count < FIRST:
