@@ -237,7 +237,7 @@ class Engine:
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
             accepted, tokens = result.lists
-        logprobs = token_logprobs(output.logits, run.rows, tokens, accepted, rows.context.params)
+        logprobs = token_logprobs(output.parts[0], run.rows, tokens, accepted, rows.context.params)
         drafts = draft_reports(proposal, accepted, rows.context.params)
         commits = self._commit(rows, kept, accepted, tokens, logprobs, drafts)  # commit, where texts may end
         self._observe(rows, run, kept, commits, output)

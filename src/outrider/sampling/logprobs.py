@@ -12,13 +12,13 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.sampling.distribution import Categorical, ProcessedLogits
-from outrider.types import DraftReport, Proposal, TokenLogprobs
+from outrider.types import DraftReport, Proposal, TokenLogprobs, Values, to_tensor
 
 __all__ = ["draft_reports", "token_logprobs"]
 
 
 def token_logprobs(
-    logits: Tensor,
+    logits: Values,
     owner: Tensor,
     tokens: Sequence[Sequence[int]],
     accepted: Sequence[int],
@@ -26,13 +26,13 @@ def token_logprobs(
 ) -> Mapping[int, list[TokenLogprobs]]:
     """Request -> one entry for each of its ``accepted[b] + 1`` new tokens, of the requests that ask for them.
 
-    logits [R, V], any float dtype; owner int64 [R], ascending: the request of each row. Token i of a request was drawn
-    from its i-th row. Each row is computed alone, so its bits depend on the row's logits only.
+    logits [R, V], a tensor of any float dtype or a float32 array; owner int64 [R], ascending: the request of each row.
+    Token i of a request was drawn from its i-th row. Each row is computed alone, so its bits depend on the row alone.
     """
     asked = [b for b in range(len(tokens)) if params[b].logprobs is not None]
     if not asked:
         return {}
-    owners = owner.cpu().numpy()
+    logits, owners = to_tensor(logits), owner.cpu().numpy()
     found = {}
     for b in asked:
         start, ids = int(np.searchsorted(owners, b)), tokens[b][: accepted[b] + 1]
