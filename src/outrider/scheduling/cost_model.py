@@ -31,7 +31,7 @@ EXACT = 256  # up to here each number of tokens has a correction of its own; bey
 OCTAVE = 32
 NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what another one adds, where nothing is known
 MOVE = 0.15  # the most that one observation counts for, in log seconds
-SPEED_RATE, CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.1, 0.05, 0.1, 0.05
+CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.05, 0.1, 0.05
 FIRST = 6  # observations of which the least counts
 LATEST = 5  # observations of which the median shows that times have changed,
 FAR = math.log(1.3)  # and by how much at least
@@ -87,6 +87,15 @@ class _Estimate:
 
 
 @dataclass(slots=True)
+class _Cell:
+    """How long passes over so many tokens take beside those over others."""
+
+    value: float = 0.0  # log ratio to the table and the speed
+    count: int = 0  # of passes
+    compared: int = 0  # with those around them
+
+
+@dataclass(slots=True)
 class _Check:
     """What a table said against what was observed, until it is believed."""
 
@@ -116,10 +125,10 @@ class CostModel:
         self._curves: dict[tuple[int, ...], Floats] = {}  # as long as nothing new is observed
         self._speed = 0.0  # log
         self._pace = 0.0  # log: how much slower the machine has become, so that what was not seen since is right too
-        self._first: list[float] = []  # log ratios to the table
-        self._change = _Change()
+        self._steady = False  # as many passes were seen as speed and pace are made of
+        self._latest: list[tuple[int, float]] = []  # passes: cell, log ratio to the table
         self._size(1024)
-        self._cells: dict[int, _Estimate] = {}  # by cell: log ratio to table and speed
+        self._cells: dict[int, _Cell] = {}
         self._drawn: dict[int, float] = {}  # the values that ``_correction`` was made of
         self._dirty = False
         self._drafts: dict[int, dict[int, _Estimate]] = {}  # by rows, by drafts
@@ -188,7 +197,7 @@ class CostModel:
                 if not near:
                     continue
                 found = self._bookkeeping[kind, min(near)[1]]
-            return found.seconds
+            return found.seconds * math.exp(self._pace)
         return 0.0
 
     def deciding(self, rows: int) -> float:
@@ -196,7 +205,7 @@ class CostModel:
         with_it, without = (self._bookkeeping.get((_kind(False, asked), _bucket(rows))) for asked in (True, False))
         if with_it is None or without is None:
             return 0.0
-        return max(0.0, with_it.seconds - without.seconds)
+        return max(0.0, with_it.seconds - without.seconds) * math.exp(self._pace)
 
     # ------------------------------------------------------------------------------------------ what it is told
 
@@ -214,24 +223,24 @@ class CostModel:
         if self.table is not None and self._check.seen < CHECKED and self._check.wrong(tokens, ratio):
             self._drop_table()
             ratio = math.log(seconds / float(self._base(rows, context)[tokens]))
-        if len(self._first) < LATEST:  # the machine's speed comes first, or single numbers of tokens would stand for it
-            self._first.append(ratio)
-            self._speed = median(self._first)
-        cell = self._cells.setdefault(int(self._cell_of[tokens]), _Estimate())
-        error = ratio - self._speed - cell.value
-        if cell.count >= LATEST:  # of what is known well, an error says that the machine has changed
-            change = self._change.by(error)
-            self._speed += change
-            self._pace += change
-            error -= change
-        move = MOVE if cell.count > 4 else 4 * MOVE  # what was never seen may be far off
-        bounded = min(max(error, -move), move)
-        self._speed += SPEED_RATE * bounded
-        if len(self._first) >= LATEST:
-            self._pace += SPEED_RATE * bounded
-        cell.value += max(CELL_RATE, 1 / (cell.count + 3)) * (bounded - SPEED_RATE * bounded)
-        cell.count += 1
         key = int(self._cell_of[tokens])
+        self._cells.setdefault(key, _Cell()).count += 1
+        self._latest.append((key, ratio))
+        if len(self._latest) > LATEST:
+            del self._latest[0]
+        speeds = [ratio - self._cells[key].value for key, ratio in self._latest]
+        before, self._speed = self._speed, median(speeds)
+        if len(speeds) < LATEST:  # the machine's speed comes first, or single numbers of tokens would stand for it
+            return
+        if self._steady:
+            self._pace += self._speed - before
+        self._steady = True
+        # The one in the middle against those around it, which met the same machine: its clock may change every second.
+        key, own = self._latest[LATEST // 2][0], speeds.pop(LATEST // 2)
+        cell = self._cells[key]
+        move = MOVE if cell.compared > 4 else 4 * MOVE  # what was never seen may be far off
+        cell.value += max(CELL_RATE, 1 / (cell.compared + 3)) * min(max(own - median(speeds), -move), move)
+        cell.compared += 1
         self._dirty = self._dirty or abs(cell.value - self._drawn.get(key, math.inf)) > VISIBLE
 
     def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
@@ -258,7 +267,7 @@ class CostModel:
             found = self._bookkeeping.setdefault((_kind(drafting, asked), _bucket(rows)), _Estimate())
             if not cold or found.count < FIRST:
                 # Steps without drafts are told apart by little, so the least of the first ones would not do.
-                found.add(seconds, BOOKKEEPING_RATE, FIRST if drafting else 1)
+                found.add(seconds * math.exp(-self._pace), BOOKKEEPING_RATE, FIRST if drafting else 1)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -321,7 +330,7 @@ class CostModel:
         self.table = table
         self._bases, self._curves, self._cells, self._drawn = {}, {}, {}, {}
         self._correction = np.ones(len(self._cell_of))
-        self._first, self._speed = [], 0.0
+        self._latest, self._steady, self._speed = [], False, 0.0
 
 
 def _bucket(rows: int) -> int:

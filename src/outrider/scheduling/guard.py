@@ -26,9 +26,9 @@ from outrider.types import SchedulerPolicy, StepCost, StepView
 
 __all__ = ["GuardedPolicy", "TriesAgain"]
 
-SELDOM, OFTEN = 192, 48  # steps that draft between two controls: where drafting pays well, and where it hardly does
-AT_FIRST, KNOWN = 12, 6  # the same until so many plain steps of as many rows were seen
-PAYS_WELL = 1.25  # tokens per second over plain decoding's
+CONTROLLED = 0.003  # of the time of steps that draft, what controls may cost: where drafting hardly pays, hardly anything
+OFTEN, SELDOM = 8, 192  # steps that draft between two controls, at least and at most
+AT_FIRST, KNOWN = 12, 6  # the most until so many plain steps of as many rows were seen
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the most that the ledger holds, what one that cannot may cost in plain steps before it is left out
@@ -87,11 +87,12 @@ class GuardedPolicy:
     def plan(self, step: StepView) -> Sequence[int]:
         self._view = step
         self._newest = max(step.requests, default=-1)
-        self._asked = self._may_draft(len(step))
+        self._asked = self._may_draft(len(step), alone=step.tokens <= len(step))
         self._planned = self.policy.plan(step) if self._asked else [0] * len(step)
         return self._planned
 
-    def _may_draft(self, rows: int) -> bool:
+    def _may_draft(self, rows: int, alone: bool) -> bool:
+        """``alone``: no chunks of prompts are beside the rows, where a control would teach nothing."""
         if not self._follows:
             renewals = 1 if 2 * self.ledger.balance > self.ledger.most else RENEWALS
             others = self._newest - self._newest_then >= renewals * rows
@@ -105,10 +106,8 @@ class GuardedPolicy:
             if not self.ledger.affords(self._needed):
                 return False
             self._suspended = False
-        often = OFTEN if self._advantage < PAYS_WELL else SELDOM
-        if self.costs.seen(rows) < KNOWN:
-            often = AT_FIRST
-        if self._since_control >= often:
+        most = AT_FIRST if self.costs.seen(rows) < KNOWN else SELDOM
+        if alone and self._since_control >= min(max(OFTEN, (self._advantage - 1) / CONTROLLED), most):
             self._since_control = 0
             return False
         return True

@@ -51,7 +51,8 @@ KEPT_PLANS = 64
 LEARNT_AT_ONCE, MANY_ROWS = 16, 64  # rounds collected before they are learnt from; rows that are many
 SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so manyth step is learnt from
 EARLY = 16  # rounds that are learnt from at once
-LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were
+LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were,
+LONG = 5e-3  # and none took so many seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,7 +403,7 @@ class ThroughputPolicy:
             return
         plan, ready, costs, drafting = now.plan, now.ready, self.costs, now.plan.longest > 0
         cold, self._was_drafting = not self._was_drafting, drafting
-        looks = self._turn % LOOK == 0 or costs.seen(cost.tokens) < KNOWN
+        looks = self._turn % LOOK == 0 or cost.verify > LONG or costs.seen(cost.tokens) < KNOWN
         if looks:
             if cost.rows == ready == now.tokens <= cost.tokens:  # no chunks of prompts beside it
                 costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
