@@ -65,18 +65,22 @@ class Observed:
 
     table: CostTable
     factors: Mapping[int, float]  # observed over the table's, by the logarithm of tokens in quarters of an octave
-    drafts: Mapping[int, float]  # seconds of a proposal, by drafts
+    drafts: Mapping[int, float]  # seconds of a proposal for all rows, by drafts
     book: tuple[float, float]  # plain, drafting; without following
     each: float  # seconds of showing a token
     features: float
     takes_up: bool
+    rows: int
 
     def verify(self, tokens: int, rows: int, context: int) -> float:
         factor = np.interp(4 * math.log2(tokens), list(self.factors), list(self.factors.values()))
         return float(factor) * self.table.seconds(tokens, rows, context)
 
     def draft(self, rows: int, drafts: int) -> float:
-        return float(np.interp(drafts, list(self.drafts), list(self.drafts.values()))) if rows and drafts else 0.0
+        if not rows or not drafts:
+            return 0.0
+        share = 0.5 * (1 + rows / self.rows)  # a proposal for some rows was hardly ever seen
+        return share * float(np.interp(drafts, list(self.drafts), list(self.drafts.values())))
 
     def bookkeeping(self, rows: int, drafting: bool) -> float:
         return self.book[drafting]
@@ -122,6 +126,7 @@ def observed(
         sum(cost.follow for cost, _, _ in shown) / sum(n for _, _, n in shown),
         feature_share(setting.loaded.target, drafter.aux_layers),
         not drafter.aux_layers and not isinstance(drafter, ReadsHidden),
+        max(cost.rows for cost, limit, _ in shown if limit),
     )
 
 

@@ -3,11 +3,12 @@
 T_verify(tokens, rows, context) is a table's value (``scheduling.costs``; a nominal curve where there is none), times
 the present speed of the machine, times a correction of that number of tokens, which is where a jagged curve shows: the
 edge of a tile at 16 rows costs what it was observed to cost, not what a line through its neighbours says.
-T_draft(rows, k) and bookkeeping are learnt from observed steps alone.
+Passes in which chunks of prompts run beside the rows are corrected apart: their tokens have no logits. T_draft(rows, k)
+and bookkeeping are learnt from observed steps alone, relative to the machine's speed.
 
-All estimates are of logarithms and robust: an observation moves them by a bounded step, so a pass that a neighbour on
-the machine made ten times slower counts like one that was a little slower. Where most of the latest observations are
-far off to the same side, it is the machine or the table that changed, and the estimate moves there at once.
+The speed is the median over the latest passes, and a pass is compared with those around it: a clock that changes every
+second, or a neighbour on the machine, makes all of them slower. All estimates are of logarithms and robust: an
+observation moves them by a bounded step, so a pass that was held up counts like one that was a little slower.
 
 A table that does not fit what is observed, one of another machine for instance, is dropped (``trusted``).
 """
@@ -26,10 +27,12 @@ from outrider.scheduling.costs import CostTable
 __all__ = ["CostModel"]
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 EXACT = 256  # up to here each number of tokens has a correction of its own; beyond, 32 to an octave
 OCTAVE = 32
 NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what another one adds, where nothing is known
+BESIDE = 8  # cells to an octave of passes with chunks of prompts
 MOVE = 0.15  # the most that one observation counts for, in log seconds
 CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.05, 0.1, 0.05
 FIRST = 6  # observations of which the least counts
@@ -93,6 +96,26 @@ class _Cell:
     value: float = 0.0  # log ratio to the table and the speed
     count: int = 0  # of passes
     compared: int = 0  # with those around them
+    drawn: float = math.inf  # the value that ``_Corrections.factors`` are made of
+
+
+@dataclass(slots=True)
+class _Corrections:
+    """Factors on the table's seconds, by tokens."""
+
+    factors: Floats = field(default_factory=lambda: np.ones(0))
+    cells: dict[int, _Cell] = field(default_factory=dict)
+
+    def draw(self, cell_of: Ints, usual: Floats) -> None:
+        """Observed cells, and straight lines between them, both as what they add to the ``usual`` factors."""
+        self.factors = usual
+        if self.cells:
+            known = sorted(self.cells)
+            values = np.array([self.cells[key].value for key in known])
+            more = values - np.log(usual[np.searchsorted(cell_of, known)])
+            self.factors = usual * np.exp(np.interp(cell_of, known, more))
+            for cell in self.cells.values():
+                cell.drawn = cell.value
 
 
 @dataclass(slots=True)
@@ -126,38 +149,43 @@ class CostModel:
         self._speed = 0.0  # log
         self._pace = 0.0  # log: how much slower the machine has become, so that what was not seen since is right too
         self._steady = False  # as many passes were seen as speed and pace are made of
-        self._latest: list[tuple[int, float]] = []  # passes: cell, log ratio to the table
+        self._latest: list[tuple[_Cell, float]] = []  # passes: of which size, log ratio to the table
+        self._alone, self._beside = _Corrections(), _Corrections()
+        self._dirty = True  # their factors are not those of their cells
         self._size(1024)
-        self._cells: dict[int, _Cell] = {}
-        self._drawn: dict[int, float] = {}  # the values that ``_correction`` was made of
-        self._dirty = False
         self._drafts: dict[int, dict[int, _Estimate]] = {}  # by rows, by drafts
         self._drawn_drafts: dict[tuple[int, int], float] = {}  # as long as nothing new is observed
         self._bookkeeping: dict[tuple[str, int], _Estimate] = {}  # by kind of step, by rows
 
     # ------------------------------------------------------------------------------------------ what it says
 
-    def verify(self, tokens: int, rows: int = 1, context: int = 0) -> float:
-        """Seconds of a target pass."""
+    def verify(self, tokens: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> float:
+        """Seconds of a target pass. ``beside``: with chunks of prompts beside the rows."""
         if self._dirty or tokens >= len(self._cell_of):
-            return float(self.verify_curve(tokens, 0, rows, context)[0])
-        return float(self._base(rows, context)[tokens] * self._correction[tokens]) * math.exp(self._speed)
+            return float(self.verify_curve(tokens, 0, rows, context, beside=beside)[0])
+        factors = self._beside.factors if beside else self._alone.factors
+        return float(self._base(rows, context)[tokens] * factors[tokens]) * math.exp(self._speed)
 
-    def verify_curve(self, tokens: int, more: int, rows: int = 1, context: int = 0) -> Floats:
+    def verify_curve(
+        self, tokens: int, more: int, rows: int = 1, context: int = 0, *, beside: bool = False
+    ) -> Floats:
         """float64 [more + 1]: seconds of passes over ``tokens``, ``tokens + 1``, ... new tokens; to read."""
-        key = (tokens, more, *self._alike(rows, context))
+        key = (tokens, more, beside, *self._alike(rows, context))
         found = self._curves.get(key)
         if found is None:
             end = tokens + more + 1
             if end > len(self._cell_of):
                 self._size(end)
-            base = self._base(rows, context)
             if self._dirty:
-                self._draw()
+                self._alone.draw(self._cell_of, np.ones(len(self._cell_of)))
+                self._beside.draw(self._cell_of, self._alone.factors)
+                self._dirty = False
             if len(self._curves) >= KEPT_CURVES:
                 self._curves.clear()
-            found = self._curves[key] = base[tokens:end] * self._correction[tokens:end] * math.exp(self._speed)
+            factors = self._beside.factors if beside else self._alone.factors
+            found = self._base(rows, context)[tokens:end] * factors[tokens:end] * math.exp(self._speed)
             found.setflags(write=False)  # it is kept
+            self._curves[key] = found
         return found
 
     def draft(self, rows: int, drafts: int) -> float:
@@ -180,10 +208,9 @@ class CostModel:
         """How many numbers of drafts were proposed for about so many rows."""
         return len(self._drafts.get(_bucket(rows), ()))
 
-    def seen(self, tokens: int) -> int:
+    def seen(self, tokens: int, *, beside: bool = False) -> int:
         """How many passes over about so many tokens were observed."""
-        key = tokens if tokens <= EXACT else int(self._cell_of[tokens]) if tokens < len(self._cell_of) else -1
-        cell = self._cells.get(key)
+        cell = (self._beside if beside else self._alone).cells.get(self._cell(tokens, beside))
         return cell.count if cell is not None else 0
 
     def bookkeeping(self, rows: int, drafting: bool, *, asked: bool = True) -> float:
@@ -209,9 +236,17 @@ class CostModel:
 
     # ------------------------------------------------------------------------------------------ what it is told
 
-    def observe_verify(self, tokens: int, rows: int, context: int, seconds: float, *, features: bool = False) -> None:
-        """A pass in which every row's logits were computed; passes with chunks of prompts are left out.
-        ``features``: it gave those too, which estimates leave out."""
+    def observe_verify(
+        self,
+        tokens: int,
+        rows: int,
+        context: int,
+        seconds: float,
+        *,
+        features: bool = False,
+        beside: bool = False,
+    ) -> None:
+        """A pass. ``features``: it gave those too, which estimates leave out. ``beside``: as of ``verify``."""
         if tokens <= 0 or not 0 < seconds < math.inf:
             return
         self._curves.clear()
@@ -220,15 +255,19 @@ class CostModel:
         if tokens >= len(self._cell_of):
             self._size(tokens + 1)
         ratio = math.log(seconds / float(self._base(rows, context)[tokens]))
-        if self.table is not None and self._check.seen < CHECKED and self._check.wrong(tokens, ratio):
+        checked = self.table is not None and self._check.seen < CHECKED and not beside
+        if checked and self._check.wrong(tokens, ratio):
             self._drop_table()
             ratio = math.log(seconds / float(self._base(rows, context)[tokens]))
-        key = int(self._cell_of[tokens])
-        self._cells.setdefault(key, _Cell()).count += 1
-        self._latest.append((key, ratio))
+        kind, key = self._beside if beside else self._alone, self._cell(tokens, beside)
+        found = kind.cells.get(key)
+        if found is None:
+            found = kind.cells[key] = _Cell()
+        found.count += 1
+        self._latest.append((found, ratio))
         if len(self._latest) > LATEST:
             del self._latest[0]
-        speeds = [ratio - self._cells[key].value for key, ratio in self._latest]
+        speeds = [ratio - cell.value for cell, ratio in self._latest]
         before, self._speed = self._speed, median(speeds)
         if len(speeds) < LATEST:  # the machine's speed comes first, or single numbers of tokens would stand for it
             return
@@ -236,13 +275,11 @@ class CostModel:
             self._pace += self._speed - before
         self._steady = True
         # The one in the middle against those around it, which met the same machine: its clock may change every second.
-        key, own = self._latest[LATEST // 2][0], speeds.pop(LATEST // 2)
-        cell = self._cells[key]
+        cell, own = self._latest[LATEST // 2][0], speeds.pop(LATEST // 2)
         move = MOVE if cell.compared > 4 else 4 * MOVE  # what was never seen may be far off
         cell.value += max(CELL_RATE, 1 / (cell.compared + 3)) * min(max(own - median(speeds), -move), move)
         cell.compared += 1
-        self._dirty = self._dirty or abs(cell.value - self._drawn.get(key, math.inf)) > VISIBLE
-
+        self._dirty = self._dirty or abs(cell.value - cell.drawn) > VISIBLE
     def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
         """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
         that weights and code were not in the processor's caches: it says what trying costs, not what drafting costs."""
@@ -278,8 +315,13 @@ class CostModel:
         beyond = EXACT + np.floor(OCTAVE * np.log2(np.maximum(n, EXACT) / EXACT)).astype(np.int64)
         self._cell_of = np.where(n <= EXACT, n, beyond)
         self._bases, self._curves = {}, {}
-        self._correction = np.ones(size)
-        self._drawn, self._dirty = {}, True
+        self._dirty = True
+
+    def _cell(self, tokens: int, beside: bool) -> int:
+        """Which passes count as of one size; those with chunks of prompts are of many sizes, of which few come again."""
+        if beside:
+            tokens = round(2 ** (round(BESIDE * math.log2(tokens)) / BESIDE))
+        return int(self._cell_of[tokens]) if tokens < len(self._cell_of) else -1
 
     def _base(self, rows: int, context: int) -> Floats:
         """Seconds by tokens, as the table has them; kept for rows and contexts that are alike."""
@@ -308,15 +350,6 @@ class CostModel:
         knots = sorted({1, *(p.tokens for p in self.table.target if p.rows == 1 and p.tokens < last), last})
         return np.interp(n, knots, [self.table.seconds(k, rows, context) for k in knots])
 
-    def _draw(self) -> None:
-        """The correction by tokens: observed cells, and straight lines between them."""
-        if self._cells:
-            known = sorted(self._cells)
-            values = [self._cells[key].value for key in known]
-            self._correction = np.exp(np.interp(self._cell_of, known, values))
-            self._drawn = dict(zip(known, values, strict=True))
-        self._dirty = False
-
     def use(self, table: CostTable) -> None:
         """Take a table that was measured since; how far passes are from it is learnt anew, what drafts cost is not."""
         self._check = _Check()
@@ -328,8 +361,8 @@ class CostModel:
 
     def _put(self, table: CostTable | None) -> None:
         self.table = table
-        self._bases, self._curves, self._cells, self._drawn = {}, {}, {}, {}
-        self._correction = np.ones(len(self._cell_of))
+        self._bases, self._curves = {}, {}
+        self._alone, self._beside, self._dirty = _Corrections(), _Corrections(), True
         self._latest, self._steady, self._speed = [], False, 0.0
 
 

@@ -29,6 +29,7 @@ __all__ = ["GuardedPolicy", "TriesAgain"]
 CONTROLLED = 0.003  # of the time of steps that draft, what controls may cost: where drafting hardly pays, hardly anything
 OFTEN, SELDOM = 8, 192  # steps that draft between two controls, at least and at most
 AT_FIRST, KNOWN = 12, 6  # the most until so many plain steps of as many rows were seen
+BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the most that the ledger holds, what one that cannot may cost in plain steps before it is left out
@@ -87,15 +88,14 @@ class GuardedPolicy:
     def plan(self, step: StepView) -> Sequence[int]:
         self._view = step
         self._newest = max(step.requests, default=-1)
-        self._asked = self._may_draft(len(step), alone=step.tokens <= len(step))
+        self._asked = self._may_draft(step)
         self._planned = self.policy.plan(step) if self._asked else [0] * len(step)
         return self._planned
 
-    def _may_draft(self, rows: int, alone: bool) -> bool:
-        """``alone``: no chunks of prompts are beside the rows, where a control would teach nothing."""
+    def _may_draft(self, step: StepView) -> bool:
         if not self._follows:
             renewals = 1 if 2 * self.ledger.balance > self.ledger.most else RENEWALS
-            others = self._newest - self._newest_then >= renewals * rows
+            others = self._newest - self._newest_then >= renewals * len(step)
             if (self._idle < self._pause and not others) or not self.ledger.affords(self._needed):
                 return False
             self._follows, self._suspended = True, False  # rows are followed from the next step on
@@ -106,11 +106,17 @@ class GuardedPolicy:
             if not self.ledger.affords(self._needed):
                 return False
             self._suspended = False
-        most = AT_FIRST if self.costs.seen(rows) < KNOWN else SELDOM
-        if alone and self._since_control >= min(max(OFTEN, (self._advantage - 1) / CONTROLLED), most):
+        if self._since_control >= self._until_control(step):
             self._since_control = 0
             return False
         return True
+
+    def _until_control(self, step: StepView) -> float:
+        """Steps that draft since the latest control, so that this is to be one."""
+        beside = step.tokens > len(step)
+        most = AT_FIRST if self.costs.seen(max(step.tokens, len(step)), beside=beside) < KNOWN else SELDOM
+        wait = min(max(OFTEN, (self._advantage - 1) / CONTROLLED), most)
+        return BESIDE * wait if beside else wait
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
         return self.policy.choose(confidence, lengths) if self._asked else torch.zeros_like(lengths)
@@ -143,8 +149,14 @@ class GuardedPolicy:
         if not drafted and often and self._plain_steps % LOOK:
             return
         ready = len(view)
-        if cost.rows == ready == max(view.tokens, ready) <= cost.tokens:
-            self.costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
+        self.costs.observe_verify(
+            cost.tokens,
+            cost.rows,
+            cost.context,
+            cost.verify,
+            features=cost.follow > 0,
+            beside=view.tokens > ready,
+        )
         if drafted:
             self.costs.observe_draft(sum(n > 0 for n in self._planned), max(self._planned), cost.draft)
         own = cost.bookkeeping - (0.0 if drafted else cost.follow)
@@ -156,10 +168,10 @@ class GuardedPolicy:
         plain, own, _ = self._plain(ready, context)
         without, base = plain, max(view.tokens, ready)
         if base != ready:  # chunks of prompts beside it
-            without = costs.verify(max(base, 1), cost.rows, context) + own
+            without = costs.verify(max(base, 1), cost.rows, context, beside=True) + own
         verify, bookkeeping = cost.verify, cost.bookkeeping
         if verify > STALL * plain:
-            verify = min(verify, STALL * costs.verify(cost.tokens, cost.rows, context))
+            verify = min(verify, STALL * costs.verify(cost.tokens, cost.rows, context, beside=base != ready))
         if bookkeeping > STALL * own:
             bookkeeping = min(bookkeeping, STALL * costs.bookkeeping(ready, drafting=True))
         took = cost.draft + verify + bookkeeping

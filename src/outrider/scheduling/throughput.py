@@ -195,9 +195,10 @@ class ThroughputPolicy:
         plan = _Plan((), slots, [0] * now.ready, (now.ready, now.tokens > now.ready))
         free = self._free(step)
         if able and self._history.empty:  # nothing is known: see what a draft is like
-            plan.limits[:able] = [self._block] * able
+            first = max(PROBED, able // 8)
+            plan.limits[:first] = [self._block] * min(first, able)
             plan.probe, plan.search = True, SEARCHES.index(self._search(free, budget=False))
-            self._again = (AT_START - 1, slots[:able], self._block)
+            self._again = (AT_START - 1, slots[: min(first, able)], self._block)
         elif able:
             belief = self._belief(now, slots[:able], free)
             plan.stale = belief.stale
@@ -284,8 +285,9 @@ class ThroughputPolicy:
 
     def _decode_seconds(self, now: _Step, most: int) -> Floats:
         """float64 [most + 1]: seconds of the pass by drafts, less what chunks of prompts beside it cost alone."""
-        curve = self.costs.verify_curve(now.tokens, most, now.rows, now.context)
-        if now.tokens > now.ready:
+        beside = now.tokens > now.ready
+        curve = self.costs.verify_curve(now.tokens, most, now.rows, now.context, beside=beside)
+        if beside:
             curve = curve + (min(self.costs.verify(now.ready, now.ready, now.context), curve[0]) - curve[0])
         return curve
 
@@ -367,7 +369,8 @@ class ThroughputPolicy:
         at_least = 0
         if plan.probe and not self._history.empty:
             # What is tried is tried in earnest, or nothing would be learnt; the past alone says where.
-            at_least = drafts if self.costs.seen(now.tokens + sum(drafted[:ready])) < UNSEEN else 1
+            tokens = now.tokens + sum(drafted[:ready])
+            at_least = drafts if self.costs.seen(tokens, beside=now.tokens > ready) < UNSEEN else 1
         keep = np.empty(len(drafted), np.int64)
         self._rounds.schedule(
             said,
@@ -403,10 +406,12 @@ class ThroughputPolicy:
             return
         plan, ready, costs, drafting = now.plan, now.ready, self.costs, now.plan.longest > 0
         cold, self._was_drafting = not self._was_drafting, drafting
-        looks = self._turn % LOOK == 0 or cost.verify > LONG or costs.seen(cost.tokens) < KNOWN
+        beside = now.tokens > ready  # chunks of prompts
+        looks = self._turn % LOOK == 0 or cost.verify > LONG or costs.seen(cost.tokens, beside=beside) < KNOWN
         if looks:
-            if cost.rows == ready == now.tokens <= cost.tokens:  # no chunks of prompts beside it
-                costs.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0)
+            costs.observe_verify(
+                cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0, beside=beside
+            )
             # Plain decoding would not have shown the drafter anything.
             own = cost.bookkeeping - (0.0 if drafting else cost.follow)
             costs.observe_bookkeeping(ready, drafting, own, cold=cold and drafting)
