@@ -55,7 +55,8 @@ ROUNDS = 5
 CONTEXT, LONG_CONTEXT = 64, 768
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 192, 256)  # with the edges of tiles
 ROWS = (2, 4, 8, 16, 32, 64)
-FEWEST = (1, 4, 8, 16)  # tokens, where passes are slow
+FEWEST = (1, 4, 8, 16, 64)  # tokens, where passes are slow
+BEYOND = 4  # times as many tokens as were timed, up to which a table is used
 SAME_SHAPE, SAME_SPEED = 1.6, 4.0  # factors within which a table fits
 PAIRS, PAIRS_SECONDS = 16, 0.4  # passes with and without features, and the seconds in which no other pair begins
 
@@ -141,13 +142,16 @@ def load_costs(key: CostKey) -> CostTable | None:
 
 def start_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> CostTable:
     """The table kept for a target, if a few passes agree with it, else a new one, which is then kept."""
-    return kept_costs(target, dtype) or measured_costs(target, dtype, rows=rows, tokens=tokens)
+    return kept_costs(target, dtype, tokens=tokens) or measured_costs(target, dtype, rows=rows, tokens=tokens)
 
 
-def kept_costs(target: TargetModel, dtype: str) -> CostTable | None:
-    """The table kept for a target, if a few passes agree with it."""
+def kept_costs(target: TargetModel, dtype: str, *, tokens: int) -> CostTable | None:
+    """The table kept for a target, if it goes far enough for passes of up to ``tokens`` and a few passes agree with
+    it."""
     kept = load_costs(cost_key(target, dtype))
-    return kept if kept is not None and _fits(kept, target) else None
+    if kept is None or BEYOND * max(point.tokens for point in kept.target) < _most_tokens(target, tokens):
+        return None
+    return kept if _fits(kept, target) else None
 
 
 def measured_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int, alone: Alone = at_once) -> CostTable:
@@ -168,44 +172,55 @@ def quick_costs(
     seconds: float = SECONDS,
     alone: Alone = at_once,
 ) -> CostTable:
-    """Time passes for at most about ``seconds``, in rounds and shuffled, and take the least of each kind.
+    """Time passes for at most about ``seconds``, in rounds and shuffled, and take the median of each kind.
 
-    The least is what a pass costs when nobody interrupts it; how busy the machine is, the scheduler learns from steps.
-    ``rows``, ``tokens``: the most that a pass will have. ``alone`` calls each pass, where requests may run beside.
+    Each is compared with the passes over one token before and after it, which met the same machine: its clock may
+    change every second. Those take the least of their times, as when nobody interrupts them; how busy the machine is,
+    the scheduler learns from steps. ``rows``, ``tokens``: the most that a pass will have. ``alone`` calls each pass, where requests may run beside.
     """
     spent = 0.0
 
-    def time(shape: tuple[int, int, int]) -> float:
+    def time(shape: tuple[int, int, int], slots: Sequence[int]) -> float:
         nonlocal spent
         took = alone(lambda: _time(target, cache, slots, shape))
         spent += took
         return took
 
     room = target.spec.max_positions
-    rows, tokens = min(rows, max(ROWS)), max(1, min(tokens, max(TOKENS), room // 2))
+    rows, tokens = min(rows, max(ROWS)), _most_tokens(target, tokens)
     longest = max(0, min(LONG_CONTEXT, room - tokens - 1))
     context = min(CONTEXT, longest)
     shapes = [(m, 1, context) for m in TOKENS if m <= tokens]
     shapes += [(r, r, context) for r in ROWS if r <= rows]
     shapes += [(m, 1, longest) for m in (1, 8) if longest > 2 * context and m <= tokens]
-    cache = target.new_cache(rows, longest + tokens)
-    slots = [cache.open() for _ in range(rows)]
-    for slot in slots:
+    cache = target.new_cache(rows + 1, longest + tokens)
+    *slots, short = [cache.open() for _ in range(rows + 1)]
+    for slot in (*slots, short):
         alone(lambda slot=slot: _fill(target, cache, slot, context))  # type: ignore[misc]
-    once = min(time((1, 1, context)) for _ in range(2))  # the first one warms up
+    one = (1, 1, context)
+    once = min(time(one, [short]) for _ in range(2))  # the first one warms up
     if once * len(shapes) * 3 > seconds:
         shapes = [shape for shape in shapes if shape[1] == 1 and shape[0] in FEWEST and shape[2] == context]
-    times: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in shapes}
+    ratios: dict[tuple[int, int, int], list[float]] = {shape: [] for shape in shapes if shape != one}
+    ones = [once]
     order = random.Random(0)
     for c in sorted({context, longest}):
         alone(lambda c=c: _fill(target, cache, slots[0], c))  # type: ignore[misc]
-        here = [shape for shape in shapes if shape[2] == c]
+        here = [shape for shape in ratios if shape[2] == c]
         for _ in range(ROUNDS):
             for shape in order.sample(here, len(here)):
-                if not times[shape] or spent < seconds:
-                    times[shape].append(time(shape))
-    points = tuple(CostPoint(m, r, c * r, min(found)) for (m, r, c), found in times.items())
-    return CostTable(key, points)
+                if not ratios[shape] or spent < seconds:
+                    took = time(shape, slots)
+                    ones.append(time(one, [short]))
+                    ratios[shape].append(took / math.sqrt(ones[-2] * ones[-1]))
+    least = min(ones)
+    points = (CostPoint(m, r, c * r, least * median(found)) for (m, r, c), found in ratios.items())
+    return CostTable(key, (CostPoint(1, 1, context, least), *points))
+
+
+def _most_tokens(target: TargetModel, tokens: int) -> int:
+    """Of the passes that are timed for an engine whose passes have up to ``tokens``."""
+    return max(1, min(tokens, max(TOKENS), target.spec.max_positions // 2))
 
 
 def tune_core(target: TargetModel) -> None:

@@ -55,7 +55,7 @@ class CostCurve:
     """Seconds between and beyond the measured points.
 
     Never less for more tokens, more rows or more context: medians are noisy, so steps down are pooled (``isotonic``).
-    It is straight between points, and the last slope goes on beyond them. Passes of one row give a curve over tokens
+    It is straight between points, and the slope of the upper half goes on beyond them. Passes of one row give a curve over tokens
     at the least context they were measured at, and what each greater context adds to it; what several rows cost more
     than one row with as many tokens is a term of its own, in rows and context of each row.
 
@@ -176,9 +176,14 @@ def _points(values: Iterable[Mapping[str, Any]]) -> tuple[CostPoint, ...]:
 
 
 def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Straight between the points, flat before the first; the last slope goes on."""
+    """Straight between the points, flat before the first; beyond the last goes on the slope of the upper half of them,
+    as two neighbours may differ by noise alone."""
     if x <= xs[0] or len(xs) == 1:
         return ys[0]
-    right = min(bisect_right(xs, x), len(xs) - 1)
+    right = bisect_right(xs, x)
     left = right - 1
+    if right == len(xs):
+        right = len(xs) - 1
+        left = max(0, bisect_right(xs, xs[-1] / 2, 0, right) - 1)
+        return ys[right] + (ys[right] - ys[left]) * (x - xs[right]) / (xs[right] - xs[left])
     return ys[left] + (ys[right] - ys[left]) * (x - xs[left]) / (xs[right] - xs[left])

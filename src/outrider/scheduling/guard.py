@@ -28,7 +28,8 @@ __all__ = ["GuardedPolicy", "TriesAgain"]
 
 CONTROLLED = 0.003  # of the time of steps that draft, what controls may cost: where drafting hardly pays, hardly anything
 OFTEN, SELDOM = 8, 192  # steps that draft between two controls, at least and at most
-AT_FIRST, KNOWN = 12, 6  # the most until so many plain steps of as many rows were seen
+UNKNOWN = 3  # the most until a plain step of as many rows was seen
+AT_FIRST, KNOWN = 12, 6  # the most until so many were
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
@@ -114,8 +115,10 @@ class GuardedPolicy:
     def _until_control(self, step: StepView) -> float:
         """Steps that draft since the latest control, so that this is to be one."""
         beside = step.tokens > len(step)
-        most = AT_FIRST if self.costs.seen(max(step.tokens, len(step)), beside=beside) < KNOWN else SELDOM
-        wait = min(max(OFTEN, (self._advantage - 1) / CONTROLLED), most)
+        wait = min(max(OFTEN, (self._advantage - 1) / CONTROLLED), SELDOM)
+        seen = self.costs.seen(max(step.tokens, len(step)), beside=beside)
+        if seen < KNOWN:
+            return min(wait, AT_FIRST if seen else UNKNOWN)
         return BESIDE * wait if beside else wait
 
     def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
