@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median, median_low
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +35,10 @@ NOMINAL, SLOPE = 0.005, 0.03  # seconds of a pass over one token, and what anoth
 BESIDE = 8  # cells to an octave of passes with chunks of prompts
 MOVE = 0.15  # the most that one observation counts for, in log seconds
 CELL_RATE, DRAFT_RATE, BOOKKEEPING_RATE = 0.05, 0.1, 0.05
-FIRST = 6  # observations of which the least counts
+FIRST = 6  # observations of which the median counts
+NEWEST = 3  # passes whose median is the machine's speed
 LATEST = 5  # observations of which the median shows that times have changed,
 FAR = math.log(1.3)  # and by how much at least
-ALIKE = 0.5  # of what an estimate of some drafts moves, what those of other numbers do
 LINE_WEIGHT, MOST_WEIGHT = 32, 64  # observations that a line through draft costs is worth, and that one of them can be
 VISIBLE = 0.004  # a correction that moved by less is not worth a new curve
 CHECKED = 96  # observations in which a table is checked
@@ -72,12 +72,14 @@ class _Estimate:
 
     value: float = 0.0
     count: int = 0
+    first: list[float] = field(default_factory=list)
     change: _Change = field(default_factory=_Change)
 
-    def add(self, seconds: float, rate: float, first: int = FIRST) -> None:
+    def add(self, seconds: float, rate: float) -> None:
         observed = math.log(max(seconds, 1e-9))
-        if self.count < max(first, 1):  # the first calls of anything are slow, and none is too quick
-            self.value = min(self.value, observed) if self.count else observed
+        if self.count < FIRST:  # the very first calls of anything are slow
+            self.first.append(observed)
+            self.value = median_low(self.first)
         else:
             error = observed - self.value
             change = self.change.by(error)
@@ -268,7 +270,7 @@ class CostModel:
         if len(self._latest) > LATEST:
             del self._latest[0]
         speeds = [ratio - cell.value for cell, ratio in self._latest]
-        before, self._speed = self._speed, median(speeds)
+        before, self._speed = self._speed, median(speeds[-NEWEST:])
         if len(speeds) < LATEST:  # the machine's speed comes first, or single numbers of tokens would stand for it
             return
         if self._steady:
@@ -287,13 +289,7 @@ class CostModel:
             known = self._drafts.setdefault(_bucket(rows), {})
             found = known.setdefault(drafts, _Estimate())
             if not cold or found.count < FIRST:
-                certain, before = found.count >= FIRST, found.value
                 found.add(seconds * math.exp(-self._pace), DRAFT_RATE)
-                if certain:  # the machine is slower or quicker for other numbers of drafts too
-                    moved = found.value - before
-                    for other in known.values():
-                        if other is not found:
-                            other.value += moved if abs(moved) > MOVE else ALIKE * moved
                 self._drawn_drafts.clear()
 
     def observe_bookkeeping(
@@ -303,8 +299,7 @@ class CostModel:
         if rows > 0:
             found = self._bookkeeping.setdefault((_kind(drafting, asked), _bucket(rows)), _Estimate())
             if not cold or found.count < FIRST:
-                # Steps without drafts are told apart by little, so the least of the first ones would not do.
-                found.add(seconds * math.exp(-self._pace), BOOKKEEPING_RATE, FIRST if drafting else 1)
+                found.add(seconds * math.exp(-self._pace), BOOKKEEPING_RATE)
 
     # ------------------------------------------------------------------------------------------ parts
 

@@ -27,9 +27,10 @@ from outrider.types import SchedulerPolicy, StepCost, StepView
 __all__ = ["GuardedPolicy", "TriesAgain"]
 
 CONTROLLED = 0.003  # of the time of steps that draft, what controls may cost: where drafting hardly pays, hardly anything
-OFTEN, SELDOM = 8, 192  # steps that draft between two controls, at least and at most
-UNKNOWN = 3  # the most until a plain step of as many rows was seen
-AT_FIRST, KNOWN = 12, 6  # the most until so many were
+OFTEN, SELDOM = 48, 192  # steps that draft between two controls, at least and at most
+SOON, WELL_KNOWN = 8, 24  # the least until so many plain steps of as many rows were seen,
+AT_FIRST, KNOWN = 12, 6  # the most until so many were,
+UNKNOWN = 3  # and until one was
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
@@ -115,8 +116,9 @@ class GuardedPolicy:
     def _until_control(self, step: StepView) -> float:
         """Steps that draft since the latest control, so that this is to be one."""
         beside = step.tokens > len(step)
-        wait = min(max(OFTEN, (self._advantage - 1) / CONTROLLED), SELDOM)
         seen = self.costs.seen(max(step.tokens, len(step)), beside=beside)
+        least = OFTEN if seen >= WELL_KNOWN else SOON
+        wait = min(max(least, (self._advantage - 1) / CONTROLLED), SELDOM)
         if seen < KNOWN:
             return min(wait, AT_FIRST if seen else UNKNOWN)
         return BESIDE * wait if beside else wait
@@ -180,7 +182,7 @@ class GuardedPolicy:
         took = cost.draft + verify + bookkeeping
         worth = without + accepted / ready * plain
         self.ledger.settle(worth - took)
-        self._advantage += 0.05 * (worth / took - self._advantage)
+        self._advantage += 0.02 * (worth / took - self._advantage)
         self._idle, self._resting = 0, 0.0
         self._since_control += 1
         if self._advantage > 1:
