@@ -75,7 +75,9 @@ class _Estimate:
     first: list[float] = field(default_factory=list)
     change: _Change = field(default_factory=_Change)
 
-    def add(self, seconds: float, rate: float) -> None:
+    def add(self, seconds: float, rate: float) -> float:
+        """How far the estimate has moved, where times have changed at once; else 0."""
+        change = 0.0
         observed = math.log(max(seconds, 1e-9))
         if self.count < FIRST:  # the very first calls of anything are slow
             self.first.append(observed)
@@ -85,6 +87,7 @@ class _Estimate:
             change = self.change.by(error)
             self.value += change or max(rate, 1 / (self.count + 1)) * min(max(error, -MOVE), MOVE)
         self.count += 1
+        return change
 
     @property
     def seconds(self) -> float:
@@ -168,9 +171,7 @@ class CostModel:
         factors = self._beside.factors if beside else self._alone.factors
         return float(self._base(rows, context)[tokens] * factors[tokens]) * math.exp(self._speed)
 
-    def verify_curve(
-        self, tokens: int, more: int, rows: int = 1, context: int = 0, *, beside: bool = False
-    ) -> Floats:
+    def verify_curve(self, tokens: int, more: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> Floats:
         """float64 [more + 1]: seconds of passes over ``tokens``, ``tokens + 1``, ... new tokens; to read."""
         key = (tokens, more, beside, *self._alike(rows, context))
         found = self._curves.get(key)
@@ -202,7 +203,8 @@ class CostModel:
             nearest = wanted if wanted in self._drafts else min(self._drafts, key=lambda key: abs(key - wanted))
             seconds = _along(self._drafts[nearest], drafts)
             if nearest != wanted:
-                seconds *= 0.5 * (1 + _rows_of(wanted) / _rows_of(nearest))
+                more = round(_rows_of(wanted)), round(_rows_of(nearest))
+                seconds *= self.verify(more[0], more[0]) / self.verify(more[1], more[1])  # as the target's passes do
             self._drawn_drafts[wanted, drafts] = seconds
         return seconds * math.exp(self._pace)
 
@@ -282,6 +284,7 @@ class CostModel:
         cell.value += max(CELL_RATE, 1 / (cell.compared + 3)) * min(max(own - median(speeds), -move), move)
         cell.compared += 1
         self._dirty = self._dirty or abs(cell.value - cell.drawn) > VISIBLE
+
     def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
         """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
         that weights and code were not in the processor's caches: it says what trying costs, not what drafting costs."""
@@ -289,7 +292,9 @@ class CostModel:
             known = self._drafts.setdefault(_bucket(rows), {})
             found = known.setdefault(drafts, _Estimate())
             if not cold or found.count < FIRST:
-                found.add(seconds * math.exp(-self._pace), DRAFT_RATE)
+                moved = found.add(seconds * math.exp(-self._pace), DRAFT_RATE)
+                for other in known.values() if moved else ():  # other numbers of drafts cost more or less at once too
+                    other.value += moved if other is not found else 0.0
                 self._drawn_drafts.clear()
 
     def observe_bookkeeping(
