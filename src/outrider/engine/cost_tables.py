@@ -176,7 +176,8 @@ def quick_costs(
 
     Each is compared with the passes over one token before and after it, which met the same machine: its clock may
     change every second. Those take the least of their times, as when nobody interrupts them; how busy the machine is,
-    the scheduler learns from steps. ``rows``, ``tokens``: the most that a pass will have. ``alone`` calls each pass, where requests may run beside.
+    the scheduler learns from steps. ``rows``, ``tokens``: the most that a pass will have. ``alone`` calls each pass,
+    where requests may run beside.
     """
     spent = 0.0
 

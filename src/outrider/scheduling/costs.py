@@ -55,9 +55,9 @@ class CostCurve:
     """Seconds between and beyond the measured points.
 
     Never less for more tokens, more rows or more context: medians are noisy, so steps down are pooled (``isotonic``).
-    It is straight between points, and the slope of the upper half goes on beyond them. Passes of one row give a curve over tokens
-    at the least context they were measured at, and what each greater context adds to it; what several rows cost more
-    than one row with as many tokens is a term of its own, in rows and context of each row.
+    It is straight between points, and the slope of the upper half goes on beyond them. Passes of one row give a curve
+    over tokens at the least context they were measured at, and what each greater context adds to it; what several rows
+    cost more than one row with as many tokens is a term of its own, in rows and context of each row.
 
     Raises InvalidRequest where no pass of a single row was measured.
     """
