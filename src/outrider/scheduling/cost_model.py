@@ -318,7 +318,7 @@ class CostModel:
         self._dirty = True
 
     def _cell(self, tokens: int, beside: bool) -> int:
-        """Which passes count as of one size; those with chunks of prompts are of many sizes, few of which come again."""
+        """Passes that count as of one size; with chunks of prompts they are of many, few of which come again."""
         if beside:
             tokens = round(2 ** (round(BESIDE * math.log2(tokens)) / BESIDE))
         return int(self._cell_of[tokens]) if tokens < len(self._cell_of) else -1
