@@ -55,6 +55,13 @@ def test_a_kept_table_is_used_while_passes_agree_with_it(target: TargetModel, mo
     assert start_costs(target, "float32", rows=2, tokens=16).key == measured.key
 
 
+def test_a_kept_table_that_ends_too_soon_is_measured_again(target: TargetModel) -> None:
+    short = start_costs(target, "float32", rows=2, tokens=8)
+    assert max(point.tokens for point in short.target) == 8
+    again = start_costs(target, "float32", rows=8, tokens=64)
+    assert max(point.tokens for point in again.target) == 64 and load_costs(again.key) == again
+
+
 def test_what_features_cost_is_measured(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
     assert feature_share(target, ()) == 0.0
     assert 0 <= feature_share(target, (0,)) <= 0.5

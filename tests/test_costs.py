@@ -50,6 +50,12 @@ def test_a_cost_that_is_linear_is_known_everywhere(tokens: int, rows: int, each:
     assert measured.steps_per_second(tokens, rows, rows * each) == pytest.approx(1 / got)
 
 
+def test_beyond_the_points_the_upper_half_goes_on() -> None:
+    """The last two lie close together, at the edge of a tile, and were measured the wrong way round."""
+    costs = table((1, 1, 0, 0.007), (16, 1, 0, 0.02), (32, 1, 0, 0.04), (64, 1, 0, 0.082), (65, 1, 0, 0.08))
+    assert costs.seconds(256, 1, 0) == pytest.approx(0.32, rel=0.05)
+
+
 rng = st.floats(1e-4, 1e-1)
 noisy_tables = st.builds(
     lambda single, several: table(

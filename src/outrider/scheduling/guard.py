@@ -26,9 +26,7 @@ from outrider.types import SchedulerPolicy, StepCost, StepView
 
 __all__ = ["GuardedPolicy", "TriesAgain"]
 
-CONTROLLED = (
-    0.003  # of the time of steps that draft, what controls may cost: where drafting hardly pays, hardly anything
-)
+CONTROLLED = 0.003  # of the time of steps that draft, what controls may cost: the less drafting gains, the more of them
 OFTEN, SELDOM = 48, 192  # steps that draft between two controls, at least and at most
 SOON, WELL_KNOWN = 8, 24  # the least until so many plain steps of as many rows were seen,
 AT_FIRST, KNOWN = 12, 6  # the most until so many were,

@@ -195,10 +195,10 @@ class ThroughputPolicy:
         plan = _Plan((), slots, [0] * now.ready, (now.ready, now.tokens > now.ready))
         free = self._free(step)
         if able and self._history.empty:  # nothing is known: see what a draft is like
-            first = max(PROBED, able // 8)
-            plan.limits[:first] = [self._block] * min(first, able)
+            first = min(able, max(PROBED, able // 8))
+            plan.limits[:first] = [self._block] * first
             plan.probe, plan.search = True, SEARCHES.index(self._search(free, budget=False))
-            self._again = (AT_START - 1, slots[: min(first, able)], self._block)
+            self._again = (AT_START - 1, slots[:first], self._block)
         elif able:
             belief = self._belief(now, slots[:able], free)
             plan.stale = belief.stale
