@@ -515,7 +515,7 @@ def main() -> None:
     run.add_argument("--arms", nargs="+", default=list(ARMS))
     run.add_argument("--rounds", type=int, default=10)
     run.add_argument("--seconds", type=float, default=2.5, help="of an arm in a round")
-    run.add_argument("--turns", type=int, default=5, help="of an arm in a round")
+    run.add_argument("--turns", type=int, default=12, help="of an arm in a round")
     hostile.add_argument("--duration", type=float, default=200.0, help="seconds of each side")
     hostile.add_argument("--seconds", type=float, default=2.0, help="of a window")
     shown.add_argument("files", type=Path, nargs="+")

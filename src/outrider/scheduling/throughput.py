@@ -52,7 +52,7 @@ LEARNT_AT_ONCE, MANY_ROWS = 16, 64  # rounds collected before they are learnt fr
 SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so manyth step is learnt from
 EARLY = 16  # rounds that are learnt from at once
 LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were,
-LONG = 5e-3  # and none took so many seconds
+LONG = 0.02  # and none took so many seconds
 
 
 @dataclass(frozen=True, slots=True)
