@@ -60,6 +60,8 @@ def test_a_kept_table_that_ends_too_soon_is_measured_again(target: TargetModel) 
     assert max(point.tokens for point in short.target) == 8
     again = start_costs(target, "float32", rows=8, tokens=64)
     assert max(point.tokens for point in again.target) == 64 and load_costs(again.key) == again
+    more = start_costs(target, "float32", rows=32, tokens=64)
+    assert max(point.rows for point in more.target) == 32
 
 
 def test_what_features_cost_is_measured(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:

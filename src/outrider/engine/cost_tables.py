@@ -56,7 +56,7 @@ CONTEXT, LONG_CONTEXT = 64, 768
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 192, 256)  # with the edges of tiles
 ROWS = (2, 4, 8, 16, 32, 64)
 FEWEST = (1, 4, 8, 16, 64)  # tokens, where passes are slow
-BEYOND = 4  # times as many tokens as were timed, up to which a table is used
+BEYOND, BEYOND_ROWS = 4, 2  # times as many tokens and rows as were timed, up to which a table is used
 SAME_SHAPE, SAME_SPEED = 1.6, 4.0  # factors within which a table fits
 PAIRS, PAIRS_SECONDS = 16, 0.4  # passes with and without features, and the seconds in which no other pair begins
 
@@ -142,14 +142,19 @@ def load_costs(key: CostKey) -> CostTable | None:
 
 def start_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> CostTable:
     """The table kept for a target, if a few passes agree with it, else a new one, which is then kept."""
-    return kept_costs(target, dtype, tokens=tokens) or measured_costs(target, dtype, rows=rows, tokens=tokens)
+    return kept_costs(target, dtype, rows=rows, tokens=tokens) or measured_costs(
+        target, dtype, rows=rows, tokens=tokens
+    )
 
 
-def kept_costs(target: TargetModel, dtype: str, *, tokens: int) -> CostTable | None:
-    """The table kept for a target, if it goes far enough for passes of up to ``tokens`` and a few passes agree with
-    it."""
+def kept_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> CostTable | None:
+    """The table kept for a target, if it goes far enough for passes of up to ``rows`` and ``tokens`` and a few passes
+    agree with it."""
     kept = load_costs(cost_key(target, dtype))
     if kept is None or BEYOND * max(point.tokens for point in kept.target) < _most_tokens(target, tokens):
+        return None
+    timed = max(point.rows for point in kept.target)
+    if 1 < timed < min(rows, max(ROWS)) // BEYOND_ROWS:  # 1: passes are slow, and several rows were not timed at all
         return None
     return kept if _fits(kept, target) else None
 

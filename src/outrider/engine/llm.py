@@ -264,7 +264,7 @@ class LLM:
                 measured = start_costs(target, dtype, rows=rows, tokens=tokens)
                 costs = CostModel(measured, feature_share(target, self.drafter.aux_layers))
             else:
-                table = kept_costs(target, dtype, tokens=tokens)
+                table = kept_costs(target, dtype, rows=rows, tokens=tokens)
                 self._lacks_table = table is None
                 if table is None:
                     table = quick_costs(target, cost_key(target, dtype), rows=rows, tokens=tokens, seconds=AT_FIRST)
