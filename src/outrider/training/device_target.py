@@ -27,6 +27,7 @@ from outrider.sampling.rng import RowRng, gumbel
 from outrider.training.conversations import Answerer, ChatTurn, Settings
 from outrider.training.dataset import Text, pack
 from outrider.training.networks.batch import FeatureBatch, TrainableDrafter, send
+from outrider.training.networks.fused import fused
 from outrider.training.networks.stack import LearnedLayer, LearnedStack
 
 __all__ = ["DeviceRunner", "DeviceTarget", "check_device", "device_answers"]
@@ -196,6 +197,7 @@ def _keys(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], mo
         return rng.token_keys(rows, positions, "own").view(len(params), most)
 
 
+@fused
 def _draw(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     """One token a row: greedy at temperature 0, else by Gumbel-max. [B, V], [B], int64 [B] -> [B]"""
     sampled = temperatures > 0
@@ -255,20 +257,19 @@ class _Cache:
         reach = min(-(-(self._longest) // STEP) * STEP, self.keys[0].shape[2])
         rows = torch.arange(len(self.lengths), device=self.lengths.device)
         seen = torch.arange(reach, device=self.lengths.device)
-        hidden = seen > self.lengths[:, None]
+        visible = (seen <= self.lengths[:, None])[:, None, None]
 
         def attend(layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
             keys[rows, :, self.lengths] = k.to(keys.dtype)
             values[rows, :, self.lengths] = v.to(values.dtype)
-            unseen = hidden
+            mask = visible
             if config.window is not None:
-                unseen = unseen | (self.lengths[:, None] - seen >= config.window)
+                mask = mask & (self.lengths[:, None] - seen < config.window)[:, None, None]
             # The queries that share keys stand where others have their tokens.
             grouped = q.to(keys.dtype).unflatten(1, (config.num_kv_heads, -1))
-            seen_by_all = ~unseen[:, None, None]
             near = keys[:, :, :reach], values[:, :, :reach]
-            return F.scaled_dot_product_attention(grouped, *near, seen_by_all, scale=config.scale).flatten(1, 2)
+            return F.scaled_dot_product_attention(grouped, *near, mask, scale=config.scale).flatten(1, 2)
 
         return attend
 

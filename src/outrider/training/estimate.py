@@ -183,10 +183,11 @@ class _Trial:
         return sum(source.self_written or 0 for source in sources)
 
     def _count(self, part: str) -> int:
-        """Texts of a part: answers if they exist, else prompts."""
+        """Texts of a part: answers if they exist, else those that its prompts will get."""
         if self.finished("regenerate"):
             return int(open_artefact(self.recipe.path("regenerate")).provenance["facts"][part]["answers"])
-        return sum(self._prompts[0][part].values())
+        each: int = self.configs["regenerate"].answers_per_prompt if part == "train" else 1  # type: ignore[attr-defined]
+        return each * sum(self._prompts[0][part].values())
 
     def _length(self, what: str) -> float:
         """Mean tokens of a prompt, or of a whole text."""

@@ -55,6 +55,9 @@ class Config(BaseModel):
     temperatures: tuple[float, ...] = ()
     """Several, shared out evenly over the prompts, for a drafter that is used at all of them; replaces
     `temperature`."""
+    answers_per_prompt: int = Field(1, ge=1)
+    """Answers to each training prompt, every one with random numbers of its own: more to learn from where prompts are
+    few. Held-out prompts are answered once."""
     top_p: float | None = None
     """Keep the smallest set of likeliest tokens of this mass. Default: the target's own."""
     top_k: int | None = None
@@ -102,6 +105,11 @@ def sampling(config: Config, target: str) -> Settings:
     context = min(config.context, text.get("max_position_embeddings") or config.context)
     for temperature in config.temperatures:
         replace(params, temperature=temperature)  # refuses what is no temperature
+    if config.answers_per_prompt > 1 and not max(config.temperatures, default=params.temperature):
+        raise InvalidRequest(
+            f"answers_per_prompt = {config.answers_per_prompt} at temperature 0 gives the same answer again and again; "
+            "set a temperature above 0, or temperatures"
+        )
     return Settings(params, end_tokens(files), context, config.seed, config.temperatures)
 
 
@@ -115,6 +123,7 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
     parent = open_artefact(prompts, "prompts")
     note = cache(lambda text: None if console is None else console.print(text, style="dim", markup=False))
     asked = {part: list(read_lines(prompts / f"{part}.jsonl")) for part in PARTS}
+    asked["train"] = [again for prompt in asked["train"] for again in _repeated(prompt, config.answers_per_prompt)]
     templates = _templates(resolve_model(target)) if any("turns" in p for part in asked.values() for p in part) else {}
     with begin(out, "regenerate", config, parents={"prompts": parent}, sources=templates, target=target) as work:
         if not work.finished:
@@ -135,6 +144,13 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
                 raise ArtefactError(f"none of the training prompts in {prompts} fits a context of {settings.context}")
             work.finish([f"{part}.jsonl" for part in PARTS], facts)
     return Artefact(out, "regenerate", work.record["sha256"], work.record["target"], work.record)
+
+
+def _repeated(prompt: dict[str, Any], times: int) -> Iterator[dict[str, Any]]:
+    """The prompt, and copies with names of their own, from which their random numbers follow."""
+    yield prompt
+    for number in range(2, times + 1):
+        yield {**prompt, "id": f"{prompt['id']}~{number}"}
 
 
 def _templates(folder: Path) -> dict[str, str]:

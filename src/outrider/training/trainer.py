@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from outrider.errors import OutriderError
 from outrider.training.artefact import write_state
-from outrider.training.dataset import TextSampler
-from outrider.training.networks.batch import Loss, TrainableDrafter
+from outrider.training.dataset import Text, TextSampler
+from outrider.training.networks.batch import FeatureBatch, Loss, TrainableDrafter
 from outrider.training.target_runner import FeatureSource
 
 __all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "multiplies_bfloat16", "rank_and_world"]
@@ -94,14 +95,17 @@ class Trainer:
         self.plan, self.folder = plan, folder
         self.rank, self.world = rank_and_world()
         self.wrapped = self._wrap(sharding)
+        self._on_device = next(module.parameters()).is_cuda
         decayed = [p for p in module.parameters() if p.ndim > 1]
         other = [p for p in module.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": other, "weight_decay": 0.0}],
             lr=plan.learning_rate,
             betas=plan.betas,
+            fused=self._on_device,
         )
         self.done = 0
+        self._next: FeatureBatch | None = None  # of the next step's first pack, where it was read ahead
 
     def run(self, every: int = 0, evaluate: Callable[[int], dict[str, Any]] = lambda step: {}) -> Iterator[Step]:
         """Train from the saved state to the end of the plan, yielding each step. ``evaluate`` runs every ``every``
@@ -143,39 +147,56 @@ class Trainer:
                 for name, value in {"loss": loss.total.detach(), "weight": loss.weight, **loss.parts}.items():
                     sums[name] = sums.get(name, torch.zeros(())) + value
         tokens = sum(len(text.tokens) for texts in packs for text in texts)
-        totals = self._summed({**sums, "tokens": torch.tensor(float(tokens))})
-        weight = totals.pop("weight")
-        if not math.isfinite(totals["loss"]):
-            raise TrainingFailed(
-                f"the loss is {totals['loss']} at step {self.done + 1}; the saved state in {self.folder} is of an "
-                "earlier step and intact. A lower learning rate or bfloat16 = false may help"
-            )
-        gradient = self._clip(weight)
+        totals = self._summed({**sums, "tokens": torch.full((), float(tokens))})  # a tensor of a number would wait
+        gradient = self._clip(totals["weight"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        count = int(totals.pop("tokens"))
-        means = {name: value / weight for name, value in totals.items()}
+        means = self._read({**totals, "gradient": gradient})
+        weight, norm, count = means.pop("weight"), means.pop("gradient"), int(means.pop("tokens"))
+        means = {name: value / weight for name, value in means.items()}
         mean = means.pop("loss")
+        if not math.isfinite(mean):
+            raise TrainingFailed(
+                f"the loss is {mean} at step {self.done + 1}; the saved state in {self.folder} is of an "
+                "earlier step and intact. A lower learning rate or bfloat16 = false may help"
+            )
         seconds, processor_seconds = time.monotonic() - began, time.process_time() - processor
-        return Step(self.done + 1, mean, means, rate, gradient, count, seconds, processor_seconds)
+        return Step(self.done + 1, mean, means, rate, norm, count, seconds, processor_seconds)
 
-    def _backward(self, texts: Any, epoch: int, counted: bool) -> Loss:
+    def _backward(self, texts: Sequence[Text], epoch: int, counted: bool) -> Loss:
         """Forward and backward through one pack."""
-        batch = self.target_runner.batch(texts, cast(TrainableDrafter, self.module), epoch)
+        batch, self._next = self._next, None
+        if batch is None:
+            batch = self._batch(texts, epoch)
         with torch.autocast(batch.features.device.type, dtype=torch.bfloat16, enabled=self.plan.bfloat16):
             loss: Loss = self.wrapped(batch)
         (loss.total if counted else loss.total * 0).backward()
         return loss
 
-    def _clip(self, weight: float) -> float:
+    def _batch(self, texts: Sequence[Text], epoch: int) -> FeatureBatch:
+        return self.target_runner.batch(texts, cast(TrainableDrafter, self.module), epoch)
+
+    def _clip(self, weight: Tensor) -> Tensor:
         """Turn gradient sums into means, then clip. -> norm before clipping.
 
         DDP and FSDP average over the processes: multiplying by ``world`` restores the sum."""
-        for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(self.world / weight)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, self.world / weight)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.clip)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _read(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """The values, once they are there. A device reads the next step's texts meanwhile."""
+        wide = torch.stack([value.double() for value in values.values()])
+        if self._on_device:
+            wide = wide.to("cpu", non_blocking=True)
+            there = torch.cuda.Event()
+            there.record()
+            if self.done + 1 < self.plan.steps:
+                following = self.sampler.packs(self.done + 1, self.rank, self.world)
+                self._next = self._batch(following[0], self.sampler.epoch(self.done + 1))
+            there.synchronize()
+        return dict(zip(values, wide.tolist(), strict=True))
 
     # -------------------------------------------------------------------------------------------- processes
 
@@ -202,13 +223,13 @@ class Trainer:
                 self.wrapped.set_requires_gradient_sync(last)
             yield
 
-    def _summed(self, sums: dict[str, Tensor]) -> dict[str, float]:
+    def _summed(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all processes."""
         names = sorted(sums)
         values = torch.stack([sums[name].double() for name in names])
         if self.world > 1:
             dist.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
+        return dict(zip(names, values.unbind(), strict=True))
 
     def _broadcast(self, value: bool) -> bool:
         """Rank 0's value, on every process."""

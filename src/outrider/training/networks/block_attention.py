@@ -13,6 +13,7 @@ from torch import Tensor
 
 from outrider.config import LayerConfig
 from outrider.training.networks.batch import TokenBatch, send
+from outrider.training.networks.fused import fused
 
 __all__ = ["AutoregressiveAttention", "BlockAttention"]
 
@@ -33,7 +34,7 @@ class _Layout:
 
     most: int
     reach: int
-    seen: Tensor  # int64 [texts, reach]  packed positions of each text's context
+    seen: Tensor  # int64 [texts * reach]  packed positions of each text's context
     where: Tensor  # int64 [A]  each anchor among texts * most
     anchors: Tensor  # int64 [texts * most]  counted from its text's beginning
     hidden: dict[int | None, Tensor] = field(default_factory=dict)  # by window: what a block does not see
@@ -112,7 +113,7 @@ class BlockAttention:
             where = owner * most + torch.arange(len(owner)) - first[owner]
             anchors = torch.zeros(len(counts) * most, dtype=torch.int64)
             anchors[where] = torch.cat([span.anchors for span in self._spans])
-        seen, where, anchors = (send(x, self._device) for x in (seen.clamp(max=last), where, anchors))
+        seen, where, anchors = (send(x, self._device) for x in (seen.clamp(max=last).flatten(), where, anchors))
         return _Layout(most, reach, seen, where, anchors)
 
     def _padded(
@@ -130,21 +131,27 @@ class BlockAttention:
             return grouped.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
 
         queries = blocks(q.to(v.dtype)) * config.scale
-        keys, values = (x.to(v.dtype)[layout.seen].transpose(1, 2) for x in (context_k, context_v))
-        past = (queries.flatten(2, 3) @ keys.transpose(2, 3)).view(*queries.shape[:4], reach)
+        keys, values = (x.to(v.dtype).index_select(0, layout.seen) for x in (context_k, context_v))
+        keys, values = (x.view(count, reach, *x.shape[1:]).transpose(1, 2) for x in (keys, values))
         hidden = layout.hidden.get(config.window)
         if hidden is None:
             hidden = self._hidden(layout.anchors, reach, config.window).view(count, 1, most, -1, reach)
             if config.window is not None:
                 hidden = hidden.repeat_interleave(groups, 3)
             layout.hidden[config.window] = hidden
-        past = past.float().masked_fill(hidden, -torch.inf)
-        own = (queries @ blocks(k.to(v.dtype)).transpose(3, 4)).float()
-        weights = torch.cat([past, own], -1).softmax(-1).to(v.dtype)
+        past = (queries.flatten(2, 3) @ keys.transpose(2, 3)).view(*queries.shape[:4], reach)
+        weights = _weights(past, queries @ blocks(k.to(v.dtype)).transpose(3, 4), hidden)
         mixed = (weights[..., :reach].flatten(2, 3) @ values).view_as(queries)
         mixed = mixed + weights[..., reach:] @ blocks(v)
         mixed = mixed.unflatten(3, (slots, groups)).permute(0, 2, 3, 1, 4, 5).flatten(0, 1)
         return mixed.index_select(0, layout.where).reshape(-1, config.num_heads, mixed.shape[-1])
+
+
+@fused
+def _weights(past: Tensor, own: Tensor, hidden: Tensor) -> Tensor:
+    """Attention weights over the context and the block itself, from their scores; what is ``hidden`` gets none."""
+    scores = torch.cat([past.float().masked_fill(hidden, -torch.inf), own.float()], -1)
+    return scores.softmax(-1).to(past.dtype)
 
 
 class AutoregressiveAttention:

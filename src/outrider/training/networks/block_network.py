@@ -102,10 +102,11 @@ class TrainableBlock(TrainableNet):
     def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
         """Anchors: answer tokens that another one follows. Rows: the positions that verify their drafts."""
         chosen: list[int] = []
-        answers = texts.answers.tolist()
+        answers = texts.answers.numpy()
+        followed = answers[:-1] & answers[1:]
         for key, (begin, end) in zip(texts.keys, texts.spans(), strict=True):
             # An anchor at a text's beginning has no context at all, which never happens in drafting.
-            possible = [i for i in range(begin + 1, end - 1) if answers[i] and answers[i + 1]]
+            possible = (followed[begin + 1 : end - 1].nonzero()[0] + (begin + 1)).tolist()
             if len(possible) > self.weights.anchors:
                 possible = sorted(random.Random(f"{key} {epoch}").sample(possible, self.weights.anchors))
             chosen += possible

@@ -7,6 +7,7 @@ T packed tokens, D model width, H heads, Hkv key/value heads, Dh head width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outrider.config import LayerConfig, RopeConfig, StackConfig
+from outrider.training.networks.fused import fused
 
 __all__ = ["Attention", "LearnedLayer", "LearnedStack", "Norm", "linear"]
 
@@ -74,20 +76,33 @@ class LearnedLayer(nn.Module):
 
     def forward(self, x: Tensor, wide: Tensor | None, angles: Angles, attend: Attention) -> Tensor:
         """[T, D] -> [T, D]. ``wide`` replaces the normalised attention input (EAGLE-3)."""
+        return self._after(x, attend(self.index, self.config, *self._before(x, wide, angles)))
+
+    @fused
+    def _before(self, x: Tensor, wide: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values. [T, D], [T, W] or None -> [T, H, Dh], [T, Hkv, Dh], [T, Hkv, Dh]"""
         if wide is None:
             assert self.input_norm is not None
             wide = self.input_norm(x)
         q = self._heads(self.q(wide))
-        q = _rotate(q if self.q_norm is None else self.q_norm(q), angles)
-        mixed = self.o(attend(self.index, self.config, q, *self.keys_values(wide, angles)).flatten(1))
+        return _rotate(q if self.q_norm is None else self.q_norm(q), angles), *self._keys_values(wide, angles)
+
+    @fused
+    def _after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What attention has mixed and the MLP, added to the residual. [T, D], [T, H, Dh] -> [T, D]"""
+        mixed = self.o(mixed.flatten(1))
         x = x + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed))
         y = self.mlp_norm(x)
         y = self.down(self.activation(self.gate(y)) * self.up(y))
         x = x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
         return x * self.config.layer_scalar if self.config.layer_scalar != 1.0 else x
 
+    @fused
     def keys_values(self, wide: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """[T, D] -> keys, rotated, and values, each [T, Hkv, Dh]."""
+        return self._keys_values(wide, angles)
+
+    def _keys_values(self, wide: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         raw = self._heads(self.k(wide))
         v = raw if self.v is None else self._heads(self.v(wide))
         if self.config.v_norm:
@@ -95,7 +110,7 @@ class LearnedLayer(nn.Module):
         return _rotate(raw if self.k_norm is None else self.k_norm(raw), angles), v
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim))
+        return x.view(*x.shape[:-1], -1, self.config.head_dim)
 
 
 class LearnedStack(nn.Module):
@@ -119,7 +134,7 @@ class LearnedStack(nn.Module):
 
     def angles(self, positions: Tensor) -> dict[RopeConfig, Angles]:
         """Cosines and sines of every layer's kind. int64 [T]"""
-        return {layer.rope: _angles(layer.rope, positions) for layer in self.config.layers}
+        return {rope: _angles(rope, positions) for rope in {layer.rope for layer in self.config.layers}}
 
 
 def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
@@ -132,10 +147,15 @@ def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
 
 
 def _angles(config: RopeConfig, positions: Tensor) -> Angles:
-    frequencies = torch.tensor(config.inverse_frequencies, dtype=torch.float64, device=positions.device)
-    angles = positions[:, None].double() * frequencies
+    angles = positions[:, None].double() * _frequencies(config, positions.device)
     cos, sin = (angles.cos() * config.scale).float(), (angles.sin() * config.scale).float()
     return torch.cat([cos, cos], 1)[:, None], torch.cat([-sin, sin], 1)[:, None]
+
+
+@cache
+def _frequencies(config: RopeConfig, device: torch.device) -> Tensor:
+    """Kept, since bringing them to a device waits for all that it is doing."""
+    return torch.tensor(config.inverse_frequencies, dtype=torch.float64, device=device)
 
 
 def _rotate(x: Tensor, angles: Angles) -> Tensor:
