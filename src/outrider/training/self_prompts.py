@@ -161,12 +161,12 @@ class _Kept:
                 "install it: pip install 'outrider[train]'"
             ) from None
         self.texts: list[str] = []
-        self._hash = MinHash
+        self._empty = MinHash(num_perm=PERMUTATIONS)  # copied, since making one draws its permutations anew
         self._index: Any = MinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS)
 
     def add(self, text: str) -> str | None:
         """Keep a text; the reason where it is not kept."""
-        sketch = self._hash(num_perm=PERMUTATIONS)
+        sketch = self._empty.copy()
         sketch.update_batch([triple.encode() for triple in set(_triples(text))])
         if self._index.query(sketch):
             return "nearly the same as another"
