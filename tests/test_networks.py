@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from outrider.training.networks import (
     TrainableBlock,
 )
 from outrider.training.networks.batch import FeatureBatch, TokenBatch
-from outrider.training.networks.block_attention import BlockAttention
+from outrider.training.networks.block_attention import AutoregressiveAttention, BlockAttention
 from outrider.training.networks.initial import mask_token, spread_aux_layers
 from outrider.training.target_runner import TargetRunner
 from outrider.types import RaggedBatch, TargetModel
@@ -243,6 +245,57 @@ def test_all_texts_in_one_product_have_the_same_mask(window: int | None) -> None
     torch.testing.assert_close(attention._padded(layer, *given), attention._by_text(layer, *given))
 
 
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("window", [None, 3])
+def test_all_texts_in_one_product_give_the_same_draft_steps(window: int | None, heads: int) -> None:
+    generator = torch.Generator().manual_seed(6)
+    packed = TokenBatch(torch.zeros(32).long(), torch.tensor([0, 13, 14, 32]), torch.ones(32).bool(), (0, 1, 2))
+    layers = [LayerConfig(heads, 2, 8, 32, RopeConfig((1.0,) * 4), window=some) for some in (window, 5, None)]
+    drawn: list[torch.Tensor] = []
+
+    def draw(count: int) -> torch.Tensor:
+        drawn.append(torch.randn(32, count, 8, generator=generator).requires_grad_())
+        return drawn[-1]
+
+    given = [(index, layer, draw(heads), draw(2), draw(2)) for _ in range(5) for index, layer in enumerate(layers)]
+    apart, together = (AutoregressiveAttention(packed, torch.device("cpu")) for _ in range(2))
+    expected = torch.stack([apart._by_text(*step) for step in given])
+    got = torch.stack([together._padded(*step) for step in given])
+    torch.testing.assert_close(got, expected)
+
+    slope = torch.randn(got.shape, generator=generator)
+    gradients = torch.autograd.grad((expected * slope).sum(), drawn)
+    for gradient, right in zip(torch.autograd.grad((got * slope).sum(), drawn), gradients, strict=True):
+        torch.testing.assert_close(gradient, right)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [Eagle3Training(depth=3, draft_vocab=9, loss={"cross_entropy": 0.5, "total_variation": 0.5}), MTPTraining()],
+    ids=["eagle3", "mtp"],
+)
+def test_a_step_on_a_device_never_waits_for_it(
+    training: Any, target: TargetModel, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of the device "meta" hold no values: whatever reads one, or has a size that depends on one, fails."""
+    module = training.start(target, config, VOCABULARY, counts=lambda: torch.arange(target.spec.vocab_size))
+    batch, meta = TargetRunner(target, 64).batch(texts(), module, epoch=0), torch.device("meta")
+    expected = module.loss(batch)
+    for name in ("autoregressive_network", "block_attention"):
+        monkeypatch.setattr(f"outrider.training.networks.{name}.send", lambda tensor, device: tensor.to(device))
+    embedding = torch.empty(target.spec.vocab_size, target.spec.hidden_size)
+    for name, value in {**vars(module.frozen), "_embedding": embedding}.items():
+        if isinstance(value, torch.Tensor):
+            monkeypatch.setattr(module.frozen, name, value.to(meta))
+    with meta:
+        got = module.to(meta)(replace(batch, features=batch.features.to(meta), logits=batch.logits.to(meta)))
+        got.total.backward()
+
+    assert got.total.device == got.weight.device == meta
+    assert got.parts.keys() == expected.parts.keys()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 # ------------------------------------------------------------------------------------------------ choices
 
 
@@ -282,6 +335,33 @@ def test_anchors_depend_on_the_text_and_the_epoch_alone(target: TargetModel, con
     assert torch.equal(inside, alone.anchors)
     assert not torch.equal(first.anchors, later.anchors)
     assert all(bool(first.texts.answers[a]) for a in first.anchors)
+
+
+@pytest.mark.parametrize("starts", [None, 4])
+def test_drafting_starts_where_it_reaches_an_answer(
+    starts: int | None, target: TargetModel, config: dict[str, Any]
+) -> None:
+    """One text after the other, by the definition."""
+    module = Eagle3Training(depth=3, loss={"starts": starts}).start(target, config, VOCABULARY)
+    draw = random.Random(7)
+    for epoch in range(50):
+        offsets = torch.tensor([0, *(draw.randint(1, 12) for _ in range(draw.randint(1, 5)))]).cumsum(0)
+        share = draw.choice([0.0, 0.2, 1.0])
+        answers = torch.tensor([draw.random() < share for _ in range(int(offsets[-1]))])
+        packed = TokenBatch(torch.zeros(len(answers)).long(), offsets, answers, tuple(range(len(offsets) - 1)))
+        anchors, rows = [], set()
+        for key, (begin, end) in zip(packed.keys, packed.spans(), strict=True):
+            first = next((i for i in range(begin, end) if answers[i]), end)
+            possible = [i for i in range(begin, end - 1) if i > first - 3]
+            if starts is not None and len(possible) > starts:
+                possible = sorted(random.Random(f"{key} {epoch}").sample(possible, starts))
+            anchors += possible
+            # Step k is trained where the token it reads last is an answer's, up to the text's last.
+            rows |= {i + k + 1 for i in possible for k in range(3) if i + k + 1 < end and answers[i + k]}
+        got = module.wanted(packed, epoch)
+
+        assert got[0].tolist() == anchors
+        assert got[1].tolist() == sorted(rows)
 
 
 def test_every_trainable_kind_is_in_the_catalogue() -> None:

@@ -4,13 +4,13 @@ EAGLE-3, arXiv 2503.01840, section 3.2: training runs as many steps as drafting 
 reads the hidden state of the step before it instead of the target's features, and attends to what is in the KV cache
 when it drafts. Multi-token prediction (DeepSeek-V3 report, section 2.2) differs only in its first projection.
 
-N packed tokens, A starts, n drafts that count, D width, F feature width, Vd draft vocabulary.
+N packed tokens, A starts, K steps, n drafts that count in all steps, D width, F feature width, Vd draft vocabulary.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from outrider.config import build
 from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.drafters.mtp_design import MTPDesign
 from outrider.training.networks.base import TrainableNet
-from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
+from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch, send
 from outrider.training.networks.block_attention import AutoregressiveAttention
 from outrider.training.networks.initial import Counts, draft_decoder, new_checkpoint, with_draft_vocabulary
 from outrider.training.networks.losses import divergence
@@ -44,6 +44,21 @@ class AutoregressiveLoss:
     decay: float = 0.8
     starts: int | None = None
     """The most positions of a text, in one epoch, from which drafting is trained; None: all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Indices of a batch's draft steps, on the features' device: worked out on the CPU, so that no step waits for
+    it. Drafts that count are step by step."""
+
+    attention: AutoregressiveAttention
+    counts: list[int]  # K            drafts that count in each step
+    tokens: Tensor  # int64 [K N]     what each step reads at each position
+    positions: Tensor  # int64 [K N]  positions in their texts
+    counted: Tensor  # int64 [n]      where drafting started, among the packed tokens
+    rows: Tensor  # int64 [n]         the row of the target's logits that verifies each
+    drafted: Tensor  # int64 [n]      its token
+    weight: Tensor  # float32 [n]     of its step
 
 
 class TrainableAutoregressive(TrainableNet):
@@ -69,57 +84,76 @@ class TrainableAutoregressive(TrainableNet):
 
     def wanted(self, texts: TokenBatch, epoch: int) -> tuple[Tensor, Tensor]:
         """Anchors: positions whose features drafting starts from. Rows: the positions that verify its drafts."""
+        answers = texts.answers.nonzero()[:, 0]
+        begins, ends = texts.offsets[:-1], texts.offsets[1:]
+        after = torch.cat([answers, ends[-1:]])[torch.searchsorted(answers, begins)]  # where the next answer begins
+        firsts = (torch.minimum(after, ends) - self.design.drafts + 1).maximum(begins)
         chosen: list[int] = []
-        for key, (begin, end) in zip(texts.keys, texts.spans(), strict=True):
-            answers = texts.answers[begin:end].nonzero()[:, 0]
-            first = begin + int(answers[0]) if len(answers) else end
-            possible = list(range(max(begin, first - self.design.drafts + 1), end - 1))
+        for key, first, end in zip(texts.keys, firsts.tolist(), ends.tolist(), strict=True):
+            possible: Sequence[int] = range(first, end - 1)
             if self.weights.starts is not None and len(possible) > self.weights.starts:
                 possible = sorted(random.Random(f"{key} {epoch}").sample(possible, self.weights.starts))
             chosen += possible
         anchors = torch.tensor(chosen, dtype=torch.int64)
-        rows = [anchors[self._valid(texts, anchors, k)] + k + 1 for k in range(self.design.drafts)]
-        return anchors, torch.cat(rows).unique()
+        steps, which = self._valid(texts, anchors, torch.arange(self.design.drafts)[:, None]).nonzero(as_tuple=True)
+        return anchors, (anchors[which] + steps + 1).unique()
 
     def loss(self, batch: FeatureBatch) -> Loss:
         """Sums over all drafts, each with its step's weight."""
-        batch = batch.together()
-        texts, weights = batch.texts, self.weights
-        starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
-        positions = torch.arange(len(texts.tokens)) - starts
-        last = len(texts.tokens) - 1
-        attention, state = AutoregressiveAttention(texts), self._condition(batch.features)
-        distributions = self.frozen.distribution(batch.logits)
-        parts = {name: torch.zeros(()) for name in ("soft_cross_entropy", "cross_entropy", "total_variation")}
-        accepted, weight = torch.zeros(()), 0.0
-        for k in range(self.design.drafts):
-            following = texts.tokens[(torch.arange(len(texts.tokens)) + k + 1).clamp(max=last)]
-            x, wide = self._fuse(self.frozen.embed(following), state)
-            raw, normed = self.stack(x, positions + k, attention, wide)
+        weights, steps = self.weights, self._steps(batch)
+        state, distributions = self._condition(batch.features), self.frozen.distribution(batch.logits)
+        embedded = self.embed_norm(self.frozen.embed(steps.tokens)).chunk(self.design.drafts)
+        positions = steps.positions.chunk(self.design.drafts)
+        drafts = [
+            part.split(steps.counts) for part in (steps.counted, steps.rows, self.frozen.draft_ids(steps.drafted))
+        ]
+        measured = []
+        for k, (counted, rows, drafted) in enumerate(zip(*drafts, strict=True)):
+            x, wide = self._fuse(embedded[k], state)
+            raw, normed = self.stack(x, positions[k], steps.attention, wide)
             state = normed if self._feeds_normed else raw
-            valid = batch.anchors[self._valid(texts, batch.anchors, k)]
-            rows = valid + k + 1  # the target's distribution of this draft
-            index = torch.searchsorted(batch.rows, rows)
-            drafted = self.frozen.draft_ids(texts.tokens[(rows + 1).clamp(max=last)])
-            hard, variation, soft = divergence(self.frozen.unembed(normed[valid]), distributions, index, drafted)
-            step = weights.decay**k
-            for name, term in (("soft_cross_entropy", soft), ("cross_entropy", hard), ("total_variation", variation)):
-                parts[name] = parts[name] + step * term.sum()
-            accepted = accepted + step * (1 - variation.detach() / 2).sum()
-            weight += step * len(rows)
-        total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
-        shown = {name: part.detach() for name, part in parts.items()} | {"acceptance": accepted}
-        return Loss(total, shown, torch.tensor(weight))
+            # Step by step, as all steps' logits at once would take too much memory.
+            logits = self.frozen.unembed(normed.index_select(0, counted))
+            measured.append(divergence(logits, distributions, rows, drafted))
+        hard, variation, soft = (torch.cat(step) for step in zip(*measured, strict=True))
+        terms = {"soft_cross_entropy": soft, "cross_entropy": hard, "total_variation": variation}
+        weight = steps.weight
+        parts = {name: (weight * term).sum() for name, term in terms.items()}
+        used = [getattr(weights, name) * part for name, part in parts.items() if getattr(weights, name)]
+        parts["acceptance"] = (weight * (1 - variation / 2)).sum()
+        return Loss(torch.stack(used).sum(), {name: part.detach() for name, part in parts.items()}, weight.sum())
 
     # -------------------------------------------------------------------------------------------- parts
+
+    def _steps(self, batch: FeatureBatch) -> _Steps:
+        texts, anchors, device = batch.texts, batch.anchors, batch.features.device
+        with torch.device("cpu"):
+            every, last = torch.arange(self.design.drafts)[:, None], len(texts.tokens) - 1
+            starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
+            packed = torch.arange(len(texts.tokens))
+            valid = self._valid(texts, anchors, every)
+            steps, which = valid.nonzero(as_tuple=True)
+            counted = anchors[which]
+            rows = counted + steps + 1  # the target's distribution of each draft
+            indices = (
+                texts.tokens[(packed + every + 1).clamp(max=last)].flatten(),
+                (packed - starts + every).flatten(),
+                counted,
+                torch.searchsorted(batch.rows, rows),
+                texts.tokens[(rows + 1).clamp(max=last)],
+                self.weights.decay ** steps.float(),
+            )
+            attention = AutoregressiveAttention(texts, device)
+        return _Steps(attention, valid.sum(1).tolist(), *(send(index, device) for index in indices))
 
     @property
     def _feeds_normed(self) -> bool:
         return isinstance(self.design, Eagle3Design) and self.design.norm_output
 
     @staticmethod
-    def _valid(texts: TokenBatch, anchors: Tensor, step: int) -> Tensor:
-        """Anchors whose draft at this step is an answer's token inside the same text. bool [A]"""
+    def _valid(texts: TokenBatch, anchors: Tensor, step: Tensor | int) -> Tensor:
+        """Anchors whose draft at this step is an answer's token inside the same text. One step -> bool [A],
+        int64 [K, 1] -> bool [K, A]"""
         ends = texts.ends(anchors)
         at = (anchors + step).clamp(max=len(texts.tokens) - 1)
         return (anchors + step + 1 < ends) & texts.answers[at]
@@ -136,9 +170,9 @@ class TrainableAutoregressive(TrainableNet):
         state: Tensor = self.fc(features)
         return state
 
-    def _fuse(self, embedding: Tensor, state: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The residual stream, and the attention input where it differs. [N, D], [N, D]"""
-        embedded, normed = self.embed_norm(embedding), self.hidden_norm(state)
+    def _fuse(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual stream, and the attention input where it differs; the embedding is normalised. [N, D], [N, D]"""
+        normed = self.hidden_norm(state)
         both = torch.cat([embedded, normed], -1)
         if isinstance(self.design, MTPDesign):
             return self.fc(both), None

@@ -1,6 +1,7 @@
 """Attention masks of drafters in training, exact over packed texts; most masked products are not computed.
 
-N packed tokens, A anchors, S slots of a block, H heads, Hkv key/value heads, G = H / Hkv, Dh head width.
+N packed tokens, T texts, L the longest, A anchors, S slots of a block, H heads, Hkv key/value heads, G = H / Hkv,
+Dh head width, s earlier draft steps.
 """
 
 from __future__ import annotations
@@ -158,16 +159,28 @@ class AutoregressiveAttention:
     """Draft step k attends to the first step's keys up to where drafting started, and to its own earlier steps: what is
     in its KV cache when it drafts (EAGLE-3, training-time test)."""
 
-    def __init__(self, texts: TokenBatch) -> None:
-        self._texts = texts
-        self._keys: list[list[tuple[Tensor, Tensor]]] = []  # layer -> step -> keys and values [N, Hkv, Dh]
+    def __init__(self, texts: TokenBatch, device: torch.device) -> None:
+        """``device``: where attention is computed; texts are on the CPU."""
+        self._texts, self._device = texts, device
+        # layer -> step -> keys and values: [N, Hkv, Dh] text by text, [T, Hkv, L, Dh] padded
+        self._keys: list[list[tuple[Tensor, Tensor]]] = []
+        self._masks: dict[tuple[int | None, int], Tensor] = {}  # by window and step: what is not seen, padded
 
     def __call__(self, layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The next step of a layer. [N, H, Dh], [N, Hkv, Dh], [N, Hkv, Dh] -> [N, H, Dh]"""
+        attend = self._by_text if self._device.type == "cpu" else self._padded
+        return attend(layer, config, q, k, v)
+
+    def _steps(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The layer's keys and values of all steps, this one's included."""
         if layer == len(self._keys):
             self._keys.append([])
-        steps = self._keys[layer]
-        steps.append((k, v))
+        self._keys[layer].append((k, v))
+        return self._keys[layer]
+
+    def _by_text(self, layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Text by text, so that no text is compared with another's keys."""
+        steps = self._steps(layer, k, v)
         groups = config.num_heads // config.num_kv_heads
         out = []
         for begin, end in self._texts.spans():
@@ -186,11 +199,68 @@ class AutoregressiveAttention:
             out.append(mixed.transpose(0, 1).reshape(count, config.num_heads, -1))
         return torch.cat(out)
 
-    @staticmethod
-    def _hidden(count: int, step: int, window: int | None) -> Tensor:
-        """bool [n, 1, n]"""
-        keys = torch.arange(count)
+    def _hidden(self, count: int, step: int, window: int | None) -> Tensor:
+        """Which positions of the first step a query does not see: bool [n, 1, n]"""
+        keys = torch.arange(count, device=self._device)
         hidden = keys > keys[:, None]
         if window is not None:
             hidden = hidden | (keys[:, None] + step - keys >= window)
         return hidden[:, None]
+
+    @cached_property
+    def _layout(self) -> tuple[int, Tensor]:
+        """L, and where each packed token is among texts padded at their ends. int64 [N]"""
+        with torch.device("cpu"):
+            lengths = self._texts.offsets.diff()
+            # Tensor cores want rows that begin at multiples of 16 bytes.
+            longest = -(-int(lengths.max()) // 8) * 8
+            where = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
+        return longest, send(where, self._device)
+
+    def _padded(self, layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All texts in one product, each padded to the longest: few kernels for a device.
+
+        Every text begins at position 0, so one causal mask serves them all and hides what is padded.
+        """
+        longest, where = self._layout
+        dtype = v.dtype
+
+        def by_head(x: Tensor) -> Tensor:
+            """[N, heads, Dh] -> [T, Hkv, L, heads / Hkv, Dh]"""
+            padded = x.new_zeros(len(self._texts.keys) * longest, *x.shape[1:]).index_copy_(0, where, x)
+            grouped = padded.view(-1, longest, config.num_kv_heads, x.shape[1] // config.num_kv_heads, x.shape[2])
+            return grouped.transpose(1, 2).contiguous()
+
+        queries = by_head((q * config.scale).to(dtype))
+        steps = self._steps(layer, by_head(k.to(dtype)).squeeze(3), by_head(v).squeeze(3))
+        keys = values = None
+        if len(steps) > 1:
+            keys, values = (torch.stack(parts, 3) for parts in zip(*steps[1:], strict=True))
+        mixed = _mixed_steps(queries, *steps[0], self._mask(longest, len(steps) - 1, config.window), keys, values)
+        return mixed.transpose(1, 2).reshape(-1, config.num_heads, mixed.shape[-1]).index_select(0, where)
+
+    def _mask(self, longest: int, step: int, window: int | None) -> Tensor:
+        """``_hidden`` of padded texts, kept for other layers and, without a window, other steps."""
+        key = window, 0 if window is None else step
+        if key not in self._masks:
+            self._masks[key] = self._hidden(longest, step, window)
+        return self._masks[key]
+
+
+def _mixed_steps(
+    queries: Tensor, first_k: Tensor, first_v: Tensor, hidden: Tensor, keys: Tensor | None, values: Tensor | None
+) -> Tensor:
+    """Padded texts over the first step, and over the later ones at each query's own position. Queries are scaled.
+
+    [T, Hkv, L, G, Dh], the first step's [T, Hkv, L, Dh], what is not seen of it [L, 1, L], the later steps'
+    [T, Hkv, L, s, Dh] or None -> [T, Hkv, L, G, Dh]
+    """
+    scores = (queries.flatten(2, 3) @ first_k.transpose(2, 3)).view(*queries.shape[:4], -1)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if keys is None or values is None:
+        weights = scores.softmax(-1, dtype=torch.float32).to(first_v.dtype)
+        return (weights.flatten(2, 3) @ first_v).view_as(queries)
+    scores = torch.cat([scores, (queries.unsqueeze(4) * keys.float().unsqueeze(3)).sum(-1)], -1)
+    past, own = scores.softmax(-1, dtype=torch.float32).split([first_k.shape[2], keys.shape[3]], -1)
+    mixed = (past.to(first_v.dtype).flatten(2, 3) @ first_v).view_as(queries)
+    return mixed + (own.unsqueeze(5) * values.float().unsqueeze(3)).sum(4).to(mixed.dtype)
