@@ -26,7 +26,7 @@ from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.engine.llm import LLM
 from outrider.engine.request import Request
-from outrider.errors import ArtefactError
+from outrider.errors import ArtefactError, InvalidRequest
 from outrider.models.decoder import end_tokens, sampling_defaults
 from outrider.models.loading import load_tokenizer, model_config
 from outrider.models.locations import resolve_model
