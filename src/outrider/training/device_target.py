@@ -135,8 +135,9 @@ class DeviceTarget:
         found = torch.full((len(prompts), most), -1, device=self.device)
         rows = torch.arange(len(prompts), device=self.device)  # of ``found`` that are still being answered
         running = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
+        vocabulary = torch.arange(self.config.vocab_size, device=self.device)
         for step in range(most):
-            tokens = _draw(logits, temperatures[rows], keys[rows, step])
+            tokens = _draw(logits, temperatures[rows], keys[rows, step], vocabulary)
             found[rows, step] = torch.where(running, tokens, -1)
             running = running & ~stop[tokens]
             if step + 1 == most:
@@ -198,11 +199,11 @@ def _keys(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], mo
 
 
 @fused
-def _draw(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
+def _draw(logits: Tensor, temperatures: Tensor, keys: Tensor, vocabulary: Tensor) -> Tensor:
     """One token a row: greedy at temperature 0, else by Gumbel-max. [B, V], [B], int64 [B] -> [B]"""
     sampled = temperatures > 0
     scale = torch.where(sampled, temperatures, 1.0)[:, None]
-    noise = gumbel(keys, None, logits.shape[1]).float()
+    noise = gumbel(keys, vocabulary, logits.shape[1]).float()
     return torch.where(sampled[:, None], logits / scale + noise, logits).argmax(-1)
 
 
