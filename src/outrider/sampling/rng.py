@@ -158,7 +158,8 @@ _SHARED = purpose_word("", True)
 # ------------------------------------------------------------------------------------------------ Gumbel values
 
 
-_SIGNED_G, _SIGNED_M1, _SIGNED_M2 = (int(word.astype(np.int64)) for word in (_G, _M1, _M2))  # as torch has words
+def _signed(word: np.uint64) -> int:
+    return int(word.astype(np.int64))
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:
@@ -173,9 +174,9 @@ def gumbel(keys: Tensor, ids: Tensor | None, vocab_size: int) -> Tensor:
     """
     if ids is None:
         ids = torch.arange(vocab_size, device=keys.device)
-    x = keys[:, None] + (ids + 1) * _SIGNED_G  # int64 arithmetic wraps: the same words as unsigned
-    x = (x ^ _logical_shift(x, 30)) * _SIGNED_M1
-    x = (x ^ _logical_shift(x, 27)) * _SIGNED_M2
+    x = keys[:, None] + (ids + 1) * _signed(_G)  # int64 arithmetic wraps: the same words as unsigned
+    x = (x ^ _logical_shift(x, 30)) * _signed(_M1)
+    x = (x ^ _logical_shift(x, 27)) * _signed(_M2)
     x = x ^ _logical_shift(x, 31)
     word = _logical_shift(x, 32).double() * 2.0**32 + (x & 0xFFFFFFFF).double()  # one rounding: double(x)
     u = ((word + 0.5) * 2.0**-64).clamp_max_(1 - 2.0**-53)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from outrider.config import LayerConfig, SamplingParams
 from outrider.errors import InvalidRequest
@@ -27,8 +26,7 @@ from outrider.sampling.rng import RowRng, gumbel
 from outrider.training.conversations import Answerer, ChatTurn, Settings
 from outrider.training.dataset import Text, pack
 from outrider.training.networks.batch import FeatureBatch, TrainableDrafter, send
-from outrider.training.networks.fused import fused
-from outrider.training.networks.stack import LearnedLayer, LearnedStack
+from outrider.training.networks.stack import Angles, Attention, LearnedLayer, LearnedStack, rotate
 
 __all__ = ["DeviceRunner", "DeviceTarget", "check_device", "device_answers"]
 
@@ -67,10 +65,8 @@ class DeviceTarget:
             self._stack = LearnedStack(self.config).eval().requires_grad_(False)
             for name, parameter in self._stack.named_parameters():
                 parameter.copy_(weights[name])
-        for module in self._stack.modules():
-            if isinstance(module, nn.Linear):  # norms stay in float32
-                module.to(dtype)
         self._stack.to(device)
+        self._layers = [_FrozenLayer(cast(LearnedLayer, layer), dtype) for layer in self._stack.layers]
         with torch.device("cpu"):
             matrices = {name: weights[name] for name in ("embed.weight", "head.weight") if name in weights}
         self._embedding = matrices["embed.weight"].to(device, dtype)
@@ -103,16 +99,12 @@ class DeviceTarget:
         """Raw residual after each auxiliary layer, and states after the final norm. int64 [N], int64 [N]"""
         x = self.embed(tokens)
         auxiliary = {-1: x}
-        with self._narrow():
-            angles = self._stack.angles(positions)
-            for index, layer in enumerate(self._stack.layers):
-                x = cast(LearnedLayer, layer)(x, None, angles[self.config.layers[index].rope], attend)
-                if index in aux_layers:
-                    auxiliary[index] = x
+        angles = self._stack.angles(positions)
+        for index, layer in enumerate(self._layers):
+            x = layer(x, angles[self.config.layers[index].rope], attend)
+            if index in aux_layers:
+                auxiliary[index] = x
         return auxiliary, self._stack.norm(x)
-
-    def _narrow(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype is torch.bfloat16)
 
     # -------------------------------------------------------------------------------------------- answers
 
@@ -173,6 +165,40 @@ class DeviceTarget:
         return torch.cat(logits)
 
 
+class _FrozenLayer:
+    """A ``LearnedLayer`` without gradients, in few operations: calling them takes a device longer than their work."""
+
+    def __init__(self, layer: LearnedLayer, dtype: torch.dtype) -> None:
+        """Takes the layer's matrices: those with the same input become one."""
+        self._layer, self._dtype = layer, dtype
+        inputs = [layer.q, layer.k] if layer.v is None else [layer.q, layer.k, layer.v]
+        self._qkv = torch.cat([matrix.weight for matrix in inputs]).to(dtype)
+        self._gate_up = torch.cat([layer.gate.weight, layer.up.weight]).to(dtype)
+        for matrix in (*inputs, layer.gate, layer.up):
+            matrix.weight.data = matrix.weight.data.new_empty(0)
+        for matrix in (layer.o, layer.down):
+            matrix.to(dtype)
+
+    def __call__(self, x: Tensor, angles: Angles, attend: Attention) -> Tensor:
+        """float32 [T, D] -> [T, D]"""
+        layer, config = self._layer, self._layer.config
+        assert layer.input_norm is not None
+        heads = F.linear(layer.input_norm(x).to(self._dtype), self._qkv).view(len(x), -1, config.head_dim)
+        queries, keys = config.num_heads, config.num_heads + config.num_kv_heads
+        turned, v = heads[:, :keys], heads[:, queries:keys] if layer.v is None else heads[:, keys:]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            turned = torch.cat([layer.q_norm(turned[:, :queries]), layer.k_norm(turned[:, queries:])], 1)
+        if config.v_norm:
+            v = F.rms_norm(v.float(), (config.head_dim,), eps=layer.mlp_norm.eps).to(self._dtype)
+        turned = rotate(turned, angles).to(self._dtype)
+        mixed = layer.o(attend(layer.index, config, turned[:, :queries], turned[:, queries:], v).flatten(1))
+        x = x + (mixed if layer.attention_out_norm is None else layer.attention_out_norm(mixed))
+        gate, up = F.linear(layer.mlp_norm(x).to(self._dtype), self._gate_up).chunk(2, -1)
+        y = layer.down(layer.activation(gate) * up)
+        x = x + (y if layer.mlp_out_norm is None else layer.mlp_out_norm(y))
+        return x * config.layer_scalar if config.layer_scalar != 1.0 else x
+
+
 def _padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, int]:
     """Where each packed token is among texts padded at the end to the longest. -> int64 [N], L"""
     length = max(map(len, texts))
@@ -198,7 +224,6 @@ def _keys(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], mo
         return rng.token_keys(rows, positions, "own").view(len(params), most)
 
 
-@fused
 def _draw(logits: Tensor, temperatures: Tensor, keys: Tensor, vocabulary: Tensor) -> Tensor:
     """One token a row: greedy at temperature 0, else by Gumbel-max. [B, V], [B], int64 [B] -> [B]"""
     sampled = temperatures > 0
@@ -215,7 +240,8 @@ class _Causal:
 
     def __call__(self, layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[N, H, Dh], [N, Hkv, Dh], [N, Hkv, Dh] -> [N, H, Dh]"""
-        q, k, v = (self._pad(x, v.dtype) for x in (q, k, v))
+        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        q, k, v = self._pad(torch.cat([q, k, v], 1)).split(heads, 1)
         if self.cache is not None:
             rows = slice(self.first, self.first + self.rows)
             self.cache.keys[layer][rows, :, : self.length] = k
@@ -228,12 +254,11 @@ class _Causal:
         mixed = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=config.scale, enable_gqa=True
         )
-        return mixed.transpose(1, 2).flatten(0, 1)[self.where]
+        return mixed.transpose(1, 2).flatten(0, 1).index_select(0, self.where)
 
-    def _pad(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _pad(self, x: Tensor) -> Tensor:
         """[N, heads, Dh] -> [B, heads, L, Dh]"""
-        out = x.new_zeros(self.rows * self.length, *x.shape[1:], dtype=dtype)
-        out[self.where] = x.to(dtype)
+        out = x.new_zeros(self.rows * self.length, *x.shape[1:]).index_copy_(0, self.where, x)
         return out.view(self.rows, self.length, *x.shape[1:]).transpose(1, 2)
 
 
@@ -262,13 +287,13 @@ class _Cache:
 
         def attend(layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, self.lengths] = k.to(keys.dtype)
-            values[rows, :, self.lengths] = v.to(values.dtype)
+            keys[rows, :, self.lengths] = k
+            values[rows, :, self.lengths] = v
             mask = visible
             if config.window is not None:
                 mask = mask & (self.lengths[:, None] - seen < config.window)[:, None, None]
             # The queries that share keys stand where others have their tokens.
-            grouped = q.to(keys.dtype).unflatten(1, (config.num_kv_heads, -1))
+            grouped = q.unflatten(1, (config.num_kv_heads, -1))
             near = keys[:, :, :reach], values[:, :, :reach]
             return F.scaled_dot_product_attention(grouped, *near, mask, scale=config.scale).flatten(1, 2)
 

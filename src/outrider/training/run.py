@@ -122,7 +122,9 @@ def trainable(
         return module
     with torch.device("cpu"):
         given = checkpoints.load(config.start_from)
-    module = options.start(target, facts, llm.tokenizer.vocabulary, None, lambda: given.drafted)
+        drafted = given.drafted
+    drafted = drafted.to(torch.get_default_device())
+    module = options.start(target, facts, llm.tokenizer.vocabulary, None, lambda: drafted)
     fill(module, given, config.start_from)
     return module
 

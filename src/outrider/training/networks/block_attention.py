@@ -14,7 +14,6 @@ from torch import Tensor
 
 from outrider.config import LayerConfig
 from outrider.training.networks.batch import TokenBatch, send
-from outrider.training.networks.fused import fused
 
 __all__ = ["AutoregressiveAttention", "BlockAttention"]
 
@@ -148,7 +147,6 @@ class BlockAttention:
         return mixed.index_select(0, layout.where).reshape(-1, config.num_heads, mixed.shape[-1])
 
 
-@fused
 def _weights(past: Tensor, own: Tensor, hidden: Tensor) -> Tensor:
     """Attention weights over the context and the block itself, from their scores; what is ``hidden`` gets none."""
     scores = torch.cat([past.float().masked_fill(hidden, -torch.inf), own.float()], -1)

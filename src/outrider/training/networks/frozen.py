@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.training.networks.fused import fused
 from outrider.types import TargetModel
 
 __all__ = ["Frozen", "fill"]
@@ -58,7 +57,8 @@ class Frozen:
 
     def distribution(self, logits: Tensor) -> Tensor:
         """The target's distribution at temperature 1 of the tokens that can be drafted. [n, V] -> [n, Vd]"""
-        return _distribution(logits, self._ids)
+        distribution = logits.float().softmax(-1)
+        return distribution if self._ids is None else distribution[:, self._ids]
 
     def draft_ids(self, tokens: Tensor) -> Tensor:
         """Draft ids of target ids, -1 where there is none. int64 [n] -> [n]"""
@@ -92,12 +92,6 @@ class Frozen:
         every = torch.arange(checkpoint.vocab_size)
         frozen = {"embed.weight": self.embed(every) / self._scale, "head.weight": self.head}
         return replace(checkpoint, tensors={**frozen, **checkpoint.tensors})
-
-
-@fused
-def _distribution(logits: Tensor, ids: Tensor | None) -> Tensor:
-    distribution = logits.float().softmax(-1)
-    return distribution if ids is None else distribution[:, ids]
 
 
 def fill(module: nn.Module, checkpoint: DraftCheckpoint, name: str) -> None:

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from outrider.training.networks.fused import fused
-
 __all__ = ["Divergence", "divergence", "negative_log_acceptance", "position_weights"]
 
 PART = 2**17  # logits worked on at a time
@@ -53,9 +51,12 @@ class _Divergence(torch.autograd.Function):
         q = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         hard, variation, soft = (q.new_empty(count) for _ in range(3))
         for rows in _parts(logits):
-            hard[rows], variation[rows], soft[rows] = _measured(
-                logits[rows], distributions, index[rows], tokens[rows], q[rows]
-            )
+            p, wide = distributions[index[rows]], logits[rows].float()
+            log_q = torch.sub(wide, wide.logsumexp(-1, keepdim=True), out=q[rows])
+            hard[rows] = log_q.gather(1, tokens[rows].clamp(min=0)[:, None])[:, 0].neg_()
+            soft[rows] = torch.linalg.vecdot(p, log_q).neg_()
+            missing = (1 - p.sum(-1)).clamp_(min=0)  # mass on tokens that cannot be drafted
+            variation[rows] = p.sub_(log_q.exp_()).abs_().sum(-1).add_(missing)
         ctx.save_for_backward(q, distributions, index, tokens)
         ctx.set_materialize_grads(False)
         ctx.dtype = logits.dtype
@@ -73,51 +74,16 @@ class _Divergence(torch.autograd.Function):
         hard = torch.where(tokens >= 0, nothing if hard is None else hard, 0)[:, None]
         variation = (nothing if variation is None else variation)[:, None]
         for rows in _parts(saved):
-            gradient[rows] = _slopes(
-                saved[rows],
-                distributions,
-                index[rows],
-                tokens[rows],
-                hard[rows],
-                variation[rows],
-                None if soft is None else soft[rows, None],
-            )
+            q, p, slope = saved[rows], distributions[index[rows]], variation[rows]
+            part = torch.sign(q - p)
+            common = hard[rows] - slope * torch.linalg.vecdot(part, q)[:, None]
+            if soft is not None:
+                common = common + soft[rows, None] * p.sum(-1, keepdim=True)
+            part.mul_(slope).add_(common).mul_(q)
+            if soft is not None:
+                part.addcmul_(soft[rows, None], p, value=-1)
+            gradient[rows] = part.scatter_add_(1, tokens[rows].clamp(min=0)[:, None], -hard[rows])
         return gradient, None, None, None
-
-
-@fused
-def _measured(
-    logits: Tensor, distributions: Tensor, index: Tensor, tokens: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three measures, and the drafter's distribution into ``q``. -> [n] each"""
-    p, wide = distributions[index], logits.float()
-    log_q = torch.sub(wide, wide.logsumexp(-1, keepdim=True), out=q)
-    hard = log_q.gather(1, tokens.clamp(min=0)[:, None])[:, 0].neg()
-    soft = torch.linalg.vecdot(p, log_q).neg()
-    missing = (1 - p.sum(-1)).clamp(min=0)  # mass on tokens that cannot be drafted
-    return hard, p.sub_(log_q.exp_()).abs_().sum(-1).add_(missing), soft
-
-
-@fused
-def _slopes(
-    q: Tensor,
-    distributions: Tensor,
-    index: Tensor,
-    tokens: Tensor,
-    hard: Tensor,
-    variation: Tensor,
-    soft: Tensor | None,
-) -> Tensor:
-    """The gradient by the logits, given those by the measures, [n, 1] each. -> [n, V]"""
-    p = distributions[index]
-    part = torch.sign(q - p)
-    common = hard - variation * torch.linalg.vecdot(part, q)[:, None]
-    if soft is not None:
-        common = common + soft * p.sum(-1, keepdim=True)
-    part.mul_(variation).add_(common).mul_(q)
-    if soft is not None:
-        part.addcmul_(soft, p, value=-1)
-    return part.scatter_add_(1, tokens.clamp(min=0)[:, None], -hard)
 
 
 def _parts(rows: Tensor) -> list[slice]:

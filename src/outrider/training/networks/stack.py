@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outrider.config import LayerConfig, RopeConfig, StackConfig
-from outrider.training.networks.fused import fused
 
-__all__ = ["Attention", "LearnedLayer", "LearnedStack", "Norm", "linear"]
+__all__ = ["Angles", "Attention", "LearnedLayer", "LearnedStack", "Norm", "linear", "rotate"]
 
 Angles = tuple[Tensor, Tensor]  # cosine and signed sine, each [T, 1, Dh]
 INITIAL = 0.02  # standard deviation of new matrices
@@ -46,9 +45,8 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed * (self.weight + self.offset)
+        weight = self.weight + self.offset if self.offset else self.weight
+        return F.rms_norm(x.float(), self.weight.shape, weight, self.eps)
 
 
 class LearnedLayer(nn.Module):
@@ -76,41 +74,29 @@ class LearnedLayer(nn.Module):
 
     def forward(self, x: Tensor, wide: Tensor | None, angles: Angles, attend: Attention) -> Tensor:
         """[T, D] -> [T, D]. ``wide`` replaces the normalised attention input (EAGLE-3)."""
-        return self._after(x, attend(self.index, self.config, *self._before(x, wide, angles)))
-
-    @fused
-    def _before(self, x: Tensor, wide: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values. [T, D], [T, W] or None -> [T, H, Dh], [T, Hkv, Dh], [T, Hkv, Dh]"""
         if wide is None:
             assert self.input_norm is not None
             wide = self.input_norm(x)
+        wide = _narrow(wide)
         q = self._heads(self.q(wide))
-        return _rotate(q if self.q_norm is None else self.q_norm(q), angles), *self._keys_values(wide, angles)
-
-    @fused
-    def _after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What attention has mixed and the MLP, added to the residual. [T, D], [T, H, Dh] -> [T, D]"""
-        mixed = self.o(mixed.flatten(1))
+        q = rotate(q if self.q_norm is None else self.q_norm(q), angles)
+        mixed = self.o(attend(self.index, self.config, q, *self.keys_values(wide, angles)).flatten(1))
         x = x + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed))
-        y = self.mlp_norm(x)
+        y = _narrow(self.mlp_norm(x))
         y = self.down(self.activation(self.gate(y)) * self.up(y))
         x = x + (y if self.mlp_out_norm is None else self.mlp_out_norm(y))
         return x * self.config.layer_scalar if self.config.layer_scalar != 1.0 else x
 
-    @fused
     def keys_values(self, wide: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         """[T, D] -> keys, rotated, and values, each [T, Hkv, Dh]."""
-        return self._keys_values(wide, angles)
-
-    def _keys_values(self, wide: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         raw = self._heads(self.k(wide))
         v = raw if self.v is None else self._heads(self.v(wide))
         if self.config.v_norm:
             v = F.rms_norm(v.float(), (self.config.head_dim,), eps=self.mlp_norm.eps)
-        return _rotate(raw if self.k_norm is None else self.k_norm(raw), angles), v
+        return rotate(raw if self.k_norm is None else self.k_norm(raw), angles), v
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.config.head_dim)
+        return x.unflatten(-1, (-1, self.config.head_dim))
 
 
 class LearnedStack(nn.Module):
@@ -146,6 +132,14 @@ def linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
     return made
 
 
+def _narrow(x: Tensor) -> Tensor:
+    """What several matrices multiply, cast once where autocast would do it for each."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 def _angles(config: RopeConfig, positions: Tensor) -> Angles:
     angles = positions[:, None].double() * _frequencies(config, positions.device)
     cos, sin = (angles.cos() * config.scale).float(), (angles.sin() * config.scale).float()
@@ -158,7 +152,7 @@ def _frequencies(config: RopeConfig, device: torch.device) -> Tensor:
     return torch.tensor(config.inverse_frequencies, dtype=torch.float64, device=device)
 
 
-def _rotate(x: Tensor, angles: Angles) -> Tensor:
+def rotate(x: Tensor, angles: Angles) -> Tensor:
     """The sine's first half is negative: (x1, x2) -> x * cos + (x2, x1) * sin."""
     cos, sin = angles
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
