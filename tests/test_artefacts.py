@@ -245,6 +245,22 @@ def asked_again(prompts: Path, out: Path, target: Path, monkeypatch: pytest.Monk
     return asked
 
 
+def test_several_answers_to_a_prompt(prompts: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    twice = SMALL.model_copy(update={"temperature": 1.0, "answers_per_prompt": 2})
+    regenerate(twice, prompts, tmp_path / "twice", str(tiny_model_dir))
+    regenerate(twice.model_copy(update={"answers_per_prompt": 1}), prompts, tmp_path / "once", str(tiny_model_dir))
+    lines, once = (list(read_lines(tmp_path / name / "train.jsonl")) for name in ("twice", "once"))
+    again = [line for line in lines if "~2" in line["id"]]
+    assert [line for line in lines if line not in again] == once  # more answers change none of those before
+    assert [line["id"].replace("~2", "") for line in again] == [line["id"] for line in once]
+    assert again[0]["prompt"] == once[0]["prompt"]
+    assert [line["answer"] for line in again] != [line["answer"] for line in once]
+    held_out = [(tmp_path / name / "held_out.jsonl").read_bytes() for name in ("twice", "once")]
+    assert held_out[0] == held_out[1]
+    with pytest.raises(InvalidRequest, match="same answer again and again"):
+        regenerate(twice.model_copy(update={"temperature": 0.0}), prompts, tmp_path / "same", str(tiny_model_dir))
+
+
 def test_answers_depend_on_prompt_and_seed_only(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     """Not on the number of rows, nor on the drafter."""
     kinds = [SMALL, SMALL.model_copy(update={"rows": 1}), SMALL.model_copy(update={"drafter": "ngram", "rows": 3})]

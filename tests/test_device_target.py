@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from outrider.config import SamplingParams
+from outrider.config import LayerConfig, RopeConfig, SamplingParams, StackConfig
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.training.conversations import ChatTurn, Settings
 from outrider.training.dataset import Text
-from outrider.training.device_target import DeviceRunner, DeviceTarget, check_device, device_answers
+from outrider.training.device_target import DeviceRunner, DeviceTarget, FrozenLayer, check_device, device_answers
 from outrider.training.networks import DSparkTraining
+from outrider.training.networks.stack import LearnedLayer, LearnedStack
 from outrider.training.target_runner import TargetRunner
 
 CPU = torch.device("cpu")
@@ -56,6 +58,31 @@ def test_features_are_those_of_the_target(llm: LLM, target: DeviceTarget) -> Non
     theirs = TargetRunner(llm.target, 64).batch(texts, drafter, 0)
     torch.testing.assert_close(ours.features, theirs.features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "stack"),
+    [
+        ({}, {}),
+        ({"qk_norm": True, "window": 3}, {"sandwich_norms": True, "norm_offset": 1.0, "activation": "gelu_tanh"}),
+        ({"value_is_key": True, "v_norm": True, "layer_scalar": 0.5}, {}),
+    ],
+)
+def test_a_frozen_layer_computes_what_the_learnt_one_does(layer: dict[str, Any], stack: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    rope = RopeConfig((1.0, 0.1, 0.01, 0.001))
+    kind = LayerConfig(4, 2, 8, 24, rope, **layer)
+    learnt = LearnedStack(StackConfig(10, 16, (kind,), **stack)).requires_grad_(False)
+    for parameter in learnt.parameters():
+        parameter.normal_()
+    own, x, angles = learnt.layers[0], torch.randn(5, 16), learnt.angles(torch.arange(5))[rope]
+    assert isinstance(own, LearnedLayer)
+
+    def attend(layer: int, config: LayerConfig, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return q * (k + v).repeat_interleave(2, 1)  # tells the three apart
+
+    expected = own(x, None, angles, attend)
+    torch.testing.assert_close(FrozenLayer(own, torch.float32)(x, angles, attend), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_options_that_a_device_does_not_know(target: DeviceTarget) -> None:

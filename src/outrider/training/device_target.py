@@ -28,7 +28,7 @@ from outrider.training.dataset import Text, pack
 from outrider.training.networks.batch import FeatureBatch, TrainableDrafter, send
 from outrider.training.networks.stack import Angles, Attention, LearnedLayer, LearnedStack, rotate
 
-__all__ = ["DeviceRunner", "DeviceTarget", "check_device", "device_answers"]
+__all__ = ["DeviceRunner", "DeviceTarget", "FrozenLayer", "check_device", "device_answers"]
 
 PREFILL = 2**16  # tokens of a pass over prompts, padding included
 LOOK = 16  # steps between looks at which rows have ended: each look waits for the device
@@ -66,7 +66,7 @@ class DeviceTarget:
             for name, parameter in self._stack.named_parameters():
                 parameter.copy_(weights[name])
         self._stack.to(device)
-        self._layers = [_FrozenLayer(cast(LearnedLayer, layer), dtype) for layer in self._stack.layers]
+        self._layers = [FrozenLayer(cast(LearnedLayer, layer), dtype) for layer in self._stack.layers]
         with torch.device("cpu"):
             matrices = {name: weights[name] for name in ("embed.weight", "head.weight") if name in weights}
         self._embedding = matrices["embed.weight"].to(device, dtype)
@@ -165,7 +165,7 @@ class DeviceTarget:
         return torch.cat(logits)
 
 
-class _FrozenLayer:
+class FrozenLayer:
     """A ``LearnedLayer`` without gradients, in few operations: calling them takes a device longer than their work."""
 
     def __init__(self, layer: LearnedLayer, dtype: torch.dtype) -> None:
