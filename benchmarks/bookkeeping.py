@@ -15,7 +15,7 @@ Verification: ``process`` and ``verify`` over eight rows of logits, with new log
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
@@ -38,7 +38,7 @@ from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.sampling.verification import verify
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
-from outrider.types import Context, Proposal, RaggedBatch, Rng, StepCost, TargetModel
+from outrider.types import Context, Proposal, RaggedBatch, Rng, StepCost, TargetModel, Values
 
 K = 7  # drafts of a round
 PROMPT = 64  # tokens
@@ -71,7 +71,9 @@ class Guesses:
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         count = int(limit[0])
         places = torch.arange(count)
         distribution = (
@@ -79,9 +81,9 @@ class Guesses:
         )  # an index would wake PyTorch's threads
         start = len(context.history[0])
         tokens = distribution.draw(rng.token_keys(torch.zeros_like(places), places + start, "draft"))
-        return Proposal(tokens[None], limit.clone(), None if distribution.is_greedy else distribution)
+        return Proposal(tokens[None], list(limit), None if distribution.is_greedy else distribution)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Nothing to learn."""
 
     def close(self, slot: int) -> None:
@@ -168,7 +170,7 @@ def drafts(target: TargetModel, drafter: Any, temperature: float, count: int) ->
     context = Context([replace(SAMPLED, temperature=temperature)], [history], [1])
     whole = RaggedBatch.pack([history[:-1]], [0], [slot])
     drafter.observe(whole, target.forward(whole, cache, drafter.aux_layers).features)
-    slots, last, limit = torch.tensor([0]), torch.tensor(history[-1:]), torch.tensor([drafter.block])
+    slots, last, limit = [0], history[-1:], [drafter.block]
     start = CONTEXT - WAITING
     times: dict[str, list[float]] = {"draft": [], "pass": []}
     for turn in range(count):
@@ -247,7 +249,7 @@ def verification(
     context = Context([params], [list(range(PROMPT))], [PROMPT])
     places = torch.zeros(K + 1, dtype=torch.int64), torch.arange(K + 1)
     times: dict[str, list[float]] = {"process": [], "verify": []}
-    keep = torch.tensor([K])
+    keep = [K]
     for turn in range(count):
         logits = make(K + 1, vocabulary, generator)
         near = logits[:K] + 0.3 * torch.randn(K, vocabulary, generator=generator)

@@ -85,11 +85,11 @@ class Rounds:
         self.turn += 1
         rng = RowRng([1], [self.turn], ["rejection"])
         context = Context([self.params], [self.history], [1])
-        last = torch.tensor([5 + self.turn * 37 % 1000])  # another anchor each time
+        last = [5 + self.turn * 37 % 1000]  # another anchor each time
         began = perf_counter()
-        proposal = self.drafter.propose(torch.tensor([0]), last, context, torch.tensor([DRAFTS]), rng)
+        proposal = self.drafter.propose([0], last, context, [DRAFTS], rng)
         drafted = perf_counter()
-        batch = RaggedBatch.pack([[int(last), *proposal.tokens[0].tolist()]], [self.context], [self.slot])
+        batch = RaggedBatch.pack([[*last, *proposal.tokens[0].tolist()]], [self.context], [self.slot])
         self.target.forward(batch, self.cache, self.drafter.aux_layers)
         end = perf_counter()
         self.cache.rewind(batch.slots, torch.tensor([self.context]))

@@ -45,6 +45,7 @@ from outrider.types import (
     StepRecord,
     StepView,
     TargetOutput,
+    Values,
 )
 
 __all__ = [
@@ -163,10 +164,12 @@ class Wrapped:
     def open(self, slot: int, capacity: int) -> None:
         self.drafter.open(slot, capacity)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         return self.drafter.propose(slots, last, context, limit, rng)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         self.drafter.observe(batch, features)
 
     def close(self, slot: int) -> None:
@@ -178,7 +181,9 @@ class SignalRecorder(Wrapped):
 
     last: tuple[Proposal, dict[str, list[float]]] | None = None
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         proposal = super().propose(slots, last, context, limit, rng)
         self.last = (proposal, signals_of(proposal, context.history[0])) if int(proposal.lengths[0]) else None
         return proposal
@@ -191,7 +196,9 @@ class Signalled(Wrapped):
         super().__init__(drafter)
         self._signal, self._scaling = signal, scaling
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         proposal = super().propose(slots, last, context, limit, rng)
         if not int(proposal.lengths[0]):
             return proposal
@@ -488,9 +495,10 @@ class VaryingPolicy:
     def plan(self, step: StepView) -> Sequence[int]:
         return self._policy.plan(step)
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
         self._turn += 1
-        return lengths.minimum(torch.full_like(lengths, self._turn % (int(lengths.max()) + 1)))
+        most = self._turn % (max(lengths) + 1)
+        return [min(n, most) for n in lengths]
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         self._policy.observe(cost, accepted)

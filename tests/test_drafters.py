@@ -26,7 +26,7 @@ from outrider.models.loading import load_backend
 from outrider.proof.contracts import drafter_anticipates, draws_off_distribution
 from outrider.proof.proposing import Draft, context_of, drafts_of, propose, rng_of
 from outrider.sampling.processors import process
-from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec
+from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec, Values
 
 V = 5
 
@@ -391,20 +391,22 @@ class _Coin:
 
     def open(self, slot: int, capacity: int) -> None: ...
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         columns = []
         for j in range(self.block):
             positions = torch.tensor([len(h) + j for h in context.history])
             columns.append((rng.uniform(torch.arange(len(slots)), positions, "draft") * V).long())
         tokens = torch.stack(columns, 1)
-        lengths, confidence = limit, torch.full(tokens.shape, 0.5)
+        lengths, confidence = list(limit), torch.full(tokens.shape, 0.5)
         if self.flaw == "length":  # drops a token it does not like
-            lengths = (tokens != 0).long().cumprod(1).sum(1)
+            lengths = (tokens != 0).long().cumprod(1).sum(1).tolist()
         if self.flaw == "confidence":
             confidence = tokens.float() / V
         return Proposal(tokens, lengths, None, confidence)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None: ...
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None: ...
 
     def close(self, slot: int) -> None: ...
 

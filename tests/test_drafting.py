@@ -23,7 +23,7 @@ from outrider.errors import InvalidRequest
 from outrider.evaluation.synthetic_drafter import SyntheticDrafter
 from outrider.models.toy import ToyTarget
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
-from outrider.types import Context, Proposal, RaggedBatch, StepCost, StepRecord, StepView
+from outrider.types import Context, Proposal, RaggedBatch, StepCost, StepRecord, StepView, Values
 
 VOCABULARY = 400  # of the tiny model, at least
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=5)
@@ -45,16 +45,18 @@ class Failing(MarkovDrafter):
         self._call("open")
         super().open(slot, capacity)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Any
+    ) -> Proposal:
         if self.prompt is None:
             self._call("propose")
-        elif any(n and row[0] == self.prompt for n, row in zip(limit.tolist(), context.history, strict=False)):
+        elif any(n and row[0] == self.prompt for n, row in zip(limit, context.history, strict=False)):
             raise ArithmeticError("not this row")
         proposal = super().propose(slots, last, context, limit, rng)
         self.drafted += int(proposal.lengths.sum())
         return proposal
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         self._call("observe")
         super().observe(batch, features, hidden)
 
@@ -97,7 +99,7 @@ class FailingPolicy(FixedPolicy):
         self._call("plan")
         return super().plan(step)
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
         self._call("choose")
         return super().choose(confidence, lengths)
 
@@ -176,15 +178,17 @@ class ReadsFeatures:
         assert slot not in self.held
         self.held[slot] = 0
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
-        for b, slot in enumerate(slots.tolist()):
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Any
+    ) -> Proposal:
+        for b, slot in enumerate(slots):
             assert self.held[slot] == len(context.history[b]) - 1
         self.proposed.append(len(slots))
         return Proposal.pack(
-            [[(int(one) + 1) % 7] * int(n) for one, n in zip(last, limit, strict=True)], [[0.5] * int(n) for n in limit]
+            [[(one + 1) % 7] * n for one, n in zip(last, limit, strict=True)], [[0.5] * n for n in limit]
         )
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         assert features is not None and len(features) == len(batch.tokens)
         first = batch.offsets.tolist()
         for b, slot in enumerate(batch.slots.tolist()):
@@ -300,8 +304,10 @@ def test_a_dear_drafter_is_not_taken_for_a_little_more(texts: Any) -> None:
     asked = {"cheap": 0, "dear": 0}
 
     class Counting(SyntheticDrafter):
-        def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
-            asked["dear" if self._seconds else "cheap"] += int((limit > 0).any())
+        def propose(
+            self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Any
+        ) -> Proposal:
+            asked["dear" if self._seconds else "cheap"] += any(limit)
             return super().propose(slots, last, context, limit, rng)
 
     cheap = Counting(known, [0.9] * 4, vocab_size=VOCABULARY)
@@ -319,7 +325,7 @@ def test_features_are_handed_to_the_drafter_that_reads_them() -> None:
             super().__init__(TABLE, 2)
             self.aux_layers, self.got = layers, []  # type: ignore[var-annotated]
 
-        def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+        def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
             self.got.append(features)
 
     parts = [Reads((1, 4)), Reads(()), Reads((2,))]
@@ -338,8 +344,10 @@ def test_sampled_text_has_the_targets_distribution_with_several_drafters() -> No
     class Copies(MarkovDrafter):
         """Deterministic: always the same token."""
 
-        def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Any) -> Proposal:
-            return Proposal.pack([[2] * int(n) for n in limit], [[0.6] * int(n) for n in limit])
+        def propose(
+            self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Any
+        ) -> Proposal:
+            return Proposal.pack([[2] * n for n in limit], [[0.6] * n for n in limit])
 
     texts = 1500
     both = SeveralDrafters([MarkovDrafter(DRAFT_TABLE, 2), Copies(DRAFT_TABLE, 2)])
@@ -425,7 +433,7 @@ def test_a_plain_step_makes_no_tensors_for_drafts(tiny_model_dir: Path) -> None:
     llm.engine.step()
     rows = Rows([request], [1])
     empty = Proposal.empty(1)
-    assert rows.pad(Proposal.empty(0)) is empty and llm.engine.drafting.choose(empty) is empty.lengths
+    assert rows.pad(Proposal.empty(0)) is empty and llm.engine.drafting.choose(empty) == [0]
     rewound: list[Any] = []
     llm.engine.cache.rewind = lambda *given: rewound.append(given)  # type: ignore[method-assign]
     llm.engine.step()

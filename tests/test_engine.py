@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from outrider.models.toy import ToyTarget
 from outrider.sampling.processors import process
 from outrider.scheduling.fixed import FixedPolicy
 from outrider.scheduling.threshold import ThresholdConfig, ThresholdPolicy
-from outrider.types import Context, Proposal, RaggedBatch, Rng
+from outrider.types import Context, Proposal, RaggedBatch, Rng, Values
 
 V = 5
 GENERATOR = torch.Generator().manual_seed(3)
@@ -53,7 +53,7 @@ class MarkovDrafter:
         seen = self.seen[slot]
         assert seen == tokens[: len(seen)], "what it knows is part of the text"
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         bounds = batch.offsets.tolist()
         for b, slot in enumerate(batch.slots.tolist()):
             tokens = batch.tokens[bounds[b] : bounds[b + 1]].tolist()
@@ -62,23 +62,22 @@ class MarkovDrafter:
             assert positions == list(range(start, start + len(tokens))), "committed tokens must be told once, in order"
             self.seen[slot].extend(tokens)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         rows = torch.arange(len(slots))
-        for b, slot in enumerate(slots.tolist()):
-            assert self.seen[slot] + [int(last[b])] == context.history[b], (
-                "the drafter must know all but the last token"
-            )
+        for b, slot in enumerate(slots):
+            assert self.seen[slot] + [last[b]] == context.history[b], "the drafter must know all but the last token"
         start = torch.tensor([len(h) for h in context.history[: len(slots)]])
-        depth = int(limit.max())
-        tokens, distributions, x = [], [], last
-        for j in range(depth):
+        tokens, distributions, x = [], [], torch.tensor(last)
+        for j in range(max(limit)):
             drafted = torch.stack(tokens, 1) if tokens else None
             distribution = process(self.table[x], context, rows, drafted=drafted, depth=torch.full((len(slots),), j))
             x = distribution.draw(rng.token_keys(rows, start + j, "draft"))
             tokens.append(x)
             distributions.append(distribution.dense(rows))
         stacked = torch.stack(distributions, 1).flatten(0, 1)
-        return Proposal(torch.stack(tokens, 1), limit.clone(), _Dense(stacked))
+        return Proposal(torch.stack(tokens, 1), list(limit), _Dense(stacked))
 
 
 class _Dense:
@@ -235,7 +234,7 @@ def test_rows_that_finish_their_prompt_join_rows_whose_drafts_have_confidences()
     class Sure(MarkovDrafter):
         def propose(self, *args: object) -> Proposal:
             found = super().propose(*args)  # type: ignore[arg-type]
-            return replace(found, confidence=torch.full(found.tokens.shape, 0.6))
+            return Proposal(found.tokens, found.lengths, found.distribution, torch.full(found.tokens.shape, 0.6))
 
     policy = ThresholdPolicy.from_config(ThresholdConfig(draft_tokens=3, threshold=0.5))
     loop = Engine(ToyTarget(TABLE), Sure(DRAFT_TABLE, 3), policy, max_rows=2, capacity=64, chunk=4)

@@ -89,10 +89,10 @@ def _rng() -> RowRng:
 
 def _draft(drafter: Drafter, history: Sequence[int], limit: int | None = None):
     return drafter.propose(
-        torch.tensor([0]),
-        torch.tensor([history[-1]]),
+        [0],
+        [history[-1]],
         _context(history),
-        torch.tensor([drafter.block if limit is None else limit]),
+        [drafter.block if limit is None else limit],
         _rng(),
     )
 

@@ -103,7 +103,7 @@ def test_probabilities_of_a_padded_proposal(models: dict[int, Path]) -> None:
     drafter.open(0, 64)
     context = Context(params=[SamplingParams(temperature=1.0, seed=1)], history=[[5, 6, 7]], prompt_lengths=[3])
     rng: Rng = RowRng([1], [0], ["coupled"])
-    proposal = drafter.propose(torch.tensor([0]), torch.tensor([7]), context, torch.tensor([3]), rng)
+    proposal = drafter.propose([0], [7], context, [3], rng)
     assert proposal.distribution is not None
     rows = proposal.distribution.probabilities
     assert rows.shape == (3, 272) and not rows[:, TOKENS:].any()

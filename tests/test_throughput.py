@@ -228,10 +228,10 @@ def test_what_deciding_costs_is_charged() -> None:
         requests = [RequestStats()] * rows, [SamplingParams()] * rows
         limits = guard.plan(StepView([100] * rows, *requests, requests=[1, 2, 3, 4]))
         drafts = any(limits)
-        keep = guard.choose(None, torch.tensor(list(limits)))
+        keep = guard.choose(None, limits)
         deciding = 0.00025 if policy.asked else 0.0
         seconds = (0.004, 0.0034, 0.0006 + deciding) if drafts else (0.0, 0.0034, 0.0006 + deciding)
-        guard.observe(StepCost(*seconds, rows, rows + int(keep.sum()), 100 * rows, 0.0), [int(drafts)] * rows)
+        guard.observe(StepCost(*seconds, rows, rows + sum(keep), 100 * rows, 0.0), [int(drafts)] * rows)
         total += 0.004 * (1 + drafts)
         lost += deciding
     assert lost < guard.ledger.most + 0.01 * total < 0.00025 * 15_000
@@ -417,19 +417,19 @@ def test_sampled_rows_are_not_cut_by_what_was_drawn_later(search: str, seed: int
     costs = Costs(tuple((n, float(0.001 * p)) for n, p in zip(range(1, 60, 5), points, strict=True)), draft_each=0.0004)
     view = StepView([9] * rows, [RequestStats()] * rows, [SamplingParams(temperature=1.0)] * rows, requests=range(rows))
 
-    def keep(confidence: torch.Tensor, lengths: torch.Tensor) -> list[int]:
+    def keep(confidence: torch.Tensor, lengths: list[int]) -> list[int]:
         policy = throughput(costs, search=search)
         for said, right, slow in past:
             policy.plan(view)
-            kept = policy.choose(said, torch.full((rows,), K)).tolist()
+            kept = policy.choose(said, [K] * rows)
             accepted = [min(int(a), n) for a, n in zip(right, kept, strict=True)]
             tokens = rows + sum(kept)
             policy.observe(StepCost(0.002 * slow, costs.verify(tokens, rows, 0), 1e-4, rows, tokens, 9), accepted)
         policy.plan(view)
-        return policy.choose(confidence, lengths).tolist()
+        return policy.choose(confidence, lengths)
 
     confidence = torch.from_numpy(rng.random((rows, K)).astype(np.float32))
-    lengths = torch.from_numpy(rng.integers(1, K + 1, rows))
+    lengths = rng.integers(1, K + 1, rows).tolist()
     before = keep(confidence, lengths)
     for b in range(rows):
         j = int(rng.integers(0, K))
@@ -437,9 +437,9 @@ def test_sampled_rows_are_not_cut_by_what_was_drawn_later(search: str, seed: int
             other = confidence.clone()
             other[b, j:] = level
             assert min(keep(other, lengths)[b], j) == min(before[b], j)
-        longer = lengths.clone()
+        longer = lengths.copy()
         longer[b] = K
-        j = min(j, int(lengths[b]))
+        j = min(j, lengths[b])
         assert min(keep(confidence, longer)[b], j) == min(before[b], j)
 
 
@@ -447,7 +447,7 @@ def test_greedy_and_coupled_rows_leave_the_search_free() -> None:
     def kept(params: SamplingParams) -> int:
         policy = throughput(JAGGED)
         policy.plan(StepView([9] * 16, [RequestStats()] * 16, [params] * 16))
-        return int(policy.choose(torch.full((16, K), 0.98), torch.full((16,), K)).sum())
+        return sum(policy.choose(torch.full((16, K), 0.98), [K] * 16))
 
     assert kept(SamplingParams(temperature=1.0)) == 0, "an early stop does not pass the edge of a tile"
     assert min(kept(SamplingParams()), kept(SamplingParams(temperature=1.0, seed=1))) >= 16
@@ -464,12 +464,12 @@ def seconds_of_steps(rows: int) -> np.ndarray:
         said = torch.from_numpy(rng.uniform(0.3, 0.99, (rows, K)).astype(np.float32))
         began = thread_time()
         limits = policy.plan(view)
-        keep = policy.choose(said, torch.tensor(limits))
+        keep = policy.choose(said, limits)
         chosen = thread_time()
         assert sum(limits), "the step draws on everything"
-        tokens = rows + int(keep.sum())
+        tokens = rows + sum(keep)
         right = (rng.random((rows, K)) < said.numpy()).cumprod(1).sum(1)
-        accepted = np.minimum(keep.numpy(), right).tolist()
+        accepted = np.minimum(keep, right).tolist()
         cost = StepCost(0.001, 0.010 + 2e-6 * tokens, 1e-4, rows, tokens, 300 * rows)
         planned = thread_time()
         policy.observe(cost, accepted)
@@ -499,13 +499,10 @@ def test_wrong_options_are_named() -> None:
 
 
 def test_confidences_of_any_layout() -> None:
-    """Drafters from elsewhere may give slices, float64 and int32: the same decisions as with what the core reads."""
+    """Drafters from elsewhere may give slices and float64: the same decisions as with what the core reads."""
     given = torch.rand(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[:, ::2]
     kept = [
-        ThroughputPolicy(ThroughputConfig(draft_tokens=3), CostModel()).choose(confidence, lengths).tolist()
-        for confidence, lengths in [
-            (given, torch.tensor([3, 2], dtype=torch.int32)),
-            (given.float().contiguous(), torch.tensor([3, 2])),
-        ]
+        ThroughputPolicy(ThroughputConfig(draft_tokens=3), CostModel()).choose(confidence, [3, 2])
+        for confidence in (given, given.float().contiguous())
     ]
     assert kept[0] == kept[1]

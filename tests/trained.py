@@ -157,10 +157,10 @@ def propose(
     rng: RowRng | None = None,
 ) -> Proposal:
     return drafter.propose(
-        torch.tensor(slots),
-        torch.tensor([h[-1] for h in histories]),
+        slots,
+        [h[-1] for h in histories],
         context_of(histories, params),
-        torch.tensor(limit if limit is not None else [drafter.block] * len(slots)),
+        limit if limit is not None else [drafter.block] * len(slots),
         rng or rng_of(len(slots)),
     )
 

@@ -6,6 +6,7 @@ target's own head makes logits of it. Drafts are a chain, not a tree. n rows, K 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.functional import silu
 from outrider.backends.layers import Shape
 from outrider.checkpoints import Design, Sizes
 from outrider.drafters.base import Drawing, TrainedDrafter, linear, rowwise
-from outrider.types import Context, Proposal, RaggedBatch, Rng
+from outrider.types import Context, Proposal, RaggedBatch, Rng, Values
 
 __all__ = ["MedusaDesign", "MedusaDrafter"]
 
@@ -61,21 +62,23 @@ class MedusaDrafter(TrainedDrafter):
     def close(self, slot: int) -> None:
         del self._states[slot]
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         for row, state in enumerate([] if hidden is None else hidden.split(1)):
             end = int(batch.positions[batch.offsets[row + 1] - 1]) + 1
             self._states[int(batch.slots[row])] = end, state.clone()
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         """A row whose state was not seen drafts nothing."""
-        lengths = [min(most, self.block) for most in limit.tolist()]
-        for b, slot in enumerate(slots.tolist()):
+        lengths = [min(most, self.block) for most in limit]
+        for b, slot in enumerate(slots):
             if self._states[slot][0] != len(context.history[b]) - 1:
                 lengths[b] = 0
         if not any(lengths):
             return Proposal.empty(len(lengths))
         drawing = Drawing(self.net, context, rng, lengths)
-        drawing.draw_all(self._logits(slots[drawing.rows].tolist(), max(lengths)))
+        drawing.draw_all(self._logits([slots[b] for b in drawing.rows.tolist()], max(lengths)))
         return self.calibrated(drawing.proposal(drawing.margins()), context)
 
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:

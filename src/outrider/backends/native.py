@@ -79,12 +79,7 @@ class NativeCache(BlockCache):
         super().__init__(core.slots, core.capacity, pool, core.page_bytes)
         self.core = core
         self.lengths: Tensor = _native.lengths(core)  # shares memory with the core
-
-    def rewind(self, slots: Tensor, lengths: Tensor) -> None:
-        """Drop everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
-        if self.core.rewind(slots.numpy(), lengths.numpy()):
-            for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
-                self._cut(slot, length)
+        self._held = self.lengths.numpy()
 
     def make_room(self, batch: RaggedBatch, more: int = 0) -> None:
         """Room for a batch, and for ``more`` tokens of each row after it. Raises CacheFull."""
@@ -145,7 +140,7 @@ class NativeBackend:
         return NativeStack(config, core, key, formats)
 
     def verify(
-        self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
+        self, target: Distribution, proposal: Proposal, keep: Sequence[int], context: Context, rng: Rng
     ) -> Verification:
         """See ``outrider.types.Backend``."""
         assert isinstance(target, Processed)

@@ -154,12 +154,7 @@ def _draft(
     drawing = (keys, sampling, scalings, tokens, confidence, ids, logits)
     arguments = (cache.core, slots, counts, _arrays(features), *given, *drawing)
     _with_room(core.draft, arguments, cache, slots, counts, scratch)
-    return Drafts(
-        torch.from_numpy(tokens),
-        torch.from_numpy(confidence),
-        None if ids is None else torch.from_numpy(ids),
-        None if logits is None else torch.from_numpy(logits),
-    )
+    return Drafts(tokens, confidence, ids, logits)
 
 
 def _with_room(

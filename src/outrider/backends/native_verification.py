@@ -7,10 +7,11 @@ down.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from outrider.core import native
 from outrider.errors import OutriderError
@@ -25,20 +26,22 @@ _RULES = {"coupled": 0, "rejection": 1, "block": 2}
 _PURPOSES = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens=True)  # the names fix the streams
 
 
-def verify_native(target: Processed, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
+def verify_native(
+    target: Processed, proposal: Proposal, keep: Sequence[int], context: Context, rng: Rng
+) -> Verification:
     """``sampling.verification.verify`` with the same results; by it where the core cannot read the distributions."""
     forms = _core_forms(target, proposal.distribution)
     if not forms or not isinstance(rng, RowRng):
         return verify(target, proposal, keep, context, rng)
-    counts, drafts = keep.tolist(), proposal.tokens.shape[1]
+    drafts = np.ascontiguousarray(proposal.arrays[0])
     control, start = [], 0
-    for b, (params, history, count) in enumerate(zip(context.params, context.history, counts, strict=True)):
+    for b, (params, history, count) in enumerate(zip(context.params, context.history, keep, strict=True)):
         rule = _RULES[params.effective_rule] if params.temperature else 0  # the cheapest one for greedy rows
-        control.append((start, b * drafts, count, rule, len(history), *rng.rows[b]))
+        control.append((start, b * proposal.width, count, rule, len(history), *rng.rows[b]))
         start += count + 1
     assert len(forms[0][0]) == start, "one distribution for each kept draft and one more for each row"
     try:
-        return Verification.of_lists(*native.verify(*forms, control, proposal.tokens.contiguous().numpy(), _PURPOSES))
+        return Verification.of_lists(*native.verify(*forms, control, drafts, _PURPOSES))
     except ValueError as error:
         check_rows(torch.from_numpy(forms[0][0]))  # which of the target's rows, if it is them
         raise OutriderError(str(error)) from error

@@ -67,7 +67,7 @@ class ReferenceBackend:
         return ReferenceStack(config, weights, DTYPES[key])
 
     def verify(
-        self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
+        self, target: Distribution, proposal: Proposal, keep: Sequence[int], context: Context, rng: Rng
     ) -> Verification:
         """See ``outrider.types.Backend``."""
         assert isinstance(target, Processed)

@@ -28,6 +28,7 @@ from outrider.types import (
     Rng,
     SharesPrefixes,
     TargetModel,
+    Values,
 )
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
@@ -134,16 +135,18 @@ class DraftModelDrafter:
             cache_slot = self._cache.open()
         self._rows[slot] = _Row(capacity, cache_slot)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         """Rows draft together. A row near the end of the draft model's context drafts less, past it nothing.
 
         Confidence is the draft model's largest probability before sampling options: it is known before the token is.
         """
-        rows = [self._rows[slot] for slot in slots.tolist()]
+        rows = [self._rows[slot] for slot in slots]
         starts = [len(context.history[b]) for b in range(len(rows))]  # position of the first draft
         lengths = [
             max(0, min(most, self.block, row.capacity + 1 - start))
-            for row, start, most in zip(rows, starts, limit.tolist(), strict=True)
+            for row, start, most in zip(rows, starts, limit, strict=True)
         ]
         width = max(lengths, default=0)
         if width == 0:
@@ -190,7 +193,7 @@ class DraftModelDrafter:
             torch.cat(sureness)[grid],
         )
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Note how many drafts were accepted; run prompts as they come.
 
         A run of several tokens right behind the cache is a prompt's chunk. The single token of a plain round waits,
@@ -244,7 +247,7 @@ class DraftModelDrafter:
         """Rewind rejected drafts. -> the tokens the first pass must run, up to and with the last one"""
         for row, history in zip(rows, histories, strict=True):
             row.cached = min(row.cached, len(history) - 1)  # a round that was not observed
-        self._cache.rewind(torch.tensor([row.cache_slot for row in rows]), torch.tensor([row.cached for row in rows]))
+        self._cache.rewind([row.cache_slot for row in rows], [row.cached for row in rows])
         missing = []
         for row, history in zip(rows, histories, strict=True):
             row.ahead = 0

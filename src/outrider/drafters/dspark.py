@@ -38,6 +38,7 @@ from outrider.types import (
     RaggedBatch,
     Rng,
     TargetModel,
+    Values,
 )
 
 __all__ = ["DFlashDrafter", "DSparkConfig", "DSparkDrafter", "SequentialHead", "markov_parts"]
@@ -101,7 +102,7 @@ class DSparkDrafter(CachedDrafter):
         self._hidden_norm = checkpoint.tensors["hidden_norm.weight"].float()
         self.core = self._block_drafter(checkpoint.tensors, backend, dtype, config.shortlist)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Keep the features of committed tokens. They become keys and values at the next draft, or when many wait."""
         full = self.cache.add(batch, features)
         if full:
@@ -130,10 +131,10 @@ class DSparkDrafter(CachedDrafter):
         return backend.block_drafter(parts, dtype)
 
     def _draft_at_once(
-        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
-        rows, anchors = [b for b, n in enumerate(lengths) if n], last.tolist()
+        rows = [b for b, n in enumerate(lengths) if n]
         params = [context.params[b] for b in rows]
         keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
         slots, counts, features = self.cache.take_features([named[b] for b in rows])
@@ -142,7 +143,7 @@ class DSparkDrafter(CachedDrafter):
             slots,
             counts,
             features,
-            [anchors[b] for b in rows],
+            [last[b] for b in rows],
             [lengths[b] for b in rows],
             keys,
             params,
@@ -151,12 +152,12 @@ class DSparkDrafter(CachedDrafter):
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 
     def _draft_stepwise(
-        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """The block in one pass of the layers, then draft after draft."""
         drawing = Drawing(self.net, context, rng, lengths)
-        anchors = last[drawing.rows]
         rows = drawing.rows.tolist()
+        anchors = torch.tensor([last[b] for b in rows])
         hidden, base = self.run_block([named[b] for b in rows], anchors, [lengths[b] for b in rows])
         before: list[Tensor] = []
         if not self.design.markov_rank:

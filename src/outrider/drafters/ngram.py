@@ -5,13 +5,14 @@ Saxena, "Prompt lookup decoding", 2023. Costs no model, pays where text repeats 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from outrider.errors import InvalidRequest
-from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel, Values
 
 __all__ = ["NgramConfig", "NgramDrafter"]
 
@@ -65,12 +66,14 @@ class NgramDrafter:
     def open(self, slot: int, capacity: int) -> None:
         self._rows[slot] = _Index()
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         """Deterministic (no distribution). Confidence is Laplace's rule of succession: a copy that has agreed with the
         text for m tokens agrees once more with probability (m + 1) / (m + 2)."""
         drafts: list[list[int]] = []
         confidence: list[list[float]] = []
-        for b, (slot, most) in enumerate(zip(slots.tolist(), limit.tolist(), strict=True)):
+        for b, (slot, most) in enumerate(zip(slots, limit, strict=True)):
             history, most = context.history[b], min(most, self.block)
             start = self._continuation(self._rows[slot], history) if most > 0 else None
             if start is None:
@@ -84,7 +87,7 @@ class NgramDrafter:
             confidence.append([(agreed + j + 1) / (agreed + j + 2) for j in range(most)])
         return Proposal.pack(drafts, confidence)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Nothing: the history that ``propose`` is shown holds every committed token."""
 
     def reset_rows(self) -> None:

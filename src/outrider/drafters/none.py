@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel, Values
 
 __all__ = ["NoConfig", "NoDrafter"]
 
@@ -31,10 +32,12 @@ class NoDrafter:
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         return Proposal.empty(len(slots))
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Nothing to learn."""
 
     def reset_rows(self) -> None:

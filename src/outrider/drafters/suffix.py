@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from outrider.errors import InvalidRequest
-from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import Context, Proposal, RaggedBatch, Rng, TargetModel, Values
 
 __all__ = ["SuffixAutomaton", "SuffixConfig", "SuffixDrafter"]
 
@@ -246,10 +246,12 @@ class SuffixDrafter:
     def open(self, slot: int, capacity: int) -> None:
         self._rows[slot] = _Row()
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         drafts: list[list[int]] = []
         confidence: list[list[float]] = []
-        for b, (slot, most) in enumerate(zip(slots.tolist(), limit.tolist(), strict=True)):
+        for b, (slot, most) in enumerate(zip(slots, limit, strict=True)):
             row, history = self._rows[slot], context.history[b]
             row.prompt_length = context.prompt_lengths[b]
             row.read(len(row.tokens), history[len(row.tokens) :])
@@ -258,7 +260,7 @@ class SuffixDrafter:
             confidence.append(sureness)
         return Proposal.pack(drafts, confidence)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Read prompts as they come, so that the first proposal need not, and what plain rounds commit."""
         tokens, positions, slots, offsets = batch.lists
         for slot, start, end in zip(slots, offsets, offsets[1:], strict=False):

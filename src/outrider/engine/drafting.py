@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from outrider.engine.predicted_text import CONFIDENCE
 from outrider.engine.request import Request
-from outrider.engine.rows import Rows, as_tensor
+from outrider.engine.rows import Rows
 from outrider.sampling.added_drafts import with_drafts
 from outrider.sampling.grammar_drafts import fit_drafts, to_draft
 from outrider.types import (
@@ -35,6 +34,7 @@ from outrider.types import (
     SharesPrefixes,
     StepCost,
     StepsAside,
+    Values,
 )
 
 __all__ = ["Drafting"]
@@ -187,9 +187,8 @@ class Drafting:
             wanted = [0 if b in predicted else limit for b, limit in enumerate(wanted)]
         proposal = Proposal.empty(rows.drafting)
         if any(wanted):
-            limit = as_tensor(wanted)
             try:
-                proposal = self.drafter.propose(rows.slots, rows.last, rows.context, limit, rows.rng)
+                proposal = self.drafter.propose(rows.slots, rows.last, rows.context, wanted, rows.rng)
             except Exception as error:
                 self._warn("drafter", error)
                 self._leave_out(rows, wanted)
@@ -201,7 +200,7 @@ class Drafting:
         """Find the rows that a proposal fails on, one by one; the others are drafted for again from the next step."""
         slots, last = rows.slots, rows.last
         for b in [b for b, n in enumerate(limits) if n]:
-            alone = torch.zeros(len(limits), dtype=torch.int64)
+            alone = [0] * len(limits)
             alone[b] = limits[b]
             if rows.requests[b].followed:
                 self._try(
@@ -209,14 +208,14 @@ class Drafting:
                     lambda limit=alone: self.drafter.propose(slots, last, rows.context, limit, rows.rng),  # type: ignore[misc]
                 )
 
-    def choose(self, proposal: Proposal) -> Tensor:
+    def choose(self, proposal: Proposal) -> list[int]:
         """Drafts of each row to verify."""
-        if not self._policy_failed and proposal.tokens.shape[1]:
+        if not self._policy_failed and proposal.width:
             try:
-                return self.policy.choose(proposal.confidence, proposal.lengths)
+                return self.policy.choose(proposal.arrays[1], proposal.counts)
             except Exception as error:
                 self._policy_fails(error)
-        return proposal.lengths if not proposal.tokens.shape[1] else torch.zeros_like(proposal.lengths)
+        return [0] * len(proposal.counts)
 
     def aux_layers(self, rows: Rows) -> tuple[int, ...]:
         """The layers whose features this step's pass is to give."""
@@ -226,7 +225,7 @@ class Drafting:
         self,
         requests: Sequence[Request],
         batch: RaggedBatch,
-        features: Tensor | None,
+        features: Values | None,
         hidden: Tensor | None,
         began: float,
     ) -> None:

@@ -18,7 +18,7 @@ from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
 from outrider.engine.predicted_text import PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
-from outrider.engine.rows import Candidates, Rows, as_tensor
+from outrider.engine.rows import Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
@@ -45,7 +45,6 @@ from outrider.types import (
     TargetOutput,
     TokenLogprobs,
     joined,
-    to_tensor,
 )
 
 __all__ = ["Engine"]
@@ -223,12 +222,11 @@ class Engine:
         planned = self.drafting.plan(rows)  # draft at all? how far?
         proposal, draft_seconds = self.drafting.propose(rows, planned, self.capacity)  # draft
         keep = self.drafting.choose(proposal)  # schedule
-        kept = keep.tolist()
-        run = rows.candidates(proposal, kept)
+        run = rows.candidates(proposal, keep)
         verify_began = perf_counter()
         output = self.target.forward(run.batch, self.cache, self.drafting.aux_layers(rows), run.wanted)  # verify
         verify_seconds = perf_counter() - verify_began
-        accepted: list[int] = kept
+        accepted = keep
         tokens: list[list[int]] = []
         if rows.complete:
             try:
@@ -237,10 +235,13 @@ class Engine:
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
             accepted, tokens = result.lists
-        logprobs = token_logprobs(output.parts[0], run.rows, tokens, accepted, rows.context.params)
-        drafts = draft_reports(proposal, accepted, rows.context.params)
-        commits = self._commit(rows, kept, accepted, tokens, logprobs, drafts)  # commit, where texts may end
-        self._observe(rows, run, kept, commits, output)
+        logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
+        drafts: Mapping[int, Sequence[DraftReport]] = {}
+        if rows.context.reports:
+            logprobs = token_logprobs(output.parts[0], run.rows, tokens, accepted, rows.context.params)
+            drafts = draft_reports(proposal, accepted, rows.context.params)
+        commits = self._commit(rows, keep, accepted, tokens, logprobs, drafts)  # commit, where texts may end
+        self._observe(rows, run, keep, commits, output)
         self._publish_prompts(rows)
         counted = perf_counter()
         cost = StepCost(
@@ -254,7 +255,7 @@ class Engine:
         )
         self.drafting.learn(cost, accepted)
         if self.observers:
-            self._report(commits, planned, proposal, kept, cost)
+            self._report(commits, planned, proposal, keep, cost)
         for commit in commits:
             if commit.request.finish_reason is not None:
                 self._retire(commit.request)
@@ -335,9 +336,9 @@ class Engine:
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
             request.pending -= chunk
             kept.append(chunk)
-        if any(c.accepted < n or c.request.finish_reason for c, n in zip(commits, verified, strict=True)):
-            ends = as_tensor([len(c.request.history) - 1 for c in commits])
-            self.cache.rewind(as_tensor([c.request.slot for c in commits]), ends)
+        cut = [c.request for c, n in zip(commits, verified, strict=True) if c.accepted < n or c.request.finish_reason]
+        if cut:
+            self.cache.rewind([r.slot for r in cut], [len(r.history) - 1 for r in cut])
         began = perf_counter()
         shown = [b for b, request in enumerate(rows.requests) if request.followed]
         if not shown:
@@ -354,14 +355,13 @@ class Engine:
             new = [tokens[first[b] : first[b] + kept[b]] for b in shown]
             slots = [rows.requests[b].slot for b in shown]
             batch = RaggedBatch.pack(new, [positions[first[b]] for b in shown], slots)
-        seen = None if features is None else to_tensor(features)
-        self.drafting.observe([rows.requests[b] for b in shown], batch, seen, hidden, began)
+        self.drafting.observe([rows.requests[b] for b in shown], batch, features, hidden, began)
 
     def _report(
         self, commits: list[Commit], planned: Sequence[int], proposal: Proposal, keep: list[int], cost: StepCost
     ) -> None:
         """Show the observers the step."""
-        lengths = proposal.lengths.tolist()
+        lengths = proposal.counts
         sure = None if proposal.confidence is None else proposal.confidence.tolist()
         rows = tuple(
             RowRecord(

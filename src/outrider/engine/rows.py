@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -90,14 +90,14 @@ class Rows:
         return len(self.requests)
 
     @property
-    def slots(self) -> Tensor:
-        """int64 [drafting]"""
-        return as_tensor([r.slot for r in self.requests[: self.drafting]])
+    def slots(self) -> list[int]:
+        """[drafting]"""
+        return [r.slot for r in self.requests[: self.drafting]]
 
     @property
-    def last(self) -> Tensor:
-        """int64 [drafting]: the token each row goes on from."""
-        return as_tensor([r.history[-1] for r in self.requests[: self.drafting]])
+    def last(self) -> list[int]:
+        """[drafting]: the token each row goes on from."""
+        return [r.history[-1] for r in self.requests[: self.drafting]]
 
     @property
     def view(self) -> StepView:
@@ -140,27 +140,27 @@ class Rows:
 
     def pad(self, proposal: Proposal) -> Proposal:
         """The same proposal with no drafts for rows that cannot be drafted for, or finish their prompt in this step."""
-        extra = self.complete - len(proposal.lengths)
+        extra = self.complete - len(proposal.counts)
         if extra == 0:
             return proposal
-        if not proposal.tokens.shape[1]:
+        if not proposal.width:
             return Proposal.empty(self.complete)
-        tokens, lengths, sure = proposal.tokens, proposal.lengths, proposal.confidence
+        (tokens, sure), more = proposal.arrays, ((0, extra), (0, 0))
         return Proposal(
-            torch.cat([tokens, tokens.new_zeros(extra, tokens.shape[1])]),
-            torch.cat([lengths, lengths.new_zeros(extra)]),
+            np.pad(tokens, more),
+            [*proposal.counts, *[0] * extra],
             proposal.distribution,
-            None if sure is None else torch.cat([sure, sure.new_zeros(extra, sure.shape[1])]),
+            None if sure is None else np.pad(sure, more),
         )
 
     def candidates(self, proposal: Proposal, keep: list[int]) -> Candidates:
         """What the target runs: each row's next chunk, then the drafts to check; and where logits are wanted."""
         slots = [request.slot for request in self.requests]
         if self.ready == len(slots) and not any(keep):  # plain decoding
-            count = len(slots)
             last, ends = [r.history[-1] for r in self.requests], [len(r.history) - 1 for r in self.requests]
-            return Candidates(RaggedBatch.of_lists(last, ends, slots, list(range(count + 1))), *_one_a_row(count))
-        drafted = proposal.tokens.tolist()
+            batch = RaggedBatch.of_lists(last, ends, slots, list(range(len(slots) + 1)))
+            return Candidates(batch, *_all_wanted(tuple(keep)))
+        drafted = proposal.arrays[0].tolist()
         tokens: list[int] = []
         positions: list[int] = []
         offsets = [0]
@@ -179,14 +179,17 @@ class Rows:
             positions += range(start, start + len(tokens) - offsets[-1])
             offsets.append(len(tokens))
         batch = RaggedBatch.of_lists(tokens, positions, slots, offsets)
+        if len(wanted) == len(tokens):
+            return Candidates(batch, *_all_wanted(tuple(keep)))
         return Candidates(batch, as_tensor(wanted), as_tensor(rows), as_tensor(depth))
 
 
-@cache
-def _one_a_row(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``wanted``, ``rows`` and ``depth`` of candidates without drafts; not to be written to."""
+@lru_cache(maxsize=1024)
+def _all_wanted(keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """``wanted``, ``rows`` and ``depth`` of candidates without chunks of prompts; not to be written to."""
+    rows = [b for b, n in enumerate(keep) for _ in range(n + 1)]
     with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
-        return as_tensor(range(rows)), as_tensor(range(rows)), as_tensor([0] * rows)
+        return as_tensor(range(len(rows))), as_tensor(rows), as_tensor([j for n in keep for j in range(n + 1)])
 
 
 def _at_most(drafts: int, limit: int | None) -> int:

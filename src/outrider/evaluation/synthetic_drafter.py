@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from outrider.errors import InvalidRequest
-from outrider.types import Context, Proposal, RaggedBatch, Rng
+from outrider.types import Context, Proposal, RaggedBatch, Rng, Values
 
 __all__ = ["SyntheticDrafter"]
 
@@ -63,13 +63,14 @@ class SyntheticDrafter:
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         """Deterministic drafts. The time set is spent waiting, as a drafter's own work would be."""
-        limits = limit.tolist()
-        ends = perf_counter() + self._seconds + self._seconds_per_draft * min(max(limits, default=0), self.block)
+        ends = perf_counter() + self._seconds + self._seconds_per_draft * min(max(limit, default=0), self.block)
         drafts: list[list[int]] = []
         confidence: list[list[float]] = []
-        for b, most in enumerate(limits):
+        for b, most in enumerate(limit):
             if not most:
                 drafts.append([])
                 confidence.append([])
@@ -92,10 +93,10 @@ class SyntheticDrafter:
             pass
         proposal = Proposal.pack(drafts, confidence)
         if self._says == "nothing":
-            return Proposal(proposal.tokens, proposal.lengths)
+            return Proposal(proposal.arrays[0], proposal.counts)
         return proposal
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Nothing: the texts are known."""
 
     def reset_rows(self) -> None:

@@ -65,8 +65,9 @@ class ContiguousCache:
         """Whether a sequence of ``tokens`` fits: every slot has its full capacity from the start."""
         return tokens <= self.capacity
 
-    def rewind(self, slots: Tensor, lengths: Tensor) -> None:
-        """Drop everything past ``lengths[b]`` tokens of slot ``slots[b]``. int64 [B], int64 [B]."""
+    def rewind(self, slots: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor) -> None:
+        """Drop everything past ``lengths[b]`` tokens of slot ``slots[b]``. [B], [B]."""
+        slots, lengths = torch.as_tensor(slots), torch.as_tensor(lengths)
         held = self.lengths[slots]
         assert bool(((lengths >= 0) & (lengths <= held)).all()), f"cannot rewind lengths {held} to {lengths}"
         self.lengths[slots] = lengths

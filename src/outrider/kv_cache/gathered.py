@@ -44,6 +44,7 @@ class GatheredCache(BlockCache):
         pool = BlockPool(count, size, ahead, retained=max(1, RETAINED // block_bytes))
         super().__init__(slots, capacity, pool, block_bytes)
         self.lengths = torch.zeros(slots, dtype=torch.int64)
+        self._held = self.lengths.numpy()
         self.keys: list[Tensor] = [torch.empty(count, *key, dtype=dtype) for key, _ in layer_shapes]
         self.values: list[Tensor] = [torch.empty(count, *value, dtype=dtype) for _, value in layer_shapes]
         self._tables = torch.zeros(slots, longest, dtype=torch.int64)

@@ -20,7 +20,7 @@ from outrider.kv_cache.contiguous import ContiguousCache
 from outrider.models.decoder import check_aux_layers, end_tokens, refuse_quantised, sampling_defaults
 from outrider.models.weights import DTYPES, TensorFiles
 from outrider.registry import find
-from outrider.types import Backend, KVCache, RaggedBatch, TargetOutput, TargetSpec
+from outrider.types import Backend, KVCache, RaggedBatch, TargetOutput, TargetSpec, to_list
 
 __all__ = ["HuggingFaceTarget", "TransformersCache"]
 
@@ -45,9 +45,9 @@ class TransformersCache(ContiguousCache):
         self.caches[slot] = DynamicCache()
         return slot
 
-    def rewind(self, slots: Tensor, lengths: Tensor) -> None:
+    def rewind(self, slots: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor) -> None:
         """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``."""
-        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+        for slot, length in zip(to_list(slots), to_list(lengths), strict=True):
             self.crop(slot, length)
         super().rewind(slots, lengths)
 

@@ -505,7 +505,7 @@ class _Simulation:
             full = np.zeros((batch, longest), dtype=np.float32)
             full[asked] = said[:, :longest]
             confidence = torch.from_numpy(full)
-        keep = self.policy.choose(confidence, torch.from_numpy(wanted)).numpy()
+        keep = np.array(self.policy.choose(confidence, wanted.tolist()))
         accepted[asked] = np.minimum(right, keep[asked])
         return keep, accepted, len(asked), longest
 

@@ -76,19 +76,18 @@ def policy_anticipates(
     """
     generator = torch.Generator().manual_seed(0)
 
-    def keep(confidence: Tensor, lengths: Tensor) -> list[int]:
+    def keep(confidence: Tensor, lengths: list[int]) -> list[int]:
         policy = make_policy()
         for accepted in (2, 0):
             policy.plan(view(rows))
-            policy.choose(torch.full((rows, drafts), 0.8), torch.full((rows,), drafts))
+            policy.choose(torch.full((rows, drafts), 0.8), [drafts] * rows)
             policy.observe(COST, [accepted] * rows)
         policy.plan(view(rows))
-        chosen: list[int] = policy.choose(confidence, lengths).tolist()
-        return chosen
+        return policy.choose(confidence, lengths)
 
     for _ in range(trials):
         confidence = torch.rand(rows, drafts, generator=generator)
-        lengths = torch.randint(0, drafts + 1, (rows,), generator=generator)
+        lengths = torch.randint(0, drafts + 1, (rows,), generator=generator).tolist()
         before = keep(confidence, lengths)
         for b, j in product(range(rows), range(drafts)):
             for level in (0.0, 0.4, 0.999):
@@ -96,7 +95,7 @@ def policy_anticipates(
                 other[b, j:] = level
                 if min(keep(other, lengths)[b], j) != min(before[b], j):
                     return True
-            longer = lengths.clone()
+            longer = lengths.copy()
             longer[b] = drafts
             if j <= lengths[b] and min(keep(confidence, longer)[b], j) != min(before[b], j):
                 return True
@@ -110,12 +109,15 @@ def policy_faults(make_policy: Callable[[], SchedulerPolicy], rows: int = 4, dra
         limit = policy.plan(view(rows))
         if len(limit) != rows or min(limit) < 0:
             faults.append(f"plan gave {list(limit)} for {rows} rows")
-        lengths = torch.randint(0, drafts + 1, (rows,), generator=generator)
+        lengths = torch.randint(0, drafts + 1, (rows,), generator=generator).tolist()
         for confidence in (torch.rand(rows, drafts, generator=generator), None):
             keep = policy.choose(confidence, lengths)
-            if keep.dtype != torch.int64 or keep.shape != (rows,) or bool(((keep < 0) | (keep > lengths)).any()):
-                faults.append(f"choose gave {keep.tolist()} of drafts of {lengths.tolist()}")
-        policy.observe(COST, torch.minimum(keep, torch.randint(0, drafts + 1, (rows,), generator=generator)).tolist())
+            if [type(n) for n in keep] != [int] * rows or any(
+                not 0 <= n <= most for n, most in zip(keep, lengths, strict=True)
+            ):
+                faults.append(f"choose gave {keep} of drafts of {lengths}")
+        most = torch.randint(0, drafts + 1, (rows,), generator=generator).tolist()
+        policy.observe(COST, [min(n, right) for n, right in zip(keep, most, strict=True)])
     return faults
 
 
@@ -258,14 +260,14 @@ def backend_disagreements(backend: Backend, *, rounds: int = 60, vocabulary: int
     for round in range(rounds):
         noise = torch.randn(2, 8 * 5, vocabulary, generator=generator)
         drafter = Categorical.of(noise[0].view(8, 5, -1)[:, :4].reshape(32, -1) * 1.5)
-        keep = torch.randint(0, 5, (8,), generator=generator)
-        rows = torch.tensor([b * 5 + j for b, n in enumerate(keep.tolist()) for j in range(n + 1)])
+        keep = torch.randint(0, 5, (8,), generator=generator).tolist()
+        rows = torch.tensor([b * 5 + j for b, n in enumerate(keep) for j in range(n + 1)])
         logits = noise[0][rows] + 0.5 * noise[1][rows]
         logits = torch.where((rows // 5 == 7)[:, None], logits * 1e4, logits)  # as a greedy row: all but certain
         context = Context(params, [[1, 2, 3]] * 8, [2] * 8)
         rng = RowRng(range(seed + 8 * round, seed + 8 * round + 8), [round] * 8, [p.effective_rule for p in params])
         tokens = drafter.draw(rng.token_keys(torch.arange(32) // 4, torch.arange(32) % 4 + 3, "draft")).view(8, 4)
-        proposal = Proposal(tokens, torch.full((8,), 4), drafter)
+        proposal = Proposal(tokens, [4] * 8, drafter)
         a, b = (f(Categorical.of(logits), proposal, keep, context, rng) for f in (backend.verify, verify))
         width = torch.arange(5)[None] < a.lengths[:, None]
         same = (a.accepted == b.accepted) & torch.where(width, a.tokens == b.tokens, True).all(1)

@@ -45,6 +45,8 @@ from outrider.types import (
     SchedulerPolicy,
     TargetModel,
     TargetOutput,
+    Values,
+    to_tensor,
 )
 
 __all__ = ["CONTROLS", "Control", "Outcome", "self_test", "sound_repetition"]
@@ -136,14 +138,16 @@ class _UnmaskedDrafts(EnumeratingDraftModel):
 class _CutsAtForbidden(_UnmaskedDrafts):
     """Ends the draft before the first token that the grammar forbids."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         drafted = super().propose(slots, last, context, limit, rng)
         lengths = []
         for b, (row, length) in enumerate(zip(drafted.tokens.tolist(), drafted.lengths.tolist(), strict=True)):
             before = [context.history[b][-1], *row]
             wrong = [j for j in range(length) if before[j] == before[j + 1] == GRAMMAR]
             lengths.append(wrong[0] if wrong else length)
-        return replace(drafted, lengths=torch.tensor(lengths, dtype=torch.int64))
+        return Proposal(drafted.tokens, lengths, drafted.distribution, drafted.confidence)
 
 
 class _MaskOnTheTargetOnly(_UnmaskedDrafts):
@@ -263,12 +267,12 @@ class _BonusPastTheSampler(_WithTarget):
 class _PenaltiesOnOneSide(_WithTarget):
     """Penalties are applied to the drafter's logits and not to the target's."""
 
-    def target(self, target: Categorical, proposal: Proposal, keep: Tensor, context: Context) -> Categorical:
+    def target(self, target: Categorical, proposal: Proposal, keep: Sequence[int], context: Context) -> Categorical:
         params = [
             replace(p, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0) for p in context.params
         ]
-        owner = [b for b, n in enumerate(keep.tolist()) for _ in range(n + 1)]
-        depth = [j for n in keep.tolist() for j in range(n + 1)]
+        owner = [b for b, n in enumerate(keep) for _ in range(n + 1)]
+        depth = [j for n in keep for j in range(n + 1)]
         tokens = proposal.tokens.numpy()
         prefixes = [[*context.history[b], *tokens[b, :j].tolist()] for b, j in zip(owner, depth, strict=True)]
         rows = process(_rows(self.world.target(), prefixes), replace(context, params=params), torch.tensor(owner))
@@ -306,11 +310,12 @@ def _of(kind: type[_WithTarget], world: ToyWorld) -> Callable[[], EnumeratingBac
 class _LooksOneAhead(FixedPolicy):
     """Keeps a token only where the confidence of the token after it is high."""
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
         if confidence is None or not confidence.shape[1]:
-            return lengths
-        following = torch.cat([confidence[:, 1:], torch.ones(len(confidence), 1)], 1)
-        return lengths.minimum((following > 0.7).long().cumprod(1).sum(1))
+            return list(lengths)
+        sure = to_tensor(confidence)
+        following = torch.cat([sure[:, 1:], torch.ones(len(sure), 1)], 1)
+        return torch.tensor(lengths).minimum((following > 0.7).long().cumprod(1).sum(1)).tolist()
 
 
 def _peeking(name: str, drafts: int) -> SchedulerPolicy:
@@ -327,9 +332,9 @@ def _rewinding_one_short(cache: Any) -> Any:
     """A toy cache whose last kept entry, after a rewind, is the one that should be gone."""
     rewind = cache.rewind
 
-    def rewind_one_short(slots: Tensor, lengths: Tensor) -> None:
+    def rewind_one_short(slots: Sequence[int], lengths: Sequence[int]) -> None:
         held = cache.lengths[slots].tolist()
-        for slot, before, length in zip(slots.tolist(), held, lengths.tolist(), strict=True):
+        for slot, before, length in zip(slots, held, lengths, strict=True):
             if before > length > 0:
                 first, second = cache.index(torch.tensor([slot, slot]), torch.tensor([length - 1, length]))
                 for keys in cache.keys:
@@ -426,11 +431,14 @@ def _find_leak() -> tuple[bool, str]:
 class _SampledUnprocessedQ(DraftModelDrafter):
     """Really samples, and states the probabilities before temperature."""
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         drafted = super().propose(slots, last, context, limit, rng)
         if drafted.distribution is None:
             return drafted
-        return replace(drafted, distribution=Categorical.of(_rows(self.model, _prefixes(context, drafted))))
+        stated = Categorical.of(_rows(self.model, _prefixes(context, drafted)))
+        return Proposal(drafted.tokens, drafted.lengths, stated, drafted.confidence)
 
 
 def _find_by_sampling() -> tuple[bool, str]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -132,7 +132,7 @@ class EnumeratingBackend:
 
     # ---------------------------------------------------------------- what a control replaces
 
-    def target(self, target: Categorical, proposal: Proposal, keep: Tensor, context: Context) -> Categorical:
+    def target(self, target: Categorical, proposal: Proposal, keep: Sequence[int], context: Context) -> Categorical:
         """The distributions that are verified."""
         return target
 
@@ -174,13 +174,13 @@ class EnumeratingBackend:
         return torch.tensor(chosen, dtype=torch.int64)
 
     def verify(
-        self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
+        self, target: Distribution, proposal: Proposal, keep: Sequence[int], context: Context, rng: Rng
     ) -> Verification:
         """See ``sampling.verification.verify``."""
         assert isinstance(rng, RowRng) and isinstance(target, Processed)
         rows = [self.outcomes[word] for word, _ in rng.rows]
-        self.verified += int(keep.sum())
-        self.deepest = max(self.deepest, int(keep.max()))
+        self.verified += sum(keep)
+        self.deepest = max(self.deepest, *keep)
         settled_target = self.target(settled(target), proposal, keep, context)
         round = DraftRound.of(settled_target, proposal, keep)
         shared = [p.effective_rule == "coupled" or p.temperature == 0 for p in context.params]
@@ -213,7 +213,7 @@ class EnumeratingBackend:
         block: npt.NDArray[np.bool_],
         rows: list[Outcomes],
         proposal: Proposal,
-        keep: Tensor,
+        keep: Sequence[int],
         context: Context,
         rng: Rng,
     ) -> Verification:
@@ -271,13 +271,15 @@ class EnumeratingDraftModel(DraftModelDrafter):
 
     # ---------------------------------------------------------------- a drafter
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         backend = self.model.backend
         assert isinstance(backend, EnumeratingBackend) and isinstance(rng, RowRng)
         drafted = super().propose(slots, last, self.seen(context), limit, _Noise(self.noise(rng), backend))
         if drafted.distribution is None:
             return drafted
-        return replace(drafted, distribution=self.stated(drafted, context))
+        return Proposal(drafted.tokens, drafted.lengths, self.stated(drafted, context), drafted.confidence)
 
 
 def dense_rows(distribution: Distribution) -> Tensor:

@@ -60,10 +60,10 @@ def context_of(rows: Sequence[Row]) -> Context:
 def propose(drafter: Drafter, rows: Sequence[Row], limit: Sequence[int], rng: Rng | None = None) -> Proposal:
     """As the engine asks."""
     return drafter.propose(
-        torch.tensor([r.slot for r in rows]),
-        torch.tensor([r.history[-1] for r in rows]),
+        [r.slot for r in rows],
+        [r.history[-1] for r in rows],
         context_of(rows),
-        torch.tensor(limit),
+        limit,
         rng or rng_of(rows),
     )
 

@@ -19,7 +19,7 @@ from outrider.engine.rows import Rows
 from outrider.models.toy import ToyTarget
 from outrider.proof.enumeration import EnumeratingBackend, EnumeratingDraftModel
 from outrider.proof.literal import Chain
-from outrider.types import Drafter, RequestRows, SchedulerPolicy, StepCost, StepView
+from outrider.types import Drafter, RequestRows, SchedulerPolicy, StepCost, StepView, Values
 
 __all__ = ["GrammarEngine", "NoRepeat", "RemembersLastRound", "SteadyCosts", "ToyWorld", "make_policy"]
 
@@ -146,8 +146,8 @@ class RemembersLastRound:
         self._rejected = rejected
         return limit
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        return lengths
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
+        return list(lengths)
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None: ...
 
@@ -161,7 +161,7 @@ class SteadyCosts:
     def plan(self, step: StepView) -> Sequence[int]:
         return self.policy.plan(step)
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
         return self.policy.choose(confidence, lengths)
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:

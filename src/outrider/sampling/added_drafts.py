@@ -18,7 +18,7 @@ def with_drafts(proposal: Proposal, drafts: Mapping[int, Sequence[int]], confide
 
     Legend: B rows, K drafts at most.
     """
-    tokens, lengths, old = proposal.tokens.tolist(), proposal.lengths.tolist(), proposal.tokens.shape[1]
+    tokens, lengths, old = proposal.arrays[0].tolist(), proposal.counts, proposal.width
     assert not any(lengths[b] for b in drafts), "a row has drafts of the drafter already"
     rows = [list(drafts[b]) if b in drafts else tokens[b][: lengths[b]] for b in range(len(lengths))]
     width = max(map(len, rows), default=0)
@@ -32,7 +32,7 @@ def with_drafts(proposal: Proposal, drafts: Mapping[int, Sequence[int]], confide
         sure = torch.tensor([row + [0.0] * (width - len(row)) for row in values]).view(len(rows), width)
     return Proposal(
         torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64).view(len(rows), width),
-        torch.tensor([len(row) for row in rows], dtype=torch.int64),
+        [len(row) for row in rows],
         distribution,
         sure,
     )

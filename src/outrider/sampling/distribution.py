@@ -18,7 +18,7 @@ from torch import Tensor
 from outrider.errors import RowsFailed
 from outrider.sampling.rng import gumbel_argmax
 from outrider.sampling.truncation import Limits, limited
-from outrider.types import Values, to_tensor
+from outrider.types import Integers, Values, to_array, to_tensor
 
 __all__ = ["Categorical", "Processed", "ProcessedLogits", "argmax", "check_rows", "settled"]
 
@@ -34,7 +34,7 @@ class Categorical:
     sample. Tensors are kept, not copied: their owner must not write to them while the distribution is in use.
     """
 
-    __slots__ = ("_logits", "_probabilities", "_tokens", "ids", "vocab_size")
+    __slots__ = ("_ids", "_logits", "_probabilities", "_tokens", "vocab_size")
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class Categorical:
         *,
         logits: Values | None = None,
         probabilities: Tensor | None = None,
-        ids: Tensor | None = None,
+        ids: Tensor | Integers | None = None,
         tokens: Tensor | list[int] | None = None,
     ) -> None:
         """Give ``tokens`` int64 [R], or else ``logits`` or ``probabilities`` [R, S]; S = V unless ``ids`` int64 [R, S]
         name the columns: ascending in each row, distinct, V (with no mass) where a row has fewer."""
         self.vocab_size = vocab_size
         self._tokens = tokens
-        self.ids = ids
+        self._ids = ids
         self._logits = logits
         self._probabilities = probabilities
 
@@ -70,7 +70,14 @@ class Categorical:
     @property
     def core_form(self) -> CoreForm | None:
         """What the compiled core reads, None where it is not float32 logits on a CPU."""
-        return _core_form(self._logits, self.ids, None)
+        return _core_form(self._logits, self._ids, None)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """int64 [R, S]: the token of each column; None where column v is token v."""
+        if self._ids is not None:
+            self._ids = to_tensor(self._ids)
+        return self._ids
 
     @property
     def is_greedy(self) -> bool:
@@ -298,14 +305,14 @@ def settled(distribution: Processed) -> Categorical:
     return distribution.distribution if isinstance(distribution, ProcessedLogits) else distribution
 
 
-def _core_form(logits: Values | None, ids: Tensor | None, limits: Limits | None) -> CoreForm | None:
+def _core_form(logits: Values | None, ids: Tensor | Integers | None, limits: Limits | None) -> CoreForm | None:
     if isinstance(logits, np.ndarray):
         values = logits
     elif logits is None or logits.dtype != torch.float32 or logits.device.type != "cpu":
         return None
     else:
         values = logits.contiguous().numpy()
-    names = None if ids is None else ids.numpy()
+    names = None if ids is None else to_array(ids)
     if limits is None:
         return values, names, None, None, None, None
     temperatures = None if limits.temperatures is None else limits.temperatures.astype(np.float32)

@@ -36,7 +36,7 @@ def fit_drafts(
     proposal: Proposal, matchers: Sequence[GrammarMatcher | None], limits: Sequence[int], context: Context
 ) -> Proposal:
     """The proposal as the rows' grammars have it. ``limits`` [B]: the most tokens of each row."""
-    tokens, lengths = proposal.tokens.tolist(), proposal.lengths.tolist()
+    tokens, lengths = proposal.arrays[0].tolist(), proposal.counts
     sure = None if proposal.confidence is None else proposal.confidence.tolist()
     rows = []
     for b, (matcher, limit, params) in enumerate(zip(matchers, limits, context.params, strict=False)):
@@ -51,8 +51,8 @@ def fit_drafts(
     distribution = proposal.distribution
     return Proposal(
         torch.tensor([row.tokens + [0] * (width - len(row.tokens)) for row in rows], dtype=torch.int64).view(shape),
-        torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
-        None if distribution is None else _distribution(distribution, proposal.tokens.shape[1], rows, width),
+        [len(row.tokens) for row in rows],
+        None if distribution is None else _distribution(distribution, proposal.width, rows, width),
         None
         if sure is None and any(lengths)
         else torch.tensor([row.sureness + [0.0] * (width - len(row.tokens)) for row in rows]).view(shape),

@@ -49,7 +49,7 @@ def draft_reports(
     asked = [b for b, n in enumerate(accepted) if n and params[b].logprobs is not None]
     found = {}
     for b in asked:
-        n, width = accepted[b], proposal.tokens.shape[1]
+        n, width = accepted[b], proposal.width
         sure = [None] * n if proposal.confidence is None else proposal.confidence[b, :n].tolist()
         drawn = [None] * n
         if isinstance(proposal.distribution, Categorical | ProcessedLogits):

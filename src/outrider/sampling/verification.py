@@ -31,6 +31,7 @@ Legend: B rows, K drafts at most, V vocabulary, R target distributions: row b ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +72,9 @@ class DraftRound:
     drafted: _Ints  # [B]  first of each row in ``distribution``
 
     @staticmethod
-    def of(target: Processed, proposal: Proposal, keep: Tensor) -> DraftRound:
+    def of(target: Processed, proposal: Proposal, keep: Sequence[int]) -> DraftRound:
         target = settled(target)
-        tokens, counts = _array(proposal.tokens), _array(keep)
+        tokens, counts = proposal.arrays[0], np.array(keep, np.int64)
         assert len(target) == counts.sum() + len(counts), (
             "one distribution for each kept draft and one more for each row"
         )
@@ -105,19 +106,19 @@ class AcceptanceProbabilities:
 # ------------------------------------------------------------------------------------------------ the round
 
 
-def verify(target: Processed, proposal: Proposal, keep: Tensor, context: Context, rng: Rng) -> Verification:
+def verify(target: Processed, proposal: Proposal, keep: Sequence[int], context: Context, rng: Rng) -> Verification:
     """Verify the first ``keep[b]`` drafts of each row; rows may differ in rule and temperature.
 
     target: the distributions after ``process``, sum(keep + 1) of them: row b's first follows ``context.history[b]``,
-    its next ones each verified draft. keep int64 [B], at most ``proposal.lengths``. The rule is each request's
+    its next ones each verified draft. keep [B], at most ``proposal.lengths``. The rule is each request's
     ``effective_rule``. ``proposal.distribution`` may leave out rows at the end that keep nothing. Results are on the
     CPU.
     """
     target = settled(target)
     if target.is_greedy:
-        if not proposal.tokens.shape[1]:  # plain decoding
+        if not proposal.width:  # plain decoding
             return Verification.of_lists([0] * len(target), [[token] for token in target.certain])
-        return _verify_greedy(target.certain, proposal.tokens.tolist(), keep.tolist())
+        return _verify_greedy(target.certain, proposal.arrays[0].tolist(), keep)
     whole = DraftRound.of(target, proposal, keep)
     rules = [
         p.effective_rule if p.temperature else "coupled" for p in context.params
@@ -148,7 +149,7 @@ def verify(target: Processed, proposal: Proposal, keep: Tensor, context: Context
     return _verification(whole.tokens, accepted, bonus)
 
 
-def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: list[int]) -> Verification:
+def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: Sequence[int]) -> Verification:
     """Accept drafts that are the target's argmax. draws [R], drafts [B, K]; plain lists are fastest for so few."""
     accepted, tokens, start = [], [], 0
     for row, count in zip(drafts, keep, strict=True):

@@ -353,7 +353,7 @@ class Calibration:
         if confidence is None:
             return proposal
         adjusted = _adjusted(confidence, [self._scaling_of(params) for params in context.params[: len(confidence)]])
-        return Proposal(proposal.tokens, proposal.lengths, proposal.distribution, adjusted, proposal.parents)
+        return Proposal(proposal.arrays[0], proposal.counts, proposal.distribution, adjusted, proposal.parents)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as ``from_json`` reads it."""

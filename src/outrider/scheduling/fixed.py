@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from outrider.errors import InvalidRequest
-from outrider.types import StepCost, StepView
+from outrider.types import StepCost, StepView, Values
 
 __all__ = ["FixedConfig", "FixedPolicy"]
 
@@ -41,8 +39,8 @@ class FixedPolicy:
     def plan(self, step: StepView) -> list[int]:
         return [self._draft_tokens] * len(step)
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        return lengths.clamp(max=self._draft_tokens)
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
+        return [min(n, self._draft_tokens) for n in lengths]
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """Nothing: k never changes."""

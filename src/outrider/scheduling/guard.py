@@ -17,12 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.ledger import Ledger
-from outrider.types import SchedulerPolicy, StepCost, StepView
+from outrider.types import SchedulerPolicy, StepCost, StepView, Values
 
 __all__ = ["GuardedPolicy", "TriesAgain"]
 
@@ -123,8 +120,8 @@ class GuardedPolicy:
             return min(wait, AT_FIRST if seen else UNKNOWN)
         return BESIDE * wait if beside else wait
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        return self.policy.choose(confidence, lengths) if self._asked else torch.zeros_like(lengths)
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
+        return self.policy.choose(confidence, lengths) if self._asked else [0] * len(lengths)
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         view, self._view = self._view, None

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from outrider.errors import InvalidRequest
 from outrider.scheduling.online_correction import OnlineCorrection
-from outrider.types import StepCost, StepView
+from outrider.types import StepCost, StepView, Values
 
 __all__ = ["ThresholdConfig", "ThresholdPolicy"]
 
@@ -56,19 +53,18 @@ class ThresholdPolicy:
     def plan(self, step: StepView) -> list[int]:
         return [self._draft_tokens] * len(step)
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        lengths = lengths.clamp(max=self._draft_tokens)
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
+        most = [min(n, self._draft_tokens) for n in lengths]
         if confidence is None:
-            return lengths
+            return most
+        said = confidence.tolist()
+        right = said if self._correction is None else [self._correction.adjust(row) for row in said]
+        keep = [
+            next((j for j in range(n) if not row[j] >= self._threshold), n)  # not: NaN is low
+            for row, n in zip(right, most, strict=True)
+        ]
         if self._correction is not None:
-            raw = confidence.tolist()
-            right = [self._correction.adjust(row) for row in raw]
-            confidence = torch.tensor(right).view(confidence.shape)
-        # A running product of "at least the threshold" is 1 up to the first low confidence and 0 after it.
-        sure = (confidence >= self._threshold).long().cumprod(1).sum(1)
-        keep = lengths.minimum(sure)
-        if self._correction is not None:
-            self._seen = list(zip(raw, keep.tolist(), strict=True))
+            self._seen = list(zip(said, keep, strict=True))
         return keep
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:

@@ -19,15 +19,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from outrider.errors import InvalidRequest, nearest
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.ledger import Ledger
 from outrider.scheduling.prefix_search import SEARCHES, Search
 from outrider.scheduling.schedule import Scheduler
-from outrider.types import StepCost, StepView
+from outrider.types import StepCost, StepView, Values, to_array
 
 __all__ = ["ThroughputConfig", "ThroughputPolicy"]
 
@@ -347,17 +345,16 @@ class ThroughputPolicy:
 
     # ------------------------------------------------------------------------------------------ once drafted
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        drafted = lengths.tolist()
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
         now = self._step
-        if now is None or now.ready > len(drafted):  # no plan was asked for: nothing is known but the drafts
-            now = self._step = self._without_plan(len(drafted))
+        if now is None or now.ready > len(lengths):  # no plan was asked for: nothing is known but the drafts
+            now = self._step = self._without_plan(len(lengths))
         plan, ready = now.plan, now.ready
-        rows = ready - drafted[:ready].count(0)
+        rows = sum(n > 0 for n in lengths[:ready])
         if not rows:
-            return torch.zeros(len(drafted), dtype=torch.int64)
-        said = None if confidence is None else confidence.numpy()
-        drafts = max(drafted) if said is None else said.shape[1]
+            return [0] * len(lengths)
+        said = None if confidence is None else to_array(confidence)
+        drafts = max(lengths) if said is None else said.shape[1]
         if drafts > self._block:
             self._scheduler.widen(drafts)
         if plan.seconds is not None and now.tokens == ready and drafts <= self._block:
@@ -369,12 +366,12 @@ class ThroughputPolicy:
         at_least = 0
         if plan.probe and not self._history.empty:
             # What is tried is tried in earnest, or nothing would be learnt; the past alone says where.
-            tokens = now.tokens + sum(drafted[:ready])
+            tokens = now.tokens + sum(lengths[:ready])
             at_least = drafts if self.costs.seen(tokens, beside=now.tokens > ready) < UNSEEN else 1
-        keep = np.empty(len(drafted), np.int64)
+        keep = np.empty(len(lengths), np.int64)
         self._rounds.schedule(
             said,
-            drafted,
+            lengths,
             plan.slots,
             plan.limits,
             seconds,
@@ -385,7 +382,8 @@ class ThroughputPolicy:
             keep,
         )
         now.scheduled = True
-        return torch.from_numpy(keep)
+        kept: list[int] = keep.tolist()
+        return kept
 
     def _spent(self, rows: int, now: _Step) -> float:
         return self.costs.draft(rows, now.plan.longest) + self.costs.bookkeeping(now.ready, drafting=True)

@@ -19,7 +19,18 @@ from outrider.types.fused_drafting import (
     InTurnDrafter,
     MarkovParts,
 )
-from outrider.types.passes import Mask, RaggedBatch, StackOutput, TargetOutput, Values, joined, to_tensor
+from outrider.types.passes import (
+    Integers,
+    Mask,
+    RaggedBatch,
+    StackOutput,
+    TargetOutput,
+    Values,
+    joined,
+    to_array,
+    to_list,
+    to_tensor,
+)
 from outrider.types.results import DraftReport, Event, Output, Piece, RequestStats, TokenLogprobs
 from outrider.types.roles import Drafter, Forgets, ReadsHidden, ResetsRows, TargetModel, TargetSpec
 from outrider.types.rounds import Context, Distribution, Processor, Proposal, RequestRows, Rng, Verification
@@ -44,6 +55,7 @@ __all__ = [
     "Forgets",
     "HasStack",
     "InTurnDrafter",
+    "Integers",
     "KVCache",
     "MarkovParts",
     "Mask",
@@ -77,5 +89,7 @@ __all__ = [
     "Values",
     "Verification",
     "joined",
+    "to_array",
+    "to_list",
     "to_tensor",
 ]

@@ -29,8 +29,8 @@ class KVCache(Protocol):
         the slot holds is untouched, and the caller may release another slot and ask again."""
         ...
 
-    def rewind(self, slots: Tensor, lengths: Tensor) -> None:
-        """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``."""
+    def rewind(self, slots: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor) -> None:
+        """Forget everything past ``lengths[b]`` tokens of slot ``slots[b]``. [B], [B], lists or int64."""
         ...
 
     def release(self, slot: int) -> None:

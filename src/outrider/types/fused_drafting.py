@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outrider.config import SamplingParams
 from outrider.types.caches import KVCache
-from outrider.types.passes import Values
+from outrider.types.passes import Integers, Values
 from outrider.types.stacks import Stack
 
 __all__ = [
@@ -68,10 +68,10 @@ class BlockParts:
 class Drafts:
     """Drafts of n rows, K each."""
 
-    tokens: Tensor  # int64 [n, K]
-    confidence: Tensor  # float32 [n, K]
-    ids: Tensor | None  # int64 [n K, S], ascending, filled up with V: tokens of the distributions; None: all of them
-    logits: Tensor | None  # float32 [n K, S] after temperature; None: all rows are greedy
+    tokens: Tensor | Integers  # int64 [n, K]
+    confidence: Values  # float32 [n, K]
+    ids: Tensor | Integers | None  # int64 [n K, S], ascending, filled up with V: the distributions' tokens; None: all
+    logits: Values | None  # float32 [n K, S] after temperature; None: all rows are greedy
 
 
 @runtime_checkable

@@ -6,14 +6,25 @@ Shapes: the legend of ``outrider.types``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Mask", "RaggedBatch", "StackOutput", "TargetOutput", "Values", "joined", "to_tensor"]
+__all__ = [
+    "Integers",
+    "Mask",
+    "RaggedBatch",
+    "StackOutput",
+    "TargetOutput",
+    "Values",
+    "joined",
+    "to_array",
+    "to_list",
+    "to_tensor",
+]
 
 Mask = Literal["causal", "block"]
 """Who a new token attends to beside the cached ones: new tokens up to itself, or all new tokens of its row."""
@@ -190,6 +201,16 @@ def joined(pieces: Sequence[Values]) -> Values:
     return np.concatenate(pieces) if isinstance(pieces[0], np.ndarray) else torch.cat(pieces)  # type: ignore[arg-type]
 
 
-def to_tensor(values: Values) -> Tensor:
+def to_tensor(values: Values | Integers) -> Tensor:
     """The same numbers, on the same memory."""
     return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+
+
+def to_array(values: Tensor | npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same numbers, on the same memory unless that is another device's."""
+    return values if isinstance(values, np.ndarray) else values.numpy(force=True)
+
+
+def to_list(numbers: Sequence[int] | Tensor) -> Sequence[int]:
+    """The same integers."""
+    return numbers.tolist() if isinstance(numbers, Tensor) else numbers

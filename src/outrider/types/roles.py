@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outrider.types.caches import KVCache
-from outrider.types.passes import RaggedBatch, TargetOutput
+from outrider.types.passes import RaggedBatch, TargetOutput, Values
 from outrider.types.rounds import Context, Proposal, Rng
 from outrider.types.stacks import Backend
 
@@ -64,17 +64,19 @@ class Drafter(Protocol):
         """Reserve ``slot`` for a sequence of up to ``capacity`` tokens. Nothing is read yet."""
         ...
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
-        """Draft up to ``limit[b]`` tokens after ``last[b]``. slots, last, limit: int64 [B]."""
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
+        """Draft up to ``limit[b]`` tokens after ``last[b]``. slots, last, limit: [B]."""
         ...
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Committed tokens that passed through the target: every prefill chunk, and of every round the
         row's ``last`` and its accepted drafts (never the new ``last``).
 
-        features [T, F] of ``aux_layers``, or None. hidden [C, D]: the target's state after its final norm at the
-        last token of each of the first C rows, from which the row's next token was sampled; the rows after them
-        end in the middle of their prompt. None where the target cannot tell it.
+        features [T, F] of ``aux_layers``, a tensor or a float32 array, or None. hidden [C, D]: the target's state
+        after its final norm at the last token of each of the first C rows, from which the row's next token was
+        sampled; the rows after them end in the middle of their prompt. None where the target cannot tell it.
         """
         ...
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
+from outrider.types.passes import Integers, Values, to_array, to_tensor
 
 __all__ = ["Context", "Distribution", "Processor", "Proposal", "RequestRows", "Rng", "Verification"]
 
@@ -33,17 +34,69 @@ class Distribution(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
 class Proposal:
-    """What a drafter proposes for each row."""
+    """What a drafter proposes for each row. It is not changed once made; tensors, arrays and lists of its numbers are
+    made when they are asked for."""
 
-    tokens: Tensor  # int64 [B, K]        entries past ``lengths[b]`` are meaningless
-    lengths: Tensor  # int64 [B]          0 <= lengths <= limit
-    distribution: Distribution | None = None
-    # The distribution each token was really drawn from: row b * K + j is token (b, j); None = deterministic.
-    # (lengths[b] >= j) may depend on tokens[b, :j] only.
-    confidence: Tensor | None = None  # float32 [B, K]  P(token j accepted | those before were); from tokens[b, :j] only
-    parents: Tensor | None = None  # int64 [B, K]  a tree: the token each follows, -1 the row's last; None = a chain
+    __slots__ = ("_confidence", "_counts", "_lengths", "_tokens", "distribution", "parents")
+
+    def __init__(
+        self,
+        tokens: Tensor | Integers,
+        lengths: Tensor | list[int],
+        distribution: Distribution | None = None,
+        confidence: Values | None = None,
+        parents: Tensor | None = None,
+    ) -> None:
+        """From tensors, or arrays and a list; the properties give their shapes.
+
+        ``distribution``: the one that each token was really drawn from: row b * K + j is token (b, j); None =
+        deterministic. (lengths[b] >= j) may depend on tokens[b, :j] only. ``parents`` int64 [B, K]: a tree, the token
+        each follows, -1 the row's last; None = a chain.
+        """
+        self._tokens, self._confidence = tokens, confidence
+        self._lengths = lengths if isinstance(lengths, Tensor) else None
+        self._counts = lengths if isinstance(lengths, list) else None
+        self.distribution, self.parents = distribution, parents
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [B, K]; entries past ``lengths[b]`` are meaningless."""
+        self._tokens = to_tensor(self._tokens)
+        return self._tokens
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B], 0 <= lengths <= limit."""
+        if self._lengths is None:
+            self._lengths = torch.from_numpy(np.array(self._counts, np.int64))
+        return self._lengths
+
+    @property
+    def confidence(self) -> Tensor | None:
+        """float32 [B, K]: P(token j accepted | those before were); from tokens[b, :j] only."""
+        if self._confidence is not None:
+            self._confidence = to_tensor(self._confidence)
+        return self._confidence
+
+    @property
+    def counts(self) -> list[int]:
+        """``lengths`` as a list. Not to be written to."""
+        if self._counts is None:
+            assert self._lengths is not None
+            self._counts = self._lengths.tolist()
+        return self._counts
+
+    @property
+    def arrays(self) -> tuple[Integers, npt.NDArray[np.float32] | None]:
+        """``tokens`` and ``confidence``."""
+        sure = self._confidence
+        return to_array(self._tokens), None if sure is None else to_array(sure)
+
+    @property
+    def width(self) -> int:
+        """K"""
+        return int(self._tokens.shape[1])
 
     @staticmethod
     def empty(rows: int) -> Proposal:
@@ -57,20 +110,12 @@ class Proposal:
         shape = len(lengths), max(lengths, default=0)
         drafts = np.array([[*row, *[0] * (shape[1] - len(row))] for row in tokens], np.int64)
         sure = np.array([[*row, *[0.0] * (shape[1] - len(row))] for row in confidence], np.float32)
-        return Proposal(
-            torch.from_numpy(drafts.reshape(shape)),
-            torch.from_numpy(np.array(lengths, np.int64)),
-            None,
-            torch.from_numpy(sure.reshape(shape)),
-        )
+        return Proposal(drafts.reshape(shape), lengths, None, sure.reshape(shape))
 
 
 @cache
 def _empty(rows: int) -> Proposal:
-    with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
-        return Proposal(
-            torch.zeros(rows, 0, dtype=torch.int64, device="cpu"), torch.zeros(rows, dtype=torch.int64, device="cpu")
-        )
+    return Proposal(np.zeros((rows, 0), np.int64), [0] * rows)
 
 
 class Verification:
@@ -145,6 +190,11 @@ class Context:
     def stepwise(self) -> bool:
         """Whether the distribution of some row depends on the tokens before it by other ways than the model."""
         return self.processors is not None or any(p.penalised for p in self.params)
+
+    @cached_property
+    def reports(self) -> bool:
+        """Whether any row asks for log-probabilities."""
+        return any(p.logprobs is not None for p in self.params)
 
     @cached_property
     def changed(self) -> bool:

@@ -67,7 +67,7 @@ class Backend(Protocol):
         ...
 
     def verify(
-        self, target: Distribution, proposal: Proposal, keep: Tensor, context: Context, rng: Rng
+        self, target: Distribution, proposal: Proposal, keep: Sequence[int], context: Context, rng: Rng
     ) -> Verification:
         """``sampling.verification.verify`` on this hardware: the same tokens from the same arguments."""
         ...

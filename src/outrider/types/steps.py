@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
-
 from outrider.config import SamplingParams
+from outrider.types.passes import Values
 from outrider.types.results import RequestStats
 
 __all__ = ["RowRecord", "SchedulerPolicy", "StepCost", "StepObserver", "StepRecord", "StepView", "StepsAside"]
@@ -83,8 +82,8 @@ class SchedulerPolicy(Protocol):
         """The most tokens to draft for each row in this step, from the past only; 0 = plain decoding. -> B"""
         ...
 
-    def choose(self, confidence: Tensor | None, lengths: Tensor) -> Tensor:
-        """float32 [B, K] or None, int64 [B] -> keep int64 [B], 0 <= keep <= lengths."""
+    def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
+        """float32 [B, K] or None, [B] -> keep [B], 0 <= keep <= lengths."""
         ...
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ n rows, T packed tokens, F feature width, D width, K drafts, Vd draft vocabulary
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from outrider.types import (
     Proposal,
     RaggedBatch,
     Rng,
+    Values,
 )
 
 __all__ = ["AutoregressiveDrafter", "AutoregressiveState"]
@@ -86,7 +88,7 @@ class AutoregressiveDrafter(CachedDrafter):
     def fuse(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """``hidden`` and ``residual`` of ``Stack.forward``, from a state and the token that follows it."""
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """Keep the features of committed tokens. They become keys and values at the next draft, or when many wait."""
         full = self.cache.add(batch, features)
         if full:
@@ -98,23 +100,24 @@ class AutoregressiveDrafter(CachedDrafter):
             )
 
     def _draft_at_once(
-        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
-        rows, ends = [b for b, n in enumerate(lengths) if n], last.tolist()
+        rows = [b for b, n in enumerate(lengths) if n]
         params = [context.params[b] for b in rows]
         keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
-        taken = self.cache.take_paired_features([named[b] for b in rows], [ends[b] for b in rows])
+        taken = self.cache.take_paired_features([named[b] for b in rows], [last[b] for b in rows])
         drafts = self.core.draft(self.cache.kv_cache, *taken, max(lengths), keys, params, self.core_scalings(params))
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 
     def _draft_stepwise(
-        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One pass of the layers a draft."""
         drawing = Drawing(self.net, context, rng, lengths)
-        rows = [named[b] for b in drawing.rows.tolist()]
-        state = self.begin(rows, last[drawing.rows])
+        drafting = drawing.rows.tolist()
+        rows = [named[b] for b in drafting]
+        state = self.begin(rows, [last[b] for b in drafting])
         for _ in range(max(lengths) - 1):
             state = self.feed(state, drawing.draw(state.logits))
         drawing.draw(state.logits)
@@ -123,7 +126,7 @@ class AutoregressiveDrafter(CachedDrafter):
 
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ``TrainedDrafter.follow``."""
-        state = self.begin(slots, path[:, 0])
+        state = self.begin(slots, path[:, 0].tolist())
         logits = [state.logits]
         for tokens in path.T[1:]:
             state = self.feed(state, tokens)
@@ -131,9 +134,9 @@ class AutoregressiveDrafter(CachedDrafter):
         self.rewind(slots)
         return torch.stack(logits, 1), None
 
-    def begin(self, slots: list[int], last: Tensor) -> AutoregressiveState:
-        """Run the waiting tokens, up to the rows' last ones, on the target's features. int64 [n]"""
-        waiting = self.cache.take_pairs(slots, last.tolist())
+    def begin(self, slots: list[int], last: Sequence[int]) -> AutoregressiveState:
+        """Run the waiting tokens, up to the rows' last ones, on the target's features. [n]"""
+        waiting = self.cache.take_pairs(slots, last)
         return self._run(waiting.batch, self.condition(waiting.features), waiting.batch.offsets[1:] - 1)
 
     def feed(self, state: AutoregressiveState, tokens: Tensor) -> AutoregressiveState:

@@ -17,6 +17,7 @@ from outrider.types import (
     ResetsRows,
     Rng,
     SharesPrefixes,
+    Values,
 )
 
 __all__ = ["CalibratedDrafter"]
@@ -34,10 +35,12 @@ class CalibratedDrafter:
     def open(self, slot: int, capacity: int) -> None:
         self.drafter.open(slot, capacity)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         return self.calibration.calibrated(self.drafter.propose(slots, last, context, limit, rng), context)
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         self.drafter.observe(batch, features, hidden)
 
     def close(self, slot: int) -> None:

@@ -138,14 +138,11 @@ class DraftCache:
         """Tokens of the row, from its start, whose features were seen: where a catch-up pass must begin."""
         return self._rows[slot].end
 
-    def add(self, batch: RaggedBatch, features: Tensor | None) -> list[int]:
+    def add(self, batch: RaggedBatch, features: Values | None) -> list[int]:
         """Note committed tokens. Returns the slots whose waiting tokens should be taken now."""
         if features is None:
             return []
         full = []
-        # Right after a pass each call of PyTorch takes tens of microseconds, those of numpy a few.
-        plain = features.device.type == "cpu" and features.dtype == torch.float32
-        values: Values = features.numpy() if plain else features
         tokens, positions, slots, offsets = batch.lists
         for slot, begin, end in zip(slots, offsets, offsets[1:], strict=False):
             row = self._rows[slot]
@@ -154,7 +151,7 @@ class DraftCache:
                 continue  # nothing new, or behind a hole that is still to be filled
             self._truncate(row, start)
             row.tokens += tokens[begin:end]
-            row.features.append(_copied(values[begin:end]))  # the target may use its buffer again
+            row.features.append(_copied(features[begin:end]))  # the target may use its buffer again
             if len(row.tokens) >= BACKLOG:
                 full.append(slot)
         return full
@@ -241,7 +238,7 @@ class DraftCache:
             row.truncate(end)
         if end < row.held:
             row.held = end
-            self.kv_cache.rewind(torch.tensor([row.cache_slot]), torch.tensor([end]))
+            self.kv_cache.rewind([row.cache_slot], [end])
 
 
 def _copied(values: Values) -> Values:

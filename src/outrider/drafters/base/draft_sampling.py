@@ -109,20 +109,20 @@ def draft_keys(rows: Sequence[int], drafts: int, context: Context, rng: Rng) -> 
     return rng.token_keys(both[0], both[1], "draft").view(len(rows), drafts).tolist()
 
 
-def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: Sequence[int], vocab_size: int) -> Proposal:
+def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: list[int], vocab_size: int) -> Proposal:
     """What a backend drafted for ``rows``, as the proposal of all rows; ``lengths`` [B]."""
     tokens, confidence = drafts.tokens, drafts.confidence
     distribution: Processed | None = None
     if drafts.logits is not None:
         distribution = Categorical(vocab_size, ids=drafts.ids, logits=drafts.logits)
     if len(rows) < len(lengths):  # rows that drafted nothing point to the first draft, which is never read
-        index = torch.zeros(len(lengths), dtype=torch.int64)
-        index[list(rows)] = torch.arange(len(rows))
+        index = np.zeros(len(lengths), np.int64)
+        index[list(rows)] = np.arange(len(rows))
         tokens, confidence = tokens[index], confidence[index]
         if distribution is not None:
             count = drafts.tokens.shape[1]
-            distribution = distribution.take((index[:, None] * count + torch.arange(count)).flatten())
-    return Proposal(tokens, torch.from_numpy(np.array(lengths, np.int64)), distribution, confidence)
+            distribution = distribution.take(torch.from_numpy((index[:, None] * count + np.arange(count)).ravel()))
+    return Proposal(tokens, lengths, distribution, confidence)
 
 
 def known_sampling(context: Context) -> bool:

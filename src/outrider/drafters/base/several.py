@@ -13,7 +13,7 @@ are not mixed in one step, because their distributions have different forms.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
@@ -22,7 +22,18 @@ from torch import Tensor
 
 from outrider.errors import InvalidRequest
 from outrider.scheduling.acceptance import AcceptanceModel
-from outrider.types import Context, Drafter, Forgets, Proposal, RaggedBatch, ReadsHidden, ResetsRows, Rng
+from outrider.types import (
+    Context,
+    Drafter,
+    Forgets,
+    Proposal,
+    RaggedBatch,
+    ReadsHidden,
+    ResetsRows,
+    Rng,
+    Values,
+    to_tensor,
+)
 
 __all__ = ["SeveralDrafters"]
 
@@ -116,7 +127,7 @@ class SeveralDrafters:
             if isinstance(drafter, Forgets):
                 drafter.forget()
 
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         width = 0 if features is None else features.shape[1] // len(self.aux_layers)
         for drafter in self.drafters:
             own = None
@@ -124,36 +135,37 @@ class SeveralDrafters:
                 own = features
             elif features is not None and drafter.aux_layers:
                 at = [self.aux_layers.index(layer) * width for layer in drafter.aux_layers]
-                own = torch.cat([features[:, a : a + width] for a in at], 1)
+                own = torch.cat([to_tensor(features)[:, a : a + width] for a in at], 1)
             drafter.observe(batch, own, hidden)
 
     # ------------------------------------------------------------------------------------------ drafting
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         began = perf_counter()
         if self._ended:
             self._rest += 0.1 * (min(began - self._ended, 4 * self._rest + UNKNOWN_SECONDS) - self._rest)
-        rows, limits = slots.tolist(), limit.tolist()
-        for b, slot in enumerate(rows):
+        for b, slot in enumerate(slots):
             self._score(slot, context.history[b])
-        chosen = self._choose(rows, limits)
+        chosen = self._choose(slots, limit)
         taken: dict[int, Proposal] = {}
         for d, drafter in enumerate(self.drafters):
-            mine = [b for b, one in enumerate(chosen) if one == d and limits[b] > 0]
+            mine = [b for b, one in enumerate(chosen) if one == d and limit[b] > 0]
             cheap = 0 < self._seconds[d] < CHEAP * self._rest or self._scored[d] < FIRST
-            if not mine and not (cheap and any(limits)):
+            if not mine and not (cheap and any(limit)):
                 continue
-            asked = limits if cheap else [limits[b] if chosen[b] == d else 0 for b in range(len(rows))]
+            asked = limit if cheap else [limit[b] if chosen[b] == d else 0 for b in range(len(slots))]
             before = perf_counter()
-            proposal = drafter.propose(slots, last, context, torch.tensor(asked, dtype=torch.int64), rng)
+            proposal = drafter.propose(slots, last, context, asked, rng)
             took = perf_counter() - before
             self._seconds[d] = _nearer(self._seconds[d], took)
             self._samples[d] = proposal.distribution is not None
-            self._remember(d, rows, asked, context, proposal)
+            self._remember(d, slots, asked, context, proposal)
             if mine:
-                taken[d] = self._corrected(d, rows, mine, context, proposal)
+                taken[d] = self._corrected(d, slots, mine, context, proposal)
         self._ended = perf_counter()
-        return _merged(taken, chosen, len(rows))
+        return _merged(taken, chosen, len(slots))
 
     def _choose(self, slots: Sequence[int], limits: Sequence[int]) -> list[int]:
         """The drafter of each row."""
@@ -186,7 +198,7 @@ class SeveralDrafters:
         self, d: int, slots: Sequence[int], asked: Sequence[int], context: Context, proposal: Proposal
     ) -> None:
         """What it proposed, to be compared with the text to come."""
-        tokens, lengths = proposal.tokens.tolist(), proposal.lengths.tolist()
+        tokens, lengths = proposal.arrays[0].tolist(), proposal.counts
         for b, slot in enumerate(slots):
             pending = self._rows[slot].pending
             if asked[b] and (d not in pending or self._samples[d]):  # one at a time
@@ -216,17 +228,17 @@ class SeveralDrafters:
         self, d: int, slots: Sequence[int], mine: Sequence[int], context: Context, proposal: Proposal
     ) -> Proposal:
         """The same drafts, with confidences corrected by the drafter's own past, or made of it where it gives none."""
-        model, drafts = self._acceptance[d], proposal.tokens.shape[1]
-        confidence = torch.zeros(proposal.tokens.shape)
+        model, drafts = self._acceptance[d], proposal.width
+        tokens, lengths = proposal.arrays[0].tolist(), proposal.counts
+        confidence = np.zeros((len(tokens), drafts), np.float32)
         said = None if proposal.confidence is None else proposal.confidence.tolist()
-        tokens, lengths = proposal.tokens.tolist(), proposal.lengths.tolist()
         for b in mine:
             slot = slots[b]
             self._learn(slot, context.history[b])
             z, p = model.adjust_row(None if said is None else said[b], slot, drafts)
-            confidence[b] = torch.tensor(p)
+            confidence[b] = p
             self._last[slot] = d, z, p, _Draft(len(context.history[b]), tokens[b][: lengths[b]])
-        return replace(proposal, confidence=confidence)
+        return Proposal(proposal.arrays[0], lengths, proposal.distribution, confidence)
 
     def _learn(self, slot: int, history: Sequence[int]) -> None:
         """What the text says of the confidences of the row's last drafts: those it has, and the first it has not."""
@@ -253,18 +265,18 @@ def _merged(taken: dict[int, Proposal], chosen: Sequence[int], rows: int) -> Pro
         return Proposal.empty(rows)
     if len(taken) == 1:
         ((d, only),) = taken.items()
-        mine = torch.tensor([one == d for one in chosen])
-        return replace(only, lengths=only.lengths * mine)
-    width = max(proposal.tokens.shape[1] for proposal in taken.values())
-    tokens, lengths = torch.zeros(rows, width, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-    confidence = torch.zeros(rows, width)
+        counts = [n if one == d else 0 for n, one in zip(only.counts, chosen, strict=True)]
+        return Proposal(only.arrays[0], counts, only.distribution, only.arrays[1])
+    width = max(proposal.width for proposal in taken.values())
+    tokens, confidence = np.zeros((rows, width), np.int64), np.zeros((rows, width), np.float32)
+    lengths = [0] * rows
     for d, proposal in taken.items():
         if proposal.distribution is not None:  # a drafter that began to sample in this very step: the others wait
             continue
-        mine = torch.tensor([b for b, one in enumerate(chosen) if one == d], dtype=torch.int64)
-        drafts = proposal.tokens.shape[1]
-        tokens[mine, :drafts] = proposal.tokens[mine]
-        lengths[mine] = proposal.lengths[mine]
-        if proposal.confidence is not None:
-            confidence[mine, :drafts] = proposal.confidence[mine]
+        drafted, sure = proposal.arrays
+        for b in (b for b, one in enumerate(chosen) if one == d):
+            lengths[b] = proposal.counts[b]
+            tokens[b, : proposal.width] = drafted[b]
+            if sure is not None:
+                confidence[b, : proposal.width] = sure[b]
     return Proposal(tokens, lengths, None, confidence)

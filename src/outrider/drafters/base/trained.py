@@ -18,7 +18,7 @@ from outrider.drafters.base.draft_sampling import known_sampling
 from outrider.drafters.base.network import load_net
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.registry import find
-from outrider.types import Backend, Context, CoreScaling, Proposal, RaggedBatch, Rng, TargetModel
+from outrider.types import Backend, Context, CoreScaling, Proposal, RaggedBatch, Rng, TargetModel, Values
 
 __all__ = ["CachedDrafter", "TrainedConfig", "TrainedDrafter"]
 
@@ -75,11 +75,13 @@ class TrainedDrafter(ABC):
         """See ``outrider.types.Drafter``."""
 
     @abstractmethod
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         """See ``outrider.types.Drafter``."""
 
     @abstractmethod
-    def observe(self, batch: RaggedBatch, features: Tensor | None, hidden: Tensor | None = None) -> None:
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
         """See ``outrider.types.Drafter``."""
 
     @abstractmethod
@@ -154,26 +156,27 @@ class CachedDrafter(TrainedDrafter):
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows, layers=layers)
         self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows, self.pairs)
 
-    def propose(self, slots: Tensor, last: Tensor, context: Context, limit: Tensor, rng: Rng) -> Proposal:
+    def propose(
+        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
+    ) -> Proposal:
         """All rows together. A row with missing features drafts nothing."""
-        named = slots.tolist()
-        lengths = self.cache.lengths(named, context, limit.tolist(), self.block)
+        lengths = self.cache.lengths(slots, context, limit, self.block)
         if not any(lengths):
-            return Proposal.empty(len(named))
+            return Proposal.empty(len(slots))
         if self.core is not None and known_sampling(context):
-            return self._draft_at_once(named, last, lengths, context, rng)
-        return self.calibrated(self._draft_stepwise(named, last, lengths, context, rng), context)
+            return self._draft_at_once(slots, last, lengths, context, rng)
+        return self.calibrated(self._draft_stepwise(slots, last, lengths, context, rng), context)
 
     @abstractmethod
     def _draft_at_once(
-        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One call of ``core`` for the rows that draft, ``lengths`` tokens each, with calibrated confidences.
         ``named``: all rows' slots."""
 
     @abstractmethod
     def _draft_stepwise(
-        self, named: list[int], last: Tensor, lengths: list[int], context: Context, rng: Rng
+        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """The same in steps, which any processor of logits may change."""
 
