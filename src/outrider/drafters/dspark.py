@@ -147,7 +147,7 @@ class DSparkDrafter(CachedDrafter):
             [lengths[b] for b in rows],
             keys,
             params,
-            self.core_scalings(params),
+            self.core_scalings(context, rows),
         )
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 

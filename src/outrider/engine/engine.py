@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, count
 from time import perf_counter
 from typing import TypeVar
 
@@ -230,7 +230,7 @@ class Engine:
         tokens: list[list[int]] = []
         if rows.complete:
             try:
-                distributions = process(output.parts[0], rows.context, run.rows, run.depth, drafted=proposal.tokens)
+                distributions = process(output.parts[0], rows.context, run.rows, run.depth, drafted=proposal.arrays[0])
                 result = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
@@ -349,12 +349,15 @@ class Engine:
             hidden = output.hidden[_last_rows(run.rows, last)]
         if len(shown) < len(rows) or sum(kept) < len(batch):
             tokens, positions, _, first = batch.lists
+            spans = [(first[b], first[b] + kept[b]) for b in shown]
             if features is not None:  # slices: an index would wake all of PyTorch's threads for a few rows
-                parts = [features[first[b] : first[b] + kept[b]] for b in shown]
-                features = joined(parts)
-            new = [tokens[first[b] : first[b] + kept[b]] for b in shown]
-            slots = [rows.requests[b].slot for b in shown]
-            batch = RaggedBatch.pack(new, [positions[first[b]] for b in shown], slots)
+                features = joined([features[begin:end] for begin, end in spans])
+            batch = RaggedBatch.of_lists(
+                [token for begin, end in spans for token in tokens[begin:end]],
+                [position for begin, end in spans for position in positions[begin:end]],
+                [rows.requests[b].slot for b in shown],
+                [0, *accumulate(kept[b] for b in shown)],
+            )
         self.drafting.observe([rows.requests[b] for b in shown], batch, features, hidden, began)
 
     def _report(

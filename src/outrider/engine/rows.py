@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +20,11 @@ from outrider.types import Context, Proposal, RaggedBatch, StepView
 __all__ = ["Candidates", "Rows", "as_tensor"]
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+class Candidates(NamedTuple):
     """One target pass: the batch, and for each row of logits its packed token, its row and the drafts before it."""
 
     batch: RaggedBatch
-    wanted: Tensor  # int64 [R]
+    wanted: Tensor | None  # int64 [R]; None: of all tokens
     rows: Tensor  # int64 [R]
     depth: Tensor  # int64 [R]
 
@@ -159,7 +159,7 @@ class Rows:
         if self.ready == len(slots) and not any(keep):  # plain decoding
             last, ends = [r.history[-1] for r in self.requests], [len(r.history) - 1 for r in self.requests]
             batch = RaggedBatch.of_lists(last, ends, slots, list(range(len(slots) + 1)))
-            return Candidates(batch, *_all_wanted(tuple(keep)))
+            return Candidates(batch, None, *_all_wanted(tuple(keep)))
         drafted = proposal.arrays[0].tolist()
         tokens: list[int] = []
         positions: list[int] = []
@@ -180,16 +180,18 @@ class Rows:
             offsets.append(len(tokens))
         batch = RaggedBatch.of_lists(tokens, positions, slots, offsets)
         if len(wanted) == len(tokens):
-            return Candidates(batch, *_all_wanted(tuple(keep)))
+            return Candidates(batch, None, *_all_wanted(tuple(keep)))
         return Candidates(batch, as_tensor(wanted), as_tensor(rows), as_tensor(depth))
 
 
 @lru_cache(maxsize=1024)
-def _all_wanted(keep: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """``wanted``, ``rows`` and ``depth`` of candidates without chunks of prompts; not to be written to."""
-    rows = [b for b, n in enumerate(keep) for _ in range(n + 1)]
+def _all_wanted(keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """``rows`` and ``depth`` of candidates without chunks of prompts; not to be written to."""
     with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
-        return as_tensor(range(len(rows))), as_tensor(rows), as_tensor([j for n in keep for j in range(n + 1)])
+        return (
+            as_tensor([b for b, n in enumerate(keep) for _ in range(n + 1)]),
+            as_tensor([j for n in keep for j in range(n + 1)]),
+        )
 
 
 def _at_most(drafts: int, limit: int | None) -> int:

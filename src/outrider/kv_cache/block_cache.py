@@ -89,7 +89,7 @@ class BlockCache(ABC):
         """Drop everything past ``lengths[b]`` tokens of slot ``slots[b]``. [B], [B]."""
         held = self._held
         for slot, length in zip(to_list(slots), to_list(lengths), strict=True):
-            assert 0 <= length <= held[slot], f"cannot rewind {held[slot]} tokens of slot {slot} to {length}"
+            assert 0 <= length <= held.item(slot), f"cannot rewind {held[slot]} tokens of slot {slot} to {length}"
             held[slot] = length
             self._cut(slot, length)
 

@@ -32,7 +32,7 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.sampling.distribution import Categorical, Processed, ProcessedLogits, argmax
 from outrider.sampling.truncation import Limits
-from outrider.types import Context, Processor, RequestRows, Values, to_tensor
+from outrider.types import Context, Integers, Processor, RequestRows, Values, to_tensor
 
 __all__ = ["LogitBias", "OccurrencePenalty", "RepetitionPenalty", "process", "processors_of"]
 
@@ -129,7 +129,7 @@ def process(
     rows: Tensor | None = None,
     depth: Tensor | None = None,
     *,
-    drafted: Tensor | None = None,
+    drafted: Tensor | Integers | None = None,
 ) -> Processed:
     """R distributions of the next token, as each row's request asks.
 
@@ -175,7 +175,7 @@ def _changed(
     context: Context,
     owner: npt.NDArray[np.int64] | None,
     depth: Tensor | None,
-    drafted: Tensor | None,
+    drafted: Tensor | Integers | None,
 ) -> Tensor:
     """A copy of the logits after each request's processors."""
     logits = logits.clone()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -64,8 +64,7 @@ class BlockParts:
     ids: Tensor | None  # int64 [Vd]: target id of each draft id; None: the same
 
 
-@dataclass(frozen=True, slots=True)
-class Drafts:
+class Drafts(NamedTuple):
     """Drafts of n rows, K each."""
 
     tokens: Tensor | Integers  # int64 [n, K]

@@ -107,7 +107,9 @@ class AutoregressiveDrafter(CachedDrafter):
         params = [context.params[b] for b in rows]
         keys = draft_keys(rows, max(lengths), context, rng) if any(p.temperature for p in params) else None
         taken = self.cache.take_paired_features([named[b] for b in rows], [last[b] for b in rows])
-        drafts = self.core.draft(self.cache.kv_cache, *taken, max(lengths), keys, params, self.core_scalings(params))
+        drafts = self.core.draft(
+            self.cache.kv_cache, *taken, max(lengths), keys, params, self.core_scalings(context, rows)
+        )
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 
     def _draft_stepwise(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
-from outrider.config import SamplingParams
 from outrider.drafters.base.draft_cache import DraftCache
 from outrider.drafters.base.draft_sampling import known_sampling
 from outrider.drafters.base.network import load_net
@@ -64,6 +63,8 @@ class TrainedDrafter(ABC):
         checkpoint.check_target(target.spec, self.aux_layers)
         self.block: int = config.draft_tokens or checkpoint.design.drafts
         self.calibration = checkpoint.calibration
+        self._scaled: Context | None = None  # whose scalings are at hand
+        self._scalings: Sequence[CoreScaling | None] = ()
         self.net = load_net(checkpoint, target, backend, dtype)
 
     @abstractmethod
@@ -123,9 +124,13 @@ class TrainedDrafter(ABC):
         """The proposal with its confidences scaled by the checkpoint's calibration, where it has one."""
         return proposal if self.calibration is None else self.calibration.calibrated(proposal, context)
 
-    def core_scalings(self, params: Sequence[SamplingParams]) -> Sequence[CoreScaling | None]:
+    def core_scalings(self, context: Context, rows: Sequence[int]) -> Sequence[CoreScaling | None]:
         """The same for a backend that scales confidences itself: those of some rows, empty where there are none."""
-        return () if self.calibration is None else self.calibration.core_scalings(params)
+        if self.calibration is None:
+            return ()
+        if self._scaled is not context:  # it stays while the same requests go on
+            self._scaled, self._scalings = context, self.calibration.core_scalings(context.params)
+        return [self._scalings[b] for b in rows]
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any]) -> bool:
