@@ -26,7 +26,18 @@ from outrider.models.loading import load_backend
 from outrider.proof.contracts import drafter_anticipates, draws_off_distribution
 from outrider.proof.proposing import Draft, context_of, drafts_of, propose, rng_of
 from outrider.sampling.processors import process
-from outrider.types import Context, Drafter, Proposal, RaggedBatch, Rng, TargetModel, TargetOutput, TargetSpec, Values
+from outrider.types import (
+    Context,
+    Drafter,
+    Proposal,
+    RaggedBatch,
+    Rng,
+    TargetModel,
+    TargetOutput,
+    TargetSpec,
+    Values,
+    to_list,
+)
 
 V = 5
 
@@ -51,8 +62,8 @@ class PrefixCache:
         self.rows[slot] = []
         return slot
 
-    def rewind(self, slots: Tensor, lengths: Tensor) -> None:
-        for slot, length in zip(slots.tolist(), lengths.tolist(), strict=True):
+    def rewind(self, slots: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor) -> None:
+        for slot, length in zip(to_list(slots), to_list(lengths), strict=True):
             row = self.rows[slot]
             assert row is not None and length <= len(row)
             del row[length:]

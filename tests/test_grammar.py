@@ -269,7 +269,7 @@ def output_distribution(
         if cut_sampled:
             legal = [j for j in range(len(kept)) if not matcher.allows(tuple(kept[:j]), kept[j])]
             kept = kept[: legal[0]] if legal else kept
-        keep = torch.tensor([len(kept)])
+        keep = [len(kept)]
         target = world.rows(world.target, draft, len(kept) + 1, True, params)
         if params.effective_rule == "rejection" or params.effective_rule == "block":
             round = DraftRound.of(target, proposal, keep)
@@ -381,8 +381,8 @@ def test_the_core_verifies_masked_logits_as_the_rules_do(rule: Rule) -> None:
             tokens[0, j] = backend.sample(steps[-1], rng.token_keys(zero, zero + 1 + j, "draft"))
         proposal = Proposal(tokens, torch.tensor([4]), Categorical.stack(steps))
         rows = process(target, context, torch.zeros(5, dtype=torch.int64), torch.arange(5), drafted=tokens)
-        one = backend.verify(rows, proposal, torch.tensor([4]), context, rng)
-        two = verify(rows, proposal, torch.tensor([4]), context, rng)
+        one = backend.verify(rows, proposal, [4], context, rng)
+        two = verify(rows, proposal, [4], context, rng)
         assert one.accepted.tolist() == two.accepted.tolist()
         kept = int(one.lengths[0])
         assert one.tokens[0, :kept].tolist() == two.tokens[0, :kept].tolist()

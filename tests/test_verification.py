@@ -133,7 +133,7 @@ def output_distribution(
     distribution = None if deterministic else reported(draft_distribution(world, drafts, params))
     keep = [keep_of(draft) for draft in drafts]
     proposal = Proposal(torch.tensor(drafts), torch.full((len(drafts),), K), distribution)
-    round = DraftRound.of(lay_out(world, drafts, keep, params), proposal, torch.tensor(keep))
+    round = DraftRound.of(lay_out(world, drafts, keep, params), proposal, keep)
     out, plain = np.zeros([world.size] * (K + 1)), plain_distributions(world, params)
 
     if rule == "coupled":
@@ -243,9 +243,9 @@ def test_acceptance_length_of_block_is_at_least_that_of_rejection() -> None:
         params = SamplingParams(temperature=1.0)
         distribution = draft_distribution(world, drafts, params)
         weights = distribution.at(torch.tensor(drafts).flatten()).view(-1, K).prod(1).numpy()
-        keep = torch.full((len(drafts),), K)
+        keep = [K] * len(drafts)
         proposal = Proposal(torch.tensor(drafts), keep, distribution)
-        round = DraftRound.of(lay_out(world, drafts, keep.tolist(), params), proposal, keep)
+        round = DraftRound.of(lay_out(world, drafts, keep, params), proposal, keep)
         mean = {}
         for block in (False, True):
             probabilities = acceptance_probabilities(round, np.full(len(drafts), block))
@@ -269,7 +269,7 @@ def test_coupled_is_exact_whatever_the_draft_has_to_do_with_the_draws() -> None:
         for draws in product(range(V), repeat=K + 1):
             draft = tuple(guess(draws, j) for j in range(K))
             target = lay_out(world, [draft], [K], params)
-            round = DraftRound.of(target, Proposal(torch.tensor([draft]), torch.tensor([K])), torch.tensor([K]))
+            round = DraftRound.of(target, Proposal(torch.tensor([draft]), [K]), [K])
             distributions = target.dense(torch.arange(K + 1)).numpy()
             accepted, token = match(round, np.array(draws))
             chance = float(np.prod([distributions[j, draw] for j, draw in enumerate(draws)]))
@@ -383,7 +383,7 @@ def generate(
         drafted = tokens.tolist()
         logits = world.target([tuple(texts[live[i]] + drafted[i][:j]) for i, j in zip(owner, depth, strict=True)])
         target = process(logits.to(dtype), context, torch.tensor(owner), torch.tensor(depth), drafted=tokens)
-        verification = verify(target, proposal, torch.tensor(keep), context, rng)
+        verification = verify(target, proposal, keep, context, rng)
         assert torch.equal(verification.lengths, verification.accepted + 1)
         for b, accepted, new, most in zip(
             live, verification.accepted.tolist(), verification.tokens.tolist(), keep, strict=True
@@ -494,7 +494,7 @@ def test_distribution_may_lack_places_of_rows_that_drafted_nothing() -> None:
     world = World(11)
     params = SamplingParams(temperature=1.0, rule="block")
     context = Context([params] * 2, [HISTORY] * 2, [PROMPT] * 2)
-    tokens, keep = torch.tensor([[1, 0], [0, 0]]), torch.tensor([2, 0])
+    tokens, keep = torch.tensor([[1, 0], [0, 0]]), [2, 0]
     distribution = distribution_after(world.draft([(), (1,)]), [(), (1,)], params)
     target = Categorical.of(world.target([(), (1,), (1, 0), ()]))
     rng = RowRng([1, 2], [0, 0], ["block"] * 2)
@@ -508,9 +508,7 @@ def test_no_drafts_is_plain_decoding() -> None:
         params = SamplingParams(temperature=temperature, rule=rule)
         context = Context([params] * 2, [HISTORY] * 2, [PROMPT] * 2)
         target = process(world.target([(), ()]), context)
-        verification = verify(
-            target, Proposal.empty(2), torch.zeros(2, dtype=torch.int64), context, RowRng([1, 2], [0, 0], [rule] * 2)
-        )
+        verification = verify(target, Proposal.empty(2), [0, 0], context, RowRng([1, 2], [0, 0], [rule] * 2))
         assert verification.tokens.shape == (2, 1)
         assert verification.accepted.tolist() == [0, 0] and verification.lengths.tolist() == [1, 1]
 
@@ -529,9 +527,7 @@ def test_meaningless_entries_of_a_proposal_are_not_read(rule: Rule, sampled: boo
     found = []
     for junk in (0, -7, 10**12):
         tokens = torch.tensor([[1 if j < kept[b] else junk for j in range(K)] for b in range(n)])
-        verification = verify(
-            target, Proposal(tokens, torch.tensor(kept), distribution), torch.tensor(kept), context, rng
-        )
+        verification = verify(target, Proposal(tokens, kept, distribution), kept, context, rng)
         texts = [t[:m] for t, m in zip(verification.tokens.tolist(), verification.lengths.tolist(), strict=True)]
         found.append((verification.accepted.tolist(), texts))
     assert found[0] == found[1] == found[2]

@@ -16,6 +16,7 @@ A table that does not fit what is observed, one of another machine for instance,
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 from statistics import median, median_low
 
@@ -40,7 +41,6 @@ NEWEST = 3  # passes whose median is the machine's speed
 LATEST = 5  # observations of which the median shows that times have changed,
 FAR = math.log(1.3)  # and by how much at least
 LINE_WEIGHT, MOST_WEIGHT = 32, 64  # observations that a line through draft costs is worth, and that one of them can be
-VISIBLE = 0.004  # a correction that moved by less is not worth a new curve
 CHECKED = 96  # observations in which a table is checked
 OTHER_SHAPE, OTHER_SPEED = math.log(1.7), math.log(6.0)  # differences that no busy machine explains
 KEPT_CURVES = 64
@@ -95,32 +95,82 @@ class _Estimate:
 
 
 @dataclass(slots=True)
+class _Line:
+    """Seconds by numbers of drafts: between what was observed of a number and a line through all of them, never
+    falling, the more to the former the more often it was observed. By themselves, numbers seen seldom differ by chance,
+    and the one that came off worst would not be seen again. Half of it in proportion where only one is known."""
+
+    points: dict[int, tuple[float, int]]  # seconds and weight, by drafts
+    middle: float
+    mean: float
+    slope: float
+    scale: float = 1.0
+
+    @staticmethod
+    def through(known: dict[int, _Estimate]) -> _Line:
+        points = {k: (found.seconds, min(found.count, MOST_WEIGHT)) for k, found in known.items()}
+        total = sum(n for _, n in points.values())
+        middle = sum(n * k for k, (_, n) in points.items()) / total
+        mean = sum(n * y for y, n in points.values()) / total
+        if len(points) == 1:
+            return _Line(points, middle, mean, 0.5 * mean / middle)
+        slope = sum(n * (k - middle) * (y - mean) for k, (y, n) in points.items())
+        slope /= sum(n * (k - middle) ** 2 for k, (_, n) in points.items())
+        return _Line(points, middle, mean, max(0.0, slope))
+
+    def seconds(self, drafts: int) -> float:
+        """Of a number of drafts."""
+        line = max(self.mean + self.slope * (drafts - self.middle), 0.1 * self.mean)
+        own, weight = self.points.get(drafts, (0.0, 0))
+        return self.scale * (weight * own + LINE_WEIGHT * line) / (weight + LINE_WEIGHT)
+
+
+@dataclass(slots=True)
 class _Cell:
     """How long passes over so many tokens take beside those over others."""
 
     value: float = 0.0  # log ratio to the table and the speed
     count: int = 0  # of passes
     compared: int = 0  # with those around them
-    drawn: float = math.inf  # the value that ``_Corrections.factors`` are made of
 
 
 @dataclass(slots=True)
 class _Corrections:
-    """Factors on the table's seconds, by tokens."""
+    """Logarithms of factors on the table's seconds, by cells."""
 
-    factors: Floats = field(default_factory=lambda: np.ones(0))
+    usual: _Corrections | None = None  # what these are added to
     cells: dict[int, _Cell] = field(default_factory=dict)
+    known: list[int] = field(default_factory=list)  # their keys, ascending
 
-    def draw(self, cell_of: Ints, usual: Floats) -> None:
-        """Observed cells, and straight lines between them, both as what they add to the ``usual`` factors."""
-        self.factors = usual
-        if self.cells:
-            known = sorted(self.cells)
-            values = np.array([self.cells[key].value for key in known])
-            more = values - np.log(usual[np.searchsorted(cell_of, known)])
-            self.factors = usual * np.exp(np.interp(cell_of, known, more))
-            for cell in self.cells.values():
-                cell.drawn = cell.value
+    def of(self, wanted: Ints) -> Floats:
+        """Those of observed cells, and straight lines between them. [n] -> [n]"""
+        usual = np.zeros(len(wanted)) if self.usual is None else self.usual.of(wanted)
+        if not self.known:
+            return usual
+        return usual + np.interp(wanted, self.known, [self._added(key) for key in self.known])
+
+    def at(self, key: int) -> float:
+        """The same of one cell, without arrays: after a pass each of their operations takes several microseconds."""
+        usual = 0.0 if self.usual is None else self.usual.at(key)
+        if not self.known:
+            return usual
+        right = bisect_left(self.known, key)
+        before, after = self.known[max(right - 1, 0)], self.known[min(right, len(self.known) - 1)]
+        if before >= after:
+            return usual + self._added(after)
+        share = min((key - before) / (after - before), 1.0)
+        return usual + (1 - share) * self._added(before) + share * self._added(after)
+
+    def _added(self, key: int) -> float:
+        return self.cells[key].value - (0.0 if self.usual is None else self.usual.at(key))
+
+    def cell(self, key: int) -> _Cell:
+        """The one of that key, made when it is first asked for."""
+        found = self.cells.get(key)
+        if found is None:
+            found = self.cells[key] = _Cell()
+            insort(self.known, key)
+        return found
 
 
 @dataclass(slots=True)
@@ -155,21 +205,21 @@ class CostModel:
         self._pace = 0.0  # log: how much slower the machine has become, so that what was not seen since is right too
         self._steady = False  # as many passes were seen as speed and pace are made of
         self._latest: list[tuple[_Cell, float]] = []  # passes: of which size, log ratio to the table
-        self._alone, self._beside = _Corrections(), _Corrections()
-        self._dirty = True  # their factors are not those of their cells
+        self._alone = _Corrections()
+        self._beside = _Corrections(self._alone)
         self._size(1024)
         self._drafts: dict[int, dict[int, _Estimate]] = {}  # by rows, by drafts
-        self._drawn_drafts: dict[tuple[int, int], float] = {}  # as long as nothing new is observed
+        self._lines: dict[int, _Line] = {}  # through them, as long as nothing new is observed
         self._bookkeeping: dict[tuple[str, int], _Estimate] = {}  # by kind of step, by rows
 
     # ------------------------------------------------------------------------------------------ what it says
 
     def verify(self, tokens: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> float:
         """Seconds of a target pass. ``beside``: with chunks of prompts beside the rows."""
-        if self._dirty or tokens >= len(self._cell_of):
-            return float(self.verify_curve(tokens, 0, rows, context, beside=beside)[0])
-        factors = self._beside.factors if beside else self._alone.factors
-        return float(self._base(rows, context)[tokens] * factors[tokens]) * math.exp(self._speed)
+        if tokens >= len(self._cell_of):
+            self._size(tokens + 1)
+        correction = (self._beside if beside else self._alone).at(self._cell_of.item(tokens))
+        return self._base(rows, context).item(tokens) * math.exp(correction + self._speed)
 
     def verify_curve(self, tokens: int, more: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> Floats:
         """float64 [more + 1]: seconds of passes over ``tokens``, ``tokens + 1``, ... new tokens; to read."""
@@ -179,14 +229,10 @@ class CostModel:
             end = tokens + more + 1
             if end > len(self._cell_of):
                 self._size(end)
-            if self._dirty:
-                self._alone.draw(self._cell_of, np.ones(len(self._cell_of)))
-                self._beside.draw(self._cell_of, self._alone.factors)
-                self._dirty = False
             if len(self._curves) >= KEPT_CURVES:
                 self._curves.clear()
-            factors = self._beside.factors if beside else self._alone.factors
-            found = self._base(rows, context)[tokens:end] * factors[tokens:end] * math.exp(self._speed)
+            corrections = (self._beside if beside else self._alone).of(self._cell_of[tokens:end])
+            found = self._base(rows, context)[tokens:end] * np.exp(corrections + self._speed)
             found.setflags(write=False)  # it is kept
             self._curves[key] = found
         return found
@@ -198,15 +244,14 @@ class CostModel:
         if not self._drafts:
             return 0.2 * self.verify(rows, rows)
         wanted = _bucket(rows)
-        seconds = self._drawn_drafts.get((wanted, drafts))
-        if seconds is None:
+        line = self._lines.get(wanted)
+        if line is None:
             nearest = wanted if wanted in self._drafts else min(self._drafts, key=lambda key: abs(key - wanted))
-            seconds = _along(self._drafts[nearest], drafts)
+            line = self._lines[wanted] = _Line.through(self._drafts[nearest])
             if nearest != wanted:
                 more = round(_rows_of(wanted)), round(_rows_of(nearest))
-                seconds *= self.verify(more[0], more[0]) / self.verify(more[1], more[1])  # as the target's passes do
-            self._drawn_drafts[wanted, drafts] = seconds
-        return seconds * math.exp(self._pace)
+                line.scale = self.verify(more[0], more[0]) / self.verify(more[1], more[1])  # as the target's passes do
+        return line.seconds(drafts) * math.exp(self._pace)
 
     def known_drafts(self, rows: int) -> int:
         """How many numbers of drafts were proposed for about so many rows."""
@@ -264,9 +309,7 @@ class CostModel:
             self._drop_table()
             ratio = math.log(seconds / float(self._base(rows, context)[tokens]))
         kind, key = self._beside if beside else self._alone, self._cell(tokens, beside)
-        found = kind.cells.get(key)
-        if found is None:
-            found = kind.cells[key] = _Cell()
+        found = kind.cell(key)
         found.count += 1
         self._latest.append((found, ratio))
         if len(self._latest) > LATEST:
@@ -283,7 +326,6 @@ class CostModel:
         move = MOVE if cell.compared > 4 else 4 * MOVE  # what was never seen may be far off
         cell.value += max(CELL_RATE, 1 / (cell.compared + 3)) * min(max(own - median(speeds), -move), move)
         cell.compared += 1
-        self._dirty = self._dirty or abs(cell.value - cell.drawn) > VISIBLE
 
     def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
         """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
@@ -295,7 +337,7 @@ class CostModel:
                 moved = found.add(seconds * math.exp(-self._pace), DRAFT_RATE)
                 for other in known.values() if moved else ():  # other numbers of drafts cost more or less at once too
                     other.value += moved if other is not found else 0.0
-                self._drawn_drafts.clear()
+                self._lines.clear()
 
     def observe_bookkeeping(
         self, rows: int, drafting: bool, seconds: float, *, asked: bool = True, cold: bool = False
@@ -315,7 +357,6 @@ class CostModel:
         beyond = EXACT + np.floor(OCTAVE * np.log2(np.maximum(n, EXACT) / EXACT)).astype(np.int64)
         self._cell_of = np.where(n <= EXACT, n, beyond)
         self._bases, self._curves = {}, {}
-        self._dirty = True
 
     def _cell(self, tokens: int, beside: bool) -> int:
         """Passes that count as of one size; with chunks of prompts they are of many, few of which come again."""
@@ -362,7 +403,8 @@ class CostModel:
     def _put(self, table: CostTable | None) -> None:
         self.table = table
         self._bases, self._curves = {}, {}
-        self._alone, self._beside, self._dirty = _Corrections(), _Corrections(), True
+        self._alone = _Corrections()
+        self._beside = _Corrections(self._alone)
         self._latest, self._steady, self._speed = [], False, 0.0
 
 
@@ -377,22 +419,3 @@ def _rows_of(bucket: int) -> float:
 
 def _kind(drafting: bool, asked: bool) -> str:
     return "drafting" if drafting else "asked" if asked else "plain"
-
-
-def _along(known: dict[int, _Estimate], drafts: int) -> float:
-    """Seconds for a number of drafts: between what was observed of it and a line through all numbers, never falling,
-    the more to the former the more often it was observed. By themselves, numbers seen seldom differ by chance, and the
-    one that came off worst would not be seen again. Half of it in proportion where only one is known."""
-    own = known.get(drafts)
-    if len(known) == 1:
-        ((first, found),) = known.items()
-        return found.seconds if own is not None else found.seconds * 0.5 * (1 + drafts / first)
-    points = [(k, found.seconds, min(found.count, MOST_WEIGHT)) for k, found in known.items()]
-    total = sum(n for _, _, n in points)
-    middle, mean = sum(n * k for k, _, n in points) / total, sum(n * y for _, y, n in points) / total
-    slope = sum(n * (k - middle) * (y - mean) for k, y, n in points) / sum(n * (k - middle) ** 2 for k, _, n in points)
-    line = max(mean + max(0.0, slope) * (drafts - middle), 0.1 * mean)
-    if own is None:
-        return line
-    weight = min(own.count, MOST_WEIGHT)
-    return (weight * own.seconds + LINE_WEIGHT * line) / (weight + LINE_WEIGHT)

@@ -254,7 +254,8 @@ class ThroughputPolicy:
         if self._rounds.pending:
             self._rounds.learn(self._turn)
         seconds = self._decode_seconds(now, rows * block)
-        plain = ready / (float(seconds[0]) + costs.bookkeeping(ready, drafting=False))
+        alone = float(seconds[0])  # less what chunks of prompts beside it cost
+        plain = ready / (alone + costs.bookkeeping(ready, drafting=False))
         search = -1 if self._config.search == "auto" else SEARCHES.index(self._config.search)
         length, rate, budget, chosen = self._rounds.plan(
             slots,
@@ -270,7 +271,7 @@ class ThroughputPolicy:
         if rate <= MARGIN * plain:
             length = 0
         left_out = {slot: self._rows[slot].request for slot, there in zip(slots, chosen, strict=True) if not there}
-        wait = round(PLANNING / (WORTH * costs.verify(ready, ready, now.context)))
+        wait = round(PLANNING / (WORTH * alone))
         reused = min(max(REUSED if ready <= MANY_ROWS else MOST_REUSED, wait), MOST_REUSED)
         if len(self._beliefs) >= KEPT_PLANS:
             self._beliefs.clear()
