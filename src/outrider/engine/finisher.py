@@ -55,7 +55,8 @@ class Finisher:
         pieces: list[Piece] = []
         reason = None
         grammar, detokenizer, matcher = self.grammar, self._detokenizer, self._matcher
-        for i, token in enumerate(tokens[: min(accepted + 1, budget)]):
+        new = list(tokens[: accepted + 1 if accepted < budget else budget])  # conditions: min takes ten times as long
+        for token in new:
             if grammar is not None and not grammar.consume(token):
                 reason = "error"
                 break
@@ -70,13 +71,14 @@ class Finisher:
                         reason = "stop"
             if grammar is not None and grammar.ended:
                 reason = "stop"
-            elif reason is None and i + 1 == budget:
+            elif reason is None and len(pieces) + 1 == budget:
                 reason = "length"
             if reason is not None:
-                pieces.append(Piece(token, text + self._flush(), i < accepted))
+                pieces.append(Piece(token, text + self._flush(), len(pieces) < accepted))
                 break
-            pieces.append(Piece(token, text, i < accepted))
-        return End(list(tokens[: len(pieces)]), min(accepted, len(pieces)), tuple(pieces), reason)
+            pieces.append(Piece(token, text, len(pieces) < accepted))
+        del new[len(pieces) :]
+        return End(new, accepted if accepted < len(new) else len(new), tuple(pieces), reason)
 
     @property
     def failure(self) -> str:
