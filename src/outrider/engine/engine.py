@@ -164,6 +164,7 @@ class Engine:
         elif request.number in self._requests:  # finished in a step that was interrupted before the request left
             self._turns.run_if_free(self._tidy)
 
+    @torch.inference_mode()  # once for all steps of this thread
     def wait(self, requests: Sequence[Request]) -> None:
         """Until all of them have finished. Raises the first error."""
         for request in requests:
@@ -210,9 +211,14 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ one step
 
-    @torch.inference_mode()
     def step(self) -> list[Commit]:
         """One round of every row that takes part; a step that only reads prompts commits nothing."""
+        if torch.is_inference_mode_enabled():  # to enter it right after a pass takes tens of microseconds
+            return self._step()
+        with torch.inference_mode():
+            return self._step()
+
+    def _step(self) -> list[Commit]:
         began = perf_counter()
         self._begin()
         rows = self._next_rows()  # who
