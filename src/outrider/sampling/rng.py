@@ -25,7 +25,7 @@ CUDA) finds the same token, whatever the last bits of its logarithm.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
@@ -80,6 +80,7 @@ def _word(value: int | str) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
+@lru_cache(maxsize=64)
 def purpose_word(purpose: str, tokens: bool = False) -> int:
     """The word of a purpose in the keys of ``RowRng``: of its uniform numbers, or of its token keys. The empty purpose
     of token keys is the one that rows under ``coupled`` share."""
@@ -103,15 +104,18 @@ class RowRng:
 
     def __init__(self, seeds: Sequence[int], rounds: Sequence[int], rules: Sequence[Rule]) -> None:
         self._seeds, self._rounds, self.rules = seeds, rounds, rules
+        self._rows: list[tuple[int, int]] | None = None
         self._streams: dict[int, _Words] = {}
 
-    @cached_property
+    @property
     def rows(self) -> list[tuple[int, int]]:
         """Of each row the word of its seed and what is absorbed of its round."""
-        return [
-            (_word(seed), 0 if rule == "coupled" else round + 1)
-            for seed, round, rule in zip(self._seeds, self._rounds, self.rules, strict=True)
-        ]
+        if self._rows is None:  # cached_property would take a lock, in every step
+            self._rows = [
+                (_word(seed), 0 if rule == "coupled" else round + 1)
+                for seed, round, rule in zip(self._seeds, self._rounds, self.rules, strict=True)
+            ]
+        return self._rows
 
     def uniform(self, rows: Tensor, positions: Tensor, purpose: str) -> Tensor:
         """float64 in (0, 1), one for each (row, position): odd multiples of 2**-53. int64 [n], int64 [n] -> [n]."""
