@@ -15,7 +15,10 @@ using namespace nb::literals;
 
 namespace {
 
-Batch batch_of(const IntVector& tokens, const IntVector& positions, const IntVector& slots, const IntVector& offsets) {
+// From Python's lists of integers: right after a pass a list is read in less time than an array is made.
+using IntList = std::vector<int64_t>;
+
+Batch batch_of(const IntList& tokens, const IntList& positions, const IntList& slots, const IntList& offsets) {
   if (positions.size() != tokens.size() || offsets.size() != slots.size() + 1)
     throw std::invalid_argument("a batch needs as many positions as tokens, and one more offset than slots");
   return {tokens.data(), positions.data(), slots.data(), offsets.data(), static_cast<int64_t>(slots.size()),
@@ -24,8 +27,8 @@ Batch batch_of(const IntVector& tokens, const IntVector& positions, const IntVec
 
 // ------------------------------------------------------------------------------------------------ passes
 
-void forward(Stack& stack, KVCache& cache, const IntVector& tokens, const IntVector& positions, const IntVector& slots,
-             const IntVector& offsets, bool causal, const std::vector<int>& aux_layers,
+void forward(Stack& stack, KVCache& cache, const IntList& tokens, const IntList& positions, const IntList& slots,
+             const IntList& offsets, bool causal, const std::vector<int>& aux_layers,
              const std::optional<FloatMatrix>& hidden, const std::optional<FloatMatrix>& residual,
              const std::optional<IntVector>& logits_at, const FloatMatrixOut& hidden_out,
              const std::optional<FloatMatrixOut>& logits, const std::optional<FloatMatrixOut>& features) {
@@ -59,8 +62,8 @@ void forward(Stack& stack, KVCache& cache, const IntVector& tokens, const IntVec
   stack.forward(batch, cache, input, output);
 }
 
-void draft(Stack& stack, KVCache& cache, const IntVector& tokens, const IntVector& positions, const IntVector& slots,
-           const IntVector& offsets, const IntMatrix& keys, const FloatVector& temperatures, const IntMatrixOut& drawn,
+void draft(Stack& stack, KVCache& cache, const IntList& tokens, const IntList& positions, const IntList& slots,
+           const IntList& offsets, const IntMatrix& keys, const FloatVector& temperatures, const IntMatrixOut& drawn,
            const FloatMatrixOut& logits) {
   if (!stack.spec().vocabulary || stack.spec().input_width)
     throw std::invalid_argument("the draft loop needs a stack that has an embedding and a head, and no input width");
@@ -77,8 +80,8 @@ void draft(Stack& stack, KVCache& cache, const IntVector& tokens, const IntVecto
   draft_loop(stack, cache, batch, steps, keys.data(), temperatures.data(), drawn.data(), logits.data());
 }
 
-void project(Stack& stack, KVCache& cache, const IntVector& tokens, const IntVector& positions, const IntVector& slots,
-             const IntVector& offsets, const FloatMatrix& hidden) {
+void project(Stack& stack, KVCache& cache, const IntList& tokens, const IntList& positions, const IntList& slots,
+             const IntList& offsets, const FloatMatrix& hidden) {
   const Batch batch = batch_of(tokens, positions, slots, offsets);
   expect_matrix("hidden", hidden, batch.count, stack.spec().hidden);
   if (stack.spec().input_width) throw std::invalid_argument("a stack with an input width cannot project hidden states");
@@ -152,21 +155,6 @@ std::vector<Bytes> packed(const std::shared_ptr<Stack>& stack) {
 
 // ------------------------------------------------------------------------------------------------ cache
 
-// Returns whether a slot now ends among its fixed positions, so that its table must change before it is written.
-bool rewind(KVCache& cache, const IntVector& slots, const IntVector& lengths) {
-  if (slots.size() != lengths.size()) throw std::invalid_argument("rewind needs one length for each slot");
-  bool fixed = false;
-  for (size_t b = 0; b < slots.size(); b++) {
-    int64_t& held = cache.lengths().at(slots.data()[b]);
-    if (lengths.data()[b] < 0 || lengths.data()[b] > held)
-      throw std::invalid_argument("cannot rewind a slot of " + std::to_string(held) + " tokens to " +
-                                  std::to_string(lengths.data()[b]));
-    held = lengths.data()[b];
-    fixed |= held < cache.fixed(slots.data()[b]);
-  }
-  return fixed;
-}
-
 nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>> lengths(const std::shared_ptr<KVCache>& cache) {
   return nb::ndarray<nb::pytorch, int64_t, nb::ndim<1>>(cache->lengths().data(), {cache->lengths().size()},
                                                         nb::cast(cache));
@@ -238,7 +226,6 @@ void bind_stack(nb::module_& m) {
       .def_prop_ro("slots", &KVCache::slots)
       .def_prop_ro("capacity", &KVCache::capacity)
       .def_prop_ro("dtype", &KVCache::dtype)
-      .def("rewind", &rewind, "slots"_a.noconvert(), "lengths"_a.noconvert())
       .def_prop_ro("pages", &KVCache::page_count)
       .def_prop_ro("page_bytes", &KVCache::page_bytes)
       .def("set_open", &KVCache::set_open, "slot"_a, "open"_a)

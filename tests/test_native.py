@@ -377,8 +377,7 @@ def bad(batch: RaggedBatch, **parts: Tensor) -> RaggedBatch:
     [
         ({"tokens": torch.tensor([1, 203, 3])}, {}, "token id 203"),
         ({"tokens": torch.tensor([1, -1, 3])}, {}, "token id -1"),
-        ({"tokens": torch.tensor([1, 2, 3], dtype=torch.int32)}, {}, "tokens is int32"),
-        ({"tokens": torch.arange(6)[::2]}, {}, "tokens is int64 .* not contiguous"),
+        ({"tokens": torch.tensor([1.0, 2.0, 3.0])}, {}, "tokens is float32"),
         ({"positions": torch.tensor([0, 2, 3])}, {}, "consecutive"),
         ({"positions": torch.tensor([1, 2, 3])}, {}, "holds 0 tokens"),
         ({"positions": torch.tensor([-1, 0, 1])}, {}, "position -1"),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from outrider.types import RaggedBatch, Verification
+from outrider.types import Proposal, RaggedBatch, Verification
 
 
 @pytest.mark.parametrize("rows", [[], [[5]], [[1, 2, 3], [], [7]]])
-def test_a_batch_says_the_same_as_lists_arrays_and_tensors(rows: list[list[int]]) -> None:
+def test_a_batch_says_the_same_as_lists_and_tensors(rows: list[list[int]]) -> None:
     batch = RaggedBatch.pack(rows, list(range(len(rows))), list(range(3, 3 + len(rows))))
     again = RaggedBatch(batch.tokens, batch.positions, batch.slots, batch.offsets)
     for one in (batch, again):
         assert len(one) == len(one.tokens) == sum(map(len, rows))
-        assert one.lists == tuple(part.tolist() for part in one.arrays) == tuple(part.tolist() for part in one.tensors)
+        assert one.lists == tuple(part.tolist() for part in one.tensors)
     assert batch.lists == again.lists
     assert batch.lengths.tolist() == [len(row) for row in rows]
 
@@ -28,3 +28,18 @@ def test_a_verification_says_the_same_as_lists_and_tensors() -> None:
     of = Verification.of(torch.tensor(accepted), torch.tensor([[1, 2], [1, 2]]), torch.tensor([7, 9]))
     assert of.accepted.tolist() == accepted
     assert of.tokens[1].tolist() == tokens[1]
+
+
+def test_a_proposal_says_the_same_from_lists_arrays_and_tensors() -> None:
+    made = Proposal.pack([[4, 5], [], [6]], [[0.5, 0.25], [], [0.75]])
+    again = Proposal(made.tokens, made.lengths, None, made.confidence)
+    for one in (made, again):
+        tokens, confidence = one.arrays
+        assert tokens.tolist() == one.tokens.tolist() == [[4, 5], [0, 0], [6, 0]] and one.width == 2
+        assert one.counts == one.lengths.tolist() == [2, 0, 1]
+        assert one.confidence is not None and confidence is not None
+        assert confidence.tolist() == one.confidence.tolist() == [[0.5, 0.25], [0.0, 0.0], [0.75, 0.0]]
+        assert one.tokens.dtype == one.lengths.dtype == torch.int64 and one.confidence.dtype == torch.float32
+    empty = Proposal.empty(2)
+    assert (empty.counts, empty.width, empty.arrays[1], empty.confidence) == ([0, 0], 0, None, None)
+    assert empty.tokens.shape == (2, 0)

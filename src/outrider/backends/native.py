@@ -230,7 +230,7 @@ class NativeStack:
         try:
             arguments = (
                 cache.core,
-                *_arrays(batch),
+                *batch.lists,
                 mask == "causal",
                 list(aux_layers),
                 None if hidden is None else hidden.detach().float().numpy(),
@@ -255,7 +255,7 @@ class NativeStack:
         logits = torch.empty(keys.numel(), self._vocabulary)
         arrays = (keys, temperatures, drawn, logits)
         try:
-            arguments = (cache.core, *_arrays(batch), *(array.numpy() for array in arrays))
+            arguments = (cache.core, *batch.lists, *(array.numpy() for array in arrays))
             _with_room(self.core.draft_loop, arguments, cache, batch, keys.shape[1] - 1)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, None, None, None) from error
@@ -265,7 +265,7 @@ class NativeStack:
         """Write every layer's keys and values of ``hidden`` [T, D], taken as it is: no layer's norm is applied."""
         given = hidden.detach().float().numpy()
         try:
-            _with_room(self.core.project, (cache.core, *_arrays(batch), given), cache, batch)
+            _with_room(self.core.project, (cache.core, *batch.lists, given), cache, batch)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, None, None) from error
 
@@ -306,11 +306,6 @@ def _with_room(
     except _native.NoRoom:
         cache.make_room(batch, more)
         call(*arguments)
-
-
-def _arrays(batch: RaggedBatch) -> tuple[Any, ...]:
-    """A batch as numpy arrays on the same memory: they cross to the core several times faster than tensors."""
-    return batch.arrays
 
 
 # ------------------------------------------------------------------------------------------------ loading

@@ -36,16 +36,15 @@ Values = Tensor | npt.NDArray[np.float32]
 class RaggedBatch:
     """Some new tokens of some rows. Prefill chunk, decode and verify are all this.
 
-    It is not changed once made. Of its forms (lists, and numpy arrays and tensors on the same memory) those that it was
-    not made from are made when they are asked for: right after a pass each array or tensor takes several microseconds.
+    It is not changed once made. The form that it was not made from, lists or tensors, is made when it is asked for:
+    right after a pass each tensor takes several microseconds.
     """
 
-    __slots__ = ("_arrays", "_lists", "_tensors")
+    __slots__ = ("_lists", "_tensors")
 
     def __init__(self, tokens: Tensor, positions: Tensor, slots: Tensor, offsets: Tensor) -> None:
         """From tensors; the properties give their shapes."""
         self._tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = (tokens, positions, slots, offsets)
-        self._arrays: tuple[Integers, Integers, Integers, Integers] | None = None
         self._lists: tuple[list[int], list[int], list[int], list[int]] | None = None
 
     @classmethod
@@ -53,7 +52,7 @@ class RaggedBatch:
         """The same from Python's integers."""
         batch = cls.__new__(cls)
         batch._lists = tokens, positions, slots, offsets
-        batch._arrays = batch._tensors = None
+        batch._tensors = None
         return batch
 
     @classmethod
@@ -75,23 +74,10 @@ class RaggedBatch:
         return self._lists
 
     @property
-    def arrays(self) -> tuple[Integers, Integers, Integers, Integers]:
-        """Tokens, positions, slots and offsets. Raises TypeError for tensors on another device than the CPU."""
-        if self._arrays is None and self._lists is not None:
-            tokens, positions, slots, offsets = self._lists
-            whole = np.array([*tokens, *positions, *slots, *offsets], np.int64)  # one allocation
-            t, b = len(tokens), len(slots)
-            self._arrays = whole[:t], whole[t : 2 * t], whole[2 * t : 2 * t + b], whole[2 * t + b :]
-        elif self._arrays is None:
-            given, at, rows, ends = self.tensors
-            self._arrays = given.numpy(), at.numpy(), rows.numpy(), ends.numpy()
-        return self._arrays
-
-    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, positions, slots and offsets."""
         if self._tensors is None:
-            tokens, positions, slots, offsets = map(torch.from_numpy, self.arrays)
+            tokens, positions, slots, offsets = (torch.from_numpy(np.array(part, np.int64)) for part in self.lists)
             self._tensors = tokens, positions, slots, offsets
         return self._tensors
 
