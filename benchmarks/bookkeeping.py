@@ -15,7 +15,7 @@ Verification: ``process`` and ``verify`` over eight rows of logits, with new log
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
@@ -71,9 +71,7 @@ class Guesses:
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         count = int(limit[0])
         places = torch.arange(count)
         distribution = (

@@ -164,9 +164,7 @@ class Wrapped:
     def open(self, slot: int, capacity: int) -> None:
         self.drafter.open(slot, capacity)
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         return self.drafter.propose(slots, last, context, limit, rng)
 
     def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
@@ -181,9 +179,7 @@ class SignalRecorder(Wrapped):
 
     last: tuple[Proposal, dict[str, list[float]]] | None = None
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         proposal = super().propose(slots, last, context, limit, rng)
         self.last = (proposal, signals_of(proposal, context.history[0])) if int(proposal.lengths[0]) else None
         return proposal
@@ -196,9 +192,7 @@ class Signalled(Wrapped):
         super().__init__(drafter)
         self._signal, self._scaling = signal, scaling
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         proposal = super().propose(slots, last, context, limit, rng)
         if not int(proposal.lengths[0]):
             return proposal

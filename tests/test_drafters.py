@@ -402,9 +402,7 @@ class _Coin:
 
     def open(self, slot: int, capacity: int) -> None: ...
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         columns = []
         for j in range(self.block):
             positions = torch.tensor([len(h) + j for h in context.history])

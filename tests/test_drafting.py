@@ -45,9 +45,7 @@ class Failing(MarkovDrafter):
         self._call("open")
         super().open(slot, capacity)
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Any
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Any) -> Proposal:
         if self.prompt is None:
             self._call("propose")
         elif any(n and row[0] == self.prompt for n, row in zip(limit, context.history, strict=False)):
@@ -178,9 +176,7 @@ class ReadsFeatures:
         assert slot not in self.held
         self.held[slot] = 0
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Any
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Any) -> Proposal:
         for b, slot in enumerate(slots):
             assert self.held[slot] == len(context.history[b]) - 1
         self.proposed.append(len(slots))
@@ -304,9 +300,7 @@ def test_a_dear_drafter_is_not_taken_for_a_little_more(texts: Any) -> None:
     asked = {"cheap": 0, "dear": 0}
 
     class Counting(SyntheticDrafter):
-        def propose(
-            self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Any
-        ) -> Proposal:
+        def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Any) -> Proposal:
             asked["dear" if self._seconds else "cheap"] += any(limit)
             return super().propose(slots, last, context, limit, rng)
 
@@ -344,9 +338,7 @@ def test_sampled_text_has_the_targets_distribution_with_several_drafters() -> No
     class Copies(MarkovDrafter):
         """Deterministic: always the same token."""
 
-        def propose(
-            self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Any
-        ) -> Proposal:
+        def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Any) -> Proposal:
             return Proposal.pack([[2] * n for n in limit], [[0.6] * n for n in limit])
 
     texts = 1500

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -62,9 +61,7 @@ class MarkovDrafter:
             assert positions == list(range(start, start + len(tokens))), "committed tokens must be told once, in order"
             self.seen[slot].extend(tokens)
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         rows = torch.arange(len(slots))
         for b, slot in enumerate(slots):
             assert self.seen[slot] + [last[b]] == context.history[b], "the drafter must know all but the last token"

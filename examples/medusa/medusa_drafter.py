@@ -6,7 +6,6 @@ target's own head makes logits of it. Drafts are a chain, not a tree. n rows, K 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +66,7 @@ class MedusaDrafter(TrainedDrafter):
             end = int(batch.positions[batch.offsets[row + 1] - 1]) + 1
             self._states[int(batch.slots[row])] = end, state.clone()
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         """A row whose state was not seen drafts nothing."""
         lengths = [min(most, self.block) for most in limit]
         for b, slot in enumerate(slots):

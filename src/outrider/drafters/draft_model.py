@@ -135,9 +135,7 @@ class DraftModelDrafter:
             cache_slot = self._cache.open()
         self._rows[slot] = _Row(capacity, cache_slot)
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         """Rows draft together. A row near the end of the draft model's context drafts less, past it nothing.
 
         Confidence is the draft model's largest probability before sampling options: it is known before the token is.

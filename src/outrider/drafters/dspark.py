@@ -131,7 +131,7 @@ class DSparkDrafter(CachedDrafter):
         return backend.block_drafter(parts, dtype)
 
     def _draft_at_once(
-        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
+        self, named: list[int], last: list[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
         rows = [b for b, n in enumerate(lengths) if n]
@@ -152,7 +152,7 @@ class DSparkDrafter(CachedDrafter):
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 
     def _draft_stepwise(
-        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
+        self, named: list[int], last: list[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """The block in one pass of the layers, then draft after draft."""
         drawing = Drawing(self.net, context, rng, lengths)

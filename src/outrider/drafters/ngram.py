@@ -5,7 +5,6 @@ Saxena, "Prompt lookup decoding", 2023. Costs no model, pays where text repeats 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,9 +65,7 @@ class NgramDrafter:
     def open(self, slot: int, capacity: int) -> None:
         self._rows[slot] = _Index()
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         """Deterministic (no distribution). Confidence is Laplace's rule of succession: a copy that has agreed with the
         text for m tokens agrees once more with probability (m + 1) / (m + 2)."""
         drafts: list[list[int]] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +31,7 @@ class NoDrafter:
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         return Proposal.empty(len(slots))
 
     def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:

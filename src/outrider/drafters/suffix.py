@@ -246,9 +246,7 @@ class SuffixDrafter:
     def open(self, slot: int, capacity: int) -> None:
         self._rows[slot] = _Row()
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         drafts: list[list[int]] = []
         confidence: list[list[float]] = []
         for b, (slot, most) in enumerate(zip(slots, limit, strict=True)):

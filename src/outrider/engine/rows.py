@@ -156,37 +156,31 @@ class Rows:
     def candidates(self, proposal: Proposal, keep: list[int]) -> Candidates:
         """What the target runs: each row's next chunk, then the drafts to check; and where logits are wanted."""
         slots = [request.slot for request in self.requests]
+        rows, depth = _logits_of(tuple(keep))
         if self.ready == len(slots) and not any(keep):  # plain decoding
             last, ends = [r.history[-1] for r in self.requests], [len(r.history) - 1 for r in self.requests]
-            batch = RaggedBatch.of_lists(last, ends, slots, list(range(len(slots) + 1)))
-            return Candidates(batch, None, *_all_wanted(tuple(keep)))
+            return Candidates(RaggedBatch.of_lists(last, ends, slots, list(range(len(slots) + 1))), None, rows, depth)
         drafted = proposal.arrays[0].tolist()
         tokens: list[int] = []
         positions: list[int] = []
         offsets = [0]
-        wanted: list[int] = []
-        rows: list[int] = []
-        depth: list[int] = []
         for b, (request, chunk) in enumerate(zip(self.requests, self.chunks, strict=True)):
             start = len(request.history) - request.pending
             tokens += request.history[start : start + chunk]
             if b < self.complete:
-                n = keep[b] + 1
-                wanted += range(len(tokens) - 1, len(tokens) - 1 + n)
-                rows += [b] * n
-                depth += range(n)
-                tokens += drafted[b][: n - 1]
+                tokens += drafted[b][: keep[b]]
             positions += range(start, start + len(tokens) - offsets[-1])
             offsets.append(len(tokens))
         batch = RaggedBatch.of_lists(tokens, positions, slots, offsets)
-        if len(wanted) == len(tokens):
-            return Candidates(batch, None, *_all_wanted(tuple(keep)))
-        return Candidates(batch, as_tensor(wanted), as_tensor(rows), as_tensor(depth))
+        if len(rows) == len(tokens):
+            return Candidates(batch, None, rows, depth)
+        wanted = [at for end, n in zip(offsets[1:], keep, strict=False) for at in range(end - 1 - n, end)]
+        return Candidates(batch, as_tensor(wanted), rows, depth)
 
 
 @lru_cache(maxsize=1024)
-def _all_wanted(keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """``rows`` and ``depth`` of candidates without chunks of prompts; not to be written to."""
+def _logits_of(keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """``rows`` and ``depth`` of candidates; not to be written to."""
     with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
         return (
             as_tensor([b for b, n in enumerate(keep) for _ in range(n + 1)]),

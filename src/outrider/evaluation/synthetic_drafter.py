@@ -63,9 +63,7 @@ class SyntheticDrafter:
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         """Deterministic drafts. The time set is spent waiting, as a drafter's own work would be."""
         ends = perf_counter() + self._seconds + self._seconds_per_draft * min(max(limit, default=0), self.block)
         drafts: list[list[int]] = []

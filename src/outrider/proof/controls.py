@@ -138,9 +138,7 @@ class _UnmaskedDrafts(EnumeratingDraftModel):
 class _CutsAtForbidden(_UnmaskedDrafts):
     """Ends the draft before the first token that the grammar forbids."""
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         drafted = super().propose(slots, last, context, limit, rng)
         lengths = []
         for b, (row, length) in enumerate(zip(drafted.tokens.tolist(), drafted.lengths.tolist(), strict=True)):
@@ -164,14 +162,19 @@ class _SameNoiseEachRound(EnumeratingDraftModel):
     """Draws with the noise of round 0 in every round."""
 
     def noise(self, rng: RowRng) -> RowRng:
-        return _round_zero(rng)
+        return _RoundZero(rng)
 
 
-def _round_zero(rng: RowRng) -> RowRng:
+class _RoundZero(RowRng):
     """The same rows in their first round."""
-    rows = RowRng([0] * len(rng.rows), [0] * len(rng.rows), rng.rules)
-    rows.rows = [(word, min(round, 1)) for word, round in rng.rows]
-    return rows
+
+    def __init__(self, rng: RowRng) -> None:
+        super().__init__([0] * len(rng.rows), [0] * len(rng.rows), rng.rules)
+        self._first = [(word, min(round, 1)) for word, round in rng.rows]
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        return self._first
 
 
 GRAMMAR = 1
@@ -203,7 +206,7 @@ class _SameNoiseBackend(EnumeratingBackend):
 
     def rng(self, rng: Rng) -> Rng:
         assert isinstance(rng, RowRng)
-        return _round_zero(rng)
+        return _RoundZero(rng)
 
 
 class _NoRenormalising(EnumeratingBackend):
@@ -431,9 +434,7 @@ def _find_leak() -> tuple[bool, str]:
 class _SampledUnprocessedQ(DraftModelDrafter):
     """Really samples, and states the probabilities before temperature."""
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         drafted = super().propose(slots, last, context, limit, rng)
         if drafted.distribution is None:
             return drafted

@@ -271,9 +271,7 @@ class EnumeratingDraftModel(DraftModelDrafter):
 
     # ---------------------------------------------------------------- a drafter
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         backend = self.model.backend
         assert isinstance(backend, EnumeratingBackend) and isinstance(rng, RowRng)
         drafted = super().propose(slots, last, self.seen(context), limit, _Noise(self.noise(rng), backend))

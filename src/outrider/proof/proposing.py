@@ -63,7 +63,7 @@ def propose(drafter: Drafter, rows: Sequence[Row], limit: Sequence[int], rng: Rn
         [r.slot for r in rows],
         [r.history[-1] for r in rows],
         context_of(rows),
-        limit,
+        list(limit),
         rng or rng_of(rows),
     )
 

@@ -64,9 +64,7 @@ class Drafter(Protocol):
         """Reserve ``slot`` for a sequence of up to ``capacity`` tokens. Nothing is read yet."""
         ...
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         """Draft up to ``limit[b]`` tokens after ``last[b]``. slots, last, limit: [B]."""
         ...
 

@@ -100,7 +100,7 @@ class AutoregressiveDrafter(CachedDrafter):
             )
 
     def _draft_at_once(
-        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
+        self, named: list[int], last: list[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One call of the backend for the rows that draft."""
         rows = [b for b, n in enumerate(lengths) if n]
@@ -113,7 +113,7 @@ class AutoregressiveDrafter(CachedDrafter):
         return packed_proposal(drafts, rows, lengths, self.net.vocab_size)
 
     def _draft_stepwise(
-        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
+        self, named: list[int], last: list[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One pass of the layers a draft."""
         drawing = Drawing(self.net, context, rng, lengths)

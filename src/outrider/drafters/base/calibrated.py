@@ -35,9 +35,7 @@ class CalibratedDrafter:
     def open(self, slot: int, capacity: int) -> None:
         self.drafter.open(slot, capacity)
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         return self.calibration.calibrated(self.drafter.propose(slots, last, context, limit, rng), context)
 
     def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:

@@ -140,9 +140,7 @@ class SeveralDrafters:
 
     # ------------------------------------------------------------------------------------------ drafting
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         began = perf_counter()
         if self._ended:
             self._rest += 0.1 * (min(began - self._ended, 4 * self._rest + UNKNOWN_SECONDS) - self._rest)

@@ -76,9 +76,7 @@ class TrainedDrafter(ABC):
         """See ``outrider.types.Drafter``."""
 
     @abstractmethod
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         """See ``outrider.types.Drafter``."""
 
     @abstractmethod
@@ -161,9 +159,7 @@ class CachedDrafter(TrainedDrafter):
         super().__init__(checkpoint, target, backend, config=config, dtype=dtype, max_rows=max_rows, layers=layers)
         self.cache = DraftCache(self.net.stack, max(self.block, checkpoint.design.drafts) + 1, max_rows, self.pairs)
 
-    def propose(
-        self, slots: Sequence[int], last: Sequence[int], context: Context, limit: Sequence[int], rng: Rng
-    ) -> Proposal:
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Rng) -> Proposal:
         """All rows together. A row with missing features drafts nothing."""
         lengths = self.cache.lengths(slots, context, limit, self.block)
         if not any(lengths):
@@ -174,14 +170,14 @@ class CachedDrafter(TrainedDrafter):
 
     @abstractmethod
     def _draft_at_once(
-        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
+        self, named: list[int], last: list[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """One call of ``core`` for the rows that draft, ``lengths`` tokens each, with calibrated confidences.
         ``named``: all rows' slots."""
 
     @abstractmethod
     def _draft_stepwise(
-        self, named: Sequence[int], last: Sequence[int], lengths: list[int], context: Context, rng: Rng
+        self, named: list[int], last: list[int], lengths: list[int], context: Context, rng: Rng
     ) -> Proposal:
         """The same in steps, which any processor of logits may change."""
 
