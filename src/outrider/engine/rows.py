@@ -178,7 +178,7 @@ class Rows:
         return Candidates(batch, as_tensor(wanted), rows, depth)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _logits_of(keep: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """``rows`` and ``depth`` of candidates; not to be written to."""
     with torch.inference_mode(False):  # ordinary tensors, for callers in any mode
