@@ -18,7 +18,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from statistics import fmean
 from typing import Any, cast
@@ -29,7 +29,7 @@ from support import add_json, facts, say, table, write_json
 
 from outrider.engine.cost_tables import feature_share, start_costs
 from outrider.engine.loader import load_policy
-from outrider.planning.simulation import Recorded, Traffic, simulate
+from outrider.planning.simulation import NoDrafter, Recorded, Traffic, simulate
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostTable
 from outrider.types import Drafter, ReadsHidden, SchedulerPolicy, StepCost, StepRecord
@@ -45,6 +45,7 @@ class Watch:
 
     on: bool = False
     steps: list[tuple[StepCost, int, int]] = field(default_factory=list)  # with drafts asked for, tokens to be shown
+    prompts: list[int] = field(default_factory=list)  # tokens of them that were read, by step
     rounds: dict[int, list[tuple[tuple[float, ...], int]]] = field(default_factory=dict)
 
     def step(self, record: StepRecord) -> None:
@@ -54,6 +55,7 @@ class Watch:
         prompts = record.cost.tokens - sum(1 + row.verified for row in rows)
         shown = prompts + sum(len(row.committed) for row in rows)
         self.steps.append((record.cost, max((row.limit for row in rows), default=0), shown))
+        self.prompts.append(prompts)
         for row in rows:
             if row.drafted == row.verified == DRAFTS:
                 self.rounds.setdefault(row.request, []).append((row.confidence or (0.5,) * DRAFTS, row.accepted))
@@ -71,10 +73,16 @@ class Observed:
     features: float
     takes_up: bool
     rows: int
+    prompt: float | None = None  # seconds that a token of a prompt adds to a pass; None: as much as any other token
 
     def verify(self, tokens: int, rows: int, context: int) -> float:
         factor = np.interp(4 * math.log2(tokens), list(self.factors), list(self.factors.values()))
         return float(factor) * self.table.seconds(tokens, rows, context)
+
+    def read(self, prompts: int, tokens: int, rows: int, context: int) -> float:
+        if self.prompt is None:
+            return self.verify(tokens, rows, context)
+        return self.verify(max(tokens - prompts, 1), rows, context) + self.prompt * prompts
 
     def draft(self, rows: int, drafts: int) -> float:
         if not rows or not drafts:
@@ -117,10 +125,11 @@ def observed(
             if (arm == "none") == (limit == 0):
                 book[limit > 0].append(cost.bookkeeping - cost.follow + outside / len(seen[arm].steps))
     shown = seen[f"fixed:{DRAFTS}"].steps
+    passes = [(cost, n) for watch in seen.values() for (cost, _, _), n in zip(watch.steps, watch.prompts, strict=True)]
     drafts = {k: fmean(c.draft for c, limit, _ in seen[f"fixed:{k}"].steps if limit == k) for k in KNOWN}
-    return Observed(
+    found = Observed(
         costs,
-        factors_of((cost for watch in seen.values() for cost, _, _ in watch.steps), costs),
+        factors_of((cost for cost, prompts in passes if not prompts), costs),
         drafts,
         (fmean(book[False]), fmean(book[True] or book[False])),
         sum(cost.follow for cost, _, _ in shown) / sum(n for _, _, n in shown),
@@ -128,24 +137,35 @@ def observed(
         not drafter.aux_layers and not isinstance(drafter, ReadsHidden),
         max(cost.rows for cost, limit, _ in shown if limit),
     )
+    more = sum(c.verify - found.verify(max(c.tokens - n, 1), c.rows, c.context) for c, n in passes if n)
+    return replace(found, prompt=max(more, 0.0) / max(sum(n for _, n in passes), 1))
 
 
 def slowness_of(watches: Iterable[Watch], costs: Observed, seed: int) -> Callable[[float], float]:
     """How much slower than its mean the machine was: steps observed over those expected, in their order, from a random
     one on."""
-    steps = [(cost, limit) for watch in watches for cost, limit, _ in watch.steps]
+    steps = [
+        (cost, limit, prompts)
+        for watch in watches
+        for (cost, limit, _), prompts in zip(watch.steps, watch.prompts, strict=True)
+    ]
     expected = np.array(
         [
-            costs.verify(cost.tokens, cost.rows, cost.context)
+            (costs.read(prompts, *pass_of(cost)) if prompts else costs.verify(*pass_of(cost)))
             + costs.draft(cost.rows, limit)
             + costs.bookkeeping(cost.rows, limit > 0)
-            for cost, limit in steps
+            for cost, limit, prompts in steps
         ]
     )
-    ratios = np.array([cost.draft + cost.verify + cost.bookkeeping - cost.follow for cost, _ in steps]) / expected
+    ratios = np.array([cost.draft + cost.verify + cost.bookkeeping - cost.follow for cost, _, _ in steps]) / expected
     ratios /= (ratios * expected).sum() / expected.sum()
     turns = cycle(np.roll(ratios, random.Random(seed).randrange(len(ratios))).tolist())
     return lambda now: next(turns)
+
+
+def pass_of(cost: StepCost) -> tuple[int, int, int]:
+    """Tokens, rows and context of a step's pass."""
+    return cost.tokens, cost.rows, cost.context
 
 
 @dataclass(frozen=True)
@@ -160,8 +180,10 @@ def policy_for(name: str, costs: Observed) -> SchedulerPolicy:
     """The policy that a live arm of this name has, in its first state."""
     kind, _, drafts = name.partition(":")
     drafter = cast(Drafter, StandIn(() if costs.takes_up else (0,)))
-    if kind in ("none", "fixed"):
-        return load_policy("fixed", {"draft_tokens": int(drafts or 0)}, drafter)
+    if kind == "none":
+        return NoDrafter()
+    if kind == "fixed":
+        return load_policy("fixed", {"draft_tokens": int(drafts)}, drafter)
     return load_policy("auto", {}, drafter, CostModel(costs.table, costs.features), guard=True)
 
 

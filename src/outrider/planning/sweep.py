@@ -8,7 +8,7 @@ from typing import Any
 
 from outrider.errors import InvalidRequest, nearest
 from outrider.files import read_json
-from outrider.planning.simulation import PROFILES, Costs, Synthetic, Traffic, simulate
+from outrider.planning.simulation import PROFILES, Costs, NoDrafter, Synthetic, Traffic, simulate
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
@@ -96,7 +96,7 @@ def make_policy_for(name: str, costs: Costs, drafts: int) -> SchedulerPolicy:
     kind, _, value = name.partition(":")
     try:
         if kind == "none":
-            return FixedPolicy(FixedConfig(0))
+            return NoDrafter()
         if kind == "fixed":
             return FixedPolicy(FixedConfig(int(value or drafts)))
         if kind == "threshold":
