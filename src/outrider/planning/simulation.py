@@ -21,7 +21,6 @@ import torch
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
-from outrider.scheduling.fixed import FixedConfig, FixedPolicy
 from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepsAside, StepView
 
 __all__ = [
@@ -29,7 +28,6 @@ __all__ = [
     "Acceptance",
     "Costs",
     "FollowCosts",
-    "NoDrafter",
     "ReadCosts",
     "Recorded",
     "Result",
@@ -330,15 +328,6 @@ class Traffic:
 def _held(size: tuple[int, int] | tuple[int, int, int]) -> int:
     """Tokens of a recorded request's prompt that the cache holds."""
     return size[2] if len(size) == 3 else 0
-
-
-class NoDrafter(FixedPolicy):
-    """Plain decoding by an engine that has no drafter: nothing is followed, whatever the costs say of it."""
-
-    follows = False
-
-    def __init__(self) -> None:
-        super().__init__(FixedConfig(0))
 
 
 @dataclass(slots=True)
