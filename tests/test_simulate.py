@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from test_engine import TABLE
 from typer.testing import CliRunner
 
 from outrider.cli import app
+from outrider.config import SamplingParams
+from outrider.engine.engine import Engine
+from outrider.engine.request import Request
 from outrider.errors import InvalidRequest
 from outrider.evaluation.plots import available
-from outrider.planning.simulation import PROFILES, Costs, Synthetic, Traffic, simulate
+from outrider.models.toy import ToyTarget
+from outrider.planning.simulation import PROFILES, Costs, Recorded, Result, Synthetic, Traffic, simulate
 from outrider.planning.sweep import CURVES, make_policy_for, read_costs, read_profile, sweep
+from outrider.registry import find
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+from outrider.types import StepCost
 
 POLICIES = ("none", "fixed:1", "fixed:3", "fixed:7", "throughput")
 MIX = [PROFILES[name] for name in ("chat", "code", "maths")]
@@ -60,6 +70,142 @@ def test_recorded_sizes_and_chunks_beside_decoding() -> None:
         assert 7 * result.requests < result.tokens < 40 * result.requests + 80
     with pytest.raises(InvalidRequest, match="at least 1 token"):
         Traffic(concurrency=1, sizes=((0, 4),))
+
+
+def test_what_the_cache_holds_of_a_prompt_is_not_read() -> None:
+    """Prompts of 300 tokens, 200 of them held: a step over 100 tokens, with the others as context."""
+    costs = Costs(((1, 0.001), (301, 0.301)), per_context=1e-5)
+    policy, source = FixedPolicy(FixedConfig(0)), Synthetic([PROFILES["chat"]])
+    for held, seconds in ((0, 0.300), (200, 0.102)):
+        traffic = Traffic(concurrency=1, sizes=((300, 7, held),), temperature=0.0)
+        result = simulate(policy, costs, source, traffic, seconds=5)
+        assert result.first == pytest.approx(seconds)
+        assert result.gaps.min() == pytest.approx(0.001 + 301e-5), "the whole prompt is context"
+    for held in (-1, 300):
+        with pytest.raises(InvalidRequest, match=f"0 to 299 tokens of a prompt of 300.*got {held}"):
+            Traffic(concurrency=1, sizes=((300, 7, held),))
+
+
+class Watched(FixedPolicy):
+    """Keeps new tokens and rows of every step."""
+
+    def __init__(self) -> None:
+        super().__init__(FixedConfig(0))
+        self.steps: list[tuple[int, int]] = []
+
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        self.steps.append((cost.tokens, cost.rows))
+
+
+@pytest.mark.parametrize("held", [0, 12])
+def test_a_simulated_engine_takes_the_steps_of_a_real_one(held: int) -> None:
+    """A closed loop of three users with prompts of 14 tokens, which differ, or begin with the same three blocks."""
+    real, told, picks = Watched(), Watched(), random.Random(0)
+    engine = Engine(
+        ToyTarget(TABLE, block=4), find("drafter", "none")(), real, max_rows=3, capacity=64, chunk=8, beside=5
+    )
+    number = 0
+
+    def submit() -> Request:
+        nonlocal number
+        number += 1
+        end = [number // 5 % 5, number % 5]
+        start = [0, 1, 2, 3] * 3 if held else [*end, *(picks.randrange(5) for _ in range(10))]
+        return engine.submit([*start, *end], SamplingParams(max_tokens=7, ignore_eos=True), 0)
+
+    if held:  # somebody has read it before
+        engine.wait([submit()])
+        real.steps.clear()
+    flying: list[Request] = []
+    while len(real.steps) < 60:
+        flying = [request for request in flying if request.finish_reason is None]
+        flying += [submit() for _ in range(3 - len(flying))]
+        engine.step()
+    assert engine.totals[1].cached_tokens >= held * (number - 4)
+    costs, traffic = Costs(((1, 1.0),)), Traffic(concurrency=3, sizes=((14, 7, held),))
+    simulate(told, costs, Synthetic([PROFILES["chat"]]), traffic, seconds=60, chunk=8, beside=5)
+    assert told.steps == real.steps
+
+
+def test_what_happens_while_warming_up_is_not_counted() -> None:
+    """A first second in which everything is ten times as slow."""
+    traffic = Traffic(concurrency=1, prompt=1, answer=50, temperature=0.0)
+    policy, source = FixedPolicy(FixedConfig(0)), Synthetic([PROFILES["chat"]])
+
+    def run(warm: float) -> Result:
+        return simulate(
+            policy,
+            Costs(((1, 0.010),)),
+            source,
+            traffic,
+            seconds=4,
+            window=1,
+            slowness=lambda now: 10.0 if now < 0.999 else 1.0,
+            warm=warm,
+        )
+
+    cold, warm = run(0.0), run(1.0)
+    assert cold.tokens == pytest.approx(310, abs=2) and cold.gaps.max() == pytest.approx(0.1)
+    assert warm.tokens == warm.steps == pytest.approx(400, abs=1) and warm.gaps.max() == pytest.approx(0.01)
+    assert warm.seconds == pytest.approx(4, abs=0.011) and warm.windows == pytest.approx([100] * 4, abs=1)
+
+
+@pytest.mark.parametrize(("drafts", "accepted"), [(0, 1.0), (1, 1.5), (3, 2.0), (7, 2.4)])
+def test_recorded_texts_are_replayed_by_their_tokens(drafts: int, accepted: float) -> None:
+    """Two rounds of eight tokens and eight of one, whichever length is verified: with three drafts, four rounds and
+    eight. Counted by recorded rounds, it would be 1.6 tokens a round."""
+    text = [([0.9] * 7, 7)] * 2 + [([0.1] * 7, 0)] * 8
+    traffic = Traffic(concurrency=2, sizes=((1, 24 * 50 + 1),))
+    source = Recorded([text])
+    result = simulate(FixedPolicy(FixedConfig(drafts)), Costs(((1, 0.010),)), source, traffic, seconds=60)
+    assert 1 + result.accepted / result.rounds == pytest.approx(accepted, abs=0.02)
+
+
+def test_what_follows_a_recorded_round_is_like_all_rounds() -> None:
+    """Drafts that are each accepted with the same probability: so are those that were never recorded."""
+    rng, chance = np.random.default_rng(0), 0.8
+    rounds = [([chance] * 7, int(np.minimum.accumulate(rng.random(7) < chance).sum())) for _ in range(4000)]
+    traffic = Traffic(concurrency=1, sizes=((1, 2000),))
+    for drafts in (2, 5):
+        result = simulate(
+            FixedPolicy(FixedConfig(drafts)), Costs(((1, 0.010),)), Recorded([rounds]), traffic, seconds=60
+        )
+        expected = sum(chance**j for j in range(drafts + 1))
+        assert 1 + result.accepted / result.rounds == pytest.approx(expected, rel=0.03)
+    with pytest.raises(InvalidRequest, match="at least one round"):
+        Recorded([[]])
+
+
+def test_plain_decoding_does_not_pay_for_a_drafter() -> None:
+    """``none`` is an engine without one: nothing is shown to it, and passes give no features."""
+    costs = Costs(((1, 0.010), (65, 0.020)), follow_each=1e-3, features=0.2)
+    traffic, source = Traffic(concurrency=2, prompt=32, answer=32), Synthetic([PROFILES["chat"]])
+
+    def tokens(policy: str, costs: Costs) -> int:
+        return simulate(make_policy_for(policy, costs, 7), costs, source, traffic, seconds=20).tokens
+
+    free = replace(costs, follow_each=0.0, features=0.0)
+    assert tokens("none", costs) == tokens("none", free) > 1.2 * tokens("fixed:0", costs)
+
+
+@dataclass(frozen=True)
+class PromptsForNothing(Costs):
+    """``ReadCosts``: a pass takes no longer for the prompts in it."""
+
+    def read(self, prompts: int, tokens: int, rows: int, context: int) -> float:
+        return self.verify(max(tokens - prompts, 1), rows, context)
+
+
+def test_passes_with_prompts_have_their_own_costs() -> None:
+    """Two users, three hundred tokens in every prompt."""
+    traffic, source = Traffic(concurrency=2, sizes=((300, 7), (300, 40))), Synthetic([PROFILES["chat"]])
+    points = ((1, 0.010), (2, 0.012), (128, 0.200))
+
+    def run(costs: Costs) -> Result:
+        return simulate(FixedPolicy(FixedConfig(0)), costs, source, traffic, seconds=10)
+
+    assert run(PromptsForNothing(points)).gaps.max() == pytest.approx(0.012)
+    assert run(Costs(points)).gaps.max() > 0.2
 
 
 def test_the_same_seed_is_the_same_day() -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "Acceptance",
     "Costs",
     "FollowCosts",
+    "ReadCosts",
     "Recorded",
     "Result",
     "StepCosts",
@@ -71,6 +72,15 @@ class FollowCosts(Protocol):
 
     def follow(self, tokens: int) -> float:
         """Seconds of showing the drafter so many tokens."""
+        ...
+
+
+@runtime_checkable
+class ReadCosts(Protocol):
+    """Step costs that tell the tokens of prompts apart: of a chunk, only the prompt's last token has logits."""
+
+    def read(self, prompts: int, tokens: int, rows: int, context: int) -> float:
+        """Seconds of a pass over ``tokens``, so many of which are of prompts: at least 1."""
         ...
 
 
@@ -153,6 +163,10 @@ class Acceptance(Protocol):
         """-> confidences [n, K] or None, drafts proposed [n], and how many in a row would be accepted [n]."""
         ...
 
+    def advance(self, slot: int, tokens: int) -> None:
+        """The text of a slot has become longer by so many tokens."""
+        ...
+
 
 @dataclass
 class Synthetic:
@@ -189,6 +203,9 @@ class Synthetic:
         said = {"truth": p, "sure": np.full(p.shape, 0.99), "nothing": None}[self.says]
         return None if said is None else said.astype(np.float32), lengths, np.minimum(accepted, lengths)
 
+    def advance(self, slot: int, tokens: int) -> None:
+        """Nothing: all places of a text are alike."""
+
 
 def _centred(profile: Sequence[float], spread: float, row_spread: float) -> Floats:
     """Logits around which drafts spread so that their mean probability is about the profile's (a probit's moments)."""
@@ -198,32 +215,66 @@ def _centred(profile: Sequence[float], spread: float, row_spread: float) -> Floa
 
 @dataclass
 class Recorded:
-    """Rounds of real requests, in their order: a request replays one of the recorded ones, from a random round on."""
+    """Rounds of real requests. A request replays the text of a recorded one, and goes on with another where that ends.
+
+    A recorded round stands for as many tokens as it committed. Where fewer drafts are verified, the next round begins
+    inside of it, as it would in the same text: whichever draft length is replayed, easy and hard places count by their
+    tokens. What would follow the last recorded draft of such a round is drawn from the means over all rounds.
+    """
 
     requests: Sequence[Sequence[tuple[Sequence[float], int]]]
     """For each request its rounds: the confidences of all drafts, and how many were accepted, all being verified."""
-    _at: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _at: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # by slot: request, round, tokens since it began
 
     def __post_init__(self) -> None:
-        lengths = {len(confidence) for rounds in self.requests for confidence, _ in rounds}
-        if not lengths or not all(self.requests):
+        rounds = [one for some in self.requests for one in some]
+        if not rounds or not all(self.requests):
             raise InvalidRequest("a recording needs requests with at least one round each")
-        self.drafts = max(lengths)
+        self.drafts = max(len(confidence) for confidence, _ in rounds)
+        reached, further = np.zeros(self.drafts), np.zeros(self.drafts)
+        sure, counts = np.zeros(self.drafts), np.zeros(self.drafts)
+        for confidence, accepted in rounds:
+            n = len(confidence)
+            sure[:n] += confidence
+            counts[:n] += 1
+            reached[: min(accepted + 1, n)] += 1
+            further[:accepted] += 1
+        self._sure = sure / np.maximum(counts, 1)
+        self._further = (further / np.maximum(reached, 1)).tolist()  # P(draft j accepted | those before it were)
 
     def begin(self, slot: int, rng: np.random.Generator) -> None:
-        request = int(rng.integers(len(self.requests)))
-        self._at[slot] = request, int(rng.integers(len(self.requests[request])))
+        self._at[slot] = int(rng.integers(len(self.requests))), 0, 0
+
+    def advance(self, slot: int, tokens: int) -> None:
+        request, at, past = self._at[slot]
+        self._at[slot] = request, at, past + tokens
 
     def draw(self, slots: Ints, rng: np.random.Generator) -> tuple[npt.NDArray[np.float32] | None, Ints, Ints]:
         said = np.zeros((len(slots), self.drafts), dtype=np.float32)
         lengths, accepted = np.zeros(len(slots), dtype=np.int64), np.zeros(len(slots), dtype=np.int64)
         for b, slot in enumerate(slots.tolist()):
-            request, at = self._at[slot]
-            rounds = self.requests[request]
-            confidence, accepted[b] = rounds[at]
-            said[b, : len(confidence)], lengths[b] = confidence, len(confidence)
-            self._at[slot] = request, (at + 1) % len(rounds)
+            confidence, right, past = self._round(slot, rng)
+            n = len(confidence)
+            known = n - past
+            said[b, :known], said[b, known:n] = confidence[past:], self._sure[known:n]
+            right -= past
+            while known <= right < n and rng.random() < self._further[right]:
+                right += 1
+            lengths[b], accepted[b] = n, right
         return said, lengths, accepted
+
+    def _round(self, slot: int, rng: np.random.Generator) -> tuple[Sequence[float], int, int]:
+        """The recorded round that a slot's text has come to, and how many of its tokens were committed before."""
+        request, at, past = self._at[slot]
+        rounds = self.requests[request]
+        while past > rounds[at][1]:
+            past -= rounds[at][1] + 1
+            at += 1
+            if at == len(rounds):
+                request, at = int(rng.integers(len(self.requests))), 0
+                rounds = self.requests[request]
+        self._at[slot] = request, at, past
+        return *rounds[at], past
 
 
 # ------------------------------------------------------------------------------------------------ who asks for what
@@ -243,8 +294,9 @@ class Traffic:
     prompt: int = 128
     """Mean tokens of a prompt, and of an answer; both are geometric, like lengths of real ones."""
     answer: int = 256
-    sizes: tuple[tuple[int, int], ...] = ()
-    """Tokens of prompt and answer of recorded requests, which come in a random order, instead of the means."""
+    sizes: tuple[tuple[int, int] | tuple[int, int, int], ...] = ()
+    """Tokens of prompt and answer of recorded requests, which come in a random order, instead of the means. A third
+    number: how many of the prompt are not read, because the cache holds them from an earlier request."""
     temperature: float = 1.0
     """0: greedy, and a policy may search globally."""
 
@@ -252,11 +304,17 @@ class Traffic:
         if (self.concurrency > 0) == (self.rate > 0):
             raise InvalidRequest("traffic is either closed (concurrency above 0) or open (rate above 0)")
         if (
-            min(self.prompt, self.answer, *(n for size in self.sizes for n in size)) < 1
+            min(self.prompt, self.answer, *(n for size in self.sizes for n in size[:2])) < 1
             or self.burst <= 0
             or self.period <= 0
         ):
             raise InvalidRequest("prompt and answer need at least 1 token, burst and period more than 0")
+        for size in self.sizes:
+            if not 0 <= _held(size) < size[0]:
+                raise InvalidRequest(
+                    f"the cache may hold 0 to {size[0] - 1} tokens of a prompt of {size[0]}, as the last one is always "
+                    f"read; got {_held(size)}"
+                )
 
     def arrivals(self, rng: np.random.Generator) -> Iterator[float]:
         """Times of an open loop's requests."""
@@ -265,6 +323,11 @@ class Traffic:
             rate = self.rate * (self.burst if int(now / self.period) % 2 else 1.0)
             now += float(rng.exponential(1 / rate))
             yield now
+
+
+def _held(size: tuple[int, int] | tuple[int, int, int]) -> int:
+    """Tokens of a recorded request's prompt that the cache holds."""
+    return size[2] if len(size) == 3 else 0
 
 
 @dataclass(slots=True)
@@ -337,8 +400,9 @@ def simulate(
     stalls: float = 0.0,
     window: float = 60.0,
     slowness: Callable[[float], float] = lambda now: 1.0,
+    warm: float = 0.0,
 ) -> Result:
-    """Run ``seconds`` of virtual time.
+    """Run ``seconds`` of virtual time, after ``warm`` seconds that are not counted.
 
     ``max_rows``: rows of the engine (0: as many as there are users, or 256). ``chunk``: most prompt tokens of a step,
     ``beside``: where other rows decode. ``noise``: how far single passes differ,
@@ -348,8 +412,11 @@ def simulate(
     run = _Simulation(policy, costs, acceptance, traffic, max_rows or traffic.concurrency or 256, chunk, seed)
     run.beside = min(beside, chunk)
     run.noise, run.stalls, run.window, run.slowness = noise, stalls, window, slowness
-    while run.now < seconds:
-        run.step(seconds)
+    while run.now < warm:
+        run.step(warm)
+    run.count_from_now()
+    while run.now < run.counted_from + seconds:
+        run.step(run.counted_from + seconds)
     return run.result()
 
 
@@ -367,6 +434,7 @@ class _Simulation:
         self.policy, self.costs, self.acceptance, self.traffic = policy, costs, acceptance, traffic
         self.aside = policy if isinstance(policy, StepsAside) else None
         self.following = costs if isinstance(costs, FollowCosts) else None
+        self.reading = costs if isinstance(costs, ReadCosts) else None
         self.max_rows, self.chunk = max_rows, chunk
         self.beside = chunk
         self.noise = self.stalls = 0.0
@@ -383,6 +451,11 @@ class _Simulation:
         self.waiting: deque[_Row] = deque(self._request(0.0) for _ in range(traffic.concurrency))
         self.rows: list[_Row] = []
         self.free = list(range(max_rows))[::-1]
+        self.count_from_now()
+
+    def count_from_now(self) -> None:
+        """Forget what was counted so far; rows, and what the policy has learnt, stay."""
+        self.counted_from = self.now
         self.steps = self.rounds = self.drafted = self.accepted = self.tokens = self.finished = 0
         self.gaps: list[tuple[float, int]] = []
         self.first: list[float] = []
@@ -392,8 +465,9 @@ class _Simulation:
     def _request(self, now: float) -> _Row:
         self.number += 1
         if self.traffic.sizes:
-            prompt, answer = self.traffic.sizes[self.texts.integers(len(self.traffic.sizes))]
-            return _Row(self.number, -1, now, prompt, 0, answer)
+            size = self.traffic.sizes[self.texts.integers(len(self.traffic.sizes))]
+            held = _held(size)
+            return _Row(self.number, -1, now, size[0] - held, held, size[1])
         prompt = int(self.texts.geometric(1 / self.traffic.prompt))
         return _Row(self.number, -1, now, prompt, 0, int(self.texts.geometric(1 / self.traffic.answer)))
 
@@ -428,7 +502,7 @@ class _Simulation:
             shown += sum(n for row, n in chunks if row.followed)
             follow, features = self.following.follow(shown) * slow, 1 + self.following.features
         draft = (self.costs.draft(drafting, longest) + taking_up) * slow
-        verify = self.costs.verify(base + kept, taking_part, context) * slow * self._noise() * features
+        verify = self._verify(base + kept, base - len(ready), taking_part, context) * slow * self._noise() * features
         bookkeeping = self.costs.bookkeeping(taking_part, longest > 0) * slow + follow
         self.now += draft + verify + bookkeeping
         self._commit(ready, accepted[: len(ready)].tolist(), chunks, finishing)
@@ -438,6 +512,11 @@ class _Simulation:
         self.accepted += int(accepted.sum())
         cost = StepCost(draft, verify, bookkeeping, taking_part, base + kept, context, follow)
         self.policy.observe(cost, accepted.tolist())
+
+    def _verify(self, tokens: int, prompts: int, rows: int, context: int) -> float:
+        if prompts and self.reading is not None:
+            return self.reading.read(prompts, tokens, rows, context)
+        return self.costs.verify(tokens, rows, context)
 
     @property
     def follows(self) -> bool:
@@ -519,6 +598,7 @@ class _Simulation:
         committed = 0
         for row, n in zip(ready, accepted, strict=True):
             new = min(n + 1, row.left)
+            self.acceptance.advance(row.slot, new)
             self.gaps.append(((self.now - row.last) / new, new))
             committed += self._take(row, new)
         for row, n in chunks:
@@ -529,7 +609,7 @@ class _Simulation:
             row.began = self.now
             committed += self._take(row, 1)
         self.tokens += committed
-        at = int(self.now / self.window)
+        at = int((self.now - self.counted_from) / self.window)
         self.windows += [0] * (at + 1 - len(self.windows))
         self.windows[at] += committed
 
@@ -557,9 +637,10 @@ class _Simulation:
     def result(self) -> Result:
         """What the steps so far gave."""
         gaps = np.repeat([g for g, _ in self.gaps], [n for _, n in self.gaps]) if self.gaps else np.zeros(0)
-        whole = int(self.now / self.window)
+        seconds = self.now - self.counted_from
+        whole = int(seconds / self.window)
         return Result(
-            seconds=self.now,
+            seconds=seconds,
             tokens=self.tokens,
             requests=self.finished,
             steps=self.steps,

@@ -17,7 +17,7 @@ from outrider.scheduling.threshold import ThresholdConfig, ThresholdPolicy
 from outrider.scheduling.throughput import ThroughputConfig, ThroughputPolicy
 from outrider.types import SchedulerPolicy
 
-__all__ = ["CURVES", "make_policy_for", "read_costs", "read_profile", "sweep"]
+__all__ = ["CURVES", "NoDrafter", "make_policy_for", "read_costs", "read_profile", "sweep"]
 
 CURVES: dict[str, Costs] = {
     # A large target on accelerators: weights are read once for up to about a hundred tokens, then arithmetic counts.
@@ -47,6 +47,15 @@ CURVES: dict[str, Costs] = {
 """Cost curves by name. Names in ``--costs``; everything else there is a file."""
 KEY = CostKey("simulated", "", "", "", 0)
 POLICIES = ("none", "fixed:N", "threshold:C", "throughput", "auto")
+
+
+class NoDrafter(FixedPolicy):
+    """Plain decoding by an engine that has no drafter: nothing is followed, whatever the costs say of it."""
+
+    follows = False
+
+    def __init__(self) -> None:
+        super().__init__(FixedConfig(0))
 
 
 def read_costs(given: str) -> Costs:
@@ -96,7 +105,7 @@ def make_policy_for(name: str, costs: Costs, drafts: int) -> SchedulerPolicy:
     kind, _, value = name.partition(":")
     try:
         if kind == "none":
-            return FixedPolicy(FixedConfig(0))
+            return NoDrafter()
         if kind == "fixed":
             return FixedPolicy(FixedConfig(int(value or drafts)))
         if kind == "threshold":
