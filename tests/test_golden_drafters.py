@@ -321,7 +321,7 @@ def _recurrent(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None:
 
 
 def _check_drafts(drafter: Eagle3Drafter, last: int, expected: dict[str, Tensor]) -> None:
-    state = drafter.begin([0], torch.tensor([last]))
+    state = drafter.begin([0], [last])
     for k, token in enumerate(expected["greedy_tokens"]):
         _close(state.hidden[0], expected["step_hidden"][k])
         _close(state.logits[0], expected["logits"][k])
@@ -336,7 +336,7 @@ def _training_time_test(drafter: Eagle3Drafter, case: dict[str, Tensor]) -> None
     own = "hidden_last6" in {name.partition(".")[2] for name in case}  # fed its own argmax, else the true tokens
     for i, position in enumerate(range(len(tokens) - 6, len(tokens))):
         _observe(drafter, [0, *tokens[:position]], 0, features[: position + 1])
-        state = drafter.begin([0], torch.tensor([tokens[position]]))
+        state = drafter.begin([0], [tokens[position]])
         for step in range(3):
             _close(state.logits[0], case[f"step{step}.logits_last6"][i])
             if f"step{step}.hidden_last6" in case:
@@ -380,7 +380,7 @@ def test_sampled_verification(case: dict[str, Tensor]) -> None:
     distribution = Categorical(size, probabilities=case["draft_probs"])
     proposal = Proposal(drafts[None], torch.tensor([len(drafts)]), distribution)
     target = Categorical(size, probabilities=case["target_probs"])
-    checked = DraftRound.of(target, proposal, torch.tensor([len(drafts)]))
+    checked = DraftRound.of(target, proposal, [len(drafts)])
     probabilities = acceptance_probabilities(checked, np.array([False]))
     accepted = count_accepted(probabilities, case["uniforms"].double().numpy()[None])
     assert accepted.tolist() == case["accepted"].tolist()

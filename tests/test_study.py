@@ -74,7 +74,7 @@ def test_the_oracle_is_the_probability_with_which_the_rule_accepts() -> None:
     accepted = 0.0
     for token in range(6):
         proposal = Proposal(torch.tensor([[token]]), torch.tensor([1]), Categorical(6, probabilities=q[None]), None)
-        result = acceptance_probabilities(DraftRound.of(target, proposal, torch.tensor([1])), np.array([False]))
+        result = acceptance_probabilities(DraftRound.of(target, proposal, [1]), np.array([False]))
         accepted += float(q[token]) * result.probability[0, 0]
     assert signals.overlap(p[None], q[None]) == pytest.approx([accepted])
 
