@@ -29,6 +29,7 @@ SOON, WELL_KNOWN = 8, 24  # the least until so many plain steps of as many rows 
 AT_FIRST, KNOWN = 12, 6  # the most until so many were,
 UNKNOWN = 3  # and until one was
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
+CONTROLS = 2  # plain steps of a control, of which the first is not looked at
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the most that the ledger holds, what one that cannot may cost in plain steps before it is left out
@@ -67,6 +68,8 @@ class GuardedPolicy:
         self._pause = FIRST_PAUSE
         self._newest, self._newest_then = -1, -1  # the latest request: now, and when the drafter was left out
         self._since_control = 0
+        self._controls = 0  # plain steps that are still to be taken
+        self._drafted = False  # the step before this one
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
@@ -106,9 +109,16 @@ class GuardedPolicy:
                 return False
             self._suspended = False
         if self._since_control >= self._until_control(step):
-            self._since_control = 0
+            self._since_control, self._controls = 0, CONTROLS if self._known(step) else 1
+        if self._controls:
+            self._controls -= 1
             return False
         return True
+
+    def _known(self, step: StepView) -> bool:
+        """Whether plain steps of so many rows were seen."""
+        beside = step.tokens > len(step)
+        return self.costs.seen(max(step.tokens, len(step)), beside=beside) >= KNOWN
 
     def _until_control(self, step: StepView) -> float:
         """Steps that draft since the latest control, so that this is to be one."""
@@ -136,8 +146,9 @@ class GuardedPolicy:
             self.ledger.settle(-self._following(cost))
             return
         drafted = any(self._planned)
+        before, self._drafted = self._drafted, drafted
         if self._learns or not self._asked:
-            self._learn(view, cost, drafted)
+            self._learn(view, cost, drafted, before)
         if drafted:
             self._settle(view, cost, sum(accepted))
         else:
@@ -145,8 +156,12 @@ class GuardedPolicy:
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _learn(self, view: StepView, cost: StepCost, drafted: bool) -> None:
+    def _learn(self, view: StepView, cost: StepCost, drafted: bool, before: bool) -> None:
+        """``before``: the step before it drafted. What it left in caches, and what it learnt late, makes the first plain
+        step after it slower than plain decoding is."""
         self._plain_steps += not drafted
+        if before and not drafted and not self._asked and self._known(view):
+            return
         often = self._plain_steps > SEEN and self._follows and (self._asked or self._suspended)
         if not drafted and often and self._plain_steps % LOOK:
             return
