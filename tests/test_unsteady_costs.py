@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
+from outrider.config import SamplingParams
 from outrider.planning.simulation import PROFILES, Costs, Synthetic, Traffic, simulate
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
 from outrider.scheduling.guard import GuardedPolicy
 from outrider.scheduling.throughput import ThroughputConfig, ThroughputPolicy
-from outrider.types import SchedulerPolicy
+from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepView
 
 K = 7
 ARITHMETIC = Costs(  # every token costs as much as every other: drafting hardly pays, or does not
@@ -49,6 +50,22 @@ def test_a_wrong_table_costs_little(rows: int, prompt: int, answer: int, times: 
         return simulate(policy, ARITHMETIC, chat, traffic, seconds=20, seed=1, slowness=two_speeds).tokens_per_second
 
     assert rate(guard) > 0.97 * rate(FixedPolicy(FixedConfig(0)))
+
+
+def test_what_a_plain_step_costs_is_seen_among_drafts_and_prompts() -> None:
+    """Every third step reads a prompt beside its rows, hardly two of the same size, and a plain step right behind drafts
+    takes 1.4 times what it takes behind another plain one. The table is wrong by as much."""
+    model, rng = model_of(ARITHMETIC, lambda tokens: 1.4 if tokens <= 4 else 1.0), random.Random(0)
+    guard, rows, before = GuardedPolicy(FixedPolicy(FixedConfig(1)), model), 4, False
+    requests = [RequestStats()] * rows, [SamplingParams()] * rows
+    for i in range(1200):
+        prompt = rng.randrange(10, 500) if i % 3 == 0 else 0
+        limits = guard.plan(StepView([100] * rows, *requests, requests=range(rows), tokens=rows + prompt))
+        tokens, drafted = rows + prompt + sum(guard.choose(None, limits)), any(limits)
+        seconds = ARITHMETIC.verify(tokens, rows, 0) * (1.4 if before and not drafted else 1.0)
+        guard.observe(StepCost(0.0002 * drafted, seconds, 0.0003, rows, tokens, 400), [int(drafted)] * rows)
+        before = drafted
+    assert model.verify(rows, rows, 400) == pytest.approx(ARITHMETIC.verify(rows, rows, 0), rel=0.1)
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -25,7 +25,7 @@ __all__ = ["GuardedPolicy", "TriesAgain"]
 
 CONTROLLED = 0.003  # of the time of steps that draft, what controls may cost: the less drafting gains, the more of them
 OFTEN, SELDOM = 48, 192  # steps that draft between two controls, at least and at most
-SOON, WELL_KNOWN = 8, 24  # the least until so many plain steps of as many rows were seen,
+SOON, WELL_KNOWN = 8, 24  # the least until so many plain steps of as many rows were compared with others,
 AT_FIRST, KNOWN = 12, 6  # the most until so many were,
 UNKNOWN = 3  # and until one was
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
@@ -67,7 +67,7 @@ class GuardedPolicy:
         self._resting = 0.0  # seconds that following has cost in them
         self._pause = FIRST_PAUSE
         self._newest, self._newest_then = -1, -1  # the latest request: now, and when the drafter was left out
-        self._since_control = 0
+        self._since_control = [0, 0]  # steps that drafted: without chunks of prompts beside the rows, and with them
         self._controls = 0  # plain steps that are still to be taken
         self._drafted = False  # the step before this one
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
@@ -108,26 +108,27 @@ class GuardedPolicy:
             if not self.ledger.affords(self._needed):
                 return False
             self._suspended = False
-        if self._since_control >= self._until_control(step):
-            self._since_control, self._controls = 0, CONTROLS if self._known(step) else 1
+        beside = step.tokens > len(step)
+        if self._since_control[beside] >= self._until_control(step):
+            self._since_control[beside], self._controls = 0, CONTROLS if self._known(step) else 1
         if self._controls:
             self._controls -= 1
             return False
         return True
 
     def _known(self, step: StepView) -> bool:
-        """Whether plain steps of so many rows were seen."""
+        """Whether plain steps of so many rows were compared with others."""
         beside = step.tokens > len(step)
-        return self.costs.seen(max(step.tokens, len(step)), beside=beside) >= KNOWN
+        return self.costs.compared(max(step.tokens, len(step)), beside=beside) >= KNOWN
 
     def _until_control(self, step: StepView) -> float:
         """Steps that draft since the latest control, so that this is to be one."""
         beside = step.tokens > len(step)
-        seen = self.costs.seen(max(step.tokens, len(step)), beside=beside)
-        least = OFTEN if seen >= WELL_KNOWN else SOON
+        compared = self.costs.compared(max(step.tokens, len(step)), beside=beside)
+        least = OFTEN if compared >= WELL_KNOWN else SOON
         wait = min(max(least, (self._advantage - 1) / CONTROLLED), SELDOM)
-        if seen < KNOWN:
-            return min(wait, AT_FIRST if seen else UNKNOWN)
+        if compared < KNOWN:
+            return min(wait, AT_FIRST if compared else UNKNOWN)
         return BESIDE * wait if beside else wait
 
     def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
@@ -157,8 +158,8 @@ class GuardedPolicy:
     # ------------------------------------------------------------------------------------------ parts
 
     def _learn(self, view: StepView, cost: StepCost, drafted: bool, before: bool) -> None:
-        """``before``: the step before it drafted. What it left in caches, and what it learnt late, makes the first plain
-        step after it slower than plain decoding is."""
+        """``before``: the step before it drafted. What that left in caches, and what it learnt late, makes the first
+        plain step behind it slower than plain decoding is."""
         self._plain_steps += not drafted
         if before and not drafted and not self._asked and self._known(view):
             return
@@ -196,13 +197,13 @@ class GuardedPolicy:
         self.ledger.settle(worth - took)
         self._advantage += 0.02 * (worth / took - self._advantage)
         self._idle, self._resting = 0, 0.0
-        self._since_control += 1
+        self._since_control = [steps + 1 for steps in self._since_control]
         if self._advantage > 1:
             self._pause = FIRST_PAUSE
         if self.ledger.balance <= max(took - worth, 0.0):  # another one like it would overdraw the account
             self._suspended = True
             self._needed = max(2 * (took - worth), 0.25 * self.ledger.most)
-            self._since_control = 0
+            self._since_control = [0, 0]
 
     def _plain(self, rows: int, context: int) -> tuple[float, float, float]:
         """Seconds of a plain step of so many rows, of its bookkeeping alone, and of the policy's work where it is asked
