@@ -53,7 +53,7 @@ def test_a_wrong_table_costs_little(rows: int, prompt: int, answer: int, times: 
 
 
 def test_what_a_plain_step_costs_is_seen_among_drafts_and_prompts() -> None:
-    """Every third step reads a prompt beside its rows, hardly two of the same size, and a plain step right behind drafts
+    """Every third step reads a prompt beside its rows, hardly two of the same size, and a plain step behind drafts
     takes 1.4 times what it takes behind another plain one. The table is wrong by as much."""
     model, rng = model_of(ARITHMETIC, lambda tokens: 1.4 if tokens <= 4 else 1.0), random.Random(0)
     guard, rows, before = GuardedPolicy(FixedPolicy(FixedConfig(1)), model), 4, False
