@@ -1,10 +1,11 @@
 """Never slower than plain decoding: an account of what speculation gains and loses, around any policy.
 
 A step that drafted is worth the time in which plain decoding would have given its tokens, which is known because plain
-steps are taken now and then (a *control*). Losses are paid from a ``Ledger``; when it is empty, or when the policy
-itself has long seen no use in drafting, the guard steps aside: nothing is drafted, and after a while the drafter is not
-even shown what is committed (``follows``), so that steps cost what plain steps cost. Coming back, after a pause or with
-other texts, is another draft like any other: paid from the ledger, and ever more rarely while it does not pay.
+steps are taken now and then (a *control*, of two steps: the first one still pays for the drafts before it). Losses are
+paid from a ``Ledger``; when it is empty, or when the policy itself has long seen no use in drafting, the guard steps
+aside: nothing is drafted, and after a while the drafter is not even shown what is committed (``follows``), so that
+steps cost what plain steps cost. Coming back, after a pause or with other texts, is another draft like any other: paid
+from the ledger, and ever more rarely while it does not pay.
 
 Everything that a step takes longer because there is a drafter is charged: drafting, verifying, bookkeeping, and also in
 steps without drafts, prompts included, the features that passes give and the time in which the drafter is shown what
@@ -108,23 +109,20 @@ class GuardedPolicy:
             if not self.ledger.affords(self._needed):
                 return False
             self._suspended = False
-        beside = step.tokens > len(step)
-        if self._since_control[beside] >= self._until_control(step):
-            self._since_control[beside], self._controls = 0, CONTROLS if self._known(step) else 1
+        compared, beside = self._compared(step), step.tokens > len(step)
+        if self._since_control[beside] >= self._until_control(compared, beside):
+            self._since_control[beside], self._controls = 0, CONTROLS if compared >= KNOWN else 1
         if self._controls:
             self._controls -= 1
             return False
         return True
 
-    def _known(self, step: StepView) -> bool:
-        """Whether plain steps of so many rows were compared with others."""
-        beside = step.tokens > len(step)
-        return self.costs.compared(max(step.tokens, len(step)), beside=beside) >= KNOWN
+    def _compared(self, step: StepView) -> int:
+        """How many plain steps of so many rows were compared with others."""
+        return self.costs.compared(max(step.tokens, len(step)), beside=step.tokens > len(step))
 
-    def _until_control(self, step: StepView) -> float:
+    def _until_control(self, compared: int, beside: bool) -> float:
         """Steps that draft since the latest control, so that this is to be one."""
-        beside = step.tokens > len(step)
-        compared = self.costs.compared(max(step.tokens, len(step)), beside=beside)
         least = OFTEN if compared >= WELL_KNOWN else SOON
         wait = min(max(least, (self._advantage - 1) / CONTROLLED), SELDOM)
         if compared < KNOWN:
@@ -161,7 +159,7 @@ class GuardedPolicy:
         """``before``: the step before it drafted. What that left in caches, and what it learnt late, makes the first
         plain step behind it slower than plain decoding is."""
         self._plain_steps += not drafted
-        if before and not drafted and not self._asked and self._known(view):
+        if before and not drafted and not self._asked and self._compared(view) >= KNOWN:
             return
         often = self._plain_steps > SEEN and self._follows and (self._asked or self._suspended)
         if not drafted and often and self._plain_steps % LOOK:
