@@ -132,6 +132,7 @@ class _Cell:
     value: float = 0.0  # log ratio to the table and the speed
     count: int = 0  # of passes
     compared: int = 0  # with those around them
+    others: int = 0  # of which some were of other sizes
 
 
 @dataclass(slots=True)
@@ -265,7 +266,7 @@ class CostModel:
     def compared(self, tokens: int, *, beside: bool = False) -> int:
         """How many of them had passes of other sizes around them, which tell what their size costs."""
         cell = (self._beside if beside else self._alone).cells.get(self._cell(tokens, beside))
-        return cell.compared if cell is not None else 0
+        return cell.others if cell is not None else 0
 
     def bookkeeping(self, rows: int, drafting: bool, *, asked: bool = True) -> float:
         """Seconds of a step outside the two passes; nothing until it was seen. ``asked``: with the work of a policy
@@ -328,11 +329,10 @@ class CostModel:
         self._steady = True
         # The one in the middle against those around it, which met the same machine: its clock may change every second.
         cell, own = self._latest[LATEST // 2][0], speeds.pop(LATEST // 2)
-        if all(other is cell for other, _ in self._latest):  # among its like it says nothing of its size
-            return
         move = MOVE if cell.compared > 4 else 4 * MOVE  # what was never seen may be far off
         cell.value += max(CELL_RATE, 1 / (cell.compared + 3)) * min(max(own - median(speeds), -move), move)
         cell.compared += 1
+        cell.others += any(other is not cell for other, _ in self._latest)
 
     def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
         """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
