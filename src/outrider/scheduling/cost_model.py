@@ -329,10 +329,12 @@ class CostModel:
         self._steady = True
         # The one in the middle against those around it, which met the same machine: its clock may change every second.
         cell, own = self._latest[LATEST // 2][0], speeds.pop(LATEST // 2)
-        move = MOVE if cell.compared > 4 else 4 * MOVE  # what was never seen may be far off
-        cell.value += max(CELL_RATE, 1 / (cell.compared + 3)) * min(max(own - median(speeds), -move), move)
+        mixed = any(other is not cell for other, _ in self._latest)
+        known = cell.others if mixed else cell.compared
+        move = MOVE if known > 4 else 4 * MOVE  # what was never seen may be far off
+        cell.value += max(CELL_RATE, 1 / (known + 3)) * min(max(own - median(speeds), -move), move)
         cell.compared += 1
-        cell.others += any(other is not cell for other, _ in self._latest)
+        cell.others += mixed
 
     def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
         """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
