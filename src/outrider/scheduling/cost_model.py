@@ -260,13 +260,11 @@ class CostModel:
 
     def seen(self, tokens: int, *, beside: bool = False) -> int:
         """How many passes over about so many tokens were observed."""
-        cell = (self._beside if beside else self._alone).cells.get(self._cell(tokens, beside))
-        return cell.count if cell is not None else 0
+        return self._known(tokens, beside).count
 
     def compared(self, tokens: int, *, beside: bool = False) -> int:
         """How many of them had passes of other sizes around them, which tell what their size costs."""
-        cell = (self._beside if beside else self._alone).cells.get(self._cell(tokens, beside))
-        return cell.others if cell is not None else 0
+        return self._known(tokens, beside).others
 
     def bookkeeping(self, rows: int, drafting: bool, *, asked: bool = True) -> float:
         """Seconds of a step outside the two passes; nothing until it was seen. ``asked``: with the work of a policy
@@ -366,6 +364,10 @@ class CostModel:
         beyond = EXACT + np.floor(OCTAVE * np.log2(np.maximum(n, EXACT) / EXACT)).astype(np.int64)
         self._cell_of = np.where(n <= EXACT, n, beyond)
         self._bases, self._curves = {}, {}
+
+    def _known(self, tokens: int, beside: bool) -> _Cell:
+        """What was learnt of passes over about so many tokens; to read."""
+        return (self._beside if beside else self._alone).cells.get(self._cell(tokens, beside)) or _Cell()
 
     def _cell(self, tokens: int, beside: bool) -> int:
         """Passes that count as of one size; with chunks of prompts they are of many, few of which come again."""
