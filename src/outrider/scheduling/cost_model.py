@@ -260,11 +260,8 @@ class CostModel:
 
     def seen(self, tokens: int, *, beside: bool = False) -> int:
         """How many passes over about so many tokens were observed."""
-        return self._known(tokens, beside).count
-
-    def compared(self, tokens: int, *, beside: bool = False) -> int:
-        """How many of them had passes of other sizes around them, which tell what their size costs."""
-        return self._known(tokens, beside).others
+        cell = (self._beside if beside else self._alone).cells.get(self._cell(tokens, beside))
+        return cell.count if cell else 0
 
     def bookkeeping(self, rows: int, drafting: bool, *, asked: bool = True) -> float:
         """Seconds of a step outside the two passes; nothing until it was seen. ``asked``: with the work of a policy
@@ -336,12 +333,13 @@ class CostModel:
 
     def observe_draft(self, rows: int, drafts: int, seconds: float, *, cold: bool = False) -> None:
         """One ``propose`` of up to ``drafts`` tokens for ``rows`` rows. ``cold``: the step before it did not draft, so
-        that weights and code were not in the processor's caches: it says what trying costs, not what drafting costs."""
+        that weights and code were not in the processor's caches: it says the most that drafting costs, not what."""
         if rows > 0 and drafts > 0 and seconds > 0:  # nothing is proposed where a text is about to end
             known = self._drafts.setdefault(_bucket(rows), {})
             found = known.setdefault(drafts, _Estimate())
-            if not cold or found.count < FIRST:
-                moved = found.add(seconds * math.exp(-self._pace), DRAFT_RATE)
+            seconds *= math.exp(-self._pace)
+            if not cold or found.count < FIRST or seconds < found.seconds:
+                moved = found.add(seconds, DRAFT_RATE)
                 for other in known.values() if moved else ():  # other numbers of drafts cost more or less at once too
                     other.value += moved if other is not found else 0.0
                 self._lines.clear()
@@ -364,10 +362,6 @@ class CostModel:
         beyond = EXACT + np.floor(OCTAVE * np.log2(np.maximum(n, EXACT) / EXACT)).astype(np.int64)
         self._cell_of = np.where(n <= EXACT, n, beyond)
         self._bases, self._curves = {}, {}
-
-    def _known(self, tokens: int, beside: bool) -> _Cell:
-        """What was learnt of passes over about so many tokens; to read."""
-        return (self._beside if beside else self._alone).cells.get(self._cell(tokens, beside)) or _Cell()
 
     def _cell(self, tokens: int, beside: bool) -> int:
         """Passes that count as of one size; with chunks of prompts they are of many, few of which come again."""

@@ -1,7 +1,8 @@
 """Never slower than plain decoding: an account of what speculation gains and loses, around any policy.
 
 A step that drafted is worth the time in which plain decoding would have given its tokens, which is known because plain
-steps are taken now and then (a *control*, of two steps: the first one still pays for the drafts before it). Losses are
+steps are taken now and then (a *control*: some in a row, for the first ones still pay for the drafts before them, whose
+weights and tables are in the processor's caches instead of the target's). Losses are
 paid from a ``Ledger``; when it is empty, or when the policy itself has long seen no use in drafting, the guard steps
 aside: nothing is drafted, and after a while the drafter is not even shown what is committed (``follows``), so that
 steps cost what plain steps cost. Coming back, after a pause or with other texts, is another draft like any other: paid
@@ -16,6 +17,7 @@ step with none of that.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log2
 from typing import Protocol, runtime_checkable
 
 from outrider.scheduling.cost_model import CostModel
@@ -24,13 +26,13 @@ from outrider.types import SchedulerPolicy, StepCost, StepView, Values
 
 __all__ = ["GuardedPolicy", "TriesAgain"]
 
-CONTROLLED = 0.003  # of the time of steps that draft, what controls may cost: the less drafting gains, the more of them
-OFTEN, SELDOM = 48, 192  # steps that draft between two controls, at least and at most
-SOON, WELL_KNOWN = 8, 24  # the least until so many plain steps of as many rows were compared with others,
-AT_FIRST, KNOWN = 12, 6  # the most until so many were,
+CONTROL, LOOKED_AT = 8, 4  # plain steps of a control, and of these the last ones, whose median is learnt from
+CONTROLLED = 0.005  # of the time of steps that draft, what controls may cost: the less drafting gains, the more of them
+OFTEN, SELDOM = 48, 768  # steps that draft between two controls, at least and at most
+AT_FIRST, KNOWN = 16, 6  # the most, until so many were taken of about as many rows,
 UNKNOWN = 3  # and until one was
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
-CONTROLS = 2  # plain steps of a control, of which the first is not looked at
+ALIKE = 8  # to an octave: numbers of rows that one control speaks for
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the most that the ledger holds, what one that cannot may cost in plain steps before it is left out
@@ -69,8 +71,9 @@ class GuardedPolicy:
         self._pause = FIRST_PAUSE
         self._newest, self._newest_then = -1, -1  # the latest request: now, and when the drafter was left out
         self._since_control = [0, 0]  # steps that drafted: without chunks of prompts beside the rows, and with them
-        self._controls = 0  # plain steps that are still to be taken
-        self._drafted = False  # the step before this one
+        self._left = 0  # plain steps of the control under way
+        self._control: list[tuple[StepView, StepCost]] = []  # those of them that are looked at
+        self._controls: dict[tuple[int, bool], int] = {}  # how many were taken: by rows, about, and chunks beside
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
@@ -109,25 +112,21 @@ class GuardedPolicy:
             if not self.ledger.affords(self._needed):
                 return False
             self._suspended = False
-        compared, beside = self._compared(step), step.tokens > len(step)
-        if self._since_control[beside] >= self._until_control(compared, beside):
-            self._since_control[beside], self._controls = 0, CONTROLS if compared >= KNOWN else 1
-        if self._controls:
-            self._controls -= 1
-            return False
-        return True
+        beside = step.tokens > len(step)
+        if self._since_control[beside] >= self._until_control(step):
+            self._since_control[beside], self._left = 0, CONTROL
+            self._control.clear()
+            self._controls[_alike(step)] = self._controls.get(_alike(step), 0) + 1
+        return not self._left
 
-    def _compared(self, step: StepView) -> int:
-        """How many plain steps of so many rows were compared with others."""
-        return self.costs.compared(max(step.tokens, len(step)), beside=step.tokens > len(step))
-
-    def _until_control(self, compared: int, beside: bool) -> float:
+    def _until_control(self, step: StepView) -> float:
         """Steps that draft since the latest control, so that this is to be one."""
-        least = OFTEN if compared >= WELL_KNOWN else SOON
-        wait = min(max(least, (self._advantage - 1) / CONTROLLED), SELDOM)
-        if compared < KNOWN:
-            return min(wait, AT_FIRST if compared else UNKNOWN)
-        return BESIDE * wait if beside else wait
+        alike = _alike(step)
+        taken = self._controls.get(alike, 0)
+        wait = min(max(OFTEN, CONTROL * (self._advantage - 1) / CONTROLLED), SELDOM)
+        if taken < KNOWN:
+            return min(wait, AT_FIRST if taken else UNKNOWN)
+        return BESIDE * wait if alike[1] else wait
 
     def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
         return self.policy.choose(confidence, lengths) if self._asked else [0] * len(lengths)
@@ -145,9 +144,10 @@ class GuardedPolicy:
             self.ledger.settle(-self._following(cost))
             return
         drafted = any(self._planned)
-        before, self._drafted = self._drafted, drafted
-        if self._learns or not self._asked:
-            self._learn(view, cost, drafted, before)
+        if self._left and not drafted:
+            self._look(view, cost)
+        elif self._learns or not self._asked:
+            self._learn(view, cost, drafted)
         if drafted:
             self._settle(view, cost, sum(accepted))
         else:
@@ -155,14 +155,22 @@ class GuardedPolicy:
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def _learn(self, view: StepView, cost: StepCost, drafted: bool, before: bool) -> None:
-        """``before``: the step before it drafted. What that left in caches, and what it learnt late, makes the first
-        plain step behind it slower than plain decoding is."""
-        self._plain_steps += not drafted
-        if before and not drafted and not self._asked and self._compared(view) >= KNOWN:
+    def _look(self, view: StepView, cost: StepCost) -> None:
+        """A step of a control, of which the last ones are one observation: seen among drafts, it tells what plain steps
+        cost beside them, as it would not among its like."""
+        self._left -= 1
+        if self._left < LOOKED_AT:
+            self._control.append((view, cost))
+        if self._left:
             return
+        alike = [seen for seen in self._control if _alike(seen[0]) == _alike(view)]
+        alike.sort(key=lambda seen: seen[1].verify + seen[1].bookkeeping)
+        self._learn(*alike[len(alike) // 2], drafted=False, always=True)
+
+    def _learn(self, view: StepView, cost: StepCost, drafted: bool, always: bool = False) -> None:
+        self._plain_steps += not drafted
         often = self._plain_steps > SEEN and self._follows and (self._asked or self._suspended)
-        if not drafted and often and self._plain_steps % LOOK:
+        if not drafted and not always and often and self._plain_steps % LOOK:
             return
         ready = len(view)
         self.costs.observe_verify(
@@ -234,3 +242,8 @@ class GuardedPolicy:
         """Seconds by which a step without drafts was longer than a plain one, because rows are followed."""
         share = self.costs.features if cost.follow > 0 else 0.0
         return cost.draft + cost.follow + cost.verify * share / (1 + share)
+
+
+def _alike(step: StepView) -> tuple[int, bool]:
+    """The same for steps whose plain costs are about the same: by rows, and whether chunks of prompts are beside."""
+    return round(ALIKE * log2(len(step))), step.tokens > len(step)
