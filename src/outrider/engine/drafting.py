@@ -57,6 +57,7 @@ class Drafting:
         self._failures = 0
         self._policy_failed = False
         self._warned: set[str] = set()
+        self.longest = 0  # drafts asked for in a row of this step, at most
         self._seconds = 0.0  # spent on taking rows up again in this step
         self._follow_seconds = 0.0  # spent on following rows, and not yet part of a step's cost
 
@@ -172,7 +173,8 @@ class Drafting:
         """Drafts for the rows that are followed and past their prompt, and the seconds they took; none where the policy
         or their budgets say so."""
         limits = rows.limits(planned, self.block, capacity) if any(planned) else []
-        if not any(limits):
+        self.longest = max(limits, default=0)
+        if not self.longest:
             return rows.pad(Proposal.empty(rows.drafting)), self._seconds
         began = perf_counter()
         proposal = self._propose(rows, limits)

@@ -258,6 +258,7 @@ class Engine:
             len(run.batch),
             rows.cached,
             self.drafting.take_follow_seconds(),
+            self.drafting.longest,
         )
         self.drafting.learn(cost, accepted)
         if self.observers:

@@ -510,7 +510,7 @@ class _Simulation:
         self.rounds += len(ready)
         self.drafted += kept
         self.accepted += int(accepted.sum())
-        cost = StepCost(draft, verify, bookkeeping, taking_part, base + kept, context, follow)
+        cost = StepCost(draft, verify, bookkeeping, taking_part, base + kept, context, follow, longest)
         self.policy.observe(cost, accepted.tolist())
 
     def _verify(self, tokens: int, prompts: int, rows: int, context: int) -> float:

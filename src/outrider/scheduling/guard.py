@@ -17,6 +17,7 @@ step with none of that.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log2
 from typing import Protocol, runtime_checkable
 
@@ -29,10 +30,11 @@ __all__ = ["GuardedPolicy", "TriesAgain"]
 CONTROL, LOOKED_AT = 8, 4  # plain steps of a control, and of these the last ones, whose median is learnt from
 CONTROLLED = 0.005  # of the time of steps that draft, what controls may cost: the less drafting gains, the more of them
 OFTEN, SELDOM = 48, 768  # steps that draft between two controls, at least and at most
-AT_FIRST, KNOWN = 16, 6  # the most, until so many were taken of about as many rows,
+AT_FIRST, KNOWN = 24, 6  # the most, until so many were taken of about as many rows,
 UNKNOWN = 3  # and until one was
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 ALIKE = 8  # to an octave: numbers of rows that one control speaks for
+TOGETHER, SOON = 8, 0.02  # steps that draft, or seconds of their passes, after which they are settled
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the most that the ledger holds, what one that cannot may cost in plain steps before it is left out
@@ -48,6 +50,32 @@ class TriesAgain(Protocol):
     """A policy that has its own times for trying what did not pay, and can be told that now is one."""
 
     def try_again(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Drafted:
+    """Steps in a row that drafted for as many rows, to be settled together: behind a pass, all that settling reads has
+    left the processor's caches, and one step costs as much as several."""
+
+    ready: int
+    base: int  # tokens of the passes without drafts
+    steps: int = 0
+    accepted: int = 0
+    draft: float = 0.0  # seconds
+    verify: float = 0.0
+    bookkeeping: float = 0.0
+    tokens: int = 0
+    rows: int = 0
+    context: int = 0
+
+    def add(self, cost: StepCost, accepted: int) -> None:
+        self.steps += 1
+        self.accepted += accepted
+        self.draft += cost.draft
+        self.verify += cost.verify
+        self.bookkeeping += cost.bookkeeping
+        self.tokens += cost.tokens
+        self.rows, self.context = cost.rows, cost.context
 
 
 class GuardedPolicy:
@@ -69,7 +97,7 @@ class GuardedPolicy:
         self._unearned = 0.0  # seconds of those that the ledger was not told of
         self._resting = 0.0  # seconds that following has cost in them
         self._pause = FIRST_PAUSE
-        self._newest, self._newest_then = -1, -1  # the latest request: now, and when the drafter was left out
+        self._newest_then = -1  # the latest request when the drafter was left out
         self._since_control = [0, 0]  # steps that drafted: without chunks of prompts beside the rows, and with them
         self._left = 0  # plain steps of the control under way
         self._control: list[tuple[StepView, StepCost]] = []  # those of them that are looked at
@@ -77,6 +105,7 @@ class GuardedPolicy:
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
+        self._unsettled: _Drafted | None = None
         self._view: StepView | None = None
         self._planned: Sequence[int] = ()
         self._plain_seconds, self._plain_rows, self._plain_steps_left = (0.0, 0.0, 0.0), 0, 0
@@ -93,15 +122,14 @@ class GuardedPolicy:
 
     def plan(self, step: StepView) -> Sequence[int]:
         self._view = step
-        self._newest = max(step.requests, default=-1)
-        self._asked = self._may_draft(step)
+        self._asked = self._unsettled is not None or self._may_draft(step)
         self._planned = self.policy.plan(step) if self._asked else [0] * len(step)
         return self._planned
 
     def _may_draft(self, step: StepView) -> bool:
         if not self._follows:
             renewals = 1 if 2 * self.ledger.balance > self.ledger.most else RENEWALS
-            others = self._newest - self._newest_then >= renewals * len(step)
+            others = _newest(step) - self._newest_then >= renewals * len(step)
             if (self._idle < self._pause and not others) or not self.ledger.affords(self._needed):
                 return False
             self._follows, self._suspended = True, False  # rows are followed from the next step on
@@ -149,9 +177,10 @@ class GuardedPolicy:
         elif self._learns or not self._asked:
             self._learn(view, cost, drafted)
         if drafted:
-            self._settle(view, cost, sum(accepted))
+            self._count(view, cost, sum(accepted))
         else:
-            self._rest(cost, self._plain(len(view), cost.context)[2] if self._asked else 0.0)
+            self._settle()
+            self._rest(view, cost, self._plain(len(view), cost.context)[2] if self._asked else 0.0)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -182,33 +211,51 @@ class GuardedPolicy:
             beside=view.tokens > ready,
         )
         if drafted:
-            self.costs.observe_draft(sum(n > 0 for n in self._planned), max(self._planned), cost.draft)
+            drafts = cost.drafts or max(self._planned)
+            self.costs.observe_draft(sum(n > 0 for n in self._planned), drafts, cost.draft)
         own = cost.bookkeeping - (0.0 if drafted else cost.follow)
         self.costs.observe_bookkeeping(ready, drafted, own, asked=self._asked)
 
-    def _settle(self, view: StepView, cost: StepCost, accepted: int) -> None:
-        """What the step took, against what plain decoding would have taken for its tokens."""
-        ready, costs, context = len(view), self.costs, cost.context
+    def _count(self, view: StepView, cost: StepCost, accepted: int) -> None:
+        """A step that drafted."""
+        ready, base = len(view), max(view.tokens, len(view))
+        drafted = self._unsettled
+        if drafted is None or drafted.ready != ready or drafted.base != base:
+            self._settle()
+            drafted = self._unsettled = _Drafted(ready, base)
+        drafted.add(cost, accepted)
+        if drafted.steps >= TOGETHER or drafted.draft + drafted.verify >= SOON:
+            self._settle()
+
+    def _settle(self) -> None:
+        """What the latest steps took, against what plain decoding would have taken for their tokens."""
+        drafted, self._unsettled = self._unsettled, None
+        if drafted is None:
+            return
+        ready, base, steps, costs, context = drafted.ready, drafted.base, drafted.steps, self.costs, drafted.context
+        self._plain_steps_left = 0
         plain, own, _ = self._plain(ready, context)
-        without, base = plain, max(view.tokens, ready)
+        without = plain
         if base != ready:  # chunks of prompts beside it
-            without = costs.verify(max(base, 1), cost.rows, context, beside=True) + own
-        verify, bookkeeping = cost.verify, cost.bookkeeping
+            without = costs.verify(max(base, 1), drafted.rows, context, beside=True) + own
+        verify, bookkeeping = drafted.verify / steps, drafted.bookkeeping / steps
         if verify > STALL * plain:
-            verify = min(verify, STALL * costs.verify(cost.tokens, cost.rows, context, beside=base != ready))
+            expected = costs.verify(drafted.tokens // steps, drafted.rows, context, beside=base != ready)
+            verify = min(verify, STALL * expected)
         if bookkeeping > STALL * own:
             bookkeeping = min(bookkeeping, STALL * costs.bookkeeping(ready, drafting=True))
-        took = cost.draft + verify + bookkeeping
-        worth = without + accepted / ready * plain
-        self.ledger.settle(worth - took)
-        self._advantage += 0.02 * (worth / took - self._advantage)
+        took = drafted.draft / steps + verify + bookkeeping
+        worth = without + drafted.accepted / (steps * ready) * plain
+        self.ledger.settle(steps * (worth - took))
+        self._advantage += 0.02 * steps * (worth / took - self._advantage)
         self._idle, self._resting = 0, 0.0
-        self._since_control = [steps + 1 for steps in self._since_control]
+        self._since_control = [since + steps for since in self._since_control]
         if self._advantage > 1:
             self._pause = FIRST_PAUSE
-        if self.ledger.balance <= max(took - worth, 0.0):  # another one like it would overdraw the account
+        lost = max(0.0, steps * (took - worth))
+        if self.ledger.balance <= lost:  # others like them would overdraw the account
             self._suspended = True
-            self._needed = max(2 * (took - worth), 0.25 * self.ledger.most)
+            self._needed = max(2 * lost, 0.25 * self.ledger.most)
             self._since_control = [0, 0]
 
     def _plain(self, rows: int, context: int) -> tuple[float, float, float]:
@@ -221,7 +268,7 @@ class GuardedPolicy:
         self._plain_steps_left -= 1
         return self._plain_seconds
 
-    def _rest(self, cost: StepCost, deciding: float) -> None:
+    def _rest(self, view: StepView, cost: StepCost, deciding: float) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""
         following = self._following(cost) + deciding
         self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping - following + self._unearned)
@@ -236,7 +283,7 @@ class GuardedPolicy:
             self._follows = False
             self._idle = 0
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            self._newest_then = self._newest
+            self._newest_then = _newest(view)
 
     def _following(self, cost: StepCost) -> float:
         """Seconds by which a step without drafts was longer than a plain one, because rows are followed."""
@@ -247,3 +294,8 @@ class GuardedPolicy:
 def _alike(step: StepView) -> tuple[int, bool]:
     """The same for steps whose plain costs are about the same: by rows, and whether chunks of prompts are beside."""
     return round(ALIKE * log2(len(step))), step.tokens > len(step)
+
+
+def _newest(step: StepView) -> int:
+    """The latest of its requests."""
+    return max(step.requests, default=-1)

@@ -41,16 +41,17 @@ PROBED = 4  # rows tried in one step, or an eighth of all
 TRIES = 2  # times of trying for which the account need not hold enough, after ``try_again``
 IN_A_ROW = 3  # steps for which rows are tried: only after the first one are weights and code in the caches
 AT_START = 4  # the same when nothing is known
+FEW, ROUNDS = 48, 12  # and as many as give so many rounds, until a few were learnt from
 WHOLE = 128  # steps after which rows that draft few tokens draft as many as they can once
 UNSEEN = 6  # passes as large as all drafts of a try: where fewer were seen, all are verified
 REUSED, MOST_REUSED = 8, 32  # steps that a plan is good for
-PLANNING, WORTH = 0.1e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
+PLANNING, WORTH = 0.2e-3, 0.005  # seconds that a plan takes, and of the time of steps what planning may take
 KEPT_PLANS = 64
 LEARNT_AT_ONCE, MANY_ROWS = 16, 64  # rounds collected before they are learnt from; rows that are many
 SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so manyth step is learnt from
-EARLY = 16  # rounds that are learnt from at once
-LOOK, KNOWN = 4, 16  # every LOOK-th step's costs are looked at, where more than KNOWN passes as large were,
-LONG = 0.02  # and none took so many seconds
+EARLY = 16  # steps that are learnt from at once
+LOOK, TOGETHER = 4, 4  # every LOOK-th step's costs are looked at, and so many learnt from at a time,
+KNOWN, LONG = 16, 0.02  # where more than KNOWN passes as large were seen, and none took so many seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,8 @@ class ThroughputPolicy:
         self._latest = _Plan()
         self._turn = 0
         self._step: _Step | None = None
-        self._learnt = 0
+        self._learnt, self._learnt_rounds = 0, 0  # steps; rounds, one of each row
+        self._looked: list[tuple[_Step, StepCost, bool]] = []  # steps whose costs are to be learnt from; cold
 
     @classmethod
     def from_config(cls, config: ThroughputConfig, costs: CostModel | None = None, **services: Any) -> ThroughputPolicy:
@@ -196,10 +198,11 @@ class ThroughputPolicy:
             first = min(able, max(PROBED, able // 8))
             plan.limits[:first] = [self._block] * first
             plan.probe, plan.search = True, SEARCHES.index(self._search(free, budget=False))
-            self._again = (AT_START - 1, slots[:first], self._block)
+            self._again = (max(AT_START, ROUNDS // first) - 1, slots[:first], self._block)
         elif able:
             belief = self._belief(now, slots[:able], free)
-            plan.stale = belief.stale
+            left_out = belief.left_out or not belief.length  # rows that may soon be due for a try
+            plan.stale = min(belief.stale, self._turn + REUSED) if left_out else belief.stale
             plan.search = SEARCHES.index(self._search(free, belief.budget))
             rows = self._rows
             if not belief.left_out or not belief.length:
@@ -321,7 +324,8 @@ class ThroughputPolicy:
                 self._allowed -= 1
             elif not self._ledger.affords(self.costs.draft(len(due), most) + float(seconds[-1] - seconds[0])):
                 return
-            self._again = (IN_A_ROW - 1, [plan.slots[b] for b in due], most)
+            steps = IN_A_ROW if self._learnt_rounds >= FEW else max(IN_A_ROW, ROUNDS // len(due))
+            self._again = (steps - 1, [plan.slots[b] for b in due], most)
             for b in due:
                 rows[plan.slots[b]].wait = min(2 * rows[plan.slots[b]].wait, LONGEST_WAIT)
         for b in due:
@@ -351,7 +355,7 @@ class ThroughputPolicy:
         if now is None or now.ready > len(lengths):  # no plan was asked for: nothing is known but the drafts
             now = self._step = self._without_plan(len(lengths))
         plan, ready = now.plan, now.ready
-        rows = sum(n > 0 for n in lengths[:ready])
+        rows = ready - lengths[:ready].count(0)
         if not rows:
             return [0] * len(lengths)
         said = None if confidence is None else to_array(confidence)
@@ -403,30 +407,46 @@ class ThroughputPolicy:
         now, self._step = self._step, None
         if now is None:
             return
-        plan, ready, costs, drafting = now.plan, now.ready, self.costs, now.plan.longest > 0
+        plan, ready, drafting = now.plan, now.ready, now.plan.longest > 0
         cold, self._was_drafting = not self._was_drafting, drafting
-        beside = now.tokens > ready  # chunks of prompts
-        looks = self._turn % LOOK == 0 or cost.verify > LONG or costs.seen(cost.tokens, beside=beside) < KNOWN
-        if looks:
-            costs.observe_verify(
-                cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0, beside=beside
-            )
-            # Plain decoding would not have shown the drafter anything.
-            own = cost.bookkeeping - (0.0 if drafting else cost.follow)
-            costs.observe_bookkeeping(ready, drafting, own, cold=cold and drafting)
+        soon = cost.verify > LONG or self.costs.seen(cost.tokens, beside=now.tokens > ready) < KNOWN
+        if soon or self._turn % LOOK == 0:
+            self._looked.append((now, cost, cold and drafting))
+            if soon or len(self._looked) >= TOGETHER:
+                self._learn_costs()
         if not drafting:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
-        if looks:
-            costs.observe_draft(plan.asked, plan.longest, cost.draft, cold=cold)
         every = 1 if ready <= LEARNT_AT_ONCE else SELDOM if ready <= MANY_ROWS else RARELY
         if self._turn % every and self._learnt > EARLY and not plan.probe:
             return
         gained = self._rounds.accept(accepted, plan.slots, plan.limits, now.scheduled)
         self._learnt += 1
+        self._learnt_rounds += plan.asked
         if self._learnt <= EARLY or self._rounds.pending + ready > LEARNT_AT_ONCE:
             self._rounds.learn(self._turn)
         if plan.probe:
-            plain = costs.verify(ready, ready, now.context) / ready
+            plain = self.costs.verify(ready, ready, now.context) / ready
             more = self._decode_seconds(now, max(0, cost.tokens - now.tokens))
             self._ledger.settle(min(0.0, gained * plain - cost.draft - float(more[-1] - more[0])))
+
+    def _learn_costs(self) -> None:
+        """Of a few steps at a time: behind a pass, all that this reads has left the processor's caches, and one step
+        costs as much as all."""
+        for now, cost, cold in self._looked:
+            drafting = now.plan.longest > 0
+            self.costs.observe_verify(
+                cost.tokens,
+                cost.rows,
+                cost.context,
+                cost.verify,
+                features=cost.follow > 0,
+                beside=now.tokens > now.ready,  # chunks of prompts
+            )
+            # Plain decoding would not have shown the drafter anything.
+            own = cost.bookkeeping - (0.0 if drafting else cost.follow)
+            self.costs.observe_bookkeeping(now.ready, drafting, own, cold=cold)
+            if drafting:
+                drafts = cost.drafts or now.plan.longest
+                self.costs.observe_draft(now.plan.asked, drafts, cost.draft, cold=cold)
+        self._looked.clear()

@@ -27,6 +27,7 @@ class StepCost:
     tokens: int  # in the target pass: prompt chunks, each row's last token and its drafts
     context: int  # cached tokens over all rows
     follow: float = 0.0  # of bookkeeping: showing the drafter what was committed
+    drafts: int = 0  # the most asked for in a row, fewer than planned where texts are about to end; 0: as planned
 
 
 @dataclass(slots=True)
