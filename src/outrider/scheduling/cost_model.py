@@ -42,7 +42,7 @@ LATEST = 5  # observations of which the median shows that times have changed,
 FAR = math.log(1.3)  # and by how much at least
 LINE_WEIGHT, MOST_WEIGHT = 32, 64  # observations that a line through draft costs is worth, and that one of them can be
 CHECKED = 96  # observations in which a table is checked
-OTHER_SHAPE, OTHER_SPEED = math.log(1.7), math.log(6.0)  # differences that no busy machine explains
+OTHER_SHAPE, OTHER_SPEED = math.log(2.2), math.log(6.0)  # differences that no busy machine and no clock explains
 KEPT_CURVES = 64
 
 
