@@ -47,7 +47,7 @@ from outrider.evaluation.speedup import default_prompt_files
 from outrider.evaluation.synthetic_drafter import SyntheticDrafter
 from outrider.models.loading import load_backend
 from outrider.models.random import SHAPES, random_target
-from outrider.planning.simulation import PROFILES
+from outrider.planning.simulated_drafts import PROFILES
 from outrider.scheduling.costs import CostTable
 from outrider.types import Drafter, StepCost, StepRecord
 

@@ -24,10 +24,11 @@ from statistics import fmean
 from typing import Any
 
 from live import DRAFTS, Setting, Window, set_up
-from simulated import KNOWN, Observed, observed, policy_for, sizes_of, warm_arms, whole_rounds
+from simulated import KNOWN, Observed, observed, pass_of, policy_for, sizes_of, warm_arms, whole_rounds
 from support import add_json, facts, say, table, write_json
 
-from outrider.planning.simulation import Recorded, Traffic, simulate
+from outrider.planning.simulated_drafts import Recorded
+from outrider.planning.simulation import Traffic, simulate
 from outrider.scheduling.costs import CostTable
 
 ARMS = ("none", *(f"fixed:{k}" for k in range(1, DRAFTS + 1)), "auto")
@@ -47,8 +48,8 @@ class Recording:
     """Of fixed drafts and of the default policy, which differ in bookkeeping."""
     rounds: list[list[tuple[list[float], int]]]
     """[requests, rounds]: confidences of all drafts, and how many were accepted."""
-    sizes: list[tuple[int, int]]
-    """Tokens of prompts and answers."""
+    sizes: list[tuple[int, int, int]]
+    """Tokens of prompt and answer, and of the prompt those that the cache held."""
     slowness: list[tuple[float, float]]
     """(seconds, factor), in order: for so long steps took so many times their mean."""
 
@@ -67,12 +68,13 @@ def recorded(setting: Setting, concurrency: int, options: argparse.Namespace) ->
             windows[name].append(clients[name].run(options.seconds, concurrency))
             turns.append((name, before, len(seen[name].steps)))
     costs = {name: observed(name, setting, measured, clients, seen, windows) for name in (f"fixed:{DRAFTS}", "auto")}
-    steps = [step for name, start, end in turns for step in seen[name].steps[start:end]]
-    known = costs["auto"]
-    expected = [
-        known.verify(cost.tokens, cost.rows, cost.context) + known.draft(cost.rows, limit) for cost, limit, _ in steps
-    ]
-    took = [cost.verify + cost.draft for cost, _, _ in steps]
+    known, took, expected = costs["auto"], [], []
+    for name, start, end in turns:
+        watch = seen[name]
+        for (cost, limit, _), prompts in zip(watch.steps[start:end], watch.prompts[start:end], strict=True):
+            passed = known.read(prompts, *pass_of(cost)) if prompts else known.verify(*pass_of(cost))
+            took.append(cost.verify + cost.draft)
+            expected.append(passed + known.draft(cost.rows, limit))
     mean = sum(took) / sum(expected)
     return Recording(
         concurrency,

@@ -34,7 +34,8 @@ from support import add_json, facts, say, table, write_json
 from outrider.engine.cost_tables import feature_share, start_costs
 from outrider.engine.llm import LLM
 from outrider.engine.loader import load_policy
-from outrider.planning.simulation import Recorded, Traffic, simulate
+from outrider.planning.simulated_drafts import Recorded
+from outrider.planning.simulation import Traffic, simulate
 from outrider.planning.sweep import NoDrafter
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostTable

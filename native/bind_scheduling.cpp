@@ -59,15 +59,15 @@ class Scheduler {
                              shared_count);
   }
 
-  int64_t schedule(const std::optional<FloatMatrix>& confidence, const Numbers& lengths, const Numbers& slots,
-                   const Numbers& limits, const DoubleVector& seconds, double spent, int64_t search, int64_t at_least,
-                   const IntVectorOut& keep) {
+  Numbers schedule(const std::optional<FloatMatrix>& confidence, const Numbers& lengths, const Numbers& slots,
+                   const Numbers& limits, const DoubleVector& seconds, double spent, int64_t search,
+                   int64_t at_least) {
     ScheduleTask task;
     task.batch = static_cast<int64_t>(slots.size());
     task.drafts = confidence ? static_cast<int64_t>(confidence->shape(1))
                              : lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
-    if (lengths.size() < slots.size() || limits.size() != slots.size() || keep.size() != lengths.size())
-      throw std::invalid_argument("lengths, limits and keep need a number for each row");
+    if (lengths.size() < slots.size() || limits.size() != slots.size())
+      throw std::invalid_argument("lengths and limits need a number for each row");
     if (confidence) expect_matrix("confidence", *confidence, lengths.size(), task.drafts);
     if (task.drafts > model_.known)
       throw std::invalid_argument("there are corrections for " + std::to_string(model_.known) + " drafts, not " +
@@ -85,7 +85,7 @@ class Scheduler {
     for (size_t b = 0; b < slots.size(); b++) latest_[b].slot = slots[b], latest_[b].limit = limits[b];
     const size_t all = slots.size() * static_cast<size_t>(task.drafts);
     logits_.resize(all), adjusted_.resize(all), survival_.resize(all);
-    std::fill_n(keep.data(), keep.size(), 0);
+    Numbers keep(lengths.size(), 0);
     task.rows = latest_.data();
     task.confidence = data_or_null(confidence);
     task.lengths = lengths.data();
@@ -111,7 +111,7 @@ class Scheduler {
       past.survival.assign(survival_.begin(), survival_.begin() + rows * drafts_);
       past.rows = rows, past.drafts = drafts_, past.batch = task.batch;
     }
-    return rows;
+    return keep;
   }
 
   int64_t accept(const Numbers& accepted, const Numbers& slots, const Numbers& limits, bool scheduled) {
@@ -259,8 +259,7 @@ void bind_scheduling(nb::module_& m) {
            "shared"_a.noconvert(), "shared_sizes"_a.noconvert(), "shared_count"_a.noconvert(),
            "The arrays of an AcceptanceModel and a DraftHistory, to be worked on in place.")
       .def("schedule", &Scheduler::schedule, "confidence"_a.none(), "lengths"_a, "slots"_a, "limits"_a,
-           "seconds"_a.noconvert(), "spent"_a, "search"_a, "at_least"_a, "keep"_a.noconvert(),
-           "keep int64 [>= B] is filled with drafts to verify; returns how many rows have drafts.")
+           "seconds"_a.noconvert(), "spent"_a, "search"_a, "at_least"_a, "Drafts of each row to verify.")
       .def("accept", &Scheduler::accept, "accepted"_a, "slots"_a, "limits"_a, "scheduled"_a,
            "What became of the step's drafts; returns how many were accepted.")
       .def_prop_ro("pending", &Scheduler::pending)

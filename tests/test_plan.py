@@ -36,7 +36,9 @@ from outrider.planning.run_split import (
     split,
     split_page,
 )
-from outrider.planning.simulation import Costs, Synthetic, Traffic, simulate
+from outrider.planning.simulated_drafts import Synthetic
+from outrider.planning.simulation import Traffic, simulate
+from outrider.planning.step_costs import Costs
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
 from outrider.types import RequestStats, RowRecord, StepCost, StepRecord

@@ -14,7 +14,7 @@ from outrider.core import native
 from outrider.scheduling import acceptance as acceptance_module
 from outrider.scheduling.acceptance import AcceptanceModel, DraftHistory
 from outrider.scheduling.prefix_search import SEARCHES
-from outrider.scheduling.schedule import NumpyScheduler, Scheduler
+from outrider.scheduling.schedule import NumpyScheduler, RoundScheduler, Scheduler
 
 pytestmark = pytest.mark.skipif(native is None, reason="needs the compiled core")
 
@@ -51,10 +51,10 @@ def learnt(rng: np.random.Generator, drafts: int, rows: int) -> Scheduler:
     for turn in range(int(rng.integers(1, 12))):
         lengths = rng.integers(0, drafts + 1, rows)
         limits = np.maximum(lengths, rng.integers(0, drafts + 1, rows)).tolist()
-        said, keep = rng.random((rows, drafts)).astype(np.float32), np.zeros(rows, np.int64)
+        said = rng.random((rows, drafts)).astype(np.float32)
         seconds = np.linspace(1, 2, rows * drafts + 1)
-        made.rounds.schedule(said, lengths.tolist(), list(range(rows)), limits, seconds, 0.1, GLOBAL, 1, keep)
-        made.rounds.accept(rng.integers(0, keep + 1).tolist(), list(range(rows)), limits, True)
+        keep = made.rounds.schedule(said, lengths.tolist(), list(range(rows)), limits, seconds, 0.1, GLOBAL, 1)
+        made.rounds.accept(rng.integers(0, np.array(keep) + 1).tolist(), list(range(rows)), limits, True)
         made.rounds.learn(turn)
     return made
 
@@ -84,11 +84,10 @@ def test_the_core_decides_as_numpy_does(
         confidence = said.astype(np.float32) if confident else None
         found = []
         for core in (fresh, numpy):
-            keep = np.full(batch, -1)
-            core.schedule(confidence, lengths.tolist(), slots, limits, seconds, 0.3, search, at_least, keep)
+            keep = core.schedule(confidence, lengths.tolist(), slots, limits, seconds, 0.3, search, at_least)
             rows, numbers = core.latest()
             there = (np.arange(max(lengths) if confidence is None else drafts) < np.array(rows)[:, 2:3]).ravel()
-            found.append((keep.tolist(), rows, [np.array(part)[there].tolist() for part in numbers]))
+            found.append((keep, rows, [np.array(part)[there].tolist() for part in numbers]))
         assert found[0] == found[1]
 
 
@@ -124,22 +123,19 @@ def test_many_rows_are_ranked_as_numpy_ranks_them() -> None:
     numpy = NumpyScheduler(made.acceptance, made.history)
     for dear in (1, 17, 300, 2000, 4000):
         seconds = np.where(np.arange(512 * 8 + 1) <= dear, 1.0, 1000.0)
-        kept = []
-        for core in (made.rounds, numpy):
-            kept.append(np.zeros(512, np.int64))
-            core.schedule(said, lengths, range(512), [8] * 512, seconds, 0.0, EARLY, 0, kept[-1])  # type: ignore[attr-defined]
-        assert kept[0].tolist() == kept[1].tolist()
+        cores: tuple[RoundScheduler, ...] = (made.rounds, numpy)
+        kept = [core.schedule(said, lengths, range(512), [8] * 512, seconds, 0.0, EARLY, 0) for core in cores]
+        assert kept[0] == kept[1]
         if dear <= 300:
-            assert kept[0].sum() == dear
+            assert sum(kept[0]) == dear
 
 
 @pytest.mark.parametrize("core", CORES)
 def test_a_confidence_that_is_no_number_spoils_nothing(core: bool) -> None:
     """It counts as the least likely draft, and what is learnt of its round are numbers."""
-    made, keep = scheduler(2, 1, core), np.zeros(1, np.int64)
+    made = scheduler(2, 1, core)
     said = np.array([[np.nan, 0.9]], dtype=np.float32)
-    made.rounds.schedule(said, [2], [0], [2], np.array([1.0, 1.1, 1.2]), 0.0, GLOBAL, 1, keep)
-    assert keep.tolist() == [1]
+    assert made.rounds.schedule(said, [2], [0], [2], np.array([1.0, 1.1, 1.2]), 0.0, GLOBAL, 1) == [1]
     assert made.rounds.latest()[1][1][0] < 0.001  # type: ignore[attr-defined]
     made.rounds.accept([1], [0], [2], True)
     made.rounds.learn(0)
@@ -149,9 +145,8 @@ def test_a_confidence_that_is_no_number_spoils_nothing(core: bool) -> None:
 @pytest.mark.parametrize("search", [EARLY, GLOBAL])
 @pytest.mark.parametrize("core", CORES)
 def test_costs_that_are_no_numbers_verify_nothing(search: int, core: bool) -> None:
-    made, keep = scheduler(2, 1, core), np.zeros(1, np.int64)
-    made.rounds.schedule(None, [2], [0], [2], np.full(3, np.nan), 0.0, search, 0, keep)
-    assert keep.tolist() == [0]
+    made = scheduler(2, 1, core)
+    assert made.rounds.schedule(None, [2], [0], [2], np.full(3, np.nan), 0.0, search, 0) == [0]
 
 
 @given(st.integers(0, 10**6))
@@ -174,10 +169,9 @@ def test_the_core_learns_as_numpy_does(seed: int) -> None:
             if not core:
                 patch.setattr(acceptance_module, "native", None)
             for turn, (said, lengths, limits, slots, right, learns) in enumerate(steps):
-                keep = np.zeros(rows, np.int64)
                 seconds = np.linspace(1, 2, rows * block + 1)
-                made.rounds.schedule(said, lengths, slots, limits, seconds, 0.1, GLOBAL, 2, keep)
-                made.rounds.accept((right * (keep + 1)).astype(int).tolist(), slots, limits, True)
+                keep = made.rounds.schedule(said, lengths, slots, limits, seconds, 0.1, GLOBAL, 2)
+                made.rounds.accept((right * (np.array(keep) + 1)).astype(int).tolist(), slots, limits, True)
                 if learns:
                     made.rounds.learn(turn)
             made.rounds.learn(0)
@@ -190,24 +184,24 @@ def test_the_core_learns_as_numpy_does(seed: int) -> None:
 @pytest.mark.parametrize("core", CORES)
 def test_longer_drafts_than_the_block_are_learnt_from(core: bool) -> None:
     """A drafter from elsewhere may propose more than it said; what was pending is learnt first."""
-    made, keep = scheduler(2, 1, core), np.zeros(1, np.int64)
+    made = scheduler(2, 1, core)
     for drafts in (2, 5):
         made.widen(drafts)
         said = np.full((1, drafts), 0.9, dtype=np.float32)
-        made.rounds.schedule(said, [drafts], [0], [2], np.linspace(1, 1.1, drafts + 1), 0.0, GLOBAL, drafts, keep)
+        seconds = np.linspace(1, 1.1, drafts + 1)
+        keep = made.rounds.schedule(said, [drafts], [0], [2], seconds, 0.0, GLOBAL, drafts)
         made.rounds.accept([drafts], [0], [2], True)
     made.rounds.learn(0)
     shifts = made.acceptance.arrays(5)[0][1]
-    assert keep.tolist() == [5] and (shifts > 0).all()
+    assert keep == [5] and (shifts > 0).all()
 
 
 def test_the_core_refuses_what_does_not_fit() -> None:
-    made, keep = scheduler(3, 2), np.zeros(2, np.int64)
+    made = scheduler(3, 2)
     said, seconds = np.full((2, 3), 0.5, dtype=np.float32), np.ones(7)
 
     def decide(lengths: list[int], slots: list[int], seconds: Any) -> Any:
-        made.rounds.schedule(said, lengths, slots, [3, 3], seconds, 0.0, EARLY, 0, keep)
-        return keep.tolist()
+        return made.rounds.schedule(said, lengths, slots, [3, 3], seconds, 0.0, EARLY, 0)
 
     assert decide([3, 3], [0, 1], seconds) == [3, 3]
     for lengths, slots, costs, message in (
@@ -244,11 +238,11 @@ def test_positions_beyond_a_limit_are_as_likely_as_those_before_it() -> None:
 
 def test_the_past_is_seen_as_corrected_now() -> None:
     """A drafter that is right far more often than it says: its first rounds do not stay as unlikely as they seemed."""
-    made, keep = scheduler(2, 1), np.zeros(1, np.int64)
+    made = scheduler(2, 1)
     seen = []
     for turn in range(30):
         said = np.full((1, 2), 0.2, dtype=np.float32)
-        made.rounds.schedule(said, [2], [0], [2], np.array([1.0, 1.01, 1.02]), 0.0, GLOBAL, 2, keep)
+        made.rounds.schedule(said, [2], [0], [2], np.array([1.0, 1.01, 1.02]), 0.0, GLOBAL, 2)
         made.rounds.accept([2], [0], [2], True)
         made.rounds.learn(turn)
         seen.append(made.history.of(np.array([0]), 1, 0, made.acceptance)[0, 0, 0])  # the first round

@@ -21,7 +21,9 @@ from outrider.engine.request import Request
 from outrider.errors import InvalidRequest
 from outrider.evaluation.plots import available
 from outrider.models.toy import ToyTarget
-from outrider.planning.simulation import PROFILES, Costs, Recorded, Result, Synthetic, Traffic, simulate
+from outrider.planning.simulated_drafts import PROFILES, Recorded, Synthetic
+from outrider.planning.simulation import Result, Traffic, simulate
+from outrider.planning.step_costs import Costs
 from outrider.planning.sweep import CURVES, make_policy_for, read_costs, read_profile, sweep
 from outrider.registry import find
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable

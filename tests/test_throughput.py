@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
-from outrider.planning.simulation import PROFILES, Costs, Recorded, Result, Synthetic, Traffic, simulate
+from outrider.planning.simulated_drafts import PROFILES, Recorded, Synthetic
+from outrider.planning.simulation import Result, Traffic, simulate
+from outrider.planning.step_costs import Costs
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy

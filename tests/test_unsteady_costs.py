@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from outrider.config import SamplingParams
-from outrider.planning.simulation import PROFILES, Costs, Synthetic, Traffic, simulate
+from outrider.planning.simulated_drafts import PROFILES, Synthetic
+from outrider.planning.simulation import Traffic, simulate
+from outrider.planning.step_costs import Costs
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy

@@ -15,7 +15,7 @@ from typing import Any
 from outrider.planning.described import DrafterShape, Machine, TargetShape
 from outrider.planning.forecast import Forecast, Profile, Workload, forecast, prompt_seconds, whole_rounds
 from outrider.planning.roofline import Roofline
-from outrider.planning.simulation import StepCosts
+from outrider.planning.step_costs import StepCosts
 
 __all__ = ["Candidate", "Memory", "Plan", "Sensitivity", "described_candidates", "make_plan"]
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 from outrider.errors import InvalidRequest
-from outrider.planning.simulation import StepCosts
+from outrider.planning.step_costs import StepCosts
 
 __all__ = [
     "Forecast",

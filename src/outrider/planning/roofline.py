@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from outrider.planning.described import BLOCK, LOOKUP, DrafterShape, Machine, TargetShape
-from outrider.planning.simulation import Costs
+from outrider.planning.step_costs import Costs
 
 __all__ = ["Roofline"]
 

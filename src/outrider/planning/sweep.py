@@ -8,7 +8,9 @@ from typing import Any
 
 from outrider.errors import InvalidRequest, nearest
 from outrider.files import read_json
-from outrider.planning.simulation import PROFILES, Costs, Synthetic, Traffic, simulate
+from outrider.planning.simulated_drafts import PROFILES, Synthetic
+from outrider.planning.simulation import Traffic, simulate
+from outrider.planning.step_costs import Costs
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy

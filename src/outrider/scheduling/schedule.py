@@ -40,14 +40,13 @@ class RoundScheduler(Protocol):
         spent: float,
         search: int,
         at_least: int,
-        keep: Ints,
-    ) -> int:
-        """Fill ``keep`` with the drafts of each row to verify; -> how many rows have drafts.
+    ) -> list[int]:
+        """-> [batch]: the drafts of each row to verify.
 
         confidence: float32 [batch, K] or None. lengths: [batch], at most K. slots, limits: [B], of the rows that may
         draft, the first ones, and the most drafts that they were asked for. seconds: float64 [> B * K], of a pass by
         drafts; ``spent``: of everything else. search: its place in ``SEARCHES``. at_least: drafts to verify of each row
-        that has as many, whatever the search says. keep: int64 [batch].
+        that has as many, whatever the search says.
         """
         ...
 
@@ -153,9 +152,8 @@ class NumpyScheduler:
         spent: float,
         search: int,
         at_least: int,
-        keep: Ints,
-    ) -> int:
-        keep[:] = 0
+    ) -> list[int]:
+        keep = [0] * len(lengths)
         ready, drafts = len(slots), max(lengths, default=0) if confidence is None else confidence.shape[1]
         there = np.array(lengths, dtype=np.int64)[:ready]
         with_drafts = np.flatnonzero(there)
@@ -168,7 +166,7 @@ class NumpyScheduler:
         survival = survivals(adjusted, rows[:, LENGTH])
         self._latest = Round(rows, logits, adjusted, survival)
         if not len(rows):
-            return 0
+            return keep
         ranking = rank(survival)
         n = len(ranking.survival)
         seconds, how = seconds[: n + 1] + spent, SEARCHES[search]
@@ -180,9 +178,10 @@ class NumpyScheduler:
             then, rows_then = rank(self._past[0][0]).survival, self._past[0][1]
             count = min(n, round(best_count(rows_then, then[:n], seconds, "lagged") * ready / rows_then))
         rows[:, KEPT] = np.maximum(ranking.keep(count), np.minimum(rows[:, LENGTH], at_least))
-        keep[with_drafts] = rows[:, KEPT]
+        for b, kept in zip(with_drafts.tolist(), rows[:, KEPT].tolist(), strict=True):
+            keep[b] = kept
         self._past = [*self._past[-1:], (survival, ready)]
-        return len(rows)
+        return keep
 
     def accept(self, accepted: Sequence[int], slots: Sequence[int], limits: Sequence[int], scheduled: bool) -> int:
         round = self._latest if scheduled else None

@@ -373,8 +373,8 @@ class ThroughputPolicy:
             # What is tried is tried in earnest, or nothing would be learnt; the past alone says where.
             tokens = now.tokens + sum(lengths[:ready])
             at_least = drafts if self.costs.seen(tokens, beside=now.tokens > ready) < UNSEEN else 1
-        keep = np.empty(len(lengths), np.int64)
-        self._rounds.schedule(
+        now.scheduled = True
+        return self._rounds.schedule(
             said,
             lengths,
             plan.slots,
@@ -384,11 +384,7 @@ class ThroughputPolicy:
             plan.spent if plan.spent and rows == plan.asked else self._spent(rows, now),
             plan.search,
             at_least,
-            keep,
         )
-        now.scheduled = True
-        kept: list[int] = keep.tolist()
-        return kept
 
     def _spent(self, rows: int, now: _Step) -> float:
         return self.costs.draft(rows, now.plan.longest) + self.costs.bookkeeping(now.ready, drafting=True)
