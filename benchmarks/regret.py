@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 from live import DRAFTS, Setting, Window, set_up
-from simulated import KNOWN, Observed, observed, pass_of, policy_for, sizes_of, warm_arms, whole_rounds
+from simulated import Observed, observed, pass_of, policy_for, sizes_of, warm_arms, whole_rounds
 from support import add_json, facts, say, table, write_json
 
 from outrider.planning.simulated_drafts import Recorded
@@ -56,7 +56,7 @@ class Recording:
 
 def recorded(setting: Setting, concurrency: int, options: argparse.Namespace) -> Recording:
     """Arms in short turns on this machine."""
-    arms = ["none", *(f"fixed:{k}" for k in KNOWN), "auto"]
+    arms = list(ARMS)
     clients, seen, measured = warm_arms(arms, setting, concurrency)
     for watch in seen.values():
         watch.on = True

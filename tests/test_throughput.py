@@ -22,8 +22,9 @@ from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
 from outrider.scheduling.guard import GuardedPolicy
 from outrider.scheduling.ledger import Ledger
+from outrider.scheduling.schedule import RoundScheduler
 from outrider.scheduling.throughput import ThroughputConfig, ThroughputPolicy
-from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepsAside, StepView
+from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepsAside, StepView, Values
 
 K = 7
 SEEDS = (1, 2)  # which requests meet in a step differs with the policy, and is worth up to 1 % of one run
@@ -143,6 +144,36 @@ def test_a_drafter_that_is_slow_at_first_is_not_given_up(rows: int) -> None:
     best = max(rate(FixedPolicy(FixedConfig(k))) for k in (1, 3, 5))
     assert best > 1.05 * rate(FixedPolicy(FixedConfig(0)))
     assert rate(guarded(throughput(IN_TURN), IN_TURN)) > 0.95 * best  # its plain steps make the next one slow
+
+
+class Counted:
+    """A ``RoundScheduler`` that counts the steps it chose in."""
+
+    def __init__(self, rounds: RoundScheduler) -> None:
+        self.rounds, self.chosen = rounds, 0
+
+    def __getattr__(self, name: str) -> object:
+        self.chosen += name == "schedule"
+        return getattr(self.rounds, name)
+
+
+@pytest.mark.parametrize(("each", "share"), [(1e-6, 0.25), (3e-3, 1.0)])
+def test_drafts_are_chosen_from_where_that_saves_something(each: float, share: float) -> None:
+    """A pass that is hardly longer for another draft is given all, but for every fourth, which is learnt from."""
+    costs = Costs(((1, 0.005), (9, 0.005 + 8 * each)), draft_fixed=0.0005, step=0.0002)
+    policy = throughput(costs)
+    policy._rounds = counted = Counted(policy._rounds)  # type: ignore[assignment]
+    drafting = 0
+    whole = policy.choose
+
+    def choose(confidence: Values | None, lengths: Sequence[int]) -> list[int]:
+        nonlocal drafting
+        drafting += any(lengths)
+        return whole(confidence, lengths)
+
+    policy.choose = choose  # type: ignore[method-assign]
+    run(policy, costs, "code", 1, 5)
+    assert counted.chosen / drafting == pytest.approx(share, abs=0.06)
 
 
 def test_a_dip_in_the_costs_is_looked_past_without_anticipating() -> None:

@@ -2,11 +2,11 @@
 
 A step that drafted is worth the time in which plain decoding would have given its tokens, which is known because plain
 steps are taken now and then (a *control*: some in a row, for the first ones still pay for the drafts before them, whose
-weights and tables are in the processor's caches instead of the target's). Losses are
-paid from a ``Ledger``; when it is empty, or when the policy itself has long seen no use in drafting, the guard steps
-aside: nothing is drafted, and after a while the drafter is not even shown what is committed (``follows``), so that
-steps cost what plain steps cost. Coming back, after a pause or with other texts, is another draft like any other: paid
-from the ledger, and ever more rarely while it does not pay.
+weights and tables are in the processor's caches instead of the target's). Losses are paid from a ``Ledger``; when it
+is empty, or when the policy itself has long seen no use in drafting, the guard steps aside: nothing is drafted, and
+after a while the drafter is not even shown what is committed (``follows``), so that steps cost what plain steps cost.
+Coming back, after a pause or with other texts, is another draft like any other: paid from the ledger, and ever more
+rarely while it does not pay.
 
 Everything that a step takes longer because there is a drafter is charged: drafting, verifying, bookkeeping, and also in
 steps without drafts, prompts included, the features that passes give and the time in which the drafter is shown what
@@ -293,7 +293,7 @@ class GuardedPolicy:
 
 def _alike(step: StepView) -> tuple[int, bool]:
     """The same for steps whose plain costs are about the same: by rows, and whether chunks of prompts are beside."""
-    return round(ALIKE * log2(len(step))), step.tokens > len(step)
+    return round(ALIKE * log2(max(len(step), 1))), step.tokens > len(step)
 
 
 def _newest(step: StepView) -> int:

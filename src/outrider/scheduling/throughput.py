@@ -51,6 +51,8 @@ LEARNT_AT_ONCE, MANY_ROWS = 16, 64  # rounds collected before they are learnt fr
 SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so manyth step is learnt from
 EARLY = 16  # steps that are learnt from at once
 LOOK, TOGETHER = 4, 4  # every LOOK-th step's costs are looked at, and so many learnt from at a time,
+WORTHLESS = 1e-4  # seconds that choosing saves a step, below which only every CHOSEN-th step's drafts are chosen from
+CHOSEN = 4
 KNOWN, LONG = 16, 0.02  # where more than KNOWN passes as large were seen, and none took so many seconds
 
 
@@ -127,6 +129,7 @@ class _Step:
     rows: int
     context: int
     scheduled: bool = False
+    all_kept: bool = False  # without choosing
 
 
 class ThroughputPolicy:
@@ -151,6 +154,7 @@ class ThroughputPolicy:
         self._turn = 0
         self._step: _Step | None = None
         self._learnt, self._learnt_rounds = 0, 0  # steps; rounds, one of each row
+        self._saved = WORTHLESS  # seconds by which choosing makes a pass shorter, in the latest steps
         self._looked: list[tuple[_Step, StepCost, bool]] = []  # steps whose costs are to be learnt from; cold
 
     @classmethod
@@ -358,6 +362,9 @@ class ThroughputPolicy:
         rows = ready - lengths[:ready].count(0)
         if not rows:
             return [0] * len(lengths)
+        if self._saved < WORTHLESS and self._turn % CHOSEN and not plan.probe:
+            now.all_kept = True
+            return list(lengths)
         said = None if confidence is None else to_array(confidence)
         drafts = max(lengths) if said is None else said.shape[1]
         if drafts > self._block:
@@ -374,7 +381,7 @@ class ThroughputPolicy:
             tokens = now.tokens + sum(lengths[:ready])
             at_least = drafts if self.costs.seen(tokens, beside=now.tokens > ready) < UNSEEN else 1
         now.scheduled = True
-        return self._rounds.schedule(
+        keep: list[int] = self._rounds.schedule(
             said,
             lengths,
             plan.slots,
@@ -385,6 +392,10 @@ class ThroughputPolicy:
             plan.search,
             at_least,
         )
+        if not at_least:
+            saved = float(seconds[sum(lengths[:ready])] - seconds[sum(keep)])
+            self._saved += 0.1 * (saved - self._saved)
+        return keep
 
     def _spent(self, rows: int, now: _Step) -> float:
         return self.costs.draft(rows, now.plan.longest) + self.costs.bookkeeping(now.ready, drafting=True)
@@ -412,6 +423,8 @@ class ThroughputPolicy:
                 self._learn_costs()
         if not drafting:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
+            return
+        if now.all_kept:
             return
         every = 1 if ready <= LEARNT_AT_ONCE else SELDOM if ready <= MANY_ROWS else RARELY
         if self._turn % every and self._learnt > EARLY and not plan.probe:
