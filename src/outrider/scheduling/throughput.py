@@ -51,9 +51,9 @@ LEARNT_AT_ONCE, MANY_ROWS = 16, 64  # rounds collected before they are learnt fr
 SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so manyth step is learnt from
 EARLY = 16  # steps that are learnt from at once
 LOOK, TOGETHER = 4, 4  # every LOOK-th step's costs are looked at, and so many learnt from at a time,
+KNOWN, LONG = 16, 0.02  # where more than KNOWN passes as large were seen, and none took so many seconds
 WORTHLESS = 1e-4  # seconds that choosing saves a step, below which only every CHOSEN-th step's drafts are chosen from
 CHOSEN = 4
-KNOWN, LONG = 16, 0.02  # where more than KNOWN passes as large were seen, and none took so many seconds
 
 
 @dataclass(frozen=True, slots=True)
