@@ -56,14 +56,13 @@ class Recording:
 
 def recorded(setting: Setting, concurrency: int, options: argparse.Namespace) -> Recording:
     """Arms in short turns on this machine."""
-    arms = list(ARMS)
-    clients, seen, measured = warm_arms(arms, setting, concurrency)
+    clients, seen, measured = warm_arms(ARMS, setting, concurrency)
     for watch in seen.values():
         watch.on = True
-    windows: dict[str, list[Window]] = {name: [] for name in arms}
+    windows: dict[str, list[Window]] = {name: [] for name in ARMS}
     order, turns = random.Random(concurrency), []
-    for _ in range(round(options.duration / options.seconds / len(arms))):
-        for name in order.sample(arms, len(arms)):
+    for _ in range(round(options.duration / options.seconds / len(ARMS))):
+        for name in order.sample(ARMS, len(ARMS)):
             before = len(seen[name].steps)
             windows[name].append(clients[name].run(options.seconds, concurrency))
             turns.append((name, before, len(seen[name].steps)))
@@ -72,9 +71,8 @@ def recorded(setting: Setting, concurrency: int, options: argparse.Namespace) ->
     for name, start, end in turns:
         watch = seen[name]
         for (cost, limit, _), prompts in zip(watch.steps[start:end], watch.prompts[start:end], strict=True):
-            passed = known.read(prompts, *pass_of(cost)) if prompts else known.verify(*pass_of(cost))
             took.append(cost.verify + cost.draft)
-            expected.append(passed + known.draft(cost.rows, limit))
+            expected.append(known.read(prompts, *pass_of(cost)) + known.draft(cost.rows, limit))
     mean = sum(took) / sum(expected)
     return Recording(
         concurrency,

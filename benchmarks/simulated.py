@@ -170,7 +170,7 @@ def slowness_of(watch: Watch, costs: Observed, seed: int) -> Callable[[float], f
     steps = [(cost, limit, prompts) for (cost, limit, _), prompts in zip(watch.steps, watch.prompts, strict=True)]
     expected = np.array(
         [
-            (costs.read(prompts, *pass_of(cost)) if prompts else costs.verify(*pass_of(cost)))
+            costs.read(prompts, *pass_of(cost))
             + costs.draft(cost.rows, limit)
             + costs.bookkeeping(cost.rows, limit > 0)
             for cost, limit, prompts in steps

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from outrider.scheduling.costs import CostTable
+from outrider.types import StepCost
 
 __all__ = ["CostModel"]
 
@@ -285,6 +286,26 @@ class CostModel:
         return max(0.0, with_it.seconds - without.seconds) * math.exp(self._pace)
 
     # ------------------------------------------------------------------------------------------ what it is told
+
+    def observe_step(
+        self,
+        cost: StepCost,
+        ready: int,
+        planned: tuple[int, int],
+        *,
+        beside: bool,
+        asked: bool = True,
+        cold: bool = False,
+    ) -> None:
+        """All parts of a step with ``ready`` rows past their prompts. ``planned``: rows that were drafted for, and the
+        most drafts of one; zeros for a plain step. ``beside``, ``asked``, ``cold``: as of the parts."""
+        rows, drafts = planned
+        self.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0, beside=beside)
+        # Plain decoding would not have shown the drafter anything.
+        own = cost.bookkeeping - (0.0 if drafts else cost.follow)
+        self.observe_bookkeeping(ready, drafts > 0, own, asked=asked, cold=cold)
+        if drafts:
+            self.observe_draft(rows, cost.drafts or drafts, cost.draft, cold=cold)
 
     def observe_verify(
         self,

@@ -201,20 +201,8 @@ class GuardedPolicy:
         often = self._plain_steps > SEEN and self._follows and (self._asked or self._suspended)
         if not drafted and not always and often and self._plain_steps % LOOK:
             return
-        ready = len(view)
-        self.costs.observe_verify(
-            cost.tokens,
-            cost.rows,
-            cost.context,
-            cost.verify,
-            features=cost.follow > 0,
-            beside=view.tokens > ready,
-        )
-        if drafted:
-            drafts = cost.drafts or max(self._planned)
-            self.costs.observe_draft(sum(n > 0 for n in self._planned), drafts, cost.draft)
-        own = cost.bookkeeping - (0.0 if drafted else cost.follow)
-        self.costs.observe_bookkeeping(ready, drafted, own, asked=self._asked)
+        planned = (sum(n > 0 for n in self._planned), max(self._planned)) if drafted else (0, 0)
+        self.costs.observe_step(cost, len(view), planned, beside=view.tokens > len(view), asked=self._asked)
 
     def _count(self, view: StepView, cost: StepCost, accepted: int) -> None:
         """A step that drafted."""

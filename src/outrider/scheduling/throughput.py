@@ -443,19 +443,6 @@ class ThroughputPolicy:
         """Of a few steps at a time: behind a pass, all that this reads has left the processor's caches, and one step
         costs as much as all."""
         for now, cost, cold in self._looked:
-            drafting = now.plan.longest > 0
-            self.costs.observe_verify(
-                cost.tokens,
-                cost.rows,
-                cost.context,
-                cost.verify,
-                features=cost.follow > 0,
-                beside=now.tokens > now.ready,  # chunks of prompts
-            )
-            # Plain decoding would not have shown the drafter anything.
-            own = cost.bookkeeping - (0.0 if drafting else cost.follow)
-            self.costs.observe_bookkeeping(now.ready, drafting, own, cold=cold)
-            if drafting:
-                drafts = cost.drafts or now.plan.longest
-                self.costs.observe_draft(now.plan.asked, drafts, cost.draft, cold=cold)
+            beside = now.tokens > now.ready  # chunks of prompts
+            self.costs.observe_step(cost, now.ready, (now.plan.asked, now.plan.longest), beside=beside, cold=cold)
         self._looked.clear()
