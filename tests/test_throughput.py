@@ -161,8 +161,9 @@ class Counted:
 def test_drafts_are_chosen_from_where_that_saves_something(each: float, share: float) -> None:
     """A pass that is hardly longer for another draft is given all, but for every fourth, which is learnt from."""
     costs = Costs(((1, 0.005), (9, 0.005 + 8 * each)), draft_fixed=0.0005, step=0.0002)
-    policy = throughput(costs)
-    policy._rounds = counted = Counted(policy._rounds)  # type: ignore[assignment]
+    inner = throughput(costs)
+    inner._rounds = counted = Counted(inner._rounds)  # type: ignore[assignment]
+    policy = GuardedPolicy(inner, inner.costs)
     drafting = 0
     whole = policy.choose
 
@@ -174,6 +175,34 @@ def test_drafts_are_chosen_from_where_that_saves_something(each: float, share: f
     policy.choose = choose  # type: ignore[method-assign]
     run(policy, costs, "code", 1, 5)
     assert counted.chosen / drafting == pytest.approx(share, abs=0.06)
+
+
+class ThreeMore(FixedPolicy):
+    """Two drafts, and three more steps like each that it is asked about, whose sums of accepted drafts it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(FixedConfig(2))
+        self.told: list[int] = []
+
+    def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
+        self.told.append(sum(accepted))
+
+    def repeat(self) -> int:
+        return 3
+
+
+def test_a_policy_that_repeats_is_asked_again_when_rows_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that takes over a slot, a chunk of a prompt beside the rows, a row that cannot be drafted for."""
+    monkeypatch.setattr("outrider.scheduling.guard.UNKNOWN", 99)  # no plain steps between
+    same = StepView([50, 50], [RequestStats()] * 2, [SamplingParams()] * 2, (0, 1), (7, 8), can_draft=2, tokens=2)
+    others = [replace(same, requests=(7, 9)), replace(same, tokens=99), replace(same, can_draft=1)]
+    policy = ThreeMore()
+    guard = GuardedPolicy(policy, CostModel())
+    for i, view in enumerate([same] * 6 + [view for other in others for view in (other, same)]):
+        assert list(guard.plan(view)) == [2, 2]
+        assert guard.choose(None, [2, 1]) == [2, 1]
+        guard.observe(StepCost(1e-5, 0.001, 0.0, 2, view.tokens + 3, 100), [i, 0])
+    assert policy.told == [0, 4, 6, 7, 8, 9, 10, 11]
 
 
 def test_a_dip_in_the_costs_is_looked_past_without_anticipating() -> None:
@@ -385,7 +414,7 @@ def test_wrong_costs_are_corrected_within_seconds(
         assert model.verify(rows, rows) == pytest.approx(costs.verify(rows, rows, 0), rel=0.1)
         return float(result.windows[2:].mean())
 
-    assert rate(times) > 0.95 * rate(1.0)
+    assert rate(times) > 0.97 * rate(1.0)
 
 
 def test_a_table_that_was_measured_later_replaces_the_first_one() -> None:

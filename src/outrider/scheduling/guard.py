@@ -25,7 +25,7 @@ from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.ledger import Ledger
 from outrider.types import SchedulerPolicy, StepCost, StepView, Values
 
-__all__ = ["GuardedPolicy", "TriesAgain"]
+__all__ = ["GuardedPolicy", "Repeats", "TriesAgain"]
 
 CONTROL, LOOKED_AT = 8, 4  # plain steps of a control, and of these the last ones, whose median is learnt from
 CONTROLLED = 0.005  # of the time of steps that draft, what controls may cost: the less drafting gains, the more of them
@@ -50,6 +50,16 @@ class TriesAgain(Protocol):
     """A policy that has its own times for trying what did not pay, and can be told that now is one."""
 
     def try_again(self) -> None: ...
+
+
+@runtime_checkable
+class Repeats(Protocol):
+    """A policy that need not be asked in every step: being asked takes time."""
+
+    def repeat(self) -> int:
+        """How many steps may go like the latest one as long as the rows stay: drafts as planned, all of them verified,
+        nothing observed. They count as taken."""
+        ...
 
 
 @dataclass(slots=True)
@@ -90,6 +100,7 @@ class GuardedPolicy:
         self.ledger = ledger or Ledger()
         self._learns = getattr(policy, "costs", None) is not costs
         self._takes_up = takes_up
+        self._repeat = policy.repeat if isinstance(policy, Repeats) else None
         self._suspended = False  # the ledger is empty
         self._needed = 0.0  # seconds that it must hold for another try
         self._follows = True
@@ -106,6 +117,9 @@ class GuardedPolicy:
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
         self._unsettled: _Drafted | None = None
+        self._repeating = False  # this step goes like an earlier one
+        self._repeats = 0  # steps that may still go like the latest one that the policy was asked about
+        self._repeated: StepView | None = None  # that one
         self._view: StepView | None = None
         self._planned: Sequence[int] = ()
         self._plain_seconds, self._plain_rows, self._plain_steps_left = (0.0, 0.0, 0.0), 0, 0
@@ -122,6 +136,11 @@ class GuardedPolicy:
 
     def plan(self, step: StepView) -> Sequence[int]:
         self._view = step
+        if self._repeats and _same_rows(step, self._repeated):
+            self._repeats -= 1
+            self._repeating = True
+            return self._planned
+        self._repeats, self._repeating = 0, False
         self._asked = self._unsettled is not None or self._may_draft(step)
         self._planned = self.policy.plan(step) if self._asked else [0] * len(step)
         return self._planned
@@ -157,10 +176,15 @@ class GuardedPolicy:
         return BESIDE * wait if alike[1] else wait
 
     def choose(self, confidence: Values | None, lengths: Sequence[int]) -> list[int]:
+        if self._repeating:
+            return list(lengths)
         return self.policy.choose(confidence, lengths) if self._asked else [0] * len(lengths)
 
     def observe(self, cost: StepCost, accepted: Sequence[int]) -> None:
         view, self._view = self._view, None
+        if self._repeating and view is not None:
+            self._count(view, cost, sum(accepted))
+            return
         if not self._follows and view is not None and self._plain_steps > SEEN and self._plain_steps % LOOK_ASIDE:
             self._plain_steps += 1
             self._idle += 1
@@ -178,6 +202,8 @@ class GuardedPolicy:
             self._learn(view, cost, drafted)
         if drafted:
             self._count(view, cost, sum(accepted))
+            if self._repeat is not None and not self._suspended:
+                self._repeats, self._repeated = self._repeat(), view
         else:
             self._settle()
             self._rest(view, cost, self._plain(len(view), cost.context)[2] if self._asked else 0.0)
@@ -242,7 +268,7 @@ class GuardedPolicy:
             self._pause = FIRST_PAUSE
         lost = max(0.0, steps * (took - worth))
         if self.ledger.balance <= lost:  # others like them would overdraw the account
-            self._suspended = True
+            self._suspended, self._repeats = True, 0
             self._needed = max(2 * lost, 0.25 * self.ledger.most)
             self._since_control = [0, 0]
 
@@ -282,6 +308,16 @@ class GuardedPolicy:
 def _alike(step: StepView) -> tuple[int, bool]:
     """The same for steps whose plain costs are about the same: by rows, and whether chunks of prompts are beside."""
     return round(ALIKE * log2(max(len(step), 1))), step.tokens > len(step)
+
+
+def _same_rows(step: StepView, earlier: StepView | None) -> bool:
+    """Whether a step has the rows of an earlier one, and nothing beside them."""
+    return (
+        earlier is not None
+        and step.requests == earlier.requests
+        and step.tokens == earlier.tokens
+        and step.can_draft == earlier.can_draft
+    )
 
 
 def _newest(step: StepView) -> int:

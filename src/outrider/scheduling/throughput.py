@@ -39,6 +39,7 @@ EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
 PROBED = 4  # rows tried in one step, or an eighth of all
 TRIES = 2  # times of trying for which the account need not hold enough, after ``try_again``
+ALL_ROWS = 2  # tries, of which one is of all rows, where none is drafted for
 IN_A_ROW = 3  # steps for which rows are tried: only after the first one are weights and code in the caches
 AT_START = 4  # the same when nothing is known
 FEW, ROUNDS = 48, 12  # and as many as give so many rounds, until a few were learnt from
@@ -52,8 +53,8 @@ SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so 
 EARLY = 16  # steps that are learnt from at once
 LOOK, TOGETHER = 4, 4  # every LOOK-th step's costs are looked at, and so many learnt from at a time,
 KNOWN, LONG = 16, 0.02  # where more than KNOWN passes as large were seen, and none took so many seconds
-WORTHLESS = 1e-4  # seconds that choosing saves a step, below which only every CHOSEN-th step's drafts are chosen from
-CHOSEN = 4
+WORTHLESS = 1e-4  # seconds that choosing saves a step, below which all drafts are verified in REPEATED steps of
+REPEATED = 3  # one more
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,6 @@ class _Step:
     rows: int
     context: int
     scheduled: bool = False
-    all_kept: bool = False  # without choosing
 
 
 class ThroughputPolicy:
@@ -145,6 +145,7 @@ class ThroughputPolicy:
         self._ledger = Ledger(share=config.probe_share, most=0.1, balance=0.1)
         self._allowed = 0  # times of trying, as said at TRIES
         self._again: tuple[int, list[int], int] = (0, [], 0)  # steps, slots and drafts still tried
+        self._tries = 0  # while no row is drafted for
         self._was_drafting = False  # in the step before
         self._whole = 0  # the turn in which as much was drafted as can be
         self._rows: dict[int, _Row] = {}  # by slot
@@ -154,6 +155,7 @@ class ThroughputPolicy:
         self._turn = 0
         self._step: _Step | None = None
         self._learnt, self._learnt_rounds = 0, 0  # steps; rounds, one of each row
+        self._learnt_last, self._look_next = 0, 0  # turns
         self._saved = WORTHLESS  # seconds by which choosing makes a pass shorter, in the latest steps
         self._looked: list[tuple[_Step, StepCost, bool]] = []  # steps whose costs are to be learnt from; cold
 
@@ -169,6 +171,14 @@ class ThroughputPolicy:
         self._allowed = TRIES
         self._beliefs.clear()
         self._latest = _Plan()
+
+    def repeat(self) -> int:
+        plan = self._latest
+        if not plan.requests or not plan.longest or self._saved >= WORTHLESS:
+            return 0
+        steps = max(0, min(REPEATED, plan.stale - self._turn - 1))
+        self._turn += steps
+        return steps
 
     # ------------------------------------------------------------------------------------------ before drafting
 
@@ -349,6 +359,10 @@ class ThroughputPolicy:
             known = self.costs.known_drafts(able)
             if known in (1, 2) and most > known:
                 return list(left_out), 1 if known == 1 else (most + 1) // 2
+            # What a draft of all costs, of which that of a few says little either.
+            self._tries += 1
+            if self._tries % ALL_ROWS == 0:
+                return list(left_out), most
         due.sort(key=lambda b: rows[b].drafted)
         return due[: max(PROBED, len(rows) // 8)], most
 
@@ -362,9 +376,6 @@ class ThroughputPolicy:
         rows = ready - lengths[:ready].count(0)
         if not rows:
             return [0] * len(lengths)
-        if self._saved < WORTHLESS and self._turn % CHOSEN and not plan.probe:
-            now.all_kept = True
-            return list(lengths)
         said = None if confidence is None else to_array(confidence)
         drafts = max(lengths) if said is None else said.shape[1]
         if drafts > self._block:
@@ -417,18 +428,18 @@ class ThroughputPolicy:
         plan, ready, drafting = now.plan, now.ready, now.plan.longest > 0
         cold, self._was_drafting = not self._was_drafting, drafting
         soon = cost.verify > LONG or self.costs.seen(cost.tokens, beside=now.tokens > ready) < KNOWN
-        if soon or self._turn % LOOK == 0:
+        if soon or self._turn >= self._look_next:
+            self._look_next = self._turn + LOOK
             self._looked.append((now, cost, cold and drafting))
             if soon or len(self._looked) >= TOGETHER:
                 self._learn_costs()
         if not drafting:
             self._ledger.earn(cost.draft + cost.verify + cost.bookkeeping)
             return
-        if now.all_kept:
-            return
         every = 1 if ready <= LEARNT_AT_ONCE else SELDOM if ready <= MANY_ROWS else RARELY
-        if self._turn % every and self._learnt > EARLY and not plan.probe:
+        if self._turn < self._learnt_last + every and self._learnt > EARLY and not plan.probe:
             return
+        self._learnt_last = self._turn
         gained = self._rounds.accept(accepted, plan.slots, plan.limits, now.scheduled)
         self._learnt += 1
         self._learnt_rounds += plan.asked
