@@ -157,9 +157,9 @@ class Counted:
         return getattr(self.rounds, name)
 
 
-@pytest.mark.parametrize(("each", "share"), [(1e-6, 0.25), (3e-3, 1.0)])
+@pytest.mark.parametrize(("each", "share"), [(1e-6, 0.125), (3e-3, 1.0)])
 def test_drafts_are_chosen_from_where_that_saves_something(each: float, share: float) -> None:
-    """A pass that is hardly longer for another draft is given all, but for every fourth, which is learnt from."""
+    """A pass that is hardly longer for another draft is given all, but for the first 48 and every eighth, which are learnt from."""
     costs = Costs(((1, 0.005), (9, 0.005 + 8 * each)), draft_fixed=0.0005, step=0.0002)
     inner = throughput(costs)
     inner._rounds = counted = Counted(inner._rounds)  # type: ignore[assignment]
@@ -173,7 +173,7 @@ def test_drafts_are_chosen_from_where_that_saves_something(each: float, share: f
         return whole(confidence, lengths)
 
     policy.choose = choose  # type: ignore[method-assign]
-    run(policy, costs, "code", 1, 5)
+    run(policy, costs, "code", 1, 10)
     assert counted.chosen / drafting == pytest.approx(share, abs=0.06)
 
 
