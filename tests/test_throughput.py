@@ -159,8 +159,8 @@ class Counted:
 
 @pytest.mark.parametrize(("each", "share"), [(1e-6, 0.125), (3e-3, 1.0)])
 def test_drafts_are_chosen_from_where_that_saves_something(each: float, share: float) -> None:
-    """A pass that is hardly longer for another draft is given all, but for the first 48 and every eighth, of which is
-    learnt."""
+    """A pass that is hardly longer for another draft is given all, but for the first 48, and one in the eight
+    steps that a plan is good for, which are learnt from."""
     costs = Costs(((1, 0.005), (9, 0.005 + 8 * each)), draft_fixed=0.0005, step=0.0002)
     inner = throughput(costs)
     inner._rounds = counted = Counted(inner._rounds)  # type: ignore[assignment]

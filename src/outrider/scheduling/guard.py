@@ -118,6 +118,7 @@ class GuardedPolicy:
         self._asked = False  # the policy planned this step
         self._unsettled: _Drafted | None = None
         self._repeating = False  # this step goes like an earlier one
+        self._paid = True  # drafting, in the latest steps: else the policy has to see what has changed
         self._repeats = 0  # steps that may still go like the latest one that the policy was asked about
         self._repeated: StepView | None = None  # that one
         self._view: StepView | None = None
@@ -202,7 +203,7 @@ class GuardedPolicy:
             self._learn(view, cost, drafted)
         if drafted:
             self._count(view, cost, sum(accepted))
-            if self._repeat is not None and not self._suspended:
+            if self._repeat is not None and self._paid and not self._suspended:
                 self._repeats, self._repeated = self._repeat(), view
         else:
             self._settle()
@@ -267,8 +268,11 @@ class GuardedPolicy:
         if self._advantage > 1:
             self._pause = FIRST_PAUSE
         lost = max(0.0, steps * (took - worth))
+        self._paid = not lost
+        if lost:
+            self._repeats = 0
         if self.ledger.balance <= lost:  # others like them would overdraw the account
-            self._suspended, self._repeats = True, 0
+            self._suspended = True
             self._needed = max(2 * lost, 0.25 * self.ledger.most)
             self._since_control = [0, 0]
 

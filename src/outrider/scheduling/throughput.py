@@ -54,7 +54,7 @@ EARLY = 16  # steps that are learnt from at once
 LOOK, TOGETHER = 4, 4  # every LOOK-th step's costs are looked at, and so many learnt from at a time,
 KNOWN, LONG = 16, 0.02  # where more than KNOWN passes as large were seen, and none took so many seconds
 WORTHLESS = 1e-4  # seconds that choosing saves a step, below which all drafts are verified in REPEATED steps of
-REPEATED = 7  # one more
+REPEATED = 15  # one more
 
 
 @dataclass(frozen=True, slots=True)
