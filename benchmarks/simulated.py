@@ -43,6 +43,7 @@ from outrider.types import Drafter, ReadsHidden, SchedulerPolicy, StepCost, Step
 
 KNOWN = (1, 3, 7)  # drafts whose cost is measured
 FEWEST = 5  # steps of about as many tokens from which a factor is taken
+DRAFTED = 50  # steps that drafted, from which their bookkeeping is taken
 SEEDS = 8  # simulated runs, each as long as a real engine lives
 WARM = 2.0  # seconds that engines run before anything counts
 
@@ -138,10 +139,12 @@ def observed(
     seen: Mapping[str, Watch],
     first: Mapping[str, list[Window]],
 ) -> Observed:
-    """The costs of an arm. Features are part of the passes that were observed with a drafter."""
+    """The costs of an arm. Features are part of the passes that were observed with a drafter. One that hardly drafted
+    says little of what its steps would take that draft: then those of fixed drafts stand for them."""
     drafter = clients[f"fixed:{DRAFTS}"].llm.drafter
     book: dict[bool, list[float]] = {False: [], True: []}
-    for arm in ("none", name if name != "none" else f"fixed:{DRAFTS}"):
+    drafting = sum(limit > 0 for _, limit, _ in seen[name].steps)
+    for arm in ("none", name if drafting >= DRAFTED else f"fixed:{DRAFTS}"):
         inside = sum(c.draft + c.verify + c.bookkeeping for c, _, _ in seen[arm].steps)
         outside = sum(map(seconds_of, first[arm])) - inside
         for cost, limit, _ in seen[arm].steps:
@@ -154,7 +157,7 @@ def observed(
         costs,
         factors_of((cost for cost, prompts in passes if not prompts), costs),
         drafts,
-        (fmean(book[False]), fmean(book[True] or book[False])),
+        (fmean(book[False]), fmean(book[True])),
         sum(cost.follow for cost, _, _ in shown) / sum(n for _, _, n in shown),
         feature_share(setting.loaded.target, drafter.aux_layers),
         not drafter.aux_layers and not isinstance(drafter, ReadsHidden),
