@@ -39,7 +39,6 @@ EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
 PROBED = 4  # rows tried in one step, or an eighth of all
 TRIES = 2  # times of trying for which the account need not hold enough, after ``try_again``
-ALL_ROWS = 2  # tries, of which one is of all rows, where none is drafted for
 IN_A_ROW = 3  # steps for which rows are tried: only after the first one are weights and code in the caches
 AT_START = 4  # the same when nothing is known
 FEW, ROUNDS = 48, 12  # and as many as give so many rounds, until a few were learnt from
@@ -359,9 +358,9 @@ class ThroughputPolicy:
             known = self.costs.known_drafts(able)
             if known in (1, 2) and most > known:
                 return list(left_out), 1 if known == 1 else (most + 1) // 2
-            # What a draft of all costs, of which that of a few says little either.
+            # What a draft of all costs, of which that of a few says little either: every second try, fourth, eighth, ...
             self._tries += 1
-            if self._tries % ALL_ROWS == 0:
+            if self._tries.bit_count() == 1 < self._tries:
                 return list(left_out), most
         due.sort(key=lambda b: rows[b].drafted)
         return due[: max(PROBED, len(rows) // 8)], most
