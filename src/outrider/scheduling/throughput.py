@@ -358,7 +358,7 @@ class ThroughputPolicy:
             known = self.costs.known_drafts(able)
             if known in (1, 2) and most > known:
                 return list(left_out), 1 if known == 1 else (most + 1) // 2
-            # What a draft of all costs, of which that of a few says little either: every second try, fourth, eighth, ...
+            # What a draft of all costs, of which that of a few says little either: every second, fourth, eighth ... try
             self._tries += 1
             if self._tries.bit_count() == 1 < self._tries:
                 return list(left_out), most
