@@ -35,6 +35,7 @@ UNKNOWN = 3  # and until one was
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 ALIKE = 8  # to an octave: numbers of rows that one control speaks for
 TOGETHER, SOON = 8, 0.02  # steps that draft, or seconds of their passes, after which they are settled
+LOSSES = 2  # in a row, behind which the policy is asked in every step, to see what has changed
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the most that the ledger holds, what one that cannot may cost in plain steps before it is left out
@@ -118,7 +119,7 @@ class GuardedPolicy:
         self._asked = False  # the policy planned this step
         self._unsettled: _Drafted | None = None
         self._repeating = False  # this step goes like an earlier one
-        self._paid = True  # drafting, in the latest steps: else the policy has to see what has changed
+        self._losses = 0  # in a row, of the latest steps that were settled together
         self._repeats = 0  # steps that may still go like the latest one that the policy was asked about
         self._repeated: StepView | None = None  # that one
         self._view: StepView | None = None
@@ -203,7 +204,7 @@ class GuardedPolicy:
             self._learn(view, cost, drafted)
         if drafted:
             self._count(view, cost, sum(accepted))
-            if self._repeat is not None and self._paid and not self._suspended:
+            if self._repeat is not None and self._losses < LOSSES and not self._suspended:
                 self._repeats, self._repeated = self._repeat(), view
         else:
             self._settle()
@@ -268,8 +269,8 @@ class GuardedPolicy:
         if self._advantage > 1:
             self._pause = FIRST_PAUSE
         lost = max(0.0, steps * (took - worth))
-        self._paid = not lost
-        if lost:
+        self._losses = self._losses + 1 if lost else 0
+        if self._losses >= LOSSES:
             self._repeats = 0
         if self.ledger.balance <= lost:  # others like them would overdraw the account
             self._suspended = True
