@@ -9,6 +9,9 @@ from an account that plain steps fill at a small rate, and ever more rarely whil
 **Once drafted** (``choose``), T_draft is spent: Algorithm 1 starts from R / (T_draft + T_verify(R) + T_bookkeeping).
 The costs are of decoding alone: chunks of prompts that share the step are paid for anyway, so the search is shown what
 drafts add to them.
+
+**Repeated** (``repeat``): being asked takes time too. Where choosing hardly saves any, a plan goes on for some steps by
+itself, with all its drafts verified.
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so 
 EARLY = 16  # steps that are learnt from at once
 LOOK, TOGETHER = 4, 4  # every LOOK-th step's costs are looked at, and so many learnt from at a time,
 KNOWN, LONG = 16, 0.02  # where more than KNOWN passes as large were seen, and none took so many seconds
-WORTHLESS = 1e-4  # seconds that choosing saves a step, below which all drafts are verified in REPEATED steps of
-REPEATED = 15  # one more
+WORTHLESS = 1e-4  # seconds that choosing saves a step, below which a plan is repeated without it,
+REPEATED = 15  # for so many steps at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,7 @@ class ThroughputPolicy:
         self._latest = _Plan()
 
     def repeat(self) -> int:
+        """As of ``guard.Repeats``: none while little is known, or where choosing is worth its time."""
         plan = self._latest
         if not plan.requests or not plan.longest or self._saved >= WORTHLESS or self._learnt_rounds < FEW:
             return 0
