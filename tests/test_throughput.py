@@ -206,6 +206,17 @@ def test_a_policy_that_repeats_is_asked_again_when_rows_change(monkeypatch: pyte
     assert policy.told == [0, 4, 6, 7, 8, 9, 10, 11]
 
 
+def test_an_empty_account_ends_repeated_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them takes a second: the next one is plain, however many were to come."""
+    monkeypatch.setattr("outrider.scheduling.guard.UNKNOWN", 99)  # no plain steps between
+    view = StepView([50], [RequestStats()], [SamplingParams()], (0,), (7,), can_draft=1, tokens=1)
+    guard = GuardedPolicy(ThreeMore(), CostModel())
+    for seconds in (1e-5, 1.0):
+        assert list(guard.plan(view)) == [2]
+        guard.observe(StepCost(seconds, 0.001, 0.0, 1, 3, 50), [2])
+    assert list(guard.plan(view)) == [0]
+
+
 def test_a_dip_in_the_costs_is_looked_past_without_anticipating() -> None:
     """At 16 rows a 17th token costs half a pass more: Algorithm 1 stops there, a budget from the past does not."""
     caught, lagged, auto = (

@@ -273,7 +273,7 @@ class GuardedPolicy:
         if self._losses >= LOSSES:
             self._repeats = 0
         if self.ledger.balance <= lost:  # others like them would overdraw the account
-            self._suspended = True
+            self._suspended, self._repeats = True, 0
             self._needed = max(2 * lost, 0.25 * self.ledger.most)
             self._since_control = [0, 0]
 
@@ -316,7 +316,7 @@ def _alike(step: StepView) -> tuple[int, bool]:
 
 
 def _same_rows(step: StepView, earlier: StepView | None) -> bool:
-    """Whether a step has the rows of an earlier one, and nothing beside them."""
+    """Whether a step has the rows of an earlier one, and as many tokens of prompts beside them."""
     return (
         earlier is not None
         and step.requests == earlier.requests
