@@ -242,9 +242,11 @@ def test_the_shape_of_published_figures() -> None:
     assert verified[0] > verified[1] > verified[2] > 0.3
     for load in traffics:
         assert rate[load, "throughput"] > 0.95 * max(rate[load, policy] for policy in POLICIES)
-    again = sweep(CURVES["accelerator"], MIX, {"256": traffics["256"]}, POLICIES, seconds=6, seed=1)  # a run is 1 % off
-    both = {row["policy"]: rate["256", row["policy"]] + row["tokens_per_second"] for row in again}
-    assert both["throughput"] > 1.015 * max(both[policy] for policy in POLICIES if policy != "throughput")
+    total = dict.fromkeys(POLICIES, 0.0)
+    for seed in range(4):  # a run is 1 % off
+        for row in sweep(CURVES["accelerator"], MIX, {"256": traffics["256"]}, POLICIES, seconds=6, seed=seed):
+            total[row["policy"]] += row["tokens_per_second"]
+    assert total["throughput"] > 1.02 * max(total[policy] for policy in POLICIES if policy != "throughput")
 
 
 def test_costs_are_read_from_tables_and_from_files(tmp_path: Path) -> None:
