@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,27 @@ def test_features_are_those_of_the_target(llm: LLM, target: DeviceTarget) -> Non
     theirs = TargetRunner(llm.target, 64).batch(texts, drafter, 0)
     torch.testing.assert_close(ours.features, theirs.features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_is_read_once(llm: LLM, tiny_model_dir: Path) -> None:
+    reads = []
+
+    class Counting(DeviceTarget):
+        def read(self, texts: Sequence[Sequence[int]], aux_layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            reads.append(len(texts))
+            return super().read(texts, aux_layers)
+
+    texts = [Text(str(i), "", tuple(3 + (i * 7 + j) % 200 for j in range(9 + 6 * i)), 3) for i in range(4)]
+    drafter = DSparkTraining(markov_rank=4, aux_layers=1).start(llm.target, {"num_attention_heads": 2}, {"<|mask|>": 1})
+    kept = DeviceRunner(Counting(str(tiny_model_dir), CPU, torch.float32))
+    kept.batch(texts[:2], drafter, 0)
+    again = kept.batch(texts[::-1], drafter, 1)  # two of them are there, and in another order
+    anew = kept.batch(texts[::-1], drafter, 1)
+    assert reads == [2, 2]
+    expected = DeviceRunner(Counting(str(tiny_model_dir), CPU, torch.float32)).batch(texts[::-1], drafter, 1)
+    for batch in (again, anew):
+        torch.testing.assert_close(batch.features, expected.features, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(batch.logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

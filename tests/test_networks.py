@@ -271,25 +271,29 @@ def test_all_texts_in_one_product_give_the_same_draft_steps(window: int | None, 
 
 @pytest.mark.parametrize(
     "training",
-    [Eagle3Training(depth=3, draft_vocab=9, loss={"cross_entropy": 0.5, "total_variation": 0.5}), MTPTraining()],
-    ids=["eagle3", "mtp"],
+    [
+        Eagle3Training(depth=3, draft_vocab=9, loss={"cross_entropy": 0.5, "total_variation": 0.5}),
+        MTPTraining(),
+        DSparkTraining(markov_rank=4, draft_vocab=9),
+    ],
+    ids=["eagle3", "mtp", "dspark"],
 )
 def test_a_step_on_a_device_never_waits_for_it(
     training: Any, target: TargetModel, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tensors of the device "meta" hold no values: whatever reads one, or has a size that depends on one, fails."""
+    """Tensors of the device "meta" hold no values: whatever reads one, or has a size that depends on one, fails, and so
+    does a product with a tensor that was made elsewhere."""
     module = training.start(target, config, VOCABULARY, counts=lambda: torch.arange(target.spec.vocab_size))
     batch, meta = TargetRunner(target, 64).batch(texts(), module, epoch=0), torch.device("meta")
     expected = module.loss(batch)
-    for name in ("autoregressive_network", "block_attention"):
+    for name in ("autoregressive_network", "block_attention", "block_network"):
         monkeypatch.setattr(f"outrider.training.networks.{name}.send", lambda tensor, device: tensor.to(device))
     embedding = torch.empty(target.spec.vocab_size, target.spec.hidden_size)
     for name, value in {**vars(module.frozen), "_embedding": embedding}.items():
         if isinstance(value, torch.Tensor):
             monkeypatch.setattr(module.frozen, name, value.to(meta))
-    with meta:
-        got = module.to(meta)(replace(batch, features=batch.features.to(meta), logits=batch.logits.to(meta)))
-        got.total.backward()
+    got = module.to(meta)(replace(batch, features=batch.features.to(meta), logits=batch.logits.to(meta)))
+    got.total.backward()
 
     assert got.total.device == got.weight.device == meta
     assert got.parts.keys() == expected.parts.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -98,15 +99,16 @@ class TextSampler:
         """``batch`` texts; every text appears once per epoch."""
         count = len(self.texts)
         indices = range(step * self.batch, (step + 1) * self.batch)
-        orders = {epoch: self._order(epoch) for epoch in {index // count for index in indices}}
-        return [self.texts[orders[index // count][index % count]] for index in indices]
-
-    def _order(self, epoch: int) -> list[int]:
-        order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(len(self.texts)).tolist()
-        return order
+        return [self.texts[_order(self.seed, index // count, count)[index % count]] for index in indices]
 
     def _split(self, texts: Sequence[Text]) -> list[list[Text]]:
         return list(_fill(sorted(texts, key=lambda text: len(text.tokens)), self.pack_tokens))
+
+
+@lru_cache(maxsize=4)  # steps follow each other, and a large order takes milliseconds
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    return order
 
 
 def _fill(texts: Sequence[Text], most: int) -> Iterator[list[Text]]:

@@ -33,6 +33,7 @@ __all__ = ["DeviceRunner", "DeviceTarget", "FrozenLayer", "check_device", "devic
 PREFILL = 2**16  # tokens of a pass over prompts, padding included
 LOOK = 16  # steps between looks at which rows have ended: each look waits for the device
 STEP = 64  # keys are read up to a multiple of this many
+SPARE = 1 / 8  # of a device's memory, which texts that are kept leave free
 
 
 def check_device(name: str) -> torch.device:
@@ -84,14 +85,14 @@ class DeviceTarget:
     # -------------------------------------------------------------------------------------------- features
 
     @torch.no_grad()
-    def read(self, texts: Sequence[Sequence[int]], aux_layers: Sequence[int], rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole texts, packed: features [N, F] at every token, and the states after the final norm at ``rows``."""
+    def read(self, texts: Sequence[Sequence[int]], aux_layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Whole texts, packed: features [N, F] and states after the final norm [N, D], in the target's precision."""
         where, length = _padded(texts, self.device)
         causal = _Causal(len(texts), length, where)
         tokens = _packed(texts, self.device)
         auxiliary, last = self._run(tokens, where % length, causal, aux_layers)
         features = torch.cat([auxiliary[layer] for layer in aux_layers], 1) if aux_layers else last[:, :0]
-        return features.float(), last[send(rows, self.device)]
+        return features.to(self.dtype), last.to(self.dtype)
 
     def _run(
         self, tokens: Tensor, positions: Tensor, attend: Any, aux_layers: Sequence[int] = ()
@@ -202,26 +203,23 @@ class FrozenLayer:
 def _padded(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, int]:
     """Where each packed token is among texts padded at the end to the longest. -> int64 [N], L"""
     length = max(map(len, texts))
-    with torch.device("cpu"):
-        inside = torch.arange(length) < torch.tensor([len(text) for text in texts])[:, None]
-        return send(inside.flatten().nonzero()[:, 0], device), length
+    inside = torch.arange(length) < torch.tensor([len(text) for text in texts])[:, None]
+    return send(inside.flatten().nonzero()[:, 0], device), length
 
 
 def _packed(texts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """All tokens, one text behind the other. -> int64 [N]"""
-    with torch.device("cpu"):
-        return send(torch.tensor([token for text in texts for token in text]), device)
+    return send(torch.tensor([token for text in texts for token in text]), device)
 
 
 def _keys(prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams], most: int) -> Tensor:
     """Keys of the Gumbel values, int64 [B, most], on the CPU."""
     seeds = [0 if one.seed is None else one.seed for one in params]
-    with torch.device("cpu"):
-        rng = RowRng(seeds, [0] * len(params), ["coupled"] * len(params))
-        rows = torch.arange(len(params)).repeat_interleave(most)
-        first = torch.tensor([len(prompt) for prompt in prompts])
-        positions = (first[:, None] + torch.arange(most)).flatten()
-        return rng.token_keys(rows, positions, "own").view(len(params), most)
+    rng = RowRng(seeds, [0] * len(params), ["coupled"] * len(params))
+    rows = torch.arange(len(params)).repeat_interleave(most)
+    first = torch.tensor([len(prompt) for prompt in prompts])
+    positions = (first[:, None] + torch.arange(most)).flatten()
+    return rng.token_keys(rows, positions, "own").view(len(params), most)
 
 
 def _draw(logits: Tensor, temperatures: Tensor, keys: Tensor, vocabulary: Tensor) -> Tensor:
@@ -310,18 +308,41 @@ class _Cache:
 
 
 class DeviceRunner:
-    """A ``FeatureSource``: the target on the device, one pass per pack."""
+    """A ``FeatureSource``: the target on the device. What it makes of a text is kept there while memory is left, so
+    that later epochs do without its pass, two thirds of the calls of a step."""
 
     def __init__(self, target: DeviceTarget) -> None:
         self._target = target
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # by text: features [n, F], last states [n, D]
+        if target.device.type == "cuda":
+            torch.cuda.empty_cache()  # what earlier stages left would count as taken
 
     def batch(self, texts: Sequence[Text], drafter: TrainableDrafter, epoch: int) -> FeatureBatch:
-        """See ``FeatureSource.batch``."""
-        with torch.device("cpu"):
-            packed = pack(texts)
-            anchors, rows = drafter.wanted(packed, epoch)
-        features, hidden = self._target.read([text.tokens for text in texts], drafter.aux_layers, rows)
-        return FeatureBatch(packed, anchors, rows, features, self._target.unembed(hidden), hidden)
+        """See ``FeatureSource.batch``; one runner serves one drafter, or several that read the same layers."""
+        packed = pack(texts)
+        anchors, rows = drafter.wanted(packed, epoch)
+        read = self._read([text for text in texts if text.id not in self._kept], drafter.aux_layers)
+        states = [read[text.id] if text.id in read else self._kept[text.id] for text in texts]
+        if read and self._room():
+            self._kept |= read
+        features, last = (torch.cat(parts) for parts in zip(*states, strict=True))
+        hidden = last[send(rows, self._target.device)]
+        return FeatureBatch(packed, anchors, rows, features.float(), self._target.unembed(hidden), hidden.float())
+
+    def _read(self, texts: Sequence[Text], aux_layers: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+        if not texts:
+            return {}
+        lengths = [len(text.tokens) for text in texts]
+        read = self._target.read([text.tokens for text in texts], aux_layers)
+        each = zip(*(part.split(lengths) for part in read), strict=True)
+        return dict(zip((text.id for text in texts), each, strict=True))
+
+    def _room(self) -> bool:
+        """Whether what training itself takes, which grows with the longest texts, still has some to spare."""
+        if self._target.device.type != "cuda":
+            return True
+        free, total = torch.cuda.mem_get_info(self._target.device)
+        return free > SPARE * total
 
 
 def device_answers(load: Callable[[], DeviceTarget], rows: int, settings: Settings) -> Answerer:

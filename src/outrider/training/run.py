@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -202,24 +203,7 @@ def learn(
     device = check_device(config.device)
     if config.device != "cpu" and features is not None:
         raise InvalidRequest("cached features are read on the CPU; train without them on a device")
-    with device:  # new tensors of the networks and their losses are made there
-        return _learn(config, answers, out, target, device, features, dtype, watch, say, console)
-
-
-def _learn(
-    config: Config,
-    answers: Path,
-    out: Path,
-    target: str,
-    device: torch.device,
-    features: Path | None,
-    dtype: str | None,
-    watch: Callable[[Step, int], None],
-    say: Callable[[str], None],
-    console: Console | None,
-) -> dict[str, Any]:
-    with torch.device("cpu"):
-        llm = LLM(target, "none", dtype=dtype or config.dtype)
+    llm = LLM(target, "none", dtype=dtype or config.dtype)
     rank, world = rank_and_world()
     vocab, length = llm.target.spec.vocab_size, min(config.length, llm.target.spec.max_positions)
     texts = read_texts(answers / "train.jsonl", length=length, vocab_size=vocab)
@@ -228,15 +212,17 @@ def _learn(
     steps = config.steps or math.ceil(config.epochs * len(texts) / config.batch)
     plan = plan_of(config, steps, device)
     work, finished = out / "state", out / "drafter"
-    device_target = None if config.device == "cpu" else DeviceTarget(target, device)
-    module = trainable(config, llm, texts, device_target)
+    with device:  # new tensors are made there; steps do without, as it makes every call three times as long
+        device_target = None if config.device == "cpu" else DeviceTarget(target, device)
+        module = trainable(config, llm, texts, device_target)
     target_runner: FeatureSource = TargetRunner(llm.target, length)
     if device_target is not None:
         target_runner = DeviceRunner(device_target)
     if features is not None:
         target_runner = CachedFeatures(llm.target, features, module.aux_layers, length)  # type: ignore[arg-type]
     if config.sanity and rank == 0 and not (work / "state.pt").exists():
-        tried = trainable(config, llm, texts, device_target).to(device)
+        with device:
+            tried = trainable(config, llm, texts, device_target).to(device)
         say(over_fit(tried, target_runner, texts, plan, console=console))
     every = max(1, steps // 8) if config.eval_every is None else config.eval_every
     evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if every else None
@@ -244,8 +230,7 @@ def _learn(
 
     def evaluate(step: int) -> dict[str, Any]:
         drafter = _on_cpu(module.snapshot())  # type: ignore[operator]
-        with torch.device("cpu"):
-            return evaluator(drafter) if evaluator is not None and rank == 0 else {}
+        return evaluator(drafter) if evaluator is not None and rank == 0 else {}
 
     sampler = TextSampler(texts, config.batch, config.pack_tokens, config.seed)
     trainer = Trainer(module.to(device), target_runner, sampler, plan, work, config.sharding)
@@ -296,7 +281,7 @@ def _silent(text: str) -> None: ...
 def _on_cpu(drafter: Any) -> Any:
     """The result of ``snapshot``, its tensors on the CPU."""
     if not isinstance(drafter, DraftCheckpoint):
-        return drafter.cpu()
+        return drafter if next(drafter.parameters()).device.type == "cpu" else deepcopy(drafter).cpu()
     return replace(drafter, tensors={name: tensor.cpu() for name, tensor in drafter.tensors.items()})
 
 

@@ -95,14 +95,14 @@ class Trainer:
         self.plan, self.folder = plan, folder
         self.rank, self.world = rank_and_world()
         self.wrapped = self._wrap(sharding)
-        self._on_device = next(module.parameters()).is_cuda
+        self._device = next(module.parameters()).device
         decayed = [p for p in module.parameters() if p.ndim > 1]
         other = [p for p in module.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": other, "weight_decay": 0.0}],
             lr=plan.learning_rate,
             betas=plan.betas,
-            fused=self._on_device,
+            fused=self._device.type == "cuda",
         )
         self.done = 0
         self._next: FeatureBatch | None = None  # of the next step's first pack, where it was read ahead
@@ -145,9 +145,12 @@ class Trainer:
                 loss = self._backward(texts or packs[0], epoch, counted=bool(texts))
             if texts:
                 for name, value in {"loss": loss.total.detach(), "weight": loss.weight, **loss.parts}.items():
-                    sums[name] = sums.get(name, torch.zeros(())) + value
+                    sums[name] = sums[name] + value if name in sums else value
         tokens = sum(len(text.tokens) for texts in packs for text in texts)
-        totals = self._summed({**sums, "tokens": torch.full((), float(tokens))})  # a tensor of a number would wait
+        count = torch.full(
+            (), float(tokens), device=self._device
+        )  # a tensor made of a number would wait for the device
+        totals = self._summed({**sums, "tokens": count})
         gradient = self._clip(totals["weight"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -188,7 +191,7 @@ class Trainer:
     def _read(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """The values, once they are there. A device reads the next step's texts meanwhile."""
         wide = torch.stack([value.double() for value in values.values()])
-        if self._on_device:
+        if self._device.type == "cuda":
             wide = wide.to("cpu", non_blocking=True)
             there = torch.cuda.Event()
             there.record()
@@ -235,7 +238,7 @@ class Trainer:
         """Rank 0's value, on every process."""
         if self.world == 1:
             return value
-        flag = torch.tensor(float(value))
+        flag = torch.tensor(float(value), device=self._device)
         dist.broadcast(flag, 0)
         return bool(flag)
 

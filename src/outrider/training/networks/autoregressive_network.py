@@ -127,23 +127,22 @@ class TrainableAutoregressive(TrainableNet):
 
     def _steps(self, batch: FeatureBatch) -> _Steps:
         texts, anchors, device = batch.texts, batch.anchors, batch.features.device
-        with torch.device("cpu"):
-            every, last = torch.arange(self.design.drafts)[:, None], len(texts.tokens) - 1
-            starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
-            packed = torch.arange(len(texts.tokens))
-            valid = self._valid(texts, anchors, every)
-            steps, which = valid.nonzero(as_tuple=True)
-            counted = anchors[which]
-            rows = counted + steps + 1  # the target's distribution of each draft
-            indices = (
-                texts.tokens[(packed + every + 1).clamp(max=last)].flatten(),
-                (packed - starts + every).flatten(),
-                counted,
-                torch.searchsorted(batch.rows, rows),
-                texts.tokens[(rows + 1).clamp(max=last)],
-                self.weights.decay ** steps.float(),
-            )
-            attention = AutoregressiveAttention(texts, device)
+        every, last = torch.arange(self.design.drafts)[:, None], len(texts.tokens) - 1
+        starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
+        packed = torch.arange(len(texts.tokens))
+        valid = self._valid(texts, anchors, every)
+        steps, which = valid.nonzero(as_tuple=True)
+        counted = anchors[which]
+        rows = counted + steps + 1  # the target's distribution of each draft
+        indices = (
+            texts.tokens[(packed + every + 1).clamp(max=last)].flatten(),
+            (packed - starts + every).flatten(),
+            counted,
+            torch.searchsorted(batch.rows, rows),
+            texts.tokens[(rows + 1).clamp(max=last)],
+            self.weights.decay ** steps.float(),
+        )
+        attention = AutoregressiveAttention(texts, device)
         return _Steps(attention, valid.sum(1).tolist(), *(send(index, device) for index in indices))
 
     @property

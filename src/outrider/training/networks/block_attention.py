@@ -104,15 +104,14 @@ class BlockAttention:
         """One for all layers, made of few tensors."""
         most = max(len(span.anchors) for span in self._spans)
         reach = max(int(span.anchors[-1]) for span in self._spans)
-        with torch.device("cpu"):
-            last = self._spans[-1].end - 1
-            seen = torch.tensor([span.begin for span in self._spans])[:, None] + torch.arange(reach)
-            counts = torch.tensor([len(span.anchors) for span in self._spans])
-            first = torch.tensor([span.first for span in self._spans])
-            owner = torch.arange(len(counts)).repeat_interleave(counts)
-            where = owner * most + torch.arange(len(owner)) - first[owner]
-            anchors = torch.zeros(len(counts) * most, dtype=torch.int64)
-            anchors[where] = torch.cat([span.anchors for span in self._spans])
+        last = self._spans[-1].end - 1
+        seen = torch.tensor([span.begin for span in self._spans])[:, None] + torch.arange(reach)
+        counts = torch.tensor([len(span.anchors) for span in self._spans])
+        first = torch.tensor([span.first for span in self._spans])
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
+        where = owner * most + torch.arange(len(owner)) - first[owner]
+        anchors = torch.zeros(len(counts) * most, dtype=torch.int64)
+        anchors[where] = torch.cat([span.anchors for span in self._spans])
         seen, where, anchors = (send(x, self._device) for x in (seen.clamp(max=last).flatten(), where, anchors))
         return _Layout(most, reach, seen, where, anchors)
 
@@ -208,11 +207,10 @@ class AutoregressiveAttention:
     @cached_property
     def _layout(self) -> tuple[int, Tensor]:
         """L, and where each packed token is among texts padded at their ends. int64 [N]"""
-        with torch.device("cpu"):
-            lengths = self._texts.offsets.diff()
-            # Tensor cores want rows that begin at multiples of 16 bytes.
-            longest = -(-int(lengths.max()) // 8) * 8
-            where = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
+        lengths = self._texts.offsets.diff()
+        # Tensor cores want rows that begin at multiples of 16 bytes.
+        longest = -(-int(lengths.max()) // 8) * 8
+        where = (torch.arange(longest) < lengths[:, None]).flatten().nonzero()[:, 0]
         return longest, send(where, self._device)
 
     def _padded(self, layer: int, config: LayerConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -154,25 +154,24 @@ class TrainableBlock(TrainableNet):
 
     def _blocks(self, batch: FeatureBatch) -> _Blocks:
         texts, anchors, slots, device = batch.texts, batch.anchors, self.design.block_size, batch.features.device
-        with torch.device("cpu"):
-            starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
-            tokens = torch.full((len(anchors), slots), self.design.mask_token_id)
-            tokens[:, 0] = texts.tokens[anchors]
-            positions = (anchors - starts[anchors])[:, None] + torch.arange(slots)
-            known, valid = self._positions(anchors), self._valid(texts, anchors)
-            rows = known[valid]
-            weight = position_weights(self.design.drafts, self.weights.gamma).expand(valid.shape)[valid]
-            indices = (
-                tokens.flatten(),
-                positions.flatten(),
-                torch.arange(len(texts.tokens)) - starts,
-                texts.tokens[known.clamp(max=len(texts.tokens) - 1)],
-                valid.flatten().nonzero()[:, 0],
-                torch.searchsorted(batch.rows, rows),
-                texts.tokens[rows + 1],
-                weight,
-            )
-            attention = BlockAttention(texts, anchors, slots, device)
+        starts = texts.offsets[:-1].repeat_interleave(texts.offsets.diff())
+        tokens = torch.full((len(anchors), slots), self.design.mask_token_id)
+        tokens[:, 0] = texts.tokens[anchors]
+        positions = (anchors - starts[anchors])[:, None] + torch.arange(slots)
+        known, valid = self._positions(anchors), self._valid(texts, anchors)
+        rows = known[valid]
+        weight = position_weights(self.design.drafts, self.weights.gamma).expand(valid.shape)[valid]
+        indices = (
+            tokens.flatten(),
+            positions.flatten(),
+            torch.arange(len(texts.tokens)) - starts,
+            texts.tokens[known.clamp(max=len(texts.tokens) - 1)],
+            valid.flatten().nonzero()[:, 0],
+            torch.searchsorted(batch.rows, rows),
+            texts.tokens[rows + 1],
+            weight,
+        )
+        attention = BlockAttention(texts, anchors, slots, device)
         return _Blocks(attention, *(send(index, device) for index in indices))
 
     def _positions(self, anchors: Tensor) -> Tensor:

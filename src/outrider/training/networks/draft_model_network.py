@@ -90,14 +90,14 @@ class TrainableModel(nn.Module):
         parts = [texts.tokens[begin:end] for begin, end in texts.spans()]
         tokens = pad_sequence(parts, batch_first=True)
         lengths = texts.offsets.diff()
-        inside = torch.arange(tokens.shape[1]) < lengths[:, None]  # [S, L]
+        inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [S, L]
         states = self.model.model(input_ids=tokens, attention_mask=inside.long()).last_hidden_state[inside]
         logits = self.model.lm_head(states[rows])
         distribution = batch.logits.float().softmax(-1)
-        index = torch.arange(len(rows))
+        index = torch.arange(len(rows), device=rows.device)
         hard, variation, soft = divergence(logits, distribution, index, texts.tokens[rows + 1])
         terms = {"soft_cross_entropy": soft, "cross_entropy": hard, "total_variation": variation}
         total = torch.stack([getattr(self.weights, name) * term.sum() for name, term in terms.items()]).sum()
         shown = {name: term.detach().sum() for name, term in terms.items()}
         shown["acceptance"] = (1 - variation.detach() / 2).sum()
-        return Loss(total, shown, torch.tensor(float(len(rows))))
+        return Loss(total, shown, torch.full((), float(len(rows)), device=rows.device))

@@ -89,7 +89,7 @@ class Frozen:
 
     def filled(self, checkpoint: DraftCheckpoint) -> DraftCheckpoint:
         """With the target's embedding and head among the tensors, as DeepSpec's files have them."""
-        every = torch.arange(checkpoint.vocab_size)
+        every = torch.arange(checkpoint.vocab_size, device=self.head.device)
         frozen = {"embed.weight": self.embed(every) / self._scale, "head.weight": self.head}
         return replace(checkpoint, tensors={**frozen, **checkpoint.tensors})
 
