@@ -147,10 +147,8 @@ class Trainer:
                 for name, value in {"loss": loss.total.detach(), "weight": loss.weight, **loss.parts}.items():
                     sums[name] = sums[name] + value if name in sums else value
         tokens = sum(len(text.tokens) for texts in packs for text in texts)
-        count = torch.full(
-            (), float(tokens), device=self._device
-        )  # a tensor made of a number would wait for the device
-        totals = self._summed({**sums, "tokens": count})
+        sums["tokens"] = torch.full((), float(tokens), device=self._device)  # made of a number, a tensor would wait
+        totals = self._summed(sums)
         gradient = self._clip(totals["weight"])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
