@@ -309,7 +309,7 @@ class _Cache:
 
 class DeviceRunner:
     """A ``FeatureSource``: the target on the device. What it makes of a text is kept there while memory is left, so
-    that later epochs do without its pass, two thirds of the calls of a step."""
+    that later epochs do without its pass, nearly half of a step."""
 
     def __init__(self, target: DeviceTarget) -> None:
         self._target = target
@@ -340,7 +340,7 @@ class DeviceRunner:
     def _room(self) -> bool:
         """Whether what training itself takes, which grows with the longest texts, still has some to spare."""
         if self._target.device.type != "cuda":
-            return True
+            return self._target.device.type == "cpu"  # of other devices it is not known
         free, total = torch.cuda.mem_get_info(self._target.device)
         return free > SPARE * total
 
