@@ -10,8 +10,8 @@ namespace outrider {
 namespace {
 
 // As in outrider.scheduling.acceptance.
-constexpr double kMemory = 400, kRowMemory = 40;
-constexpr double kPrior = 1, kSlopePrior = 6, kRowPrior = 16;
+constexpr double kMemory = 100, kRowMemory = 40;
+constexpr double kPrior = 1, kSlopePrior = 6, kRowPrior = 4;
 constexpr double kPull = 0.001, kFollow = 0.1, kLeastSlope = 0.05, kMostSlope = 4;
 constexpr int64_t kSharedRows = 8;
 

@@ -28,9 +28,9 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 LEAST = 1e-6  # confidences are kept off 0 and 1
-MEMORY = 400.0  # outcomes of a position that count
+MEMORY = 100.0  # outcomes of a position that count
 ROW_MEMORY = 40.0
-PRIOR, SLOPE_PRIOR, ROW_PRIOR = 1.0, 6.0, 16.0  # curvature of what is believed before: about 4 outcomes to a unit
+PRIOR, SLOPE_PRIOR, ROW_PRIOR = 1.0, 6.0, 4.0  # curvature of what is believed before: about 4 outcomes to a unit
 PULL = 0.001  # of the way back to the identity that the first position goes each time
 FOLLOW = 0.1  # of the way to the position before that one goes of which nothing is known; less where more is
 LEAST_SLOPE, MOST_SLOPE = 0.05, 4.0
