@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import log2
 from typing import Any, Literal
 
 import numpy as np
@@ -267,7 +268,7 @@ class ThroughputPolicy:
     def _belief(self, now: _Step, slots: Sequence[int], free: bool) -> _Belief:
         """What would have been the best drafts of the past, had they been proposed now."""
         ready, rows, block, costs = now.ready, len(slots), self._block, self.costs
-        load = (ready if ready <= LEARNT_AT_ONCE else ready.bit_length() + LEARNT_AT_ONCE, now.tokens > ready)
+        load = (_alike(ready), now.tokens > ready)
         belief = self._beliefs.get(load)
         if belief is not None and self._turn < belief.stale:
             return belief
@@ -460,3 +461,9 @@ class ThroughputPolicy:
             beside = now.tokens > now.ready  # chunks of prompts
             self.costs.observe_step(cost, now.ready, (now.plan.asked, now.plan.longest), beside=beside, cold=cold)
         self._looked.clear()
+
+
+def _alike(ready: int) -> int:
+    """The same for numbers of rows that one plan speaks for: to a quarter of an octave for few of them, to an octave
+    for many. As requests come and go, rows are hardly ever as many as in the step before."""
+    return round(4 * log2(ready)) if ready <= LEARNT_AT_ONCE else ready.bit_length() + 4 * LEARNT_AT_ONCE

@@ -1,0 +1,114 @@
+"""A drafter's speed over plain decoding on prompt sets, fixed draft lengths beside the product's default.
+
+    python benchmarks/drafted.py --model smollm2 --drafter dspark --prompts mt-bench.jsonl gsm8k.jsonl \\
+        [--arms fixed:3 fixed:4 auto] [--temperature 0 1] [--limit 10] [--rule block] [--json FILE]
+
+Each prompt is answered once by every arm, plain decoding among them, in a random order, with the same number of tokens
+(the end-of-text token is ignored); at temperature 1 with the same seed. A set's ratio is that of the summed seconds,
+the prompt included, with a 95 % interval from resampling prompts; `macro` is the mean of the sets' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from support import add_json, facts, prompt_sets, say, seconds_of, settle, table, write_json
+
+from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
+from outrider.engine.loader import load_model
+from outrider.evaluation.speedup import bootstrap_ratio
+
+PLAIN = "none"
+
+
+def engines(options: argparse.Namespace) -> dict[str, LLM]:
+    """One engine an arm; all share the target's weights."""
+    loaded = load_model(options.model)
+    found = {PLAIN: LLM(loaded, "none", max_rows=1)}
+    for arm in options.arms:
+        kind, _, drafts = arm.partition(":")
+        length: dict[str, Any] = {"draft_tokens": int(drafts)} if drafts else {}
+        found[arm] = LLM(loaded, options.drafter, policy=kind, guard=not drafts, max_rows=1, **length)
+    return found
+
+
+def answer(llm: LLM, ids: list[int], params: SamplingParams) -> None:
+    llm.forget()
+    assert len(llm.generate([ids], params)[0].token_ids) == params.max_tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--drafter", default="dspark")
+    parser.add_argument("--prompts", type=Path, nargs="+", help="JSON Lines with `turns`; default: packaged prompts")
+    parser.add_argument("--arms", nargs="+", default=["fixed:3", "fixed:4", "auto"], help="fixed:DRAFTS, or a policy")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--rule", default="block", help="verification rule")
+    parser.add_argument("--limit", type=int, default=10, help="prompts of each set")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    add_json(parser)
+    options = parser.parse_args()
+    found = engines(options)
+    tokenizer = found[PLAIN].tokenizer
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode_chat([{"role": "user", "content": text}])
+
+    sets = {
+        name: [encode(text) for text in texts] for name, texts in prompt_sets(options.prompts, options.limit).items()
+    }
+    order, rng = list(found), random.Random(1)
+    rows = []
+    for temperature in options.temperature:
+        params = SamplingParams(
+            max_tokens=options.max_tokens, temperature=temperature, seed=1, rule=options.rule, ignore_eos=True
+        )
+        for llm in found.values():  # warm up
+            answer(llm, next(iter(sets.values()))[0], params)
+        times: dict[str, dict[str, list[float]]] = {arm: {name: [] for name in sets} for arm in found}
+        for name, prompts in sets.items():
+            for ids in prompts:
+                rng.shuffle(order)
+                for arm in order:
+                    settle()
+                    times[arm][name].append(seconds_of(partial(answer, found[arm], ids, params)))
+            say(f"  temperature {temperature:g}, {name}: {len(prompts)} prompts")
+        for arm in options.arms:
+            row: dict[str, Any] = {"arm": arm, "temperature": temperature, "sets": {}}
+            for name in sets:
+                ratio, interval = bootstrap_ratio(times[PLAIN][name], times[arm][name])
+                row["sets"][name] = {
+                    "over_plain": round(ratio, 3),
+                    "ci95": [round(bound, 3) for bound in interval],
+                    "plain_tokens_per_second": round(options.max_tokens * len(sets[name]) / sum(times[PLAIN][name]), 1),
+                }
+            row["macro"] = round(mean(one["over_plain"] for one in row["sets"].values()), 3)
+            rows.append(row)
+    if options.json != "-":
+        shown = [
+            [
+                row["temperature"],
+                row["arm"],
+                *(
+                    f"{one['over_plain']:.2f} ({one['ci95'][0]:.2f} to {one['ci95'][1]:.2f})"
+                    for one in row["sets"].values()
+                ),
+                row["macro"],
+            ]
+            for row in rows
+        ]
+        print(table(["temperature", "arm", *sets, "macro"], shown))
+        first = rows[0]["sets"].values()
+        print("\nplain:", ", ".join(f"{one['plain_tokens_per_second']:g}" for one in first), "tokens/s")
+    write_json(options.json, {**facts(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
