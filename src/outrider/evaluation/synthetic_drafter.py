@@ -44,7 +44,8 @@ class SyntheticDrafter:
         """``profile``: probability that draft 1, 2, ... is right, where those before it were; ``profiles``: other ones
         of single prompts. ``seconds``: of a proposal, ``seconds_each``: of each draft of each row,
         ``seconds_per_draft``: of each draft of the longest row. ``says``: confidences are true, 0.99 or not given.
-        ``spread``: how far the probabilities of single drafts differ from the profile, up and down.
+        ``spread``: how far the probabilities of single drafts differ from the profile, up and down. Each place of a text
+        is as hard for every drafter of this ``seed``, so that schedulers that are compared meet the same luck.
         """
         self._profiles = dict(profiles or {})
         for one in (profile, *self._profiles.values()):
@@ -59,6 +60,11 @@ class SyntheticDrafter:
         self._seconds, self._seconds_each, self._seconds_per_draft = seconds, seconds_each, seconds_per_draft
         self._says, self._spread = says, spread
         self._random = random.Random(seed)
+        self._luck = {prompt: [self._draw() for _ in text] for prompt, text in self._texts.items()}
+
+    def _draw(self) -> tuple[float, float]:
+        """How far a draft's probability is from the profile's, -1 to 1, and the probability from which on it is right."""
+        return self._random.uniform(-1, 1), self._random.random()
 
     def open(self, slot: int, capacity: int) -> None:
         """Nothing to reserve."""
@@ -77,13 +83,14 @@ class SyntheticDrafter:
             history, length = context.history[b], context.prompt_lengths[b]
             prompt = tuple(history[:length])
             text, profile = self._texts.get(prompt, ()), self._profiles.get(prompt, self._profile)
-            right = text[len(history) - length :]
+            at = len(history) - length
+            right, luck = text[at : at + self.block], self._luck.get(prompt, [])[at : at + self.block]
             row, sure = [], []
             for j in range(min(most, self.block)):
-                p = profile[j] + self._random.uniform(-1, 1) * self._spread
-                p = min(max(p, 0.0), 1.0)
+                off, needed = luck[j] if j < len(luck) else self._draw()
+                p = min(max(profile[j] + off * self._spread, 0.0), 1.0)
                 known = right[j] if j < len(right) else 0
-                row.append(known if self._random.random() < p else (known + 1) % self._vocab)
+                row.append(known if needed < p else (known + 1) % self._vocab)
                 sure.append(0.99 if self._says == "sure" else p)
             drafts.append(row)
             confidence.append(sure)
