@@ -163,10 +163,10 @@ class Scheduler {
     rows_.clear(), pending_logits_.clear(), pending_adjusted_.clear();
   }
 
-  std::tuple<int64_t, double, bool, Numbers> plan(const Numbers& slots, int64_t batch, int64_t samples,
-                                                  const DoubleVector& seconds, double plain, const Numbers& lengths,
-                                                  std::function<double(int64_t, int64_t)> draft, int64_t turn,
-                                                  int64_t search) {
+  std::tuple<int64_t, double, bool, Numbers, int64_t, double> plan(
+      const Numbers& slots, int64_t batch, int64_t samples, const DoubleVector& seconds, double plain,
+      const Numbers& lengths, std::function<double(int64_t, int64_t)> draft, int64_t turn, int64_t search,
+      double spared) {
     expect_slots(slots, static_cast<size_t>(history_.slots));
     if (slots.empty() || samples < 1 || seconds.size() < 2 || lengths.empty() || turn < 0)
       throw std::invalid_argument("a plan needs rows, samples, seconds and lengths");
@@ -185,8 +185,10 @@ class Scheduler {
     task.early = search < 0 || search == static_cast<int64_t>(Search::early);
     task.budget = search < 0 || search == static_cast<int64_t>(Search::lagged);
     task.all = search == static_cast<int64_t>(Search::global);
+    task.spared = spared;
     const Plan best = best_plan(task);
-    return {best.length, best.rate, best.budget, Numbers(best.chosen.begin(), best.chosen.end())};
+    return {best.length,       best.rate,      best.budget, Numbers(best.chosen.begin(), best.chosen.end()),
+            best.whole_length, best.whole_rate};
   }
 
   // Of the latest step that drafted: rows as outrider.scheduling.schedule.Round has them, and logits, corrected
@@ -265,8 +267,9 @@ void bind_scheduling(nb::module_& m) {
       .def_prop_ro("pending", &Scheduler::pending)
       .def("learn", &Scheduler::learn, "turn"_a)
       .def("plan", &Scheduler::plan, "slots"_a, "batch"_a, "samples"_a, "seconds"_a.noconvert(), "plain"_a, "lengths"_a,
-           "draft"_a, "turn"_a, "search"_a,
-           "(drafts, tokens per second, whether by a budget, 0 or 1 for each row). search: -1 early or by a budget.")
+           "draft"_a, "turn"_a, "search"_a, "spared"_a,
+           "(drafts, tokens per second, whether by a budget, 0 or 1 for each row, and drafts and tokens per second where "
+           "all drafts of all rows are verified). search: -1 early or by a budget.")
       .def("latest", &Scheduler::latest);
   m.def("learn_acceptance", &learn_acceptance, "logits"_a.noconvert(), "adjusted"_a.noconvert(), "slots"_a.noconvert(),
         "verified"_a.noconvert(), "accepted"_a.noconvert(), "positions"_a.noconvert(), "row_shift"_a.noconvert(),

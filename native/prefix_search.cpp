@@ -222,6 +222,12 @@ Plan search(const PlanTask& task, std::vector<bool> chosen) {
       if (rate < kCaught * found) rate = found, budget = true;
     }
     if (rate > best.rate) best.length = length, best.rate = rate, best.budget = budget;
+    double gained = 0, took = 0;
+    for (size_t s = 0; s < ends.size(); s++) {
+      const int64_t n = static_cast<int64_t>(s) * (most + 1) + ends[s];
+      gained += tokens[static_cast<size_t>(n)], took += costs[static_cast<size_t>(ends[s])] - task.spared;
+    }
+    if (gained / took > best.whole_rate) best.whole_length = length, best.whole_rate = gained / took;
   }
   return best;
 }
@@ -252,6 +258,7 @@ Plan best_plan(const PlanTask& task) {
     }
     if (std::count(chosen.begin(), chosen.end(), true) && chosen != best.chosen) {
       Plan found = search(task, std::move(chosen));
+      found.whole_length = best.whole_length, found.whole_rate = best.whole_rate;
       if (found.rate > best.rate) best = std::move(found);
     }
     if (first == task.drafts) break;

@@ -49,12 +49,15 @@ struct PlanTask {
   std::vector<int64_t> lengths;         // to try
   std::function<double(int64_t, int64_t)> draft;  // seconds of drafting for so many rows so many tokens
   bool early = true, budget = true, all = false;  // searches that may be used
+  double spared = 0;  // seconds by which a step is shorter where nothing is chosen
 };
 struct Plan {
   int64_t length = 0;
   double rate = 0;  // tokens per second
   bool budget = false;
   std::vector<bool> chosen;  // rows
+  int64_t whole_length = 0;  // what is best where all drafts of all rows are verified
+  double whole_rate = 0;
 };
 Plan best_plan(const PlanTask& task);
 

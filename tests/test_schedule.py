@@ -101,14 +101,15 @@ def test_the_core_plans_as_numpy_does(seed: int, search: int, dips: bool) -> Non
     made = learnt(rng, drafts, rows)
     steps = rng.random(rows * drafts + 1) * rng.choice([0.02, 0.5], rows * drafts + 1)
     seconds = 1 + (np.cumsum(steps) if not dips else rng.random(rows * drafts + 1))
-    each, fixed = rng.random(2) * 0.3
+    each, fixed, spared = rng.random(3) * 0.3
 
     def draft(rows: int, drafts: int) -> float:
         return float(fixed + each * drafts + 0.001 * rows)
 
     slots = rng.permutation(rows)[: int(rng.integers(1, rows + 1))].tolist()
     lengths = sorted({1, (drafts + 1) // 2, drafts})
-    given = (slots, rows, int(rng.integers(1, 17)), seconds, rows / seconds[0], lengths, draft, seed % 1000, search)
+    known = (slots, rows, int(rng.integers(1, 17)), seconds, rows / seconds[0])
+    given = (*known, lengths, draft, seed % 1000, search, spared)
     expected = NumpyScheduler(made.acceptance, made.history).plan(*given)
     found = made.rounds.plan(*given)
     assert tuple(found[:3]) == expected[:3] and list(found[3]) == list(expected[3])

@@ -157,8 +157,8 @@ class Counted:
         return getattr(self.rounds, name)
 
 
-@pytest.mark.parametrize(("each", "share"), [(1e-6, 0.125), (3e-3, 1.0)])
-def test_drafts_are_chosen_from_where_that_saves_something(each: float, share: float) -> None:
+@pytest.mark.parametrize(("each", "least", "most"), [(1e-6, 0.06, 0.19), (1.5e-3, 0.5, 1.0)])
+def test_drafts_are_chosen_from_where_that_saves_something(each: float, least: float, most: float) -> None:
     """A pass that is hardly longer for another draft is given all, but for the first 48, and one in the eight
     steps that a plan is good for, which are learnt from."""
     costs = Costs(((1, 0.005), (9, 0.005 + 8 * each)), draft_fixed=0.0005, step=0.0002)
@@ -175,7 +175,7 @@ def test_drafts_are_chosen_from_where_that_saves_something(each: float, share: f
 
     policy.choose = choose  # type: ignore[method-assign]
     run(policy, costs, "code", 1, 10)
-    assert counted.chosen / drafting == pytest.approx(share, abs=0.06)
+    assert least <= counted.chosen / drafting <= most
 
 
 class ThreeMore(FixedPolicy):

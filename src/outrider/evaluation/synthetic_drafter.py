@@ -44,8 +44,8 @@ class SyntheticDrafter:
         """``profile``: probability that draft 1, 2, ... is right, where those before it were; ``profiles``: other ones
         of single prompts. ``seconds``: of a proposal, ``seconds_each``: of each draft of each row,
         ``seconds_per_draft``: of each draft of the longest row. ``says``: confidences are true, 0.99 or not given.
-        ``spread``: how far the probabilities of single drafts differ from the profile, up and down. Each place of a text
-        is as hard for every drafter of this ``seed``, so that schedulers that are compared meet the same luck.
+        ``spread``: how far the probabilities of single drafts differ from the profile, up and down. Each place of a
+        text is as hard for every drafter of this ``seed``, so that schedulers that are compared meet the same luck.
         """
         self._profiles = dict(profiles or {})
         for one in (profile, *self._profiles.values()):
@@ -63,7 +63,7 @@ class SyntheticDrafter:
         self._luck = {prompt: [self._draw() for _ in text] for prompt, text in self._texts.items()}
 
     def _draw(self) -> tuple[float, float]:
-        """How far a draft's probability is from the profile's, -1 to 1, and the probability from which on it is right."""
+        """How far a draft is from the profile, -1 to 1, and the probability from which on it is right."""
         return self._random.uniform(-1, 1), self._random.random()
 
     def open(self, slot: int, capacity: int) -> None:

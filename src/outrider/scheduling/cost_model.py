@@ -268,7 +268,8 @@ class CostModel:
         """Seconds of a step outside the two passes; nothing until it was seen. ``asked``: with the work of a policy
         that was asked whether to draft."""
         wanted = _bucket(rows)
-        for kind in dict.fromkeys((_kind(drafting, asked), _kind(False, True), _kind(False, False))):
+        kinds = _kind(drafting, asked), _kind(drafting, True), _kind(False, True), _kind(False, False)
+        for kind in dict.fromkeys(kinds):
             found = self._bookkeeping.get((kind, wanted))
             if found is None:  # the nearest number of rows
                 near = [(abs(known - wanted), known) for there, known in self._bookkeeping if there == kind]
@@ -278,11 +279,11 @@ class CostModel:
             return found.seconds * math.exp(self._pace)
         return 0.0
 
-    def deciding(self, rows: int) -> float:
-        """Seconds by which a step without drafts is longer because a policy was asked; nothing until both are known."""
-        with_it, without = (self._bookkeeping.get((_kind(False, asked), _bucket(rows))) for asked in (True, False))
+    def deciding(self, rows: int, drafting: bool = False, unknown: float = 0.0) -> float:
+        """Seconds by which a step is longer because a policy was asked; ``unknown`` until both are known."""
+        with_it, without = (self._bookkeeping.get((_kind(drafting, asked), _bucket(rows))) for asked in (True, False))
         if with_it is None or without is None:
-            return 0.0
+            return unknown
         return max(0.0, with_it.seconds - without.seconds) * math.exp(self._pace)
 
     # ------------------------------------------------------------------------------------------ what it is told
@@ -444,4 +445,6 @@ def _rows_of(bucket: int) -> float:
 
 
 def _kind(drafting: bool, asked: bool) -> str:
-    return "drafting" if drafting else "asked" if asked else "plain"
+    if drafting:
+        return "drafting" if asked else "repeating"
+    return "asked" if asked else "plain"

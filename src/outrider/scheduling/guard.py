@@ -75,12 +75,17 @@ class _Drafted:
     draft: float = 0.0  # seconds
     verify: float = 0.0
     bookkeeping: float = 0.0
+    repeated: int = 0  # steps that the policy was not asked about
+    unasked: float = 0.0  # seconds of their bookkeeping
     tokens: int = 0
     rows: int = 0
     context: int = 0
 
-    def add(self, cost: StepCost, accepted: int) -> None:
+    def add(self, cost: StepCost, accepted: int, repeated: bool) -> None:
         self.steps += 1
+        if repeated:
+            self.repeated += 1
+            self.unasked += cost.bookkeeping
         self.accepted += accepted
         self.draft += cost.draft
         self.verify += cost.verify
@@ -239,7 +244,7 @@ class GuardedPolicy:
         if drafted is None or drafted.ready != ready or drafted.base != base:
             self._settle()
             drafted = self._unsettled = _Drafted(ready, base)
-        drafted.add(cost, accepted)
+        drafted.add(cost, accepted, self._repeating)
         if drafted.steps >= TOGETHER or drafted.draft + drafted.verify >= SOON:
             self._settle()
 
@@ -260,6 +265,8 @@ class GuardedPolicy:
             verify = min(verify, STALL * expected)
         if bookkeeping > STALL * own:
             bookkeeping = min(bookkeeping, STALL * costs.bookkeeping(ready, drafting=True))
+        if drafted.repeated:
+            costs.observe_bookkeeping(ready, True, drafted.unasked / drafted.repeated, asked=False)
         took = drafted.draft / steps + verify + bookkeeping
         worth = without + drafted.accepted / (steps * ready) * plain
         self.ledger.settle(steps * (worth - took))

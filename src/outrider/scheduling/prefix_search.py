@@ -19,7 +19,7 @@ Equal survivals are taken by position, then by row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -118,6 +118,8 @@ class Plan:
     rate: float  # tokens per second
     budget: bool  # an early stop would give less than a budget
     chosen: Bools  # [rows]
+    whole_length: int = 0  # what is best where all drafts of all rows are verified
+    whole_rate: float = 0.0
 
 
 def best_plan(
@@ -128,13 +130,15 @@ def best_plan(
     lengths: Sequence[int],
     draft: Callable[[int, int], float],
     search: Search | None,
+    spared: float = 0.0,
 ) -> Plan:
     """The plan with the most tokens per second.
 
     survival [rows, samples, K]: what drafting for each row may give; every sample is a step as it could be, and is
     searched as a step would be. batch: rows of the step, drafted for or not. seconds: of a step by drafts verified,
     without T_draft. plain: tokens per second without drafts. lengths: those to try. draft: T_draft of so many rows and
-    drafts. search: None: an early stop or a budget, whichever gives more.
+    drafts. search: None: an early stop or a budget, whichever gives more. spared: seconds by which a step is shorter
+    where nothing is chosen.
     """
     rows, samples, drafts = survival.shape
 
@@ -144,9 +148,12 @@ def best_plan(
         share = many / len(some)  # some rows stand for all, so the walk counts a draft as ``share`` drafts
         best = Plan(0, 0.0, False, chosen)
         for length in lengths:
-            rate, budget = _rate(some[:, :, :length], batch, share, seconds, draft(many, length), search)
+            spent = draft(many, length)
+            rate, budget, whole = _rate(some[:, :, :length], batch, share, seconds, spent, search, spared)
             if rate > best.rate:
-                best = Plan(length, rate, budget, chosen)
+                best = replace(best, length=length, rate=rate, budget=budget)
+            if whole > best.whole_rate:
+                best = replace(best, whole_length=length, whole_rate=whole)
         return best
 
     best = found(np.ones(rows, dtype=bool))
@@ -160,14 +167,22 @@ def best_plan(
         worth = _sum(_sum(np.maximum(survival[:, :, :length] - token, 0.0)))
         chosen = worth / samples > plain * max(share, 0.0)
         if chosen.any() and (chosen != best.chosen).any():
-            best = max(best, found(chosen), key=lambda plan: plan.rate)
+            of_some = replace(found(chosen), whole_length=best.whole_length, whole_rate=best.whole_rate)
+            best = max(best, of_some, key=lambda plan: plan.rate)
     return best
 
 
 def _rate(
-    survival: Floats, batch: int, share: float, seconds: Floats, spent: float, search: Search | None
-) -> tuple[float, bool]:
-    """Tokens per second over all samples, and whether it takes a budget. survival [rows, samples, length]"""
+    survival: Floats,
+    batch: int,
+    share: float,
+    seconds: Floats,
+    spent: float,
+    search: Search | None,
+    spared: float,
+) -> tuple[float, bool, float]:
+    """Tokens per second over all samples, whether that takes a budget, and tokens per second with all drafts verified.
+    survival [rows, samples, length]"""
     samples = survival.shape[1]
     walk = -np.sort(-survival.transpose(1, 0, 2).reshape(samples, -1), axis=1)
     real = walk > 0
@@ -185,14 +200,15 @@ def _rate(
     def value(counts: Ints) -> float:
         return float(_sum(tokens[np.arange(samples), counts]) / _sum(costs[counts]))
 
+    every = float(_sum(tokens[np.arange(samples), ends]) / _sum(costs[ends] - spared))
     if search == "global":
-        return value(best), False
+        return value(best), False, every
     found = 0.0 if search == "lagged" else value(early)
     if search != "early":
         budget = value(np.minimum(ends, np.roll(best, 1)))  # what was best for another step
         if found < CAUGHT * budget:
-            return budget, True
-    return found, False
+            return budget, True, every
+    return found, False, every
 
 
 def _sum(values: Floats) -> Floats:

@@ -75,9 +75,11 @@ class RoundScheduler(Protocol):
         draft: Callable[[int, int], float],
         turn: int,
         search: int,
-    ) -> tuple[int, float, bool, Sequence[int]]:
+        spared: float,
+    ) -> tuple[int, float, bool, Sequence[int], int, float]:
         """``prefix_search.best_plan`` on so many samples of the past of each slot: (drafts, tokens per second, whether
-        by a budget, 1 for each row that is to have drafts). search: -1 where an early stop or a budget may be used."""
+        by a budget, 1 for each row that is to have drafts, and drafts and tokens per second where all drafts of all
+        rows are verified). search: -1 where an early stop or a budget may be used."""
         ...
 
 
@@ -226,11 +228,13 @@ class NumpyScheduler:
         draft: Callable[[int, int], float],
         turn: int,
         search: int,
-    ) -> tuple[int, float, bool, Sequence[int]]:
+        spared: float,
+    ) -> tuple[int, float, bool, Sequence[int], int, float]:
         survival = self._history.of(np.array(slots), samples, turn, self._acceptance)
         how = None if search < 0 else SEARCHES[search]
-        plan = best_plan(survival, batch, seconds, plain, lengths, draft, how)
-        return plan.length, plan.rate, plan.budget, plan.chosen.astype(int).tolist()
+        plan = best_plan(survival, batch, seconds, plain, lengths, draft, how, spared)
+        chosen = plan.chosen.astype(int).tolist()
+        return plan.length, plan.rate, plan.budget, chosen, plan.whole_length, plan.whole_rate
 
     def latest(self) -> tuple[list[list[int]], list[list[float]]]:
         """The rows of the latest round that was scheduled, and its logits, probabilities and survivals."""

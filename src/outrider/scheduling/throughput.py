@@ -38,6 +38,7 @@ Searches = Literal["auto", "early", "lagged", "global"]
 CHOICES: tuple[Searches, ...] = ("auto", *SEARCHES)
 
 MARGIN = 1.005  # drafting must promise so much more than plain decoding
+CHOICE = 1.02  # and choosing so much more than not: among many counts some look cheaper than they are
 SAMPLED = 512  # drafts of the past that a plan is made of, about
 EVERY_LENGTH = 32  # rows up to which every draft length is tried
 FIRST_WAIT, LONGEST_WAIT = 4, 512  # steps after which a row that was left out is tried again
@@ -56,8 +57,8 @@ SELDOM, RARELY = 4, 8  # of more rows than the one and the other, only every so 
 EARLY = 16  # steps that are learnt from at once
 LOOK, TOGETHER = 4, 4  # every LOOK-th step's costs are looked at, and so many learnt from at a time,
 KNOWN, LONG = 16, 0.02  # where more than KNOWN passes as large were seen, and none took so many seconds
-WORTHLESS = 1e-4  # seconds that choosing saves a step, below which a plan is repeated without it,
-REPEATED = 15  # for so many steps at most
+ASKING = 2e-4  # seconds that a step is longer in which the policy is asked, until that was seen
+REPEATED = 15  # steps at most for which a plan is repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class _Belief:
     stale: int  # the turn at which it is worked out anew
     length: int
     budget: bool  # an early stop would be caught in a dip of the costs
+    whole: bool  # choosing among the drafts is not worth the time it takes
     left_out: Mapping[int, int]  # slot -> request, of rows that are not drafted for
 
 
@@ -119,6 +121,7 @@ class _Plan:
     asked: int = 0  # rows whose limit is not 0
     search: int = 0
     probe: bool = False
+    whole: bool = False  # of the belief
     seconds: Floats | None = None  # of passes by drafts, once needed
     spent: float = 0.0  # T_draft and bookkeeping
 
@@ -159,7 +162,6 @@ class ThroughputPolicy:
         self._step: _Step | None = None
         self._learnt, self._learnt_rounds = 0, 0  # steps; rounds, one of each row
         self._learnt_last, self._look_next = 0, 0  # turns
-        self._saved = WORTHLESS  # seconds by which choosing makes a pass shorter, in the latest steps
         self._looked: list[tuple[_Step, StepCost, bool]] = []  # steps whose costs are to be learnt from; cold
 
     @classmethod
@@ -178,7 +180,7 @@ class ThroughputPolicy:
     def repeat(self) -> int:
         """As of ``guard.Repeats``: none while little is known, or where choosing is worth its time."""
         plan = self._latest
-        if not plan.requests or not plan.longest or self._saved >= WORTHLESS or self._learnt_rounds < FEW:
+        if not plan.requests or not plan.longest or not plan.whole or self._learnt_rounds < FEW:
             return 0
         steps = max(0, min(REPEATED, plan.stale - self._turn - 1))
         self._turn += steps
@@ -221,7 +223,7 @@ class ThroughputPolicy:
             belief = self._belief(now, slots[:able], free)
             left_out = belief.left_out or not belief.length  # rows that may soon be due for a try
             plan.stale = min(belief.stale, self._turn + REUSED) if left_out else belief.stale
-            plan.search = SEARCHES.index(self._search(free, belief.budget))
+            plan.search, plan.whole = SEARCHES.index(self._search(free, belief.budget)), belief.whole
             rows = self._rows
             if not belief.left_out or not belief.length:
                 plan.limits[:able] = [belief.length] * able
@@ -278,7 +280,7 @@ class ThroughputPolicy:
         alone = float(seconds[0])  # less what chunks of prompts beside it cost
         plain = ready / (alone + costs.bookkeeping(ready, drafting=False))
         search = -1 if self._config.search == "auto" else SEARCHES.index(self._config.search)
-        length, rate, budget, chosen = self._rounds.plan(
+        length, rate, budget, chosen, whole_length, whole_rate = self._rounds.plan(
             slots,
             ready,
             min(self._history.kept, max(2, SAMPLED // (rows * block))),
@@ -288,7 +290,11 @@ class ThroughputPolicy:
             costs.draft,
             self._turn,
             SEARCHES.index("global") if free else search,
+            costs.deciding(ready, drafting=True, unknown=ASKING) * REPEATED / (REPEATED + 1),
         )
+        whole = CHOICE * whole_rate >= rate
+        if whole:
+            length, rate, budget, chosen = whole_length, whole_rate, False, [1] * rows
         if rate <= MARGIN * plain:
             length = 0
         left_out = {slot: self._rows[slot].request for slot, there in zip(slots, chosen, strict=True) if not there}
@@ -296,7 +302,7 @@ class ThroughputPolicy:
         reused = min(max(REUSED if ready <= MANY_ROWS else MOST_REUSED, wait), MOST_REUSED)
         if len(self._beliefs) >= KEPT_PLANS:
             self._beliefs.clear()
-        belief = self._beliefs[load] = _Belief(self._turn, self._turn + reused, length, budget, left_out)
+        belief = self._beliefs[load] = _Belief(self._turn, self._turn + reused, length, budget, whole, left_out)
         return belief
 
     def _lengths_to_try(self, ready: int) -> list[int]:
@@ -396,7 +402,7 @@ class ThroughputPolicy:
             tokens = now.tokens + sum(lengths[:ready])
             at_least = drafts if self.costs.seen(tokens, beside=now.tokens > ready) < UNSEEN else 1
         now.scheduled = True
-        keep: list[int] = self._rounds.schedule(
+        return self._rounds.schedule(
             said,
             lengths,
             plan.slots,
@@ -407,10 +413,6 @@ class ThroughputPolicy:
             plan.search,
             at_least,
         )
-        if not at_least:
-            saved = float(seconds[sum(lengths[:ready])] - seconds[sum(keep)])
-            self._saved += 0.1 * (saved - self._saved)
-        return keep
 
     def _spent(self, rows: int, now: _Step) -> float:
         return self.costs.draft(rows, now.plan.longest) + self.costs.bookkeeping(now.ready, drafting=True)
