@@ -13,6 +13,8 @@ from outrider.engine.cost_tables import (
     cost_key,
     costs_path,
     feature_share,
+    keep_costs,
+    kept_costs,
     load_costs,
     quick_costs,
     save_costs,
@@ -62,6 +64,23 @@ def test_a_kept_table_that_ends_too_soon_is_measured_again(target: TargetModel) 
     assert max(point.tokens for point in again.target) == 64 and load_costs(again.key) == again
     more = start_costs(target, "float32", rows=32, tokens=64)
     assert max(point.rows for point in more.target) == 32
+
+
+def test_a_coarse_table_is_measured_again_and_does_not_replace_a_finer_one(target: TargetModel) -> None:
+    key = cost_key(target, "float32")
+    coarse = CostTable(key, tuple(CostPoint(m, r, 64 * r, 0.01) for m, r in ((1, 1), (4, 1), (16, 1), (2, 2))))
+    assert keep_costs(coarse) == costs_path(key)
+    fine = start_costs(target, "float32", rows=2, tokens=16)
+    assert {3, 5, 6} < {point.tokens for point in fine.target}
+    assert keep_costs(coarse) is None and load_costs(key) == fine
+
+
+def test_a_table_of_slow_passes_is_used_though_it_has_few(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_tables, "_fits", lambda table, target: True)
+    slow = CostTable(cost_key(target, "float32"), (CostPoint(1, 1, 64, 0.5), CostPoint(4, 1, 64, 0.6)))
+    save_costs(slow)
+    assert kept_costs(target, "float32", rows=8, tokens=16) == slow
+    assert kept_costs(target, "float32", rows=8, tokens=17) is None
 
 
 def test_what_features_cost_is_measured(target: TargetModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def profile(
 
     [cyan]outrider profile --shape llama-110m --dtype float32 --dtype int8 --context 256 --json costs.json[/cyan]
     """
-    from outrider.engine.cost_tables import machine, save_costs
+    from outrider.engine.cost_tables import keep_costs, machine
     from outrider.evaluation.pass_times import grid, run_profile
     from outrider.models.loading import load_backend
 
@@ -86,7 +86,9 @@ def profile(
     if result.skipped:
         console.print(f"left out, their caches would not fit: {len(result.skipped)} kinds of pass", style="yellow")
     for table in result.tables:
-        console.print(f"kept for the scheduler: {save_costs(table)}", style="dim", markup=False, soft_wrap=True)
+        path = keep_costs(table)
+        kept = f"kept for the scheduler: {path}" if path else "not kept: the scheduler has a table of more passes"
+        console.print(kept, style="dim", markup=False, soft_wrap=True)
     write_json(json, figures)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "describe",
     "feature_share",
     "instruction_set",
+    "keep_costs",
     "kept_costs",
     "load_costs",
     "machine",
@@ -56,7 +57,7 @@ CONTEXT, LONG_CONTEXT = 64, 768
 TOKENS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 192, 256)  # with the edges of tiles
 ROWS = (2, 4, 8, 16, 32, 64)
 FEWEST = (1, 4, 8, 16, 64)  # tokens, where passes are slow
-BEYOND, BEYOND_ROWS = 4, 2  # times as many tokens and rows as were timed, up to which a table is used
+BEYOND = 4  # times as many tokens as were timed, up to which a table of slow passes is used
 SAME_SHAPE, SAME_SPEED = 1.6, 4.0  # factors within which a table fits
 PAIRS, PAIRS_SECONDS = 16, 0.4  # passes with and without features, and the seconds in which no other pair begins
 
@@ -127,6 +128,12 @@ def save_costs(table: CostTable) -> Path:
     return path
 
 
+def keep_costs(table: CostTable) -> Path | None:
+    """Save a table, unless one with more passes is kept for the same: then nothing happens, and None is returned."""
+    kept = load_costs(table.key)
+    return None if kept is not None and len(kept.target) > len(table.target) else save_costs(table)
+
+
 def load_costs(key: CostKey) -> CostTable | None:
     """The table measured for exactly this key; None if there is none, or it is unreadable."""
     path = costs_path(key)
@@ -148,15 +155,21 @@ def start_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> C
 
 
 def kept_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> CostTable | None:
-    """The table kept for a target, if it goes far enough for passes of up to ``rows`` and ``tokens`` and a few passes
-    agree with it."""
+    """The table kept for a target, if it has what would be timed for passes of up to ``rows`` and ``tokens``, and a few
+    passes agree with it."""
     kept = load_costs(cost_key(target, dtype))
-    if kept is None or BEYOND * max(point.tokens for point in kept.target) < _most_tokens(target, tokens):
-        return None
-    timed = max(point.rows for point in kept.target)
-    if 1 < timed < min(rows, max(ROWS)) // BEYOND_ROWS:  # 1: passes are slow, and several rows were not timed at all
+    if kept is None or not _has_all(kept, rows, _most_tokens(target, tokens)):
         return None
     return kept if _fits(kept, target) else None
+
+
+def _has_all(table: CostTable, rows: int, tokens: int) -> bool:
+    """Between passes that were timed a table says nothing of the edges of tiles, where one more token may cost as much
+    as ten: one that is coarse, or of an engine with fewer rows, will not do. Where passes are slow, few were timed."""
+    timed = {(point.tokens, point.rows) for point in table.target}
+    if timed <= {(few, 1) for few in FEWEST}:
+        return BEYOND * max(timed)[0] >= tokens
+    return {(m, 1) for m in TOKENS if m <= tokens} | {(r, r) for r in ROWS if r <= rows} <= timed
 
 
 def measured_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int, alone: Alone = at_once) -> CostTable:

@@ -216,6 +216,11 @@ class CostModel:
 
     # ------------------------------------------------------------------------------------------ what it says
 
+    @property
+    def pace(self) -> float:
+        """Logarithm of how much slower the machine has become: for comparing times that were seen far apart."""
+        return self._pace
+
     def verify(self, tokens: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> float:
         """Seconds of a target pass. ``beside``: with chunks of prompts beside the rows."""
         if tokens >= len(self._cell_of):

@@ -16,9 +16,10 @@ step with none of that.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log2
+from math import exp, log2
 from typing import Protocol, runtime_checkable
 
 from outrider.scheduling.cost_model import CostModel
@@ -32,6 +33,7 @@ CONTROLLED = 0.005  # of the time of steps that draft, what controls may cost: t
 OFTEN, SELDOM = 48, 768  # steps that draft between two controls, at least and at most
 AT_FIRST, KNOWN = 24, 5  # the most, until so many were taken of about as many rows,
 UNKNOWN = 3  # and until one was
+BELIEVED = 5  # the latest ones: their median is what plain decoding costs, whatever the cost model says; three will do
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 ALIKE = 3  # to an octave: numbers of rows that one control speaks for
 TOGETHER, SOON = 8, 0.02  # steps that draft, or seconds of their passes, after which they are settled
@@ -119,6 +121,7 @@ class GuardedPolicy:
         self._left = 0  # plain steps of the control under way
         self._control: list[tuple[StepView, StepCost]] = []  # those of them that are looked at
         self._controls: dict[tuple[int, bool], int] = {}  # how many were taken: by rows, about, and chunks beside
+        self._proven: dict[int, deque[tuple[StepView, StepCost, float]]] = {}  # controls and paces then: by rows, about
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
@@ -227,7 +230,11 @@ class GuardedPolicy:
             return
         alike = [seen for seen in self._control if _alike(seen[0]) == _alike(view)]
         alike.sort(key=lambda seen: seen[1].verify + seen[1].bookkeeping)
-        self._learn(*alike[len(alike) // 2], drafted=False, always=True)
+        middle = alike[len(alike) // 2]
+        if not _alike(view)[1]:
+            proven = self._proven.setdefault(_alike(view)[0], deque(maxlen=BELIEVED))
+            proven.append((*middle, self.costs.pace))
+        self._learn(*middle, drafted=False, always=True)
 
     def _learn(self, view: StepView, cost: StepCost, drafted: bool, always: bool = False) -> None:
         self._plain_steps += not drafted
@@ -289,10 +296,25 @@ class GuardedPolicy:
         and drafts nothing; worked out anew every few steps."""
         if self._plain_rows != rows or self._plain_steps_left <= 0:
             own = self.costs.bookkeeping(rows, drafting=False, asked=False)
-            self._plain_seconds = self.costs.verify(rows, rows, context) + own, own, self.costs.deciding(rows)
+            off, own = self._proven_costs(rows, own)
+            self._plain_seconds = self.costs.verify(rows, rows, context) * off + own, own, self.costs.deciding(rows)
             self._plain_rows, self._plain_steps_left = rows, LOOK
         self._plain_steps_left -= 1
         return self._plain_seconds
+
+    def _proven_costs(self, rows: int, own: float) -> tuple[float, float]:
+        """How many times what the cost model says plain passes took in the latest controls, and their bookkeeping, at
+        the pace of now; 1 and ``own`` while there are too few. The model shares what it sees among passes of all sizes,
+        and may be far off while it knows few."""
+        proven = self._proven.get(round(ALIKE * log2(max(rows, 1))), ())
+        if len(proven) < (BELIEVED + 1) // 2:
+            return 1.0, own
+        times, owns = [], []
+        for view, cost, pace in proven:
+            expected, since = self.costs.verify(len(view), len(view), cost.context), exp(self.costs.pace - pace)
+            times.append(cost.verify * since / expected if expected > 0 else 1.0)
+            owns.append((cost.bookkeeping - cost.follow) * since)
+        return sorted(times)[len(times) // 2], sorted(owns)[len(owns) // 2]
 
     def _rest(self, view: StepView, cost: StepCost, deciding: float) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""
