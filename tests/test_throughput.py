@@ -429,6 +429,23 @@ def test_wrong_costs_are_corrected_within_seconds(
     assert rate(times) > 0.97 * rate(1.0)
 
 
+class Stubborn(CostModel):
+    """Believes passes over few tokens to take twice as long as they do, whatever it sees."""
+
+    def verify(self, tokens: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> float:
+        return (2.0 if tokens <= 8 else 1.0) * NATIVE.verify(tokens, rows, context)
+
+
+def test_the_guard_goes_by_its_controls_whatever_the_model_says() -> None:
+    """Four rows and seven bad drafts each, which would pay if plain decoding were as slow as is believed."""
+    plain, drafting = FixedPolicy(FixedConfig(0)), FixedPolicy(FixedConfig(K))
+    without = run(plain, NATIVE, "chat", 4, 8, window=2.0).windows
+    always = run(drafting, NATIVE, "chat", 4, 8, window=2.0).windows
+    assert 0.5 * without[-1] < always[-1] < 0.9 * without[-1], "slower, and faster than what is believed of plain decoding"
+    guard = GuardedPolicy(FixedPolicy(FixedConfig(K)), Stubborn(costs_of(NATIVE).table))
+    assert run(guard, NATIVE, "chat", 4, 8, window=2.0).windows[1:].mean() > 0.95 * without[1:].mean()
+
+
 def test_a_table_that_was_measured_later_replaces_the_first_one() -> None:
     """What was learnt of passes belonged to the first one; what drafts cost stays."""
     model, better = costs_of(STEEP), costs_of(NATIVE).table

@@ -312,7 +312,8 @@ class GuardedPolicy:
         times, owns = [], []
         for view, cost, pace in proven:
             expected, since = self.costs.verify(len(view), len(view), cost.context), exp(self.costs.pace - pace)
-            times.append(cost.verify * since / expected if expected > 0 else 1.0)
+            seconds = cost.verify / (1 + self.costs.features if cost.follow > 0 else 1)
+            times.append(seconds * since / expected if expected > 0 else 1.0)
             owns.append((cost.bookkeeping - cost.follow) * since)
         return sorted(times)[len(times) // 2], sorted(owns)[len(owns) // 2]
 
