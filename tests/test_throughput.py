@@ -441,7 +441,7 @@ def test_the_guard_goes_by_its_controls_whatever_the_model_says() -> None:
     plain, drafting = FixedPolicy(FixedConfig(0)), FixedPolicy(FixedConfig(K))
     without = run(plain, NATIVE, "chat", 4, 8, window=2.0).windows
     always = run(drafting, NATIVE, "chat", 4, 8, window=2.0).windows
-    assert 0.5 * without[-1] < always[-1] < 0.9 * without[-1], "slower, and faster than what is believed of plain decoding"
+    assert 0.5 * without[-1] < always[-1] < 0.9 * without[-1], "slower than plain decoding, faster than is believed"
     guard = GuardedPolicy(FixedPolicy(FixedConfig(K)), Stubborn(costs_of(NATIVE).table))
     assert run(guard, NATIVE, "chat", 4, 8, window=2.0).windows[1:].mean() > 0.95 * without[1:].mean()
 
