@@ -231,8 +231,9 @@ class GuardedPolicy:
         alike = [seen for seen in self._control if _alike(seen[0]) == _alike(view)]
         alike.sort(key=lambda seen: seen[1].verify + seen[1].bookkeeping)
         middle = alike[len(alike) // 2]
-        if not _alike(view)[1]:
-            proven = self._proven.setdefault(_alike(view)[0], deque(maxlen=BELIEVED))
+        about, beside = _alike(view)
+        if not beside:
+            proven = self._proven.setdefault(about, deque(maxlen=BELIEVED))
             proven.append((*middle, self.costs.pace))
         self._learn(*middle, drafted=False, always=True)
 
@@ -306,7 +307,7 @@ class GuardedPolicy:
         """How many times what the cost model says plain passes took in the latest controls, and their bookkeeping, at
         the pace of now; 1 and ``own`` while there are too few. The model shares what it sees among passes of all sizes,
         and may be far off while it knows few."""
-        proven = self._proven.get(round(ALIKE * log2(max(rows, 1))), ())
+        proven = self._proven.get(_about(rows), ())
         if len(proven) < (BELIEVED + 1) // 2:
             return 1.0, own
         times, owns = [], []
@@ -342,7 +343,12 @@ class GuardedPolicy:
 
 def _alike(step: StepView) -> tuple[int, bool]:
     """The same for steps whose plain costs are about the same: by rows, and whether chunks of prompts are beside."""
-    return round(ALIKE * log2(max(len(step), 1))), step.tokens > len(step)
+    return _about(len(step)), step.tokens > len(step)
+
+
+def _about(rows: int) -> int:
+    """The same for numbers of rows that one control speaks for."""
+    return round(ALIKE * log2(max(rows, 1)))
 
 
 def _same_rows(step: StepView, earlier: StepView | None) -> bool:
