@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import thread_time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -436,13 +438,24 @@ class Stubborn(CostModel):
         return (2.0 if tokens <= 8 else 1.0) * NATIVE.verify(tokens, rows, context)
 
 
-def test_the_guard_goes_by_its_controls_whatever_the_model_says() -> None:
+class Nervous(CostModel):
+    """Believes the machine to be slower or faster with every pass."""
+
+    picks = random.Random(0)
+
+    def observe_verify(self, *seen: Any, **more: Any) -> None:
+        super().observe_verify(*seen, **more)
+        self._speed = self._pace = self.picks.gauss(0.0, 0.8)
+
+
+@pytest.mark.parametrize("model", [Stubborn, Nervous])
+def test_the_guard_goes_by_its_controls_whatever_the_model_says(model: type[CostModel]) -> None:
     """Four rows and seven bad drafts each, which would pay if plain decoding were as slow as is believed."""
     plain, drafting = FixedPolicy(FixedConfig(0)), FixedPolicy(FixedConfig(K))
     without = run(plain, NATIVE, "chat", 4, 8, window=2.0).windows
     always = run(drafting, NATIVE, "chat", 4, 8, window=2.0).windows
     assert 0.5 * without[-1] < always[-1] < 0.9 * without[-1], "slower than plain decoding, faster than is believed"
-    guard = GuardedPolicy(FixedPolicy(FixedConfig(K)), Stubborn(costs_of(NATIVE).table))
+    guard = GuardedPolicy(FixedPolicy(FixedConfig(K)), model(costs_of(NATIVE).table))
     assert run(guard, NATIVE, "chat", 4, 8, window=2.0).windows[1:].mean() > 0.95 * without[1:].mean()
 
 

@@ -206,7 +206,7 @@ class CostModel:
         self._speed = 0.0  # log
         self._pace = 0.0  # log: how much slower the machine has become, so that what was not seen since is right too
         self._steady = False  # as many passes were seen as speed and pace are made of
-        self._latest: list[tuple[_Cell, float]] = []  # passes: of which size, log ratio to the table
+        self._latest: list[tuple[_Cell, float, int]] = []  # passes: of which size, log ratio to the table, worth
         self._alone = _Corrections()
         self._beside = _Corrections(self._alone)
         self._size(1024)
@@ -216,17 +216,16 @@ class CostModel:
 
     # ------------------------------------------------------------------------------------------ what it says
 
-    @property
-    def pace(self) -> float:
-        """Logarithm of how much slower the machine has become: for comparing times that were seen far apart."""
-        return self._pace
-
     def verify(self, tokens: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> float:
         """Seconds of a target pass. ``beside``: with chunks of prompts beside the rows."""
+        return self.usual(tokens, rows, context, beside=beside) * math.exp(self._speed)
+
+    def usual(self, tokens: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> float:
+        """The same, as if the machine had never become slower or faster."""
         if tokens >= len(self._cell_of):
             self._size(tokens + 1)
         correction = (self._beside if beside else self._alone).at(self._cell_of.item(tokens))
-        return self._base(rows, context).item(tokens) * math.exp(correction + self._speed)
+        return self._base(rows, context).item(tokens) * math.exp(correction)
 
     def verify_curve(self, tokens: int, more: int, rows: int = 1, context: int = 0, *, beside: bool = False) -> Floats:
         """float64 [more + 1]: seconds of passes over ``tokens``, ``tokens + 1``, ... new tokens; to read."""
@@ -302,11 +301,15 @@ class CostModel:
         beside: bool,
         asked: bool = True,
         cold: bool = False,
+        worth: int = 1,
     ) -> None:
         """All parts of a step with ``ready`` rows past their prompts. ``planned``: rows that were drafted for, and the
-        most drafts of one; zeros for a plain step. ``beside``, ``asked``, ``cold``: as of the parts."""
+        most drafts of one; zeros for a plain step. ``beside``, ``asked``, ``cold``, ``worth``: as of the parts."""
         rows, drafts = planned
-        self.observe_verify(cost.tokens, cost.rows, cost.context, cost.verify, features=cost.follow > 0, beside=beside)
+        features = cost.follow > 0
+        self.observe_verify(
+            cost.tokens, cost.rows, cost.context, cost.verify, features=features, beside=beside, worth=worth
+        )
         # Plain decoding would not have shown the drafter anything.
         own = cost.bookkeeping - (0.0 if drafts else cost.follow)
         self.observe_bookkeeping(ready, drafts > 0, own, asked=asked, cold=cold)
@@ -322,8 +325,10 @@ class CostModel:
         *,
         features: bool = False,
         beside: bool = False,
+        worth: int = 1,
     ) -> None:
-        """A pass. ``features``: it gave those too, which estimates leave out. ``beside``: as of ``verify``."""
+        """A pass. ``features``: it gave those too, which estimates leave out. ``beside``: as of ``verify``. ``worth``:
+        of how many it is the median."""
         if tokens <= 0 or not 0 < seconds < math.inf:
             return
         self._curves.clear()
@@ -339,10 +344,10 @@ class CostModel:
         kind, key = self._beside if beside else self._alone, self._cell(tokens, beside)
         found = kind.cell(key)
         found.count += 1
-        self._latest.append((found, ratio))
+        self._latest.append((found, ratio, worth))
         if len(self._latest) > LATEST:
             del self._latest[0]
-        speeds = [ratio - cell.value for cell, ratio in self._latest]
+        speeds = [ratio - cell.value for cell, ratio, _ in self._latest]
         before, self._speed = self._speed, median(speeds[-NEWEST:])
         if len(speeds) < LATEST:  # the machine's speed comes first, or single numbers of tokens would stand for it
             return
@@ -350,11 +355,11 @@ class CostModel:
             self._pace += self._speed - before
         self._steady = True
         # The one in the middle against those around it, which met the same machine: its clock may change every second.
-        cell, own = self._latest[LATEST // 2][0], speeds.pop(LATEST // 2)
-        mixed = any(other is not cell for other, _ in self._latest)
+        (cell, _, worth), own = self._latest[LATEST // 2], speeds.pop(LATEST // 2)
+        mixed = any(other is not cell for other, _, _ in self._latest)
         known = cell.others if mixed else cell.compared
-        move = MOVE if known > 4 else 4 * MOVE  # what was never seen may be far off
-        cell.value += max(CELL_RATE, 1 / (known + 3)) * min(max(own - median(speeds), -move), move)
+        move = MOVE * worth if known > 4 else 4 * MOVE  # what was never seen may be far off
+        cell.value += max(CELL_RATE * worth, 1 / (known + 3)) * min(max(own - median(speeds), -move), move)
         cell.compared += 1
         cell.others += mixed
 

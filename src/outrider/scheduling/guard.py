@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log2
+from math import exp, log, log2
 from typing import Protocol, runtime_checkable
 
 from outrider.scheduling.cost_model import CostModel
@@ -34,6 +34,7 @@ OFTEN, SELDOM = 48, 768  # steps that draft between two controls, at least and a
 AT_FIRST, KNOWN = 24, 5  # the most, until so many were taken of about as many rows,
 UNKNOWN = 3  # and until one was
 BELIEVED = 5  # the latest ones: their median is what plain decoding costs, whatever the cost model says; three will do
+CHANGING = 0.25  # what one settlement counts for in how slow the machine is
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 ALIKE = 3  # to an octave: numbers of rows that one control speaks for
 TOGETHER, SOON = 8, 0.02  # steps that draft, or seconds of their passes, after which they are settled
@@ -121,7 +122,8 @@ class GuardedPolicy:
         self._left = 0  # plain steps of the control under way
         self._control: list[tuple[StepView, StepCost]] = []  # those of them that are looked at
         self._controls: dict[tuple[int, bool], int] = {}  # how many were taken: by rows, about, and chunks beside
-        self._proven: dict[int, deque[tuple[StepView, StepCost, float]]] = {}  # controls and paces then: by rows, about
+        self._proven: dict[int, deque[tuple[StepView, StepCost, float]]] = {}  # controls, slowness then: by rows, about
+        self._slowness: float | None = None  # log: passes of the latest steps that drafted, over what they cost usually
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
@@ -232,18 +234,20 @@ class GuardedPolicy:
         alike.sort(key=lambda seen: seen[1].verify + seen[1].bookkeeping)
         middle = alike[len(alike) // 2]
         about, beside = _alike(view)
-        if not beside:
+        if not beside and self._slowness is not None:
             proven = self._proven.setdefault(about, deque(maxlen=BELIEVED))
-            proven.append((*middle, self.costs.pace))
-        self._learn(*middle, drafted=False, always=True)
+            proven.append((*middle, self._slowness))
+        self._learn(*middle, drafted=False, control=True)
 
-    def _learn(self, view: StepView, cost: StepCost, drafted: bool, always: bool = False) -> None:
+    def _learn(self, view: StepView, cost: StepCost, drafted: bool, control: bool = False) -> None:
         self._plain_steps += not drafted
         often = self._plain_steps > SEEN and self._follows and (self._asked or self._suspended)
-        if not drafted and not always and often and self._plain_steps % LOOK:
+        if not drafted and not control and often and self._plain_steps % LOOK:
             return
         planned = (sum(n > 0 for n in self._planned), max(self._planned)) if drafted else (0, 0)
-        self.costs.observe_step(cost, len(view), planned, beside=view.tokens > len(view), asked=self._asked)
+        worth = LOOKED_AT if control else 1
+        beside = view.tokens > len(view)
+        self.costs.observe_step(cost, len(view), planned, beside=beside, asked=self._asked, worth=worth)
 
     def _count(self, view: StepView, cost: StepCost, accepted: int) -> None:
         """A step that drafted."""
@@ -262,15 +266,13 @@ class GuardedPolicy:
         if drafted is None:
             return
         ready, base, steps, costs, context = drafted.ready, drafted.base, drafted.steps, self.costs, drafted.context
+        verify, bookkeeping = self._pass(drafted), drafted.bookkeeping / steps
         self._plain_steps_left = 0
         plain, own, _ = self._plain(ready, context)
         without = plain
         if base != ready:  # chunks of prompts beside it
-            without = costs.verify(max(base, 1), drafted.rows, context, beside=True) + own
-        verify, bookkeeping = drafted.verify / steps, drafted.bookkeeping / steps
-        if verify > STALL * plain:
-            expected = costs.verify(drafted.tokens // steps, drafted.rows, context, beside=base != ready)
-            verify = min(verify, STALL * expected)
+            slow = exp(self._slowness or 0.0)
+            without = costs.usual(max(base, 1), drafted.rows, context, beside=True) * slow + own
         if bookkeeping > STALL * own:
             bookkeeping = min(bookkeeping, STALL * costs.bookkeeping(ready, drafting=True))
         if drafted.repeated:
@@ -292,6 +294,19 @@ class GuardedPolicy:
             self._needed = max(2 * lost, 0.25 * self.ledger.most)
             self._since_control = [0, 0]
 
+    def _pass(self, drafted: _Drafted) -> float:
+        """Seconds of one of its passes, but for what held it up; alone, they show how slow the machine is now."""
+        alone, tokens = drafted.base == drafted.ready, drafted.tokens // drafted.steps
+        usual = self.costs.usual(tokens, drafted.rows, drafted.context, beside=not alone) * (1 + self.costs.features)
+        ratio = max(drafted.verify / drafted.steps, 1e-9) / usual
+        if self._slowness is None:
+            self._slowness = log(ratio) if alone else None
+            return ratio * usual
+        ratio = min(ratio, STALL * exp(self._slowness))
+        if alone:
+            self._slowness += CHANGING * (log(ratio) - self._slowness)
+        return ratio * usual
+
     def _plain(self, rows: int, context: int) -> tuple[float, float, float]:
         """Seconds of a plain step of so many rows, of its bookkeeping alone, and of the policy's work where it is asked
         and drafts nothing; worked out anew every few steps."""
@@ -304,15 +319,16 @@ class GuardedPolicy:
         return self._plain_seconds
 
     def _proven_costs(self, rows: int, own: float) -> tuple[float, float]:
-        """How many times what the cost model says plain passes took in the latest controls, and their bookkeeping, at
-        the pace of now; 1 and ``own`` while there are too few. The model shares what it sees among passes of all sizes,
-        and may be far off while it knows few."""
-        proven = self._proven.get(_about(rows), ())
-        if len(proven) < (BELIEVED + 1) // 2:
+        """How many times what the cost model says plain passes took in the latest controls, and their bookkeeping, on
+        the machine as slow as it is now; 1 and ``own`` while there are too few. The model shares what it sees among
+        passes of all sizes, and may be far off while it knows few. Now and then are compared by steps that drafted
+        alone: what is wrong of them is wrong of both."""
+        proven, now = self._proven.get(_about(rows), ()), self._slowness
+        if len(proven) < (BELIEVED + 1) // 2 or now is None:
             return 1.0, own
         times, owns = [], []
-        for view, cost, pace in proven:
-            expected, since = self.costs.verify(len(view), len(view), cost.context), exp(self.costs.pace - pace)
+        for view, cost, then in proven:
+            expected, since = self.costs.verify(len(view), len(view), cost.context), exp(now - then)
             seconds = cost.verify / (1 + self.costs.features if cost.follow > 0 else 1)
             times.append(seconds * since / expected if expected > 0 else 1.0)
             owns.append((cost.bookkeeping - cost.follow) * since)
