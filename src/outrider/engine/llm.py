@@ -111,11 +111,12 @@ class LLM:
         self._auto = drafter == "auto"
         if measure:
             tune_core(self.target)
+        chosen: Mapping[str, Any] = {}
         if drafter == "auto":
-            drafter = _resolve_auto(loaded, self._measures)
+            drafter, chosen = _resolve_auto(loaded, self._measures)
         if drafter_options is not None and not isinstance(drafter_options, Mapping):
             raise InvalidRequest(f"drafter_options must be a mapping of names to values, got {drafter_options!r}")
-        options = dict(drafter_options or {})
+        options = {**chosen, **(drafter_options or {})}
         if draft_tokens is not None:
             options["draft_tokens"] = draft_tokens
         self.drafter_name, self.drafter = load_drafter(drafter, loaded, options, max_rows=max_rows)
@@ -308,20 +309,22 @@ class Run:
         return self._llm._output(self._prompt, self._request)
 
 
-def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> str:
-    """The drafter that ``auto`` means for a target: what measures fastest of those it comes with, under the policy that
-    runs it, else ``suffix``. One alone: a trained drafter and ``suffix`` together lost to either (docs/log.md).
-    ``alone``: see ``fastest``."""
+def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> tuple[str, Mapping[str, Any]]:
+    """The drafter, and its options, that ``auto`` means for a target: what measures fastest of those it comes with,
+    under the policy that runs it, else ``suffix``. One alone: a trained drafter and ``suffix`` together lost to either
+    (docs/log.md). ``alone``: see ``fastest``."""
     if loaded.name not in PACKAGED_DRAFTERS:
-        return "suffix"
+        return "suffix", {}
     files = sorted((EMBEDDED_PROMPTS if loaded.name == EMBEDDED else QUESTIONS).glob("*.jsonl"))
     prompts: list[Any] = [next(read_json_lines(file))[1]["turns"][0] for file in files]
     if loaded.name != EMBEDDED:
         prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in prompts]
     backend = load_backend(loaded.backend, loaded.dtype).name
-    return fastest(
-        loaded.name, prompts, lambda name: LLM(loaded, name, guard=False), loaded.dtype, backend, alone=alone
-    )
+
+    def load(name: str, options: Mapping[str, Any]) -> LLM:
+        return LLM(loaded, name, drafter_options=options, guard=False)
+
+    return fastest(loaded.name, prompts, load, loaded.dtype, backend, alone=alone)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

@@ -33,7 +33,8 @@ CONTROLLED = 0.005  # of the time of steps that draft, what controls may cost: t
 OFTEN, SELDOM = 48, 768  # steps that draft between two controls, at least and at most
 AT_FIRST, KNOWN = 24, 5  # the most, until so many were taken of about as many rows,
 UNKNOWN = 3  # and until one was
-BELIEVED = 5  # the latest ones: their median is what plain decoding costs, whatever the cost model says; three will do
+CLEARLY = 1.25  # an advantage that needs no more of them than it takes to be believed
+BELIEVED, ENOUGH = 5, 3  # the latest ones: their median is what plain decoding costs, whatever the cost model says
 CHANGING = 0.25  # what one settlement counts for in how slow the machine is
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 ALIKE = 3  # to an octave: numbers of rows that one control speaks for
@@ -183,7 +184,10 @@ class GuardedPolicy:
         alike = _alike(step)
         taken = self._controls.get(alike, 0)
         wait = min(max(OFTEN, CONTROL * (self._advantage - 1) / CONTROLLED), SELDOM)
-        if taken < KNOWN:
+        known = KNOWN
+        if self._advantage > CLEARLY:
+            known = 1 if alike[1] else ENOUGH
+        if taken < known:
             return min(wait, AT_FIRST if taken else UNKNOWN)
         return BESIDE * wait if alike[1] else wait
 
@@ -324,7 +328,7 @@ class GuardedPolicy:
         passes of all sizes, and may be far off while it knows few. Now and then are compared by steps that drafted
         alone: what is wrong of them is wrong of both."""
         proven, now = self._proven.get(_about(rows), ()), self._slowness
-        if len(proven) < (BELIEVED + 1) // 2 or now is None:
+        if len(proven) < ENOUGH or now is None:
             return 1.0, own
         times, owns = [], []
         for view, cost, then in proven:
