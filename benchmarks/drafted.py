@@ -1,7 +1,8 @@
 """A drafter's speed over plain decoding on prompt sets, fixed draft lengths beside the product's default.
 
     python benchmarks/drafted.py --model smollm2 --drafter dspark --prompts mt-bench.jsonl gsm8k.jsonl \\
-        [--arms fixed:3 fixed:4 auto] [--temperature 0 1] [--limit 10] [--rule block] [--json FILE]
+        [--arms fixed:3 fixed:4 auto] [--temperature 0 1] [--limit 10] [--rule block] [--drafter-dtype int4] \\
+        [--json FILE]
 
 Each prompt is answered once by every arm, plain decoding among them, in a random order, with the same number of tokens
 (the end-of-text token is ignored); at temperature 1 with the same seed. A set's ratio is that of the summed seconds,
@@ -33,8 +34,10 @@ def engines(options: argparse.Namespace) -> dict[str, LLM]:
     found = {PLAIN: LLM(loaded, "none", max_rows=1)}
     for arm in options.arms:
         kind, _, drafts = arm.partition(":")
-        length: dict[str, Any] = {"draft_tokens": int(drafts)} if drafts else {}
-        found[arm] = LLM(loaded, options.drafter, policy=kind, guard=not drafts, max_rows=1, **length)
+        more: dict[str, Any] = {"draft_tokens": int(drafts)} if drafts else {}
+        if options.drafter_dtype:
+            more["drafter_options"] = {"dtype": options.drafter_dtype}
+        found[arm] = LLM(loaded, options.drafter, policy=kind, guard=not drafts, max_rows=1, **more)
     return found
 
 
@@ -47,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--drafter", default="dspark")
+    parser.add_argument("--drafter-dtype", help="precision of a trained drafter: int8 (the default), int4, ...")
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSON Lines with `turns`; default: packaged prompts")
     parser.add_argument("--arms", nargs="+", default=["fixed:3", "fixed:4", "auto"], help="fixed:DRAFTS, or a policy")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
