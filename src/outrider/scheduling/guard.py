@@ -125,6 +125,7 @@ class GuardedPolicy:
         self._controls: dict[tuple[int, bool], int] = {}  # how many were taken: by rows, about, and chunks beside
         self._proven: dict[int, deque[tuple[StepView, StepCost, float]]] = {}  # controls, slowness then: by rows, about
         self._slowness: float | None = None  # log: passes of the latest steps that drafted, over what they cost usually
+        self._table = costs.table
         self._advantage = 1.0  # tokens per second over plain decoding's, while drafting
         self._plain_steps = 0
         self._asked = False  # the policy planned this step
@@ -275,8 +276,7 @@ class GuardedPolicy:
         plain, own, _ = self._plain(ready, context)
         without = plain
         if base != ready:  # chunks of prompts beside it
-            slow = exp(self._slowness or 0.0)
-            without = costs.usual(max(base, 1), drafted.rows, context, beside=True) * slow + own
+            without = self._now(max(base, 1), drafted.rows, context) + own
         if bookkeeping > STALL * own:
             bookkeeping = min(bookkeeping, STALL * costs.bookkeeping(ready, drafting=True))
         if drafted.repeated:
@@ -298,8 +298,17 @@ class GuardedPolicy:
             self._needed = max(2 * lost, 0.25 * self.ledger.most)
             self._since_control = [0, 0]
 
+    def _now(self, tokens: int, rows: int, context: int) -> float:
+        """Seconds of a pass with chunks of prompts, on the machine as slow as it is now."""
+        if self._slowness is None:
+            return self.costs.verify(tokens, rows, context, beside=True)
+        return self.costs.usual(tokens, rows, context, beside=True) * exp(self._slowness)
+
     def _pass(self, drafted: _Drafted) -> float:
         """Seconds of one of its passes, but for what held it up; alone, they show how slow the machine is now."""
+        if self._table is not self.costs.table:  # all of that was relative to another one
+            self._table, self._slowness = self.costs.table, None
+            self._proven.clear()
         alone, tokens = drafted.base == drafted.ready, drafted.tokens // drafted.steps
         usual = self.costs.usual(tokens, drafted.rows, drafted.context, beside=not alone) * (1 + self.costs.features)
         ratio = max(drafted.verify / drafted.steps, 1e-9) / usual
