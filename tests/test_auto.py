@@ -11,6 +11,7 @@ import pytest
 
 from outrider import LLM
 from outrider.engine import auto
+from outrider.engine import llm as llm_module
 from outrider.models.locations import resolve_model
 
 DRAFTERS = ("dspark", "dflash", "eagle3")
@@ -41,6 +42,26 @@ def test_plain_decoding_wins_where_nothing_is_faster(kept: Path, monkeypatch: py
     slower = {"none": 1.0, "suffix": 0.9, "draft_model": 0.8}
     monkeypatch.setattr(auto, "_measure", lambda *args: slower)
     assert LLM("embedded").drafter_name == "none"
+
+
+def test_a_large_drafter_is_also_tried_in_4_bits(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "LARGE", 2**22)
+    seen: list[tuple[Any, dict[str, Any]]] = []
+    real = llm_module.load_drafter
+
+    def load_drafter(drafter: Any, model: Any, options: Any, **more: Any) -> Any:
+        seen.append((drafter, dict(options)))
+        return real(drafter, model, options, **more)
+
+    monkeypatch.setattr(llm_module, "load_drafter", load_drafter)
+    LLM("embedded")
+    speedups = json.loads(next(kept.iterdir()).read_text())["speedup_over_plain"]
+    assert set(speedups) == {"none", "suffix", "draft_model", *DRAFTERS, "dspark, int4"}
+    assert ("dspark", {"dtype": "int4"}) in seen
+    next(kept.iterdir()).unlink()
+    monkeypatch.setattr(auto, "_measure", lambda *args: {"none": 1.0, "dspark, int4": 2.0})
+    for _ in range(2):  # measured, remembered
+        assert LLM("embedded").drafter_name == "dspark" and seen[-1] == ("dspark", {"dtype": "int4"})
 
 
 def test_a_damaged_memory_is_measured_anew(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
