@@ -24,7 +24,17 @@ from statistics import fmean
 from typing import Any
 
 from live import DRAFTS, Setting, Window, set_up
-from simulated import Observed, observed, pass_of, policy_for, sizes_of, warm_arms, whole_rounds
+from simulated import (
+    Observed,
+    feature_share_of,
+    observed,
+    pass_of,
+    policy_for,
+    sizes_of,
+    warm_arms,
+    whole_rounds,
+    without_features,
+)
 from support import add_json, facts, say, table, write_json
 
 from outrider.planning.simulated_drafts import Recorded
@@ -66,12 +76,14 @@ def recorded(setting: Setting, concurrency: int, options: argparse.Namespace) ->
             before = len(seen[name].steps)
             windows[name].append(clients[name].run(options.seconds, concurrency))
             turns.append((name, before, len(seen[name].steps)))
-    costs = {name: observed(name, setting, measured, clients, seen, windows) for name in (f"fixed:{DRAFTS}", "auto")}
+    features = feature_share_of(setting, clients)
+    arms = (f"fixed:{DRAFTS}", "auto")
+    costs = {name: observed(name, setting, measured, clients, seen, windows, features) for name in arms}
     known, took, expected = costs["auto"], [], []
     for name, start, end in turns:
         watch = seen[name]
         for (cost, limit, _), prompts in zip(watch.steps[start:end], watch.prompts[start:end], strict=True):
-            took.append(cost.verify + cost.draft)
+            took.append(without_features(cost, features).verify + cost.draft)
             expected.append(known.read(prompts, *pass_of(cost)) + known.draft(cost.rows, limit))
     mean = sum(took) / sum(expected)
     return Recording(

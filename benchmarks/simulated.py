@@ -138,9 +138,11 @@ def observed(
     clients: Mapping[str, Client],
     seen: Mapping[str, Watch],
     first: Mapping[str, list[Window]],
+    features: float,
 ) -> Observed:
-    """The costs of an arm. Features are part of the passes that were observed with a drafter. One that hardly drafted
-    says little of what its steps would take that draft: then those of fixed drafts stand for them."""
+    """The costs of an arm. ``features``: the share that passes take longer which give them, the same for all arms. An
+    arm that hardly drafted says little of what its steps would take that draft: then those of fixed drafts stand for
+    them."""
     drafter = clients[f"fixed:{DRAFTS}"].llm.drafter
     book: dict[bool, list[float]] = {False: [], True: []}
     drafting = sum(limit > 0 for _, limit, _ in seen[name].steps)
@@ -151,7 +153,11 @@ def observed(
             if (arm == "none") == (limit == 0):
                 book[limit > 0].append(cost.bookkeeping - cost.follow + outside / len(seen[arm].steps))
     shown = seen[f"fixed:{DRAFTS}"].steps
-    passes = [(cost, n) for watch in seen.values() for (cost, _, _), n in zip(watch.steps, watch.prompts, strict=True)]
+    passes = [
+        (without_features(cost, features), n)
+        for watch in seen.values()
+        for (cost, _, _), n in zip(watch.steps, watch.prompts, strict=True)
+    ]
     drafts = {k: fmean(c.draft for c, limit, _ in seen[f"fixed:{k}"].steps if limit == k) for k in KNOWN}
     found = Observed(
         costs,
@@ -159,12 +165,22 @@ def observed(
         drafts,
         (fmean(book[False]), fmean(book[True])),
         sum(cost.follow for cost, _, _ in shown) / sum(n for _, _, n in shown),
-        feature_share(setting.loaded.target, drafter.aux_layers),
+        features,
         not drafter.aux_layers and not isinstance(drafter, ReadsHidden),
         max(cost.rows for cost, limit, _ in shown if limit),
     )
     more = sum(c.verify - found.verify(max(c.tokens - n, 1), c.rows, c.context) for c, n in passes if n)
     return replace(found, prompt=max(more, 0.0) / max(sum(n for _, n in passes), 1))
+
+
+def without_features(cost: StepCost, share: float) -> StepCost:
+    """The step as if its pass had given no features."""
+    return replace(cost, verify=cost.verify / (1 + share)) if cost.follow > 0 else cost
+
+
+def feature_share_of(setting: Setting, clients: Mapping[str, Client]) -> float:
+    """Measured once for all arms: one that is charged what others are not cannot be compared with them."""
+    return feature_share(setting.loaded.target, clients[f"fixed:{DRAFTS}"].llm.drafter.aux_layers)
 
 
 def slowness_of(watch: Watch, costs: Observed, seed: int) -> Callable[[float], float]:
@@ -261,8 +277,9 @@ def both(setting: Setting, concurrency: int, options: argparse.Namespace) -> lis
     sizes = tuple(size for some in engines.values() for client in some for size in client.sizes)
     rounds = Recorded(whole_rounds(seen[f"fixed:{DRAFTS}"]))
     rows = []
+    features = feature_share_of(setting, clients)
     for name in options.policies:
-        costs = observed(name, setting, measured, clients, seen, first)
+        costs = observed(name, setting, measured, clients, seen, first, features)
         told = [
             simulate(
                 policy_for(name, costs),
