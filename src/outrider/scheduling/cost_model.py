@@ -355,11 +355,11 @@ class CostModel:
             self._pace += self._speed - before
         self._steady = True
         # The one in the middle against those around it, which met the same machine: its clock may change every second.
-        (cell, _, worth), own = self._latest[LATEST // 2], speeds.pop(LATEST // 2)
+        (cell, _, many), own = self._latest[LATEST // 2], speeds.pop(LATEST // 2)
         mixed = any(other is not cell for other, _, _ in self._latest)
         known = cell.others if mixed else cell.compared
-        move = MOVE * worth if known > 4 else 4 * MOVE  # what was never seen may be far off
-        cell.value += max(CELL_RATE * worth, 1 / (known + 3)) * min(max(own - median(speeds), -move), move)
+        move = MOVE * many if known > 4 else 4 * MOVE  # what was never seen may be far off
+        cell.value += max(CELL_RATE * many, 1 / (known + 3)) * min(max(own - median(speeds), -move), move)
         cell.compared += 1
         cell.others += mixed
 

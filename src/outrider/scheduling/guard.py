@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, log2
+from statistics import median_high
 from typing import Protocol, runtime_checkable
 
 from outrider.scheduling.cost_model import CostModel
@@ -235,10 +236,10 @@ class GuardedPolicy:
             self._control.append((view, cost))
         if self._left:
             return
-        alike = [seen for seen in self._control if _alike(seen[0]) == _alike(view)]
+        about, beside = kind = _alike(view)
+        alike = [seen for seen in self._control if _alike(seen[0]) == kind]
         alike.sort(key=lambda seen: seen[1].verify + seen[1].bookkeeping)
         middle = alike[len(alike) // 2]
-        about, beside = _alike(view)
         if not beside and self._slowness is not None:
             proven = self._proven.setdefault(about, deque(maxlen=BELIEVED))
             proven.append((*middle, self._slowness))
@@ -312,12 +313,11 @@ class GuardedPolicy:
         alone, tokens = drafted.base == drafted.ready, drafted.tokens // drafted.steps
         usual = self.costs.usual(tokens, drafted.rows, drafted.context, beside=not alone) * (1 + self.costs.features)
         ratio = max(drafted.verify / drafted.steps, 1e-9) / usual
-        if self._slowness is None:
-            self._slowness = log(ratio) if alone else None
-            return ratio * usual
-        ratio = min(ratio, STALL * exp(self._slowness))
+        if self._slowness is not None:
+            ratio = min(ratio, STALL * exp(self._slowness))
         if alone:
-            self._slowness += CHANGING * (log(ratio) - self._slowness)
+            slow = log(ratio)
+            self._slowness = slow if self._slowness is None else self._slowness + CHANGING * (slow - self._slowness)
         return ratio * usual
 
     def _plain(self, rows: int, context: int) -> tuple[float, float, float]:
@@ -342,10 +342,9 @@ class GuardedPolicy:
         times, owns = [], []
         for view, cost, then in proven:
             expected, since = self.costs.verify(len(view), len(view), cost.context), exp(now - then)
-            seconds = cost.verify / (1 + self.costs.features if cost.follow > 0 else 1)
-            times.append(seconds * since / expected if expected > 0 else 1.0)
+            times.append(self._featureless(cost) * since / expected if expected > 0 else 1.0)
             owns.append((cost.bookkeeping - cost.follow) * since)
-        return sorted(times)[len(times) // 2], sorted(owns)[len(owns) // 2]
+        return median_high(times), median_high(owns)
 
     def _rest(self, view: StepView, cost: StepCost, deciding: float) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""
@@ -366,8 +365,11 @@ class GuardedPolicy:
 
     def _following(self, cost: StepCost) -> float:
         """Seconds by which a step without drafts was longer than a plain one, because rows are followed."""
-        share = self.costs.features if cost.follow > 0 else 0.0
-        return cost.draft + cost.follow + cost.verify * share / (1 + share)
+        return cost.draft + cost.follow + cost.verify - self._featureless(cost)
+
+    def _featureless(self, cost: StepCost) -> float:
+        """Seconds that its pass would have taken without giving features."""
+        return cost.verify / (1 + self.costs.features) if cost.follow > 0 else cost.verify
 
 
 def _alike(step: StepView) -> tuple[int, bool]:
