@@ -31,13 +31,15 @@ PLAIN = "none"
 def engines(options: argparse.Namespace) -> dict[str, LLM]:
     """One engine an arm; all share the target's weights."""
     loaded = load_model(options.model)
+    names = options.drafter.split(",")
+    drafter = names if len(names) > 1 else options.drafter
     found = {PLAIN: LLM(loaded, "none", max_rows=1)}
     for arm in options.arms:
         kind, _, drafts = arm.partition(":")
         more: dict[str, Any] = {"draft_tokens": int(drafts)} if drafts else {}
         if options.drafter_dtype:
             more["drafter_options"] = {"dtype": options.drafter_dtype}
-        found[arm] = LLM(loaded, options.drafter, policy=kind, guard=not drafts, max_rows=1, **more)
+        found[arm] = LLM(loaded, drafter, policy=kind, guard=not drafts, max_rows=1, **more)
     return found
 
 
@@ -49,7 +51,7 @@ def answer(llm: LLM, ids: list[int], params: SamplingParams) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--drafter", default="dspark")
+    parser.add_argument("--drafter", default="dspark", help="of several, separated by commas, each round has one")
     parser.add_argument("--drafter-dtype", help="precision of a trained drafter: int8 (the default), int4, ...")
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSON Lines with `turns`; default: packaged prompts")
     parser.add_argument("--arms", nargs="+", default=["fixed:3", "fixed:4", "auto"], help="fixed:DRAFTS, or a policy")

@@ -23,7 +23,7 @@ from outrider.errors import InvalidRequest
 from outrider.evaluation.synthetic_drafter import SyntheticDrafter
 from outrider.models.toy import ToyTarget
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
-from outrider.types import Context, Proposal, RaggedBatch, StepCost, StepRecord, StepView, Values
+from outrider.types import Context, Proposal, RaggedBatch, SharesPrefixes, StepCost, StepRecord, StepView, Values
 
 VOCABULARY = 400  # of the tiny model, at least
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=5)
@@ -313,6 +313,78 @@ def test_a_dear_drafter_is_not_taken_for_a_little_more(texts: Any) -> None:
     assert asked["dear"] <= 4 and asked["cheap"] > 0.8 * output.stats.rounds
 
 
+def test_a_round_takes_the_drafter_that_is_sure_of_it(texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copying drafter that knows every other stretch of the text, and says so, beside a dear one that is right about
+    one draft everywhere."""
+    llm, prompts, known = texts
+    text = known[tuple(prompts[0])]
+    stretch, clock, asked = 12, [0.0], [0, 0]
+    monkeypatch.setattr("outrider.drafters.base.several.perf_counter", lambda: clock[0])
+
+    class Copies(SyntheticDrafter):
+        def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Any) -> Proposal:
+            clock[0] += 1e-5
+            at = len(context.history[0]) - len(prompts[0])
+            drafts = text[at : at + limit[0]] if at // stretch % 2 else []
+            return Proposal.pack([drafts], [[0.9] * len(drafts)])
+
+    class Dear(SyntheticDrafter):
+        def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Any) -> Proposal:
+            clock[0] += 3e-4
+            asked[(len(context.history[0]) - len(prompts[0])) // stretch % 2] += 1
+            return super().propose(slots, last, context, limit, rng)
+
+        def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
+            clock[0] += 1e-3  # the rest of a step
+            super().observe(batch, features, hidden)
+
+    cheap = Copies(known, [1.0] * 4, vocab_size=VOCABULARY)
+    dear = Dear(known, [1.0, 0.0, 0.0, 0.0], vocab_size=VOCABULARY)
+    output = llm.with_drafter(SeveralDrafters([dear, cheap])).generate(
+        prompts[0], SamplingParams(max_tokens=120, ignore_eos=True)
+    )[0]
+    assert output.token_ids == text
+    assert asked[0] > 20 and asked[1] < 8  # where the copies have nothing
+    assert output.stats.rounds < 50  # some 30 of 2 tokens, and 13 of 5
+
+
+def test_several_drafters_share_prefixes() -> None:
+    class Shares(MarkovDrafter):
+        def __init__(self, layers: tuple[int, ...], held: int) -> None:
+            super().__init__(TABLE, 2)
+            self.aux_layers, self.held, self.calls = layers, held, []  # type: ignore[var-annotated]
+
+        def match(self, tokens: Any) -> int:
+            return min(self.held, len(tokens))
+
+        def adopt(self, slot: int, tokens: Any, count: int) -> None:
+            self.calls.append(("adopt", slot, count))
+
+        def publish(self, slot: int, tokens: Any) -> None:
+            self.calls.append(("publish", slot, len(tokens)))
+
+        def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
+            self.calls.append(("observe", *batch.lists[:2]))
+
+    class Reads:
+        block = 2
+        observe, open, propose, close = Shares.observe, Shares.open, Shares.propose, Shares.close
+
+        def __init__(self, layers: tuple[int, ...]) -> None:
+            self.aux_layers, self.calls = layers, []  # type: ignore[var-annotated]
+
+    reader, small, copies = Shares((1,), 6), Shares((), 2), Reads(())
+    both = SeveralDrafters([reader, small, copies])
+    assert isinstance(both, SharesPrefixes) and both.match([7] * 9) == 6  # what the reader of features has
+    both.adopt(3, [7, 8, 9, 7, 8, 9], 4)
+    both.publish(3, [7] * 5)
+    assert reader.calls == [("adopt", 3, 4), ("publish", 3, 5)]
+    assert small.calls == [("adopt", 3, 2), ("observe", [9, 7], [2, 3]), ("publish", 3, 5)]
+    assert copies.calls == [("observe", [7, 8, 9, 7], [0, 1, 2, 3])]
+    assert SeveralDrafters([reader, Reads((2,))]).match([7] * 9) == 0  # the other would have a hole
+    assert SeveralDrafters([small, copies]).match([7] * 9) == 0  # read tokens alone: shown all of them
+
+
 def test_features_are_handed_to_the_drafter_that_reads_them() -> None:
     class Reads(MarkovDrafter):
         def __init__(self, layers: tuple[int, ...]) -> None:
@@ -367,6 +439,8 @@ def test_lists_of_drafters_load(tiny_model_dir: Path) -> None:
     assert LLM(tiny_model_dir, ["none", "ngram"], dtype="float32").drafter_name == "ngram"
     with pytest.raises(InvalidRequest, match="several drafters share draft_tokens alone, got 'max_ngram'"):
         LLM(tiny_model_dir, ["ngram", "suffix"], drafter_options={"max_ngram": 3}, dtype="float32")
+    own = LLM(tiny_model_dir, ["ngram", "suffix"], drafter_options={"suffix": {"draft_tokens": 5}}, dtype="float32")
+    assert isinstance(own.drafter, SeveralDrafters) and own.drafter.drafters[1].block == 5
     with pytest.raises(InvalidRequest, match="at least two"):
         SeveralDrafters([])
 

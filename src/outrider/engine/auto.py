@@ -1,11 +1,12 @@
 """What ``drafter="auto"`` means for a target that comes with drafters: the one that measures fastest on this machine.
 
 Each candidate answers for some seconds, greedily and sampled; plain decoding is one of them, and a drafter that is
-slower than it in either is not chosen. The result is cached with everything it depends on, and measured again when that
+clearly slower than it in either is not chosen. The result is cached with everything it depends on, and measured again when that
 changes. Where an engine is to start at once, nothing is measured: the first drafter of the catalogue is taken.
 
 A drafter with many weights is also tried in 4 bits: its drafts are accepted a little less often, and take less time on
-some processors.
+some processors. The fastest of the trained ones is then tried together with ``suffix``, whose drafts cost nothing where
+a text repeats itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from statistics import mean
 from typing import Any, Protocol
 
 import torch
@@ -32,9 +34,11 @@ __all__ = ["fastest"]
 
 PLAIN = "none"
 WITHOUT_FILES = ("suffix",)
+PAIRED = ", suffix"
 LARGE = 16 << 20  # bytes of a checkpoint from which on drafting mostly waits for its weights
-TOKENS = 48  # of an answer
+TOKENS, LONG = 48, 128  # of an answer, and of one in which copies are to find something
 TEMPERATURES = (0.0, 1.0)
+NOISE = 0.97  # of plain speed: so much is found of what is as fast
 
 
 class _LLM(Protocol):
@@ -42,26 +46,30 @@ class _LLM(Protocol):
     def generate(self, prompts: Any, params: Any = None) -> list[Output]: ...
 
 
-Candidate = tuple[str, Mapping[str, Any]]
-"""A drafter's name and its options."""
+Candidate = tuple[str | tuple[str, ...], Mapping[str, Any]]
+"""A drafter's name, or those of several, and options."""
+
+Load = Callable[[str | tuple[str, ...], Mapping[str, Any]], _LLM]
 
 
 def fastest(
     target: str,
     prompts: Sequence[str | list[int]],
-    load: Callable[[str, Mapping[str, Any]], _LLM],
+    load: Load,
     dtype: str,
     backend: str,
     *,
     alone: Alone | None = at_once,
 ) -> Candidate:
-    """A packaged drafter of ``target``, ``suffix`` or ``none``, and its options; measured, or remembered from before.
+    """A packaged drafter of ``target``, ``suffix``, both or ``none``, and options; measured, or remembered from before.
 
     ``load`` makes an LLM of the target with such a drafter, which answers ``prompts``, one a topic. ``alone`` calls it
     for each answer, where requests may run beside; None: what is not remembered is not measured.
     """
     packaged = {name: model for name, model in PACKAGED_DRAFTERS[target].items() if _there(model)}
-    candidates = _candidates(packaged, backend)
+    single = _candidates(packaged, backend)
+    pairs = _pairs(single)
+    candidates = single | pairs
     key = _key(target, packaged, list(candidates), dtype, backend)
     path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     with suppress(ValueError, KeyError):  # missing or damaged: it is only a measurement
@@ -70,8 +78,12 @@ def fastest(
             return candidates[kept["fastest"]]
     if alone is None:
         return next(iter(packaged), WITHOUT_FILES[0]), {}
-    speedups = _measure(prompts, load, candidates, alone)
-    best = max(speedups, key=lambda name: speedups[name])
+    speedups = _measure(prompts, load, single, alone, TOKENS)
+    if trained := [name for name in speedups if f"{name}{PAIRED}" in pairs]:
+        name = max(trained, key=speedups.__getitem__)
+        pair = {one: candidates[one] for one in (PLAIN, name, name + PAIRED)}
+        speedups |= _measure(prompts, load, pair, alone, LONG)
+    best = max(speedups, key=speedups.__getitem__)
     with suppress(OSError):
         write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
     return candidates[best]
@@ -86,14 +98,25 @@ def _candidates(packaged: Mapping[str, str], backend: str) -> dict[str, Candidat
     return found
 
 
+def _pairs(single: Mapping[str, Candidate]) -> dict[str, Candidate]:
+    """Trained drafters together with ``suffix``."""
+    trained = {name: one for name, one in single.items() if name not in (PLAIN, *WITHOUT_FILES)}
+    return {
+        f"{name}{PAIRED}": ((kind, *WITHOUT_FILES), {kind: options} if options else {})
+        for name, (kind, options) in trained.items()
+        if isinstance(kind, str)
+    }
+
+
 def _measure(
     prompts: Sequence[str | list[int]],
-    load: Callable[[str, Mapping[str, Any]], _LLM],
+    load: Load,
     candidates: Mapping[str, Candidate],
     alone: Alone,
+    tokens: int,
 ) -> dict[str, float]:
-    """Speed-up over plain decoding: the lesser of greedy and sampled, each the geometric mean over the prompts.
-    Greedy text of small models repeats itself, which flatters drafters that copy."""
+    """Speed-up over plain decoding: the geometric mean over prompts, and over greedy and sampled answers, or the lesser
+    of these two where drafting is slower by more than noise."""
     sides = {name: load(*candidate) for name, candidate in candidates.items()}
 
     def answer(side: _LLM, prompt: str | list[int], params: SamplingParams) -> float:
@@ -102,16 +125,17 @@ def _measure(
 
     for side in sides.values():  # warm up: the first call is not timed
         answer(side, prompts[0], SamplingParams(max_tokens=8))
-    least = dict.fromkeys(candidates, math.inf)
+    found: dict[str, list[float]] = {name: [] for name in candidates}
     for temperature in TEMPERATURES:
-        params = SamplingParams(max_tokens=TOKENS, temperature=temperature, seed=1, ignore_eos=True)
+        params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True)
         logarithms = dict.fromkeys(candidates, 0.0)
         for prompt in prompts:
             seconds = {name: answer(side, prompt, params) for name, side in sides.items()}
             for name in candidates:
                 logarithms[name] += math.log(seconds[PLAIN] / seconds[name]) / len(prompts)
-        least = {name: min(least[name], logarithms[name]) for name in candidates}
-    return {name: round(math.exp(value), 3) for name, value in least.items()}
+        for name in candidates:
+            found[name].append(logarithms[name])
+    return {name: round(math.exp(mean(of) if min(of) >= math.log(NOISE) else min(of)), 3) for name, of in found.items()}
 
 
 def _there(model: str) -> bool:
@@ -127,7 +151,11 @@ def _key(
     return {
         "outrider": __version__,
         "target": target,
-        "measured": {"temperatures": list(TEMPERATURES), "tokens": TOKENS, "counts": "the least"},
+        "measured": {
+            "temperatures": list(TEMPERATURES),
+            "tokens": [TOKENS, LONG],
+            "counts": "the mean, or the least where that is slower",
+        },
         "candidates": list(candidates),
         "bytes": {name: _size(model) for name, model in packaged.items()},
         "dtype": dtype,

@@ -50,12 +50,12 @@ class LLM:
     ``model``: a local Hugging Face directory, a hub id, ``"embedded"``, or a loaded target (then pass ``tokenizer``).
     ``drafter``: ``none``, ``ngram``, ``suffix``, another name of the drafters' catalogue, a directory with a
     draft model or a trained drafter, a ready ``Drafter``, or ``auto`` (see ``outrider.engine.auto``). Of a list, each
-    row takes the drafter that gives most tokens per second for it.
+    row takes, round by round, the drafter that gives most tokens per second for it.
     ``policy``: ``auto``, which drafts where that raises tokens per second, or a name of the policies' catalogue
     (``fixed`` drafts the same number in every round). ``guard``: decoding is never slower than without the drafter,
     because drafting stops where it does not pay, whatever the policy says.
     ``drafter_options`` are the fields of the chosen kind's ``Config``, and ``calibration``: a directory with the
-    calibration.json of a drafter that has no checkpoint to keep it in.
+    calibration.json of a drafter that has no checkpoint to keep it in. Of several drafters each has its own, by name.
 
     ``kv_memory``: bytes for the target's keys and values, those kept for requests that begin alike included; None: what
     ``max_rows`` sequences of ``capacity`` tokens need, at most half of the memory that is available. ``kv_dtype``:
@@ -309,10 +309,9 @@ class Run:
         return self._llm._output(self._prompt, self._request)
 
 
-def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> tuple[str, Mapping[str, Any]]:
+def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> tuple[str | tuple[str, ...], Mapping[str, Any]]:
     """The drafter, and its options, that ``auto`` means for a target: what measures fastest of those it comes with,
-    under the policy that runs it, else ``suffix``. One alone: a trained drafter and ``suffix`` together lost to either
-    (docs/log.md). ``alone``: see ``fastest``."""
+    under the policy that runs it, else ``suffix``. ``alone``: see ``fastest``."""
     if loaded.name not in PACKAGED_DRAFTERS:
         return "suffix", {}
     files = sorted((EMBEDDED_PROMPTS if loaded.name == EMBEDDED else QUESTIONS).glob("*.jsonl"))
@@ -321,7 +320,7 @@ def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> tuple[str, Mappin
         prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in prompts]
     backend = load_backend(loaded.backend, loaded.dtype).name
 
-    def load(name: str, options: Mapping[str, Any]) -> LLM:
+    def load(name: str | tuple[str, ...], options: Mapping[str, Any]) -> LLM:
         return LLM(loaded, name, drafter_options=options, guard=False)
 
     return fastest(loaded.name, prompts, load, loaded.dtype, backend, alone=alone)

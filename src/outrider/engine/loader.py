@@ -82,10 +82,11 @@ def load_drafter(
     max_rows: int,
 ) -> tuple[str, Drafter]:
     """A drafter by name, by the directory of a draft model or a trained drafter, or as it is: its name, and itself.
-    Of several, each row takes the one that is best for it; only ``draft_tokens`` can be set for all of them.
+    Of several, each row takes the one that is best for it.
 
     ``options``: fields of the kind's ``Config``, and ``calibration``, a directory whose calibration.json its
-    confidences go through. Raises CheckpointError, IncompatibleDrafter, InvalidRequest, UnknownKind.
+    confidences go through; of several drafters, each one's by its name, and ``draft_tokens`` of all. Raises
+    CheckpointError, IncompatibleDrafter, InvalidRequest, UnknownKind.
     """
     if isinstance(drafter, Drafter):
         return type(drafter).__name__, drafter
@@ -121,12 +122,17 @@ def load_drafter(
 def _load_several(
     drafters: Sequence[str | Path | Drafter], model: LoadedModel, options: Mapping[str, Any], *, max_rows: int
 ) -> tuple[str, Drafter]:
-    unknown = sorted(options.keys() - {"draft_tokens"})
+    own = {name: given for name, given in options.items() if name != "draft_tokens"}
+    unknown = [name for name, given in own.items() if name not in map(str, drafters) or not isinstance(given, Mapping)]
     if unknown:
         raise InvalidRequest(
-            f"several drafters share draft_tokens alone, got {unknown[0]!r}; give ready drafters instead"
+            f"several drafters share draft_tokens alone, got {unknown[0]!r}; options of one of them go under its name, "
+            f"as in {{{str(drafters[0])!r}: {{...}}}}"
         )
-    loaded = [load_drafter(drafter, model, options, max_rows=max_rows) for drafter in drafters]
+    shared = {name: given for name, given in options.items() if name == "draft_tokens"}
+    loaded = [
+        load_drafter(drafter, model, {**shared, **own.get(str(drafter), {})}, max_rows=max_rows) for drafter in drafters
+    ]
     useful = [(name, made) for name, made in loaded if made.block]
     if len(useful) < 2:
         return useful[0] if useful else load_drafter("none", model, {}, max_rows=max_rows)
