@@ -1,8 +1,9 @@
 """What ``drafter="auto"`` means for a target that comes with drafters: the one that measures fastest on this machine.
 
 Each candidate answers for some seconds, greedily and sampled; plain decoding is one of them, and a drafter that is
-clearly slower than it in either is not chosen. The result is cached with everything it depends on, and measured again when that
-changes. Where an engine is to start at once, nothing is measured: the first drafter of the catalogue is taken.
+clearly slower than it in either is not chosen. The result is cached with everything it depends on, and measured again
+when that changes. Where an engine is to start at once, nothing is measured: the first drafter of the catalogue is
+taken.
 
 A drafter with many weights is also tried in 4 bits: its drafts are accepted a little less often, and take less time on
 some processors. The fastest of the trained ones is then tried together with ``suffix``, whose drafts cost nothing where
