@@ -212,7 +212,7 @@ class SeveralDrafters:
         *,
         cheap: bool,
     ) -> _Drafts:
-        """A drafter's drafts. Confidences of a cheap one are corrected by its past, which stands for them if it has none."""
+        """A drafter's drafts; a cheap one's confidences are corrected by its past, or are that where it has none."""
         before = perf_counter()
         proposal = self.drafters[d].propose(slots, last, context, asked, rng)
         self._seconds[d] = _nearer(self._seconds[d], perf_counter() - before)
