@@ -542,14 +542,14 @@ def test_suffix_follows_the_most_frequent_branch() -> None:
     drafter.open(0, 100)
     draft = one(drafter, [1, 2, 8, 1, 2, 9, 1, 3, 6, 1], 1)
     assert draft.tokens == [2]  # after (1): 2 twice, 3 once
-    assert draft.confidence == pytest.approx([2 / 3 * 2 / 3])
+    assert draft.confidence == pytest.approx([2 / 3 * 1 / 3])
 
 
 def test_suffix_stops_where_branches_are_too_even() -> None:
-    drafter = SuffixDrafter(SuffixConfig(min_survival=0.5))
+    drafter = SuffixDrafter(SuffixConfig(min_survival=0.3))
     drafter.open(0, 100)
     history = [1, 2, 3, 4, 1, 2, 5, 6, 1]
-    assert one(drafter, history, 4).tokens == [2]  # survival 2/3; then 3 or 5, one each: 2/3 * 1/2 * 3/4
+    assert one(drafter, history, 4).tokens == [2]  # survival 1/3; then 3 or 5, one each: 1/3 * 1/2 * 2/4
     drafter = SuffixDrafter(SuffixConfig(min_match=2))
     drafter.open(0, 100)
     assert one(drafter, history, 4).tokens == []

@@ -108,8 +108,9 @@ class SuffixAutomaton:
         """Follow the most frequent branch for up to ``most`` tokens.
 
         Whether token j is drafted, and its confidence, are read off the state before it. Confidence is the
-        branch's frequency times Laplace's rule of succession on the context: m tokens agreed, so the next one
-        does with probability (m + 1) / (m + 2).
+        branch's frequency times m / (m + 2) where m tokens of context agreed: a third for one token, nine tenths for
+        18, as in greedy answers of SmolLM2. (Laplace's rule of succession, (m + 1) / (m + 2), is twice as sure of
+        short contexts as it should be.)
         """
         drafted: list[int] = []
         confidence: list[float] = []
@@ -123,7 +124,7 @@ class SuffixAutomaton:
                 matched = self._length[state]
                 continue
             edge = edges[state][token]
-            sureness = (edge & COUNT_MASK) / total[state] * (matched + 1) / (matched + 2)
+            sureness = (edge & COUNT_MASK) / total[state] * matched / (matched + 2)
             survival *= sureness
             if survival < least:
                 break

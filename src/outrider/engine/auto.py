@@ -6,8 +6,8 @@ when that changes. Where an engine is to start at once, nothing is measured: the
 taken.
 
 A drafter with many weights is also tried in 4 bits: its drafts are accepted a little less often, and take less time on
-some processors. The fastest of the trained ones is then tried together with ``suffix``, whose drafts cost nothing where
-a text repeats itself.
+some processors. The fastest of the trained ones together with ``suffix``, whose drafts cost nothing where a text
+repeats itself, is then compared with the fastest of all, in longer answers.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def fastest(
     if alone is None:
         return next(iter(packaged), WITHOUT_FILES[0]), {}
     speedups = _measure(prompts, load, single, alone, TOKENS)
-    if trained := [name for name in speedups if f"{name}{PAIRED}" in pairs]:
-        name = max(trained, key=speedups.__getitem__)
-        pair = {one: candidates[one] for one in (PLAIN, name, name + PAIRED)}
-        speedups |= _measure(prompts, load, pair, alone, LONG)
     best = max(speedups, key=speedups.__getitem__)
+    if best != PLAIN and (trained := [name for name in speedups if f"{name}{PAIRED}" in pairs]):
+        pair = max(trained, key=speedups.__getitem__) + PAIRED
+        speedups |= _measure(prompts, load, {one: candidates[one] for one in (PLAIN, best, pair)}, alone, LONG)
+        best = max(PLAIN, best, pair, key=speedups.__getitem__)
     with suppress(OSError):
         write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
     return candidates[best]
