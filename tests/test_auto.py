@@ -22,7 +22,6 @@ DRAFTERS = ("dspark", "dflash", "eagle3")
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(auto, "TOKENS", 4)
-    monkeypatch.setattr(auto, "LONG", 4)
     return tmp_path / "outrider" / "choices"
 
 
@@ -33,19 +32,16 @@ def test_the_fastest_is_measured_once(kept: Path, monkeypatch: pytest.MonkeyPatc
     speedups = found["speedup_over_plain"]
 
     fastest = found["fastest"]
-    assert first == fastest.replace(", ", "+")
-    trained = {"draft_model", *DRAFTERS}
-    pairs = set(speedups) - {"none", "suffix"} - trained
-    assert set(speedups) == {"none", "suffix"} | trained | pairs
-    assert pairs <= {f"{name}, suffix" for name in trained} and len(pairs) == (fastest != "none" or len(pairs))
-    assert all(speedups[fastest] >= speedups[name] for name in ("none", *pairs))
+    assert fastest == max(speedups, key=lambda name: speedups[name])
+    assert first == fastest
+    assert set(speedups) == {"none", "suffix", "draft_model", *DRAFTERS}
     monkeypatch.setattr(auto, "_measure", lambda *args: pytest.fail("measured again"))
     assert LLM("embedded").drafter_name == first
 
 
 def test_plain_decoding_wins_where_nothing_is_faster(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slower = {"none": 1.0, "suffix": 0.9, "draft_model": 0.8}
-    monkeypatch.setattr(auto, "_measure", lambda *args: dict(slower))
+    monkeypatch.setattr(auto, "_measure", lambda *args: slower)
     assert LLM("embedded").drafter_name == "none"
 
 
@@ -61,42 +57,17 @@ def test_a_large_drafter_is_also_tried_in_4_bits(kept: Path, monkeypatch: pytest
     monkeypatch.setattr(llm_module, "load_drafter", load_drafter)
     LLM("embedded")
     speedups = json.loads(next(kept.iterdir()).read_text())["speedup_over_plain"]
-    assert set(speedups) > {"none", "suffix", "draft_model", *DRAFTERS, "dspark, int4"}
+    assert set(speedups) == {"none", "suffix", "draft_model", *DRAFTERS, "dspark, int4"}
     assert ("dspark", {"dtype": "int4"}) in seen
     next(kept.iterdir()).unlink()
-    values = {"none": 1.0, "dspark, int4": 2.0}
-    monkeypatch.setattr(
-        auto, "_measure", lambda prompts, load, candidates, *_: {n: values.get(n, 0.9) for n in candidates}
-    )
+    monkeypatch.setattr(auto, "_measure", lambda *args: {"none": 1.0, "dspark, int4": 2.0})
     for _ in range(2):  # measured, remembered
         assert LLM("embedded").drafter_name == "dspark" and seen[-1] == ("dspark", {"dtype": "int4"})
 
 
-def test_a_trained_drafter_is_also_tried_together_with_copies(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "LARGE", 2**22)
-    asked: list[set[str]] = []
-    values = {"none": 1.0, "suffix": 1.2, "dspark": 1.3, "dspark, int4": 1.4, "dspark, int4, suffix": 1.5}
-
-    def measure(prompts: Any, load: Any, candidates: Any, alone: Any, tokens: int) -> dict[str, float]:
-        asked.append(set(candidates))
-        return {name: values.get(name, 0.9) for name in candidates}
-
-    monkeypatch.setattr(auto, "_measure", measure)
-    for _ in range(2):  # measured, remembered
-        llm = LLM("embedded")
-        assert llm.drafter_name == "dspark+suffix"
-        assert LLM(
-            "embedded", drafter=["dspark", "suffix"], drafter_options={"dspark": {"dtype": "int4"}}
-        ).drafter.block
-    assert asked == [
-        {"none", "suffix", "draft_model", *DRAFTERS, "dspark, int4"},
-        {"none", "dspark, int4", "dspark, int4, suffix"},
-    ]
-
-
-def test_what_loses_at_one_temperature_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_loses_at_one_temperature_is_not_taken() -> None:
     class Side:
-        """Twice as fast greedily; sampled, as its name says."""
+        """Twice as fast greedily; sampled, as it is told."""
 
         def __init__(self, sampled: float) -> None:
             self.sampled = sampled
@@ -107,9 +78,8 @@ def test_what_loses_at_one_temperature_is_not_taken(monkeypatch: pytest.MonkeyPa
             return [SimpleNamespace(stats=SimpleNamespace(seconds=seconds))]
 
     sides = {"none": 1.0, "loses": 0.9, "gains": 1.125}
-    found = auto._measure(
-        ["a"], lambda name, options: Side(sides[name]), {n: (n, {}) for n in sides}, lambda act: act(), 4
-    )
+    candidates = {name: (name, {}) for name in sides}
+    found = auto._measure(["a"], lambda name, options: Side(sides[name]), candidates, lambda act: act())
     assert found == {"none": 1.0, "loses": 0.9, "gains": 1.5}
 
 
@@ -137,8 +107,7 @@ def test_an_engine_that_starts_at_once_measures_later(kept: Path, monkeypatch: p
 
     llm.measure(alone)
     assert len(pieces) > 100 and costs.table != short
-    fastest = json.loads(next(kept.iterdir()).read_text())["fastest"]
-    assert fastest.replace(", ", "+") == LLM("embedded", measure=False).drafter_name
+    assert json.loads(next(kept.iterdir()).read_text())["fastest"] == LLM("embedded", measure=False).drafter_name
     pieces.clear()
     llm.measure(alone)
     assert len(pieces) == 1, "the core's tuning, which is not measured twice"

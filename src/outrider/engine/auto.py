@@ -6,8 +6,7 @@ when that changes. Where an engine is to start at once, nothing is measured: the
 taken.
 
 A drafter with many weights is also tried in 4 bits: its drafts are accepted a little less often, and take less time on
-some processors. The fastest of the trained ones together with ``suffix``, whose drafts cost nothing where a text
-repeats itself, is then compared with the fastest of all, in longer answers.
+some processors.
 """
 
 from __future__ import annotations
@@ -35,9 +34,8 @@ __all__ = ["fastest"]
 
 PLAIN = "none"
 WITHOUT_FILES = ("suffix",)
-PAIRED = ", suffix"
 LARGE = 16 << 20  # bytes of a checkpoint from which on drafting mostly waits for its weights
-TOKENS, LONG = 48, 128  # of an answer, and of one in which copies are to find something
+TOKENS = 48  # of an answer
 TEMPERATURES = (0.0, 1.0)
 NOISE = 0.97  # of plain speed: so much is found of what is as fast
 
@@ -47,30 +45,26 @@ class _LLM(Protocol):
     def generate(self, prompts: Any, params: Any = None) -> list[Output]: ...
 
 
-Candidate = tuple[str | tuple[str, ...], Mapping[str, Any]]
-"""A drafter's name, or those of several, and options."""
-
-Load = Callable[[str | tuple[str, ...], Mapping[str, Any]], _LLM]
+Candidate = tuple[str, Mapping[str, Any]]
+"""A drafter's name and its options."""
 
 
 def fastest(
     target: str,
     prompts: Sequence[str | list[int]],
-    load: Load,
+    load: Callable[[str, Mapping[str, Any]], _LLM],
     dtype: str,
     backend: str,
     *,
     alone: Alone | None = at_once,
 ) -> Candidate:
-    """A packaged drafter of ``target``, ``suffix``, both or ``none``, and options; measured, or remembered from before.
+    """A packaged drafter of ``target``, ``suffix`` or ``none``, and its options; measured, or remembered from before.
 
     ``load`` makes an LLM of the target with such a drafter, which answers ``prompts``, one a topic. ``alone`` calls it
     for each answer, where requests may run beside; None: what is not remembered is not measured.
     """
     packaged = {name: model for name, model in PACKAGED_DRAFTERS[target].items() if _there(model)}
-    single = _candidates(packaged, backend)
-    pairs = _pairs(single)
-    candidates = single | pairs
+    candidates = _candidates(packaged, backend)
     key = _key(target, packaged, list(candidates), dtype, backend)
     path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     with suppress(ValueError, KeyError):  # missing or damaged: it is only a measurement
@@ -79,12 +73,8 @@ def fastest(
             return candidates[kept["fastest"]]
     if alone is None:
         return next(iter(packaged), WITHOUT_FILES[0]), {}
-    speedups = _measure(prompts, load, single, alone, TOKENS)
+    speedups = _measure(prompts, load, candidates, alone)
     best = max(speedups, key=speedups.__getitem__)
-    if best != PLAIN and (trained := [name for name in speedups if f"{name}{PAIRED}" in pairs]):
-        pair = max(trained, key=speedups.__getitem__) + PAIRED
-        speedups |= _measure(prompts, load, {one: candidates[one] for one in (PLAIN, best, pair)}, alone, LONG)
-        best = max(PLAIN, best, pair, key=speedups.__getitem__)
     with suppress(OSError):
         write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
     return candidates[best]
@@ -99,22 +89,11 @@ def _candidates(packaged: Mapping[str, str], backend: str) -> dict[str, Candidat
     return found
 
 
-def _pairs(single: Mapping[str, Candidate]) -> dict[str, Candidate]:
-    """Trained drafters together with ``suffix``."""
-    trained = {name: one for name, one in single.items() if name not in (PLAIN, *WITHOUT_FILES)}
-    return {
-        f"{name}{PAIRED}": ((kind, *WITHOUT_FILES), {kind: options} if options else {})
-        for name, (kind, options) in trained.items()
-        if isinstance(kind, str)
-    }
-
-
 def _measure(
     prompts: Sequence[str | list[int]],
-    load: Load,
+    load: Callable[[str, Mapping[str, Any]], _LLM],
     candidates: Mapping[str, Candidate],
     alone: Alone,
-    tokens: int,
 ) -> dict[str, float]:
     """Speed-up over plain decoding: the geometric mean over prompts, and over greedy and sampled answers, or the lesser
     of these two where drafting is slower by more than noise."""
@@ -128,7 +107,7 @@ def _measure(
         answer(side, prompts[0], SamplingParams(max_tokens=8))
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for temperature in TEMPERATURES:
-        params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=1, ignore_eos=True)
+        params = SamplingParams(max_tokens=TOKENS, temperature=temperature, seed=1, ignore_eos=True)
         logarithms = dict.fromkeys(candidates, 0.0)
         for prompt in prompts:
             seconds = {name: answer(side, prompt, params) for name, side in sides.items()}
@@ -154,7 +133,7 @@ def _key(
         "target": target,
         "measured": {
             "temperatures": list(TEMPERATURES),
-            "tokens": [TOKENS, LONG],
+            "tokens": TOKENS,
             "counts": "the mean, or the least where that is slower",
         },
         "candidates": list(candidates),
