@@ -1,6 +1,6 @@
-"""A drafter's speed over plain decoding on prompt sets, fixed draft lengths beside the product's default.
+"""Drafters' speed over plain decoding on prompt sets, fixed draft lengths beside the product's default.
 
-    python benchmarks/drafted.py --model smollm2 --drafter dspark --prompts mt-bench.jsonl gsm8k.jsonl \\
+    python benchmarks/drafted.py --model smollm2 --drafter dspark dspark,suffix --prompts mt-bench.jsonl gsm8k.jsonl \\
         [--arms fixed:3 fixed:4 auto] [--temperature 0 1] [--limit 10] [--rule block] [--drafter-dtype int4] \\
         [--json FILE]
 
@@ -31,15 +31,18 @@ PLAIN = "none"
 def engines(options: argparse.Namespace) -> dict[str, LLM]:
     """One engine an arm; all share the target's weights."""
     loaded = load_model(options.model)
-    names = options.drafter.split(",")
-    drafter = names if len(names) > 1 else options.drafter
     found = {PLAIN: LLM(loaded, "none", max_rows=1)}
-    for arm in options.arms:
-        kind, _, drafts = arm.partition(":")
-        more: dict[str, Any] = {"draft_tokens": int(drafts)} if drafts else {}
-        if options.drafter_dtype:
-            more["drafter_options"] = {"dtype": options.drafter_dtype}
-        found[arm] = LLM(loaded, drafter, policy=kind, guard=not drafts, max_rows=1, **more)
+    for drafter in options.drafter:
+        names = drafter.split(",")
+        for arm in options.arms:
+            kind, _, drafts = arm.partition(":")
+            more: dict[str, Any] = {"draft_tokens": int(drafts)} if drafts else {}
+            if options.drafter_dtype:
+                own = {"dtype": options.drafter_dtype}
+                more["drafter_options"] = own if len(names) == 1 else {names[0]: own}
+            found[f"{drafter} {arm}"] = LLM(
+                loaded, names if len(names) > 1 else drafter, policy=kind, guard=not drafts, max_rows=1, **more
+            )
     return found
 
 
@@ -51,7 +54,9 @@ def answer(llm: LLM, ids: list[int], params: SamplingParams) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--drafter", default="dspark", help="of several, separated by commas, each round has one")
+    parser.add_argument(
+        "--drafter", nargs="+", default=["dspark"], help="of several, separated by commas, each round has one"
+    )
     parser.add_argument("--drafter-dtype", help="precision of a trained drafter: int8 (the default), int4, ...")
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSON Lines with `turns`; default: packaged prompts")
     parser.add_argument("--arms", nargs="+", default=["fixed:3", "fixed:4", "auto"], help="fixed:DRAFTS, or a policy")
@@ -86,7 +91,7 @@ def main() -> None:
                     settle()
                     times[arm][name].append(seconds_of(partial(answer, found[arm], ids, params)))
             say(f"  temperature {temperature:g}, {name}: {len(prompts)} prompts")
-        for arm in options.arms:
+        for arm in [name for name in found if name != PLAIN]:
             row: dict[str, Any] = {"arm": arm, "temperature": temperature, "sets": {}}
             for name in sets:
                 ratio, interval = bootstrap_ratio(times[PLAIN][name], times[arm][name])

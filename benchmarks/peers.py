@@ -65,6 +65,9 @@ def outrider(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[i
         for k in draft_tokens:
             llm = plain.with_drafter(drafter, draft_tokens=k, **options)
             yield f"outrider {drafter}, {k}", lambda ids, count, llm=llm: answer(llm, ids, count)
+            if drafter in trained:
+                both = plain.with_drafter([drafter, "suffix"], draft_tokens=k)
+                yield f"outrider {drafter} and suffix, {k}", lambda ids, count, llm=both: answer(llm, ids, count)
 
 
 def transformers(

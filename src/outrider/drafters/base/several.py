@@ -50,9 +50,9 @@ BELIEVED, BELIEF = 1.0, 10  # accepted drafts that a drafter is believed to have
 UNKNOWN_SECONDS = 1e-3
 FIRST = 3  # rounds in which every drafter proposes, so that none is judged by a call that was interrupted
 FORGET = 0.96  # of what a row's scores count, each round: a drafter that had bad luck gets another chance
-NOTHING = (
-    0.8  # of its speed, what plain decoding is worth: whether to draft is for the policy to say, which knows costs
-)
+# Of its speed, what a round is worth in which cheap drafters promise hardly anything: whether to draft is for the
+# policy to say, which knows what passes cost.
+HARDLY = 0.6
 BANDS = (0.3, 0.8, 1.6, 3.0)  # accepted drafts that a cheap drafter promises: rounds between two are alike
 BAND_PRIOR = 6.0  # how many rounds of a band weigh as much as the mean of all
 
@@ -264,8 +264,8 @@ class SeveralDrafters:
             n = row.count[d]
             promised = self._of_all_rows(d, band) + n * row.excess[d] / (n + ROW_PRIOR)
             promised = max(0.0, min(promised, limit))
-        elif not promised:
-            return NOTHING / self._rest
+        elif promised < BANDS[0]:
+            return HARDLY * (1 + promised) / self._rest
         return (1 + promised) / (self._rest + self._seconds[d])
 
     def _of_all_rows(self, d: int, band: int) -> float:
