@@ -54,9 +54,9 @@ def test_side_by_side_rounds_are_padded_with_nan_and_empty_ones_left_out() -> No
 # ------------------------------------------------------------------------------------------------ recording
 
 
-@pytest.mark.parametrize("policy", ["fixed", "threshold"])
-def test_recorded_rounds_are_those_of_the_engine(tiny_model_dir: Path, policy: str) -> None:
-    llm = LLM(tiny_model_dir, "suffix", policy=policy, dtype="float32")
+@pytest.mark.parametrize(("policy", "options"), [("fixed", {}), ("threshold", {"threshold": 0.3})])
+def test_recorded_rounds_are_those_of_the_engine(tiny_model_dir: Path, policy: str, options: dict[str, float]) -> None:
+    llm = LLM(tiny_model_dir, "suffix", policy=policy, policy_options=options, dtype="float32")
     recorder = recorded(llm)
     prompt = "The dog sleeps, and the fox runs on. The dog sleeps, and the fox"
     params = SamplingParams(max_tokens=60, temperature=0.3, seed=2, ignore_eos=True)

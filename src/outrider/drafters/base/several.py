@@ -98,6 +98,7 @@ class SeveralDrafters:
         self._mean_in = [[0.0] * (len(BANDS) + 1) for _ in drafters]  # the same of each band
         self._scored_in = [[0] * (len(BANDS) + 1) for _ in drafters]
         self._scored = [0] * n
+        self._asked = [0] * n  # times
         self._seconds = [0.0] * n  # of one ``propose``; 0: never asked
         self._rest = UNKNOWN_SECONDS  # of a step without drafting
         self._steps = 0
@@ -184,7 +185,7 @@ class SeveralDrafters:
         made: dict[int, _Drafts] = {}
         promised: list[dict[int, float]] = [{} for _ in slots]
         for d in range(len(self.drafters)):
-            if 0 < self._seconds[d] < CHEAP * self._rest or self._scored[d] < FIRST:
+            if 0 < self._seconds[d] < CHEAP * self._rest or self._asked[d] < FIRST:
                 made[d] = one = self._ask(d, slots, last, context, limit, rng, cheap=True)
                 if not self._samples[d] and one.proposal.arrays[1] is not None:
                     for b, n in enumerate(one.proposal.counts):
@@ -216,6 +217,7 @@ class SeveralDrafters:
         before = perf_counter()
         proposal = self.drafters[d].propose(slots, last, context, asked, rng)
         self._seconds[d] = _nearer(self._seconds[d], perf_counter() - before)
+        self._asked[d] += 1
         self._samples[d] = proposal.distribution is not None
         sure = proposal.arrays[1]
         said = None if sure is None else sure.tolist()
@@ -290,10 +292,10 @@ class SeveralDrafters:
         for b, slot in enumerate(slots):
             pending = self._rows[slot].pending
             if not lengths[b]:
-                if drafts.asked[b] and drafts.proposal.arrays[1] is None:
+                if drafts.asked[b] and proposal.arrays[1] is None:
                     self._count(d, self._rows[slot], bands[b], 0)
                 continue
-            if d in pending and chosen[b] != d:
+            if chosen[b] != d and (d in pending or self._samples[d]):  # unverified draws say little of acceptance
                 continue
             if d in pending:
                 self._learn(d, slot, pending[d], wrong=False)
