@@ -88,7 +88,7 @@ Drafter = Annotated[
         _MODEL,
         "--drafter",
         help="none, ngram, suffix, a directory or hub id of a draft model or trained drafter, or 'auto'. Of several, "
-        "separated by commas, each request takes what is best for it.",
+        "separated by commas, each round has what promises most.",
     ),
 ]
 DraftTokens = Annotated[
