@@ -60,14 +60,13 @@ def outrider(model: str, draft: str | None, dtype: str, draft_tokens: Sequence[i
 
     yield "outrider plain", lambda ids, count: answer(plain, ids, count)
     trained = [name for name in PACKAGED_DRAFTERS.get(model, ()) if name != "draft_model"]
-    for drafter in ("ngram", "suffix", *(["draft_model"] if draft else []), *trained):
+    both = [[name, "suffix"] for name in trained]
+    for drafter in ("ngram", "suffix", *(["draft_model"] if draft else []), *trained, *both):
+        name = drafter if isinstance(drafter, str) else " and ".join(drafter)
         options = {"model": draft} if drafter == "draft_model" else {}
         for k in draft_tokens:
             llm = plain.with_drafter(drafter, draft_tokens=k, **options)
-            yield f"outrider {drafter}, {k}", lambda ids, count, llm=llm: answer(llm, ids, count)
-            if drafter in trained:
-                both = plain.with_drafter([drafter, "suffix"], draft_tokens=k)
-                yield f"outrider {drafter} and suffix, {k}", lambda ids, count, llm=both: answer(llm, ids, count)
+            yield f"outrider {name}, {k}", lambda ids, count, llm=llm: answer(llm, ids, count)
 
 
 def transformers(

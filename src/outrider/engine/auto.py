@@ -63,7 +63,7 @@ def fastest(
     ``load`` makes an LLM of the target with such a drafter, which answers ``prompts``, one a topic. ``alone`` calls it
     for each answer, where requests may run beside; None: what is not remembered is not measured.
     """
-    packaged = {name: model for name, model in PACKAGED_DRAFTERS[target].items() if _there(model)}
+    packaged = {name: _size(model) for name, model in PACKAGED_DRAFTERS[target].items() if _there(model)}
     candidates = _candidates(packaged, backend)
     key = _key(target, packaged, list(candidates), dtype, backend)
     path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
@@ -80,11 +80,11 @@ def fastest(
     return candidates[best]
 
 
-def _candidates(packaged: Mapping[str, str], backend: str) -> dict[str, Candidate]:
-    """What is compared, by the names that the results are kept under."""
+def _candidates(packaged: Mapping[str, int], backend: str) -> dict[str, Candidate]:
+    """What is compared, by the names that the results are kept under. ``packaged``: their bytes."""
     found: dict[str, Candidate] = {name: (name, {}) for name in (PLAIN, *WITHOUT_FILES, *packaged)}
     if backend == "native":
-        large = [name for name, model in packaged.items() if _size(model) > LARGE]
+        large = [name for name, size in packaged.items() if size > LARGE]
         found |= {f"{name}, int4": (name, {"dtype": "int4"}) for name in large}
     return found
 
@@ -125,7 +125,7 @@ def _there(model: str) -> bool:
 
 
 def _key(
-    target: str, packaged: Mapping[str, str], candidates: Sequence[str], dtype: str, backend: str
+    target: str, packaged: Mapping[str, int], candidates: Sequence[str], dtype: str, backend: str
 ) -> Mapping[str, Any]:
     """What a measurement depends on."""
     return {
@@ -137,7 +137,7 @@ def _key(
             "counts": "the mean, or the least where that is slower",
         },
         "candidates": list(candidates),
-        "bytes": {name: _size(model) for name, model in packaged.items()},
+        "bytes": dict(packaged),
         "dtype": dtype,
         "backend": backend,
         "machine": [platform.machine(), platform.processor(), os.cpu_count() or 1],

@@ -312,7 +312,7 @@ class Run:
 def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> tuple[str, Mapping[str, Any]]:
     """The drafter, and its options, that ``auto`` means for a target: what measures fastest of those it comes with,
     under the policy that runs it, else ``suffix``. One alone: with ``suffix`` beside it the packaged drafter of SmolLM2
-    gains 3 % greedily and nothing when sampled (docs/log.md). ``alone``: see ``fastest``."""
+    gains 3 % greedily and loses as much when sampled (docs/smollm2.md). ``alone``: see ``fastest``."""
     if loaded.name not in PACKAGED_DRAFTERS:
         return "suffix", {}
     files = sorted((EMBEDDED_PROMPTS if loaded.name == EMBEDDED else QUESTIONS).glob("*.jsonl"))

@@ -122,16 +122,17 @@ def load_drafter(
 def _load_several(
     drafters: Sequence[str | Path | Drafter], model: LoadedModel, options: Mapping[str, Any], *, max_rows: int
 ) -> tuple[str, Drafter]:
-    own = {name: given for name, given in options.items() if name != "draft_tokens"}
-    unknown = [name for name, given in own.items() if name not in map(str, drafters) or not isinstance(given, Mapping)]
+    names, own = [str(drafter) for drafter in drafters], dict(options)
+    shared = {"draft_tokens": own.pop("draft_tokens")} if "draft_tokens" in own else {}
+    unknown = [name for name, given in own.items() if name not in names or not isinstance(given, Mapping)]
     if unknown:
         raise InvalidRequest(
             f"several drafters share draft_tokens alone, got {unknown[0]!r}; options of one of them go under its name, "
-            f"as in {{{str(drafters[0])!r}: {{...}}}}"
+            f"as in {{{names[0]!r}: {{...}}}}"
         )
-    shared = {name: given for name, given in options.items() if name == "draft_tokens"}
     loaded = [
-        load_drafter(drafter, model, {**shared, **own.get(str(drafter), {})}, max_rows=max_rows) for drafter in drafters
+        load_drafter(drafter, model, {**shared, **own.get(name, {})}, max_rows=max_rows)
+        for name, drafter in zip(names, drafters, strict=True)
     ]
     useful = [(name, made) for name, made in loaded if made.block]
     if len(useful) < 2:

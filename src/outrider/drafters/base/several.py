@@ -290,16 +290,16 @@ class SeveralDrafters:
         proposal = drafts.proposal
         tokens, lengths = proposal.arrays[0].tolist(), proposal.counts
         for b, slot in enumerate(slots):
-            pending = self._rows[slot].pending
-            if not lengths[b]:
+            row, n = self._rows[slot], lengths[b]
+            pending = row.pending
+            if not n:
                 if drafts.asked[b] and proposal.arrays[1] is None:
-                    self._count(d, self._rows[slot], bands[b], 0)
+                    self._count(d, row, bands[b], 0)
                 continue
             if chosen[b] != d and (d in pending or self._samples[d]):  # unverified draws say little of acceptance
                 continue
             if d in pending:
                 self._learn(d, slot, pending[d], wrong=False)
-            n = lengths[b]
             pending[d] = _Draft(
                 len(context.history[b]),
                 tokens[b][:n],
