@@ -31,7 +31,8 @@ void forward(Stack& stack, KVCache& cache, const IntList& tokens, const IntList&
              const IntList& offsets, bool causal, const std::vector<int>& aux_layers,
              const std::optional<FloatMatrix>& hidden, const std::optional<FloatMatrix>& residual,
              const std::optional<IntVector>& logits_at, const FloatMatrixOut& hidden_out,
-             const std::optional<FloatMatrixOut>& logits, const std::optional<FloatMatrixOut>& features) {
+             const std::optional<FloatMatrixOut>& logits, const std::optional<FloatMatrixOut>& features,
+             const std::optional<IntVectorOut>& largest) {
   const StackSpec& spec = stack.spec();
   const Batch batch = batch_of(tokens, positions, slots, offsets);
   PassInput input;
@@ -55,9 +56,12 @@ void forward(Stack& stack, KVCache& cache, const IntList& tokens, const IntList&
   expect_matrix("hidden_out", hidden_out, output.logits_rows, spec.hidden);
   if (logits) expect_matrix("logits", *logits, output.logits_rows, spec.vocabulary);
   if (features) expect_matrix("features", *features, batch.count, aux_layers.size() * spec.hidden);
+  if (largest) expect_shape("largest", largest->size(), 1, output.logits_rows, 1);
+  if (largest && !spec.vocabulary) throw std::invalid_argument("this stack has no head");
   output.hidden = hidden_out.data();
   output.logits = data_or_null(logits);
   output.features = data_or_null(features);
+  output.largest = data_or_null(largest);
   nb::gil_scoped_release released;
   stack.forward(batch, cache, input, output);
 }
@@ -252,7 +256,8 @@ void bind_stack(nb::module_& m) {
       .def("forward", &forward, "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "offsets"_a.noconvert(), "causal"_a, "aux_layers"_a, "hidden"_a.noconvert().none(),
            "residual"_a.noconvert().none(), "logits_at"_a.noconvert().none(), "hidden_out"_a.noconvert(),
-           "logits"_a.noconvert().none(), "features"_a.noconvert().none())
+           "logits"_a.noconvert().none(), "features"_a.noconvert().none(),
+           "largest"_a.noconvert().none())
       .def("draft_loop", &draft, "cache"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "offsets"_a.noconvert(), "keys"_a.noconvert(), "temperatures"_a.noconvert(), "drawn"_a.noconvert(),
            "logits"_a.noconvert())

@@ -30,7 +30,7 @@ static double read_sum(const char* data, size_t bytes) {
 extern const Kernels table;
 const Kernels table = {
     OUTRIDER_TEXT(OUTRIDER_ISA), kPanel, operand_bytes, inner_unit, gemm, prepare, rms_norm, accumulate, activate, rotate,
-    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, find_max,
+    store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, keep_larger, find_max,
     gumbel_scores, exp_sum, residual_sum, fold_max, count_from, collect, dot_rows, read_sum,
     &read_ahead,
 };

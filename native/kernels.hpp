@@ -148,6 +148,8 @@ struct Kernels {
   void (*attention_merge)(float* into, const float* from, int count, int head_pad);
   void (*attention_finish)(const float* state, int head_dim, int head_pad, float* out);
   void (*softcap)(float* x, int64_t count, float cap);
+  // best[c] = the larger one of x[c] and best[c], and then from[c] = piece; NaN counts as larger, and stays.
+  void (*keep_larger)(const float* x, int64_t count, int32_t piece, float* best, int32_t* from);
   // Rows of logits: see gumbel.hpp.
   int64_t (*find_max)(const float* x, int64_t n, float* largest);
   float (*gumbel_scores)(const float* x, int64_t n, float temperature, uint64_t key, uint64_t first, const int64_t* ids,

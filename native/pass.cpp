@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace outrider {
 
@@ -51,6 +53,7 @@ void Pass::allocate(int rows, size_t partial) {
     queries = std::max(queries, layer.spec.heads * layer.head_pad);
   }
   widest = static_cast<int>(round_up(std::max({widest, attention, inner, panel}), kWidestUnit));
+  const size_t candidates = output_.largest ? chunk_->logits_token.size() * panel : 0;
   space_.x_stride = row_stride(stack_.padded(spec.hidden) * sizeof(float)) / sizeof(float);
   space_.attention_stride = row_stride(attention * sizeof(float)) / sizeof(float);
   space_.inner_stride = row_stride(inner * sizeof(float)) / sizeof(float);
@@ -82,12 +85,18 @@ void Pass::allocate(int rows, size_t partial) {
       local.row = allocator.take<float>(widest);
       local.tile = allocator.take<float>(space_.tile_stride * rows);
       local.state = allocator.take<float>(2 * static_cast<size_t>(std::max(kQueryTile, 1)) * (head_pad + kStateTail));
+      local.best = allocator.take<float>(candidates);
+      local.from = allocator.take<int32_t>(candidates);
     }
     return allocator.used();
   };
   const size_t bytes = assign(nullptr);
   if (stack_.scratch_.size() < bytes) stack_.scratch_ = Region(bytes);
   assign(stack_.scratch_.data());
+  for (const Workspace::Local& local : space_.local) {  // of every thread, as some may be missing
+    std::fill_n(local.best, candidates, -std::numeric_limits<float>::infinity());
+    std::fill_n(local.from, candidates, -1);
+  }
 }
 
 float* Pass::residual(int thread, int row) const {
@@ -189,6 +198,7 @@ void Pass::forward(const Batch& batch, const Chunk& chunk) {
     });
     if (!all && replicated_) stop_replicating();
   } while (last < layers);
+  if (output_.largest) write_largest();
 }
 
 size_t Pass::weights(const Layer& layer) const {
@@ -300,7 +310,7 @@ void Pass::finish(int thread, Pending pending) {
       kernels_.rms_norm(residual(thread, chunk_->logits_token[r]), stack_.final_norm_.data(), spec.eps, spec.hidden,
                         output_.hidden + chunk_->logits_row[r] * width);
   });
-  if (!output_.logits) return;
+  if (!output_.logits && !output_.largest) return;
   const Operand x = prepare(thread, rows, stack_.head_, spec.hidden, stack_.final_norm_.data(),
                             [&](int r) { return residual(thread, chunk_->logits_token[r]); });
   logits(thread, x, rows, chunk_->logits_row.data());
@@ -309,15 +319,40 @@ void Pass::finish(int thread, Pending pending) {
 void Pass::logits(int thread, const Operand& x, int rows, const int64_t* at) {
   const int panel = kernels_.panel;
   const int64_t vocabulary = stack_.spec_.vocabulary;
-  float* tile = space_.local[thread].tile;
+  const Workspace::Local& local = space_.local[thread];
+  float* tile = local.tile;
   pool_.parallel_for(thread, stack_.head_.weights().panels, [&](int64_t p) {
     kernels_.gemm(stack_.head_.weights(), x, rows, static_cast<int>(p), static_cast<int>(p) + 1, tile, panel);
     const int64_t count = std::min<int64_t>(panel, vocabulary - p * panel);
     for (int r = 0; r < rows; r++) {
       if (stack_.spec_.softcap > 0) kernels_.softcap(tile + r * panel, count, stack_.spec_.softcap);
-      std::memcpy(output_.logits + at[r] * vocabulary + p * panel, tile + r * panel, count * sizeof(float));
+      if (output_.logits)
+        std::memcpy(output_.logits + at[r] * vocabulary + p * panel, tile + r * panel, count * sizeof(float));
+      if (output_.largest)
+        kernels_.keep_larger(tile + r * panel, count, static_cast<int32_t>(p), local.best + r * panel,
+                             local.from + r * panel);
     }
   });
+}
+
+// The largest logits of all threads' panels; of equal ones the first.
+void Pass::write_largest() const {
+  const int panel = kernels_.panel;
+  for (size_t r = 0; r < chunk_->logits_row.size(); r++) {
+    float most = -std::numeric_limits<float>::infinity();
+    int64_t column = -1;
+    for (const Workspace::Local& local : space_.local) {
+      for (size_t c = r * panel; c < (r + 1) * panel; c++) {
+        const int64_t here = int64_t{local.from[c]} * panel + static_cast<int64_t>(c - r * panel);
+        if (local.from[c] < 0) continue;
+        if (local.best[c] > most || (local.best[c] == most && here < column) || std::isnan(local.best[c])) {
+          most = local.best[c];
+          column = here;
+        }
+      }
+    }
+    output_.largest[chunk_->logits_row[r]] = std::isfinite(most) ? column : -1;
+  }
 }
 
 // ------------------------------------------------------------------------------------------------ other passes

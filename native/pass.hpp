@@ -56,6 +56,8 @@ AttentionPlan plan_attention(const Layer& layer, const std::vector<Segment>& seg
 struct Workspace {
   struct Local {
     float *x, *row, *tile, *state;
+    float* best;    // of each logits row and column of a panel: the largest logit that this thread has computed ...
+    int32_t* from;  // ... and the panel that it came from, -1 for none
     Operand operand;
   };
   float *x, *y, *attention, *inner, *partial;
@@ -105,6 +107,7 @@ class Pass {
   void merge_splits(const Layer& layer, const AttentionPlan& plan, int target);
   void write_attention(const Layer& layer, const AttentionUnit& unit, const float* state);
   void logits(int thread, const Operand& x, int rows, const int64_t* at);
+  void write_largest() const;
 
   template <class Item>
   void for_each_row(int thread, int rows, Item&& item);

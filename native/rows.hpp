@@ -241,4 +241,12 @@ static void softcap(float* x, int64_t count, float cap) {
   }
 }
 
+static void keep_larger(const float* x, int64_t count, int32_t piece, float* best, int32_t* from) {
+  for (int64_t c = 0; c < count; c++) {
+    const bool larger = x[c] > best[c] || x[c] != x[c];
+    best[c] = larger ? x[c] : best[c];
+    from[c] = larger ? piece : from[c];
+  }
+}
+
 }  // namespace outrider::OUTRIDER_ISA

@@ -50,6 +50,7 @@ struct PassOutput {
   int64_t logits_rows = 0;
   float* hidden = nullptr;             // [R, D]
   float* logits = nullptr;             // [R, V] or null
+  int64_t* largest = nullptr;          // [R] or null: the first of each row's largest logits; -1: that is not finite
 };
 
 // A slot has no page yet for what a pass wants to write, or only a shared one.

@@ -41,6 +41,25 @@ def test_they_are_the_same_with_any_drafter(plain: LLM, drafter: str, params: Sa
             assert 0 < p.draft.probability <= 1
 
 
+@pytest.mark.parametrize("drafter", ["none", "suffix", "dspark"])
+def test_greedy_text_is_the_same_without_them(plain: LLM, drafter: str) -> None:
+    """Where nobody asks for them, a greedy pass gives its largest logits alone."""
+    llm = plain.with_drafter(drafter)
+    params = SamplingParams(max_tokens=60)
+    asked = [p.token_id for p in pieces(llm, SamplingParams(max_tokens=60, logprobs=0))]
+    assert [p.token_id for p in pieces(llm, params)] == asked
+    for beside in (
+        SamplingParams(max_tokens=60, temperature=1.0),
+        SamplingParams(max_tokens=60, logit_bias=((5, 2.0),)),
+    ):
+        other, greedy = (
+            llm.run(PROMPT, beside),
+            llm.run(PROMPT, params),
+        )  # in one pass with rows whose logits are needed
+        assert [p.token_id for e in greedy.events() for p in e.pieces] == asked
+        list(other.events())
+
+
 def test_they_are_a_softmax_of_the_targets_logits(plain: LLM) -> None:
     found = pieces(plain, OPTIONS[0])
     prompt = plain.encode(PROMPT)

@@ -321,6 +321,46 @@ def test_logits_only_where_asked() -> None:
     assert none.logits.shape == (0, 203) and none.hidden.shape == (0, 64) and none.features.shape == (4, 64)
 
 
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_the_largest_logits_are_found_in_the_pass(isa: str) -> None:
+    """Over all panels and threads; of equal ones the first; with a last panel that is not full."""
+    config = stack(logit_softcap=2.0)
+    weights = {name: tensor.clone() for name, tensor in random_weights(config).items()}
+    for first, second in [(7, 150), (31, 32), (5, 202)]:  # equal logits, of the same and of other panels
+        weights["head.weight"][second] = weights["head.weight"][first]
+    made = NativeBackend(isa).load(config, weights, "int8")
+    for rows in (1, 5, 40, 300):
+        batch = RaggedBatch.pack([[(7 * i) % 203 for i in range(rows)]], [0], [0])
+        wanted = None if rows == 5 else torch.arange(rows - 1, -1, -2)
+        outputs = []
+        for largest in (False, True):
+            cache = made.new_cache(1, 300)
+            cache.open()
+            outputs.append(made.forward(batch, cache, aux_layers=(0,), logits_at=wanted, largest=largest))
+        logits, found = outputs
+        assert found.largest == logits.logits.numpy().argmax(1).tolist() and found.logits is None
+        assert torch.equal(found.hidden, logits.hidden) and torch.equal(found.features, logits.features)
+    cache = made.new_cache(1, 8)
+    batch = RaggedBatch.pack([[1]], [0], [cache.open()])
+    assert made.forward(batch, cache, logits_at=torch.tensor([], dtype=torch.int64), largest=True).largest == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_whose_largest_logit_is_no_number_is_told(value: float) -> None:
+    config = stack()
+    weights = {name: tensor.clone() for name, tensor in random_weights(config).items()}
+    made = NativeBackend().load(config, weights, "float32")
+    hidden = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden[1, 5] = value
+    outputs = []
+    for largest in (True, False):
+        cache = made.new_cache(3, 8)
+        batch = RaggedBatch.pack([[0]] * 3, [0] * 3, [cache.open() for _ in range(3)])
+        outputs.append(made.forward(batch, cache, hidden=hidden, largest=largest))
+    found, logits = outputs[0].largest, outputs[1].logits
+    assert [token < 0 for token in found] == (~logits.amax(1).isfinite()).tolist() == [False, True, False]
+
+
 def test_rewound_tokens_leave_no_trace() -> None:
     made = small()
     cache = made.new_cache(2, 64)

@@ -184,6 +184,8 @@ class NativeBackend:
 class NativeStack:
     """A decoder stack in the core."""
 
+    finds_largest = True
+
     def __init__(self, config: StackConfig, core: Any, dtype: str, formats: Formats) -> None:
         self.config, self.core, self.dtype, self.formats = config, core, dtype, formats
         self.tied = formats.tied
@@ -220,12 +222,14 @@ class NativeStack:
         aux_layers: Sequence[int] = (),
         logits_at: Tensor | None = None,
         mask: Mask = "causal",
+        largest: bool = False,
     ) -> StackOutput:
         """See ``outrider.types.Stack``. Raises InvalidRequest, and CacheFull past a slot's capacity."""
         count = len(batch)
         rows = count if logits_at is None else len(logits_at)
         last = np.empty((rows, self._width), np.float32)
-        logits = np.empty((rows, self._vocabulary), np.float32) if self._vocabulary else None
+        logits = np.empty((rows, self._vocabulary), np.float32) if self._vocabulary and not largest else None
+        found = np.empty(rows, np.int64) if largest else None
         features = np.empty((count, len(aux_layers) * self._width), np.float32) if aux_layers else None
         try:
             arguments = (
@@ -239,11 +243,12 @@ class NativeStack:
                 last,
                 logits,
                 features,
+                found,
             )
             _with_room(self.core.forward, arguments, cache, batch)
         except (TypeError, ValueError, IndexError) as error:
             raise _explained(error, batch, hidden, residual, logits_at) from error
-        return StackOutput(last, logits, features)
+        return StackOutput(last, logits, features, None if found is None else found.tolist())
 
     def draft_loop(self, batch: RaggedBatch, cache: Any, keys: Tensor, temperatures: Tensor) -> tuple[Tensor, Tensor]:
         """Draft in one call: run the batch, then one token a row at a time, each drawn from the pass before it.

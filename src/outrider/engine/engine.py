@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, count
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from outrider.engine.rows import Candidates, Rows
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
 from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.grammar import GrammarMatcher, Grammars
 from outrider.sampling.logprobs import draft_reports, token_logprobs
 from outrider.sampling.processors import process
@@ -87,6 +88,7 @@ class Engine:
         self.max_rows, self.capacity = max_rows, capacity
         self._memory, self._kv_dtype = memory, kv_dtype
         self._limit = target.spec.max_positions  # tokens of a sequence that there is memory for
+        self._finds_largest = getattr(target, "finds_largest", False)
         self._paged: PagedCache | None = None  # the cache, where it has blocks
         self.cache: KVCache = self._new_cache()
         self.admission = Admission(max_rows, chunk, beside)
@@ -230,21 +232,21 @@ class Engine:
         keep = self.drafting.choose(proposal)  # schedule
         run = rows.candidates(proposal, keep)
         verify_began = perf_counter()
-        output = self.target.forward(run.batch, self.cache, self.drafting.aux_layers(rows), run.wanted)  # verify
+        output = self._verify(rows, run)  # verify
         verify_seconds = perf_counter() - verify_began
         accepted = keep
         tokens: list[list[int]] = []
         if rows.complete:
             try:
-                distributions = process(output.parts[0], rows.context, run.rows, run.depth, drafted=proposal.arrays[0])
+                distributions = self._distributions(output, rows, run, proposal)
                 result = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
             except RowsFailed as error:
-                return self._fail(rows, run.rows[error.rows], output.logits[error.rows])
+                return self._fail(rows, run.rows[error.rows], self._logits(output, error.rows))
             accepted, tokens = result.lists
         logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
         drafts: Mapping[int, Sequence[DraftReport]] = {}
         if rows.context.reports:
-            logprobs = token_logprobs(output.parts[0], run.rows, tokens, accepted, rows.context.params)
+            logprobs = token_logprobs(output.logit_values, run.rows, tokens, accepted, rows.context.params)
             drafts = draft_reports(proposal, accepted, rows.context.params)
         commits = self._commit(rows, keep, accepted, tokens, logprobs, drafts)  # commit, where texts may end
         self._observe(rows, run, keep, commits, output)
@@ -270,6 +272,24 @@ class Engine:
         self._whole = True
         self._uncounted = perf_counter() - counted
         return commits
+
+    def _verify(self, rows: Rows, run: Candidates) -> TargetOutput:
+        """The target's pass over the step's tokens."""
+        largest: dict[str, Any] = {"largest": True} if self._finds_largest and rows.context.takes_largest else {}
+        return self.target.forward(run.batch, self.cache, self.drafting.aux_layers(rows), run.wanted, **largest)
+
+    def _distributions(self, output: TargetOutput, rows: Rows, run: Candidates, proposal: Proposal) -> Processed:
+        """The distribution that each of the pass's rows is sampled from. Raises RowsFailed."""
+        if output.largest is not None:
+            return Categorical.found(output.largest, self.target.spec.vocab_size)
+        return process(output.logit_values, rows.context, run.rows, run.depth, drafted=proposal.arrays[0])
+
+    def _logits(self, output: TargetOutput, rows: list[int]) -> Tensor:
+        """Logits of some of the pass's rows, [n, V]."""
+        if output.largest is None:
+            return output.logits[rows]
+        assert output.hidden is not None
+        return self.target.unembed(output.hidden[rows])
 
     def _begin(self) -> None:
         """Act on what was asked for since the last step. From here on the engine is not whole until the step ends."""
@@ -338,7 +358,7 @@ class Engine:
         self, rows: Rows, run: Candidates, verified: list[int], commits: list[Commit], output: TargetOutput
     ) -> None:
         """Take the rejected drafts back, and show the drafter what was committed of the rows that it follows."""
-        batch, features = run.batch, output.parts[1]
+        batch, features = run.batch, output.feature_values
         kept = [chunk + c.accepted for chunk, c in zip(rows.chunks, commits, strict=False)]
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
             request.pending -= chunk

@@ -16,7 +16,17 @@ from outrider.backends.layers import check_weights, weight_shapes
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, reading_dtype
-from outrider.types import Backend, DraftLoop, KVCache, PagedTarget, RaggedBatch, Stack, TargetOutput, TargetSpec
+from outrider.types import (
+    Backend,
+    DraftLoop,
+    FindsLargest,
+    KVCache,
+    PagedTarget,
+    RaggedBatch,
+    Stack,
+    TargetOutput,
+    TargetSpec,
+)
 
 __all__ = [
     "PARTS",
@@ -116,6 +126,7 @@ class DecoderTarget:
             self.draft_loop = stack.draft_loop
         if isinstance(stack, PagedTarget):
             self.paged_cache = stack.paged_cache
+        self.finds_largest = isinstance(stack, FindsLargest) and stack.finds_largest
 
     @classmethod
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
@@ -184,14 +195,20 @@ class DecoderTarget:
         return self.stack.new_cache(slots, capacity)
 
     def forward(
-        self, batch: RaggedBatch, cache: KVCache, aux_layers: Sequence[int] = (), logits_at: Tensor | None = None
+        self,
+        batch: RaggedBatch,
+        cache: KVCache,
+        aux_layers: Sequence[int] = (),
+        logits_at: Tensor | None = None,
+        largest: bool = False,
     ) -> TargetOutput:
-        """One pass; see ``outrider.types.TargetModel``. Raises InvalidRequest for a layer there is not."""
+        """One pass; see ``outrider.types.TargetModel``, and for ``largest`` ``outrider.types.FindsLargest``. Raises
+        InvalidRequest for a layer there is not."""
         check_aux_layers(aux_layers, self.spec.num_layers)
-        output = self.stack.forward(batch, cache, aux_layers=aux_layers, logits_at=logits_at)
+        more: dict[str, Any] = {"largest": True} if largest else {}
+        output = self.stack.forward(batch, cache, aux_layers=aux_layers, logits_at=logits_at, **more)
         hidden, logits, features = output.parts
-        assert logits is not None
-        return TargetOutput(logits, features, hidden)
+        return TargetOutput(logits, features, hidden, output.largest)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., D], as the first layer sees it."""

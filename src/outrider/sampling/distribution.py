@@ -59,6 +59,13 @@ class Categorical:
         return Categorical(vocab_size, tokens=tokens)
 
     @staticmethod
+    def found(largest: list[int], vocab_size: int) -> Categorical:
+        """All mass on the tokens that a pass has found (see ``types.FindsLargest``). Raises RowsFailed for -1."""
+        if min(largest, default=0) < 0:
+            raise RowsFailed([r for r, token in enumerate(largest) if token < 0])
+        return Categorical.greedy(largest, vocab_size)
+
+    @staticmethod
     def of(logits: Values) -> Categorical:
         """softmax(logits), [R, V]."""
         return Categorical(logits.shape[1], logits=logits)

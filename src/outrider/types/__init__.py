@@ -34,7 +34,7 @@ from outrider.types.passes import (
 from outrider.types.results import DraftReport, Event, Output, Piece, RequestStats, TokenLogprobs
 from outrider.types.roles import Drafter, Forgets, ReadsHidden, ResetsRows, TargetModel, TargetSpec
 from outrider.types.rounds import Context, Distribution, Processor, Proposal, RequestRows, Rng, Verification
-from outrider.types.stacks import Backend, DraftLoop, HasStack, Stack, TiedHead
+from outrider.types.stacks import Backend, DraftLoop, FindsLargest, HasStack, Stack, TiedHead
 from outrider.types.steps import RowRecord, SchedulerPolicy, StepCost, StepObserver, StepRecord, StepsAside, StepView
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "DraftsBlocks",
     "DraftsInTurn",
     "Event",
+    "FindsLargest",
     "Forgets",
     "HasStack",
     "InTurnDrafter",

@@ -115,10 +115,13 @@ class StackOutput:
     """What one pass through a layer stack gives, as tensors, or as arrays that become tensors when they are asked for:
     right after a pass, when PyTorch's code is in no cache, its simplest call takes tens of microseconds."""
 
-    __slots__ = ("_features", "_hidden", "_logits")
+    __slots__ = ("_features", "_hidden", "_logits", "largest")
 
-    def __init__(self, hidden: Values, logits: Values | None, features: Values | None) -> None:
+    def __init__(
+        self, hidden: Values, logits: Values | None, features: Values | None, largest: list[int] | None = None
+    ) -> None:
         self._hidden, self._logits, self._features = hidden, logits, features
+        self.largest = largest  # see ``FindsLargest``
 
     @property
     def hidden(self) -> Tensor:
@@ -128,7 +131,7 @@ class StackOutput:
 
     @property
     def logits(self) -> Tensor | None:
-        """float [R, V]; None where the stack has no head."""
+        """float [R, V]; None where the stack has no head, or gives ``largest`` instead."""
         if self._logits is not None:
             self._logits = to_tensor(self._logits)
         return self._logits
@@ -149,15 +152,23 @@ class StackOutput:
 class TargetOutput:
     """What one target pass gives, as tensors, or as arrays as in ``StackOutput``."""
 
-    __slots__ = ("_features", "_hidden", "_logits")
+    __slots__ = ("_features", "_hidden", "_logits", "largest")
 
-    def __init__(self, logits: Values, features: Values | None, hidden: Values | None = None) -> None:
+    def __init__(
+        self,
+        logits: Values | None,
+        features: Values | None,
+        hidden: Values | None = None,
+        largest: list[int] | None = None,
+    ) -> None:
+        """Give ``logits`` or, where they were asked for instead, ``largest`` (see ``FindsLargest``)."""
         self._logits, self._features, self._hidden = logits, features, hidden
+        self.largest = largest
 
     @property
     def logits(self) -> Tensor:
         """float [R, V]: of the packed tokens asked for (``logits_at``; all T of them by default)."""
-        self._logits = to_tensor(self._logits)
+        self._logits = to_tensor(self.logit_values)
         return self._logits
 
     @property
@@ -175,9 +186,15 @@ class TargetOutput:
         return self._hidden
 
     @property
-    def parts(self) -> tuple[Values, Values | None, Values | None]:
-        """Logits, features and hidden states as they are."""
-        return self._logits, self._features, self._hidden
+    def logit_values(self) -> Values:
+        """The logits as they are."""
+        assert self._logits is not None, "this pass was asked for the largest logits alone"
+        return self._logits
+
+    @property
+    def feature_values(self) -> Values | None:
+        """The features as they are."""
+        return self._features
 
 
 def joined(pieces: Sequence[Values]) -> Values:

@@ -207,6 +207,11 @@ class Context:
         return not any(p.temperature for p in self.params)
 
     @cached_property
+    def takes_largest(self) -> bool:
+        """Whether the largest logit of each row is all that is asked of them."""
+        return self.greedy and not (self.changed or self.reports)
+
+    @cached_property
     def unlimited(self) -> bool:
         """Whether all rows are sampled from the model's own distribution, at temperature 1 and not truncated."""
         return all(p.temperature == 1 and p.top_p >= 1 and not (p.top_k or p.min_p) for p in self.params)

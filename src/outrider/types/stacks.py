@@ -16,7 +16,7 @@ from outrider.types.caches import KVCache
 from outrider.types.passes import Mask, RaggedBatch, StackOutput
 from outrider.types.rounds import Context, Distribution, Proposal, Rng, Verification
 
-__all__ = ["Backend", "DraftLoop", "HasStack", "Stack", "TiedHead"]
+__all__ = ["Backend", "DraftLoop", "FindsLargest", "HasStack", "Stack", "TiedHead"]
 
 
 class Stack(Protocol):
@@ -86,6 +86,15 @@ class DraftLoop(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """keys int64 [B, K], temperatures float32 [B] (0 = greedy) -> tokens int64 [B, K], logits [B * K, V]."""
         ...
+
+
+@runtime_checkable
+class FindsLargest(Protocol):
+    """A stack or target whose ``forward`` also takes ``largest``: True asks for the token of each row's largest logit
+    (the lowest of equal ones, -1 where the largest is NaN or infinite) instead of the logits. A vocabulary's worth of
+    numbers a row is a lot to write and to read again."""
+
+    finds_largest: bool
 
 
 @runtime_checkable
