@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from outrider.backends.layers import check_weights
 from outrider.cli import app
 from outrider.config import LayerConfig, RopeConfig, StackConfig
+from outrider.core import native
 from outrider.engine.cost_tables import costs_path, load_costs, save_costs
 from outrider.errors import InvalidRequest
 from outrider.evaluation import pass_times as module
@@ -268,6 +269,15 @@ def test_the_command_prints_only_json_and_saves_the_table(tmp_path: Path) -> Non
     assert kept.seconds(3, 1, 9) >= kept.seconds(1, 1, 9) > 0
 
 
+@pytest.mark.skipif(native is None, reason="the native core is not built")
+def test_greedy_passes_are_timed_and_no_table_is_kept(tmp_path: Path) -> None:
+    asked = ["--shape", "tiny", "--dtype", "int8", "--context", "9", "--new-tokens", "3", "--greedy"]
+    result = run(*asked, "--backend", "native", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert {row["new_tokens"] for row in json.loads(result.stdout)["rows"]} == {1, 3}
+    assert not (tmp_path / "outrider" / "costs").exists()
+
+
 def test_the_command_shows_a_table_and_bars() -> None:
     result = run("--shape", "tiny", "--dtype", "float32", "--context", "9", "--rows", "2")
     assert result.exit_code == 0, result.output
@@ -280,6 +290,7 @@ def test_the_command_shows_a_table_and_bars() -> None:
         (["--shape", "llama-110"], "did you mean 'llama-110m'"),
         (["--shape", "tiny", "--dtype", "float16"], "float16"),
         (["--model", "/nowhere"], "no such model directory"),
+        (["--shape", "tiny", "--greedy"], "leave out --greedy"),
         (["--shape", "tiny", "--context", "200000", "--new-tokens", "1"], "lower --context"),
     ],
 )

@@ -44,6 +44,10 @@ def profile(
         typer.Option("--rows", min=1, help="Rows with one new token each. May be repeated. Default: 1 to 32."),
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Rounds; each times every kind of pass once.")] = 20,
+    greedy: Annotated[
+        bool,
+        typer.Option("--greedy", help="Passes that find the largest logits and write none, as for greedy text."),
+    ] = False,
     backend: Backend = "auto",
     json: JsonFile = None,
 ) -> None:
@@ -77,6 +81,7 @@ def profile(
             repeats=repeats,
             backend=backend,
             machine=machine(),
+            greedy=greedy,
             progress=lambda text, done: shown.update(task, description=text, completed=done),
         )
     figures = result.to_json()

@@ -172,7 +172,7 @@ class Rows:
             positions += range(start, start + len(tokens) - offsets[-1])
             offsets.append(len(tokens))
         batch = RaggedBatch.of_lists(tokens, positions, slots, offsets)
-        if len(rows) == len(tokens):
+        if sum(keep) + len(keep) == len(tokens):  # not len(rows): PyTorch's simplest calls are slow here
             return Candidates(batch, None, rows, depth)
         wanted = [at for end, n in zip(offsets[1:], keep, strict=False) for at in range(end - 1 - n, end)]
         return Candidates(batch, as_tensor(wanted), rows, depth)

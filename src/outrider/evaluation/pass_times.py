@@ -127,10 +127,12 @@ def measure(
     repeats: int,
     probe: Callable[[], float],
     progress: Callable[[], None] = lambda: None,
+    greedy: bool = False,
 ) -> tuple[dict[Cell, list[float]], list[float]]:
     """Seconds of each kind of pass, once per round, and the bandwidth probed in each round (bytes per second).
 
-    All cells have the same context. Every pass computes the logits of all its new tokens, as verification does.
+    All cells have the same context. Every pass computes the logits of all its new tokens, as verification does, and
+    writes them, or with ``greedy`` finds the largest of each row.
     """
     rows, context = max(cell.rows for cell in cells), cells[0].context
     assert all(cell.context == context for cell in cells), "all cells must have the same context"
@@ -145,22 +147,23 @@ def measure(
         for turn in range(-1, repeats):  # warm up; round -1 is not timed
             order = shuffled.sample(list(cells), len(cells))
             bandwidth = probe()
-            _time(target, batches[order[-1]], cache)  # the probe has replaced the contents of the caches
+            _time(target, batches[order[-1]], cache, greedy)  # the probe has replaced the contents of the caches
             if turn >= 0:
                 bandwidths.append(bandwidth)
             for cell in order:
-                took = _time(target, batches[cell], cache)
+                took = _time(target, batches[cell], cache, greedy)
                 if turn >= 0:
                     seconds[cell].append(took)
                 progress()
     return seconds, bandwidths
 
 
-def _time(target: TargetModel, batch: RaggedBatch, cache: KVCache) -> float:
+def _time(target: TargetModel, batch: RaggedBatch, cache: KVCache, greedy: bool) -> float:
     """Seconds of one pass; the cache is rewound afterwards."""
     held = cache.lengths[batch.slots].clone()
+    largest: dict[str, Any] = {"largest": True} if greedy else {}
     began = perf_counter()
-    target.forward(batch, cache)
+    target.forward(batch, cache, **largest)
     took = perf_counter() - began
     cache.rewind(batch.slots, held)
     return took
@@ -263,8 +266,10 @@ def run_profile(
     machine: Mapping[str, Any],
     max_cache_bytes: int = MAX_CACHE_BYTES,
     progress: Callable[[str, float], None] = lambda text, done: None,
+    greedy: bool = False,
 ) -> Profile:
-    """Profile ``model``, or a ``shape`` of random weights instead, in each dtype.
+    """Profile ``model``, or a ``shape`` of random weights instead, in each dtype. ``greedy``: passes as greedy rows
+    need them (``FindsLargest``), of which no cost table is made.
 
     Kinds of pass whose cache would exceed ``max_cache_bytes`` are skipped and listed. ``progress`` is called with the
     current activity and the finished share. Raises InvalidRequest, CheckpointError, UnknownKind.
@@ -280,17 +285,19 @@ def run_profile(
             target = random_target(shape, dtype, load_backend(backend, dtype))
         else:
             target = load_target(model, dtype=dtype, backend=backend)
+        if greedy and not getattr(target, "finds_largest", False):
+            raise InvalidRequest("only the native backend has passes without logits; leave out --greedy")
         tune_core(target)
 
         def report_context(context: int, done: float) -> None:
             progress(f"{dtype}: context {context}", (index + done) / len(dtypes))  # noqa: B023 (called at once)
 
         timings, skipped = time_passes(
-            target, dtype, cells, repeats, read_probe(profile.backend), max_cache_bytes, report_context
+            target, dtype, cells, repeats, read_probe(profile.backend), max_cache_bytes, report_context, greedy
         )
         profile.timings.extend(timings)
         profile.skipped.extend((dtype, cell) for cell in skipped)
-        if timings:
+        if timings and not greedy:
             key = cost_key(target, dtype, machine)
             profile.tables.append(CostTable(key, tuple(_point(timing) for timing in timings)))
     return profile
@@ -304,6 +311,7 @@ def time_passes(
     probe: Callable[[], float],
     max_cache_bytes: int = MAX_CACHE_BYTES,
     progress: Callable[[int, float], None] = lambda context, done: None,
+    greedy: bool = False,
 ) -> tuple[list[Timing], list[Cell]]:
     """Time every cell on one target, context by context. -> timings, and cells whose cache would be too large."""
     longest = max(cell.context + cell.new_tokens for cell in cells)
@@ -328,7 +336,7 @@ def time_passes(
             done += 1
             progress(context, done / passes)  # noqa: B023 (called at once)
 
-        seconds, bandwidths = measure(target, here, repeats, probe, tick)
+        seconds, bandwidths = measure(target, here, repeats, probe, tick, greedy)
         for cell in here:
             share = None
             if isinstance(target, DecoderTarget) and config is not None:
