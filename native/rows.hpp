@@ -242,10 +242,16 @@ static void softcap(float* x, int64_t count, float cap) {
 }
 
 static void keep_larger(const float* x, int64_t count, int32_t piece, float* best, int32_t* from) {
-  for (int64_t c = 0; c < count; c++) {
-    const bool larger = x[c] > best[c] || x[c] != x[c];
-    best[c] = larger ? x[c] : best[c];
-    from[c] = larger ? piece : from[c];
+  for (int64_t c = 0; c < count; c += kLanes) {
+    const bool whole = c + kLanes <= count;  // few columns are ever reached, and those are looked at one by one
+    uint32_t hits = whole ? ~bits(less(load(x + c), load(best + c))) & ((1u << kLanes) - 1) : (1u << (count - c)) - 1;
+    for (; hits; hits &= hits - 1) {
+      const int64_t i = c + __builtin_ctz(hits);
+      if (x[i] > best[i] || x[i] != x[i]) {
+        best[i] = x[i];
+        from[i] = piece;
+      }
+    }
   }
 }
 
