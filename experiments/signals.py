@@ -212,7 +212,6 @@ def has_round(record: StepRecord) -> bool:
 class LogitsRecorder:
     """A target that keeps its last logits."""
 
-    finds_largest = False
     logits: Tensor
 
     def __init__(self, target: Any) -> None:

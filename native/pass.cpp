@@ -343,8 +343,8 @@ void Pass::write_largest() const {
     int64_t column = -1;
     for (const Workspace::Local& local : space_.local) {
       for (size_t c = r * panel; c < (r + 1) * panel; c++) {
-        const int64_t here = int64_t{local.from[c]} * panel + static_cast<int64_t>(c - r * panel);
         if (local.from[c] < 0) continue;
+        const int64_t here = int64_t{local.from[c]} * panel + static_cast<int64_t>(c - r * panel);
         if (local.best[c] > most || (local.best[c] == most && here < column) || std::isnan(local.best[c])) {
           most = local.best[c];
           column = here;

@@ -205,9 +205,9 @@ def test_rows_without_features_are_decoded_plainly_beside_others(tiny_model_dir:
         def __getattr__(self, name: str) -> Any:
             return getattr(llm.target, name)
 
-        def forward(self, batch: RaggedBatch, cache: Any, aux: tuple[int, ...] = (), *rest: Any, **more: Any) -> Any:
+        def forward(self, batch: RaggedBatch, cache: Any, aux: tuple[int, ...] = (), *rest: Any) -> Any:
             asked.append(tuple(aux))
-            return forward(batch, cache, aux, *rest, **more)
+            return forward(batch, cache, aux, *rest)
 
     class Late(FixedPolicy):
         turn = 0
