@@ -48,14 +48,12 @@ def test_greedy_text_is_the_same_without_them(plain: LLM, drafter: str) -> None:
     params = SamplingParams(max_tokens=60)
     asked = [p.token_id for p in pieces(llm, SamplingParams(max_tokens=60, logprobs=0))]
     assert [p.token_id for p in pieces(llm, params)] == asked
-    for beside in (
+    sampled, changed = (
         SamplingParams(max_tokens=60, temperature=1.0),
         SamplingParams(max_tokens=60, logit_bias=((5, 2.0),)),
-    ):
-        other, greedy = (
-            llm.run(PROMPT, beside),
-            llm.run(PROMPT, params),
-        )  # in one pass with rows whose logits are needed
+    )
+    for beside in (sampled, changed):  # in one pass with rows whose logits are needed
+        other, greedy = llm.run(PROMPT, beside), llm.run(PROMPT, params)
         assert [p.token_id for e in greedy.events() for p in e.pieces] == asked
         list(other.events())
 

@@ -327,6 +327,7 @@ def test_the_largest_logits_are_found_in_the_pass(isa: str) -> None:
     config = stack(logit_softcap=2.0)
     weights = {name: tensor.clone() for name, tensor in random_weights(config).items()}
     for first, second in [(7, 150), (31, 32), (5, 202)]:  # equal logits, of the same and of other panels
+        weights["head.weight"][first] *= 3  # so that some of them are the largest
         weights["head.weight"][second] = weights["head.weight"][first]
     made = NativeBackend(isa).load(config, weights, "int8")
     for rows in (1, 5, 40, 300):
@@ -340,6 +341,7 @@ def test_the_largest_logits_are_found_in_the_pass(isa: str) -> None:
         logits, found = outputs
         assert found.largest == logits.logits.numpy().argmax(1).tolist() and found.logits is None
         assert torch.equal(found.hidden, logits.hidden) and torch.equal(found.features, logits.features)
+    assert {7, 31, 5} <= set(found.largest)
     cache = made.new_cache(1, 8)
     batch = RaggedBatch.pack([[1]], [0], [cache.open()])
     assert made.forward(batch, cache, logits_at=torch.tensor([], dtype=torch.int64), largest=True).largest == []
