@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from outrider import LLM, SamplingParams, checkpoints
 from outrider.cli import app
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.training.artefact import open_artefact, read_lines
-from outrider.training.estimate import _Trial, estimate
+from outrider.training.estimate import _Trial, estimate, expected_length
 from outrider.training.export import Config as ExportConfig
 from outrider.training.export import card, export
 from outrider.training.recipe import read_recipe, run_recipe
@@ -217,10 +219,30 @@ def test_a_card_names_every_temperature_of_the_answers() -> None:
 
 
 def test_prompts_and_answers_are_estimated_apart(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trial's answers are short: a speed over prompts and answers together would be far too low for long ones."""
-    monkeypatch.setattr(_Trial, "_answer", lambda self, rows, tokens: rows * (0.5 + 0.01 * (tokens - 1)))
+    """A trial's answers are short: a speed over prompts and answers together would be far too low for long ones. The
+    length of answers is seen from some that may end by themselves."""
+
+    def answer(self: Any, turns: Any, rows: int, tokens: int, ends: bool = False) -> tuple[float, list[int]]:
+        return rows * (0.05 + 0.001 * (tokens - 1)), [min(tokens, 36) if ends else tokens] * len(turns)
+
+    monkeypatch.setattr(_Trial, "_answer", answer)
     answers = estimate(read_recipe(recipe, ["regenerate.max_tokens=48"]), "regenerate")[-1]
-    assert answers.seconds == pytest.approx(10 * (0.5 + 48 * 0.01))
+    assert answers.seconds == pytest.approx(10 * (0.05 + 36 * 0.001))
+    assert "10 answers of 36 tokens" in answers.note
+    onwards = ["regenerate.max_tokens=48", "regenerate.ignore_eos=true"]
+    assert estimate(read_recipe(recipe, onwards), "regenerate")[-1].seconds == pytest.approx(10 * (0.05 + 48 * 0.001))
+
+
+def test_the_length_of_answers_that_were_stopped() -> None:
+    """Answers that end at a constant rate: what was seen of their beginning says how long they are."""
+    drawn = random.Random(0)
+    lengths = [min(400, math.ceil(drawn.expovariate(1 / 100))) for _ in range(20_000)]
+    truth = sum(lengths) / len(lengths)
+    for most in (20, 60, 200, 400):
+        stopped = [min(length, most) for length in lengths]
+        assert expected_length(stopped, most, 400) == pytest.approx(truth, rel=0.05), most
+    assert expected_length([16, 16], 16, 1000) == 1000  # none has ended
+    assert expected_length([3, 5], 16, 1000) == 4
 
 
 def test_an_estimate_writes_nothing(recipe: Path) -> None:
@@ -228,7 +250,7 @@ def test_an_estimate_writes_nothing(recipe: Path) -> None:
     assert result.exit_code == 0, result.stderr
     costs = {cost["stage"]: cost for cost in json.loads(result.stdout)["estimate"]}
     assert list(costs) == ["prompts", "regenerate", "run"]
-    assert costs["regenerate"]["note"].startswith("10 answers at") and costs["run"]["note"].startswith("2 steps at")
+    assert costs["regenerate"]["note"].startswith("10 answers of") and costs["run"]["note"].startswith("2 steps at")
     assert costs["run"]["memory"] > 50e6 and not (recipe.parent / "made").exists()
     kept = estimate(read_recipe(recipe, ["features.layers=[2, 5]"]), "features")[-1]
     assert kept.stage == "features" and kept.disk == pytest.approx(6 * 48 * 3 * 256 * 2, rel=0.4)  # at most 48 tokens

@@ -150,7 +150,7 @@ def _costs(costs: list[Estimate]) -> Table:
 
     table = Table(
         title="what it will take",
-        caption="by a short trial on this machine, as busy as it is now; answers counted at full length",
+        caption="by short trials on this machine, as busy as it is now",
     )
     for name in ("stage", "time", "memory", "disk", ""):
         table.add_column(name, justify="right" if name in ("time", "memory", "disk") else "left")

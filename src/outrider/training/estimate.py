@@ -1,7 +1,7 @@
 """Estimate time, memory and disk of a recipe before it runs: count prompts, time target and drafter for some seconds.
 
-Time assumes that every answer has ``max_tokens`` tokens, and is based on a short trial, so other programs disturb it.
-Memory is the peak of this process in the trial plus the size of the KV cache.
+How long answers are is seen from some of them. Times are based on short trials, so other programs disturb them. Memory
+is the peak of this process in the trials plus the size of the KV cache.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
@@ -20,21 +21,24 @@ import torch
 
 from outrider.engine.llm import LLM
 from outrider.models.loading import model_config
+from outrider.models.locations import QUESTIONS
 from outrider.training import dataset, prompts, regenerate
 from outrider.training.artefact import is_finished, open_artefact
 from outrider.training.conversations import ChatTurn, Conversations
 from outrider.training.recipe import Recipe
 from outrider.training.stages import STAGES
 from outrider.training.target_runner import TargetRunner
+from outrider.types import RaggedBatch
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "expected_length"]
 
 LINE = 6.0  # bytes of a token id in JSON
 STATE = 4 * 4  # bytes on disk per trained parameter: weight, two moments, and the finished checkpoint
-TRIAL_TOKENS = 16  # tokens of an answer in the trial
+TRIAL_TOKENS = 32  # tokens of an answer whose time is taken
+ANSWERS = 32  # answers whose length is looked at ...
+ANSWER_SECONDS = 5.0  # ... for about so long
 ROUND = 1.5  # assumed time of a round of drafting and verifying, in plain steps
 SANITY_STEPS = 90  # assumed steps of the sanity check
-SELF_LENGTH = 90.0  # assumed tokens of such a prompt with its chat template
 SELF_TOKENS = 80  # assumed tokens of a prompt that the target writes, with those that are dropped
 LENGTH = 1.6  # assumed tokens per round
 
@@ -85,8 +89,7 @@ class _Trial:
         sources = self.configs["prompts"].sources  # type: ignore[attr-defined]
         size = sum(source.path.stat().st_size for source in sources if source.path is not None)
         began = perf_counter()
-        counts, lengths = self._prompts
-        text = sum(sum(part.values()) for part in counts.values()) * (mean(lengths) * 4 + 60)
+        text = sum(sum(part.values()) for part in self._prompts[0].values()) * (self._prompt_length * 4 + 60)
         seconds, note = perf_counter() - began, ""
         if self._self_written:
             tokens = self._self_written * SELF_TOKENS
@@ -96,29 +99,31 @@ class _Trial:
 
     def regenerate(self) -> Estimate:
         config: Any = self.configs["regenerate"]
-        count = sum(self._count(part) for part in ("train", "held_out"))
-        disk = count * (self._length("prompt") + config.max_tokens) * LINE * 2  # the finished file is a copy
+        count, length = sum(self._count(part) for part in ("train", "held_out")), self._answer_length
+        disk = count * (self._prompt_length + length) * LINE * 2  # the finished file is a copy
         if config.server:
             return Estimate("regenerate", 0.0, _peak(), disk, "time depends on the server")
         prompt_seconds, token_seconds = self._pace(config.rows)
-        context = config.rows * (self._length("prompt") + config.max_tokens)
+        context = config.rows * (self._prompt_length + config.max_tokens)
         memory = _peak() + context * self._key_value_bytes
-        seconds = count * (prompt_seconds + config.max_tokens * token_seconds)
-        speed = count * config.max_tokens / seconds
-        return Estimate("regenerate", seconds, memory, disk, f"{count:,} answers at {speed:,.0f} tokens/s")
+        seconds = count * (prompt_seconds + length * token_seconds)
+        speed = count * length / seconds
+        note = f"{count:,} answers of {length:,.0f} tokens, {speed:,.0f} a second"
+        return Estimate("regenerate", seconds, memory, disk, note)
 
     def features(self) -> Estimate:
         config: Any = self.configs["features"]
-        tokens = self._count("train") * min(config.length, self._length("text"))
+        tokens = self._count("train") * min(config.length, self._text_length)
         width = (1 + len(config.layers)) * self._llm.target.spec.hidden_size
         disk = tokens * width * (4 if config.keep == "float32" else 2)
-        return Estimate("features", tokens / self._training_speed[0], _peak(), disk, "at most one epoch of `run`")
+        speed = self._reading_speed
+        return Estimate("features", tokens / speed, _peak(), disk, f"{tokens:,.0f} tokens, {speed:,.0f} a second")
 
     def run(self) -> Estimate:
         config: Any = self.configs["run"]
         texts = self._count("train")
         steps = config.steps or math.ceil(config.epochs * texts / config.batch)
-        tokens = steps * config.batch * min(config.length, self._length("text"))
+        tokens = steps * config.batch * min(config.length, self._text_length)
         speed, parameters, memory = self._training_speed
         note = f"{steps:,} steps at {speed:,.0f} tokens/s, {parameters / 1e6:,.1f} M parameters"
         seconds = tokens / speed + self._evaluations(config, steps)
@@ -160,21 +165,23 @@ class _Trial:
     # -------------------------------------------------------------------------------------------- counts
 
     @cached_property
-    def _prompts(self) -> tuple[dict[str, Counter[str]], list[float]]:
-        """Number of prompts by part and domain, and the lengths of up to 200 prompts in tokens, as the target gets
-        them."""
+    def _prompts(self) -> tuple[dict[str, Counter[str]], list[ChatTurn]]:
+        """Number of prompts by part and domain, and up to 200 of them as the target gets them. Questions of the
+        package stand for prompts that the target is to write."""
         config: Any = self.configs["prompts"]
         files = tuple(source for source in config.sources if source.path is not None)
         split, _ = prompts.collect(config.model_copy(update={"sources": files}))
         some = (split["train"] + split["held_out"])[:200]
+        if not some:
+            questions = [{"path": str(path)} for path in sorted(QUESTIONS.glob("*.jsonl"))]
+            some = prompts.collect(prompts.Config.model_validate({"sources": questions, "held_out": 0}))[0]["train"]
         settings = regenerate.sampling(self.configs["regenerate"], self.recipe.target)  # type: ignore[arg-type]
         conversations = Conversations(some, self._llm.tokenizer, settings)
         conversations.resume([])
-        lengths = [float(len(turn.tokens)) for turn in conversations.todo] or [SELF_LENGTH]
         counts = {str(part): Counter(prompt["domain"] for prompt in found) for part, found in split.items()}
         for part, share in (("train", 1 - config.held_out), ("held_out", config.held_out)):
             counts[part]["self"] = round(share * self._self_written)
-        return counts, lengths
+        return counts, list(conversations.todo)
 
     @property
     def _self_written(self) -> int:
@@ -189,15 +196,31 @@ class _Trial:
         each: int = self.configs["regenerate"].answers_per_prompt if part == "train" else 1  # type: ignore[attr-defined]
         return each * sum(self._prompts[0][part].values())
 
-    def _length(self, what: str) -> float:
-        """Mean tokens of a prompt, or of a whole text."""
-        prompt = mean(self._prompts[1])
-        if what == "prompt":
-            return prompt
+    @cached_property
+    def _prompt_length(self) -> float:
+        """Mean tokens of a prompt."""
+        return mean(len(turn.tokens) for turn in self._prompts[1]) if self._prompts[1] else 1.0
+
+    @cached_property
+    def _answer_length(self) -> float:
+        """Mean tokens of an answer, where it is not known yet by some that are written for a few seconds."""
+        config: Any = self.configs["regenerate"]
         if self.finished("regenerate"):
             facts = open_artefact(self.recipe.path("regenerate")).provenance["facts"]["train"]
-            return prompt + float(facts["tokens"]) / max(1, facts["answers"])
-        return prompt + self.configs["regenerate"].max_tokens  # type: ignore[attr-defined,no-any-return]
+            return float(facts["tokens"]) / max(1, facts["answers"])
+        turns = self._prompts[1][:ANSWERS]
+        if config.server or config.ignore_eos or not turns:
+            return float(config.max_tokens)
+        prompt_seconds, token_seconds = self._pace(config.rows)
+        left = ANSWER_SECONDS / len(turns) - prompt_seconds
+        most = int(min(max(left / token_seconds, TRIAL_TOKENS), config.max_tokens))
+        lengths = self._answer(turns, config.rows, most, ends=True)[1]
+        return expected_length(lengths, most, config.max_tokens)
+
+    @property
+    def _text_length(self) -> float:
+        """Mean tokens of a prompt with its answer."""
+        return self._prompt_length + self._answer_length
 
     # -------------------------------------------------------------------------------------------- measurements
 
@@ -215,36 +238,52 @@ class _Trial:
         The two are told apart by trials with and without an answer: a trial's answers are shorter than those of a run.
         """
         if rows not in self._paces:
-            self._answer(1, 1)  # warm-up
-            prompts, both = self._answer(rows, 1), self._answer(rows, 1 + TRIAL_TOKENS)
+            spec = self._llm.target.spec
+            length = max(1, min(round(self._prompt_length), spec.max_positions - TRIAL_TOKENS - 1))
+            tokens = [[1 + (i + n) % (spec.vocab_size - 1) for i in range(length)] for n in range(rows)]
+            turns = [ChatTurn(f"{rows} {n}", "", some, (), ()) for n, some in enumerate(tokens)]
+            self._answer(turns, rows, 1)  # warm-up
+            prompts = self._answer(turns, rows, 1)[0]
+            both = self._answer(turns, rows, 1 + TRIAL_TOKENS)[0]
             self._paces[rows] = prompts / rows, max(both - prompts, both / 10) / (rows * TRIAL_TOKENS)
         return self._paces[rows]
 
-    def _answer(self, rows: int, tokens: int) -> float:
-        """Seconds of ``rows`` answers of ``tokens`` tokens by plain decoding."""
-        options = {"max_tokens": tokens, "rows": rows, "ignore_eos": True, "drafter": "none", "server": None}
+    def _answer(self, turns: Sequence[ChatTurn], rows: int, tokens: int, ends: bool = False) -> tuple[float, list[int]]:
+        """Seconds of answers of up to ``tokens`` tokens by plain decoding, and their lengths. Without ``ends`` they go
+        on after the end of the text."""
+        options = {"max_tokens": tokens, "rows": rows, "ignore_eos": not ends, "drafter": "none", "server": None}
         options["device"] = "cpu"
         config = self.configs["regenerate"].model_copy(update=options)
         assert isinstance(config, regenerate.Config)
         ask = regenerate.engine(config, lambda: self._llm, regenerate.sampling(config, self.recipe.target))
-        spec = self._llm.target.spec
-        length = max(1, min(round(self._length("prompt")), spec.max_positions - tokens))
-        asked = deque(
-            ChatTurn(f"{rows} {n}", "", [1 + (i + n) % (spec.vocab_size - 1) for i in range(length)], (), ())
-            for n in range(rows)
-        )
         began = perf_counter()
-        for _ in ask(asked):
-            pass
-        return perf_counter() - began
+        lengths = [len(answer) for some in ask(deque(turns)) for _, answer in some]
+        return perf_counter() - began, lengths
+
+    @cached_property
+    def _reading_speed(self) -> float:
+        """Tokens per second of the target's pass over a text, with features and logits of all of them."""
+        config: Any = self.configs["features"]
+        target = self._llm.target
+        length = max(1, min(config.length, round(self._text_length), target.spec.max_positions))
+        cache = target.new_cache(1, length)
+        tokens = [1 + i % (target.spec.vocab_size - 1) for i in range(length)]
+        batch = RaggedBatch.pack([tokens], [0], [cache.open()])
+        for _ in range(2):  # the first pass is a warm-up
+            began = perf_counter()
+            target.forward(batch, cache, config.layers)
+            seconds = perf_counter() - began
+            cache.rewind(batch.slots[:1], torch.tensor([0]))
+        return length / seconds
 
     @cached_property
     def _training_speed(self) -> tuple[float, int, float]:
-        """Training tokens per second, number of trained parameters, and bytes of memory."""
+        """Training tokens per second, number of trained parameters, and bytes of memory. Where features are cached,
+        the target's part is its head."""
         config: Any = self.configs["run"]
         spec = self._llm.target.spec
-        length = max(8, min(config.length, round(self._length("text")), spec.max_positions))
-        prompt = max(1, min(round(self._length("prompt")), length // 2))
+        length = max(8, min(config.length, round(self._text_length), spec.max_positions))
+        prompt = max(1, min(round(self._prompt_length), length // 2))
         texts = []
         for number in range(max(1, config.pack_tokens // length)):
             tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
@@ -260,6 +299,9 @@ class _Trial:
         for _ in range(2):  # the first pass is a warm-up
             began = perf_counter()
             batch = target_runner.batch(texts, module, 0)
+            if "features" in self.recipe.stages() and batch.hidden is not None:
+                began = perf_counter()
+                self._llm.target.unembed(batch.hidden)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.bfloat16):
                 loss = module(batch)
             (loss.total / loss.weight).backward()
@@ -275,6 +317,17 @@ class _Trial:
         heads = text.get("num_key_value_heads") or text.get("num_attention_heads", 1)
         width = text.get("head_dim") or text.get("hidden_size", 0) / max(1, text.get("num_attention_heads", 1))
         return 2 * 4 * float(text.get("num_hidden_layers", 1)) * heads * width
+
+
+def expected_length(lengths: Sequence[int], most: int, limit: int) -> float:
+    """Mean tokens of answers of up to ``limit`` tokens, given the lengths of some that were stopped at ``most``. Those
+    are taken to go on ending at the rate that was seen."""
+    seen = sum(lengths)
+    running = sum(length >= most for length in lengths)
+    rate = (len(lengths) - running) / seen
+    rest = limit - most
+    further = -math.expm1(-rate * rest) / rate if rate else rest
+    return (seen + running * further) / len(lengths)
 
 
 def _peak() -> float:
