@@ -124,6 +124,46 @@ def test_logprobs_are_logarithms_of_probabilities(client: httpx.Client) -> None:
     assert b"".join(bytes(one["bytes"]) for one in content).decode() == answer["choices"][0]["message"]["content"]
 
 
+def test_completions_name_parts_of_characters_apart(client: httpx.Client) -> None:
+    """Tokens that are parts of a character have the same text: they are named by their bytes, and characters are
+    counted in the text."""
+    form = {"type": "json_schema", "json_schema": {"name": "faces", "schema": {"const": "😀 and 🎉"}}}
+    body = {"prompt": "A", "max_tokens": 30, "temperature": 0, "logprobs": 5, "response_format": form}
+    (choice,) = ask(client, "/v1/completions", **body)["choices"]
+    found = choice["logprobs"]
+    assert any(name.startswith("bytes:\\x") for name in found["tokens"]), "no token was a part of a character"
+    assert "😀 and 🎉" in choice["text"] and all(len(top) == 5 for top in found["top_logprobs"])
+    named = zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True)
+    assert all(top.get(name, logprob) == logprob for name, logprob, top in named)
+    for name, at in zip(found["tokens"], found["text_offset"], strict=True):
+        assert name.startswith("bytes:") or choice["text"][at:].startswith(name)
+
+
+def test_an_echo_alone_can_be_streamed(client: httpx.Client) -> None:
+    body = {"prompt": ["one", "two"], "max_tokens": 0, "echo": True}
+    whole = ask(client, "/v1/completions", **body)
+    *parts, last = events(client, "/v1/completions", **body, stream_options={"include_usage": True})
+    assert [choice for part in parts for choice in part["choices"]] == whole["choices"]
+    assert last["choices"] == [] and last["usage"] == whole["usage"] and all(part["usage"] is None for part in parts)
+    assert all("usage" not in part for part in events(client, "/v1/completions", **body))
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_no_number_of_answers_means_one(client: httpx.Client, path: str) -> None:
+    what = {"messages": ASK} if path == CHAT else {"prompt": "one"}
+    assert len(ask(client, path, **what, max_tokens=2, n=None)["choices"]) == 1
+
+
+def test_where_the_prompt_ends(client: httpx.Client) -> None:
+    """Where the answer begins, or with its last message."""
+
+    def count(**more: Any) -> int:
+        return int(ask(client, messages=ASK, max_tokens=1, **more)["usage"]["prompt_tokens"])
+
+    assert count(add_generation_prompt=True) == count() > count(add_generation_prompt=False)
+    refused(client, messages=ASK, max_tokens=1, add_generation_prompt=True, continue_final_message=True)
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": []}, "messages"),
     ({"messages": ASK, "temprature": 1}, "temprature"),
@@ -148,6 +188,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": ASK, "outrider": {"rule": "maybe"}}, "outrider.rule"),
     ({"messages": ASK, "outrider": {"drafts": 3}}, "outrider.drafts"),
     ({"messages": ASK, "response_format": {"type": "xml"}}, "response_format.type"),
+    ({"messages": ASK, "chat_template_kwargs": {"add_generation_prompt": False}}, "chat_template_kwargs"),
+    ({"messages": ASK, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ({"messages": ASK, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),

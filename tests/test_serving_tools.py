@@ -125,3 +125,10 @@ def test_what_is_wrong_with_tools_is_named(client: openai.OpenAI) -> None:
         pytest.raises(openai.BadRequestError, match="chat template"),
     ):
         other.chat.completions.create(model="embedded", messages=ASK, tools=TOOLS)
+
+
+@pytest.mark.parametrize("guidance", ["a", [1], 3])
+def test_guidance_of_a_schema_that_is_no_object_is_refused(client: openai.OpenAI, guidance: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {**SCHEMA, "x-guidance": guidance}}}]
+    with pytest.raises(openai.BadRequestError, match="x-guidance of f"):
+        client.chat.completions.create(model="tiny", messages=ASK, tools=tools, tool_choice="required", max_tokens=8)

@@ -46,7 +46,7 @@ class ChatRequest(SamplingFields):
     model: str | None = None
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
-    n: int = Field(1, ge=1)
+    n: int | None = Field(default=1, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     stream: bool | None = None
@@ -81,10 +81,11 @@ async def chat_completions(service: Service, body: Mapping[str, Any], request: R
         "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens",
         tools=_tools(service, asked),
         grammar=grammar_of(asked.response_format),
-        n=asked.n,
+        n=asked.n or 1,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         variables=asked.chat_template_kwargs,
         continue_final=asked.continue_final_message,
+        answer_follows=asked.add_generation_prompt,
         prediction=_predicted(asked.prediction),
     )
     choices = await begin(service, job)

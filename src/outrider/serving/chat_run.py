@@ -37,6 +37,7 @@ class ChatJob:
     logprobs: int | None = None
     variables: Mapping[str, Any] | None = None
     continue_final: bool = False
+    answer_follows: bool | None = None  # None: unless the final message is continued
     prediction: str | None = None
 
 
@@ -67,7 +68,12 @@ async def begin(service: Service, job: ChatJob) -> list[ChatAnswer]:
     tools = job.tools
     shown = [] if tools is None else tools.for_template
     prompt = await encode_conversation(
-        service, job.messages, shown, variables=job.variables, continue_final=job.continue_final
+        service,
+        job.messages,
+        shown,
+        variables=job.variables,
+        continue_final=job.continue_final,
+        answer_follows=job.answer_follows,
     )
     most = service.new_tokens(prompt, job.max_tokens, job.max_tokens_name)
     grammar = job.grammar

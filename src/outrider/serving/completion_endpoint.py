@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class CompletionRequest(SamplingFields):
     model: str | None = None
     suffix: str | None = None
     max_tokens: int | None = Field(default=None, ge=0)
-    n: int = Field(default=1, ge=1)
+    n: int | None = Field(default=1, ge=1)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
     stream: bool | None = None
@@ -56,13 +57,20 @@ class _Shown:
     asked: CompletionRequest
     echoes: Sequence[str]  # of each choice
 
+    @property
+    def tells_usage(self) -> bool:
+        """At the end of a stream."""
+        options = self.asked.stream_options
+        return options is not None and options.include_usage
+
 
 async def completions(service: Service, body: Mapping[str, Any], request: Request) -> Response:
     """Go on with one prompt or several."""
     asked = parse(CompletionRequest, body, UNSUPPORTED)
+    n = asked.n or 1
     service.check_model(asked.model)
     service.check_options(asked.outrider)
-    service.check_n(asked.n)
+    service.check_n(n)
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options needs stream: true", param="stream_options")
     if asked.echo and asked.logprobs is not None:
@@ -85,14 +93,13 @@ async def completions(service: Service, body: Mapping[str, Any], request: Reques
     }
     decode = service.llm.tokenizer.decode
     echoed = [decode(prompt, skip_special_tokens=True) if asked.echo else "" for prompt in prompts]
-    shown = _Shown(head, asked, [text for text in echoed for _ in range(asked.n)])
+    shown = _Shown(head, asked, [text for text in echoed for _ in range(n)])
     if asked.max_tokens == 0:
-        return JsonResponse(_prompts_alone(service, shown, prompts))
-    answers = await service.submit(prompts, params, asked.n)
+        return _prompts_alone(shown, prompts)
+    answers = await service.submit(prompts, params, n)
     choices = [ChatAnswer(service, answer) for answer in answers]
     if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStreamResponse(_stream(service, shown, choices, usage))
+        return EventStreamResponse(_stream(service, shown, choices))
     return JsonResponse(await _whole(service, shown, choices))
 
 
@@ -118,30 +125,59 @@ async def _encode(service: Service, prompt: str | list[int], suffix: str | None)
     return await service.encode(lambda: infill_tokens(tokenizer, prompt, suffix), len(prompt) + len(suffix), "prompt")
 
 
-def _prompts_alone(service: Service, shown: _Shown, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _prompts_alone(shown: _Shown, prompts: Sequence[Sequence[int]]) -> Response:
     """``max_tokens`` 0 with ``echo``: nothing runs."""
     choices = [_choice(i, text, None, "length") for i, text in enumerate(shown.echoes)]
     count = sum(map(len, prompts))
     usage = {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
-    return {**shown.head, "choices": choices, "usage": usage}
+    if not shown.asked.stream:
+        return JsonResponse({**shown.head, "choices": choices, "usage": usage})
+
+    async def events() -> AsyncIterator[bytes]:
+        for choice in choices:
+            yield sse({**shown.head, "choices": [choice], **({"usage": None} if shown.tells_usage else {})})
+        if shown.tells_usage:
+            yield sse({**shown.head, "choices": [], "usage": usage})
+        yield sse("[DONE]")
+
+    return EventStreamResponse(events())
 
 
 def _choice(index: int, text: str, logprobs: Any, reason: str | None) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _logprobs(reports: Sequence[TokenReport], offset: int) -> dict[str, Any]:
-    """The older form of log-probabilities. ``offset``: characters before the first of these tokens."""
-    offsets = []
-    for one in reports:
-        offsets.append(offset)
-        offset += len(one.token)
+class _Offsets:
+    """Where each token of a text begins, in characters. A token may be a part of one."""
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def of(self, reports: Sequence[TokenReport]) -> list[int]:
+        """Of the tokens that come next."""
+        begins = []
+        for one in reports:
+            begins.append(self._characters)
+            self._characters += len(self._decoder.decode(one.raw))
+        return begins
+
+
+def _logprobs(reports: Sequence[TokenReport], offsets: _Offsets) -> dict[str, Any]:
+    """The older form of log-probabilities."""
     return {
-        "tokens": [one.token for one in reports],
+        "tokens": [_name(one.token, one.raw) for one in reports],
         "token_logprobs": [one.logprob for one in reports],
-        "top_logprobs": [{text: logprob for text, _, logprob in one.top} for one in reports],
-        "text_offset": offsets,
+        "top_logprobs": [{_name(text, raw): logprob for text, raw, logprob in one.top} for one in reports],
+        "text_offset": offsets.of(reports),
     }
+
+
+def _name(text: str, raw: bytes) -> str:
+    """A token's text; its bytes where they are a part of a character, since many tokens would have the same name."""
+    if text.encode("utf-8", "replace") == raw:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 async def _whole(service: Service, shown: _Shown, choices: Sequence[ChatAnswer]) -> dict[str, Any]:
@@ -151,7 +187,7 @@ async def _whole(service: Service, shown: _Shown, choices: Sequence[ChatAnswer])
             deltas: list[Delta] = [delta async for delta in choice.deltas()]
             text = shown.echoes[index] + "".join(delta.text for delta in deltas)
             reports = [one for delta in deltas for one in delta.logprobs]
-            logprobs = None if shown.asked.logprobs is None else _logprobs(reports, 0)
+            logprobs = None if shown.asked.logprobs is None else _logprobs(reports, _Offsets())
             found.append(_choice(index, text, logprobs, choice.finish_reason))
             if shown.asked.wants_pieces:
                 found[-1]["outrider"] = piece_reports(piece for delta in deltas for piece in delta.pieces)
@@ -161,17 +197,16 @@ async def _whole(service: Service, shown: _Shown, choices: Sequence[ChatAnswer])
     return {
         **shown.head,
         "choices": found,
-        "usage": service.usage([choice.answer for choice in choices], shown.asked.n),
+        "usage": service.usage([choice.answer for choice in choices], shown.asked.n or 1),
     }
 
 
-async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer], usage: bool) -> AsyncIterator[bytes]:
-    offsets = [0] * len(choices)
+async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer]) -> AsyncIterator[bytes]:
+    offsets, usage = [_Offsets() for _ in choices], shown.tells_usage
 
     def chunk(index: int, delta: Delta) -> bytes:
         reports = delta.logprobs if shown.asked.logprobs is not None else []
         logprobs = _logprobs(reports, offsets[index]) if reports else None
-        offsets[index] += sum(len(one.token) for one in reports)
         choice = _choice(index, delta.text, logprobs, delta.finish_reason)
         if shown.asked.wants_pieces:
             choice["outrider"] = piece_reports(delta.pieces)
@@ -186,7 +221,7 @@ async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer]
                 if delta.text or delta.pieces or delta.finish_reason:
                     yield chunk(index, delta)
         if usage:
-            total = service.usage([choice.answer for choice in choices], shown.asked.n)
+            total = service.usage([choice.answer for choice in choices], shown.asked.n or 1)
             yield sse({**shown.head, "choices": [], "usage": total})
     except Exception as error:  # the status has been sent: the stream says it
         yield sse(api_error(error).body())

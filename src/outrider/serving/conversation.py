@@ -17,6 +17,7 @@ from outrider.tokenization.chat_template import with_system_in_user
 __all__ = ["MOST_MESSAGES", "ChatMessage", "Tool", "encode_conversation", "plain_text", "template_messages"]
 
 MOST_MESSAGES = 10_000
+OF_THE_REQUEST = ("messages", "tools", "add_generation_prompt", "continue_final_message", "self")
 
 
 class _CalledFunction(Strict):
@@ -141,9 +142,20 @@ async def encode_conversation(
     *,
     variables: Mapping[str, Any] | None = None,
     continue_final: bool = False,
+    answer_follows: bool | None = None,
 ) -> list[int]:
-    """Tokens of a conversation up to where the answer begins. Raises ApiError, InvalidRequest."""
+    """Tokens of a conversation up to where the answer begins; without ``answer_follows`` (default: unless the final
+    message is continued) up to its last message's end. Raises ApiError, InvalidRequest."""
     tokenizer = service.llm.tokenizer
+    follows = not continue_final if answer_follows is None else answer_follows
+    for name in OF_THE_REQUEST:
+        if name in (variables or ()):
+            raise ApiError(
+                400,
+                f"chat_template_kwargs: {name!r} is no variable of a template; leave it out, or give it as a field of "
+                "the request",
+                param="chat_template_kwargs",
+            )
     if not tokenizer.has_chat_template:
         raise ApiError(
             400, f"{service.settings.served_name} has no chat template: use /v1/completions", code="no_chat_template"
@@ -154,7 +166,7 @@ async def encode_conversation(
 
     def make() -> list[int]:
         try:
-            return tokenizer.encode_chat(shown, not continue_final, continue_final_message=continue_final, **options)
+            return tokenizer.encode_chat(shown, follows, continue_final_message=continue_final, **options)
         except CheckpointError as error:
             raise ApiError(400, str(error)) from None
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from threading import Event as Flag
-from threading import Lock, Thread
+from threading import RLock, Thread
 from time import perf_counter
 from typing import Any
 
@@ -113,7 +113,7 @@ class EngineThread:
         self.healthy = True
         self._observe, self._finished = observe, finished
         self._answers: dict[int, Answer] = {}  # by number; those that have not ended
-        self._changing = Lock()
+        self._changing = RLock()  # a signal may come while the main thread holds it
         self._work = Flag()
         self._stopped = False
         self._failures = 0

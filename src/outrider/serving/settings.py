@@ -15,6 +15,7 @@ from outrider.errors import InvalidRequest, nearest
 __all__ = ["ServerSettings", "read_settings"]
 
 PREFIX = "OUTRIDER_SERVE_"
+LONGEST_WAIT = 86_400.0  # seconds
 
 
 class ServerSettings(BaseModel):
@@ -52,7 +53,7 @@ class ServerSettings(BaseModel):
     cors_origins: list[str] = Field(default_factory=list)
     """Origins whose pages may call the server; ``*`` for all. Empty: none."""
     max_body_bytes: int = Field(4 << 20, ge=1)
-    body_seconds: float = Field(30.0, gt=0)
+    body_seconds: float = Field(30.0, gt=0, le=LONGEST_WAIT)
     """Within which a body must have arrived."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """None: what the model's context holds."""
@@ -62,9 +63,9 @@ class ServerSettings(BaseModel):
     """Answers of one request."""
     max_requests: int = Field(256, ge=1)
     """Running and waiting together; one more is refused with 429."""
-    queue_seconds: float = Field(60.0, gt=0)
+    queue_seconds: float = Field(60.0, gt=0, le=LONGEST_WAIT)
     """A request that has no row by then is refused with 429."""
-    drain_seconds: float = Field(120.0, ge=0)
+    drain_seconds: float = Field(120.0, ge=0, le=LONGEST_WAIT)
     """After SIGTERM, for the answers that have begun."""
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
     log_format: str = Field("text", pattern="^(text|json)$")

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from outrider.serving.conversation import MOST_MESSAGES, ChatMessage, Tool, encode_conversation, template_messages
 from outrider.serving.fields import Strict
 from outrider.serving.service import Service
+from outrider.serving.tool_use import ToolUse
 from outrider.serving.web import ApiError, JsonResponse, parse
 
 __all__ = ["DetokenizeRequest", "TokenizeRequest", "detokenize", "tokenize"]
@@ -42,6 +43,8 @@ async def tokenize(service: Service, body: Mapping[str, Any], request: Request) 
         raise ApiError(400, "expected prompt or messages, and not both", param="prompt")
     if text is None:
         tools = [tool.for_template() for tool in asked.tools or ()]
+        if tools:  # refused where the template has none
+            tools = ToolUse(tokenizer, tools, "auto", named=False, parallel=True).for_template
         tokens = await encode_conversation(service, template_messages(asked.messages or ()), tools)
     else:
         tokens = await service.encode(

@@ -312,7 +312,12 @@ def tool_grammar(
         head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{form.arguments}": '
         schema = dict(function.get("parameters") or {"type": "object"})
         options = {"whitespace_pattern": JSON_WHITESPACE, "lenient": not function.get("strict")}
-        schema["x-guidance"] = {**options, **schema.get("x-guidance", {})}
+        given = schema.get("x-guidance", {})
+        if not isinstance(given, dict):
+            raise InvalidRequest(
+                f"tools: x-guidance of {function['name']} is a {type(given).__name__}, expected an object"
+            )
+        schema["x-guidance"] = {**options, **given}
         calls.append(f"call_{number}")
         rules.append(f'call_{number}: {_quoted(head)} arguments_{number} "}}"')
         rules.append(f"arguments_{number}: %json {json.dumps(schema, ensure_ascii=False)}")

@@ -285,7 +285,7 @@ class _Trial:
         length = max(8, min(config.length, round(self._text_length), spec.max_positions))
         prompt = max(1, min(round(self._prompt_length), length // 2))
         texts = []
-        for number in range(max(1, config.pack_tokens // length)):
+        for number in range(max(1, min(config.batch, config.pack_tokens // length))):
             tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
             texts.append(dataset.Text(str(number), "", tokens, prompt))
         stage = import_module(STAGES["run"].reference.partition(":")[0])
