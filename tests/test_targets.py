@@ -39,6 +39,7 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
     "llama-untied-linear": ("Llama", dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})),
     "mistral": ("Mistral", dict(sliding_window=5)),
+    "mistral-layers": ("Mistral", dict(sliding_window=5)),
     "mistral-multi-head": ("Mistral", dict(sliding_window=None, num_key_value_heads=4)),
     "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(rope_parameters=YARN)),
@@ -90,6 +91,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, tra
         model = build(name)
         directory = tmp_path_factory.mktemp(name)
         model.save_pretrained(directory)
+        if name == "mistral-layers":  # Transformers reads such a file as Ministral
+            config = json.loads((directory / "config.json").read_text())
+            kinds = ["full_attention", "sliding_attention", "full_attention"]
+            (directory / "config.json").write_text(json.dumps({**config, "layer_types": kinds}))
+            model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
         made[name] = directory, model
     return made
 
@@ -243,6 +249,19 @@ def test_old_configs_read_as_new_ones(saved: Any, tmp_path: Path) -> None:
         assert torch.equal(mine, theirs)
 
 
+@torch.no_grad()
+def test_a_scaling_added_by_hand_holds(saved: Any, tmp_path: Path) -> None:
+    """Cards advise to add ``rope_scaling`` to a config that may have ``rope_parameters`` already."""
+    directory = shutil.copytree(saved["qwen2"][0], tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    added = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+    (directory / "config.json").write_text(json.dumps({**config, **added}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()(torch.tensor([IDS])).logits[0]
+    mine = one_row(load_target(directory, backend="reference"), IDS)[0]
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-5)
+    assert not torch.allclose(mine, one_row(load_target(saved["qwen2"][0], backend="reference"), IDS)[0], atol=1e-2)
+
+
 def test_text_part_of_a_multimodal_checkpoint(saved: Any, tmp_path: Path) -> None:
     """Both namings of the text model, with a vision tower that stays in the file."""
     tensors = load_file(saved["gemma3"][0] / "model.safetensors")
@@ -357,6 +376,12 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
         ("llama", {"model_type": None}, "names no model_type"),
         ("llama", {"model_type": "llama7"}, "'llama7' is not known"),
         ("llama", {"model_type": "x", "auto_map": {"AutoModel": "x.X"}}, "bring code, which is never run"),
+        ("llama", {"hidden_act": ["silu"]}, r"activation \['silu'\] is not supported"),
+        ("llama", {"text_config": "x"}, "config.json holds a value of another kind than is expected there .TypeError"),
+        ("llama", {"num_hidden_layers": 3_000_000_000}, "'num_hidden_layers' must be at most 10000, got 3000000000"),
+        ("gemma3", {"vocab_size": []}, "'vocab_size' must be a whole number of at least 1"),
+        ("gemma3", {"rope_parameters": [1]}, "'rope_parameters' must be an object"),
+        ("gemma3", {"quantization_config": ["x"]}, "quantised .unknown."),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping to 50.0"),
         ("gemma4", {"enable_moe_block": True}, "enable_moe_block"),
         ("gemma4", {"hidden_size_per_layer_input": 16}, "hidden_size_per_layer_input"),
@@ -405,6 +430,43 @@ def test_a_model_that_cannot_be_rewound(tmp_path: Path) -> None:
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be rewound"):
         load_target(tmp_path)
+
+
+def test_a_model_that_sees_later_tokens(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    config.initializer_range = 0.4
+    torch.manual_seed(1)
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no causal language model"):
+        load_target(tmp_path)
+
+
+def test_a_rotation_that_changes_with_the_length_ends_the_context(tmp_path: Path) -> None:
+    """Phi-3's longrope: beyond some length all keys would have to be rotated anew."""
+    factors = [1.0] * 4, [8.0, 9.0, 10.0, 12.0]
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 32}
+    rope |= dict(zip(("short_factor", "long_factor"), factors, strict=True))
+    options = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, vocab_size=61)
+    config = transformers.Phi3Config(
+        **options,
+        pad_token_id=0,
+        rope_parameters=rope,
+        max_position_embeddings=256,
+        original_max_position_embeddings=32,
+    )
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    assert load_target(tmp_path).spec.max_positions == 32
+
+
+def test_a_model_that_transformers_cannot_run(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, *given: Any, **options: Any) -> None:
+        raise TypeError("no number of heads")
+
+    monkeypatch.setattr(transformers.GPTNeoXForCausalLM, "forward", broken)
+    with pytest.raises(CheckpointError, match="cannot run it .TypeError: no number of heads"):
+        load_target(saved["gpt_neox"][0])
 
 
 def test_options_that_are_refused(saved: Any) -> None:

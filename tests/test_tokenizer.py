@@ -107,6 +107,26 @@ def test_vocabularies_that_differ_in_one_id_are_not_the_same(plain: Tokenizer, t
     assert not plain.same_as(Tokenizer(save_tokenizer(tmp_path, other)))
 
 
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_only_the_files_beside_give_ids_to(where: str, tmp_path: Path) -> None:
+    """Else a chat's marks would be read as plain text."""
+    directory = save_tokenizer(tmp_path, byte_level_bpe())
+    first = Tokenizer(directory).vocab_size
+    added = ("<|im_start|>", "<|im_end|>")
+    if where == "added_tokens.json":
+        (directory / where).write_text(json.dumps({text: first + i for i, text in enumerate(added)}))
+    else:
+        decoder = {str(first + i): {"content": text, "special": True} for i, text in enumerate(added)}
+        settings = json.loads((directory / where).read_text())
+        (directory / where).write_text(json.dumps({**settings, "added_tokens_decoder": decoder}))
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.encode("<|im_start|>a<|im_end|>") == [first, *tokenizer.encode("a"), first + 1]
+    assert {first, first + 1} <= tokenizer.special_ids and tokenizer.vocab_size == first + 2
+    (directory / "added_tokens.json").write_text(json.dumps({"<|new|>": first + 7}))
+    with pytest.raises(CheckpointError, match=rf"'<\|new\|>' is to have the id {first + 7}"):
+        Tokenizer(directory)
+
+
 def test_training_settings_in_the_file_do_not_cut_prompts(tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     tokenizer.enable_truncation(4)

@@ -12,7 +12,8 @@ OutriderError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RowsFailed",
     "UnknownKind",
     "nearest",
+    "reading_config",
 ]
 
 
@@ -71,5 +73,20 @@ class UnknownKind(OutriderError, ValueError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word: the closest known one, else all of them."""
     names = sorted(known)
-    close = get_close_matches(word, names, n=1)
+    close = get_close_matches(str(word), names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(names)}"
+
+
+@contextmanager
+def reading_config(name: str = "config.json") -> Iterator[None]:
+    """What a file's values of an unexpected kind raise becomes a CheckpointError: a list for a number, an object for a
+    name. Keys that are often wrong are better checked by name."""
+    try:
+        yield
+    except OutriderError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{name} holds a value of another kind than is expected there ({type(error).__name__}: {error}); compare "
+            "it with the one of the model's source"
+        ) from error

@@ -185,7 +185,7 @@ def _check_rope(kind: str, options: Mapping[str, Any]) -> None:
 
 def _rope_options(config: Mapping[str, Any], layer_type: str | None) -> dict[str, Any]:
     """One flat dictionary of a layer type's options, with every default filled in."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}  # the former is what people add by hand
     if not isinstance(given, Mapping):
         raise CheckpointError(f"config.json: the rope parameters must be an object, got {given!r}")
     options = dict(given)

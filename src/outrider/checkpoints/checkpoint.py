@@ -244,7 +244,7 @@ class DraftCheckpoint:
         if outside or len(set(layers)) < len(layers):
             raise IncompatibleDrafter(
                 f"the drafter reads the target's layers {list(layers)}; expected different ones from -1 (the "
-                f"embedding) to {last - 1}"
+                f"embedding) to {last - 1}; the drafter's option target_layers gives others"
             )
 
     def check_tensors(self, names: Mapping[str, str]) -> None:
@@ -259,6 +259,8 @@ class DraftCheckpoint:
             self._check_vocabulary(self.tensors["d2t"])
 
     def _check_vocabulary(self, d2t: Tensor) -> None:
+        if d2t.is_floating_point() or d2t.is_complex():
+            raise CheckpointError(f"d2t is {str(d2t.dtype).removeprefix('torch.')}; expected whole numbers")
         ids = d2t + torch.arange(len(d2t))
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise CheckpointError(

@@ -35,7 +35,7 @@ def matches(config: Mapping[str, Any]) -> bool:
 
 
 def _form(config: Mapping[str, Any]) -> Form | None:
-    kinds = set(config.get("architectures") or ())
+    kinds = {kind for kind in config.get("architectures") or () if isinstance(kind, str)}
     return next((form for tag, form in forms("deepspec").items() if kinds & {f + tag for f in FAMILIES}), None)
 
 

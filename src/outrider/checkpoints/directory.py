@@ -16,7 +16,7 @@ from outrider.checkpoints.checkpoint import Design, DraftCheckpoint
 from outrider.checkpoints.forms import writable
 from outrider.checkpoints.int8_tensors import SCALE, dequantised, quantised
 from outrider.checkpoints.stack_format import file_name
-from outrider.errors import CheckpointError, nearest
+from outrider.errors import CheckpointError, nearest, reading_config
 from outrider.files import new_folder, read_json, write_json
 from outrider.models.locations import resolve_model
 from outrider.models.weights import TensorFiles, write_tensors
@@ -72,13 +72,15 @@ def recognise(config: Mapping[str, Any]) -> str | None:
 
 def read_header(config: Mapping[str, Any]) -> DraftCheckpoint:
     """The checkpoint a config.json describes, without tensors. Raises CheckpointError."""
-    name = recognise(config)
+    with reading_config():
+        name = recognise(config)
     if name is None:
         kinds = config.get("architectures") or config.get("model_type")
         raise CheckpointError(
             f"config.json describes {kinds!r}, which is no drafter; expected one of {', '.join(sorted(FORMATS))}"
         )
-    return _format(name).read(config)
+    with reading_config():
+        return _format(name).read(config)
 
 
 def load(folder: str | Path) -> DraftCheckpoint:
@@ -95,7 +97,8 @@ def load(folder: str | Path) -> DraftCheckpoint:
         )
     checkpoint = read_header(read_json(path / "config.json"))
     stored = _StoredTensors(path)
-    shapes = checkpoint.shapes()
+    with reading_config():
+        shapes = checkpoint.shapes()
     in_file = {_plain(name): name for name in stored.shapes if not stored.is_scale(name)}
     names = tensor_names(checkpoint)
     known = {file: neutral for neutral, file in names.items()}

@@ -21,7 +21,8 @@ CLASSES = {"dflash": "DFlash", "dspark": "DSpark", "eagle3": "Eagle3", "mtp": "M
 SHARED_KEYS = {"architectures", "speculators_model_type", "speculators_version", "speculators_config"}
 SHARED_KEYS |= {"transformer_layer_config", "draft_vocab_size", "target_hidden_size", "tie_word_embeddings"}
 EXTRAS = {"auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "num_target_layers"}
-EXTRAS |= {"target_model_type", "target_text_model_type", "speculators_version"}
+EXTRAS |= {"target_model_type", "target_text_model_type", "speculators_version", "use_cache"}
+EXTRAS |= {"has_no_defaults_at_init", "base_model_ep_plan", "base_model_pp_plan", "base_model_tp_plan"}
 """Keys that change nothing in the computation; some are DeepSpec's, kept so that nothing is lost on the way back."""
 
 

@@ -37,11 +37,12 @@ GENERIC_KEYS = frozenset(
     intermediate_size is_encoder_decoder label2id layer_types max_position_embeddings max_window_layers mlp_bias
     model_type num_attention_heads num_hidden_layers num_key_value_heads original_max_position_embeddings
     output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict rms_norm_eps
-    rope_parameters rope_scaling rope_theta sliding_window tie_word_embeddings torch_dtype transformers_version
-    use_cache use_sliding_window vocab_size
+    rope_parameters rope_scaling rope_theta sep_token_id sliding_window tie_word_embeddings torch_dtype
+    transformers_version use_cache use_sliding_window vocab_size
     """.split()  # noqa: SIM905 (a list of strings would be a page)
 )
 LLAMA_KEYS = frozenset({"hidden_act"})
+MOST_LAYERS = 10_000
 GEMMA4_KEYS = frozenset(
     """
     attention_k_eq_v enable_moe_block final_logit_softcapping global_head_dim hidden_activation
@@ -107,6 +108,8 @@ def decoder_stack(decoder: Mapping[str, Any], *, vocab_size: int, input_width: i
     gemma = model_type in GEMMA4
     width, heads = require(decoder, "hidden_size"), require(decoder, "num_attention_heads")
     count = require(decoder, "num_hidden_layers")
+    if not 0 <= count <= MOST_LAYERS:
+        raise CheckpointError(f"config.json: num_hidden_layers must be 0 to {MOST_LAYERS}, got {count}")
     activation = decoder.get("hidden_activation" if gemma else "hidden_act") or "silu"
     if activation not in ACTIVATIONS:
         raise CheckpointError(

@@ -116,7 +116,8 @@ class DraftModelDrafter:
     @staticmethod
     def recognises(config: Mapping[str, Any]) -> bool:
         """Whether a directory with this config.json holds a causal LM."""
-        kinds = [str(kind) for kind in config.get("architectures") or ()]
+        given = config.get("architectures")
+        kinds = [str(kind) for kind in given] if isinstance(given, list) else []
         native = config.get("model_type") in registry.TARGETS
         if not kinds:
             return native

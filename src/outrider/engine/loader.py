@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from outrider import registry
 from outrider.checkpoints import load_calibration
 from outrider.config import build
 from outrider.drafters.base import CalibratedDrafter, SeveralDrafters
-from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
+from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest, reading_config
+from outrider.files import read_json
 from outrider.models.loading import (
     QUANTISED,
     load_backend,
@@ -153,13 +153,14 @@ def _recognise(path: str) -> str:
     if folder.is_file():  # a GGUF file
         return "draft_model"
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        config = read_json(folder / "config.json")
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: expected a drafter's name or a directory with config.json: {error}") from error
-    for name in registry.names("drafter"):
-        kind = registry.find("drafter", name)
-        if isinstance(kind, _Recognises) and kind.recognises(config):
-            return name
+    with reading_config():
+        for name in registry.names("drafter"):
+            kind = registry.find("drafter", name)
+            if isinstance(kind, _Recognises) and kind.recognises(config):
+                return name
     raise CheckpointError(f"{path}: config.json describes no drafter this version knows; see `outrider models`")
 
 

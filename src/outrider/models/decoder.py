@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outrider.backends.layers import check_weights, weight_shapes
 from outrider.config import StackConfig
-from outrider.errors import CheckpointError, InvalidRequest, nearest
+from outrider.errors import CheckpointError, InvalidRequest, nearest, reading_config
 from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, reading_dtype
 from outrider.types import (
     Backend,
@@ -48,6 +48,9 @@ __all__ = [
     "sampling_defaults",
 ]
 
+MOST = {"num_hidden_layers": 10_000}
+MOST_ANYWHERE = (1 << 31) - 1
+"""Sizes beyond these are mistakes, and would take all memory before a missing tensor tells."""
 MAY_BE_INFINITE = ("time_step_limit",)  # of state-space layers
 SAMPLING_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -146,8 +149,10 @@ class DecoderTarget:
     @classmethod
     def load(cls, path: Path, config: Mapping[str, Any], *, dtype: str, backend: Backend) -> Self:
         """Read a Hugging Face directory. Raises CheckpointError."""
-        config, names = cls._text_part(config)
-        stack_config, weights = cls.stack_config(config), cls._weights(path, names, reading_dtype(dtype, backend))
+        with reading_config():
+            config, names = cls._text_part(config)
+            stack_config = cls.stack_config(config)
+        weights = cls._weights(path, names, reading_dtype(dtype, backend))
         check_weights(stack_config, weights, lambda name: weights.names.get(name) or names.original(name))
         expected = {"embed.weight", *([] if names.tied else ["head.weight"]), *cls.optional_weights(config)}
         for name, shape in weight_shapes(stack_config).items():
@@ -246,6 +251,9 @@ def required(config: Mapping[str, Any], key: str) -> int:
         raise CheckpointError(f"config.json has no {key!r}")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {key!r} must be a whole number of at least 1, got {value!r}")
+    most = MOST.get(key, MOST_ANYWHERE)
+    if value > most:
+        raise CheckpointError(f"config.json: {key!r} must be at most {most}, got {value}")
     return value
 
 
@@ -304,8 +312,9 @@ def layer_types(config: Mapping[str, Any], slides: Callable[[int], bool]) -> lis
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
     """Packed weights of other tools are not read. Raises CheckpointError."""
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    given = config.get("quantization_config")
+    if given:
+        method = given.get("quant_method", "unknown") if isinstance(given, Mapping) else "unknown"
         raise CheckpointError(
             f"this checkpoint is quantised ({method}), which is not read; "
             "load the original weights, with dtype='int8' or 'int4' to quantise them when they are loaded"
@@ -314,7 +323,7 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
 
 def activation(name: str) -> Literal["silu", "gelu_tanh", "gelu"]:
     """Transformers' name of an activation to ours. Raises CheckpointError."""
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(f"activation {name!r} is not supported; {nearest(str(name), _ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 

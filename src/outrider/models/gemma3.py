@@ -10,6 +10,7 @@ from typing import Any
 
 from outrider.backends.layers import rope_config
 from outrider.config import LayerConfig, StackConfig
+from outrider.errors import CheckpointError
 from outrider.models.decoder import (
     SANDWICH_PARTS,
     DecoderTarget,
@@ -56,8 +57,8 @@ class Gemma3Target(DecoderTarget):
         }
         layers = tuple(
             LayerConfig(
-                num_heads=config["num_attention_heads"],
-                num_kv_heads=config["num_key_value_heads"],
+                num_heads=required(config, "num_attention_heads"),
+                num_kv_heads=required(config, "num_key_value_heads"),
                 head_dim=head_dim,
                 intermediate_size=required(config, "intermediate_size"),
                 rope=ropes[kind],
@@ -68,7 +69,7 @@ class Gemma3Target(DecoderTarget):
             for kind in layer_types(config, lambda index: (index + 1) % config["sliding_window_pattern"] != 0)
         )
         return StackConfig(
-            vocab_size=config["vocab_size"],
+            vocab_size=required(config, "vocab_size"),
             hidden_size=width,
             layers=layers,
             norm_eps=config["rms_norm_eps"],
@@ -77,7 +78,7 @@ class Gemma3Target(DecoderTarget):
             sandwich_norms=True,
             embedding_scale=width**0.5,
             logit_softcap=config["final_logit_softcapping"] or 0.0,
-            max_positions=config["max_position_embeddings"],
+            max_positions=required(config, "max_position_embeddings"),
         )
 
     @classmethod
@@ -89,6 +90,8 @@ class Gemma3Target(DecoderTarget):
 def _with_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Old configs keep one theta per kind of layer, and a scaling that is meant for the full layers."""
     ropes = config.get("rope_parameters") or {}
+    if not isinstance(ropes, Mapping):
+        raise CheckpointError(f"config.json: 'rope_parameters' must be an object, got {ropes!r}")
     full = {"rope_theta": config.get("rope_theta") or 1_000_000.0, **(config.get("rope_scaling") or {})}
     sliding = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0}
     return {

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.utils import logging
 
-from outrider.errors import CheckpointError, InvalidRequest
+from outrider.errors import CheckpointError, InvalidRequest, OutriderError
 from outrider.kv_cache.contiguous import ContiguousCache
 from outrider.models.decoder import check_aux_layers, end_tokens, refuse_quantised, sampling_defaults
 from outrider.models.weights import DTYPES, TensorFiles
@@ -203,8 +203,8 @@ class HuggingFaceTarget:
             "chunked_attention",
         }:
             raise refusal
-        cache, seen = TransformersCache(1, 8), []
-        slot = cache.open()
+        cache, seen = TransformersCache(2, 8), []
+        slot, other = cache.open(), cache.open()
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
         try:
@@ -213,6 +213,14 @@ class HuggingFaceTarget:
                 raise refusal
             cache.rewind(torch.tensor([slot]), torch.tensor([1]))
             again = self.forward(RaggedBatch.pack([[2, 3]], [1], [slot]), cache).logits
+            alone = self.forward(RaggedBatch.pack([[1, 2]], [0], [other]), cache).logits
+        except OutriderError:
+            raise
+        except Exception as error:  # whatever the model's code raises
+            raise CheckpointError(
+                f"Transformers loads {self.spec.name} and cannot run it ({type(error).__name__}: {error}); is its "
+                "config.json complete?"
+            ) from error
         finally:
             hook.remove()
         if not torch.isfinite(torch.cat([whole, again])).all():
@@ -223,16 +231,29 @@ class HuggingFaceTarget:
         scale = float(whole.abs().max()) * (0.05 if self.spec.dtype is torch.bfloat16 else 1e-3)
         if not torch.allclose(whole[1:], again, atol=scale, rtol=0):
             raise refusal
+        if not torch.allclose(whole[:2], alone, atol=scale, rtol=0):
+            raise CheckpointError(
+                f"{self.spec.architecture}: a token's logits depend on the tokens after it, so as its config stands it "
+                "is no causal language model (an encoder?); choose one that writes text"
+            )
         self._plain_head = torch.allclose(self._head(seen[0]), whole, atol=scale, rtol=0)
 
 
 def _max_positions(config: Any) -> int:
-    """The longest text a model was made for; 2048 where its config names none."""
+    """The longest text a model was made for; 2048 where its config names none.
+
+    With longrope, texts beyond a length have all their positions rotated otherwise, also those in the cache: that one.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    most = math.inf
+    for one in (ropes, *ropes.values()):
+        if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
+            most = min(most, one.get("original_max_position_embeddings") or math.inf)
     for name in POSITIONS:
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return 2048
+            return int(min(value, most))
+    return int(min(2048, most))
 
 
 def _kind(config: Mapping[str, Any]) -> str:

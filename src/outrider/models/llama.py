@@ -11,6 +11,9 @@ from outrider.models.decoder import DecoderTarget, activation, biases, layer_typ
 
 __all__ = ["LlamaTarget"]
 
+MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+"""What Mistral's configs mean where they are silent."""
+
 
 class LlamaTarget(DecoderTarget):
     """Pre-norm layers with grouped queries, rotary positions and gated MLPs."""
@@ -18,6 +21,8 @@ class LlamaTarget(DecoderTarget):
     @classmethod
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
         """The stack of a Llama-family config. Raises CheckpointError."""
+        if config["model_type"] == "mistral":
+            config = {**MISTRAL, **config}
         width, heads = required(config, "hidden_size"), required(config, "num_attention_heads")
         head_dim = optional(config, "head_dim", width // heads)
         rope = rope_config(config, head_dim)
@@ -54,9 +59,11 @@ class LlamaTarget(DecoderTarget):
 
 
 def _layer_types(config: Mapping[str, Any]) -> list[str]:
-    """Which layers have a sliding window: none of Llama's, all of Mistral's, and Qwen's where a flag switches it on."""
+    """Which layers have a sliding window: none of Llama's, all of Mistral's or those that it names, and Qwen's where a
+    flag switches it on."""
     model_type = config["model_type"]
     if model_type.startswith("qwen") and config.get("use_sliding_window"):
         return layer_types(config, lambda index: index >= config.get("max_window_layers", 28))
     slides = model_type == "mistral" and config.get("sliding_window") is not None
-    return layer_types({**config, "layer_types": None}, lambda index: slides)
+    named = config.get("layer_types") if model_type == "mistral" else None
+    return layer_types({**config, "layer_types": named}, lambda index: slides)

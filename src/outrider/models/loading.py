@@ -135,7 +135,9 @@ def _load_tokenizer(files: Path | GGUFFile) -> Tokenizer:
         found = read_gguf_tokenizer(files.keys)
     except CheckpointError as error:
         raise CheckpointError(f"{files.path}: {error}") from None
-    settings = {**found.special_tokens, "chat_template": found.chat_template}
+    named = {**found.chat_templates, **({"default": found.chat_template} if found.chat_template else {})}
+    templates = [{"name": name, "template": template} for name, template in named.items()]
+    settings = {**found.special_tokens, "chat_template": templates}
     return Tokenizer(files.path, found.parsing, settings, found.notes)
 
 

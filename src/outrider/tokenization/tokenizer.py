@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
@@ -29,6 +30,7 @@ _REPLACEMENT = "\ufffd"
 _LONGEST_WAIT = 8  # tokens; a character has at most 4 bytes, so what is still broken then stays broken
 _CONTEXT = 8  # tokens before an open one that are decoded with it
 _SURROGATES = re.compile(r"[\ud800-\udfff]+")
+_ADDED_OPTIONS = ("lstrip", "normalized", "rstrip", "single_word")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -509,9 +511,11 @@ def _load(directory: Path) -> FastTokenizer:
     file = directory / "tokenizer.json"
     if file.is_file():
         try:
-            return FastTokenizer.from_file(str(file))
+            found = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for a broken file
             raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}; copy it again") from None
+        _add_tokens(found, directory)
+        return found
     known = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
     if not any((directory / name).is_file() for name in known):
         raise CheckpointError(
@@ -519,6 +523,34 @@ def _load(directory: Path) -> FastTokenizer:
             "copy it from the model's source"
         )
     return _convert(directory)
+
+
+def _add_tokens(fast: FastTokenizer, directory: Path) -> None:
+    """Tokens that only the files beside tokenizer.json give ids to, as chats' special tokens at times. Raises
+    CheckpointError."""
+    declared = dict(_read_json(directory / "added_tokens.json"))
+    given: dict[int, Any] = {number: {"content": text} for text, number in declared.items()}
+    decoder = _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    there = {token.content for token in fast.get_added_tokens_decoder().values()}
+    try:
+        given |= {int(number): token for number, token in decoder.items()}
+        for number, token in sorted(given.items()):
+            options = {name: bool(token[name]) for name in _ADDED_OPTIONS if name in token}
+            added = AddedToken(token["content"], special=bool(token.get("special", True)), **options)
+            if added.content in there:
+                continue
+            fast.add_special_tokens([added]) if added.special else fast.add_tokens([added])
+            if fast.token_to_id(added.content) != number:
+                raise CheckpointError(
+                    f"{directory}: {added.content!r} is to have the id {number}, but tokenizer.json leaves it "
+                    f"{fast.token_to_id(added.content)}; copy the tokenizer's files again, they do not belong together"
+                )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{directory}: the added tokens of tokenizer_config.json or added_tokens.json cannot be read: {error!r}"
+        ) from None
 
 
 def _convert(directory: Path) -> FastTokenizer:

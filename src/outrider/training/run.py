@@ -68,8 +68,8 @@ class Config(BaseModel):
     """Passes over all texts."""
     steps: int | None = Field(None, ge=1)
     """Number of steps of ``batch`` texts; replaces ``epochs``."""
-    batch: int = Field(16, ge=1)
-    """Texts per step, over all processes."""
+    batch: int = Field(4, ge=1)
+    """Texts per step, over all processes. Small steps learn more in the same time; an accelerator idles with few."""
     length: int = Field(512, ge=4)
     """Most tokens of a text, prompt included; longer texts are cut."""
     pack_tokens: int = Field(1024, ge=1)

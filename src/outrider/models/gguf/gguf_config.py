@@ -163,14 +163,16 @@ class _Keys:
             return {**plain, **self.rope_factors(head_dim, theta)}
         if not scaled:
             return plain
-        return {**plain, "rope_type": kind, "factor": factor, **(self.yarn() if kind == "yarn" else {})}
+        return {**plain, "rope_type": kind, "factor": factor, **(self.yarn(factor) if kind == "yarn" else {})}
 
-    def yarn(self) -> dict[str, Any]:
-        """YaRN's options; what the file leaves out keeps its usual default."""
+    def yarn(self, factor: float) -> dict[str, Any]:
+        """YaRN's options; what the file leaves out keeps its usual default. Its attention factor multiplies the usual
+        one, as llama.cpp's ``rope_yarn`` has it."""
         found = {
             "beta_fast": self.real("rope.scaling.yarn_beta_fast", 0.0),
             "beta_slow": self.real("rope.scaling.yarn_beta_slow", 0.0),
-            "attention_factor": self.real("rope.scaling.yarn_attn_factor", self.real("rope.scaling.attn_factor", 0.0)),
+            "attention_factor": self.real("rope.scaling.yarn_attn_factor", self.real("rope.scaling.attn_factor", 0.0))
+            * (1.0 + 0.1 * math.log(max(factor, 1.0))),
         }
         original = self.whole("rope.scaling.original_context_length", self.whole("context_length"))
         return {"original_max_position_embeddings": original} | {key: value for key, value in found.items() if value}
