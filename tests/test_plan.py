@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from outrider.cli import app
 from outrider.config import SamplingParams
+from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
+from outrider.evaluation.speedup import run_bench
 from outrider.planning import measuring
 from outrider.planning.advice import described_candidates, make_plan
 from outrider.planning.described import DrafterShape, Machine, TargetShape, conditional_of
@@ -386,8 +388,8 @@ def test_timings_and_our_own_results_are_read(tmp_path: Path) -> None:
     assert one.speedup == pytest.approx(1.55) and one.acceptance_length == pytest.approx(1 + 60 / 39)
     row = {
         "drafter": "suffix", "prompts": "code", "temperature": 0.0, "concurrency": 1, "acceptance_length": 2.0,
-        "baseline_tokens_per_second": 100.0, "tokens_per_second": 125.0, "accepted_per_position": [0.6, 0.4],
-        "drafted_per_round": 2.0, "step_ms": {"draft": 1.0, "verify": 12.0, "bookkeeping": 3.0},
+        "baseline_tokens_per_second": 90.0, "tokens_per_second": 115.0, "accepted_per_position": [0.6, 0.4],
+        "drafted_per_round": 2.0, "step_ms": {"draft": 1.0, "verify": 12.0, "bookkeeping": 3.0}, "plain_step_ms": 10.0,
     }  # fmt: skip
     bench = tmp_path / "bench.json"
     bench.write_text(json.dumps({"rows": [row, row | {"drafted_per_round": 0.0, "accepted_per_position": []}]}))
@@ -397,6 +399,25 @@ def test_timings_and_our_own_results_are_read(tmp_path: Path) -> None:
          "bookkeeping": 0.003}
     )  # fmt: skip
     assert "bookkeeping" in one.answer and "bookkeeping" in split_page([one])
+    assert one.speedup == pytest.approx(2.0 * 10.0 / 16.0) and "prompts left out" in one.title
+    del row["plain_step_ms"]  # an older file: both sides with their prompts, and no parts
+    bench.write_text(json.dumps({"rows": [row]}))
+    (one,) = read_run(bench)
+    assert one.speedup == pytest.approx(115 / 90) and DRAFTING not in one.parts
+
+
+def test_a_bench_is_explained_as_it_went(tmp_path: Path) -> None:
+    """What is said of a run agrees with the run: short answers, of whose time the prompts are a good part."""
+    llm = LLM("embedded", "suffix")
+    found = run_bench(
+        "embedded", {"suffix": llm}, llm.with_drafter("none"), {"code": ["def f(a, b):\n    return a"]}, max_tokens=24
+    )
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps(found))
+    for one, row in zip(read_run(bench), found["rows"], strict=True):
+        steps = sum(row["step_ms"].values())
+        assert one.speedup == pytest.approx(row["acceptance_length"] * row["plain_step_ms"] / steps, rel=0.01)
+        assert sum(one.parts.values()) == pytest.approx(one.round_seconds)
 
 
 def test_the_servers_own_page_tells_all_parts(tmp_path: Path) -> None:

@@ -51,21 +51,22 @@ class BenchRow:
     repeated_8grams: float  # share of 8-grams that occurred before in the text: repetitive text is easy to draft
     generated: int
     drafted_per_round: float  # verified drafts
-    step_ms: dict[str, float]  # mean milliseconds of a step with drafts: draft, verify, bookkeeping; prompts left out
+    step_ms: dict[str, float]  # mean milliseconds of a step: draft, verify, bookkeeping; those with prompts left out
+    plain_step_ms: float | None  # the same of plain decoding, all in all
 
 
 class _Steps:
-    """A ``StepObserver``: the seconds of steps that drafted and read no prompt."""
+    """A ``StepObserver``: the seconds of steps that read no prompt."""
 
     def __init__(self) -> None:
         self.seconds: list[tuple[float, float, float]] = []
 
     def step(self, record: StepRecord) -> None:
-        if record.rows and not any(row.first for row in record.rows) and any(row.drafted for row in record.rows):
+        if record.rows and not any(row.first for row in record.rows):
             self.seconds.append((record.cost.draft, record.cost.verify, record.cost.bookkeeping))
 
     def means(self) -> dict[str, float]:
-        """In milliseconds; empty where nothing was drafted."""
+        """In milliseconds; empty where there was no such step."""
         if not self.seconds:
             return {}
         means = (1e3 * np.mean(np.array(self.seconds), axis=0)).tolist()
@@ -139,8 +140,9 @@ def run_bench(
                 sides = {"plain": plain, "fast": llm}
                 times: dict[str, list[list[float]]] = {side: [[] for _ in groups] for side in sides}
                 outputs: dict[str, list[Output]] = {}
-                steps = _Steps()
-                llm.observers.append(steps)
+                steps = {side: _Steps() for side in sides}
+                for side, one in sides.items():
+                    one.observers.append(steps[side])
                 for _ in range(repeats):
                     outputs = {side: [] for side in sides}
                     for one in sides.values():  # a repeated prompt would be too easy, and need not be read again
@@ -150,7 +152,8 @@ def run_bench(
                             done = one.generate(group, params)
                             times[side][index].append(max(output.stats.seconds for output in done))
                             outputs[side].extend(done)
-                llm.observers.remove(steps)
+                for side, one in sides.items():
+                    one.observers.remove(steps[side])
                 seconds = {side: [float(np.median(t)) for t in times[side]] for side in sides}
                 rows.append(_row(name, set_name, temperature, concurrency, seconds, outputs, steps))
     return {"model": model, "machine": machine(), "max_tokens": max_tokens, "rows": [asdict(row) for row in rows]}
@@ -163,7 +166,7 @@ def _row(
     concurrency: int,
     seconds: dict[str, list[float]],
     outputs: dict[str, list[Output]],
-    steps: _Steps,
+    steps: Mapping[str, _Steps],
 ) -> BenchRow:
     lengths = {
         side: [sum(len(output.token_ids) for output in group) for group in _chunks(outputs[side], concurrency)]
@@ -200,5 +203,6 @@ def _row(
         repeated_8grams=round(float(np.mean(repeated)), 3),
         generated=generated["fast"],
         drafted_per_round=round(sum(s.drafted for s in stats) / rounds, 3) if rounds else 0.0,
-        step_ms=steps.means(),
+        step_ms=steps["fast"].means(),
+        plain_step_ms=round(sum(plain.values()), 4) if (plain := steps["plain"].means()) else None,
     )

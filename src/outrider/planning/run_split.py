@@ -482,11 +482,13 @@ def _row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Round | N
         title = f"{row['drafter']}, {row['prompts']}, temperature {row['temperature']:g}"
     if not drafted or not accepted <= drafted:
         return None
-    steps = row.get("step_ms") or {}
-    parts = {name: steps[name] / 1e3 for name in ("draft", "bookkeeping") if steps.get(name) is not None}
-    seconds = (
-        sum(steps[name] for name in ("draft", "verify", "bookkeeping")) / 1e3 if steps else together * length / fast
-    )
+    seconds, alone = together * length / fast, together / plain if plain else None
+    steps = row.get("step_ms") if row.get("plain_step_ms") is not None else None
+    parts: dict[str, float] = {}
+    if steps:  # of steps without prompts, on both sides
+        parts = {name: steps[name] / 1e3 for name in ("draft", "verify", "bookkeeping")}
+        seconds, alone = sum(parts.values()), row["plain_step_ms"] / 1e3
+        title += ", prompts left out"
     return Round(
         title,
         seconds,
@@ -494,7 +496,7 @@ def _row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Round | N
         accepted,
         parts.get("draft"),
         parts.get("bookkeeping"),
-        together / plain if plain else None,
+        alone,
         survivals,
         block="dspark" in row["drafter"] or "dflash" in row["drafter"],
     )
