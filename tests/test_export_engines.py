@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import save_llama
 from safetensors import safe_open
 from trained import DECODER, GEMMA4, LAYERS, make_checkpoint, make_target, save_target
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from outrider.drafters.dspark_design import BlockDesign
 from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.drafters.mtp_design import MTPDesign
 from outrider.errors import CheckpointError, InvalidRequest, UnknownKind
+from outrider.models.locations import resolve_model
 from outrider.scheduling.calibration import Calibration, Scaling
 from outrider.training.handover import Handover, hand_over
 
@@ -189,6 +191,14 @@ def test_sglang_wants_a_draft_model_with_the_targets_vocabulary(tmp_path: Path, 
         hand_over(str(tmp_path / "small"), "sglang", tmp_path / "other", target)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp"])
+def test_a_draft_model_of_another_tokenizer_is_handed_to_nobody(engine: str, tmp_path: Path) -> None:
+    other = save_llama(tmp_path / "target")
+    with pytest.raises(CheckpointError, match=r"another vocabulary \(4,096 tokens\) than the target"):
+        hand_over(str(resolve_model("embedded").parent / "draft"), engine, tmp_path / "out", str(other))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plan_does_not_shorten_a_block_in_sglang(tmp_path: Path, target: str) -> None:
     checkpoint = make_checkpoint(DFLASH)
     checkpoint = replace(checkpoint, target=replace(checkpoint.target, num_layers=LAYERS))
@@ -213,7 +223,11 @@ def test_llama_cpp_gets_a_gguf_as_it_is_or_what_its_converter_reads(tmp_path: Pa
     small = tmp_path / "small.gguf"
     small.write_bytes(b"GGUF and the rest")
     made = hand_over(str(small), "llama.cpp", tmp_path / "model", target)
-    assert (tmp_path / "model" / "drafter.gguf").read_bytes() == small.read_bytes() and not made.prepare
+    assert (tmp_path / "model" / "drafter.gguf").read_bytes() == small.read_bytes()
+    (conversion,) = made.prepare  # of the target: the server reads GGUF files alone
+    assert conversion[2:] == [target, "--outtype", "bf16", "--outfile", made.command[2]]
+    made = hand_over("draft_model", "llama.cpp", tmp_path / "both", "embedded")
+    assert [words[-1] for words in made.prepare] == [made.command[2], "drafter.gguf"]
     made = hand_over(saved(tmp_path, make_checkpoint(DSPARK)), "llama.cpp", tmp_path / "out", target)
     assert made.prepare[0][2:] == [target, "--outtype", "bf16", "--outfile", made.command[2]]
     assert made.prepare[1][-2:] == ["--target-model-dir", target]
@@ -259,7 +273,8 @@ def test_what_an_engine_cannot_load_is_refused_with_the_reason(
 def test_a_plan_decides_on_drafts_and_load(tmp_path: Path, target: str) -> None:
     drafter = saved(tmp_path, make_checkpoint(Eagle3Design()))
     plan = {"advised": {"drafts": 3}, "by_rows": [[1, {"drafts": 3}], [32, {"drafts": 0}], [64, {"drafts": 0}]]}
-    made = hand_over(drafter, "vllm", tmp_path / "a", target, plan=plan)
+    made = hand_over(drafter, "vllm", tmp_path / "a", target, plan=plan | {"target": "qwen3-8b", "machine": "h100"})
+    assert "# Planned for: qwen3-8b, h100." in (tmp_path / "a" / "launch.sh").read_text()
     assert config_of(made)["num_speculative_tokens"] == 3
     assert made.command[made.command.index("--max-num-seqs") + 1] == "32"
     for wrong in ({}, {"advised": {"drafts": 0}, "by_rows": []}):

@@ -18,7 +18,7 @@ from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.files import new_folder, read_json, write_json
-from outrider.models.loading import load_target
+from outrider.models.loading import load_target, load_tokenizer
 from outrider.models.locations import PACKAGED_DRAFTERS, SMOLLM2, public_name, resolve_model
 from outrider.registry import find
 from outrider.scheduling.calibration import sigmoid
@@ -58,9 +58,12 @@ class Source:
         """The target as the other engine finds it, from any directory: a hub id, or an absolute path."""
         if self.target == SMOLLM2:
             return SMOLLM2_HUB
-        if self.target in PACKAGED_DRAFTERS or Path(self.target).expanduser().exists():
-            return str(resolve_model(self.target).resolve())
-        return self.target
+        return str(resolve_model(self.target).resolve()) if self.is_here else self.target
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the target's files are on this machine; else they are a hub's."""
+        return self.target in PACKAGED_DRAFTERS or Path(self.target).expanduser().exists()
 
     @property
     def block(self) -> bool:
@@ -132,10 +135,15 @@ def hand_over(
     checkpoint = checkpoints.load(folder) if trained else None
     if checkpoint is not None:
         _check_layers(checkpoint)
+    else:
+        _check_tokenizer(folder, target)
     drafts, plain_from = _planned(plan, checkpoint.design.drafts if checkpoint else 4, checkpoint)
     source = Source(folder, target, checkpoint, drafts, plain_from, _threshold(checkpoint, rule))
     with new_folder(out) as partial:
         made = exporter.write(source, partial)
+        if plan is not None:
+            planned = [plan.get("target"), plan["advised"].get("drafter"), plan.get("machine")]
+            made = replace(made, advice=[*made.advice, f"Planned for: {', '.join(map(str, filter(None, planned)))}."])
         script = partial / "launch.sh"
         script.write_text(made.script(), encoding="utf-8")
         script.chmod(0o755)
@@ -169,6 +177,22 @@ def _check_layers(checkpoint: DraftCheckpoint) -> None:
         raise CheckpointError(
             f"the drafter reads the target's last layer ({count - 1}): SGLang cannot capture it, and others report it "
             "before or after the final norm; train a drafter on earlier layers"
+        )
+
+
+def _check_tokenizer(folder: Path, target: str) -> None:
+    """Of a draft model, where the target is on this machine."""
+    if not Source(folder, target, None, 0).is_here:
+        return
+    try:
+        mine, other = load_tokenizer(folder), load_tokenizer(target)
+    except CheckpointError:  # files without a tokenizer: the engine compares sizes
+        return
+    if not mine.same_as(other):
+        raise CheckpointError(
+            f"the draft model {folder.name} has another vocabulary ({mine.vocab_size:,} tokens) than the target "
+            f"{public_name(target)} ({other.vocab_size:,}): no engine can verify its drafts; use a smaller model with "
+            "the target's tokenizer"
         )
 
 

@@ -35,8 +35,9 @@ class LlamaCpp:
         advice: list[str] = []
         prepare: list[list[str]] = []
         if source.checkpoint is None:
+            prepare = _target_conversion(source, advice)[1]
             if not source.folder.is_file():
-                prepare = [_convert(DRAFTER, GGUF)]
+                prepare.append(_convert(DRAFTER, GGUF))
             copied(source, folder)
         else:
             _check(source)
@@ -45,7 +46,8 @@ class LlamaCpp:
             if source.block:
                 config = path / "config.json"
                 write_json(config, read_json(config) | {"architectures": [BLOCK_CLASS]})
-            prepare = _conversion(source, advice)
+            where, prepare = _target_conversion(source, advice, reads=True)
+            prepare.append(_convert(DRAFTER, GGUF, "--target-model-dir", where))
             spec = ["--spec-type", SPEC_TYPES[source.kind]]
             if source.threshold is not None and source.kind == "dspark":
                 spec += ["--spec-draft-p-min", f"{source.threshold:g}"]
@@ -66,19 +68,20 @@ def _convert(folder: str, file: str, *options: str) -> list[str]:
     return ["python", "convert_hf_to_gguf.py", folder, "--outtype", "bf16", "--outfile", file, *options]
 
 
-def _conversion(source: Source, advice: list[str]) -> list[list[str]]:
-    """The converter reads tokenizer and sizes in the target's directory, which a hub id is loaded into first. The
-    target is converted too, unless it is a GGUF file."""
-    commands, folder = [], TARGET
+def _target_conversion(source: Source, advice: list[str], reads: bool = False) -> tuple[str, list[list[str]]]:
+    """The target's directory, and the commands that make its GGUF file where it is none. A hub id is loaded into the
+    directory first, also where the converter ``reads`` tokenizer and sizes there for the drafter."""
+    commands, folder, there = [], TARGET, Path(_gguf(source.target)).is_file()
     if Path(source.served).is_dir():
         folder = source.served
     elif Path(source.served).is_file():
-        advice.append(f"The converter reads the target's Hugging Face directory at ./{TARGET}: put it there.")
-    else:
+        if reads:
+            advice.append(f"The converter reads the target's Hugging Face directory at ./{TARGET}: put it there.")
+    elif reads or not there:
         commands.append(["hf", "download", source.served, "--local-dir", TARGET])
-    if not Path(_gguf(source.target)).is_file():
+    if not there:
         commands.append(_convert(folder, _gguf(source.target)))
-    return [*commands, _convert(DRAFTER, GGUF, "--target-model-dir", folder)]
+    return folder, commands
 
 
 def _check(source: Source) -> None:
