@@ -231,6 +231,8 @@ def test_features_resume_after_the_last_file(stage: Path, tmp_path: Path) -> Non
     assert len(parts) > 1
     assert again.sha256 == whole.sha256
     assert parts[0].stat().st_mtime_ns == kept
+    with pytest.raises(ArtefactError, match=r"made with part_texts: 3, now 4"):  # files would hold other texts
+        features(keep.model_copy(update={"part_texts": 4}), stage, tmp_path / "cut", "embedded")
 
 
 def test_a_run_refuses_changed_answers(stage: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -41,7 +41,6 @@ class Config(BaseModel):
     """What is cached, and how."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    free: ClassVar[frozenset[str]] = frozenset({"part_texts"})
 
     layers: tuple[int, ...] = Field(min_length=1)
     """The target's layers that the drafter reads, counted from 0."""
