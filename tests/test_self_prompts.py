@@ -6,6 +6,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,18 @@ def test_an_interruption_changes_nothing(tokenizer: Tokenizer, tmp_path: Path) -
     then, answer = scripted(tokenizer)
     assert write(tokenizer, path, answer) == [TEXTS[0], TEXTS[4]]
     assert not set(first) & set(then), "attempts of the first run are not made again"
+
+
+def test_a_file_of_prompts_is_whole_or_not_there(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*paths: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tokenizer, tmp_path / "own.jsonl", scripted(tokenizer)[1])
+    assert not (tmp_path / "own.jsonl").exists()
 
 
 def test_few_attempts_more_than_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ repetitive nor nearly the same as another, and no topic has far more than its sh
 
 from __future__ import annotations
 
-import json
 import math
 import unicodedata
 import zlib
@@ -22,7 +21,7 @@ from scipy.cluster.vq import kmeans2
 
 from outrider.errors import InvalidRequest, OutriderError
 from outrider.tokenization.tokenizer import Tokenizer
-from outrider.training.artefact import Journal
+from outrider.training.artefact import Journal, write_lines
 from outrider.training.conversations import Answerer, ChatTurn
 from outrider.training.progress import Progress
 
@@ -96,8 +95,7 @@ def write_self_prompts(
         raise OutriderError(f"the target wrote no usable prompt in {number} attempts ({reasons}); give files instead")
     texts = balanced(kept.texts[:count])
     dropped["of a topic with many others"] = min(count, len(kept.texts)) - len(texts)
-    lines = (json.dumps({"turns": [text]}, ensure_ascii=False) for text in texts)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_lines(path, ({"turns": [text]} for text in texts))  # whole: that it exists means that it is complete
     return dropped
 
 
