@@ -106,6 +106,12 @@ def test_an_unfinished_or_foreign_directory_is_refused(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "c").iterdir() if file.name != ".lock"] == ["thesis.tex"]
 
 
+def test_a_process_killed_while_it_wrote_its_first_record(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".begun.json.k3jx_9aq").write_text('{"stage": ')
+    assert make(tmp_path / "a")
+
+
 def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
     with begin(tmp_path / "a", "stage", Options()), pytest.raises(ArtefactError, match="another process"):
         make(tmp_path / "a")

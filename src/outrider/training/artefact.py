@@ -270,7 +270,7 @@ def _disk_full(folder: Path, error: OSError) -> ArtefactError:
 
 def _resume_or_start(path: Path, stage: str, record: dict[str, Any], lock: BinaryIO | None) -> Work:
     """Depending on the directory: finished, begun, empty, or with files of something else (an error)."""
-    others = sorted(file.name for file in path.iterdir() if file.name not in (LOCK, BEGUN, PROVENANCE))
+    others = _others(path)
     if (path / PROVENANCE).is_file():
         before = read_json(path / PROVENANCE)
         _refuse_differences(path, before, record, finished=True)
@@ -284,6 +284,12 @@ def _resume_or_start(path: Path, stage: str, record: dict[str, Any], lock: Binar
         raise ArtefactError(f"{path} holds other files ({', '.join(others[:3])}); {stage} needs a directory of its own")
     write_json(path / BEGUN, record)
     return Work(path, record, False, lock)
+
+
+def _others(path: Path) -> list[str]:
+    """Names in a stage's directory, without its records, and what a killed process left while it wrote those."""
+    names = sorted(file.name for file in path.iterdir() if file.name not in (LOCK, BEGUN, PROVENANCE))
+    return [name for name in names if not name.startswith((f".{BEGUN}.", f".{PROVENANCE}."))]
 
 
 def _lock(folder: Path) -> BinaryIO | None:
@@ -308,7 +314,7 @@ def is_finished(
     where the directory was begun or finished with other settings, parents or another target.
     """
     finished = (folder / PROVENANCE).is_file()
-    begun = (folder / BEGUN).is_file() and any(file.name not in (LOCK, BEGUN) for file in folder.iterdir())
+    begun = (folder / BEGUN).is_file() and bool(_others(folder))
     if not finished and not begun:
         return False
     before = read_json(folder / (PROVENANCE if finished else BEGUN))
