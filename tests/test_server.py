@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.server.failures:
-            return self._reply(self.server.failures.pop(), {"error": "not now"})
+            return self._reply(self.server.failures.pop(), b"not now \xff, which is no UTF-8")
         if self.server.answers <= 0:
             return self._reply(503, {"error": "gone"})
         self.server.answers -= 1
@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         return self._reply(200, {"choices": [choice]})
 
     def _reply(self, status: int, value: Any) -> None:
-        text = json.dumps(value).encode()
+        text = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()

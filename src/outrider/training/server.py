@@ -112,7 +112,7 @@ class Server:
                 with urlopen(Request(self._url + path, data, headers), timeout=self._timeout) as reply:
                     return json.load(reply)
             except HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'repath')}"
+                problem = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
                 if error.code not in BUSY:
                     raise OutriderError(f"{self._url}{path} refuses the request ({problem})") from None
             except (URLError, HTTPException, OSError, ValueError) as error:  # no server, cut connection, or no JSON
