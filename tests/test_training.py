@@ -235,6 +235,27 @@ def test_features_resume_after_the_last_file(stage: Path, tmp_path: Path) -> Non
         features(keep.model_copy(update={"part_texts": 4}), stage, tmp_path / "cut", "embedded")
 
 
+def test_training_goes_on_from_a_drafter_of_the_same_kind_and_layers(stage: Path, tmp_path: Path) -> None:
+    run(Config(**SMALL), stage, tmp_path / "first", "embedded")
+    start = str(tmp_path / "first" / "drafter")
+    run(Config(**SMALL | {"start_from": start}), stage, tmp_path / "then", "embedded")
+    assert losses(tmp_path / "then")[0] < losses(tmp_path / "first")[0]
+    llm = LLM("embedded", "none", dtype="float32")
+    for options, message in (
+        ({"drafter": SMALL["drafter"] | {"target_layers": [1, 5]}}, r"reads layers \[2, 5\] .* trained \[1, 5\]"),
+        ({"kind": "eagle3", "drafter": {}}, "is a drafter of kind 'dspark', .* of kind 'eagle3'"),
+        ({"kind": "draft_model", "drafter": {}}, "is a drafter of kind 'dspark', .* of kind 'draft_model'"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            trainable(Config(**SMALL | {"start_from": start, **options}), llm)
+    shutil.copytree(start, tmp_path / "copy")
+    moved = Config(**SMALL | {"start_from": str(tmp_path / "copy")})
+    run(moved, stage, tmp_path / "then", "embedded")  # the same drafter elsewhere: still finished
+    shutil.copy(tmp_path / "then" / "drafter" / "model.safetensors", tmp_path / "copy")
+    with pytest.raises(ArtefactError, match="made with another start_from"):
+        run(moved, stage, tmp_path / "then", "embedded")
+
+
 def test_a_run_refuses_changed_answers(stage: Path, tmp_path: Path) -> None:
     answers = tmp_path / "answers"
     shutil.copytree(stage, answers)

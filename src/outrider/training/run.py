@@ -34,7 +34,7 @@ from outrider.errors import ArtefactError, InvalidRequest
 from outrider.files import new_folder, write_json
 from outrider.models.loading import load_layers, model_config
 from outrider.models.locations import resolve_model
-from outrider.training.artefact import Artefact, begin, open_artefact
+from outrider.training.artefact import Artefact, begin, open_artefact, target_hash
 from outrider.training.dataset import Text, TextSampler, read_texts
 from outrider.training.device_target import DeviceRunner, DeviceTarget, check_device
 from outrider.training.features import CachedFeatures
@@ -56,14 +56,15 @@ class Config(BaseModel):
     """Options of a training run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-    free: ClassVar[frozenset[str]] = frozenset({"save_seconds", "sanity", "tensorboard", "form"})
+    free: ClassVar[frozenset[str]] = frozenset({"save_seconds", "sanity", "tensorboard", "form", "start_from"})
 
     kind: str = "dspark"
     """Kind of drafter: a trainable name of the catalogue (see ``outrider models``)."""
     drafter: dict[str, Any] = Field(default_factory=dict)
     """Options of that kind: layers, block_size, target_layers, markov_rank, loss, ..."""
     start_from: str | None = None
-    """A finished drafter of the same shape, whose weights training goes on from."""
+    """A finished drafter of the same kind, target layers and shape, whose weights training goes on from. What it holds
+    is hashed, not its path."""
     epochs: float = Field(3.0, gt=0)
     """Passes over all texts."""
     steps: int | None = Field(None, ge=1)
@@ -178,7 +179,8 @@ def run(
             parents["features"] = open_artefact(features, "features", target)
             if parents["features"].provenance["parents"]["answers"] != parent.sha256:
                 raise ArtefactError(f"{features} was made from other answers than those in {answers}; make it again")
-        with begin(out, "run", config, parents=parents, target=target) as work:
+        sources = {} if config.start_from is None else {"start_from": target_hash(config.start_from)}
+        with begin(out, "run", config, parents=parents, sources=sources, target=target) as work:
             if not work.finished:
                 say = console.print if console is not None else _silent
                 facts = learn(config, answers, out, target, features=features, say=say, console=console)

@@ -95,8 +95,20 @@ class Frozen:
 
 
 def fill(module: nn.Module, checkpoint: DraftCheckpoint, name: str) -> None:
-    """Copy a checkpoint's weights into a network of the same shape. Raises InvalidRequest naming the first difference;
-    ``name`` is the checkpoint's."""
+    """Copy a checkpoint's weights into a network of the same kind, target layers and shape. Raises InvalidRequest
+    naming the first difference; ``name`` is the checkpoint's."""
+    trained = module.snapshot()  # type: ignore[operator]
+    kind = trained.kind if isinstance(trained, DraftCheckpoint) else "draft_model"
+    if checkpoint.kind != kind:
+        raise InvalidRequest(
+            f"{name} is a drafter of kind {checkpoint.kind!r}, the drafter to be trained of kind {kind!r}; "
+            "start from one of the same kind"
+        )
+    if checkpoint.target_layers not in (None, module.aux_layers):  # the same shapes, but other features
+        raise InvalidRequest(
+            f"{name} reads layers {list(checkpoint.target_layers or ())} of the target, the drafter to be trained "
+            f"{list(trained.target_layers)}; give the options it was trained with"
+        )
     with torch.no_grad():
         for parameter_name, parameter in module.named_parameters():
             given = checkpoint.tensors.get(_neutral(parameter_name))
