@@ -64,8 +64,8 @@ def features(config: Config, answers: Path, out: Path, target: str, *, console: 
     with begin(out, "features", config, parents={"answers": parent}, target=target) as work:
         if not work.finished:
             llm = LLM(target, "none", dtype=config.dtype)
-            vocab = llm.target.spec.vocab_size
-            texts = read_texts(answers / "train.jsonl", length=config.length, vocab_size=vocab)
+            vocab, length = llm.target.spec.vocab_size, min(config.length, llm.target.spec.max_positions)
+            texts = read_texts(answers / "train.jsonl", length=length, vocab_size=vocab)
             parts = [texts[i : i + config.part_texts] for i in range(0, len(texts), config.part_texts)]
             names = [f"train-{number:05d}.safetensors" for number in range(len(parts))]
             done = sum(len(part) for part, name in zip(parts, names, strict=True) if (out / name).exists())
@@ -80,7 +80,7 @@ def features(config: Config, answers: Path, out: Path, target: str, *, console: 
             for part, name in zip(parts, names, strict=True):
                 begins = pack(part).offsets.tolist()
                 index |= {text.id: [name, begin] for text, begin in zip(part, begins, strict=False)}
-            write_json(out / "index.json", {"layers": list(config.layers), "length": config.length, "places": index})
+            write_json(out / "index.json", {"layers": list(config.layers), "length": length, "places": index})
             size = sum((out / name).stat().st_size for name in names)
             work.finish([*names, "index.json"], {"texts": len(texts), "bytes": size})
     return Artefact(out, "features", work.record["sha256"], work.record["target"], work.record)
