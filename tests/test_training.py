@@ -20,6 +20,7 @@ from torch import nn
 
 from outrider import LLM, SamplingParams, checkpoints
 from outrider.errors import ArtefactError, InvalidRequest
+from outrider.models.locations import resolve_model
 from outrider.training.dataset import Text, TextSampler, pack, read_texts
 from outrider.training.features import Config as FeaturesConfig
 from outrider.training.features import features
@@ -233,6 +234,28 @@ def test_features_resume_after_the_last_file(stage: Path, tmp_path: Path) -> Non
     assert parts[0].stat().st_mtime_ns == kept
     with pytest.raises(ArtefactError, match=r"made with part_texts: 3, now 4"):  # files would hold other texts
         features(keep.model_copy(update={"part_texts": 4}), stage, tmp_path / "cut", "embedded")
+
+
+def test_features_and_run_stay_within_a_short_context(stage: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(resolve_model("embedded"), target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    regenerate(RegenerateConfig(max_tokens=16), stage.parent / "prompts", tmp_path / "answers", str(target))
+    features(FeaturesConfig(layers=(2, 5)), tmp_path / "answers", tmp_path / "features", str(target))
+    options = Config(**SMALL | {"length": 512, "steps": 1})
+    run(options, tmp_path / "answers", tmp_path / "run", str(target), features=tmp_path / "features")
+    assert (tmp_path / "run" / "drafter").exists()
+
+
+@pytest.mark.parametrize("lines", ["", '{"id": "a", "prompt": [1, 2], "answer": [3]}\n'])
+def test_a_run_without_held_out_prompts_is_not_evaluated(lines: str, answers: Path, tmp_path: Path) -> None:
+    shutil.copytree(answers, tmp_path / "answers")
+    (tmp_path / "answers" / "held_out.jsonl").write_text(lines)
+    said: list[str] = []
+    options = Config(**SMALL | {"eval_every": None, "steps": 1})
+    facts = learn(options, tmp_path / "answers", tmp_path / "out", "embedded", dtype="float32", say=said.append)
+    assert "acceptance_length" not in facts and "no held-out prompts" in said[0]
 
 
 def test_training_goes_on_from_a_drafter_of_the_same_kind_and_layers(stage: Path, tmp_path: Path) -> None:

@@ -33,11 +33,11 @@ class Text:
         return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:7], "big")
 
 
-def read_texts(path: Path, *, length: int, vocab_size: int) -> list[Text]:
+def read_texts(path: Path, *, length: int, vocab_size: int, required: bool = True) -> list[Text]:
     """Answers of ``train regenerate``: lines of {id, domain, prompt, answer}, cut to ``length`` tokens.
 
     Texts whose answer has fewer than two tokens within ``length`` are left out. Raises InvalidRequest with the line's
-    number.
+    number, and where none is left but is ``required``.
     """
     texts = []
     expected = "an object with id, prompt and answer (token ids)"
@@ -56,7 +56,7 @@ def read_texts(path: Path, *, length: int, vocab_size: int) -> list[Text]:
         tokens = tuple((prompt + answer)[:length])
         if len(prompt) >= 1 and len(tokens) >= len(prompt) + 2:
             texts.append(Text(name, domain, tokens, len(prompt)))
-    if not texts:
+    if required and not texts:
         raise InvalidRequest(f"{path} holds no text with an answer of at least 2 tokens within {length} tokens")
     return texts
 

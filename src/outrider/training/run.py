@@ -228,6 +228,8 @@ def learn(
         say(over_fit(tried, target_runner, texts, plan, console=console))
     every = max(1, steps // 8) if config.eval_every is None else config.eval_every
     evaluator = Evaluator(config, llm, answers / "held_out.jsonl", length) if every else None
+    if evaluator is not None and not evaluator.prompts and rank == 0:
+        say("no held-out prompts: trained without evaluation; more prompts, or prompts.held_out, give some")
     board = _tensorboard(config, out) if rank == 0 else None
 
     def evaluate(step: int) -> dict[str, Any]:
@@ -333,23 +335,24 @@ class Evaluator:
 
     def __init__(self, config: Config, llm: LLM, held_out: Path, length: int) -> None:
         self._llm, self._form, self._tokens = llm, config.form, config.eval_tokens
-        texts = read_texts(held_out, length=length, vocab_size=llm.target.spec.vocab_size) if held_out.exists() else []
+        vocab = llm.target.spec.vocab_size  # of few prompts there may be none that is held out
+        texts = read_texts(held_out, length=length, vocab_size=vocab, required=False) if held_out.exists() else []
         by_domain: dict[str, list[Text]] = defaultdict(list)
         for text in texts:
             by_domain[text.domain].append(text)
         share = math.ceil(config.eval_prompts / max(1, len(by_domain)))
-        self._prompts = {domain: some[:share] for domain, some in sorted(by_domain.items())}
+        self.prompts = {domain: some[:share] for domain, some in sorted(by_domain.items())}
 
     def __call__(self, drafter: Any) -> dict[str, Any]:
         """Acceptance length, bonus token included: the mean over domains, and each domain's."""
-        if not self._prompts:
+        if not self.prompts:
             return {}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "drafter"
             save_drafter(drafter, path, self._form, {}, self._llm)
             llm = self._llm.with_drafter(str(path))
             lengths = {}
-            for domain, texts in self._prompts.items():
+            for domain, texts in self.prompts.items():
                 prompts = [text.tokens[: text.prompt_length] for text in texts]
                 outputs = llm.generate(
                     prompts,
