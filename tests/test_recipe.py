@@ -115,6 +115,20 @@ def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     assert "No such command 'rnu'" in outrider("train", "rnu").stderr
 
 
+def test_models_beside_the_recipe(recipe: Path) -> None:
+    folder = recipe.parent
+    (folder / "model").mkdir()
+    for name in ("model.gguf", "model/model.gguf"):
+        (folder / name).write_bytes(b"GGUF" + bytes(20))
+    assert read_recipe(recipe, ["target=./model.gguf"]).target == str(folder / "model.gguf")
+    assert read_recipe(recipe, ["target=model"]).target == str(folder / "model")
+    (folder / "before").mkdir()
+    (folder / "before" / "config.json").write_text("{}")
+    for name, found in (("before", str(folder / "before")), ("owner/name", "owner/name")):
+        config: Any = read_recipe(recipe, [f"run.start_from={name}"]).configs["run"]
+        assert config.start_from == found
+
+
 def test_bad_data_is_reported_before_anything_runs(recipe: Path) -> None:
     (recipe.parent / "data.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     result = outrider("train", str(recipe))

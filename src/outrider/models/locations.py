@@ -24,6 +24,7 @@ __all__ = [
     "SMOLLM2",
     "SMOLLM2_HINT",
     "LocalModel",
+    "beside",
     "describe_gguf",
     "list_local_models",
     "public_name",
@@ -96,6 +97,13 @@ def resolve_model(model: str | Path) -> Path:
         what = "GGUF file" if is_gguf else "model directory or GGUF file"
         raise CheckpointError(f"no such {what}: {name}")
     return _hub(name)
+
+
+def beside(model: str, folder: Path) -> str:
+    """The path of a model that a relative path from ``folder`` names, else ``model`` unchanged."""
+    path = folder / Path(model).expanduser()
+    found = path.is_file() or (path / "config.json").is_file() or any(path.glob("*.gguf"))
+    return str(path) if found else model
 
 
 # ------------------------------------------------------------------------------------------------ installed package

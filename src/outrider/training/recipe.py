@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from outrider.errors import InvalidRequest, nearest
-from outrider.models.locations import resolve_model
+from outrider.models.locations import beside, resolve_model
 from outrider.training.artefact import Artefact
 from outrider.training.networks import training_of
 from outrider.training.stages import STAGES, make, opened
@@ -151,7 +151,7 @@ def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None
         for name in STAGES
         if name not in skip and (name in values or name not in ON_REQUEST)
     }
-    target = _local(values["target"], path.parent)
+    target = beside(values["target"], path.parent)
     resolve_model(target)
     prompts = tuple(path.parent / str(file) for file in values.get("eval_prompts", []))
     for file in prompts:
@@ -159,12 +159,6 @@ def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None
             raise InvalidRequest(f"{path}: eval_prompts: no such file: {file}")
     shared = path.parent / values["shared"] if "shared" in values else None
     return Recipe(target, out or path.parent / values["out"], configs, prompts, shared)
-
-
-def _local(target: str, folder: Path) -> str:
-    """The path of a target beside the recipe, else the name unchanged."""
-    beside = folder / Path(target).expanduser()
-    return str(beside) if (beside / "config.json").is_file() else target
 
 
 def changed(values: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:

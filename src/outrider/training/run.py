@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ from outrider.engine.llm import LLM
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.files import new_folder, write_json
 from outrider.models.loading import load_layers, model_config
-from outrider.models.locations import resolve_model
+from outrider.models.locations import beside, resolve_model
 from outrider.training.artefact import Artefact, begin, open_artefact, target_hash
 from outrider.training.dataset import Text, TextSampler, read_texts
 from outrider.training.device_target import DeviceRunner, DeviceTarget, check_device
@@ -104,6 +104,11 @@ class Config(BaseModel):
     """Checkpoint format of the finished drafter; auto: speculators where it can hold the kind, else outrider."""
     tensorboard: bool = True
     """Write TensorBoard events where TensorBoard is installed."""
+
+    @field_validator("start_from")
+    @classmethod
+    def _from_the_recipe(cls, name: str | None, info: ValidationInfo) -> str | None:
+        return name if name is None or info.context is None else beside(name, Path(info.context["folder"]))
 
 
 def trainable(
