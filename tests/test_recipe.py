@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
@@ -257,6 +258,24 @@ def test_the_length_of_answers_that_were_stopped() -> None:
         assert expected_length(stopped, most, 400) == pytest.approx(truth, rel=0.05), most
     assert expected_length([16, 16], 16, 1000) == 1000  # none has ended
     assert expected_length([3, 5], 16, 1000) == 4
+
+
+def test_what_is_counted(recipe: Path) -> None:
+    """Every turn of a conversation is answered; limits hold by domain, also for what the target writes itself."""
+    chats = [json.dumps({"turns": [f"First {i}", "second", "third"]}) for i in range(4)]
+    with gzip.open(recipe.parent / "chats.jsonl.gz", "wt") as file:
+        file.write("\n".join(chats))
+    sources = "prompts.sources=[{path='chats.jsonl.gz', domain='a', split='train'}"
+    sources += ", {self=30, domain='a', split='train'}, {self=50}, {self=8, split='held_out'}]"
+    changes = [sources, "prompts.held_out=0.2", 'eval_prompts=["chats.jsonl.gz"]', "regenerate.answers_per_prompt=2"]
+
+    def counted(*more: str) -> list[Any]:
+        trial = _Trial(read_recipe(recipe, [*changes, *more]))
+        return [trial._count("train"), trial._count("held_out"), trial.questions(trial.configs["eval"])]
+
+    assert counted("eval.limit=9") == [2 * (4 * 2 + 30 + 40), 10 + 8, 4]
+    assert counted("eval.limit=3", "prompts.limit=20") == [2 * (4 * 2 + 16 + 20), 10 + 8, 3]
+    assert counted("eval_prompts=[]", "eval.limit=5", "prompts.held_out_limit=12")[1:] == [12, 5]
 
 
 def test_an_estimate_writes_nothing(recipe: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from statistics import mean
 from time import perf_counter
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from outrider.engine.llm import LLM
+from outrider.evaluation.recording import read_prompts
 from outrider.models.loading import model_config
 from outrider.models.locations import QUESTIONS
 from outrider.training import dataset, prompts, regenerate
@@ -147,12 +149,19 @@ class _Trial:
 
     def eval(self) -> Estimate:
         config: Any = self.configs["eval"]
-        questions = self._count("held_out")
-        if self.recipe.eval_prompts:
-            questions = sum(path.read_bytes().count(b"\n") for path in self.recipe.eval_prompts)
-        tokens = questions * config.repeats * len(config.temperatures) * config.max_tokens
+        tokens = self.questions(config) * config.repeats * len(config.temperatures) * config.max_tokens
         sides = 1 + len(config.thresholds) / max(1, config.repeats)
         return self._rounds("eval", tokens / ROUND + tokens / LENGTH * sides)
+
+    def questions(self, config: Any) -> int:
+        """Prompts that ``eval`` answers."""
+        files: Sequence[Path] = self.recipe.eval_prompts
+        if not files and self.finished("regenerate"):
+            files = (self.recipe.path("regenerate") / "held_out.jsonl",)
+        domains = self._prompts[0]["held_out"]
+        if files:
+            domains = Counter(prompt.domain for path in files for prompt in read_prompts(path))
+        return sum(min(count, config.limit or count) for count in domains.values())
 
     def export(self) -> Estimate:
         return Estimate("export", 5.0, _peak(), self._training_speed[1] * 4)
@@ -166,8 +175,8 @@ class _Trial:
 
     @cached_property
     def _prompts(self) -> tuple[dict[str, Counter[str]], list[ChatTurn]]:
-        """Number of prompts by part and domain, and up to 200 of them as the target gets them. Questions of the
-        package stand for prompts that the target is to write."""
+        """Number of turns that the target answers, by part and domain, and up to 200 prompts as the target gets them.
+        Questions of the package stand for prompts that the target is to write."""
         config: Any = self.configs["prompts"]
         files = tuple(source for source in config.sources if source.path is not None)
         split, _ = prompts.collect(config.model_copy(update={"sources": files}))
@@ -178,9 +187,18 @@ class _Trial:
         settings = regenerate.sampling(self.configs["regenerate"], self.recipe.target)  # type: ignore[arg-type]
         conversations = Conversations(some, self._llm.tokenizer, settings)
         conversations.resume([])
-        counts = {str(part): Counter(prompt["domain"] for prompt in found) for part, found in split.items()}
-        for part, share in (("train", 1 - config.held_out), ("held_out", config.held_out)):
-            counts[part]["self"] = round(share * self._self_written)
+        counts: dict[str, Counter[str]] = {}
+        for part, found in split.items():
+            limit = config.limit if part == "train" else config.held_out_limit
+            share = config.held_out if part == "held_out" else 1 - config.held_out
+            given = Counter(prompt["domain"] for prompt in found)
+            counts[part] = Counter(prompt["domain"] for prompt in found for _ in prompt.get("turns", "1"))
+            for source in config.sources:
+                domain, share_of_it = source.domain or "self", share if source.split == "auto" else source.split == part
+                written = round(share_of_it * (source.self_written or 0))
+                written = written if limit is None else min(written, limit - given[domain])
+                given[domain] += written
+                counts[part][domain] += written  # of one turn each
         return counts, list(conversations.todo)
 
     @property
@@ -190,7 +208,7 @@ class _Trial:
         return sum(source.self_written or 0 for source in sources)
 
     def _count(self, part: str) -> int:
-        """Texts of a part: answers if they exist, else those that its prompts will get."""
+        """Texts of a part: answers if they exist, else those that its prompts' turns will get."""
         if self.finished("regenerate"):
             return int(open_artefact(self.recipe.path("regenerate")).provenance["facts"][part]["answers"])
         each: int = self.configs["regenerate"].answers_per_prompt if part == "train" else 1  # type: ignore[attr-defined]
