@@ -201,6 +201,9 @@ def test_all_stages_in_one_command(recipe: Path, monkeypatch: pytest.MonkeyPatch
             estimate(read_recipe(recipe, [change]))
     with pytest.raises(ArtefactError, match=r"run was made with steps: 2, now 3"):
         run_recipe(read_recipe(recipe, ["run.steps=3"]))
+    (recipe.parent / "held.jsonl").write_text('{"text": "another"}\n')
+    with pytest.raises(ArtefactError, match="prompts was made with another source 2: held"):
+        estimate(read)
 
     copy = export(ExportConfig(form="deepspec", dtype="bfloat16"), open_artefact(made / "run"), made / "x", "embedded")
     tensors = checkpoints.load(copy).tensors

@@ -306,12 +306,19 @@ def _lock(folder: Path) -> BinaryIO | None:
 
 
 def is_finished(
-    folder: Path, stage: str, config: BaseModel, *, target: str | None, parents: Mapping[str, Path] | None = None
+    folder: Path,
+    stage: str,
+    config: BaseModel,
+    *,
+    target: str | None,
+    parents: Mapping[str, Path] | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> bool:
     """Whether a stage is finished, read from its records without hashing its files or locking it.
 
-    ``parents``: the directories it reads; only finished ones are compared. Raises ArtefactError, as ``begin`` does,
-    where the directory was begun or finished with other settings, parents or another target.
+    ``parents``: the directories it reads; only finished ones are compared. ``sources``: as for ``begin``; None: they
+    are not compared. Raises ArtefactError, as ``begin`` does, where the directory was begun or finished with other
+    settings, parents, sources or another target.
     """
     finished = (folder / PROVENANCE).is_file()
     begun = (folder / BEGUN).is_file() and bool(_others(folder))
@@ -322,6 +329,8 @@ def is_finished(
     ready = {role: path / PROVENANCE for role, path in (parents or {}).items() if (path / PROVENANCE).is_file()}
     if parents is not None and len(ready) == len(parents):
         now["parents"] = {role: read_json(path)["sha256"] for role, path in ready.items()}
+    if sources is not None:
+        now["sources"] = dict(sources)
     if before.get("target") is not None and target is not None:
         now["target"] = {"name": target, "sha256": target_hash(target)}
     _refuse_differences(folder, before, now, finished)

@@ -28,7 +28,7 @@ from outrider.training import dataset, prompts, regenerate
 from outrider.training.artefact import is_finished, open_artefact
 from outrider.training.conversations import ChatTurn, Conversations
 from outrider.training.recipe import Recipe
-from outrider.training.stages import STAGES
+from outrider.training.stages import STAGES, sources_of
 from outrider.training.target_runner import TargetRunner
 from outrider.types import RaggedBatch
 
@@ -83,7 +83,8 @@ class _Trial:
     def finished(self, name: str) -> bool:
         recipe = self.recipe
         folder, config, parents = recipe.path(name), recipe.configs[name], recipe.folders(name)
-        return is_finished(folder, name, config, target=recipe.target, parents=parents)
+        sources = sources_of(name, config, recipe.eval_prompts if name == "eval" else ())
+        return is_finished(folder, name, config, target=recipe.target, parents=parents, sources=sources)
 
     # -------------------------------------------------------------------------------------------- stages
 

@@ -30,7 +30,7 @@ from outrider.files import read_json_lines
 from outrider.training.artefact import Artefact, begin, file_hash, write_lines
 from outrider.training.progress import Progress
 
-__all__ = ["Config", "Source", "collect", "make_prompts", "read_source"]
+__all__ = ["Config", "Source", "collect", "make_prompts", "read_source", "sources"]
 
 Split = Literal["train", "held_out"]
 EXPECTED = "an object with `text`, `prompt`, `turns`, `messages` or `conversations`"
@@ -126,11 +126,10 @@ def make_prompts(config: Config, out: Path, target: str = "", *, console: Consol
 
     Raises InvalidRequest naming file and line for anything that cannot be read as a prompt, and where nothing is left
     to train on; ArtefactError; OutriderError where the target writes no usable prompt."""
-    sources = {f"source {i}: {s.name}": _source_hash(s) for i, s in enumerate(config.sources, 1)}
     writes = any(source.path is None for source in config.sources)
     if writes and not target:
         raise InvalidRequest("prompts that the target writes itself need the target: --target")
-    with begin(out, "prompts", config, sources=sources, target=target if writes else None) as work:
+    with begin(out, "prompts", config, sources=sources(config), target=target if writes else None) as work:
         if not work.finished:
             files = tuple(_written(s, i, config, out, target, console) for i, s in enumerate(config.sources, 1))
             split, dropped = collect(config.model_copy(update={"sources": files}))
@@ -172,6 +171,11 @@ def _written(source: Source, number: int, config: Config, out: Path, target: str
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
             console.print(f"left out of the target's own prompts: {reasons}", style="dim", markup=False)
     return source.model_copy(update={"path": path, "domain": source.domain or "self"})
+
+
+def sources(config: Config) -> dict[str, str]:
+    """Hashes of what the prompts are taken from. Raises InvalidRequest for a file that is not there."""
+    return {f"source {i}: {s.name}": _source_hash(s) for i, s in enumerate(config.sources, 1)}
 
 
 def _source_hash(source: Source) -> str:

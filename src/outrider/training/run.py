@@ -45,7 +45,18 @@ from outrider.training.target_runner import FeatureSource, TargetRunner
 from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, multiplies_bfloat16, rank_and_world
 from outrider.types import TargetModel
 
-__all__ = ["Config", "Evaluator", "learn", "over_fit", "plan_of", "processes", "run", "save_drafter", "trainable"]
+__all__ = [
+    "Config",
+    "Evaluator",
+    "learn",
+    "over_fit",
+    "plan_of",
+    "processes",
+    "run",
+    "save_drafter",
+    "sources",
+    "trainable",
+]
 
 SANITY_TOKENS = 24  # of the answer that the sanity check prefers: fewer prove little, more take longer
 ACCEPTED = 0.9  # share of drafts that must be accepted on the single text of the sanity check
@@ -184,13 +195,17 @@ def run(
             parents["features"] = open_artefact(features, "features", target)
             if parents["features"].provenance["parents"]["answers"] != parent.sha256:
                 raise ArtefactError(f"{features} was made from other answers than those in {answers}; make it again")
-        sources = {} if config.start_from is None else {"start_from": target_hash(config.start_from)}
-        with begin(out, "run", config, parents=parents, sources=sources, target=target) as work:
+        with begin(out, "run", config, parents=parents, sources=sources(config), target=target) as work:
             if not work.finished:
                 say = console.print if console is not None else _silent
                 facts = learn(config, answers, out, target, features=features, say=say, console=console)
                 work.finish(["drafter"], facts)
     return Artefact(out, "run", work.record["sha256"], work.record["target"], work.record)
+
+
+def sources(config: Config) -> dict[str, str]:
+    """The hash of the drafter that training starts from. Raises CheckpointError where there is none."""
+    return {} if config.start_from is None else {"start_from": target_hash(config.start_from)}
 
 
 def learn(

@@ -15,7 +15,7 @@ from rich.console import Console
 from outrider.training.artefact import Artefact, begin, file_hash, open_artefact
 from outrider.training.progress import Progress
 
-__all__ = ["STAGES", "Stage", "StageInputs", "checkpoint_of", "make", "opened"]
+__all__ = ["STAGES", "Stage", "StageInputs", "checkpoint_of", "make", "opened", "sources_of"]
 
 DRAFTER = "drafter"  # folder of the checkpoint inside an artefact
 SHARES = 1000  # resolution of a progress bar that is given shares
@@ -61,6 +61,15 @@ class Stage:
     def config(self) -> type[BaseModel]:
         found: type[BaseModel] = import_module(self.reference.partition(":")[0]).Config
         return found
+
+
+def sources_of(name: str, config: Any, prompts: tuple[Path, ...] = ()) -> dict[str, str] | None:
+    """Hashes of a stage's inputs that are no artefacts: of prompt sets, and what its module's ``sources`` says. None:
+    known only once the stage before has run. Raises InvalidRequest, CheckpointError for inputs that are not there."""
+    if name == "regenerate":
+        return None  # the chat template, if there are chats among the prompts
+    own = getattr(import_module(STAGES[name].reference.partition(":")[0]), "sources", None)
+    return {f"prompts {path.name}": file_hash(path) for path in prompts} | ({} if own is None else own(config))
 
 
 def checkpoint_of(artefact: Artefact) -> Path:
@@ -186,8 +195,7 @@ def make(
     if not stage.outputs:
         stage.call(stage.function, inputs)
         return open_artefact(out, name)
-    sources = {f"prompts {path.name}": file_hash(path) for path in prompts}
-    with begin(out, name, config, parents=parents, sources=sources, target=target) as work:
+    with begin(out, name, config, parents=parents, sources=sources_of(name, config, prompts), target=target) as work:
         if not work.finished:
             facts = _call_in_scratch_dir(stage, inputs) if stage.scratch else stage.call(stage.function, inputs)
             work.finish(stage.outputs, facts)
