@@ -22,6 +22,7 @@ __all__ = [
     "SamplingParams",
     "StackConfig",
     "build",
+    "check_names",
     "memory_bytes",
     "whole_number",
 ]
@@ -44,11 +45,16 @@ T = TypeVar("T")
 
 def build(kind: type[T], options: Mapping[str, Any], what: str) -> T:
     """Make a config dataclass from options; an unknown key is refused with the nearest known one."""
-    known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
+    check_names(kind, options, what)
+    return kind(**options)
+
+
+def check_names(kind: type[Any], options: Mapping[str, Any], what: str) -> None:
+    """Raise InvalidRequest for an option that a config dataclass does not have, with the nearest one that it has."""
+    known = [f.name for f in fields(kind) if f.init]
     for key in options:
         if key not in known:
             raise InvalidRequest(f"{what}: unknown option {key!r}; {nearest(key, known)}")
-    return kind(**options)
 
 
 @dataclass(frozen=True, slots=True)

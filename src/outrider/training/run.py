@@ -76,7 +76,7 @@ class Config(BaseModel):
     start_from: str | None = None
     """A finished drafter of the same kind, target layers and shape, whose weights training goes on from. What it holds
     is hashed, not its path."""
-    epochs: float = Field(3.0, gt=0)
+    epochs: float = Field(3.0, gt=0, allow_inf_nan=False)
     """Passes over all texts."""
     steps: int | None = Field(None, ge=1)
     """Number of steps of ``batch`` texts; replaces ``epochs``."""
@@ -86,9 +86,9 @@ class Config(BaseModel):
     """Most tokens of a text, prompt included; longer texts are cut."""
     pack_tokens: int = Field(1024, ge=1)
     """Tokens in one pass through the drafter: more need more memory, fewer use the processor less well."""
-    learning_rate: float = Field(6e-4, gt=0)
+    learning_rate: float = Field(6e-4, gt=0, allow_inf_nan=False)
     warmup: float = Field(0.04, ge=0, le=1)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     clip: float = Field(1.0, gt=0)
     dtype: str = "auto"
     """Precision of the target during training."""
@@ -97,7 +97,7 @@ class Config(BaseModel):
     bfloat16: bool | None = None
     """Matrix products in bfloat16; weights and sums stay in float32. Default: where the processor or accelerator has
     instructions for it; without them it is some forty times slower than float32."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     sharding: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: full copies (ddp), or weights sharded over the processes (fsdp)."""
     save_seconds: float = Field(60.0, gt=0)

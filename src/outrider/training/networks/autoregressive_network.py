@@ -9,6 +9,7 @@ N packed tokens, A starts, K steps, n drafts that count in all steps, D width, F
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from outrider.checkpoints import DraftCheckpoint
-from outrider.config import build
 from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.drafters.mtp_design import MTPDesign
+from outrider.errors import InvalidRequest
 from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch, send
 from outrider.training.networks.block_attention import AutoregressiveAttention
-from outrider.training.networks.initial import Counts, draft_decoder, new_checkpoint, with_draft_vocabulary
+from outrider.training.networks.initial import (
+    Counts,
+    check_weights,
+    draft_decoder,
+    new_checkpoint,
+    options_of,
+    with_draft_vocabulary,
+)
 from outrider.training.networks.losses import divergence
 from outrider.training.networks.stack import Norm, linear
 from outrider.training.networks.warm_start import Layers, start_warm
@@ -44,6 +52,14 @@ class AutoregressiveLoss:
     decay: float = 0.8
     starts: int | None = None
     """The most positions of a text, in one epoch, from which drafting is trained; None: all of them."""
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest."""
+        check_weights(self, ("soft_cross_entropy", "cross_entropy", "total_variation"))
+        if not 0 <= self.decay < math.inf:
+            raise InvalidRequest(f"decay must be 0 or above, got {self.decay}")
+        if self.starts is not None and self.starts < 1:
+            raise InvalidRequest(f"starts must be at least 1, got {self.starts}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +211,9 @@ class Eagle3Training:
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``AutoregressiveLoss``."""
 
+    def __post_init__(self) -> None:
+        options_of(AutoregressiveLoss, self.loss, "loss")  # refused now, not once training starts
+
     def start(
         self,
         target: TargetModel,
@@ -212,7 +231,9 @@ class Eagle3Training:
         aux_layers = tuple(self.target_layers) if self.target_layers else None
         checkpoint = new_checkpoint(Eagle3Design(depth=self.depth), decoder, target.spec, aux_layers, aux_layers=3)
         checkpoint = with_draft_vocabulary(checkpoint, self.draft_vocab, counts)
-        module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of eagle3"))
+        module = TrainableAutoregressive(
+            checkpoint, target, options_of(AutoregressiveLoss, self.loss, "loss of eagle3")
+        )
         if self.warm and layers is not None:
             start_warm(module, module.hidden_norm, layers)
         return module
@@ -233,6 +254,9 @@ class MTPTraining:
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Options of ``AutoregressiveLoss``."""
 
+    def __post_init__(self) -> None:
+        options_of(AutoregressiveLoss, self.loss, "loss")  # refused now, not once training starts
+
     def start(
         self,
         target: TargetModel,
@@ -248,7 +272,7 @@ class MTPTraining:
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
         layer = target.spec.num_layers - 2 if self.target_layer is None else self.target_layer
         checkpoint = new_checkpoint(MTPDesign(depth=self.depth), decoder, target.spec, (layer,), aux_layers=1)
-        module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of mtp"))
+        module = TrainableAutoregressive(checkpoint, target, options_of(AutoregressiveLoss, self.loss, "loss of mtp"))
         if self.warm and layers is not None:
             start_warm(module, None, layers)  # its layer has a norm of its own
         return module

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from outrider.errors import InvalidRequest
 from outrider.training.networks.batch import FeatureBatch, Loss, TokenBatch
-from outrider.training.networks.initial import Counts, draft_decoder
+from outrider.training.networks.initial import Counts, check_weights, draft_decoder
 from outrider.training.networks.losses import divergence
 from outrider.training.networks.warm_start import Layers
 from outrider.types import TargetModel
@@ -37,6 +37,10 @@ class DraftModelTraining:
     soft_cross_entropy: float = 1.0
     cross_entropy: float = 0.0
     total_variation: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequest."""
+        check_weights(self, ("soft_cross_entropy", "cross_entropy", "total_variation"))
 
     def start(
         self,
