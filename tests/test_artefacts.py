@@ -192,7 +192,7 @@ def test_a_scratch_directory_of_a_killed_stage_is_made_anew(tmp_path: Path, monk
         (inputs.out / "provenance.json").write_text("its own")
         return {"calls": calls}
 
-    stage = Stage("outrider.training.prompts:make_prompts", call, {}, ("drafter",), scratch=True)
+    stage = Stage("outrider.training.export:export", call, {}, ("drafter",), scratch=True)
     monkeypatch.setitem(STAGES, "fake", stage)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -331,6 +331,29 @@ def test_a_full_disk_is_reported_and_the_stage_resumes(prompts: Path, tiny_model
     assert b"ArtefactError: cannot write to" in errors and b"free disk space and run the same command again" in errors
     assert 0 < (out / "train.jsonl").stat().st_size <= 4500
     assert regenerate(SMALL, prompts, out, str(tiny_model_dir)).sha256 == undisturbed.sha256
+
+
+def test_a_full_disk_under_safetensors(tmp_path: Path) -> None:
+    """It raises an error of its own."""
+    script = """
+import resource, signal, sys, torch
+from pathlib import Path
+from pydantic import BaseModel
+from outrider.errors import ArtefactError
+from outrider.models.weights import write_tensors
+from outrider.training.artefact import begin
+class Empty(BaseModel): ...
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4500, resource.RLIM_INFINITY))
+out = Path(sys.argv[1])
+try:
+    with begin(out, "stage", Empty()):
+        write_tensors(out / "a.safetensors", {"a": torch.zeros(100_000)})
+except ArtefactError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], capture_output=True, text=True)
+    assert "cannot write to" in done.stdout and "run the same command again" in done.stdout, done.stderr
 
 
 def test_default_sampling_is_the_targets(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ from typing import Any, BinaryIO
 
 import torch
 from pydantic import BaseModel
+from safetensors import SafetensorError
 
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.files import read_json, read_json_lines, replace_file, write_json
@@ -185,8 +187,8 @@ class Work:
             self._save_time()
         if self._lock is not None:
             self._lock.close()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise _disk_full(self.folder, error) from error
+        if error is not None and (reason := _disk_full(error)):
+            raise _cannot_write(self.folder, reason) from error
 
     @property
     def record(self) -> Mapping[str, Any]:
@@ -256,14 +258,22 @@ def begin(
     except BaseException as error:
         if lock is not None:
             lock.close()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise _disk_full(path, error) from error
+        if reason := _disk_full(error):
+            raise _cannot_write(path, reason) from error
         raise
 
 
-def _disk_full(folder: Path, error: OSError) -> ArtefactError:
+def _disk_full(error: BaseException) -> str | None:
+    """What the system said where the disk is full; safetensors has the number in its text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    return os.strerror(number) if number in DISK_FULL else None
+
+
+def _cannot_write(folder: Path, reason: str) -> ArtefactError:
     return ArtefactError(
-        f"cannot write to {folder}: {error.strerror}. The files written so far are intact: "
+        f"cannot write to {folder}: {reason}. The files written so far are intact: "
         "free disk space and run the same command again"
     )
 
