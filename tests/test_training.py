@@ -304,13 +304,15 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_state(
     def broken(self: nn.Module, batch: FeatureBatch) -> Loss:
         calls.append(1)
         loss: Loss = true_loss(self, batch)  # type: ignore[arg-type]
-        return loss if len(calls) < 6 else Loss(loss.total * float("nan"), loss.parts, loss.weight)
+        return loss if len(calls) not in (6, 7) else Loss(loss.total * float("nan"), loss.parts, loss.weight)
 
     options = Config(**SMALL | {"save_seconds": 1e-6, "pack_tokens": 1000})
     with monkeypatch.context() as patch:
         patch.setattr(TrainableBlock, "loss", broken)
-        with pytest.raises(TrainingFailed, match="the loss is nan at step 6"):
+        with pytest.raises(TrainingFailed, match="the loss is nan at step 6; the state .* is of an earlier step"):
             learn(options, answers, tmp_path / "out", "embedded", dtype="float32")
+        with pytest.raises(TrainingFailed, match="the loss is nan at step 1; no state was saved before"):
+            learn(options, answers, tmp_path / "at_once", "embedded", dtype="float32")
     state = torch.load(tmp_path / "out" / "state" / "state.pt", weights_only=True)
     learn(options, answers, tmp_path / "out", "embedded", dtype="float32")
 
@@ -330,7 +332,9 @@ def test_a_full_disk_keeps_the_previous_state(answers: Path, tmp_path: Path, mon
         true_save(value, file)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(TrainingFailed, match=r"No space left.*run the same command again"):
+    with pytest.raises(
+        TrainingFailed, match=r"No space left.*is of an earlier step and intact.*run the same command again"
+    ):
         learn(Config(**SMALL | {"save_seconds": 1e-6}), answers, tmp_path / "out", "embedded", dtype="float32")
     assert torch.load(tmp_path / "out" / "state" / "state.pt", weights_only=True)["step"] == 2
     assert [path.name for path in (tmp_path / "out" / "state").iterdir() if "partial" in path.name] == []

@@ -158,8 +158,8 @@ class Trainer:
         mean = means.pop("loss")
         if not math.isfinite(mean):
             raise TrainingFailed(
-                f"the loss is {mean} at step {self.done + 1}; the saved state in {self.folder} is of an "
-                "earlier step and intact. A lower learning rate or bfloat16 = false may help"
+                f"the loss is {mean} at step {self.done + 1}; {self._saved()}. A lower learning rate or "
+                "bfloat16 = false may help"
             )
         seconds, processor_seconds = time.monotonic() - began, time.process_time() - processor
         return Step(self.done + 1, mean, means, rate, norm, count, seconds, processor_seconds)
@@ -254,9 +254,14 @@ class Trainer:
                 write_state(self.state, {"step": self.done, "module": module, "optimizer": optimizer})
             except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
                 raise TrainingFailed(
-                    f"cannot save step {self.done} to {self.state}: {error}. The state before it is intact; free disk "
-                    "space and run the same command again"
+                    f"cannot save step {self.done} to {self.state}: {error}; {self._saved()}. Free disk space and run "
+                    "the same command again"
                 ) from error
+
+    def _saved(self) -> str:
+        if not self.state.exists():
+            return "no state was saved before"
+        return f"the state in {self.folder} is of an earlier step and intact"
 
     def resume(self) -> int:
         """Load the saved state, if there is one. -> steps done."""
