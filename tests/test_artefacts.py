@@ -373,5 +373,5 @@ def test_prompts_that_do_not_fit_are_counted_and_left_out(prompts: Path, tiny_mo
     lines = list(read_lines(tmp_path / "answers" / "train.jsonl"))
     assert facts["too_long"] > 0 and len(lines) == facts["answers"] > 0
     assert max(len(line["prompt"]) for line in lines) <= 14
-    with pytest.raises(ArtefactError, match="none of the training prompts"):
+    with pytest.raises(ArtefactError, match=r"at most 1 tokens, which max_tokens = 24 leaves of a context of 25"):
         regenerate(SMALL.model_copy(update={"context": 25}), prompts, tmp_path / "none", str(tiny_model_dir))

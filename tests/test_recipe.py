@@ -92,6 +92,8 @@ def outrider(*arguments: str) -> Any:
         ('run={kind="draft_model", drafter={soft_cross_entropy=-1}}', "must be 0 or above, got -1"),
         ("run.seed=-1", r"\[run\]: seed: input should be greater than or equal to 0, got -1"),
         ("run.epochs=inf", r"\[run\]: epochs: input should be a finite number"),
+        ("run.dtype=flaot32", r"\[run\]: dtype: unknown dtype 'flaot32'; did you mean 'float32'"),
+        ("features={layers=[1, 5]}", r"layers are \[1, 5\], but the drafter of \[run\] reads target_layers \[2, 5\]"),
         ("run.kind=suffix", "drafter 'suffix' cannot be trained"),
         ("run.kind=dsparc", "unknown drafter 'dsparc'; did you mean 'dspark'"),
         ("run=3", "run must be a section"),
@@ -135,6 +137,14 @@ def test_models_beside_the_recipe(recipe: Path) -> None:
     for name, found in (("before", str(folder / "before")), ("owner/name", "owner/name")):
         config: Any = read_recipe(recipe, [f"run.start_from={name}"]).configs["run"]
         assert config.start_from == found
+
+
+def test_answers_that_fill_the_context_are_refused_before_anything_runs(recipe: Path) -> None:
+    filled = read_recipe(recipe, ["regenerate.max_tokens=99999"])
+    for start in (estimate, run_recipe):
+        with pytest.raises(InvalidRequest, match="max_tokens = 99999 new tokens leave no room for a prompt"):
+            start(filled)  # type: ignore[operator]
+    assert not (recipe.parent / "made").exists()
 
 
 def test_bad_data_is_reported_before_anything_runs(recipe: Path) -> None:

@@ -29,8 +29,10 @@ from rich.console import Console
 
 from outrider.errors import InvalidRequest, nearest
 from outrider.models.locations import beside, resolve_model
+from outrider.models.weights import load_dtype
 from outrider.training.artefact import Artefact
 from outrider.training.networks import training_of
+from outrider.training.regenerate import sampling
 from outrider.training.stages import STAGES, make, opened
 
 __all__ = ["Recipe", "changed", "configure", "read_recipe", "run_recipe"]
@@ -83,6 +85,8 @@ def configure(name: str, values: Mapping[str, Any], where: str, folder: Path | N
     except ValidationError as error:
         raise InvalidRequest(f"{where}: {_explain(kind, error)}") from None
     _check_drafter(config, where)
+    if name != "export":  # whose dtype is how the drafter is stored
+        _check_dtype(getattr(config, "dtype", "auto"), where)
     return config
 
 
@@ -121,6 +125,24 @@ def _check_drafter(config: BaseModel, where: str) -> None:
         training_of(kind, options, f"{where} ")
 
 
+def _check_dtype(dtype: str, where: str) -> None:
+    if dtype != "auto":
+        try:
+            load_dtype(dtype)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{where}: dtype: {error}") from None
+
+
+def _check_features(configs: Mapping[str, Any], path: Path) -> None:
+    """Refuse features that training cannot read, where the recipe names what it reads."""
+    layers = configs["run"].drafter.get("target_layers")
+    if "features" in configs and layers and configs["features"].layers != tuple(layers):
+        raise InvalidRequest(
+            f"{path}: [features] layers are {list(configs['features'].layers)}, but the drafter of [run] reads "
+            f"target_layers {list(layers)}; give the same"
+        )
+
+
 def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None) -> Recipe:
     """Read and check a whole recipe. ``changes`` are ``section.key=value`` with TOML values (bare words are strings).
 
@@ -151,6 +173,7 @@ def read_recipe(path: Path, changes: Iterable[str] = (), out: Path | None = None
         for name in STAGES
         if name not in skip and (name in values or name not in ON_REQUEST)
     }
+    _check_features(configs, path)
     target = beside(values["target"], path.parent)
     resolve_model(target)
     prompts = tuple(path.parent / str(file) for file in values.get("eval_prompts", []))
@@ -187,6 +210,7 @@ def _change(values: dict[str, Any], change: str) -> None:
 
 def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None = None) -> dict[str, Artefact]:
     """Run every stage in order. Raises a stage's errors; the same call then resumes."""
+    sampling(recipe.configs["regenerate"], recipe.target)  # type: ignore[arg-type]  # refused now, not after prompts
     made: dict[str, Artefact] = {}
     for name in recipe.stages(until):
         out = recipe.path(name)

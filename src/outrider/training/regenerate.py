@@ -103,6 +103,11 @@ def sampling(config: Config, target: str) -> Settings:
     values |= {name: value for name, value in given.items() if value is not None}
     params = SamplingParams(max_tokens=config.max_tokens, ignore_eos=config.ignore_eos, **values)
     context = min(config.context, text.get("max_position_embeddings") or config.context)
+    if config.max_tokens >= context:
+        raise InvalidRequest(
+            f"max_tokens = {config.max_tokens} new tokens leave no room for a prompt in a context of {context}; "
+            "give fewer (prompts that the target writes itself: prompt_tokens)"
+        )
     for temperature in config.temperatures:
         replace(params, temperature=temperature)  # refuses what is no temperature
     if config.answers_per_prompt > 1 and not max(config.temperatures, default=params.temperature):
@@ -141,7 +146,11 @@ def regenerate(config: Config, prompts: Path, out: Path, target: str, *, console
                 conversations = Conversations(some, tokenizer, settings, source=source, note=note)
                 facts[part] = _answer(some, conversations, answer, out / f"{part}.jsonl", console)
             if not facts["train"]["answers"]:
-                raise ArtefactError(f"none of the training prompts in {prompts} fits a context of {settings.context}")
+                raise ArtefactError(
+                    f"none of the training prompts in {prompts} has at most {settings.context - config.max_tokens} "
+                    f"tokens, which max_tokens = {config.max_tokens} leaves of a context of {settings.context}; "
+                    "give a smaller max_tokens, or shorter prompts"
+                )
             work.finish([f"{part}.jsonl" for part in PARTS], facts)
     return Artefact(out, "regenerate", work.record["sha256"], work.record["target"], work.record)
 
