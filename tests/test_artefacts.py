@@ -112,6 +112,13 @@ def test_a_process_killed_while_it_wrote_its_first_record(tmp_path: Path) -> Non
     assert make(tmp_path / "a")
 
 
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_file_is_no_directory(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtefactError, match=r"/file is a file; stage needs a directory of its own, give another one"):
+        make(tmp_path / "file" / below)
+
+
 def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
     with begin(tmp_path / "a", "stage", Options()), pytest.raises(ArtefactError, match="another process"):
         make(tmp_path / "a")
@@ -359,10 +366,10 @@ except ArtefactError as error:
 def test_default_sampling_is_the_targets(tiny_model_dir: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     shutil.copytree(tiny_model_dir, target)
-    assert stage.sampling(Config(), str(target)).params.temperature == 1.0
+    assert stage.sampling(Config(max_tokens=24), str(target)).params.temperature == 1.0
     own = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": [0, 7]}
     (target / "generation_config.json").write_text(json.dumps(own))
-    found = stage.sampling(Config(top_k=5), str(target))
+    found = stage.sampling(Config(max_tokens=24, top_k=5), str(target))
     assert (found.params.temperature, found.params.top_p, found.params.top_k) == (0.6, 0.95, 5)
     assert found.end_tokens == (0, 7)
 

@@ -227,9 +227,9 @@ def begin(
     """Start or resume a stage; ``work.finished`` is true if it is finished already and there is nothing to do.
 
     ``parents``: artefacts that it reads; they are checked against their own provenance and against ``target``.
-    ``sources``: hashes of other inputs. Raises ArtefactError where a parent does not fit, another process works on the
-    directory, or the directory was begun or finished with other settings, parents or another target: the message names
-    the first difference.
+    ``sources``: hashes of other inputs. Raises ArtefactError where a parent does not fit, the directory cannot be one,
+    another process works on it, or it was begun or finished with other settings, parents, sources or another target:
+    the message names the first difference.
     """
     path = Path(folder)
     read = {name: p if isinstance(p, Artefact) else open_artefact(p) for name, p in (parents or {}).items()}
@@ -251,7 +251,11 @@ def begin(
         "lineage": {stage: facts for parent in read.values() for stage, facts in parent.lineage.items()},
         "seconds": 0.0,
     }
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next((p for p in (path, *path.parents) if p.is_file()), path)
+        raise ArtefactError(f"{file} is a file; {stage} needs a directory of its own, give another one") from None
     lock = _lock(path)
     try:
         return _resume_or_start(path, stage, record, lock)
