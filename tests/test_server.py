@@ -152,7 +152,7 @@ def test_what_no_patience_helps_is_said_at_once(
     with pytest.raises(OutriderError, match=r"refuses the request \(HTTP 400: .*not now"):
         regenerate(config(fake), prompts, tmp_path / "out", str(tiny_model_dir))
     with pytest.raises(InvalidRequest, match="expected an address like http"):
-        regenerate(Config(server="localhost:80"), prompts, tmp_path / "b", str(tiny_model_dir))
+        regenerate(Config(server="localhost:80", max_tokens=32), prompts, tmp_path / "b", str(tiny_model_dir))
     with pytest.raises(OutriderError, match="no answer in 2 attempts"):
-        gone = Config(server="http://127.0.0.1:9", retries=1)
+        gone = Config(server="http://127.0.0.1:9", retries=1, max_tokens=32)
         regenerate(gone, prompts, tmp_path / "c", str(tiny_model_dir))
