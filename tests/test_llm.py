@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -125,6 +126,19 @@ def test_bad_input_is_one_clear_error(llms: dict[str, LLM], tmp_path: object) ->
         LLM(target, str(tmp_path), tokenizer=tokenizer)
     with pytest.raises(CheckpointError):
         LLM(str(tmp_path))
+
+
+@pytest.mark.parametrize("given", [{"draft_tokens": 10**23}, {"drafter_options": {"draft_tokens": 99999999999}}])
+def test_more_drafts_than_the_context_are_refused(llms: dict[str, LLM], given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="draft_tokens must be at most the target's context of 2048 tokens, got"):
+        LLM(llms["none"].loaded, "suffix", **given)
+
+
+def test_a_drafter_that_is_not_packaged_is_named(llms: dict[str, LLM]) -> None:
+    with pytest.raises(InvalidRequest, match="embedded has no packaged mtp drafter: give the directory.*draft_model,"):
+        LLM(llms["none"].loaded, "mtp")
+    with pytest.raises(InvalidRequest, match="this target has no packaged eagle3 drafter.*no packaged drafters"):
+        LLM(llms["none"].target, "eagle3", tokenizer=llms["none"].tokenizer)
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused(tiny_model_dir: object) -> None:

@@ -7,7 +7,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from numbers import Real
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "build",
     "check_names",
     "memory_bytes",
+    "required",
     "whole_number",
 ]
 
@@ -44,8 +45,13 @@ T = TypeVar("T")
 
 
 def build(kind: type[T], options: Mapping[str, Any], what: str) -> T:
-    """Make a config dataclass from options; an unknown key is refused with the nearest known one."""
+    """Make a config dataclass from options; an unknown key is refused with the nearest known one.
+
+    Raises InvalidRequest, also for a missing option."""
     check_names(kind, options, what)
+    missing = [name for name in required(kind) if name not in options]
+    if missing:
+        raise InvalidRequest(f"{what}: expected a value for {', '.join(map(repr, missing))}, got none")
     return kind(**options)
 
 
@@ -55,6 +61,11 @@ def check_names(kind: type[Any], options: Mapping[str, Any], what: str) -> None:
     for key in options:
         if key not in known:
             raise InvalidRequest(f"{what}: unknown option {key!r}; {nearest(key, known)}")
+
+
+def required(kind: type) -> list[str]:
+    """Fields of a config dataclass that have no default."""
+    return [f.name for f in fields(kind) if f.init and f.default is MISSING and f.default_factory is MISSING]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from outrider.engine.cost_tables import (
     tune_core,
 )
 from outrider.engine.engine import Engine
-from outrider.engine.loader import EMBEDDED, LoadedModel, load_drafter, load_model, load_policy
+from outrider.engine.loader import EMBEDDED, LoadedModel, check_draft_tokens, load_drafter, load_model, load_policy
 from outrider.engine.memory import default_memory
 from outrider.engine.request import Request
 from outrider.engine.stream import EventStream
@@ -102,6 +102,7 @@ class LLM:
         )
         self.loaded, self.target, self.tokenizer, self.model = loaded, loaded.target, loaded.tokenizer, loaded.name
         self.max_rows = max_rows
+        check_draft_tokens(draft_tokens, self.target)
         self.capacity = capacity or min(self.target.spec.max_positions, CONTEXT)
         if self.capacity > self.target.spec.max_positions:
             raise InvalidRequest(

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from outrider import registry
 from outrider.checkpoints import load_calibration
-from outrider.config import build
+from outrider.config import build, required, whole_number
 from outrider.drafters.base import CalibratedDrafter, SeveralDrafters
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest, reading_config
 from outrider.files import read_json
@@ -27,7 +27,7 @@ from outrider.scheduling.guard import GuardedPolicy
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Drafter, ReadsHidden, SchedulerPolicy, TargetModel
 
-__all__ = ["EMBEDDED", "LoadedModel", "load_drafter", "load_model", "load_policy"]
+__all__ = ["EMBEDDED", "LoadedModel", "check_draft_tokens", "load_drafter", "load_model", "load_policy"]
 
 EMBEDDED = "embedded"
 
@@ -102,12 +102,19 @@ def load_drafter(
         options.setdefault("model", packaged[name])
     if name not in registry.names("drafter"):
         options["model"], name = name, _recognise(name)
+    check_draft_tokens(options.get("draft_tokens"), model.target)
     if options.get("draft_tokens") == 0:
         name, options = "none", {}
     if name == "none":
         options.pop("draft_tokens", None)
-    shared = "model" in options and _shares_tokenizer(str(options["model"]), model.tokenizer)
     kind = registry.find("drafter", name)
+    if "model" not in options and "model" in required(kind.Config):
+        there = f"the packaged ones are {', '.join(packaged)}" if packaged else "it has no packaged drafters"
+        raise InvalidRequest(
+            f"{model.name or 'this target'} has no packaged {name} drafter: give the directory of a trained one "
+            f"(--drafter DIRECTORY); {there}"
+        )
+    shared = "model" in options and _shares_tokenizer(str(options["model"]), model.tokenizer)
     made: Drafter = kind.from_config(
         build(kind.Config, options, f"drafter {name!r}"),
         model.target,
@@ -117,6 +124,15 @@ def load_drafter(
         tokens=model.tokenizer.vocab_size if shared else None,
     )
     return name, made if calibration is None else _calibrated(made, Path(calibration))
+
+
+def check_draft_tokens(draft_tokens: Any, target: TargetModel) -> None:
+    """Raises InvalidRequest for drafts that are no whole number, or more than the target's context; None is none."""
+    if draft_tokens is not None and whole_number("draft_tokens", draft_tokens, 0) > target.spec.max_positions:
+        raise InvalidRequest(
+            f"draft_tokens must be at most the target's context of {target.spec.max_positions} tokens, "
+            f"got {draft_tokens}; a handful is usual"
+        )
 
 
 def _load_several(
