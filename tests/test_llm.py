@@ -134,6 +134,25 @@ def test_more_drafts_than_the_context_are_refused(llms: dict[str, LLM], given: d
         LLM(llms["none"].loaded, "suffix", **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"policy": None}, "policy must be a name such as 'auto', got None"),
+        ({"backend": 5}, "backend must be a name"),
+        ({"guard": "no"}, "guard must be True or False, got 'no'"),
+        ({"policy_options": [1]}, "policy_options must be a mapping"),
+        ({"policy_options": {"draft_tokens": "3"}}, "draft_tokens must be a whole number of at least 0, got '3'"),
+        ({"policy_options": {"draft_tokens": 10**30}}, "context of 2048 tokens"),
+        ({"drafter_options": {"draft_tokens": 1.5}}, "draft_tokens must be a whole number of at least 0, got 1.5"),
+        ({"drafter_options": {"min_survival": "0.5"}}, "'suffix': min_survival must be of type float, got '0.5'"),
+        ({"drafter_options": {"min_match": True}}, "'suffix': min_match must be of type int, got True"),
+    ],
+)
+def test_options_of_another_type_are_refused(llms: dict[str, LLM], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        LLM(llms["none"].loaded, "suffix", **given)
+
+
 def test_a_drafter_that_is_not_packaged_is_named(llms: dict[str, LLM]) -> None:
     with pytest.raises(InvalidRequest, match="embedded has no packaged mtp drafter: give the directory.*draft_model,"):
         LLM(llms["none"].loaded, "mtp")

@@ -6,9 +6,10 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from outrider.errors import InvalidRequest, nearest
@@ -47,11 +48,14 @@ T = TypeVar("T")
 def build(kind: type[T], options: Mapping[str, Any], what: str) -> T:
     """Make a config dataclass from options; an unknown key is refused with the nearest known one.
 
-    Raises InvalidRequest, also for a missing option."""
+    Raises InvalidRequest, also for a missing option, or one of another type."""
     check_names(kind, options, what)
     missing = [name for name in required(kind) if name not in options]
     if missing:
         raise InvalidRequest(f"{what}: expected a value for {', '.join(map(repr, missing))}, got none")
+    for f in fields(kind):  # type: ignore[arg-type]
+        if f.name in options and not _fits(options[f.name], str(f.type)):
+            raise InvalidRequest(f"{what}: {f.name} must be of type {f.type}, got {options[f.name]!r}")
     return kind(**options)
 
 
@@ -61,6 +65,19 @@ def check_names(kind: type[Any], options: Mapping[str, Any], what: str) -> None:
     for key in options:
         if key not in known:
             raise InvalidRequest(f"{what}: unknown option {key!r}; {nearest(key, known)}")
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value is of the annotated type, where that is made of plain types; others are not checked."""
+    checks: dict[str, Callable[[Any], bool]] = {
+        "None": lambda v: v is None,
+        "bool": lambda v: isinstance(v, bool),
+        "int": lambda v: _whole(v) is not None,
+        "float": lambda v: _number(v) is not None,
+        "str": lambda v: isinstance(v, (str, Path)),
+    }
+    kinds = annotation.split(" | ")
+    return not all(kind in checks for kind in kinds) or any(checks[kind](value) for kind in kinds)
 
 
 def required(kind: type) -> list[str]:

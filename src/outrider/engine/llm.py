@@ -66,7 +66,8 @@ class LLM:
     cost, and which drafter ``auto`` is. Without it, a short table of costs and the usual drafter are taken, and
     ``measure()`` does the rest when there is time.
 
-    Raises CheckpointError for files that cannot be used, IncompatibleDrafter for a drafter of another target.
+    Raises InvalidRequest for options out of range, CheckpointError for files that cannot be used, IncompatibleDrafter
+    for a drafter of another target.
     """
 
     def __init__(
@@ -89,6 +90,14 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         measure: bool = True,
     ) -> None:
+        for name, value in (("dtype", dtype), ("backend", backend), ("policy", policy), ("kv_dtype", kv_dtype)):
+            if not isinstance(value, str):
+                raise InvalidRequest(f"{name} must be a name such as 'auto', got {value!r}")
+        for name, given in (("drafter_options", drafter_options), ("policy_options", policy_options)):
+            if given is not None and not isinstance(given, Mapping):
+                raise InvalidRequest(f"{name} must be a mapping of names to values, got {given!r}")
+        if not isinstance(guard, bool):
+            raise InvalidRequest(f"guard must be True or False, got {guard!r}")
         max_rows = whole_number("max_rows", max_rows, 1)
         draft_tokens = None if draft_tokens is None else whole_number("draft_tokens", draft_tokens, 0)
         capacity = None if capacity is None else whole_number("capacity", capacity, 1)
@@ -102,7 +111,8 @@ class LLM:
         )
         self.loaded, self.target, self.tokenizer, self.model = loaded, loaded.target, loaded.tokenizer, loaded.name
         self.max_rows = max_rows
-        check_draft_tokens(draft_tokens, self.target)
+        for most in (draft_tokens, (policy_options or {}).get("draft_tokens")):
+            check_draft_tokens(most, self.target)
         self.capacity = capacity or min(self.target.spec.max_positions, CONTEXT)
         if self.capacity > self.target.spec.max_positions:
             raise InvalidRequest(
@@ -115,8 +125,6 @@ class LLM:
         chosen: Mapping[str, Any] = {}
         if drafter == "auto":
             drafter, chosen = _resolve_auto(loaded, self._measures)
-        if drafter_options is not None and not isinstance(drafter_options, Mapping):
-            raise InvalidRequest(f"drafter_options must be a mapping of names to values, got {drafter_options!r}")
         options = {**chosen, **(drafter_options or {})}
         if draft_tokens is not None:
             options["draft_tokens"] = draft_tokens
