@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from outrider import LLM, SamplingParams
+from outrider.config import memory_bytes
 from outrider.core import native
 from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest, UnknownKind
 
@@ -151,6 +152,16 @@ def test_more_drafts_than_the_context_are_refused(llms: dict[str, LLM], given: d
 def test_options_of_another_type_are_refused(llms: dict[str, LLM], given: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         LLM(llms["none"].loaded, "suffix", **given)
+
+
+def test_numbers_that_no_array_holds(llms: dict[str, LLM]) -> None:
+    with pytest.raises(InvalidRequest, match="top_k must be a whole number from 0 to 2147483648"):
+        SamplingParams(top_k=2**64)
+    params = SamplingParams(top_k=1 << 31, seed=-(10**30), draft_tokens=10**30, max_tokens=4, temperature=1.0)
+    assert llms["ngram"].generate("one two one two", params)[0].stats.generated == 4
+    for size in ("9" * 330, "8388608T"):
+        with pytest.raises(InvalidRequest, match="kv_memory must be a size like 8G.*below 2.63"):
+            memory_bytes("kv_memory", size)
 
 
 def test_a_drafter_that_is_not_packaged_is_named(llms: dict[str, LLM]) -> None:

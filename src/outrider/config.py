@@ -35,12 +35,16 @@ SMALLEST_TEMPERATURE = 1e-37
 """Below it a temperature is 0, or not a normal number, in float32: greedy."""
 MOST_LOGPROBS = 100
 """Likeliest tokens whose log-probabilities a request may ask for at each position."""
+LARGEST_TOP_K = 1 << 31
+"""Far beyond any vocabulary, and a number that the samplers' int64 holds."""
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 GRAMMARS: tuple[GrammarKind, ...] = ("json_object", "json_schema", "regex", "lark")
 LONGEST_GRAMMAR = 100_000
 """Characters of a schema, an expression or a grammar."""
 LARGEST_BIAS = 1e30
 """Of a logit bias: far beyond any logit, and far from the end of float32."""
+LARGEST_MEMORY = 2.0**63
+"""Bytes that an address can tell apart."""
 
 T = TypeVar("T")
 
@@ -186,6 +190,8 @@ class SamplingParams:
 
         whole("max_tokens", 1)
         whole("top_k", 0)
+        if self.top_k > LARGEST_TOP_K:
+            refuse("top_k", f"a whole number from 0 to {LARGEST_TOP_K}")
         whole("priority", -100)
         if self.priority > 100:
             refuse("priority", "between -100 and 100")
@@ -286,10 +292,11 @@ def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
 def memory_bytes(name: str, given: int | str, least: int = 1) -> int:
     """A number of bytes, also as 512M, 1.5G or 2GiB (powers of 1024). Raises InvalidRequest."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", str(given).strip(), re.IGNORECASE)
-    size = -1 if found is None else int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    number = -1.0 if found is None else float(found[1]) * 1024.0 ** " KMGT".index(found[2].upper() or " ")
+    size = int(number) if number < LARGEST_MEMORY else -1
     if size < least:
         raise InvalidRequest(
-            f"{name} must be a size like 8G or 500M, of at least {least} bytes, got {str(given)[:40]!r}"
+            f"{name} must be a size like 8G or 500M, of at least {least} bytes and below 2^63, got {str(given)[:40]!r}"
         )
     return size
 
