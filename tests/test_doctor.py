@@ -189,6 +189,23 @@ def test_layers_counted_from_one_are_found(folder: Path, target: Any) -> None:
     assert report.best.reading == "layers one lower" and report.best.checkpoint.target_layers == LAYERS_READ
 
 
+@pytest.mark.parametrize("layers", [(0, 1, 7), (-2, 0, 1), (0, 1), (0, 1, 1)])
+def test_given_layers_are_for_files_that_name_none(monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...]) -> None:
+    options = [text for layer in layers for text in ("--target-layer", str(layer))]
+    named = CliRunner().invoke(app, ["doctor", "embedded-eagle3", *options])
+    assert named.exit_code == 2 and "names its own" in named.stderr
+    nameless = replace(checkpoints.load("embedded-eagle3"), target_layers=None)
+    monkeypatch.setattr(checkpoints, "load", lambda folder: nameless)
+    refused = CliRunner().invoke(app, ["doctor", "embedded-eagle3", *options])
+    assert refused.exit_code == 2 and "3 different target layers, from -1 (the embedding) to 6" in refused.stderr
+    assert CliRunner().invoke(app, ["doctor", "embedded-eagle3"]).exit_code == 0
+
+
+def test_the_report_has_no_python_values() -> None:
+    shown = CliRunner().invoke(app, ["doctor", "embedded-eagle3"]).output
+    assert "None" not in shown and "[" not in shown and "not said" in shown
+
+
 def test_suspicious_values_without_a_target(folder: Path) -> None:
     def findings(**changes: Any) -> list[tuple[str, str]]:
         before = (folder / "config.json").read_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -31,7 +31,7 @@ def doctor(
         list[int] | None,
         typer.Option(
             "--target-layer",
-            help="An auxiliary layer of the target, from 0, where the file names none. May be repeated.",
+            help="An auxiliary layer of the target, from 0, of a file that names none. Repeat it for each.",
         ),
     ] = None,
     dtype: Dtype = "auto",
@@ -74,14 +74,23 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not said" if value is None else str(value)
+
+
 def _show(console: Console, name: str, report: Report) -> None:
     facts = report.to_json()
     for title, values in (("is", facts["is"]), ("expects", facts["expects"])):
         if values:
             table = Table(title=f"{name} {title}", show_header=False)
             for key, value in values.items():
-                shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-                table.add_row(key, shown)
+                table.add_row(key, _words(value))
             console.print(table)
     if facts["measured"]:
         table = Table(title=f"tokens a round on {report.prompts}")

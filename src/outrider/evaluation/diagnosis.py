@@ -18,7 +18,7 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.drafters.base import CachedDrafter
 from outrider.drafters.dspark_design import BlockDesign
 from outrider.drafters.eagle3_design import Eagle3Design
-from outrider.errors import CheckpointError, IncompatibleDrafter
+from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest
 from outrider.evaluation.replay import Acceptance, Prompts, Transcript, least_score, replay, transcribe
 from outrider.files import read_json
 from outrider.models.locations import resolve_model
@@ -104,7 +104,8 @@ def examine(
     """Check a drafter's directory; with a target and prompts also measure acceptance. Errors found are not raised.
 
     ``target_config``: the target's config.json, for its rotary positions. ``target_layers``: for files that name none.
-    On prompts that are not natural text a measured fault is only suspicious: any drafter may fail on them.
+    Raises InvalidRequest for ``target_layers`` that the file names itself, or that no drafter can read. On prompts that
+    are not natural text a measured fault is only suspicious: any drafter may fail on them.
     """
     try:
         checkpoint = checkpoints.load(folder)
@@ -112,6 +113,8 @@ def examine(
         return Report(None, (Finding("fault", _about(str(error)), str(error)),))
     findings = [*_check_file(checkpoint, read_json(resolve_model(folder) / "config.json"))]
     if target_layers is not None:
+        num_layers = checkpoint.target.num_layers if target is None else target.spec.num_layers
+        _check_given(checkpoint, target_layers, num_layers)
         checkpoint = replace(checkpoint, target_layers=target_layers)
     if target is None:
         return Report(checkpoint, tuple(findings))
@@ -141,6 +144,21 @@ def examine(
     best = _best(measured, least_score(transcripts, longest))
     findings += _measured_findings(measured, best, "fault" if prompts.natural else "suspicious")
     return Report(checkpoint, tuple(findings), tuple(measured), best, prompts.source)
+
+
+def _check_given(checkpoint: DraftCheckpoint, layers: tuple[int, ...], num_layers: int | None) -> None:
+    """Raises InvalidRequest."""
+    if checkpoint.target_layers is not None:
+        raise InvalidRequest(
+            f"target layers are given for a file that names its own, {list(checkpoint.target_layers)}; leave them out"
+        )
+    highest = "" if num_layers is None else f" to {num_layers - 2}"
+    outside = [n for n in layers if n < -1 or (num_layers is not None and n > num_layers - 2)]
+    if outside or len(set(layers)) < len(layers) or len(layers) != checkpoint.num_aux_layers:
+        raise InvalidRequest(
+            f"the drafter reads {checkpoint.num_aux_layers} different target layers, from -1 (the embedding){highest}; "
+            f"got {list(layers)}"
+        )
 
 
 def measure(
