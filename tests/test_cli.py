@@ -333,8 +333,9 @@ def test_interruption_keeps_what_was_written(model: list[str], tmp_path: Path) -
     assert (beginning + rest).decode() == record["text"] + "\n"
 
 
-def test_a_reader_that_goes_away_is_no_error(model: list[str]) -> None:
-    line = " ".join([sys.executable, "-m", "outrider", "generate", "x", *model, "--max-tokens", "100", "--ignore-eos"])
+@pytest.mark.parametrize("command", [["generate", "x", "--max-tokens", "100", "--ignore-eos"], ["models"]])
+def test_a_reader_that_goes_away_is_no_error(model: list[str], command: list[str]) -> None:
+    line = " ".join([sys.executable, "-m", "outrider", *command, *(model if command[0] == "generate" else [])])
     done = subprocess.run(
         ["bash", "-c", f"{line} | head -c 1; exit ${{PIPESTATUS[0]}}"], capture_output=True, timeout=120
     )
@@ -369,6 +370,11 @@ def test_chat_keeps_and_forgets_the_conversation(model: list[str], llm: LLM) -> 
     assert result.exit_code == 0
     assert result.stdout == "".join(answer + "\n" for answer in (*answers, answers[0]))
     assert "unknown command /what" in result.stderr and result.stderr.count("acceptance length") == 3
+
+
+def test_chat_reads_bytes_that_are_not_utf8(model: list[str]) -> None:
+    done = process("chat", *model, "--max-tokens", "4", stdin=b"caf\xe9\n/exit\n", PYTHONIOENCODING="utf-8:strict")
+    assert done.returncode == 0 and b"acceptance length" in done.stderr and b"error" not in done.stderr
 
 
 def test_chat_survives_a_conversation_that_is_too_long(model: list[str]) -> None:

@@ -95,4 +95,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its number, not a crash
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper):  # bytes that are not UTF-8 are text too, as in prompts read from files
+        sys.stdin.reconfigure(errors="surrogateescape")
     app()

@@ -408,6 +408,14 @@ def read_stdin() -> str:
     return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
 
 
+class _Output(Console):
+    """A console whose closed pipe is an exception, not rich's exit with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise BrokenPipeError
+
+
 def human(json_file: str | None) -> Console:
     """The console for text: stdout, or stderr when stdout is for JSON alone.
 
@@ -415,7 +423,7 @@ def human(json_file: str | None) -> Console:
     """
     if json_file is not None and json_file != "-":
         check_writable("--json", Path(json_file), ", or '-'")
-    return Console(stderr=json_file == "-", highlight=False, emoji=False)  # names may hold ":a:"
+    return _Output(stderr=json_file == "-", highlight=False, emoji=False)  # names may hold ":a:"
 
 
 def check_writable(option: str, path: Path, other: str = "") -> None:
