@@ -408,8 +408,25 @@ def read_stdin() -> str:
     return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
 
 
+NARROWEST, WIDEST = 8, 1000  # characters of a column that folds, and of a table
+
+
 class _Output(Console):
-    """A console whose closed pipe is an exception, not rich's exit with code 1."""
+    """A console whose closed pipe is an exception, not rich's exit with code 1, and whose tables lose no column."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """The same; a table that is wider than the terminal is left for the terminal to wrap."""
+        for table in objects:
+            if isinstance(table, Table):
+                folding = [column for column in table.columns if not column.no_wrap]
+                for column in folding:
+                    column.max_width, column.overflow = NARROWEST, "fold"
+                needed = self.measure(table, options=self.options.update(width=WIDEST)).maximum
+                for column in folding:
+                    column.max_width = None
+                if needed > self.width:
+                    table.width, options["crop"] = needed, False
+        super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

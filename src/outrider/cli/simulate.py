@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from outrider.cli.common import JsonFile, add_columns, check_writable, command, human, progress_bar, write_json
@@ -93,10 +94,10 @@ def simulate(
             seed=seed,
             progress=progress,
         )
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, padding=0)
     shown = ("tokens_per_second", "per_user_tokens_per_second", "ttft_ms", "itl_p50_ms", "itl_p99_ms")
     counts = ("acceptance_length", "verified_per_row")
-    figures = ["tokens/s", "each user", "TTFT ms", "ITL p50", "p99", "accept", "verified"]
+    figures = ["tokens/s", "each/s", "first ms", "p50 ms", "p99 ms", "accept", "verified"]
     add_columns(table, [], ["load", "policy", *figures])
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before["traffic"] != row["traffic"]:
