@@ -290,8 +290,30 @@ def test_the_command(tmp_path: Path) -> None:
         (["--profile", "chta"], "profile: expected"),
         (["--costs", "nowhere.json"], "costs: expected"),
         (["--confidence", "maybe"], "says must be"),
+        (["--concurrency", "inf"], "whole numbers above 0"),
+        (["--concurrency", "1e300"], "may be 1000000"),
+        (["--rate", "inf"], "--rate: expected numbers above 0"),
+        (["--rate", "nan"], "--rate: expected numbers above 0"),
+        (["--rate", "1e300"], "1e-06 to 1000000, got a rate of 1e+300"),
+        (["--rate", "1", "--concurrency", "4"], "give one of them"),
+        (["--rate", "2", "--burst", "inf"], "burst and period finite"),
+        (["--burst", "nan"], "burst and period finite"),
+        (["--seed", "-1"], "greater than or equal to 0"),
+        (["--plot", "x.foo"], "files ending in .foo cannot be drawn" if available() else "needs matplotlib"),
+        (["--policies", "fixed:3,none:3"], "none takes no number"),
+        (["--policies", "throughput:x"], "throughput takes no number"),
+        (["--policies", ""], "no policy is named"),
+        (["--policies", "threshold:2"], "threshold must be between 0 and 1, got 2"),
+        (["--policies", "fixed:"], "as in fixed:3"),
+        (["--duration", "inf"], "finite number of seconds"),
     ],
 )
 def test_wrong_options_are_one_line(given: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["simulate", "--duration", "1", *given])
-    assert result.exit_code == 2 and said in " ".join(result.output.split())
+    assert result.exit_code == 2 and said in " ".join(result.output.replace("│", "").split())
+
+
+def test_no_column_is_lost_in_a_narrow_terminal() -> None:
+    given = ["simulate", "--duration", "1", "--concurrency", "4", "--policies", "throughput"]
+    shown = CliRunner().invoke(app, given, env={"COLUMNS": "40"}).output
+    assert all(name in shown for name in ("load", "throughput", "p99 ms", "verified")) and "…" not in shown

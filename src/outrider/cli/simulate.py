@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -40,17 +41,19 @@ def simulate(
         str,
         typer.Option("--policies", help="none, fixed:N, threshold:C, throughput, auto; separated by commas."),
     ] = "none,fixed:1,fixed:3,fixed:7,throughput",
-    concurrency: Annotated[str, typer.Option("--concurrency", help="Users of closed loops: 1,4,16.")] = "1,4,16,64,256",
+    concurrency: Annotated[
+        str | None, typer.Option("--concurrency", help="Users of closed loops. Default: 1,4,16,64,256.")
+    ] = None,
     rate: Annotated[
-        str, typer.Option("--rate", help="Requests a second of open loops, instead of users: 2,8,32.")
-    ] = "",
+        str | None, typer.Option("--rate", help="Requests a second of open loops, instead of users: 2,8,32.")
+    ] = None,
     burst: Annotated[float, typer.Option("--burst", help="Of an open loop: so many times more, half of the time.")] = 1,
-    draft_tokens: Annotated[int, typer.Option("--draft-tokens", min=1, help="The most drafts of a round.")] = 7,
+    draft_tokens: Annotated[int, typer.Option("--draft-tokens", min=1, max=64, help="The most drafts of a round.")] = 7,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Mean length of a prompt.")] = 128,
     answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="Mean length of an answer.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0: greedy, which leaves the search free.")] = 1.0,
     duration: Annotated[float, typer.Option("--duration", min=1, help="Seconds of virtual time.")] = 60.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of everything random.")] = 0,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw the figures into this file.")] = None,
     json: JsonFile = None,
 ) -> None:
@@ -67,21 +70,22 @@ def simulate(
 
     [cyan]outrider simulate --rate 2,8,32 --burst 4 --duration 600 --json -[/cyan]
     """
-    from outrider.evaluation.plots import available, draw_frontier
+    from outrider.evaluation.plots import check_plot, draw_frontier
     from outrider.planning.simulation import Traffic
     from outrider.planning.sweep import read_costs, read_profile, sweep
 
     console = human(json)
     if plot is not None:
         check_writable("--plot", plot)
-        if not available():
-            raise InvalidRequest("--plot needs matplotlib; pip install matplotlib")
+        check_plot(plot)
+    if rate is not None and concurrency is not None:
+        raise InvalidRequest("--rate is an open loop and --concurrency a closed one: give one of them")
     asked = Traffic(1, 0.0, burst, prompt=prompt_tokens, answer=answer_tokens, temperature=temperature)
-    if rate:
+    if rate is not None:
         rates = _numbers("--rate", rate)
         loads = {f"{value:g}/s": replace(asked, concurrency=0, rate=value) for value in rates}
     else:
-        users = _numbers("--concurrency", concurrency)
+        users = _numbers("--concurrency", "1,4,16,64,256" if concurrency is None else concurrency)
         loads = {f"{value:g}": replace(asked, concurrency=int(value)) for value in users}
     with progress_bar(console) as progress:
         rows = sweep(
@@ -114,7 +118,7 @@ def simulate(
 def _numbers(option: str, given: str) -> list[float]:
     try:
         values = [float(part) for part in given.split(",")]
-        if not values or min(values) <= 0 or (option == "--concurrency" and any(v != int(v) for v in values)):
+        if not all(0 < v < math.inf and (option == "--rate" or v.is_integer()) for v in values):
             raise ValueError
     except ValueError:
         kind = "whole numbers above 0" if option == "--concurrency" else "numbers above 0"

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from outrider.errors import InvalidRequest
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -15,6 +17,7 @@ __all__ = [
     "Band",
     "Curve",
     "available",
+    "check_plot",
     "draw_frontier",
     "draw_load",
     "draw_positions",
@@ -131,6 +134,19 @@ def _panels(count: int, columns: int = COLUMNS) -> tuple[Figure, list[Axes]]:
     for spare in axes[count:]:
         spare.set_visible(False)
     return figure, axes[:count]
+
+
+def check_plot(path: Path) -> None:
+    """Raises InvalidRequest where matplotlib is missing or does not write files of this ending."""
+    if not available():
+        raise InvalidRequest("--plot needs matplotlib; pip install matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:  # without an ending it is a PNG
+        raise InvalidRequest(
+            f"--plot: files ending in {path.suffix} cannot be drawn; expected {', '.join(sorted(known))}"
+        )
 
 
 def _save(figure: Figure, path: Path) -> None:

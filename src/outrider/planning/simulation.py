@@ -25,6 +25,8 @@ from outrider.types import RequestStats, SchedulerPolicy, StepCost, StepsAside, 
 
 __all__ = ["Result", "Traffic", "simulate"]
 
+LARGEST = 1_000_000
+"""Users, tokens of a prompt or an answer, and requests a second."""
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -50,14 +52,23 @@ class Traffic:
     """0: greedy, and a policy may search globally."""
 
     def __post_init__(self) -> None:
+        if max(self.concurrency, self.prompt, self.answer) > LARGEST:
+            raise InvalidRequest(
+                f"concurrency, prompt and answer may be {LARGEST}, got {self.concurrency}, {self.prompt}, {self.answer}"
+            )
+        if self.rate and not all(1e-6 <= rate <= LARGEST for rate in (self.rate, self.rate * self.burst)):
+            raise InvalidRequest(
+                f"requests a second, and burst times as many, must be 1e-06 to {LARGEST}, got a rate of "
+                f"{self.rate:g} and a burst of {self.burst:g}"
+            )
         if (self.concurrency > 0) == (self.rate > 0):
             raise InvalidRequest("traffic is either closed (concurrency above 0) or open (rate above 0)")
         if (
             min(self.prompt, self.answer, *(n for size in self.sizes for n in size[:2])) < 1
-            or self.burst <= 0
+            or not 0 < self.burst < math.inf
             or self.period <= 0
         ):
-            raise InvalidRequest("prompt and answer need at least 1 token, burst and period more than 0")
+            raise InvalidRequest("prompt and answer need at least 1 token, burst and period finite numbers above 0")
         for size in self.sizes:
             if not 0 <= _held(size) < size[0]:
                 raise InvalidRequest(

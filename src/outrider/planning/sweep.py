@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,18 +105,24 @@ def read_profile(given: str, drafts: int) -> tuple[float, ...]:
 def make_policy_for(name: str, costs: Costs, drafts: int) -> SchedulerPolicy:
     """``none``, ``fixed:N``, ``threshold:C``, ``throughput``, or ``auto``, which is throughput with the guard. The
     policy is given the true costs of passes as its table. Raises InvalidRequest."""
-    kind, _, value = name.partition(":")
+    kind, colon, value = name.partition(":")
+    kinds = [policy.split(":")[0] for policy in POLICIES]
+    if kind not in kinds:
+        raise InvalidRequest(f"unknown policy {name!r}; {nearest(kind, kinds)}")
+    if colon and kind not in ("fixed", "threshold"):
+        raise InvalidRequest(f"policy {name!r}: {kind} takes no number; leave out {colon + value!r}")
     try:
-        if kind == "none":
-            return NoDrafter()
-        if kind == "fixed":
-            return FixedPolicy(FixedConfig(int(value or drafts)))
-        if kind == "threshold":
-            return ThresholdPolicy(ThresholdConfig(drafts, float(value or 0.5)))
+        number = float(value) if colon else None
+        count = drafts if number is None or kind != "fixed" else int(value)
     except ValueError:
-        raise InvalidRequest(f"policy {name!r}: expected a number after the colon, as in {kind}:3") from None
-    if kind not in ("throughput", "auto"):
-        raise InvalidRequest(f"unknown policy {name!r}; {nearest(kind, [p.split(':')[0] for p in POLICIES])}")
+        example = "fixed:3" if kind == "fixed" else "threshold:0.5"
+        raise InvalidRequest(f"policy {name!r}: expected a number after the colon, as in {example}") from None
+    if kind == "none":
+        return NoDrafter()
+    if kind == "fixed":
+        return FixedPolicy(FixedConfig(count))
+    if kind == "threshold":
+        return ThresholdPolicy(ThresholdConfig(drafts, 0.5 if number is None else number))
     sizes = sorted({1, 2, 3, 4, 6, 8, 12, *(n for n, _ in costs.points), *(2**k for k in range(4, 12))})
     model = CostModel(CostTable(KEY, tuple(CostPoint(n, 1, 0, costs.verify(n, 1, 0)) for n in sizes)))
     policy = ThroughputPolicy(ThroughputConfig(drafts), model)
@@ -135,8 +142,14 @@ def sweep(
     progress: Callable[[str, float], None] = lambda text, done: None,
 ) -> list[dict[str, Any]]:
     """Every policy under every traffic: the fields of ``Result.to_json``, with ``policy``, ``traffic`` and
-    ``concurrency`` (0: an open loop)."""
+    ``concurrency`` (0: an open loop). Raises InvalidRequest before anything runs."""
     drafts = min(map(len, profiles))
+    if not policies:
+        raise InvalidRequest(f"no policy is named; expected some of {', '.join(POLICIES)}")
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"the duration must be a finite number of seconds above 0, got {seconds}")
+    for name in policies:
+        make_policy_for(name, costs, drafts)
     rows = []
     for i, (label, traffic) in enumerate(traffics.items()):
         for j, name in enumerate(policies):
