@@ -530,6 +530,27 @@ def test_options_that_do_not_go_together(arguments: tuple[str, ...]) -> None:
     assert result.exit_code == 2 and "error:" in result.output
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("--rate", "inf"), "rate and latency objectives must be 0 to"),
+        (("--answer-tokens", str(10**23)), "answer and concurrency may be"),
+        (("--machine", "bandwidth=1e-300,tflops=1"), "bandwidth must be above 0, at least 1e-06, got 1e-300"),
+        (("--machine", "bandwidth=1e300,tflops=1"), "bandwidth must be a number up to 1e+15, got '1e300'"),
+        (("--shape", "qwen3-8b,heads=-3"), "heads and experts must be at least 0"),
+    ],
+)
+def test_figures_with_which_nothing_can_be_planned(changed: tuple[str, ...], said: str) -> None:
+    described = ["--shape", "qwen3-8b", "--machine", "h100", "--drafter", "dspark,length=2.33"]
+    result = CliRunner().invoke(app, ["plan", *described, *changed])
+    assert result.exit_code == 2 and said in result.stderr
+
+
+def test_a_workload_beyond_the_context_is_refused() -> None:
+    result = CliRunner().invoke(app, ["plan", "--target", "embedded", "--answer-tokens", "2000"])
+    assert result.exit_code == 2 and "pass the target's context of 2048 tokens" in result.stderr
+
+
 def test_a_plan_is_measured_here() -> None:
     made = json.loads(
         invoke("--target", "embedded", "--drafter", "ngram", "--limit", "3", "--answer-tokens", "24", "--json")

@@ -104,8 +104,8 @@ def plan(
 
     With --target everything is measured here on a sample of prompts; with --shape and --machine times follow from
     reading weights at the memory's bandwidth and multiplying at the processor's rate. What is advised is the fastest
-    setting whose whole 95 % interval is above plain decoding, else plain decoding. `break-even` is the acceptance
-    length at which a setting is as fast as plain decoding.
+    setting whose whole 95 % interval is above plain decoding, else plain decoding. `even` (break-even) is the
+    acceptance length at which a setting is as fast as plain decoding.
 
     [bold]Examples[/bold]
 
@@ -191,7 +191,14 @@ def _measured(
     from outrider.planning.advice import make_plan
     from outrider.planning.measuring import measure, measured_shape, this_machine
 
-    plain = LLM(load_target_model(model, dtype, backend), "none", max_rows=work.concurrency)
+    loaded = load_target_model(model, dtype, backend)
+    context = loaded.target.spec.max_positions
+    if work.prompt + work.answer > context:
+        raise InvalidRequest(
+            f"prompts of {work.prompt} and answers of {work.answer} tokens pass the target's context of {context} "
+            "tokens; lower --prompt-tokens or --answer-tokens"
+        )
+    plain = LLM(loaded, "none", max_rows=work.concurrency)
     as_chat = asks_as_chat(chat, model, plain.tokenizer)
     files = [prompts] if prompts else default_prompt_files(as_chat)
     count = max(limit, 2 * work.concurrency)  # rows that end are to be followed by others

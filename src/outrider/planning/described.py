@@ -6,7 +6,6 @@ name with some values changed: ``h100,price=2.5``.
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -18,6 +17,7 @@ from outrider.errors import InvalidRequest, nearest
 __all__ = ["Described", "DrafterShape", "Machine", "TargetShape", "conditional_of"]
 
 BLOCK, LOOP, LOOKUP = "block", "loop", "lookup"
+SMALLEST, LARGEST = 1e-6, 1e15  # of figures: with others no time could be computed from them
 LONGEST = 64  # drafts of a round
 
 
@@ -74,7 +74,7 @@ def _value(what: str, key: str, kind: str, value: Any) -> Any:
         if kind == "bool":
             return value if isinstance(value, bool) else {"yes": True, "true": True, "no": False, "false": False}[value]
         if kind == "int":
-            return int(float(value))
+            return int(_finite(value))
         if kind == "float":
             return _finite(value)
         if "tuple[float" in kind:
@@ -87,7 +87,7 @@ def _value(what: str, key: str, kind: str, value: Any) -> Any:
 
 def _finite(value: Any) -> float:
     number = float(value)
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise ValueError(value)
     return number
 
@@ -95,13 +95,17 @@ def _finite(value: Any) -> float:
 def _expected(kind: str) -> str:
     if kind.startswith("tuple"):
         return "numbers like 0.8/0.7/0.6" if "tuple[float" in kind else "points like 1:31/8:68.7/9:106.9"
-    return {"bool": "yes or no", "int": "a whole number", "float": "a number"}.get(kind, kind)
+    return {
+        "bool": "yes or no",
+        "int": f"a whole number up to {LARGEST:g}",
+        "float": f"a number up to {LARGEST:g}",
+    }.get(kind, kind)
 
 
 def _positive(what: str, values: Mapping[str, float]) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise InvalidRequest(f"{what}: {name} must be above 0, got {value:g}")
+        if not value >= SMALLEST:
+            raise InvalidRequest(f"{what}: {name} must be above 0, at least {SMALLEST:g}, got {value:g}")
 
 
 # ------------------------------------------------------------------------------------------------ target
@@ -155,6 +159,8 @@ class TargetShape(Described):
     def __post_init__(self) -> None:
         numbers = ("layers", "width", "vocabulary", "parameters", "bytes", "kv_heads", "head_dim", "kv_bytes")
         _positive(self.WHAT, {name: getattr(self, name) for name in numbers})
+        if min(self.heads, self.experts, self.experts_used, self.expert_parameters) < 0:
+            raise InvalidRequest(f"{self.WHAT}: heads and experts must be at least 0")
         if self.experts and not (0 < self.experts_used <= self.experts and self.expert_parameters > 0):
             raise InvalidRequest(f"{self.WHAT}: experts={self.experts} needs experts_used and expert_parameters")
         if self.matrix_parameters <= self.expert_parameters:

@@ -32,6 +32,7 @@ __all__ = [
 
 CHUNK = 512  # tokens of a prompt in one pass
 STEPS = 60  # of the search for an open loop's rows
+LARGEST = 1_000_000  # tokens, rows, and requests a second
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,15 @@ class Workload:
     def __post_init__(self) -> None:
         if min(self.prompt, self.answer, self.concurrency) < 1:
             raise InvalidRequest("prompt, answer and concurrency must be at least 1")
-        if min(self.rate, self.latency, self.token_latency) < 0:
-            raise InvalidRequest("rate and latency objectives must not be below 0")
+        if max(self.prompt, self.answer, self.concurrency) > LARGEST:
+            raise InvalidRequest(
+                f"prompt, answer and concurrency may be {LARGEST}, got {self.prompt}, {self.answer}, {self.concurrency}"
+            )
+        if not all(0 <= value <= LARGEST for value in (self.rate, self.latency, self.token_latency)):
+            raise InvalidRequest(
+                f"rate and latency objectives must be 0 to {LARGEST}, got {self.rate:g}, {self.latency:g} and "
+                f"{self.token_latency:g}"
+            )
 
     @property
     def context(self) -> int:
