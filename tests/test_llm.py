@@ -164,6 +164,36 @@ def test_numbers_that_no_array_holds(llms: dict[str, LLM]) -> None:
             memory_bytes("kv_memory", size)
 
 
+@pytest.mark.parametrize(("name", "meant"), [("embeded", "embedded"), ("smollm", "smollm2"), ("SmolLM2", "smollm2")])
+def test_a_model_of_nearly_a_known_name(monkeypatch: pytest.MonkeyPatch, name: str, meant: str) -> None:
+    monkeypatch.setattr("outrider.models.locations._fetch", _offline)
+    with pytest.raises(CheckpointError, match=f"there is no model '{name}'; did you mean '{meant}'.*no network"):
+        LLM(name)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("sufix", "suffix"), ("suffix:3", "suffix"), ("Dspark", "dspark")])
+def test_a_drafter_of_nearly_a_known_name(
+    llms: dict[str, LLM], monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.setattr("outrider.models.locations._fetch", _offline)
+    with pytest.raises(CheckpointError, match=f"there is no drafter '{name}'; did you mean '{meant}'.*no network"):
+        LLM(llms["none"].loaded, name)
+
+
+def _offline(name: str, patterns: object) -> None:
+    raise CheckpointError("no network")
+
+
+def test_names_that_are_empty_or_given_twice(llms: dict[str, LLM]) -> None:
+    with pytest.raises(InvalidRequest, match="the name of a model is empty"):
+        LLM("")
+    for drafter in ("", ["suffix", ""]):
+        with pytest.raises(InvalidRequest, match="the name of a drafter is empty"):
+            LLM(llms["none"].loaded, drafter)
+    with pytest.raises(InvalidRequest, match="'suffix' was given twice"):
+        LLM(llms["none"].loaded, ["suffix", "suffix"])
+
+
 def test_a_drafter_that_is_not_packaged_is_named(llms: dict[str, LLM]) -> None:
     with pytest.raises(InvalidRequest, match="embedded has no packaged mtp drafter: give the directory.*draft_model,"):
         LLM(llms["none"].loaded, "mtp")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +12,7 @@ from outrider import registry
 from outrider.checkpoints import load_calibration
 from outrider.config import build, required, whole_number
 from outrider.drafters.base import CalibratedDrafter, SeveralDrafters
-from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest, reading_config
+from outrider.errors import CheckpointError, IncompatibleDrafter, InvalidRequest, nearest, reading_config
 from outrider.files import read_json
 from outrider.models.loading import (
     QUANTISED,
@@ -21,7 +22,8 @@ from outrider.models.loading import (
     load_with_tokenizer,
     runs_natively,
 )
-from outrider.models.locations import PACKAGED_DRAFTERS, resolve_model
+from outrider.models.locations import EMBEDDED as MODELS
+from outrider.models.locations import PACKAGED_DRAFTERS, SMOLLM2, resolve_model
 from outrider.scheduling.cost_model import CostModel
 from outrider.scheduling.guard import GuardedPolicy
 from outrider.tokenization.tokenizer import Tokenizer
@@ -48,16 +50,34 @@ def load_model(
 ) -> LoadedModel:
     """Raises CheckpointError for files that cannot be used, InvalidRequest for a ready target without a tokenizer."""
     if isinstance(model, (str, Path)):
-        if tokenizer is not None:
-            target = load_target(str(model), dtype=dtype, backend=backend)
-        else:
-            target, tokenizer = load_with_tokenizer(str(model), dtype=dtype, backend=backend)
+        with _suggesting(str(model), "model", [*MODELS, SMOLLM2]):
+            if tokenizer is not None:
+                target = load_target(str(model), dtype=dtype, backend=backend)
+            else:
+                target, tokenizer = load_with_tokenizer(str(model), dtype=dtype, backend=backend)
         return LoadedModel(target, tokenizer, str(model), dtype, backend)
     if not isinstance(model, TargetModel):
         raise InvalidRequest(f"model must be a name, a path or a loaded target, got {model!r}")
     if tokenizer is None:
         raise InvalidRequest("a loaded target needs its tokenizer: LLM(target, tokenizer=...)")
     return LoadedModel(model, tokenizer, "", dtype, backend)
+
+
+@contextmanager
+def _suggesting(name: str, what: str, known: Iterable[str]) -> Iterator[None]:
+    """An error about a name that is close to a known one suggests it: it was looked up on the hub as any other.
+
+    Raises InvalidRequest for an empty name.
+    """
+    if not name.strip():
+        raise InvalidRequest(f"the name of a {what} is empty; {nearest('', known)}, a directory or a hub id")
+    try:
+        yield
+    except CheckpointError as error:
+        hint = nearest(name.lower(), known)
+        if "/" in name or name in known or Path(name).exists() or not hint.startswith("did you mean"):
+            raise
+        raise type(error)(f"there is no {what} {name!r}; {hint} ({error})") from error
 
 
 def load_policy(
@@ -100,8 +120,10 @@ def load_drafter(
     packaged = PACKAGED_DRAFTERS.get(model.name, {})
     if name in packaged:
         options.setdefault("model", packaged[name])
-    if name not in registry.names("drafter"):
-        options["model"], name = name, _recognise(name)
+    known = registry.names("drafter")
+    if name not in known:
+        with _suggesting(name, "drafter", [*known, *MODELS, "auto"]):
+            options["model"], name = name, _recognise(name)
     check_draft_tokens(options.get("draft_tokens"), model.target)
     if options.get("draft_tokens") == 0:
         name, options = "none", {}
@@ -139,6 +161,8 @@ def _load_several(
     drafters: Sequence[str | Path | Drafter], model: LoadedModel, options: Mapping[str, Any], *, max_rows: int
 ) -> tuple[str, Drafter]:
     names, own = [str(drafter) for drafter in drafters], dict(options)
+    if len(set(names)) < len(names):
+        raise InvalidRequest(f"drafter {max(names, key=names.count)!r} was given twice")
     shared = {"draft_tokens": own.pop("draft_tokens")} if "draft_tokens" in own else {}
     unknown = [name for name, given in own.items() if name not in names or not isinstance(given, Mapping)]
     if unknown:
