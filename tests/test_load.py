@@ -85,3 +85,23 @@ def test_each_policy_has_a_server_of_its_own(tmp_path: Path) -> None:
     assert none["verified_per_row"] == 0 and 1 < fixed["verified_per_row"] <= 2, "no guard stops what is compared"
     wrong = CliRunner().invoke(app, ["bench", "--load", "closed", "--policies", "fixd"])
     assert wrong.exit_code == 2 and "did you mean 'fixed'" in " ".join(wrong.output.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--rate", "1"), "--rate belongs to a load"),
+        (("--plot", "x.png"), "--plot belongs to a load"),
+        (("--load", "closed", "--rate", "1"), "--rate is of an open load"),
+        (("--url", "localhost:8000"), "expected an address like http://localhost:8000, got 'localhost:8000'"),
+        (("--url", "http://localhost:x"), "expected an address like http://localhost:8000, got 'http://localhost:x'"),
+    ],
+)
+def test_options_of_a_load_are_not_ignored(given: tuple[str, ...], said: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *given])
+    assert result.exit_code == 2 and said in result.stderr
+
+
+def test_help_of_measurements_offers_no_zero_drafts() -> None:
+    for command in ("eval", "calibrate"):
+        assert "drafts none" not in " ".join(CliRunner().invoke(app, [command, "--help"]).stdout.split())

@@ -128,6 +128,8 @@ def bench(
             )
         )
         return
+    if rate or plot is not None:
+        raise InvalidRequest(f"{'--rate' if rate else '--plot'} belongs to a load: give --load or --url too")
     together = _prompts_together(concurrency)
     from outrider.engine.llm import LLM
     from outrider.evaluation.recording import FailedPrompt, read_prompts, runnable

@@ -53,6 +53,8 @@ def bench_load(options: LoadOptions) -> None:
 
     if options.loop not in ("closed", "open"):
         raise InvalidRequest(f"--load: expected closed or open, got {options.loop!r}")
+    if options.loop == "closed" and options.rate:
+        raise InvalidRequest("--rate is of an open load: give --load open, or leave it out")
     clients = [int(one) for one in _numbers("--concurrency", options.concurrency)]
     rates: list[float | None] = [*_numbers("--rate", options.rate)] if options.loop == "open" else [None]
     if options.loop == "open" and not options.rate:

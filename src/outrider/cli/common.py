@@ -43,6 +43,7 @@ __all__ = [
     "FailFast",
     "JsonFile",
     "MaxTokens",
+    "MeasuredDrafts",
     "Model",
     "ModelOptions",
     "SamplingOptions",
@@ -93,6 +94,9 @@ Drafter = Annotated[
 ]
 DraftTokens = Annotated[
     int | None, _option(_MODEL, "--draft-tokens", help="The most tokens to draft in a round; 0 drafts none.")
+]
+MeasuredDrafts = Annotated[
+    int | None, _option(_MODEL, "--draft-tokens", help="The most tokens to draft in a round, at least 1.")
 ]
 Dtype = Annotated[
     str,
@@ -264,7 +268,7 @@ def said_when_slow(text: str) -> Iterator[None]:
 
 def _measuring(model: str, drafter: str) -> str:
     slow = model == "embedded" and drafter == "auto"
-    return ": measuring which one is fastest on this machine, which is remembered" if slow else ""
+    return ", and measuring which one is fastest on this machine where that is not remembered" if slow else ""
 
 
 @dataclass(frozen=True)

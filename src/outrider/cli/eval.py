@@ -12,10 +12,10 @@ from rich.table import Table
 from outrider.cli.common import (
     Backend,
     Chat,
-    DraftTokens,
     Dtype,
     FailFast,
     JsonFile,
+    MeasuredDrafts,
     add_columns,
     asks_as_chat,
     check_measurement,
@@ -66,7 +66,7 @@ def evaluate(
     chat: Chat = None,
     fail_fast: FailFast = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampled texts.")] = 1,
-    draft_tokens: DraftTokens = None,
+    draft_tokens: MeasuredDrafts = None,
     dtype: Dtype = "auto",
     backend: Backend = "auto",
     out: Annotated[

@@ -87,7 +87,8 @@ def profile(
     figures = result.to_json()
     console.print(_table(result, f"{result.model} on {figures['machine']['cpu']}, {result.backend} backend"))
     console.print(_plot(result.timings), markup=False)
-    console.print(f"\nread bandwidth {figures['bandwidth_gb_s']:.1f} GB/s, {figures['threads']} threads")
+    threads = f"{figures['threads']} {'thread' if figures['threads'] == 1 else 'threads'}"
+    console.print(f"\nread bandwidth {figures['bandwidth_gb_s']:.1f} GB/s, {threads}")
     if result.skipped:
         console.print(f"left out, their caches would not fit: {len(result.skipped)} kinds of pass", style="yellow")
     for table in result.tables:

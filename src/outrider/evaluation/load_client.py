@@ -46,11 +46,17 @@ class LoadClient:
     """Raises InvalidRequest for a malformed address."""
 
     def __init__(self, url: str, model: str | None = None, *, timeout: float = 600.0) -> None:
-        parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
+        try:
+            parts = urlsplit(url.rstrip("/").removesuffix("/v1"))
+            port = parts.port
+        except ValueError as error:
+            raise InvalidRequest(
+                f"--url: expected an address like http://localhost:8000, got {url!r}: {error}"
+            ) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidRequest(f"--url: expected an address like http://localhost:8000, got {url!r}")
         self._host, self._secure = parts.hostname, parts.scheme == "https"
-        self._port = parts.port or (443 if self._secure else 80)
+        self._port = port or (443 if self._secure else 80)
         self._base = parts.path.rstrip("/")
         self._timeout = timeout
         self.model = model or ""
