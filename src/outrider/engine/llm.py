@@ -90,7 +90,7 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         measure: bool = True,
     ) -> None:
-        for name, value in (("dtype", dtype), ("backend", backend), ("policy", policy), ("kv_dtype", kv_dtype)):
+        for name, value in (("backend", backend), ("policy", policy), ("kv_dtype", kv_dtype)):
             if not isinstance(value, str):
                 raise InvalidRequest(f"{name} must be a name such as 'auto', got {value!r}")
         for name, given in (("drafter_options", drafter_options), ("policy_options", policy_options)):
