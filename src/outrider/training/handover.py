@@ -85,7 +85,7 @@ class Source:
 
     def without(self, reason: str) -> CheckpointError:
         """The refusal of an engine."""
-        return CheckpointError(f"a {self.kind} drafter cannot be handed over: {reason}")
+        return CheckpointError(f"this {self.kind} drafter cannot be handed over: {reason}")
 
 
 @dataclass(frozen=True)
