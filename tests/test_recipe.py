@@ -291,7 +291,7 @@ def test_what_is_counted(recipe: Path) -> None:
 
     def counted(*more: str) -> list[Any]:
         trial = _Trial(read_recipe(recipe, [*changes, *more]))
-        return [trial._count("train"), trial._count("held_out"), trial.questions(trial.configs["eval"])]
+        return [trial._count("train"), trial._count("held_out"), trial._questions(trial.configs["eval"])]
 
     assert counted("eval.limit=9") == [2 * (4 * 2 + 30 + 40), 10 + 8, 4]
     assert counted("eval.limit=3", "prompts.limit=20") == [2 * (4 * 2 + 16 + 20), 10 + 8, 3]

@@ -39,7 +39,7 @@ STATE = 4 * 4  # bytes on disk per trained parameter: weight, two moments, and t
 TRIAL_TOKENS = 32  # tokens of an answer whose time is taken
 ANSWERS = 32  # answers whose length is looked at ...
 ANSWER_SECONDS = 5.0  # ... for about so long
-ROUND = 1.5  # assumed time of a round of drafting and verifying, in plain steps
+ROUND = 1.8  # assumed time of a round of drafting and verifying, in plain steps
 SANITY_STEPS = 90  # assumed steps of the sanity check
 SELF_TOKENS = 80  # assumed tokens of a prompt that the target writes, with those that are dropped
 LENGTH = 1.6  # assumed tokens per round
@@ -146,15 +146,17 @@ class _Trial:
         config: Any = self.configs["calibrate"]
         sampled = sum(temperature > 0 for temperature in config.temperatures) * len(config.rules) * config.rounds
         greedy = (0.0 in config.temperatures) * self._count("held_out") * config.max_tokens / LENGTH
-        return self._rounds("calibrate", sampled + min(greedy, config.rounds))
+        rounds = sampled + min(greedy, config.rounds)
+        return self._rounds("calibrate", rounds, rounds * LENGTH / config.max_tokens)
 
     def eval(self) -> Estimate:
         config: Any = self.configs["eval"]
-        tokens = self.questions(config) * config.repeats * len(config.temperatures) * config.max_tokens
+        answers = self._questions(config) * config.repeats * len(config.temperatures)
         sides = 1 + len(config.thresholds) / max(1, config.repeats)
-        return self._rounds("eval", tokens / ROUND + tokens / LENGTH * sides)
+        rounds = answers * config.max_tokens * (1 / ROUND + sides / LENGTH)
+        return self._rounds("eval", rounds, answers * (1 + sides))
 
-    def questions(self, config: Any) -> int:
+    def _questions(self, config: Any) -> int:
         """Prompts that ``eval`` answers."""
         files: Sequence[Path] = self.recipe.eval_prompts
         if not files and self.finished("regenerate"):
@@ -167,10 +169,12 @@ class _Trial:
     def export(self) -> Estimate:
         return Estimate("export", 5.0, _peak(), self._training_speed[1] * 4)
 
-    def _rounds(self, stage: str, rounds: float) -> Estimate:
-        speed = 1 / self._pace(1)[1]
-        size = self._training_speed[1] * 4
-        return Estimate(stage, rounds * ROUND / speed, _peak(), size, f"{speed:,.0f} plain tokens/s, one at a time")
+    def _rounds(self, stage: str, rounds: float, answers: float) -> Estimate:
+        """Of so many answers, each behind its prompt."""
+        prompt_seconds, token_seconds = self._pace(1)
+        seconds = rounds * ROUND * token_seconds + answers * prompt_seconds
+        note = f"{1 / token_seconds:,.0f} plain tokens/s, one at a time"
+        return Estimate(stage, seconds, _peak(), self._training_speed[1] * 4, note)
 
     # -------------------------------------------------------------------------------------------- counts
 
