@@ -85,7 +85,7 @@ def outrider(*arguments: str) -> Any:
         ('prompts.sources=[{pth="x"}]', r"\[prompts\]: unknown key 'sources.0.pth'; did you mean 'path'"),
         ("run.batch=0", r"\[run\]: batch: input should be greater than or equal to 1, got 0"),
         ("run.drafter.layer=1", r"\[run\] drafter 'dspark': unknown option 'layer'; did you mean 'layers'"),
-        ("run.drafter.block_size=abc", r"\[run\] drafter 'dspark': block_size: .*integer.*, got 'abc'"),
+        ("run.drafter.block_size=abc", r"\[run\] drafter 'dspark': block_size must be of type int, got 'abc'"),
         ("run.drafter.loss.anchors=0", r"\[run\] drafter 'dspark': loss: anchors must be at least 1, got 0"),
         ("run.drafter.loss.anchor=1", "loss: unknown option 'anchor'; did you mean 'anchors'"),
         ('run={kind="eagle3", drafter={loss={soft_cross_entropy=0}}}', "one of soft_cross_entropy, .* must be above 0"),

@@ -23,7 +23,6 @@ __all__ = [
     "SamplingParams",
     "StackConfig",
     "build",
-    "check_names",
     "memory_bytes",
     "required",
     "whole_number",
@@ -53,7 +52,10 @@ def build(kind: type[T], options: Mapping[str, Any], what: str) -> T:
     """Make a config dataclass from options; an unknown key is refused with the nearest known one.
 
     Raises InvalidRequest, also for a missing option, or one of another type."""
-    check_names(kind, options, what)
+    known = [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
+    for key in options:
+        if key not in known:
+            raise InvalidRequest(f"{what}: unknown option {key!r}; {nearest(key, known)}")
     missing = [name for name in required(kind) if name not in options]
     if missing:
         raise InvalidRequest(f"{what}: expected a value for {', '.join(map(repr, missing))}, got none")
@@ -61,14 +63,6 @@ def build(kind: type[T], options: Mapping[str, Any], what: str) -> T:
         if f.name in options and not _fits(options[f.name], str(f.type)):
             raise InvalidRequest(f"{what}: {f.name} must be of type {f.type}, got {options[f.name]!r}")
     return kind(**options)
-
-
-def check_names(kind: type[Any], options: Mapping[str, Any], what: str) -> None:
-    """Raise InvalidRequest for an option that a config dataclass does not have, with the nearest one that it has."""
-    known = [f.name for f in fields(kind) if f.init]
-    for key in options:
-        if key not in known:
-            raise InvalidRequest(f"{what}: unknown option {key!r}; {nearest(key, known)}")
 
 
 def _fits(value: Any, annotation: str) -> bool:
@@ -79,6 +73,7 @@ def _fits(value: Any, annotation: str) -> bool:
         "int": lambda v: _whole(v) is not None,
         "float": lambda v: _number(v) is not None,
         "str": lambda v: isinstance(v, (str, Path)),
+        "tuple[int, ...]": lambda v: isinstance(v, (list, tuple)) and all(_whole(one) is not None for one in v),
     }
     kinds = annotation.split(" | ")
     return not all(kind in checks for kind in kinds) or any(checks[kind](value) for kind in kinds)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from outrider.checkpoints import DraftCheckpoint
+from outrider.config import build
 from outrider.drafters.eagle3_design import Eagle3Design
 from outrider.drafters.mtp_design import MTPDesign
 from outrider.errors import InvalidRequest
@@ -30,7 +31,6 @@ from outrider.training.networks.initial import (
     check_weights,
     draft_decoder,
     new_checkpoint,
-    options_of,
     with_draft_vocabulary,
 )
 from outrider.training.networks.losses import divergence
@@ -57,9 +57,9 @@ class AutoregressiveLoss:
         """Raises InvalidRequest."""
         check_weights(self, ("soft_cross_entropy", "cross_entropy", "total_variation"))
         if not 0 <= self.decay < math.inf:
-            raise InvalidRequest(f"decay must be 0 or above, got {self.decay}")
+            raise InvalidRequest(f"loss: decay must be 0 or above, got {self.decay}")
         if self.starts is not None and self.starts < 1:
-            raise InvalidRequest(f"starts must be at least 1, got {self.starts}")
+            raise InvalidRequest(f"loss: starts must be at least 1, got {self.starts}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ class Eagle3Training:
     """Options of ``AutoregressiveLoss``."""
 
     def __post_init__(self) -> None:
-        options_of(AutoregressiveLoss, self.loss, "loss")  # refused now, not once training starts
+        build(AutoregressiveLoss, self.loss, "loss")  # refused now, not once training starts
 
     def start(
         self,
@@ -231,9 +231,7 @@ class Eagle3Training:
         aux_layers = tuple(self.target_layers) if self.target_layers else None
         checkpoint = new_checkpoint(Eagle3Design(depth=self.depth), decoder, target.spec, aux_layers, aux_layers=3)
         checkpoint = with_draft_vocabulary(checkpoint, self.draft_vocab, counts)
-        module = TrainableAutoregressive(
-            checkpoint, target, options_of(AutoregressiveLoss, self.loss, "loss of eagle3")
-        )
+        module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of eagle3"))
         if self.warm and layers is not None:
             start_warm(module, module.hidden_norm, layers)
         return module
@@ -255,7 +253,7 @@ class MTPTraining:
     """Options of ``AutoregressiveLoss``."""
 
     def __post_init__(self) -> None:
-        options_of(AutoregressiveLoss, self.loss, "loss")  # refused now, not once training starts
+        build(AutoregressiveLoss, self.loss, "loss")  # refused now, not once training starts
 
     def start(
         self,
@@ -272,7 +270,7 @@ class MTPTraining:
         decoder = draft_decoder(config, target.spec, layers=1, intermediate=self.intermediate_size)
         layer = target.spec.num_layers - 2 if self.target_layer is None else self.target_layer
         checkpoint = new_checkpoint(MTPDesign(depth=self.depth), decoder, target.spec, (layer,), aux_layers=1)
-        module = TrainableAutoregressive(checkpoint, target, options_of(AutoregressiveLoss, self.loss, "loss of mtp"))
+        module = TrainableAutoregressive(checkpoint, target, build(AutoregressiveLoss, self.loss, "loss of mtp"))
         if self.warm and layers is not None:
             start_warm(module, None, layers)  # its layer has a norm of its own
         return module

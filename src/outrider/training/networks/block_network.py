@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outrider.checkpoints import DraftCheckpoint
-from outrider.config import LayerConfig
+from outrider.config import LayerConfig, build
 from outrider.drafters.dspark_design import BlockDesign, MarkovHead
 from outrider.errors import InvalidRequest
 from outrider.training.networks.base import TrainableNet
@@ -32,7 +32,6 @@ from outrider.training.networks.initial import (
     draft_decoder,
     mask_token,
     new_checkpoint,
-    options_of,
     with_draft_vocabulary,
 )
 from outrider.training.networks.losses import divergence, negative_log_acceptance, position_weights
@@ -62,12 +61,12 @@ class BlockLoss:
         check_weights(self, ("cross_entropy", "total_variation", "soft_cross_entropy", "negative_log_acceptance"))
         if not 0 <= self.confidence < math.inf:
             raise InvalidRequest(
-                f"confidence is the weight of a loss term and must be 0 or above, got {self.confidence}"
+                f"loss: confidence is the weight of a term and must be 0 or above, got {self.confidence}"
             )
         if self.gamma is not None and not self.gamma > 0:
-            raise InvalidRequest(f"gamma must be above 0, got {self.gamma}")
+            raise InvalidRequest(f"loss: gamma must be above 0, got {self.gamma}")
         if self.anchors < 1:
-            raise InvalidRequest(f"anchors must be at least 1, got {self.anchors}")
+            raise InvalidRequest(f"loss: anchors must be at least 1, got {self.anchors}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +274,7 @@ class DSparkTraining:
     """Options of ``BlockLoss``."""
 
     def __post_init__(self) -> None:
-        options_of(BlockLoss, self.loss, "loss")  # refused now, not once training starts
+        build(BlockLoss, self.loss, "loss")  # refused now, not once training starts
 
     def start(
         self,
@@ -303,7 +302,7 @@ class DSparkTraining:
         aux_layers = tuple(self.target_layers) if self.target_layers else None
         checkpoint = new_checkpoint(design, decoder, target.spec, aux_layers, self.aux_layers)
         checkpoint = with_draft_vocabulary(checkpoint, self.draft_vocab, counts)
-        module = TrainableBlock(checkpoint, target, options_of(BlockLoss, self.loss, f"loss of {design.kind}"))
+        module = TrainableBlock(checkpoint, target, build(BlockLoss, self.loss, f"loss of {design.kind}"))
         if self.warm and layers is not None:
             start_warm(module, module.hidden_norm, layers)
         return module

@@ -6,15 +6,14 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from outrider import registry
 from outrider.checkpoints import Design, DraftCheckpoint, TargetFacts
-from outrider.config import check_names
+from outrider.config import build
 from outrider.errors import InvalidRequest, nearest
 from outrider.models.locations import public_name
 from outrider.types import TargetSpec
@@ -25,13 +24,11 @@ __all__ = [
     "draft_decoder",
     "mask_token",
     "new_checkpoint",
-    "options_of",
     "spread_aux_layers",
     "training_of",
     "with_draft_vocabulary",
 ]
 
-T = TypeVar("T")
 Counts = Callable[[], Tensor]
 """How often the target wrote each token: -> int64 [V]."""
 SPARE = re.compile(
@@ -147,21 +144,11 @@ def training_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:
     trained = registry.names("trainer")
     if kind not in trained:
         raise InvalidRequest(f"{where}drafter {kind!r} cannot be trained; {nearest(kind, trained)}")
-    return options_of(registry.find("trainer", kind), drafter, f"{where}drafter {kind!r}")
-
-
-def options_of(kind: type[T], options: Mapping[str, Any], what: str) -> T:
-    """A dataclass of options, its types checked. Raises InvalidRequest beginning with ``what``."""
-    check_names(kind, options, what)
+    what = f"{where}drafter {kind!r}"
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        own = first.get("ctx", {}).get("error")  # what the dataclass itself refuses
-        if own is not None:
-            raise InvalidRequest(f"{what}: {own}") from None
-        key = ".".join(map(str, first["loc"]))
-        raise InvalidRequest(f"{what}: {key}: {first['msg']}, got {first['input']!r}") from None
+        return build(registry.find("trainer", kind), drafter, what)
+    except InvalidRequest as error:  # an option's own check does not know where it was given
+        raise (error if str(error).startswith(what) else InvalidRequest(f"{what}: {error}")) from None
 
 
 def check_weights(loss: Any, names: Sequence[str]) -> None:
@@ -169,6 +156,6 @@ def check_weights(loss: Any, names: Sequence[str]) -> None:
     weights = {name: getattr(loss, name) for name in names}
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
-            raise InvalidRequest(f"{name} is the weight of a loss term and must be 0 or above, got {weight}")
+            raise InvalidRequest(f"loss: {name} is the weight of a term and must be 0 or above, got {weight}")
     if not any(weights.values()):
-        raise InvalidRequest(f"all weights of the loss are 0; one of {', '.join(names)} must be above 0")
+        raise InvalidRequest(f"loss: all weights are 0; one of {', '.join(names)} must be above 0")
