@@ -63,6 +63,10 @@ class _Shown:
         options = self.asked.stream_options
         return options is not None and options.include_usage
 
+    def chunk(self, choice: Mapping[str, Any]) -> bytes:
+        """An event of a stream."""
+        return sse({**self.head, "choices": [choice], **({"usage": None} if self.tells_usage else {})})
+
 
 async def completions(service: Service, body: Mapping[str, Any], request: Request) -> Response:
     """Go on with one prompt or several."""
@@ -135,7 +139,7 @@ def _prompts_alone(shown: _Shown, prompts: Sequence[Sequence[int]]) -> Response:
 
     async def events() -> AsyncIterator[bytes]:
         for choice in choices:
-            yield sse({**shown.head, "choices": [choice], **({"usage": None} if shown.tells_usage else {})})
+            yield shown.chunk(choice)
         if shown.tells_usage:
             yield sse({**shown.head, "choices": [], "usage": usage})
         yield sse("[DONE]")
@@ -202,7 +206,7 @@ async def _whole(service: Service, shown: _Shown, choices: Sequence[ChatAnswer])
 
 
 async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer]) -> AsyncIterator[bytes]:
-    offsets, usage = [_Offsets() for _ in choices], shown.tells_usage
+    offsets = [_Offsets() for _ in choices]
 
     def chunk(index: int, delta: Delta) -> bytes:
         reports = delta.logprobs if shown.asked.logprobs is not None else []
@@ -210,7 +214,7 @@ async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer]
         choice = _choice(index, delta.text, logprobs, delta.finish_reason)
         if shown.asked.wants_pieces:
             choice["outrider"] = piece_reports(delta.pieces)
-        return sse({**shown.head, "choices": [choice], **({"usage": None} if usage else {})})
+        return shown.chunk(choice)
 
     try:
         for index, text in enumerate(shown.echoes):
@@ -220,7 +224,7 @@ async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer]
             async for index, delta in deltas:
                 if delta.text or delta.pieces or delta.finish_reason:
                     yield chunk(index, delta)
-        if usage:
+        if shown.tells_usage:
             total = service.usage([choice.answer for choice in choices], shown.asked.n or 1)
             yield sse({**shown.head, "choices": [], "usage": total})
     except Exception as error:  # the status has been sent: the stream says it

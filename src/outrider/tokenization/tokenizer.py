@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
-from outrider.errors import CheckpointError, InvalidRequest
+from outrider.errors import CheckpointError, InvalidRequest, reading_config
 from outrider.tokenization.chat_template import ChatTemplate, Message
 from outrider.tokenization.literal_content import mark_special_tokens, split_at_marks
 
@@ -61,7 +61,7 @@ class Tokenizer:
         self.directory = Path(directory)
         self.notes = tuple(notes)
         self._settings = _read_json(self.directory / "tokenizer_config.json") if settings is None else dict(settings)
-        self._fast = fast or _load(self.directory)
+        self._fast = fast or _load(self.directory, self._settings)
         self._fast.no_truncation()  # a file may hold settings that were used in training
         self._fast.no_padding()
         self._templates: dict[str, ChatTemplate] = {}
@@ -505,7 +505,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _load(directory: Path) -> FastTokenizer:
+def _load(directory: Path, settings: Mapping[str, Any]) -> FastTokenizer:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory: expected a model directory with its tokenizer.json")
     file = directory / "tokenizer.json"
@@ -514,7 +514,7 @@ def _load(directory: Path) -> FastTokenizer:
             found = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for a broken file
             raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}; copy it again") from None
-        _add_tokens(found, directory)
+        _add_tokens(found, directory, settings)
         return found
     known = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
     if not any((directory / name).is_file() for name in known):
@@ -525,32 +525,26 @@ def _load(directory: Path) -> FastTokenizer:
     return _convert(directory)
 
 
-def _add_tokens(fast: FastTokenizer, directory: Path) -> None:
-    """Tokens that only the files beside tokenizer.json give ids to, as chats' special tokens at times. Raises
-    CheckpointError."""
-    declared = dict(_read_json(directory / "added_tokens.json"))
-    given: dict[int, Any] = {number: {"content": text} for text, number in declared.items()}
-    decoder = _read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    there = {token.content for token in fast.get_added_tokens_decoder().values()}
-    try:
+def _add_tokens(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Tokens that only the files beside tokenizer.json give ids to, as chats' special tokens at times. ``settings``:
+    tokenizer_config.json. Raises CheckpointError."""
+    with reading_config(f"{directory}: added_tokens.json, or tokenizer_config.json,"):
+        declared = _read_json(directory / "added_tokens.json")
+        given: dict[int, Any] = {number: {"content": text} for text, number in declared.items()}
+        decoder = settings.get("added_tokens_decoder") or {}
         given |= {int(number): token for number, token in decoder.items()}
+        there = {token.content for token in fast.get_added_tokens_decoder().values()}
         for number, token in sorted(given.items()):
+            if token["content"] in there:
+                continue
             options = {name: bool(token[name]) for name in _ADDED_OPTIONS if name in token}
             added = AddedToken(token["content"], special=bool(token.get("special", True)), **options)
-            if added.content in there:
-                continue
             fast.add_special_tokens([added]) if added.special else fast.add_tokens([added])
             if fast.token_to_id(added.content) != number:
                 raise CheckpointError(
                     f"{directory}: {added.content!r} is to have the id {number}, but tokenizer.json leaves it "
                     f"{fast.token_to_id(added.content)}; copy the tokenizer's files again, they do not belong together"
                 )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{directory}: the added tokens of tokenizer_config.json or added_tokens.json cannot be read: {error!r}"
-        ) from None
 
 
 def _convert(directory: Path) -> FastTokenizer:
