@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -338,6 +339,28 @@ def test_numbers_too_large_for_a_float_are_refused() -> None:
         SamplingParams(temperature=10**400)
     with pytest.raises(InvalidRequest, match="logit_bias"):
         SamplingParams(logit_bias={7: 10**400})  # type: ignore[arg-type]
+
+
+def test_options_that_are_whole_numbers_are_sampled_with(llm: LLM) -> None:
+    """top_p=1 beside top_k was an array of integers, which the native core does not take."""
+    for whole, exact in (
+        ({"top_p": 1, "top_k": 5}, {"top_p": 1.0, "top_k": 5}),
+        ({"min_p": 1}, {"min_p": 1.0}),
+        ({"top_p": np.float32(1), "top_k": np.int8(5)}, {"top_p": 1.0, "top_k": 5}),
+    ):
+        for rule in ("rejection", "block"):
+            assert len(llm.generate("def f(", params(6, temperature=1, rule=rule, **whole))[0].token_ids) == 6
+        found = llm.generate("def f(", params(6, temperature=1, seed=3, **whole))[0].token_ids
+        assert found == llm.generate("def f(", params(6, temperature=1.0, seed=3, **exact))[0].token_ids
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"top_p": Fraction(10**400)}, {"min_p": -Fraction(10**400)}, {"stop": np.array(1)}, {"stop": torch.tensor(1)}],
+)
+def test_odd_numbers_are_refused_by_name(odd: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(odd))):
+        SamplingParams(**odd)
 
 
 @pytest.mark.parametrize("name", ["capacity", "max_rows", "draft_tokens"])

@@ -6,7 +6,8 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -174,8 +175,8 @@ class SamplingParams:
 
         def number(name: str, low: float, high: float, expected: str, above: bool = False) -> None:
             value = _number(getattr(self, name))
-            if value is None or (isinstance(value, float) and not math.isfinite(value)):
-                refuse(name, f"a finite number, {expected}")
+            if value is None or math.isnan(value):
+                refuse(name, f"a number, {expected}")
             if value < low or value > high or (above and value == low):
                 refuse(name, expected)
             object.__setattr__(self, name, value)
@@ -217,8 +218,10 @@ class SamplingParams:
             raise InvalidRequest(
                 f"rule must be one of {', '.join(RULES)}, got {self.rule!r}; {nearest(str(self.rule), RULES)}"
             )
-        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
-        stop = tuple(stop) if isinstance(stop, Iterable) else (stop,)
+        stop: tuple[Any, ...] = () if self.stop is None else (self.stop,)
+        if not isinstance(self.stop, str):
+            with suppress(TypeError):  # no iterable, or an array without dimensions, which looks like one
+                stop = tuple(self.stop)
         if any(not isinstance(s, str) or not s for s in stop):
             refuse("stop", "a non-empty string, several of them, or None")
         object.__setattr__(self, "stop", stop)
@@ -252,13 +255,14 @@ def _whole(value: Any) -> int | None:
         return None
 
 
-def _number(value: Any) -> float | int | None:
-    """A Python number of anything that is one, numpy's included; None for the rest."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return value
-    if isinstance(value, Real) and not isinstance(value, bool):
+def _number(value: Any) -> float | None:
+    """The float of anything that is a number, numpy's included, infinite where it is too large; None for the rest."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
         return float(value)
-    return None
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
@@ -273,7 +277,7 @@ def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
             amount = _number(value)
             if token is None or token < 0 or amount is None or math.isnan(amount):
                 raise ValueError(key, value)
-            total[token] = total.get(token, 0.0) + float(amount)
+            total[token] = total.get(token, 0.0) + amount
             if total[token] > LARGEST_BIAS:
                 raise ValueError(key, value)
     except (TypeError, ValueError, OverflowError) as error:
