@@ -203,13 +203,31 @@ def test_what_is_clearly_a_prompt_is_taken(llm: LLM) -> None:
         torch.tensor(rows),
         [np.array(ids)],
         "def f(",
+        np.array(["def f(", "def f("]),
+        np.array(["def f("], object),
+        [iter(ids)],
     ):
         outputs = llm.generate(prompts, params(6, stop=None))  # type: ignore[arg-type]
         assert all(o.token_ids == expected for o in outputs)
     assert llm.generate([]) == []
+    assert [p.token_id for e in llm.stream(map(int, ids), params(6)) for p in e.pieces] == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("prompt", [[1.5, 2.0], [[1.5]], [None], 7, [b"x"], {"a": 1}, {1, 2}, [[True, "x"]]])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [1.5, 2.0],
+        [[1.5]],
+        [None],
+        7,
+        [b"x"],
+        {"a": 1},
+        {1, 2},
+        [[True, "x"]],
+        bytearray(b"x"),
+        torch.ones(3, device="meta"),
+    ],
+)
 def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
     with pytest.raises(InvalidRequest):
         llm.generate(prompt, params(4))

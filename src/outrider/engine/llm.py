@@ -41,6 +41,7 @@ __all__ = ["LLM", "Run"]
 
 Prompt = str | Sequence[int]
 BESIDE = 4  # the part of a chunk of prompts that is read beside rows that decode
+NO_LISTS = (bytes, bytearray, memoryview, Mapping, Set)  # of tokens or prompts, though they can be iterated over
 CONTEXT = 8192  # tokens of a sequence that memory is laid out for at first; longer requests make it grow
 
 
@@ -340,25 +341,27 @@ def _as_list(prompts: Any) -> list[Prompt]:
     """One prompt or many, as texts or token ids; arrays of one dimension are a prompt, of two are rows of ids."""
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, (bytes, Mapping, Set)):
-        raise InvalidRequest(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}")
-    if isinstance(prompts, (np.ndarray, Tensor)) and prompts.ndim:
-        return [prompts.tolist()] if prompts.ndim == 1 else list(prompts)
     try:
-        many = list(prompts)
-    except TypeError:
+        if isinstance(prompts, NO_LISTS):
+            raise TypeError
+        flat = isinstance(prompts, (np.ndarray, Tensor)) and prompts.ndim == 1
+        many = prompts.tolist() if flat else list(prompts)
+    except (TypeError, RuntimeError):  # RuntimeError: tensors that are sparse or hold no data
         raise InvalidRequest(f"prompts must be texts or lists of token ids, got {type(prompts).__name__}") from None
     one = bool(many) and (not isinstance(many[0], Iterable) or getattr(many[0], "ndim", 1) == 0)
     return [many] if one else many
 
 
 def _token_ids(prompt: Any) -> list[int]:
-    values = prompt.tolist() if isinstance(prompt, (np.ndarray, Tensor)) else prompt
     try:
-        if isinstance(values, (bytes, Mapping, Set)) or any(isinstance(value, bool) for value in values):
+        values = prompt.tolist() if isinstance(prompt, (np.ndarray, Tensor)) else prompt
+        if isinstance(values, NO_LISTS):
+            raise TypeError
+        values = list(values)  # an iterator is read once
+        if any(isinstance(value, bool) for value in values):
             raise TypeError
         ids = [value.__index__() for value in values]
-    except (TypeError, AttributeError):
+    except (TypeError, AttributeError, RuntimeError):
         raise InvalidRequest(
             f"a prompt must be a text or a list of token ids (whole numbers), got {str(prompt)[:60]!r}"
         ) from None
