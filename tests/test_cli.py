@@ -202,6 +202,22 @@ def test_one_prompt_too_long_does_not_stop_the_others(model: list[str], llm: LLM
     assert strict.exit_code == 2 and "line 37: the prompt has" in strict.stderr and strict.stdout == ""
 
 
+def test_one_prompt_that_fails_as_it_runs_does_not_stop_the_others(model: list[str], tmp_path: Path) -> None:
+    """The bias of token 5 overflows where the prompt has that token, as its penalty multiplies it."""
+    file = tmp_path / "three.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": ids}) for ids in ([7, 8], [5, 8], [9])))
+    arguments = ("generate", "--prompts", file, *model, "--max-tokens", "1", "--logit-bias", "5=1e30")
+    arguments += ("--repetition-penalty", "1e-9", "--json", "-")
+    result = outrider(*arguments)
+    assert result.exit_code == SOME_FAILED, result.output
+    records = json.loads(result.stdout)
+    assert [record.get("token_ids") for record in records] == [[5], None, [5]]
+    assert "repetition_penalty" in records[1]["error"] and records[1]["line"] == 2
+    assert "prompt 2" in result.stderr and "1 of 3 prompts could not be answered" in result.stderr
+    strict = outrider(*arguments, "--fail-fast")
+    assert strict.exit_code == 2 and "line 2: the request's sampling options" in strict.stderr
+
+
 def test_bench_leaves_out_what_is_too_long(model: list[str], one_too_long: Path) -> None:
     arguments = ("bench", "--prompts", one_too_long, *model, "--drafter", "ngram", "--max-tokens", "2")
     arguments += ("--repeats", "1", "--temperature", "0", "--json", "-", "--limit")

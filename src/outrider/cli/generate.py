@@ -23,7 +23,7 @@ from outrider.cli.common import (
     write_json,
 )
 from outrider.config import Grammar, SamplingParams
-from outrider.errors import InvalidRequest
+from outrider.errors import InvalidRequest, OutriderError
 
 __all__ = ["generate"]
 
@@ -122,7 +122,7 @@ def _one(model: ScheduledModel, params: SamplingParams, prompt: str, chat: bool,
 def _many(
     model: ScheduledModel, params: SamplingParams, file: Path, chat: bool, fail_fast: bool, json: str | None
 ) -> None:
-    from outrider.evaluation.recording import read_prompts, runnable
+    from outrider.evaluation.recording import FailedPrompt, read_prompts, runnable
 
     console = human(json)
     prompts = [replace(prompt, asked=isinstance(prompt.prompt, str)) for prompt in read_prompts(file)]
@@ -138,8 +138,16 @@ def _many(
     try:
         for start in range(0, len(good), GROUP):
             group = good[start : start + GROUP]
-            outputs = llm.generate([prompt.prompt for prompt in group], params)
-            for prompt, output in zip(group, outputs, strict=True):
+            for prompt, run in [(prompt, llm.run(prompt.prompt, params)) for prompt in group]:
+                try:
+                    list(run.events())
+                except OutriderError as error:  # known only while it runs: sampling options that overflow, say
+                    if fail_fast:
+                        raise InvalidRequest(f"{prompt.where}: {error}") from error
+                    failed.append(FailedPrompt.of(prompt, error))
+                    keep(prompt.index, prompt.line, {"error": str(error)})
+                    continue
+                output = run.output()
                 keep(prompt.index, prompt.line, output_record(output))
                 console.print(f"[{prompt.index + 1}/{len(prompts)}] {describe(output)}", style="bold", markup=False)
                 console.file.write(output.text + "\n\n")
