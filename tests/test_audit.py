@@ -20,6 +20,7 @@ from outrider.proof import controls
 from outrider.proof.certificate import Certificate, Check, Tier
 from outrider.proof.controls import CONTROLS, Control, sound_repetition
 from outrider.proof.enumeration import enumerate_texts
+from outrider.proof.equality import measured_rounding
 from outrider.proof.evidence import Budget, Evidence, power, samples_needed
 from outrider.proof.exact import OPTIONS, RULES, TOLERANCE, Setting
 from outrider.proof.literal import Chain, next_token, plain_texts, total_variation
@@ -50,6 +51,13 @@ def test_the_quick_audit_of_the_packaged_models_passes(tmp_path: Path) -> None:
     assert files["html"].read_text().count("<tr class=pass>") == len(checks)
 
 
+@pytest.mark.parametrize("ids", [[5], [5, 6, 7, 8]])
+def test_texts_of_a_few_tokens_are_compared_whole(ids: list[int]) -> None:
+    target = LLM("embedded", "none").target
+    found = measured_rounding(target, [ids, ids[:1]])
+    assert found.largest == 0 and found.tokens == len(ids) * (2 if len(ids) == 1 else 1)
+
+
 @pytest.mark.slow
 def test_one_tier_can_be_chosen() -> None:
     result = RUN.invoke(app, ["audit", "--tier", "equality", "--tier", "quick", "--drafter", "ngram", "--json", "-"])
@@ -61,6 +69,8 @@ def test_bad_options_are_refused() -> None:
         (["--tier", "exakt"], "did you mean 'exact'"),
         (["--policy", "fixt"], "did you mean 'fixed'"),
         (["--drafter", "ngramm"], "ngramm"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", str(2**31)], "--seed"),
     ]:
         refused = RUN.invoke(app, ["audit", "--tier", "quick", *words])
         assert refused.exit_code == 2 and message in refused.output

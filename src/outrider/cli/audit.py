@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["audit"]
 
 CHOICES = ("exact", "contracts", "equality", "statistical", "quick", "all")
+LARGEST_SEED = 2**31 - 1  # requests' seeds are numbered from it, in 63 bits
 SHOWN = 400  # checks of a tier in the terminal
 SERVER_PROMPTS = 24  # of a server
 REFERENCE_TOKENS = 6000  # several times what tells a copy in 4 bits
@@ -64,7 +65,7 @@ def audit(
         typer.Option("--prompts", help="JSON Lines with `text`, `turns` or `prompt`. Default: packaged ones."),
     ] = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Requests in a batch.")] = 4,
-    seed: Annotated[int, typer.Option("--seed", help="Of worlds, texts and tests.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of worlds, texts and tests.")] = 0,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Run broken variants, each of which must be caught, and sound ones.")
     ] = False,

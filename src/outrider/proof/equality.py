@@ -75,9 +75,12 @@ class Rounding:
 
 @torch.inference_mode()
 def measured_rounding(target: TargetModel, texts: Sequence[Sequence[int]], *, most: int = 24) -> Rounding:
-    """Logits of the last ``most`` tokens of each text: one token a pass, 8 tokens a pass, and all texts in a batch."""
+    """Logits of the last ``most`` tokens of each text: one token a pass, 8 tokens a pass, and all texts in a batch.
+
+    Of the whole longest text where all are shorter."""
     largest, count = 0.0, 0
-    rows = [list(text) for text in texts if len(text) > most]
+    most = min(most, max(map(len, texts)))
+    rows = [list(text) for text in texts if len(text) >= most]
     together = _logits(target, rows, [len(row) for row in rows], most)
     for row, batched in zip(rows, together, strict=True):
         single = _logits(target, [row], [1], most)[0]
@@ -90,11 +93,9 @@ def measured_rounding(target: TargetModel, texts: Sequence[Sequence[int]], *, mo
 def _logits(target: TargetModel, rows: Sequence[list[int]], chunk: Sequence[int], most: int) -> list[Tensor]:
     """Logits [most, V] of each row's last tokens, which are run ``chunk[b]`` at a time after the rest in one pass; rows
     whose chunk is all of them in one batch."""
-    cache = target.new_cache(len(rows), max(map(len, rows), default=1) + 1)
+    cache = target.new_cache(len(rows), max(map(len, rows)) + 1)
     slots = [cache.open() for _ in rows]
     if all(n == len(row) for n, row in zip(chunk, rows, strict=True)):
-        if not rows:
-            return []
         batch = RaggedBatch.pack(rows, [0] * len(rows), slots)
         ends = batch.offsets[1:].tolist()
         wanted = torch.tensor([i for end in ends for i in range(end - most, end)], dtype=torch.int64)
