@@ -169,6 +169,13 @@ def test_options_that_overflow_fail_their_own_request_alone(llm: LLM, temperatur
     assert "".join(e.text for e in good.events()) == expected
 
 
+@pytest.mark.parametrize("more", [{}, {"top_k": 3}, {"min_p": 0.5}, {"top_p": 0.5, "seed": 1}, {"rule": "coupled"}])
+def test_a_bias_that_a_temperature_makes_too_large_is_sampled_with(llm: LLM, more: dict[str, Any]) -> None:
+    """1e30 / 1e-8 / 1e-3 is infinite in float32; with truncation it had ended the process."""
+    wanted = params(4, temperature=1e-3, logit_bias={5: 1e30}, repetition_penalty=1e-8, **more)
+    assert llm.generate([5, 6, 5, 6], wanted)[0].token_ids == [5, 5, 5, 5]
+
+
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_numbers_are_refused_under_every_rule(temperature: float, rule: str) -> None:

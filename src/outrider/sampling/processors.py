@@ -159,7 +159,7 @@ def process(
         return Categorical.of(logits)
     mine = slice(None) if rows is None else rows.cpu().numpy()
     temperatures = np.array(temperature)[mine] if any(t != 1 for t in temperature) else None
-    if temperatures is not None and temperatures.min() < _COLD:
+    if temperatures is not None and (temperatures.min() < _COLD or context.changed):  # the model's own are not so large
         logits, temperatures = _divided(to_tensor(logits), temperatures), None
     limits = Limits(
         temperatures,
@@ -195,6 +195,9 @@ def _changed(
 
 
 def _divided(logits: Tensor, temperatures: npt.NDArray[np.float64]) -> Tensor:
-    """logits / temperature where that might overflow: cold rows are shifted first, so that their largest is 0."""
+    """logits / temperature where that might overflow: cold rows, and those of a large bias, are shifted first, so that
+    their largest is 0."""
     divisor = torch.from_numpy(temperatures).to(logits)[:, None]
-    return (logits - torch.where(divisor < _COLD, logits.amax(1, keepdim=True), 0)) / divisor
+    largest = logits.amax(1, keepdim=True)
+    shifted = (divisor < _COLD) | torch.isinf(largest / divisor)
+    return (logits - torch.where(shifted, largest, 0)) / divisor
