@@ -194,6 +194,26 @@ def test_logits_that_are_not_numbers_are_refused_under_every_rule(temperature: f
     assert not engine.busy
 
 
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+@pytest.mark.parametrize("row", [[0, torch.inf, 0, 0, 0], [0, torch.nan, 0, 0, 0]])
+@pytest.mark.parametrize("more", [{}, {"logprobs": 5}])
+def test_drafts_that_lead_to_such_logits_fail_their_own_request(
+    row: list[float], rule: str, more: dict[str, Any]
+) -> None:
+    """Also where the core cannot read the drafter's distribution: a token past the vocabulary was sampled."""
+    table = TABLE.float()
+    table[3] = torch.tensor(row)
+    policy = FixedPolicy.from_config(FixedPolicy.Config(draft_tokens=3))
+    engine = Engine(ToyTarget(table), MarkovDrafter(DRAFT_TABLE, 3), policy, max_rows=4, capacity=64)
+    wanted = SamplingParams(max_tokens=40, temperature=0.5, rule=rule, **more)  # type: ignore[arg-type]
+    bad = engine.submit([1], wanted, 5)
+    good = engine.submit([0], SamplingParams(max_tokens=2, logit_bias={3: -1e9}), 0)
+    engine.wait([good])
+    with pytest.raises(OutriderError, match="NaN or infinite after"):
+        engine.wait([bad])
+    assert max(bad.history) < 5 and not engine.busy
+
+
 # ------------------------------------------------------------------------------------------------ python callers
 
 

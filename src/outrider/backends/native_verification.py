@@ -43,7 +43,10 @@ def verify_native(
     try:
         return Verification.of_lists(*native.verify(*forms, control, drafts, _PURPOSES))
     except ValueError as error:
-        check_rows(torch.from_numpy(forms[0][0]))  # which of the target's rows, if it is them
+        scores, temperatures = torch.from_numpy(forms[0][0]), forms[0][2]
+        if temperatures is not None:
+            scores = scores / torch.from_numpy(temperatures)[:, None]
+        check_rows(scores)  # which of the target's rows, if it is them
         raise OutriderError(str(error)) from error
 
 

@@ -40,7 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from outrider.sampling.distribution import Categorical, Processed, settled
+from outrider.sampling.distribution import Categorical, Processed, check_rows, settled
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
 
 __all__ = [
@@ -112,8 +112,10 @@ def verify(target: Processed, proposal: Proposal, keep: Sequence[int], context: 
     target: the distributions after ``process``, sum(keep + 1) of them: row b's first follows ``context.history[b]``,
     its next ones each verified draft. keep [B], at most ``proposal.lengths``. The rule is each request's
     ``effective_rule``. ``proposal.distribution`` may leave out rows at the end that keep nothing. Results are on the
-    CPU.
+    CPU. Raises RowsFailed for logits that cannot be sampled from.
     """
+    if not target.is_greedy:
+        check_rows(target.logits)
     target = settled(target)
     if target.is_greedy:
         if not proposal.width:  # plain decoding
