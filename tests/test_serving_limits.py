@@ -244,6 +244,19 @@ def test_a_half_closed_and_a_silent_client(running: tuple[str, Service]) -> None
             assert eventually(lambda: not service.thread.answers())
 
 
+def test_a_client_that_goes_while_it_sends_is_no_failure(running: tuple[str, Service]) -> None:
+    url, service = running
+    host, port = url.removeprefix("http://").split(":")
+    gone = f'outrider_http_responses_total{{path="{CHAT}",status="499"}}'
+    before = service.metrics.text().decode().partition(gone)[2].splitlines()[:1]
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode()
+        )
+    assert eventually(lambda: service.metrics.text().decode().partition(gone)[2].splitlines()[:1] != before)
+    assert f'path="{CHAT}",status="500"' not in service.metrics.text().decode()
+
+
 def test_a_slow_reader_slows_nobody(running: tuple[str, Service], client: httpx.Client) -> None:
     url, service = running
     host, port = url.removeprefix("http://").split(":")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -91,7 +91,8 @@ def error_response(error: ApiError, anthropic: bool = False) -> Response:
 
 async def read_json(request: Request, most: int, seconds: float) -> dict[str, Any]:
     """The body as a JSON object. Raises ApiError for one of more than ``most`` bytes, one that takes longer than
-    ``seconds`` to arrive, and one that is not a JSON object in UTF-8."""
+    ``seconds`` to arrive, and one that is not a JSON object in UTF-8, Disconnected where the client goes before its
+    end."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"Content-Type is {kind[:SHOWN]!r}: expected application/json")
@@ -101,6 +102,8 @@ async def read_json(request: Request, most: int, seconds: float) -> dict[str, An
     try:
         async with asyncio.timeout(seconds):
             raw = await _read(request, most)
+    except ClientDisconnect:
+        raise Disconnected from None
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {seconds:g} seconds; send it at once") from None
     return await asyncio.to_thread(_object, raw) if len(raw) > 1 << 16 else _object(raw)
