@@ -133,10 +133,17 @@ def test_token_ids_that_are_none_are_refused_wherever_a_client_gives_them(client
 
 
 def test_too_many_requests_are_refused_with_a_time(client: httpx.Client) -> None:
-    response = client.post(CHAT, json={**LONG, "n": 5})
+    with client.stream("POST", CHAT, json={**LONG, "n": 2, "stream": True}):
+        response = client.post(CHAT, json={**LONG, "n": 3})
     assert response.status_code == 429
     assert 1 <= int(response.headers["Retry-After"]) <= 60
     assert client.post("/v1/messages", json={**LONG, "n": 5}).status_code == 400  # not a field of that interface
+
+
+def test_more_answers_than_ever_fit_are_no_matter_of_patience(client: httpx.Client) -> None:
+    response = client.post("/v1/completions", json={"prompt": ["a", "b", "c"], "n": 2, "max_tokens": 1})
+    assert response.status_code == 400 and "Retry-After" not in response.headers
+    assert "2 answers to 3 prompts are 6" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

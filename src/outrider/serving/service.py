@@ -141,9 +141,13 @@ class Service:
         Raises ApiError for too many requests, also when they wait too long, InvalidRequest for one that cannot run.
         """
         self.check_n(n)
-        running = self.thread.unfinished
-        if running + n * len(prompts) > self.settings.max_requests:
-            self._refuse(f"{running} requests run and wait, the limit is {self.settings.max_requests}")
+        running, wanted, most = self.thread.unfinished, n * len(prompts), self.settings.max_requests
+        if wanted > most:  # however long the client waits
+            raise ApiError(
+                400, f"n: {n} answers to {len(prompts)} prompts are {wanted}, this server takes at most {most}", param="n"
+            )
+        if running + wanted > most:
+            self._refuse(f"{running} requests run and wait, the limit is {most}")
         if prediction and (self.llm.drafter.block == 0 or params.draft_tokens == 0):
             raise ApiError(400, "prediction: nothing is drafted for this request; leave it out", param="prediction")
         for prompt in prompts:  # a grammar is compiled here, which may take long
