@@ -179,6 +179,12 @@ def test_a_request_that_finds_no_row_in_time_is_refused(client: httpx.Client, ru
         assert late.status_code == 429 and "Retry-After" in late.headers
 
 
+def test_answers_of_one_request_wait_for_each_other(client: httpx.Client) -> None:
+    """Two of them have all the rows for longer than a request may wait for its first one."""
+    with client.stream("POST", CHAT, json={**LONG, "n": 3, "stream": True}) as all_three:
+        assert all_three.status_code == 200
+
+
 def test_a_lower_priority_number_gets_a_row_first() -> None:
     with serving(LLM("embedded", "none", max_rows=1)) as (address, service):
         admission, ended, threads = service.llm.engine.admission, [], []

@@ -162,11 +162,11 @@ class Service:
                 one = replace(params, seed=None if params.seed is None else seed)
                 context = None if self.telemetry is None else self.telemetry.here()
                 answers.append(self.thread.submit(prompts[index // n], one, seed, index, prediction, context))
-            for answer in answers:
-                if not await answer.started(self.settings.queue_seconds):
-                    self._refuse(f"no row became free within {self.settings.queue_seconds:g} seconds")
-                if answer.request.error is not None and not answer.request.events:
-                    raise answer.request.error
+            first = answers[0]  # the others may wait for rows that it and its like have
+            if not await first.started(self.settings.queue_seconds):
+                self._refuse(f"no row became free within {self.settings.queue_seconds:g} seconds")
+            if first.request.error is not None and not first.request.events:
+                raise first.request.error
         except BaseException:
             for answer in answers:
                 answer.cancel()

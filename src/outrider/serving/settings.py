@@ -64,7 +64,7 @@ class ServerSettings(BaseModel):
     max_requests: int = Field(256, ge=1)
     """Running and waiting together; one more is refused with 429."""
     queue_seconds: float = Field(60.0, gt=0, le=LONGEST_WAIT)
-    """A request that has no row by then is refused with 429."""
+    """A request none of whose answers has a row by then is refused with 429."""
     drain_seconds: float = Field(120.0, ge=0, le=LONGEST_WAIT)
     """After SIGTERM, for the answers that have begun."""
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
