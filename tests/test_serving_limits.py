@@ -185,6 +185,14 @@ def test_answers_of_one_request_wait_for_each_other(client: httpx.Client) -> Non
         assert all_three.status_code == 200
 
 
+def test_the_default_length_of_a_completion_keeps_to_the_limits() -> None:
+    with serving(LLM("embedded", "none"), max_new_tokens=4) as (url, service), httpx.Client(base_url=url) as client:
+        full = [5] * (service.llm.target.spec.max_positions - 2)
+        for prompt, expected in (("It was", 4), (full, 2)):
+            answer = client.post("/v1/completions", json={"prompt": prompt, "ignore_eos": True})
+            assert answer.json()["usage"]["completion_tokens"] == expected
+
+
 def test_a_lower_priority_number_gets_a_row_first() -> None:
     with serving(LLM("embedded", "none", max_rows=1)) as (address, service):
         admission, ended, threads = service.llm.engine.admission, [], []

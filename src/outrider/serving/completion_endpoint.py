@@ -84,7 +84,9 @@ async def completions(service: Service, body: Mapping[str, Any], request: Reques
     if asked.max_tokens == 0 and not asked.echo:
         raise ApiError(400, "max_tokens: expected at least 1 without echo, got 0", param="max_tokens")
     prompts = [await _encode(service, one, asked.suffix) for one in _prompts(asked.prompt)]
-    most = min(service.new_tokens(prompt, asked.max_tokens or DEFAULT_TOKENS) for prompt in prompts)
+    most = min(service.new_tokens(prompt, asked.max_tokens or None) for prompt in prompts)
+    if asked.max_tokens is None:
+        most = min(most, DEFAULT_TOKENS)
     params = asked.sampling(
         service.llm.target.spec.defaults, most, logprobs=asked.logprobs, grammar=grammar_of(asked.response_format)
     )
