@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import re
@@ -67,6 +68,7 @@ BROKEN: list[tuple[bytes, int]] = [
     (b'"text"', 400),
     (b'{"messages": "\xff\xfe"}', 400),
     (b'{"a": NaN}', 400),
+    (b'{"a": -1e999}', 400),
     (b'{"a": ' + b"9" * 5000 + b"}", 400),
     (b'{"a": "\\ud800"}', 400),
     (b'{"a": ' * 50_000 + b"1" + b"}" * 50_000, 400),
@@ -82,6 +84,14 @@ def test_broken_bodies_are_refused(client: httpx.Client, path: str) -> None:
         response = client.post(path, content=body, headers=JSON)
         assert response.status_code == status, (body[:40], response.text[:200])
         assert len(response.json()["error"]["message"]) < 1000
+
+
+def test_what_is_wrong_with_a_body_is_said(client: httpx.Client) -> None:
+    def message(body: bytes, **headers: str) -> str:
+        return str(client.post(CHAT, content=body, headers=JSON | headers).json()["error"]["message"])
+
+    assert "Content-Encoding is 'gzip'" in message(gzip.compress(b"{}"), **{"Content-Encoding": "gzip"})
+    assert "-1e999 is not a JSON number" in message(b'{"metadata": {"a": [-1e999]}}')
 
 
 def test_ten_megabytes_without_a_length_are_cut_off(client: httpx.Client) -> None:

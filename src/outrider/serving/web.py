@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
+from math import isfinite
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -96,6 +97,9 @@ async def read_json(request: Request, most: int, seconds: float) -> dict[str, An
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"Content-Type is {kind[:SHOWN]!r}: expected application/json")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(415, f"Content-Encoding is {coding[:SHOWN]!r}: expected none; send the body as it is")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > most:
         _too_large(declared[:20], most)
@@ -125,7 +129,7 @@ def _too_large(size: str, most: int) -> NoReturn:
 
 def _object(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode(), parse_constant=_not_a_number)
+        value = json.loads(raw.decode(), parse_constant=_not_a_number, parse_float=_finite)
         if b"\\ud" in raw.lower():  # an escape may be half of a surrogate pair, which is no character
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -142,7 +146,12 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 
 def _not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    raise ValueError(f"{name} is not a JSON number, or too large for one")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if isfinite(value) else _not_a_number(text[:SHOWN])
 
 
 def parse(kind: type[Model], body: Mapping[str, Any], unsupported: Mapping[str, tuple[Any, ...]]) -> Model:
