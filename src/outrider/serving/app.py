@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
@@ -36,6 +37,7 @@ __all__ = ["make_app"]
 
 OPEN = ("/", "/health", "/ready")  # the page asks for the key itself; what watches a server holds none
 ANTHROPIC = "/v1/messages"
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")  # of a client, kept as it is
 
 log = logging.getLogger("outrider.serving")
 Endpoint = Callable[[Service, Mapping[str, Any], Request], Awaitable[Response]]
@@ -211,7 +213,7 @@ class _Surroundings:
         began, status = perf_counter(), 0
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"")
-        name = given.decode() if 0 < len(given) <= 128 and given.isalnum() else f"req_{token_hex(12)}"
+        name = given.decode() if REQUEST_ID.fullmatch(given) else f"req_{token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = name
 
         async def named(message: Message) -> None:
