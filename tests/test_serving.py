@@ -203,6 +203,23 @@ def test_what_is_wrong_or_not_supported_is_named(client: httpx.Client, body: dic
     assert (error["param"] or "") == param or param in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (CHAT, {"messages": ASK, "stop": {"a": 1}}, "stop: expected str or list[str], got {'a': 1}"),
+        (CHAT, {"messages": [{"role": "user", "content": [5]}]}, "messages.0.content: expected str or list[dict"),
+        ("/v1/completions", {"prompt": [1, "a"]}, "prompt: expected str or list[str] or list[int] or list[list[int]]"),
+        ("/v1/completions", {"prompt": None}, "prompt: expected str or"),
+        ("/v1/completions", {}, "prompt: Field required"),
+    ],
+)
+def test_fields_of_several_types_are_named_as_they_are_sent(
+    client: httpx.Client, path: str, body: dict[str, Any], message: str
+) -> None:
+    error = client.post(path, json=body).json()["error"]
+    assert error["message"].startswith(message) and error["param"] == message.partition(":")[0]
+
+
 def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     ask(
         client, messages=ASK, max_tokens=1, store=False, modalities=["text"], service_tier="auto", user="me", audio=None

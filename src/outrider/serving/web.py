@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -174,8 +175,11 @@ def parse(kind: type[Model], body: Mapping[str, Any], unsupported: Mapping[str, 
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
+        errors = error.errors(include_url=False)
+    first = errors[0]
+    path, value, kinds = _place(given, errors)
+    if kinds:
+        raise ApiError(400, f"{path}: expected {kinds}, got {_shown(value)}", param=path)
     if first["type"] == "extra_forbidden":
         known = [*kind.model_fields, *unsupported] if len(first["loc"]) == 1 else []
         hint = f"; {nearest(path, known)}" if known else "; remove it"
@@ -183,6 +187,24 @@ def parse(kind: type[Model], body: Mapping[str, Any], unsupported: Mapping[str, 
     got = "" if first["type"] == "missing" else f", got {_shown(first['input'])}"
     message = first["msg"].removeprefix("Value error, ")
     raise ApiError(400, f"{path or 'the body'}: {message}{got}", param=path or None)
+
+
+def _place(given: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> tuple[str, Any, str]:
+    """Where the first error is, as ``messages.0.content``, the value there, and what may stand there where it may be of several types:
+    pydantic names each of them in an error of its own, as a part of the place."""
+    value: Any = given
+    place = errors[0]["loc"]
+    for i, part in enumerate(place):
+        if isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        elif errors[0]["type"] == "missing" and i == len(place) - 1:
+            break
+        else:
+            kinds = dict.fromkeys(str(one["loc"][i]) for one in errors if one["loc"][:i] == place[:i])
+            return ".".join(map(str, place[:i])), value, " or ".join(kinds)
+    return ".".join(map(str, place)), value, ""
 
 
 def _shown(value: Any) -> str:
