@@ -220,6 +220,13 @@ def test_fields_of_several_types_are_named_as_they_are_sent(
     assert error["message"].startswith(message) and error["param"] == message.partition(":")[0]
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_blocks_of_anthropic_are_named_by_their_place(client: httpx.Client, role: str) -> None:
+    blocks = [{"type": "text", "text": "x"}, {"type": "image"}]
+    error = refused(client, "/v1/messages", messages=[*ASK, {"role": role, "content": blocks}], max_tokens=1)
+    assert error["message"].startswith("messages.1.content.1: parts of type 'image'")
+
+
 def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     ask(
         client, messages=ASK, max_tokens=1, store=False, modalities=["text"], service_tier="auto", user="me", audio=None

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider.serving.chat_run import ChatAnswer, ChatJob, Delta, TokenReport, api_error, begin, piece_reports
-from outrider.serving.conversation import MOST_MESSAGES, ChatMessage, Tool, plain_text, template_messages
+from outrider.serving.conversation import MOST_MESSAGES, ChatMessage, Tool, part_text, template_messages
 from outrider.serving.fields import SamplingFields, StreamOptions
 from outrider.serving.response_format import grammar_of
 from outrider.serving.service import Service
@@ -142,9 +142,9 @@ def _predicted(given: Mapping[str, Any] | None) -> str | None:
         isinstance(content, list) and all(isinstance(part, dict) for part in content)
     ):
         raise ApiError(400, "prediction.content: expected a text or parts of text", param="prediction.content")
-    return (
-        content if isinstance(content, str) else "".join(plain_text([part], "prediction.content") for part in content)
-    )
+    if isinstance(content, str):
+        return content
+    return "".join(part_text(part, f"prediction.content.{number}") for number, part in enumerate(content))
 
 
 def _logprobs(reports: Sequence[TokenReport]) -> dict[str, Any]:

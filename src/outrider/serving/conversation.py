@@ -14,7 +14,7 @@ from outrider.serving.service import Service
 from outrider.serving.web import ApiError
 from outrider.tokenization.chat_template import with_system_in_user
 
-__all__ = ["MOST_MESSAGES", "ChatMessage", "Tool", "encode_conversation", "plain_text", "template_messages"]
+__all__ = ["MOST_MESSAGES", "ChatMessage", "Tool", "encode_conversation", "part_text", "plain_text", "template_messages"]
 
 MOST_MESSAGES = 10_000
 OF_THE_REQUEST = ("messages", "tools", "add_generation_prompt", "continue_final_message", "self")
@@ -80,25 +80,26 @@ def plain_text(content: Any, where: str, kinds: tuple[str, ...] = ("text",)) -> 
     """The text of a content: a string, or parts of these kinds, a line each. Raises ApiError for other parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    texts = []
-    for number, part in enumerate(content):
-        kind = part.get("type")
-        path = f"{where}.{number}"
-        if kind not in kinds:
-            raise ApiError(
-                400,
-                f"{path}: parts of type {str(kind)[:40]!r} are not supported, expected {' or '.join(map(repr, kinds))}",
-                param=path,
-                code="unsupported_content",
-            )
-        text = part.get("text")
-        if not isinstance(text, str):
-            raise ApiError(400, f"{path}.text: expected a string, got {type(text).__name__}", param=f"{path}.text")
-        known = {"type", "text", "cache_control", "annotations", "logprobs", "citations"}
-        if unknown := [key for key in part if key not in known]:
-            raise ApiError(400, f"{path}: unknown field {unknown[0][:80]!r}; remove it", param=f"{path}.{unknown[0]}")
-        texts.append(text)
-    return "\n".join(texts)
+    return "\n".join(part_text(part, f"{where}.{number}", kinds) for number, part in enumerate(content))
+
+
+def part_text(part: Mapping[str, Any], path: str, kinds: tuple[str, ...] = ("text",)) -> str:
+    """The text of one part, which is at ``path``. Raises ApiError for one of another kind."""
+    kind = part.get("type")
+    if kind not in kinds:
+        raise ApiError(
+            400,
+            f"{path}: parts of type {str(kind)[:40]!r} are not supported, expected {' or '.join(map(repr, kinds))}",
+            param=path,
+            code="unsupported_content",
+        )
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise ApiError(400, f"{path}.text: expected a string, got {type(text).__name__}", param=f"{path}.text")
+    known = {"type", "text", "cache_control", "annotations", "logprobs", "citations"}
+    if unknown := [key for key in part if key not in known]:
+        raise ApiError(400, f"{path}: unknown field {unknown[0][:80]!r}; remove it", param=f"{path}.{unknown[0]}")
+    return text
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from outrider.config import Grammar
 from outrider.serving.chat_run import ChatAnswer, ChatJob, api_error, begin
-from outrider.serving.conversation import MOST_MESSAGES, encode_conversation, plain_text
+from outrider.serving.conversation import MOST_MESSAGES, encode_conversation, part_text, plain_text
 from outrider.serving.fields import SamplingFields, Strict, stop_strings
 from outrider.serving.response_format import grammar_of
 from outrider.serving.service import Service, cached_tokens
@@ -169,7 +169,7 @@ def _assistant(blocks: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any
         elif kind == "thinking":
             thoughts.append(str(block.get("thinking", "")))
         else:
-            texts.append(plain_text([block], path))
+            texts.append(part_text(block, path))
     one: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
     if calls:
         one["tool_calls"] = calls
@@ -193,7 +193,7 @@ def _user(role: str, blocks: Sequence[Mapping[str, Any]], where: str) -> list[di
             text = f"Error: {text}" if block.get("is_error") is True else text
             found.append({"role": "tool", "tool_call_id": block["tool_use_id"], "content": text})
         else:
-            texts.append(plain_text([block], path))
+            texts.append(part_text(block, path))
     if texts or not found:
         found.append({"role": role, "content": "\n".join(texts)})
     return found
