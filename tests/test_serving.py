@@ -227,6 +227,19 @@ def test_blocks_of_anthropic_are_named_by_their_place(client: httpx.Client, role
     assert error["message"].startswith("messages.1.content.1: parts of type 'image'")
 
 
+OTHERS: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/responses", {"input": "hi", "tool_choice": ""}, "tool_choice"),
+    ("/v1/responses", {"input": "hi", "tool_choice": {}}, "tool_choice"),
+    ("/v1/responses", {"input": "hi " * 20_000}, "input"),
+    ("/v1/tokenize", {"prompt": "hi", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param"), OTHERS, ids=["empty", "object", "long", "tools"])
+def test_nothing_is_ignored_elsewhere(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
+    assert refused(client, path, **body)["param"] == param
+
+
 def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     ask(
         client, messages=ASK, max_tokens=1, store=False, modalities=["text"], service_tier="auto", user="me", audio=None

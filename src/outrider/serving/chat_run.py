@@ -31,6 +31,7 @@ class ChatJob:
     fields: SamplingFields
     max_tokens: int | None = None
     max_tokens_name: str = "max_tokens"
+    messages_name: str = "messages"
     tools: ToolUse | None = None
     grammar: Grammar | None = None
     n: int = 1
@@ -71,6 +72,7 @@ async def begin(service: Service, job: ChatJob) -> list[ChatAnswer]:
         service,
         job.messages,
         shown,
+        name=job.messages_name,
         variables=job.variables,
         continue_final=job.continue_final,
         answer_follows=job.answer_follows,

@@ -141,19 +141,21 @@ async def encode_conversation(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     *,
+    name: str = "messages",
     variables: Mapping[str, Any] | None = None,
     continue_final: bool = False,
     answer_follows: bool | None = None,
 ) -> list[int]:
     """Tokens of a conversation up to where the answer begins; without ``answer_follows`` (default: unless the final
-    message is continued) up to its last message's end. Raises ApiError, InvalidRequest."""
+    message is continued) up to its last message's end. ``name``: the field that holds it. Raises ApiError,
+    InvalidRequest."""
     tokenizer = service.llm.tokenizer
     follows = not continue_final if answer_follows is None else answer_follows
-    for name in OF_THE_REQUEST:
-        if name in (variables or ()):
+    for field in OF_THE_REQUEST:
+        if field in (variables or ()):
             raise ApiError(
                 400,
-                f"chat_template_kwargs: {name!r} is no variable of a template; leave it out, or give it as a field of "
+                f"chat_template_kwargs: {field!r} is no variable of a template; leave it out, or give it as a field of "
                 "the request",
                 param="chat_template_kwargs",
             )
@@ -171,4 +173,4 @@ async def encode_conversation(
         except CheckpointError as error:
             raise ApiError(400, str(error)) from None
 
-    return await service.encode(make, characters, "messages")
+    return await service.encode(make, characters, name)

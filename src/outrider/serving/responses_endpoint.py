@@ -104,6 +104,7 @@ async def responses(service: Service, body: Mapping[str, Any], request: Request)
         asked,
         asked.max_output_tokens,
         "max_output_tokens",
+        messages_name="input",
         tools=_tools(service, asked),
         grammar=grammar_of(asked.text.format if asked.text else None, "text.format"),
         logprobs=(asked.top_logprobs or 0) if logprobs else None,
@@ -174,7 +175,7 @@ def _add(found: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> No
 
 
 def _tools(service: Service, asked: ResponsesRequest) -> ToolUse | None:
-    choice: Any = asked.tool_choice or "auto"
+    choice: Any = "auto" if asked.tool_choice is None else asked.tool_choice
     named = isinstance(choice, dict)
     if named:
         if choice.get("type") != "function" or not isinstance(choice.get("name"), str):
@@ -343,7 +344,7 @@ class _Made:
             "store": False,
             "temperature": params.temperature,
             "text": {"format": (asked.text and asked.text.format) or {"type": "text"}},
-            "tool_choice": asked.tool_choice or "auto",
+            "tool_choice": "auto" if asked.tool_choice is None else asked.tool_choice,
             "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": params.top_p,

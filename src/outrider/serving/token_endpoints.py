@@ -41,6 +41,8 @@ async def tokenize(service: Service, body: Mapping[str, Any], request: Request) 
     tokenizer, text = service.llm.tokenizer, asked.prompt
     if (text is None) == (asked.messages is None):
         raise ApiError(400, "expected prompt or messages, and not both", param="prompt")
+    if asked.tools is not None and text is not None:
+        raise ApiError(400, "tools: a prompt shows none; send them with messages", param="tools")
     if text is None:
         tools = [tool.for_template() for tool in asked.tools or ()]
         if tools:  # refused where the template has none
