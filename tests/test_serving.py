@@ -230,12 +230,13 @@ def test_blocks_of_anthropic_are_named_by_their_place(client: httpx.Client, role
 OTHERS: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/responses", {"input": "hi", "tool_choice": ""}, "tool_choice"),
     ("/v1/responses", {"input": "hi", "tool_choice": {}}, "tool_choice"),
+    ("/v1/responses", {"input": "hi", "stream_options": {}}, "stream_options"),
     ("/v1/responses", {"input": "hi " * 20_000}, "input"),
     ("/v1/tokenize", {"prompt": "hi", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "param"), OTHERS, ids=["empty", "object", "long", "tools"])
+@pytest.mark.parametrize(("path", "body", "param"), OTHERS, ids=["empty", "object", "stream", "long", "tools"])
 def test_nothing_is_ignored_elsewhere(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
     assert refused(client, path, **body)["param"] == param
 

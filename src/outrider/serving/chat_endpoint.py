@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from outrider.serving.chat_run import ChatAnswer, ChatJob, Delta, TokenReport, api_error, begin, piece_reports
 from outrider.serving.conversation import MOST_MESSAGES, ChatMessage, Tool, part_text, template_messages
-from outrider.serving.fields import SamplingFields, StreamOptions
+from outrider.serving.fields import SamplingFields, StreamFields
 from outrider.serving.response_format import grammar_of
 from outrider.serving.service import Service
 from outrider.serving.streams import merged
@@ -39,7 +39,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, StreamFields):
     """The body of a chat completion."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
@@ -49,8 +49,6 @@ class ChatRequest(SamplingFields):
     n: int | None = Field(default=1, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -72,8 +70,7 @@ async def chat_completions(service: Service, body: Mapping[str, Any], request: R
     service.check_model(asked.model)
     if asked.top_logprobs is not None and not asked.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    asked.check_stream()
     job = ChatJob(
         template_messages(asked.messages),
         asked,
@@ -96,8 +93,7 @@ async def chat_completions(service: Service, body: Mapping[str, Any], request: R
         "system_fingerprint": service.fingerprint,
     }
     if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStreamResponse(_stream(service, head, choices, asked, usage))
+        return EventStreamResponse(_stream(service, head, choices, asked))
     return JsonResponse(await _whole(service, head, choices, asked))
 
 
@@ -206,7 +202,7 @@ async def _whole(
 
 
 async def _stream(
-    service: Service, head: Mapping[str, Any], choices: Sequence[ChatAnswer], asked: ChatRequest, usage: bool
+    service: Service, head: Mapping[str, Any], choices: Sequence[ChatAnswer], asked: ChatRequest
 ) -> AsyncIterator[bytes]:
     whole = {**head, "object": "chat.completion.chunk"}
 
@@ -215,7 +211,7 @@ async def _stream(
         choice["logprobs"] = _logprobs(delta.logprobs) if asked.logprobs and delta.logprobs else None
         if asked.wants_pieces:
             choice["outrider"] = piece_reports(delta.pieces)
-        return sse({**whole, "choices": [choice], **({"usage": None} if usage else {})})
+        return sse({**whole, "choices": [choice], **({"usage": None} if asked.tells_usage else {})})
 
     try:
         for index in range(len(choices)):
@@ -227,7 +223,7 @@ async def _stream(
                     new["tool_calls"] = [_call(call) for call in delta.calls]
                 if new or delta.logprobs or delta.finish_reason or (asked.wants_pieces and delta.pieces):
                     yield chunk(index, new, delta)
-        if usage:
+        if asked.tells_usage:
             total = service.usage([choice.answer for choice in choices])
             yield sse({**whole, "choices": [], "usage": total})
     except Exception as error:  # the status has been sent: the stream says it

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from outrider.serving.chat_run import ChatAnswer, Delta, TokenReport, api_error, piece_reports
-from outrider.serving.fields import SamplingFields, StreamOptions
+from outrider.serving.fields import SamplingFields, StreamFields
 from outrider.serving.infilling import infill_tokens
 from outrider.serving.response_format import grammar_of
 from outrider.serving.service import Service
@@ -33,7 +33,7 @@ MOST_PROMPTS = 64
 DEFAULT_TOKENS = 16  # OpenAI's, for this endpoint alone
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(SamplingFields, StreamFields):
     """The body of a completion."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -43,8 +43,6 @@ class CompletionRequest(SamplingFields):
     n: int | None = Field(default=1, ge=1)
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
     user: str | None = None
 
@@ -57,15 +55,9 @@ class _Shown:
     asked: CompletionRequest
     echoes: Sequence[str]  # of each choice
 
-    @property
-    def tells_usage(self) -> bool:
-        """At the end of a stream."""
-        options = self.asked.stream_options
-        return options is not None and options.include_usage
-
     def chunk(self, choice: Mapping[str, Any]) -> bytes:
         """An event of a stream."""
-        return sse({**self.head, "choices": [choice], **({"usage": None} if self.tells_usage else {})})
+        return sse({**self.head, "choices": [choice], **({"usage": None} if self.asked.tells_usage else {})})
 
 
 async def completions(service: Service, body: Mapping[str, Any], request: Request) -> Response:
@@ -75,8 +67,7 @@ async def completions(service: Service, body: Mapping[str, Any], request: Reques
     service.check_model(asked.model)
     service.check_options(asked.outrider)
     service.check_n(n)
-    if asked.stream_options is not None and not asked.stream:
-        raise ApiError(400, "stream_options needs stream: true", param="stream_options")
+    asked.check_stream()
     if asked.echo and asked.logprobs is not None:
         raise ApiError(400, "echo with logprobs is not supported: ask for one of them", param="echo")
     if asked.echo and asked.suffix is not None:
@@ -142,7 +133,7 @@ def _prompts_alone(shown: _Shown, prompts: Sequence[Sequence[int]]) -> Response:
     async def events() -> AsyncIterator[bytes]:
         for choice in choices:
             yield shown.chunk(choice)
-        if shown.tells_usage:
+        if shown.asked.tells_usage:
             yield sse({**shown.head, "choices": [], "usage": usage})
         yield sse("[DONE]")
 
@@ -226,7 +217,7 @@ async def _stream(service: Service, shown: _Shown, choices: Sequence[ChatAnswer]
             async for index, delta in deltas:
                 if delta.text or delta.pieces or delta.finish_reason:
                     yield chunk(index, delta)
-        if shown.tells_usage:
+        if shown.asked.tells_usage:
             total = service.usage([choice.answer for choice in choices], shown.asked.n or 1)
             yield sse({**shown.head, "choices": [], "usage": total})
     except Exception as error:  # the status has been sent: the stream says it

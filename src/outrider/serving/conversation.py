@@ -14,7 +14,15 @@ from outrider.serving.service import Service
 from outrider.serving.web import ApiError
 from outrider.tokenization.chat_template import with_system_in_user
 
-__all__ = ["MOST_MESSAGES", "ChatMessage", "Tool", "encode_conversation", "part_text", "plain_text", "template_messages"]
+__all__ = [
+    "MOST_MESSAGES",
+    "ChatMessage",
+    "Tool",
+    "encode_conversation",
+    "part_text",
+    "plain_text",
+    "template_messages",
+]
 
 MOST_MESSAGES = 10_000
 OF_THE_REQUEST = ("messages", "tools", "add_generation_prompt", "continue_final_message", "self")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from outrider.config import SamplingParams
 from outrider.serving.web import ApiError
 
-__all__ = ["OutriderOptions", "SamplingFields", "StreamOptions", "Strict", "stop_strings"]
+__all__ = ["OutriderOptions", "SamplingFields", "StreamFields", "Strict", "stop_strings"]
 
 MOST_STOPS, LONGEST_STOP, MOST_BIASES = 16, 1000, 2048
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -41,6 +41,23 @@ class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: Literal[False] | None = None
     include_obfuscation: Literal[False] | None = None
+
+
+class StreamFields(Strict):
+    """Whether an answer comes in parts, and whether its usage follows them."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def tells_usage(self) -> bool:
+        """At the end of a stream."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check_stream(self) -> None:
+        """Raises ApiError for options of a stream that is not asked for."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options needs stream: true", param="stream_options")
 
 
 class SamplingFields(Strict):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from outrider.serving.chat_run import ChatAnswer, ChatJob, Delta, TokenReport, api_error, begin
 from outrider.serving.conversation import plain_text
-from outrider.serving.fields import SamplingFields, StreamOptions, Strict
+from outrider.serving.fields import SamplingFields, StreamFields, Strict
 from outrider.serving.response_format import grammar_of
 from outrider.serving.service import Service, cached_tokens
 from outrider.serving.tool_use import CallDelta, ToolUse
@@ -61,15 +61,13 @@ class _Reasoning(Strict):
     summary: Literal["auto"] | None = None
 
 
-class ResponsesRequest(SamplingFields):
+class ResponsesRequest(SamplingFields, StreamFields):
     """The body of a response."""
 
     input: str | list[dict[str, Any]]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     tools: list[_Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -89,6 +87,7 @@ async def responses(service: Service, body: Mapping[str, Any], request: Request)
     """Answer a conversation."""
     asked = parse(ResponsesRequest, body, UNSUPPORTED)
     service.check_model(asked.model)
+    asked.check_stream()
     if asked.wants_pieces:
         raise ApiError(400, "outrider.pieces: only chat completions and completions have them", param="outrider.pieces")
     for wanted in asked.include or ():

@@ -144,7 +144,9 @@ class Service:
         running, wanted, most = self.thread.unfinished, n * len(prompts), self.settings.max_requests
         if wanted > most:  # however long the client waits
             raise ApiError(
-                400, f"n: {n} answers to {len(prompts)} prompts are {wanted}, this server takes at most {most}", param="n"
+                400,
+                f"n: {n} answers to {len(prompts)} prompts are {wanted}, this server takes at most {most}",
+                param="n",
             )
         if running + wanted > most:
             self._refuse(f"{running} requests run and wait, the limit is {most}")

@@ -190,18 +190,14 @@ def parse(kind: type[Model], body: Mapping[str, Any], unsupported: Mapping[str, 
 
 
 def _place(given: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> tuple[str, Any, str]:
-    """Where the first error is, as ``messages.0.content``, the value there, and what may stand there where it may be of several types:
+    """Where the first error is, as ``messages.0.content``, the value there, and its types where it may have several:
     pydantic names each of them in an error of its own, as a part of the place."""
     value: Any = given
     place = errors[0]["loc"]
     for i, part in enumerate(place):
-        if isinstance(value, list) and isinstance(part, int) and part < len(value):
+        if part in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
             value = value[part]
-        elif isinstance(value, dict) and part in value:
-            value = value[part]
-        elif errors[0]["type"] == "missing" and i == len(place) - 1:
-            break
-        else:
+        elif errors[0]["type"] != "missing" or i < len(place) - 1:
             kinds = dict.fromkeys(str(one["loc"][i]) for one in errors if one["loc"][:i] == place[:i])
             return ".".join(map(str, place[:i])), value, " or ".join(kinds)
     return ".".join(map(str, place)), value, ""
