@@ -203,6 +203,14 @@ def test_the_default_length_of_a_completion_keeps_to_the_limits() -> None:
             assert answer.json()["usage"]["completion_tokens"] == expected
 
 
+def test_the_default_length_of_an_answer_fits_the_memory() -> None:
+    llm = LLM("embedded", "none", kv_memory=3 << 19)
+    with serving(llm) as (url, service), httpx.Client(base_url=url) as client:
+        assert service.llm.engine.limit < llm.capacity
+        usage = client.post(CHAT, json={"messages": ASK, "ignore_eos": True}).json()["usage"]
+        assert usage["total_tokens"] == service.llm.engine.limit
+
+
 def test_a_lower_priority_number_gets_a_row_first() -> None:
     with serving(LLM("embedded", "none", max_rows=1)) as (address, service):
         admission, ended, threads = service.llm.engine.admission, [], []

@@ -88,7 +88,7 @@ class Engine:
         self.observers = [] if observers is None else observers
         self.max_rows, self.capacity = max_rows, capacity
         self._memory, self._kv_dtype = memory, kv_dtype
-        self._limit = target.spec.max_positions  # tokens of a sequence that there is memory for
+        self.limit = target.spec.max_positions  # tokens of a sequence that there is memory for
         # What wraps a target need not know of it, and is asked for logits then.
         self._finds_largest = (
             getattr(target, "finds_largest", False) and "largest" in signature(target.forward).parameters
@@ -135,7 +135,7 @@ class Engine:
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise InvalidRequest for a request that this engine cannot run."""
         check_request(self.target.spec, prompt, params)
-        if len(prompt) + params.max_tokens > self._limit:
+        if len(prompt) + params.max_tokens > self.limit:
             raise InvalidRequest(self._too_long(len(prompt), params.max_tokens))
         if params.grammar is not None:
             if self._grammars is None:
@@ -424,8 +424,8 @@ class Engine:
         self._paged = cache = self.target.paged_cache(self.max_rows, self.capacity, self._memory, self._kv_dtype)
         if self._memory is not None:
             blocks = max(1, self._memory // cache.block_bytes)
-            self._limit = min(self._limit, blocks * cache.block_tokens)
-            self.capacity = min(self.capacity, self._limit)
+            self.limit = min(self.limit, blocks * cache.block_tokens)
+            self.capacity = min(self.capacity, self.limit)
         return cache
 
     def _too_long(self, prompt: int, new: int) -> str:
@@ -435,7 +435,7 @@ class Engine:
         needed, given = blocks * self._paged.block_bytes / 2**20, self._memory / 2**20
         return (
             f"the prompt has {prompt} tokens and max_tokens is {new}: together they need {needed:.1f} MiB of keys and "
-            f"values, but {given:.1f} MiB are set aside, enough for {self._limit} tokens; shorten the prompt, lower "
+            f"values, but {given:.1f} MiB are set aside, enough for {self.limit} tokens; shorten the prompt, lower "
             "max_tokens or raise kv_memory"
         )
 
