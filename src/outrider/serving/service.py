@@ -119,8 +119,9 @@ class Service:
             if limit is not None and asked > limit:
                 raise ApiError(400, f"{name}: this server writes at most {limit} tokens, got {asked}", param=name)
             return asked
-        whole = self.llm.engine.limit - len(prompt)
-        left = min(self.llm.capacity, self.llm.engine.limit) - len(prompt)  # beyond the capacity, memory would be laid out anew
+        room = self.llm.engine.limit
+        whole = room - len(prompt)
+        left = min(self.llm.capacity, room) - len(prompt)  # beyond the capacity, memory would be laid out anew
         return max(1, min(left if left >= 64 else whole, limit or whole))
 
     def token_text(self, token: int) -> tuple[str, bytes]:
