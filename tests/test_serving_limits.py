@@ -467,6 +467,23 @@ def test_logs_are_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["mine"]["status"] == 200 and found["broken"]["status"] == 400 and found["mine"]["path"] == CHAT
 
 
+def test_a_path_says_nothing_to_the_terminal_that_shows_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from outrider.serving.logs import set_up_logs
+    from outrider.serving.settings import ServerSettings
+
+    logger = logging.getLogger("outrider")
+    before = logger.handlers[:], logger.level, logger.propagate
+    try:
+        set_up_logs(ServerSettings())
+        logger.warning("GET %s", "/\x1b[31m\x00\n12:00:00 info é")
+    finally:
+        logger.handlers[:], logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
+    assert capsys.readouterr().err.endswith("GET /\\x1b[31m\\x00 12:00:00 info é\n")
+
+
 # ------------------------------------------------------------------------------------------------ hostile and long
 
 

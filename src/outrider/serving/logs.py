@@ -30,6 +30,7 @@ class _Text(logging.Formatter):
         when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
         request = getattr(record, "request_id", "")
         line = " ".join(f"{when} {record.levelname.lower()} {request} {record.getMessage()}".split())
+        line = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)  # paths are the clients'
         return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
 
 
