@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -331,6 +332,13 @@ def test_help_explains_by_example_without_loading_torch() -> None:
         assert name in found.stdout
         text = outrider(name, "--help").stdout
         assert "Examples" in text and f"outrider {name}" in text
+
+
+@pytest.mark.parametrize("command", [[], ["bench"], ["train"], ["train", "run"]])
+def test_help_breaks_lines_by_the_width_alone(command: list[str]) -> None:
+    shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "1000", "TERM": "dumb"}).stdout
+    prose = re.split(r"^[╭+]", shown, flags=re.M)[0].strip()
+    assert "\n" not in re.sub(r"\n(\s*\n)+", "", prose), prose
 
 
 def test_interruption_keeps_what_was_written(model: list[str], tmp_path: Path) -> None:

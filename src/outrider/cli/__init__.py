@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from outrider.cli.command import make_command
+from outrider.cli.command import flowing, make_command
 from outrider.version import __version__
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -58,6 +58,7 @@ class _Catalogue(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
+        self.help = flowing(self.help)
         self.commands = _OnUse()  # type: ignore[assignment]  # it is only ever read
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-__all__ = ["make_command"]
+__all__ = ["flowing", "make_command"]
 
 
 class _Command(TyperCommand):
@@ -24,7 +25,12 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, filled + args[end:])
 
 
+def flowing(text: str | None) -> str:
+    """A docstring with each paragraph in one line, so that the terminal's width alone decides where lines break."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text or "").split("\n\n"))
+
+
 def make_command(name: str, function: Callable[..., Any]) -> Any:
     single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    single.command(name, cls=_Command)(function)
+    single.command(name, cls=_Command, help=flowing(function.__doc__))(function)
     return typer.main.get_command(single)

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from outrider.cli.command import make_command
+from outrider.cli.command import flowing, make_command
 from outrider.cli.common import JsonFile, command, human, write_json
 
 if TYPE_CHECKING:
@@ -281,6 +281,7 @@ class _Group(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
+        self.help = flowing(self.help)
         self.commands = _OnUse()  # type: ignore[assignment]  # it is only ever read
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
