@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -370,6 +372,34 @@ def test_arguments_that_are_not_utf8_and_an_output_that_is_not(model: list[str])
     done = process("generate", os.fsdecode(b"caf\xe9"), *model, "--max-tokens", "4", PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     done.stdout.decode("ascii")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_is_closed_is_empty(model: list[str], closed: str) -> None:
+    line = shlex.join([sys.executable, "-m", "outrider", "chat", *model, "--max-tokens", "4"])
+    sent = "" if closed == "<&-" else "echo Hi | "
+    done = subprocess.run(["bash", "-c", f"{sent}{line} {closed}"], capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"error" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_is_named(model: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    args = ["generate", "x", *model, "--max-tokens", "2"]
+    line = shlex.join([sys.executable, "-m", "outrider", *args])
+    done = subprocess.run(["bash", "-c", f"{line} > /dev/full"], capture_output=True, timeout=120)
+    assert done.returncode == 2 and b"error: a file or standard output: No space left on device" in done.stderr
+    result = outrider(*args, "--json", "/dev/full")
+    assert result.exit_code == 2 and "/dev/full cannot be written: No space left on device" in result.stderr
+    earlier = tmp_path / "out.json"
+    earlier.write_text("[]")
+
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text.encode()[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert outrider(*args, "--json", earlier).exit_code == 2
+    assert earlier.read_text() == "[]" and list(tmp_path.iterdir()) == [earlier]
 
 
 def test_version() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -93,6 +94,9 @@ def outrider(
 
 def main() -> None:
     """The ``outrider`` command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed: what is read is empty, what is written is lost
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # as long as the process
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets its number, not a crash
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -22,6 +22,7 @@ from outrider.cli.common import (
     load_target_model,
     note,
     write_json,
+    write_text,
 )
 from outrider.errors import InvalidRequest, OutriderError, nearest
 
@@ -218,9 +219,9 @@ def _copies(loaded: LoadedModel) -> dict[str, TargetModel]:
 def _write(certificate: Certificate, markdown: Path | None, html: Path | None, json: str | None) -> None:
     """Every form that was asked for; ends the command with code 1 where something failed."""
     if markdown is not None:
-        markdown.write_text(certificate.to_markdown())
+        write_text(markdown, certificate.to_markdown())
     if html is not None:
-        html.write_text(certificate.to_html())
+        write_text(html, certificate.to_html())
     write_json(json, certificate.to_json())
     if not certificate.passed:
         raise typer.Exit(1)

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from outrider.config import SamplingParams, memory_bytes
 from outrider.errors import InvalidRequest, OutriderError
+from outrider.files import replace_file
 
 if TYPE_CHECKING:
     from outrider.engine.llm import LLM
@@ -68,6 +69,7 @@ __all__ = [
     "say_asked",
     "say_loaded",
     "write_json",
+    "write_text",
 ]
 
 SOME_FAILED = 3
@@ -376,7 +378,8 @@ def _errors_in_one_line() -> Iterator[None]:
     except (OutriderError, OSError) as error:
         if os.environ.get("OUTRIDER_DEBUG"):
             raise
-        complain(str(error))
+        where = getattr(error, "filename", None) or "a file or standard output"
+        complain(f"{where}: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error))
         raise typer.Exit(2) from None
     except typer.Exit:
         raise
@@ -462,7 +465,23 @@ def write_json(json_file: str | None, value: Any) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     else:
-        Path(json_file).write_text(text)
+        write_text(Path(json_file), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a result as UTF-8. Raises InvalidRequest where that fails; an earlier file then stays as it was."""
+    try:
+        place = path.resolve()
+        if (place.is_file() or not place.exists()) and os.access(place.parent, os.W_OK):
+            replace_file(place, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        else:  # a pipe, a device, or a file whose directory takes no other
+            path.write_text(text, encoding="utf-8")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InvalidRequest(
+            f"{path} cannot be written: {error.strerror}; free some space, or give another path"
+        ) from None
 
 
 def add_columns(table: Table, words: Sequence[str], numbers: Sequence[str]) -> None:

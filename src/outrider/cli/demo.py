@@ -30,6 +30,7 @@ from outrider.cli.common import (
     is_chat_model,
     note,
     write_json,
+    write_text,
 )
 from outrider.config import SamplingParams
 from outrider.errors import CheckpointError, InvalidRequest
@@ -315,4 +316,4 @@ def _write_svg(path: Path, picture: RenderableType, table: Table) -> None:
     console.print(picture)
     console.print(table)
     drawn = console.export_svg(title="outrider demo", unique_id="demo")
-    path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL), encoding="utf-8")
+    write_text(path, re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL))

@@ -25,6 +25,7 @@ from outrider.cli.common import (
     load_target_model,
     say_loaded,
     write_json,
+    write_text,
 )
 from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
@@ -125,7 +126,7 @@ def plan(
         for split in splits:
             _print_split(console, split)
         if html is not None:
-            html.write_text(split_page(splits), encoding="utf-8")
+            write_text(html, split_page(splits))
         write_json(json, [split.to_json() for split in splits])
         return
     if plain is not None:
@@ -146,7 +147,7 @@ def plan(
         )
     _print_plan(console, made)
     if html is not None:
-        html.write_text(plan_page(made), encoding="utf-8")
+        write_text(html, plan_page(made))
     write_json(json, made.to_json())
 
 
