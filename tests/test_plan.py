@@ -321,6 +321,13 @@ def test_a_wrong_machine_is_refused(text: str) -> None:
         Machine.read(text)
 
 
+def test_what_is_below_0_is_named() -> None:
+    with pytest.raises(InvalidRequest, match="price must be 0 or more, got -1"):
+        Machine.read("h100,price=-1")
+    with pytest.raises(InvalidRequest, match="uncertainty must be 0 or more, got -0.5"):
+        DrafterShape.read("dspark,length=2,uncertainty=-0.5")
+
+
 def test_descriptions_in_toml(tmp_path: Path) -> None:
     file = tmp_path / "box.toml"
     file.write_text('bandwidth = 33\ntflops = 0.3\nname = "box"\ncurve = [[1, 31], [8, 68.7]]\n')

@@ -291,7 +291,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["--costs", "nowhere.json"], "costs: expected"),
         (["--confidence", "maybe"], "says must be"),
         (["--concurrency", "inf"], "whole numbers above 0"),
-        (["--concurrency", "1e300"], "may be 1000000"),
+        (["--concurrency", "1e300"], "may be at most 1000000"),
         (["--rate", "inf"], "--rate: expected numbers above 0"),
         (["--rate", "nan"], "--rate: expected numbers above 0"),
         (["--rate", "1e300"], "1e-06 to 1000000, got a rate of 1e+300"),

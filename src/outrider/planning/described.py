@@ -108,6 +108,12 @@ def _positive(what: str, values: Mapping[str, float]) -> None:
             raise InvalidRequest(f"{what}: {name} must be above 0, at least {SMALLEST:g}, got {value:g}")
 
 
+def _not_below_0(what: str, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise InvalidRequest(f"{what}: {name} must be 0 or more, got {value:g}")
+
+
 # ------------------------------------------------------------------------------------------------ target
 
 
@@ -262,8 +268,8 @@ class DrafterShape(Described):
             raise InvalidRequest(f"{self.WHAT}: a profile holds probabilities from 0 to 1, got {self.profile}")
         if self.kind == "draft_model" and not (self.parameters or self.draft_ms or self.draft_each_ms):
             raise InvalidRequest(f"{self.WHAT} draft_model needs parameters, draft_ms or draft_each_ms")
-        if min(self.uncertainty, self.parameters, self.draft_ms, self.draft_each_ms) < 0:
-            raise InvalidRequest(f"{self.WHAT} {self.kind}: a cost or an uncertainty is below 0")
+        names = ("uncertainty", "parameters", "draft_ms", "draft_each_ms")
+        _not_below_0(f"{self.WHAT} {self.kind}", {name: getattr(self, name) for name in names})
 
     @property
     def title(self) -> str:
@@ -352,8 +358,8 @@ class Machine(Described):
     def __post_init__(self) -> None:
         numbers = ("bandwidth", "tflops", "tile", "bandwidth_share", "flops_share")
         _positive(self.WHAT, {name: getattr(self, name) for name in numbers})
-        if min(self.memory, self.price, self.pass_ms, self.step_ms, self.drafting_ms, self.uncertainty) < 0:
-            raise InvalidRequest(f"{self.WHAT}: a cost, memory or uncertainty is below 0")
+        names = ("memory", "price", "pass_ms", "step_ms", "drafting_ms", "uncertainty")
+        _not_below_0(self.WHAT, {name: getattr(self, name) for name in names})
         tokens: Sequence[int] = [m for m, _ in self.curve]
         if self.curve and (tokens[0] != 1 or sorted(set(tokens)) != tokens or any(not ms > 0 for _, ms in self.curve)):
             raise InvalidRequest(f"{self.WHAT}: curve needs rising tokens from 1 on, got {self.curve[:6]}")

@@ -55,7 +55,8 @@ class Workload:
             raise InvalidRequest("prompt, answer and concurrency must be at least 1")
         if max(self.prompt, self.answer, self.concurrency) > LARGEST:
             raise InvalidRequest(
-                f"prompt, answer and concurrency may be {LARGEST}, got {self.prompt}, {self.answer}, {self.concurrency}"
+                f"prompt, answer and concurrency may be at most {LARGEST}, got {self.prompt}, {self.answer}, "
+                f"{self.concurrency}"
             )
         if not all(0 <= value <= LARGEST for value in (self.rate, self.latency, self.token_latency)):
             raise InvalidRequest(

@@ -54,7 +54,8 @@ class Traffic:
     def __post_init__(self) -> None:
         if max(self.concurrency, self.prompt, self.answer) > LARGEST:
             raise InvalidRequest(
-                f"concurrency, prompt and answer may be {LARGEST}, got {self.concurrency}, {self.prompt}, {self.answer}"
+                f"concurrency, prompt and answer may be at most {LARGEST}, got {self.concurrency}, {self.prompt}, "
+                f"{self.answer}"
             )
         if self.rate and not all(1e-6 <= rate <= LARGEST for rate in (self.rate, self.rate * self.burst)):
             raise InvalidRequest(
