@@ -22,6 +22,7 @@ from outrider.cli import app
 from outrider.drafters.dspark_design import BlockDesign
 from outrider.evaluation.diagnosis import Report, examine
 from outrider.evaluation.replay import Prompts, Transcript, replay, transcribe
+from outrider.models.locations import drafter_location
 from outrider.registry import find
 
 DESIGN = BlockDesign(4, 63, markov_rank=4, confidence=True, confidence_with_markov=True)
@@ -333,6 +334,13 @@ def test_the_doctor_as_a_command(folder: Path, target_folder: Path, prompts_file
     assert sick.exit_code == 1 and not facts["healthy"] and facts["findings"][0]["about"] == "mask token"
     unreadable = outrider("doctor", target_folder)
     assert unreadable.exit_code == 1 and "no drafter" in unreadable.output
+
+
+def test_the_doctor_knows_packaged_drafters_by_their_kinds() -> None:
+    refused = outrider("doctor", "dspark")
+    assert refused.exit_code == 2 and "'dspark' is a kind of drafter" in refused.stderr
+    found = drafter_location("dspark", "embedded")
+    assert found == "embedded-dspark" and outrider("doctor", found).exit_code == 0
 
 
 def test_with_random_prompts_findings_are_only_suspicious(folder: Path, target_folder: Path) -> None:

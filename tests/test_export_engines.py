@@ -322,3 +322,11 @@ def test_the_cluster_examples_hold_what_is_exported(tmp_path: Path, target: str)
     assert (
         service["spec"]["selector"] == workers["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["metadata"]["labels"]
     )
+
+
+@pytest.mark.parametrize("drafter, owner", [("suffix", "embedded"), ("dspark", "some/model")])
+def test_a_kind_without_a_checkpoint_is_refused_as_one(drafter: str, owner: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"'{drafter}' is a kind .* and none comes with {owner}; .* dspark for embedded"
+    ):
+        hand_over(drafter, "vllm", tmp_path / "out", owner)

@@ -50,8 +50,9 @@ def convert(
     from outrider.evaluation.conversion import named_target
     from outrider.evaluation.replay import sample_prompts
     from outrider.models.loading import load_backend, load_target
-    from outrider.models.locations import resolve_model
+    from outrider.models.locations import drafter_location, resolve_model
 
+    source = drafter_location(source, target)
     folder = resolve_model(target) if target is not None else named_target(source)
     layers = tuple(target_layer) if target_layer else None
     if unverified:

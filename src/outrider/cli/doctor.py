@@ -53,8 +53,9 @@ def doctor(
     from outrider.evaluation.diagnosis import examine
     from outrider.evaluation.replay import sample_prompts
     from outrider.models.loading import load_backend, load_target, model_config
-    from outrider.models.locations import resolve_model
+    from outrider.models.locations import drafter_location, resolve_model
 
+    checkpoint = drafter_location(checkpoint, target)
     layers = tuple(target_layer) if target_layer else None
     if target is None:
         report = examine(checkpoint, target_layers=layers)

@@ -15,6 +15,7 @@ from typing import Any
 from outrider.errors import CheckpointError, nearest
 from outrider.files import read_json
 from outrider.models.gguf import ARCHITECTURES, GGUFFile, find_gguf, main_type, read_model
+from outrider.registry import names
 
 __all__ = [
     "EMBEDDED",
@@ -26,6 +27,7 @@ __all__ = [
     "LocalModel",
     "beside",
     "describe_gguf",
+    "drafter_location",
     "list_local_models",
     "public_name",
     "resolve_model",
@@ -97,6 +99,21 @@ def resolve_model(model: str | Path) -> Path:
         what = "GGUF file" if is_gguf else "model directory or GGUF file"
         raise CheckpointError(f"no such {what}: {name}")
     return _hub(name)
+
+
+def drafter_location(drafter: str, target: str | None) -> str:
+    """The name or path of a drafter's checkpoint; a kind is the packaged one for ``target``.
+
+    Raises CheckpointError for a kind of which none is packaged.
+    """
+    packaged = PACKAGED_DRAFTERS.get(target or "", {})
+    if drafter not in packaged and drafter in names("drafter") and not Path(drafter).exists():
+        known = ", ".join(f"{kind} for {owner}" for owner, kinds in PACKAGED_DRAFTERS.items() for kind in kinds)
+        raise CheckpointError(
+            f"{drafter!r} is a kind of drafter, and none comes with {target or 'a target that is not named'}; "
+            f"expected a directory, GGUF file or hub id, or one of: {known}"
+        )
+    return packaged.get(drafter, drafter)
 
 
 def beside(model: str, folder: Path) -> str:

@@ -19,7 +19,7 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.files import new_folder, read_json, write_json
 from outrider.models.loading import load_target, load_tokenizer
-from outrider.models.locations import PACKAGED_DRAFTERS, SMOLLM2, public_name, resolve_model
+from outrider.models.locations import PACKAGED_DRAFTERS, SMOLLM2, drafter_location, public_name, resolve_model
 from outrider.registry import find
 from outrider.scheduling.calibration import sigmoid
 from outrider.training.networks import Frozen
@@ -129,7 +129,7 @@ def hand_over(
     exporter: Exporter = find("exporter", engine)()
     if out.exists():
         raise CheckpointError(f"{out} exists already; give a new directory")
-    folder = resolve_model(PACKAGED_DRAFTERS.get(target, {}).get(drafter, drafter))
+    folder = resolve_model(drafter_location(drafter, target))
     config = None if folder.is_file() else read_json(folder / "config.json")
     trained = config is not None and checkpoints.recognise(config) is not None
     checkpoint = checkpoints.load(folder) if trained else None
