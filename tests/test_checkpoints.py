@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint, deepspec, speculators
-from outrider.checkpoints.stack_format import LLAMA_LIKE, known_keys
+from outrider.checkpoints.stack_format import LLAMA_LIKE, decoder_stack, known_keys
 from outrider.errors import CheckpointError
 
 DEEPSPEC = ("vanilla", "gated", "rnn", "dflash", "eagle3")
@@ -301,6 +301,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "heads": (lambda f: edit(f, num_key_value_heads=3), "cannot share 3 key/value heads"),
     "confidence without Markov": (lambda f: edit(f, markov_rank=0), "needs a markov_rank above 0"),
     "rope": (lambda f: edit(f, rope_parameters={"rope_type": "spiral"}), "rope type 'spiral'"),
+    "biases that are not there": (
+        lambda f: edit(f, attention_bias=True),
+        "'layers.0.self_attn.q_proj.bias' is missing",
+    ),
+    "unknown layer type": (
+        lambda f: edit(f, layer_types=["chunked_attention"] * 2),
+        "layer_types must hold 2 of full_attention or sliding_attention",
+    ),
 }
 
 
@@ -311,6 +319,20 @@ def test_damaged_files_get_one_clear_error(tmp_path: Path, name: str) -> None:
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, [None, 8]),
+        ({"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}, [None, None]),
+        ({"model_type": "mistral", "sliding_window": 8}, [8, 8]),
+        ({"model_type": "mistral", "sliding_window": None}, [None, None]),
+    ],
+)
+def test_windows_that_layer_types_do_not_name(changes: dict[str, Any], windows: list[int | None]) -> None:
+    decoder = {**DECODER, "layer_types": None, **changes}
+    assert [layer.window for layer in decoder_stack(decoder, vocab_size=0).layers] == windows
 
 
 def test_a_reduced_vocabulary_must_add_up(tmp_path: Path) -> None:

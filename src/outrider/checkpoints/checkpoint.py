@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from outrider.backends.layers import Shape, weight_shapes
-from outrider.checkpoints.stack_format import decoder_stack, require
+from outrider.checkpoints.stack_format import decoder_stack, named_biases, require
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, IncompatibleDrafter
 from outrider.scheduling.calibration import Calibration
@@ -192,7 +192,10 @@ class DraftCheckpoint:
             self.vocab_size, self.draft_vocab_size, self.hidden_size, self.num_aux_layers, self.target.hidden_size
         )
         stack = self.stack(head=True)
-        shapes = (weight_shapes(stack) if stack.layers else {}) | self.design.shapes(sizes)
+        layers = weight_shapes(stack) if stack.layers else {}
+        biases = named_biases(self.design.layers_of(self.decoder))
+        layers |= {name: layers[name]._replace(required=True) for name in biases if name in layers}
+        shapes = layers | self.design.shapes(sizes)
         shapes["embed.weight"] = Shape((self.vocab_size, self.hidden_size), required=self._own_width)
         shapes["head.weight"] = Shape(
             (self.draft_vocab_size, self.hidden_size),

@@ -11,7 +11,7 @@ from typing import Any
 
 from outrider.checkpoints.checkpoint import DraftCheckpoint, TargetFacts
 from outrider.checkpoints.forms import form_to_write, forms
-from outrider.checkpoints.stack_format import known_keys, refuse_unknown, require, require_layers
+from outrider.checkpoints.stack_format import known_keys, layer_kinds, refuse_unknown, require, require_layers
 from outrider.errors import CheckpointError, nearest
 
 __all__ = ["drafted_tokens", "matches", "read", "read_layers", "slides", "write", "write_layers"]
@@ -129,4 +129,4 @@ def drafted_tokens(config: Mapping[str, Any]) -> int:
 
 def slides(decoder: Mapping[str, Any]) -> bool:
     """Whether a decoder has sliding-window layers."""
-    return "sliding_attention" in (decoder.get("layer_types") or ())
+    return "sliding_attention" in layer_kinds(decoder)

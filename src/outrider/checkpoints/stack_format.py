@@ -15,6 +15,8 @@ __all__ = [
     "decoder_stack",
     "file_name",
     "known_keys",
+    "layer_kinds",
+    "named_biases",
     "refuse_unknown",
     "require",
     "require_layers",
@@ -120,9 +122,6 @@ def decoder_stack(decoder: Mapping[str, Any], *, vocab_size: int, input_width: i
         raise CheckpointError(
             f"config.json: {heads} attention heads cannot share {layer['num_kv_heads']} key/value heads evenly"
         )
-    types = decoder.get("layer_types") or ["full_attention"] * count
-    if len(types) != count:
-        raise CheckpointError(f"config.json: layer_types has {len(types)} entries for {count} layers")
     layers = tuple(
         LayerConfig(
             num_heads=heads,
@@ -131,7 +130,7 @@ def decoder_stack(decoder: Mapping[str, Any], *, vocab_size: int, input_width: i
             window=require(decoder, "sliding_window") if kind == "sliding_attention" else None,
             **layer,
         )
-        for kind in types
+        for kind in layer_kinds(decoder)
     )
     return StackConfig(
         vocab_size=vocab_size,
@@ -145,6 +144,39 @@ def decoder_stack(decoder: Mapping[str, Any], *, vocab_size: int, input_width: i
         input_width=input_width,
         max_positions=int(decoder.get("max_position_embeddings") or 2048),
     )
+
+
+def layer_kinds(decoder: Mapping[str, Any]) -> list[str]:
+    """``full_attention`` or ``sliding_attention`` for each layer. Where ``layer_types`` does not say: Mistral's layers
+    slide if there is a window, and Qwen's from ``max_window_layers`` on if ``use_sliding_window`` says so, as in
+    Transformers.
+
+    Raises CheckpointError.
+    """
+    count, known = require(decoder, "num_hidden_layers"), ("full_attention", "sliding_attention")
+    kinds = decoder.get("layer_types")
+    if kinds:
+        if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(known):
+            raise CheckpointError(f"config.json: layer_types must hold {count} of {' or '.join(known)}, got {kinds!r}")
+        return kinds
+    model_type, first = decoder["model_type"], count  # the first layer that slides
+    if model_type == "mistral" and decoder.get("sliding_window") is not None:
+        first = 0
+    elif model_type in ("qwen2", "qwen3") and decoder.get("use_sliding_window"):
+        first = int(decoder.get("max_window_layers", 28))
+    return [known[index >= first] for index in range(count)]
+
+
+def named_biases(decoder: Mapping[str, Any]) -> list[str]:
+    """Neutral names of the biases that a decoder's config says there are, whose absence would go unnoticed."""
+    model_type, parts = require(decoder, "model_type", str), ""
+    if model_type == "qwen2":
+        parts = "q k v"
+    elif model_type != "mistral" and decoder.get("attention_bias"):
+        parts = "q k v o"
+    if model_type == "llama" and decoder.get("mlp_bias"):
+        parts += " gate up down"
+    return [f"layers.{i}.{part}.bias" for i in range(require(decoder, "num_hidden_layers")) for part in parts.split()]
 
 
 def _llama_layer(decoder: Mapping[str, Any], heads: int, width: int, model_type: str) -> dict[str, Any]:

@@ -168,7 +168,9 @@ def _specforge_layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 _SPECFORGE = Form(
     "LlamaForCausalLMEagle3",
     _read_specforge,
-    keys=frozenset({"draft_vocab_size", "target_model_type", "fc_norm", "norm_output", "eagle_config"}),
+    # Its layers have no biases, whatever the config says of the target's.
+    keys=frozenset({"draft_vocab_size", "target_model_type", "fc_norm", "norm_output", "eagle_config"})
+    | {"attention_bias", "mlp_bias"},
     layers=_specforge_layers,
 )
 
