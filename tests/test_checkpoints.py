@@ -301,6 +301,24 @@ BAD: dict[str, tuple[Any, str]] = {
     "heads": (lambda f: edit(f, num_key_value_heads=3), "cannot share 3 key/value heads"),
     "confidence without Markov": (lambda f: edit(f, markov_rank=0), "needs a markov_rank above 0"),
     "rope": (lambda f: edit(f, rope_parameters={"rope_type": "spiral"}), "rope type 'spiral'"),
+    "8-bit floats": (
+        lambda f: edit_tensors(
+            f, norm__weight=torch.ones(WIDTH).to(torch.float8_e4m3fn), norm__weight_scale=torch.ones(1)
+        ),
+        "'norm.weight' is stored as F8_E4M3; expected one of F64",
+    ),
+    "whole numbers": (
+        lambda f: edit_tensors(f, norm__weight=torch.ones(WIDTH, dtype=torch.int64)),
+        "'norm.weight' is stored as I64",
+    ),
+    "a scale of nothing": (
+        lambda f: edit_tensors(f, norm__weight_scale=torch.ones(WIDTH)),
+        "unexpected tensor 'norm.weight_scale'",
+    ),
+    "two names of one weight": (
+        lambda f: edit_tensors(f, model__norm__weight=torch.ones(WIDTH)),
+        "tensors '(model.)?norm.weight' and '(model.)?norm.weight' are the same weight",
+    ),
     "biases that are not there": (
         lambda f: edit(f, attention_bias=True),
         "'layers.0.self_attn.q_proj.bias' is missing",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -43,6 +43,8 @@ FORMATS = {  # name -> module with the functions of ``Format``
     "zlab": "outrider.checkpoints.zlab",
     "specforge": "outrider.checkpoints.specforge",
 }
+FLOATS, INT8 = ("F64", "F32", "F16", "BF16"), "I8"  # safetensors' names
+IDS = ("d2t", "t2d")  # tensors that hold no weights
 
 
 class Format(Protocol):
@@ -99,7 +101,10 @@ def load(folder: str | Path) -> DraftCheckpoint:
     stored = _StoredTensors(path)
     with reading_config():
         shapes = checkpoint.shapes()
-    in_file = {_plain(name): name for name in stored.shapes if not stored.is_scale(name)}
+    in_file: dict[str, str] = {}
+    for name in stored.weights():
+        if (other := in_file.setdefault(_plain(name), name)) != name:
+            raise CheckpointError(f"tensors {other!r} and {name!r} are the same weight; remove one of them")
     names = tensor_names(checkpoint)
     known = {file: neutral for neutral, file in names.items()}
     for plain, name in in_file.items():
@@ -192,12 +197,21 @@ def _format(name: str) -> Format:
 class _StoredTensors(TensorFiles):
     """Tensors as they are stored, 8-bit matrices with their scales as one."""
 
-    def is_scale(self, name: str) -> bool:
-        return name.endswith(SCALE) and name.removesuffix(SCALE) in self.shapes
+    def weights(self) -> Iterator[str]:
+        """Their names, without those of scales. Raises CheckpointError for one that holds no floating point."""
+        for name, dtype in self.dtypes.items():
+            if name.endswith(SCALE) and self.dtypes.get(name.removesuffix(SCALE)) == INT8:
+                continue
+            if dtype not in (*FLOATS, INT8) and _plain(name) not in IDS:
+                raise CheckpointError(
+                    f"tensor {name!r} is stored as {dtype}; expected one of {', '.join(FLOATS)}: give the original "
+                    "weights; the drafter's dtype = int8 or int4 quantises them when it is loaded"
+                )
+            yield name
 
     def stored(self, name: str) -> Tensor:
         tensor = self._whole(name)
-        if tensor.dtype != torch.int8:
+        if tensor.dtype != torch.int8 or _plain(name) in IDS:
             return tensor
         return dequantised(name, tensor, self._whole(name + SCALE) if name + SCALE in self.shapes else None)
 

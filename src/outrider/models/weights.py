@@ -63,6 +63,7 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors names them: F32, BF16, I8
         self._files: dict[str, Path] = {}
         index = directory / "model.safetensors.index.json"
         single = directory / "model.safetensors"
@@ -89,7 +90,8 @@ class TensorFiles:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
                 self._files[name] = path
-                self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                part = file.get_slice(name)
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
 
     @property
     def identity(self) -> str:
