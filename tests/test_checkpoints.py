@@ -188,6 +188,12 @@ def test_specforge_files(tmp_path: Path) -> None:
     same(replace(eagle3, target_layers=None, design=back.design), back)
     spec = replace(make_target().spec, num_layers=36)
     assert back.layers_for(spec) == (1, 17, 32)  # SpecForge's convention where no file says
+    layers, switch = "eagle_aux_hidden_state_layer_ids", "use_aux_hidden_state"
+    for section, read in (({layers: [0, 2, 3], switch: True}, (0, 2, 3)), ({layers: []}, None), ({}, None)):
+        assert checkpoints.read_header({**config, "eagle_config": section}).target_layers == read
+    for section, message in (({switch: False}, "use_aux_hidden_state = False"), ({"depth": 2}, "unknown key 'depth'")):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.read_header({**config, "eagle_config": section})
 
 
 def test_detection_reads_the_config_and_not_the_path(tmp_path: Path) -> None:

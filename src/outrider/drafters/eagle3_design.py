@@ -15,7 +15,7 @@ from typing import Any
 
 from outrider.backends.layers import Shape
 from outrider.checkpoints import Design, DraftCheckpoint, Form, Sizes, deepspec, speculators
-from outrider.checkpoints.stack_format import require
+from outrider.checkpoints.stack_format import refuse_unknown, require, require_layers
 from outrider.errors import CheckpointError
 
 __all__ = ["Eagle3Design"]
@@ -159,10 +159,23 @@ def _read_specforge(config: Mapping[str, Any]) -> Eagle3Design:
     return Eagle3Design(norm_each_before_fc=bool(config.get("fc_norm")))
 
 
+EAGLE_CONFIG = {  # switches of other libraries, with the only value that is EAGLE-3 as it runs here
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "next_layer_regular": True,
+}
+
+
 def _specforge_layers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The same key as speculators', counted otherwise: SpecForge and SGLang mean outputs of layers, from 0."""
-    named = (config.get("eagle_config") or {}).get(LAYERS_KEY)
-    return None if named is None else tuple(named)
+    section = config.get("eagle_config") or {}
+    refuse_unknown(section, {LAYERS_KEY, *EAGLE_CONFIG}, "eagle_config")
+    for key, only in EAGLE_CONFIG.items():
+        if section.get(key, only) is not only:
+            raise CheckpointError(f"eagle_config: {key} = {section[key]!r} is not supported; expected {only}")
+    return require_layers(section, LAYERS_KEY) if section.get(LAYERS_KEY) else None
 
 
 _SPECFORGE = Form(
