@@ -16,7 +16,7 @@ from torch import Tensor
 from trained import DECODER, DESIGNS, GEMMA4, LAYERS, VOCABULARY, WIDTH, make_checkpoint, make_target
 from transformers import CONFIG_MAPPING
 
-from outrider import checkpoints
+from outrider import LLM, checkpoints
 from outrider.checkpoints import DraftCheckpoint, deepspec, speculators
 from outrider.checkpoints.stack_format import LLAMA_LIKE, decoder_stack, known_keys
 from outrider.errors import CheckpointError
@@ -194,6 +194,13 @@ def test_specforge_files(tmp_path: Path) -> None:
     for section, message in (({switch: False}, "use_aux_hidden_state = False"), ({"depth": 2}, "unknown key 'depth'")):
         with pytest.raises(CheckpointError, match=message):
             checkpoints.read_header({**config, "eagle_config": section})
+
+
+def test_a_drafter_that_names_no_architectures_is_told_what_is_missing(tmp_path: Path) -> None:
+    folder = checkpoints.save(complete("vanilla"), tmp_path / "x", "deepspec", {})
+    edit(folder, architectures=...)
+    with pytest.raises(CheckpointError, match=r"architectures None, .* told by its architectures"):
+        LLM("embedded", drafter=str(folder))
 
 
 def test_detection_reads_the_config_and_not_the_path(tmp_path: Path) -> None:

@@ -690,6 +690,8 @@ def test_draft_model_of_another_vocabulary_is_refused() -> None:
         ({"architectures": ["Qwen3DSparkModel"], "model_type": "qwen3"}, False),
         ({"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}, False),
         ({}, False),
+        ({"model_type": "qwen3", "dflash_config": {"mask_token_id": 1}}, False),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "draft_vocab_size": 32000}, False),
     ],
 )
 def test_draft_model_recognises_causal_models(config: dict[str, Any], known: bool) -> None:

@@ -33,6 +33,11 @@ from outrider.types import (
 
 __all__ = ["DraftModelConfig", "DraftModelDrafter"]
 
+DRAFTER_KEYS = {
+    *("dflash_config", "dspark_config", "eagle_config", "draft_vocab_size", "markov_rank", "num_target_layers"),
+    *("speculators_config", "target_layer_ids", "ttt_length"),
+}
+"""Keys of trained drafters in several formats, which no whole model has."""
 CHUNK = 512  # most tokens of one row in a catch-up pass, so that a long gap needs bounded scratch memory
 
 
@@ -115,7 +120,9 @@ class DraftModelDrafter:
 
     @staticmethod
     def recognises(config: Mapping[str, Any]) -> bool:
-        """Whether a directory with this config.json holds a causal LM."""
+        """Whether a directory with this config.json holds a causal LM, and not the layers of a trained drafter."""
+        if DRAFTER_KEYS & config.keys():
+            return False
         given = config.get("architectures")
         kinds = [str(kind) for kind in given] if isinstance(given, list) else []
         native = config.get("model_type") in registry.TARGETS

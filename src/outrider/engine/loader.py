@@ -201,7 +201,11 @@ def _recognise(path: str) -> str:
             kind = registry.find("drafter", name)
             if isinstance(kind, _Recognises) and kind.recognises(config):
                 return name
-    raise CheckpointError(f"{path}: config.json describes no drafter this version knows; see `outrider models`")
+    raise CheckpointError(
+        f"{path}: config.json, with architectures {config.get('architectures')!r}, describes no drafter this version "
+        "knows; see `outrider models`. A trained drafter is told by its architectures, such as DFlashDraftModel, "
+        "LlamaForCausalLMEagle3 or Qwen3DSparkModel, or by speculators_model_type; add them where they are missing"
+    )
 
 
 def _shares_tokenizer(path: str, tokenizer: Tokenizer) -> bool:
