@@ -158,9 +158,16 @@ def test_zlab_files(tmp_path: Path) -> None:
     back = checkpoints.load(folder)
     same(checkpoint, back)
     assert (back.format, back.kind) == ("zlab", "dflash")
+    nested = dflash_config(block_size=5)  # as in files since June 2026
+    nested.pop("block_size")
+    assert checkpoints.read_header(nested).design == checkpoint.design
+    sliding = {**dflash_config(), "layer_types": ["sliding_attention"] * 2, "sliding_window": 8}
+    with pytest.raises(CheckpointError, match=r"causal inside the block .* is_causal = false \(got None"):
+        checkpoints.read_header(sliding)
+    assert checkpoints.read_header({**sliding, "is_causal": False}).design == checkpoint.design
     config = dflash_config()
     del config["dflash_config"]["target_layer_ids"]
-    config["num_target_layers"] = 36
+    config |= {"num_target_layers": 36, "layer_types": None}
     assert checkpoints.read_header({**config, "num_hidden_layers": 5}).target_layers == (1, 9, 17, 25, 33)
     assert checkpoints.read_header({**config, "num_hidden_layers": 1}).target_layers == (18,)
 

@@ -15,8 +15,8 @@ from outrider.checkpoints.stack_format import known_keys, refuse_unknown, requir
 
 __all__ = ["matches", "read"]
 
-TOP_KEYS = {"architectures", "auto_map", "block_size", "dflash_config", "num_target_layers"}
-SECTION_KEYS = {"mask_token_id", "target_layer_ids"}
+TOP_KEYS = {"architectures", "auto_map", "block_size", "dflash_config", "is_causal", "num_target_layers"}
+SECTION_KEYS = {"block_size", "mask_token_id", "target_layer_ids"}
 EXTRAS = {"dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 

@@ -154,6 +154,7 @@ _DEEPSPEC = Form(
 # ------------------------------------------------------------------------------------------------ speculators
 
 LAYERS_KEY = "aux_hidden_state_layer_ids"
+SLIDES = "sliding-window layers that are causal inside the block are not supported"
 
 
 def _speculators(tag: str) -> Form:
@@ -172,7 +173,7 @@ def _speculators(tag: str) -> Form:
 
 def _read_speculators(config: Mapping[str, Any], dspark: bool) -> BlockDesign:
     if speculators.slides(config["transformer_layer_config"]) and not config.get("sliding_window_non_causal"):
-        raise CheckpointError("sliding-window layers that are causal inside the block are not supported")
+        raise CheckpointError(SLIDES)
     confidence = dspark and bool(config.get("enable_confidence_head", True))
     return BlockDesign(
         block_size=require(config, "block_size"),
@@ -244,7 +245,11 @@ def _read_specforge(config: Mapping[str, Any]) -> BlockDesign:
 
 
 def _read_zlab(config: Mapping[str, Any]) -> BlockDesign:
-    return BlockDesign(require(config, "block_size"), require(config[SECTION], "mask_token_id"), False)
+    """Newer files have the size of a block in the section. Layers that slide are causal unless the config says not."""
+    own, causal = config[SECTION], config.get("is_causal")
+    if causal or (causal is None and speculators.slides(config)):
+        raise CheckpointError(f"{SLIDES}; z-lab's are, unless the config has is_causal = false (got {causal!r})")
+    return BlockDesign(require({**config, **own}, "block_size"), require(own, "mask_token_id"), False)
 
 
 def _block(checkpoint: DraftCheckpoint) -> BlockDesign:
