@@ -94,6 +94,13 @@ def outrider(*arguments: str) -> Any:
         ("run.epochs=inf", r"\[run\]: epochs: input should be a finite number"),
         ("run.dtype=flaot32", r"\[run\]: dtype: unknown dtype 'flaot32'; did you mean 'float32'"),
         ("features={layers=[1, 5]}", r"layers are \[1, 5\], but the drafter of \[run\] reads target_layers \[2, 5\]"),
+        ("features={layers=[2, 5], length=64}", r"\[features\] length is 64, but \[run\] reads texts of length 48"),
+        ("run.drafter.block_size=0", r"\[run\] drafter 'dspark': block_size must be at least 1, got 0"),
+        ("run.drafter.layers=0", r"\[run\] drafter 'dspark': layers must be at least 1, got 0"),
+        ("run.drafter.markov_rank=-1", r"\[run\] drafter 'dspark': markov_rank must be at least 0, got -1"),
+        ("run.drafter.target_layers=[2, 2]", r"target_layers must be different layers .* got \[2, 2\]"),
+        ("run.drafter.target_layers=[]", r"target_layers must be different layers .* got \[\]"),
+        ('run={kind="eagle3", drafter={depth=0}}', r"\[run\] drafter 'eagle3': depth must be at least 1, got 0"),
         ("run.kind=suffix", "drafter 'suffix' cannot be trained"),
         ("run.kind=dsparc", "unknown drafter 'dsparc'; did you mean 'dspark'"),
         ("run=3", "run must be a section"),
@@ -144,6 +151,23 @@ def test_answers_that_fill_the_context_are_refused_before_anything_runs(recipe: 
     for start in (estimate, run_recipe):
         with pytest.raises(InvalidRequest, match="max_tokens = 99999 new tokens leave no room for a prompt"):
             start(filled)  # type: ignore[operator]
+    assert not (recipe.parent / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["run.drafter.target_layers=[2, 99]"], r"\[run\] target_layers: layer 99 cannot be read"),
+        (["run.drafter.target_layers=[7]"], r"layer 7 cannot be read; of the target's 8 layers those from 0 to 6 can"),
+        (['run={kind="mtp", length=48}', "features={layers=[7], length=48}"], r"\[features\] layers: layer 7 cannot"),
+    ],
+)
+def test_layers_that_the_target_lacks_are_refused_before_anything_runs(
+    changes: list[str], message: str, recipe: Path
+) -> None:
+    for start in (estimate, run_recipe):
+        with pytest.raises(InvalidRequest, match=message):
+            start(read_recipe(recipe, changes))  # type: ignore[operator]
     assert not (recipe.parent / "made").exists()
 
 
@@ -305,7 +329,7 @@ def test_an_estimate_writes_nothing(recipe: Path) -> None:
     assert list(costs) == ["prompts", "regenerate", "run"]
     assert costs["regenerate"]["note"].startswith("10 answers of") and costs["run"]["note"].startswith("2 steps at")
     assert costs["run"]["memory"] > 50e6 and not (recipe.parent / "made").exists()
-    kept = estimate(read_recipe(recipe, ["features.layers=[2, 5]"]), "features")[-1]
+    kept = estimate(read_recipe(recipe, ["features.layers=[2, 5]", "features.length=48"]), "features")[-1]
     assert kept.stage == "features" and kept.disk == pytest.approx(6 * 48 * 3 * 256 * 2, rel=0.4)  # at most 48 tokens
     longer = {cost.stage: cost for cost in estimate(read_recipe(recipe, ["regenerate.max_tokens=48"]), "regenerate")}
     assert longer["regenerate"].disk > costs["regenerate"]["disk"]

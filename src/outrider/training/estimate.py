@@ -27,7 +27,7 @@ from outrider.models.locations import QUESTIONS
 from outrider.training import dataset, prompts, regenerate
 from outrider.training.artefact import is_finished, open_artefact
 from outrider.training.conversations import ChatTurn, Conversations
-from outrider.training.recipe import Recipe
+from outrider.training.recipe import Recipe, check_target
 from outrider.training.stages import STAGES, sources_of
 from outrider.training.target_runner import TargetRunner
 from outrider.types import RaggedBatch
@@ -66,6 +66,7 @@ def estimate(recipe: Recipe, until: str | None = None) -> list[Estimate]:
     Raises ArtefactError for a stage that was begun or finished with other settings, as running the recipe would, and
     the errors of reading the prompts and loading the target.
     """
+    check_target(recipe)
     trial = _Trial(recipe)
     return [
         Estimate(name, note="finished") if trial.finished(name) else getattr(trial, name)()

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from outrider.errors import InvalidRequest, nearest
+from outrider.models.loading import model_config
 from outrider.models.locations import beside, resolve_model
 from outrider.models.weights import load_dtype
 from outrider.training.artefact import Artefact
@@ -35,7 +36,7 @@ from outrider.training.networks import training_of
 from outrider.training.regenerate import sampling
 from outrider.training.stages import STAGES, make, opened
 
-__all__ = ["Recipe", "changed", "configure", "read_recipe", "run_recipe"]
+__all__ = ["Recipe", "changed", "check_target", "configure", "read_recipe", "run_recipe"]
 
 SKIPPABLE = ("calibrate", "eval", "export")
 ON_REQUEST = ("features",)  # stages that run only if the recipe has their section
@@ -135,11 +136,18 @@ def _check_dtype(dtype: str, where: str) -> None:
 
 def _check_features(configs: Mapping[str, Any], path: Path) -> None:
     """Refuse features that training cannot read, where the recipe names what it reads."""
+    if "features" not in configs:
+        return
     layers = configs["run"].drafter.get("target_layers")
-    if "features" in configs and layers and configs["features"].layers != tuple(layers):
+    if layers and configs["features"].layers != tuple(layers):
         raise InvalidRequest(
             f"{path}: [features] layers are {list(configs['features'].layers)}, but the drafter of [run] reads "
             f"target_layers {list(layers)}; give the same"
+        )
+    lengths = [configs[name].length for name in ("features", "run")]
+    if lengths[0] != lengths[1]:
+        raise InvalidRequest(
+            f"{path}: [features] length is {lengths[0]}, but [run] reads texts of length {lengths[1]}; give the same"
         )
 
 
@@ -208,9 +216,27 @@ def _change(values: dict[str, Any], change: str) -> None:
     values[keys[-1]] = value
 
 
+def check_target(recipe: Recipe) -> None:
+    """Refuse what does not fit the target, as far as its config says. Raises InvalidRequest, CheckpointError."""
+    configs: Mapping[str, Any] = recipe.configs
+    sampling(configs["regenerate"], recipe.target)
+    config = model_config(recipe.target)
+    count: Any = (config.get("text_config") or config).get("num_hidden_layers")
+    named = {"[run] target_layers": configs["run"].drafter.get("target_layers")}
+    if "features" in configs:
+        named["[features] layers"] = configs["features"].layers
+    for where, layers in named.items():
+        wrong = [layer for layer in layers or () if count is not None and not -1 <= layer < count - 1]
+        if wrong:
+            raise InvalidRequest(
+                f"{where}: layer {wrong[0]} cannot be read; of the target's {count} layers those from 0 to {count - 2} "
+                "can, and -1, the embedding"
+            )
+
+
 def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None = None) -> dict[str, Artefact]:
     """Run every stage in order. Raises a stage's errors; the same call then resumes."""
-    sampling(recipe.configs["regenerate"], recipe.target)  # type: ignore[arg-type]  # refused now, not after prompts
+    check_target(recipe)  # refused now, not after prompts
     made: dict[str, Artefact] = {}
     for name in recipe.stages(until):
         out = recipe.path(name)

@@ -274,7 +274,21 @@ class DSparkTraining:
     """Options of ``BlockLoss``."""
 
     def __post_init__(self) -> None:
-        build(BlockLoss, self.loss, "loss")  # refused now, not once training starts
+        """Raises InvalidRequest, CheckpointError: now, not once training starts."""
+        build(BlockLoss, self.loss, "loss")
+        self.design(mask_token_id=0)
+
+    def design(self, mask_token_id: int) -> BlockDesign:
+        """What the drafter is made of. Raises CheckpointError."""
+        return BlockDesign(
+            block_size=self.block_size,
+            mask_token_id=mask_token_id,
+            sample_from_anchor=self.sample_from_anchor,
+            markov_rank=self.markov_rank,
+            markov_head=self.markov_head,
+            confidence=self.confidence,
+            confidence_with_markov=self.confidence and self.confidence_with_markov and self.markov_rank > 0,
+        )
 
     def start(
         self,
@@ -289,15 +303,7 @@ class DSparkTraining:
 
         Raises InvalidRequest for options that do not fit the target.
         """
-        design = BlockDesign(
-            block_size=self.block_size,
-            mask_token_id=mask_token(self.mask_token_id, target.spec, tokens),
-            sample_from_anchor=self.sample_from_anchor,
-            markov_rank=self.markov_rank,
-            markov_head=self.markov_head,
-            confidence=self.confidence,
-            confidence_with_markov=self.confidence and self.confidence_with_markov and self.markov_rank > 0,
-        )
+        design = self.design(mask_token(self.mask_token_id, target.spec, tokens))
         decoder = draft_decoder(config, target.spec, layers=self.layers, intermediate=self.intermediate_size)
         aux_layers = tuple(self.target_layers) if self.target_layers else None
         checkpoint = new_checkpoint(design, decoder, target.spec, aux_layers, self.aux_layers)

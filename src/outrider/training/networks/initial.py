@@ -14,7 +14,7 @@ from torch import Tensor
 from outrider import registry
 from outrider.checkpoints import Design, DraftCheckpoint, TargetFacts
 from outrider.config import build
-from outrider.errors import InvalidRequest, nearest
+from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.models.locations import public_name
 from outrider.types import TargetSpec
 
@@ -121,6 +121,8 @@ def mask_token(given: int | None, spec: TargetSpec, tokens: Mapping[str, int]) -
     ``tokens``: the tokenizer's entries. Raises InvalidRequest.
     """
     if given is not None:
+        if not 0 <= given < spec.vocab_size:
+            raise InvalidRequest(f"mask_token_id must be a token id between 0 and {spec.vocab_size - 1}, got {given}")
         return given
     named = [token for token in ("<|mask|>", "<|MASK|>", "[MASK]", "<mask>") if token in tokens]
     if named:
@@ -146,9 +148,25 @@ def training_of(kind: str, drafter: Mapping[str, Any], where: str = "") -> Any:
         raise InvalidRequest(f"{where}drafter {kind!r} cannot be trained; {nearest(kind, trained)}")
     what = f"{where}drafter {kind!r}"
     try:
-        return build(registry.find("trainer", kind), drafter, what)
-    except InvalidRequest as error:  # an option's own check does not know where it was given
+        options = build(registry.find("trainer", kind), drafter, what)
+        _check_sizes(options)
+        return options
+    except (CheckpointError, InvalidRequest) as error:  # an option's own check does not know where it was given
         raise (error if str(error).startswith(what) else InvalidRequest(f"{what}: {error}")) from None
+
+
+def _check_sizes(options: Any) -> None:
+    """Raise InvalidRequest for sizes that no target allows, where a trainer has such options."""
+    for name in ("layers", "aux_layers", "depth", "hidden_size", "intermediate_size", "draft_vocab"):
+        size = getattr(options, name, None)
+        if isinstance(size, int) and size < 1:
+            raise InvalidRequest(f"{name} must be at least 1, got {size}")
+    layers = getattr(options, "target_layers", None)
+    if layers is not None and (not layers or len(set(layers)) < len(layers) or min(layers) < -1):
+        raise InvalidRequest(
+            f"target_layers must be different layers of the target, counted from 0 (-1 is the embedding), "
+            f"got {list(layers)}"
+        )
 
 
 def check_weights(loss: Any, names: Sequence[str]) -> None:
