@@ -20,6 +20,7 @@ from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.cli import app
 from outrider.drafters.dspark_design import BlockDesign
+from outrider.errors import CheckpointError
 from outrider.evaluation.diagnosis import Report, examine
 from outrider.evaluation.replay import Prompts, Transcript, replay, transcribe
 from outrider.models.locations import drafter_location
@@ -362,3 +363,24 @@ def test_invalid_prompt_files_get_one_clear_error(folder: Path, target_folder: P
         file.write_text(text)
         result = outrider("doctor", folder, "--target", target_folder, "--prompts", file, "--backend", "reference")
         assert result.exit_code == 2 and words in result.stderr, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("doctor", "embeded-eagle3"), "there is no drafter 'embeded-eagle3'; did you mean 'embedded-eagle3'?"),
+        (("doctor", "embedded-eagle3", "--target", "embeded"), "there is no model 'embeded'; did you mean 'embedded'?"),
+        (("convert", "embeded-eagle3", "x", "--to", "deepspec"), "did you mean 'embedded-eagle3'?"),
+        (("convert", "embedded-eagle3", "x", "--to", "deepspec", "--target", "embeded"), "did you mean 'embedded'?"),
+    ],
+)
+def test_a_mistyped_name_gets_the_nearest_one(
+    arguments: tuple[str, ...], hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outrider.models.locations._hub", _no_hub)
+    result = outrider(*arguments)
+    assert result.exit_code == 2 and hint in result.stderr and result.stderr.count("\n") == 1
+
+
+def _no_hub(name: str) -> Path:
+    raise CheckpointError(f"{name!r} is not on the hub")

@@ -46,14 +46,21 @@ def convert(
 
     [cyan]outrider convert my-dspark for-vllm --to speculators --target Qwen/Qwen3-4B[/cyan]
     """
+    from outrider.engine.loader import suggesting
     from outrider.evaluation.conversion import convert as write
     from outrider.evaluation.conversion import named_target
     from outrider.evaluation.replay import sample_prompts
     from outrider.models.loading import load_backend, load_target
-    from outrider.models.locations import drafter_location, resolve_model
+    from outrider.models.locations import EMBEDDED, SMOLLM2, drafter_location, resolve_model
 
     source = drafter_location(source, target)
-    folder = resolve_model(target) if target is not None else named_target(source)
+    with suggesting(source, "drafter", EMBEDDED):
+        resolve_model(source)
+    if target is None:
+        folder = named_target(source)
+    else:
+        with suggesting(target, "model", (*EMBEDDED, SMOLLM2)):
+            folder = resolve_model(target)
     layers = tuple(target_layer) if target_layer else None
     if unverified:
         result = write(source, destination, to, target_folder=folder, target_layers=layers)

@@ -50,17 +50,21 @@ def doctor(
 
     [cyan]outrider doctor my-drafter --target Qwen/Qwen3-4B --json -[/cyan]
     """
+    from outrider.engine.loader import suggesting
     from outrider.evaluation.diagnosis import examine
     from outrider.evaluation.replay import sample_prompts
     from outrider.models.loading import load_backend, load_target, model_config
-    from outrider.models.locations import drafter_location, resolve_model
+    from outrider.models.locations import EMBEDDED, SMOLLM2, drafter_location, resolve_model
 
     checkpoint = drafter_location(checkpoint, target)
     layers = tuple(target_layer) if target_layer else None
+    with suggesting(checkpoint, "drafter", EMBEDDED):
+        resolve_model(checkpoint)
     if target is None:
         report = examine(checkpoint, target_layers=layers)
     else:
-        folder = resolve_model(target)
+        with suggesting(target, "model", (*EMBEDDED, SMOLLM2)):
+            folder = resolve_model(target)
         report = examine(
             checkpoint,
             load_target(target, dtype=dtype, backend=backend),

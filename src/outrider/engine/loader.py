@@ -29,7 +29,7 @@ from outrider.scheduling.guard import GuardedPolicy
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.types import Drafter, ReadsHidden, SchedulerPolicy, TargetModel
 
-__all__ = ["EMBEDDED", "LoadedModel", "check_draft_tokens", "load_drafter", "load_model", "load_policy"]
+__all__ = ["EMBEDDED", "LoadedModel", "check_draft_tokens", "load_drafter", "load_model", "load_policy", "suggesting"]
 
 EMBEDDED = "embedded"
 
@@ -50,7 +50,7 @@ def load_model(
 ) -> LoadedModel:
     """Raises CheckpointError for files that cannot be used, InvalidRequest for a ready target without a tokenizer."""
     if isinstance(model, (str, Path)):
-        with _suggesting(str(model), "model", [*MODELS, SMOLLM2]):
+        with suggesting(str(model), "model", [*MODELS, SMOLLM2]):
             if tokenizer is not None:
                 target = load_target(str(model), dtype=dtype, backend=backend)
             else:
@@ -64,7 +64,7 @@ def load_model(
 
 
 @contextmanager
-def _suggesting(name: str, what: str, known: Iterable[str]) -> Iterator[None]:
+def suggesting(name: str, what: str, known: Iterable[str]) -> Iterator[None]:
     """An error about a name that is close to a known one suggests it: it was looked up on the hub as any other.
 
     Raises InvalidRequest for an empty name.
@@ -122,7 +122,7 @@ def load_drafter(
         options.setdefault("model", packaged[name])
     known = registry.names("drafter")
     if name not in known:
-        with _suggesting(name, "drafter", [*known, *MODELS, "auto"]):
+        with suggesting(name, "drafter", [*known, *MODELS, "auto"]):
             options["model"], name = name, _recognise(name)
     check_draft_tokens(options.get("draft_tokens"), model.target)
     if options.get("draft_tokens") == 0:
