@@ -144,6 +144,9 @@ def test_models_beside_the_recipe(recipe: Path) -> None:
     for name, found in (("before", str(folder / "before")), ("owner/name", "owner/name")):
         config: Any = read_recipe(recipe, [f"run.start_from={name}"]).configs["run"]
         assert config.start_from == found
+    for name, found in (("before", str(folder / "before")), ("suffix", "suffix"), ("none", "none")):
+        config = read_recipe(recipe, [f"regenerate.drafter={name}"]).configs["regenerate"]
+        assert config.drafter == found
 
 
 def test_answers_that_fill_the_context_are_refused_before_anything_runs(recipe: Path) -> None:
@@ -169,6 +172,18 @@ def test_layers_that_the_target_lacks_are_refused_before_anything_runs(
         with pytest.raises(InvalidRequest, match=message):
             start(read_recipe(recipe, changes))  # type: ignore[operator]
     assert not (recipe.parent / "made").exists()
+
+
+def test_too_few_held_out_prompts_are_refused_before_training(recipe: Path) -> None:
+    few = ['prompts={sources=[{path="data.jsonl"}], held_out=0.0}']
+    with pytest.raises(
+        InvalidRequest, match=r"calibrate need at least 4 .* there are 0.* \(skip = \[\"calibrate\"\]\)"
+    ):
+        run_recipe(read_recipe(recipe, few))
+    with pytest.raises(InvalidRequest, match="calibrate and eval need at least 4 held-out prompts"):
+        run_recipe(read_recipe(recipe, [*few, "eval_prompts=[]"]))
+    assert not (recipe.parent / "made" / "regenerate").exists()
+    assert run_recipe(read_recipe(recipe, few), until="prompts").keys() == {"prompts"}
 
 
 def test_bad_data_is_reported_before_anything_runs(recipe: Path) -> None:

@@ -42,8 +42,9 @@ from outrider.scheduling.calibration import Calibration, Quality, Scaling
 from outrider.training.artefact import content_hash, file_hash, target_hash
 from outrider.version import __version__
 
-__all__ = ["Bucket", "Config", "Report", "calibrate"]
+__all__ = ["LEAST_PROMPTS", "Bucket", "Config", "Report", "calibrate"]
 
+LEAST_PROMPTS = 4
 Progress = Callable[[str, float], None]
 """Called with the current activity and the finished share."""
 
@@ -150,8 +151,10 @@ def calibrate(
     files = _files(prompts)
     read = [prompt for file in files for prompt in read_prompts(file)]
     chosen, _ = runnable(llm, read, SamplingParams(max_tokens=config.max_tokens), chat=config.chat, fail_fast=True)
-    if len(chosen) < 4:
-        raise InvalidRequest(f"calibration needs at least 4 prompts, to fit on half of them; got {len(chosen)}")
+    if len(chosen) < LEAST_PROMPTS:
+        raise InvalidRequest(
+            f"calibration needs at least {LEAST_PROMPTS} prompts, to fit on half of them; got {len(chosen)}"
+        )
     halves = _halves(chosen)
     recorder = recorded(llm)
     signal = _signal(llm)

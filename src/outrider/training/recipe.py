@@ -31,7 +31,8 @@ from outrider.errors import InvalidRequest, nearest
 from outrider.models.loading import model_config
 from outrider.models.locations import beside, resolve_model
 from outrider.models.weights import load_dtype
-from outrider.training.artefact import Artefact
+from outrider.training.artefact import Artefact, read_lines
+from outrider.training.fit_calibration import LEAST_PROMPTS
 from outrider.training.networks import training_of
 from outrider.training.regenerate import sampling
 from outrider.training.stages import STAGES, make, opened
@@ -234,6 +235,21 @@ def check_target(recipe: Recipe) -> None:
             )
 
 
+def _check_held_out(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Refuse prompts of which too few are held out for stages to come, now, not after training. Raises
+    InvalidRequest."""
+    held_out = read_lines(recipe.path("prompts") / "held_out.jsonl")
+    count = sum(len(prompt.get("turns", "1")) for prompt in held_out)  # answers there will be
+    needed = {"calibrate": LEAST_PROMPTS, "eval": 0 if recipe.eval_prompts else 1}
+    short = [name for name in stages if count < needed.get(name, 0)]
+    if short:
+        raise InvalidRequest(
+            f"{' and '.join(short)} need at least {needed[short[0]]} held-out prompts, there are {count}: give more "
+            "prompts, a larger share (prompts.held_out), or a source with split = 'held_out'; or leave the stages out "
+            f"(skip = {json.dumps(short)})"
+        )
+
+
 def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None = None) -> dict[str, Artefact]:
     """Run every stage in order. Raises a stage's errors; the same call then resumes."""
     check_target(recipe)  # refused now, not after prompts
@@ -247,4 +263,6 @@ def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None
         made[name] = make(
             name, recipe.configs[name], parents, out, recipe.target, prompts=tuple(prompts), console=console
         )
+        if name == "prompts":
+            _check_held_out(recipe, recipe.stages(until))
     return made

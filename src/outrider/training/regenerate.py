@@ -19,9 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from rich.console import Console
 
+from outrider import registry
 from outrider.config import SamplingParams
 from outrider.engine.engine import Engine
 from outrider.engine.llm import LLM
@@ -29,7 +30,7 @@ from outrider.engine.request import Request
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.models.decoder import end_tokens, sampling_defaults
 from outrider.models.loading import load_tokenizer, model_config
-from outrider.models.locations import resolve_model
+from outrider.models.locations import beside, resolve_model
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training.artefact import Artefact, Journal, begin, file_hash, open_artefact, read_lines, write_lines
 from outrider.training.conversations import Answerer, ChatTurn, Conversations, Settings
@@ -92,6 +93,13 @@ class Config(BaseModel):
     """Times a request is sent again when the server is busy, fails or is away, after 1, 2, 4 ... seconds."""
     timeout: float = Field(600, gt=0)
     """Seconds to wait for one answer."""
+
+    @field_validator("drafter")
+    @classmethod
+    def _from_the_recipe(cls, name: str, info: ValidationInfo) -> str:
+        if info.context is None or name in registry.names("drafter"):
+            return name
+        return beside(name, Path(info.context["folder"]))
 
 
 def sampling(config: Config, target: str) -> Settings:
