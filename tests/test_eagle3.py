@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from trained import (
     DESIGNS,
     SAMPLED,
+    VOCABULARY,
     Session,
     dense_layer,
     features_of,
@@ -162,3 +165,19 @@ def test_options() -> None:
     assert propose(drafter, [0], [history]).lengths.tolist() == [9]
     with pytest.raises(InvalidRequest, match="draft_tokens must be at least 1"):
         Eagle3Config("x", draft_tokens=0)
+
+
+def test_a_draft_vocabulary_of_one_token_and_one_in_another_order() -> None:
+    target, tokens = make_target(), random_tokens(20, 7)
+    plain = make_checkpoint(CHAINS["eagle3"], target=target)
+    order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(1))
+    moved = {"head.weight": plain.tensors["head.weight"][order], "d2t": order - torch.arange(VOCABULARY)}
+    one = make_checkpoint(CHAINS["eagle3"], drafted=1)
+    drafts = []
+    for checkpoint in (plain, replace(plain, tensors={**plain.tensors, **moved}), one):
+        drafter = make_drafter(checkpoint, target, torch.float32)
+        Session(target, drafter, 1).observe([tokens[:-1]], [0])
+        drafts.append(propose(drafter, [0], [tokens]))
+    assert torch.equal(drafts[0].tokens, drafts[1].tokens)
+    assert drafts[2].tokens.tolist() == [[int(one.tensors["d2t"])] * 4]
+    assert drafts[2].confidence is not None and drafts[2].confidence.tolist() == [[1.0] * 4]

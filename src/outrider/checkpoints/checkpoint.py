@@ -162,8 +162,8 @@ class DraftCheckpoint:
 
     @property
     def reduced(self) -> bool:
-        """Whether it can only draft some of the target's tokens."""
-        return self.draft_vocab_size != self.vocab_size
+        """Whether its draft ids are not the target's: they are fewer, or in another order."""
+        return self.draft_vocab_size != self.vocab_size or ("d2t" in self.tensors and bool(self.tensors["d2t"].any()))
 
     @property
     def drafted(self) -> Tensor:

@@ -74,7 +74,10 @@ class Drawing:
     def margins(self) -> Tensor:
         """A confidence for drafters without a confidence head: sigmoid(the largest logit - the second), for each draft.
         It does not depend on the draft itself nor on later ones. float32 [n, K]"""
-        best = torch.stack(self._logits, 1).topk(2, -1).values.float()
+        logits = torch.stack(self._logits, 1)
+        if logits.shape[-1] == 1:  # of a draft vocabulary of one token
+            return torch.ones(logits.shape[:-1])
+        best = logits.topk(2, -1).values.float()
         return rowwise(torch.sigmoid, best[..., 0] - best[..., 1])
 
     def proposal(self, confidence: Tensor | None = None) -> Proposal:
