@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from trained import DESIGNS, WIDTH, make_checkpoint, make_target
 
 from outrider import checkpoints, registry
 from outrider.config import LayerConfig, RopeConfig
@@ -32,6 +33,7 @@ from outrider.training.networks import (
     DraftModelTraining,
     DSparkTraining,
     Eagle3Training,
+    Frozen,
     MTPTraining,
     TrainableAutoregressive,
     TrainableBlock,
@@ -410,3 +412,17 @@ def test_wrong_options_are_refused(target: TargetModel, config: dict[str, Any]) 
         DSparkTraining(loss={"gama": 1}).start(target, config, VOCABULARY)
     with pytest.raises(InvalidRequest, match="layers"):
         DSparkTraining(layers=0).start(target, config, VOCABULARY)
+
+
+def test_a_target_that_caps_its_logits_caps_those_of_the_drafter_in_training() -> None:
+    target, states = make_target(), torch.randn(3, WIDTH) * 20
+
+    class Capped:
+        spec = target.spec
+
+        def unembed(self, hidden: Tensor) -> Tensor:
+            return torch.tanh(target.unembed(hidden) / 30) * 30
+
+    checkpoint = make_checkpoint(DESIGNS["dflash"])
+    for one in (target, Capped()):
+        torch.testing.assert_close(Frozen(checkpoint, one).unembed(states), one.unembed(states), atol=1e-3, rtol=1e-4)  # type: ignore[arg-type]
