@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from trained import DESIGNS, WIDTH, make_checkpoint, make_target
+from trained import DECODER, DESIGNS, WIDTH, make_checkpoint, make_target
 
 from outrider import checkpoints, registry
 from outrider.config import LayerConfig, RopeConfig
@@ -37,6 +37,8 @@ from outrider.training.networks import (
     MTPTraining,
     TrainableAutoregressive,
     TrainableBlock,
+    fill,
+    training_of,
 )
 from outrider.training.networks.batch import FeatureBatch, TokenBatch
 from outrider.training.networks.block_attention import AutoregressiveAttention, BlockAttention
@@ -426,3 +428,15 @@ def test_a_target_that_caps_its_logits_caps_those_of_the_drafter_in_training() -
     checkpoint = make_checkpoint(DESIGNS["dflash"])
     for one in (target, Capped()):
         torch.testing.assert_close(Frozen(checkpoint, one).unembed(states), one.unembed(states), atol=1e-3, rtol=1e-4)  # type: ignore[arg-type]
+
+
+def test_a_start_whose_biases_would_be_lost_is_refused() -> None:
+    options = {"target_layers": [0, 2], "markov_rank": 4, "mask_token_id": 1}
+    module = training_of("dspark", options).start(make_target(), DECODER, {})
+    given = module.snapshot()
+    fill(module, given, "mine")
+    biased = replace(given, tensors={**given.tensors, "layers.0.q.bias": torch.zeros(32)})
+    with pytest.raises(
+        InvalidRequest, match=r"mine holds layers\.0\.q\.bias, which the drafter to be trained has no place"
+    ):
+        fill(module, biased, "mine")

@@ -119,6 +119,12 @@ def fill(module: nn.Module, checkpoint: DraftCheckpoint, name: str) -> None:
             f"{name} reads layers {list(checkpoint.target_layers or ())} of the target, the drafter to be trained "
             f"{list(trained.target_layers)}; give the options it was trained with"
         )
+    known = {_neutral(parameter_name) for parameter_name, _ in module.named_parameters()}
+    lost = sorted(checkpoint.tensors.keys() - known - {"embed.weight", "head.weight", "d2t", "t2d"})
+    if lost and isinstance(trained, DraftCheckpoint):
+        raise InvalidRequest(
+            f"{name} holds {lost[0]}, which the drafter to be trained has no place for; start from another"
+        )
     with torch.no_grad():
         for parameter_name, parameter in module.named_parameters():
             given = checkpoint.tensors.get(_neutral(parameter_name))
