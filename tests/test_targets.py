@@ -250,16 +250,25 @@ def test_old_configs_read_as_new_ones(saved: Any, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_scaling_added_by_hand_holds(saved: Any, tmp_path: Path) -> None:
-    """Cards advise to add ``rope_scaling`` to a config that may have ``rope_parameters`` already."""
-    directory = shutil.copytree(saved["qwen2"][0], tmp_path / "model")
+@pytest.mark.parametrize("name", ["qwen2", "gemma3", "gemma3-old"])
+def test_a_scaling_added_by_hand_holds(name: str, saved: Any, tmp_path: Path) -> None:
+    """Cards advise to add ``rope_scaling`` to a config that may have ``rope_parameters`` already. Gemma 3 has it in its
+    published configs, and means the full layers only."""
+    name, _, old = name.partition("-")
+    directory = shutil.copytree(saved[name][0], tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
+    if old:
+        config |= {"rope_parameters": None, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
+    if name == "gemma3":
+        config["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
     added = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
+    if name == "gemma3":
+        added = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
     (directory / "config.json").write_text(json.dumps({**config, **added}))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()(torch.tensor([IDS])).logits[0]
     mine = one_row(load_target(directory, backend="reference"), IDS)[0]
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-5)
-    assert not torch.allclose(mine, one_row(load_target(saved["qwen2"][0], backend="reference"), IDS)[0], atol=1e-2)
+    assert not torch.allclose(mine, one_row(load_target(saved[name][0], backend="reference"), IDS)[0], atol=1e-2)
 
 
 def test_text_part_of_a_multimodal_checkpoint(saved: Any, tmp_path: Path) -> None:

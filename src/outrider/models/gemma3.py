@@ -92,12 +92,14 @@ def _with_ropes(config: Mapping[str, Any]) -> dict[str, Any]:
     ropes = config.get("rope_parameters") or {}
     if not isinstance(ropes, Mapping):
         raise CheckpointError(f"config.json: 'rope_parameters' must be an object, got {ropes!r}")
-    full = {"rope_theta": config.get("rope_theta") or 1_000_000.0, **(config.get("rope_scaling") or {})}
+    scaling = config.get("rope_scaling") or {}
+    full = {"rope_theta": config.get("rope_theta") or 1_000_000.0}
     sliding = {"rope_theta": config.get("rope_local_base_freq") or 10_000.0}
     return {
         **config,
+        "rope_scaling": None,
         "rope_parameters": {
-            "full_attention": {**full, **(ropes.get("full_attention") or {})},
+            "full_attention": {**full, **(ropes.get("full_attention") or {}), **scaling},
             "sliding_attention": {**sliding, **(ropes.get("sliding_attention") or {})},
         },
     }
