@@ -109,7 +109,9 @@ def test_shards_that_are_refused(directory: Path) -> None:
     file.rename(directory / "a.safetensors")
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}}))
-    refused(directory, "has no weight_map")
+    refused(directory, "expected a weight_map from tensors' names to files' names")
+    index.write_text(json.dumps({"weight_map": {"x": 1, "y": "a.safetensors"}}))
+    refused(directory, "expected a weight_map")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "a.safetensors") | {"x": "b.safetensors"}}))
     refused(directory, "b.safetensors is missing")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, "a.safetensors") | {"x": "a.safetensors"}}))

@@ -76,8 +76,8 @@ class TensorFiles:
 
     def _scan_shards(self, index: Path) -> None:
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise CheckpointError(f"{index} has no weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise CheckpointError(f"{index}: expected a weight_map from tensors' names to files' names; copy it again")
         for shard in sorted(set(shards.values())):
             self._scan(self.directory / Path(shard).name)
         for name, shard in shards.items():
