@@ -127,6 +127,26 @@ def test_tokens_that_only_the_files_beside_give_ids_to(where: str, tmp_path: Pat
         Tokenizer(directory)
 
 
+def test_special_tokens_named_without_an_id(tmp_path: Path) -> None:
+    """As in Transformers: entries of the vocabulary keep their ids, others come after it, up to the model's rows;
+    special_tokens_map.json counts more than an older tokenizer_config.json."""
+    directory = save_tokenizer(tmp_path, byte_level_bpe())
+    first, ordinary = Tokenizer(directory).vocab_size, Tokenizer(directory).vocabulary["the"]
+    named = {"eos_token": "not this", "pad_token": "the", "extra_special_tokens": {"start": "<|start|>"}}
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps({**settings, **named}))
+    older = {"eos_token": {"content": "<|im_end|>"}, "additional_special_tokens": ["<|user|>"]}
+    (directory / "special_tokens_map.json").write_text(json.dumps(older))
+    (directory / "config.json").write_text(json.dumps({"text_config": {"vocab_size": first + 2}}))
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.encode("<|im_end|><|user|>the") == [first, first + 1, ordinary]
+    assert tokenizer.special_ids >= {first, first + 1, ordinary} and tokenizer.eos_token_ids == (first,)
+    assert tokenizer.vocab_size == first + 2  # the model has no row for <|start|>
+    settings |= {**named, "added_tokens_decoder": {}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Tokenizer(directory).special_tokens["eos_token"] == "not this"
+
+
 def test_training_settings_in_the_file_do_not_cut_prompts(tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     tokenizer.enable_truncation(4)

@@ -32,6 +32,7 @@ _CONTEXT = 8  # tokens before an open one that are decoded with it
 _SURROGATES = re.compile(r"[\ud800-\udfff]+")
 _ADDED_OPTIONS = ("lstrip", "normalized", "rstrip", "single_word")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -126,14 +127,8 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """Name -> text of ``bos_token``, ``eos_token`` and the like, from the directory's settings."""
-        older = _read_json(self.directory / "special_tokens_map.json")
-        found = {}
-        for name in _SPECIAL_NAMES:
-            value = self._settings[name] if name in self._settings else older.get(name)
-            content = value.get("content") if isinstance(value, Mapping) else value
-            if isinstance(content, str):
-                found[name] = content
-        return found
+        named = _with_older(self.directory, self._settings)
+        return {name: text for name in _SPECIAL_NAMES if (text := _text_of(named.get(name)))}
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -545,6 +540,37 @@ def _add_tokens(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any
                     f"{directory}: {added.content!r} is to have the id {number}, but tokenizer.json leaves it "
                     f"{fast.token_to_id(added.content)}; copy the tokenizer's files again, they do not belong together"
                 )
+        _add_named(fast, directory, settings)
+
+
+def _add_named(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Special tokens that are named without an id: entries of the vocabulary as they are, others after all entries, as
+    far as the model has rows for them."""
+    named = _with_older(directory, settings)
+    values = [named.get(name) for name in _SPECIAL_NAMES]
+    for name in _MORE_SPECIAL:
+        more = named.get(name) or []
+        values += more.values() if isinstance(more, Mapping) else more
+    there = {token.content for token in fast.get_added_tokens_decoder().values()}
+    texts = [text for text in dict.fromkeys(map(_text_of, values)) if text and text not in there]
+    if texts:
+        model = _read_json(directory / "config.json")
+        rows = {**model, **(model.get("text_config") or {})}.get("vocab_size")
+        for text in texts:
+            if fast.token_to_id(text) is not None or rows is None or fast.get_vocab_size() < rows:
+                fast.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+
+def _with_older(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json; where it is of the older kind, what special_tokens_map.json says counts more."""
+    older = {} if "added_tokens_decoder" in settings else _read_json(directory / "special_tokens_map.json")
+    return {**settings, **older}
+
+
+def _text_of(token: Any) -> str | None:
+    """The text of a special token, which is written as such or as an object."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None
 
 
 def _convert(directory: Path) -> FastTokenizer:
