@@ -33,6 +33,8 @@ Rule = Literal["rejection", "block", "coupled"]
 RULES: tuple[Rule, ...] = ("rejection", "block", "coupled")
 SMALLEST_TEMPERATURE = 1e-37
 """Below it a temperature is 0, or not a normal number, in float32: greedy."""
+MOST_LAYERS = 10_000
+"""More decoder layers than this are a mistake in a config."""
 MOST_LOGPROBS = 100
 """Likeliest tokens whose log-probabilities a request may ask for at each position."""
 LARGEST_TOP_K = 1 << 31

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from outrider.backends.layers import rope_config
-from outrider.config import LayerConfig, StackConfig
+from outrider.config import MOST_LAYERS, LayerConfig, StackConfig
 from outrider.errors import CheckpointError, nearest
 
 __all__ = [
@@ -44,7 +44,6 @@ GENERIC_KEYS = frozenset(
     """.split()  # noqa: SIM905 (a list of strings would be a page)
 )
 LLAMA_KEYS = frozenset({"hidden_act"})
-MOST_LAYERS = 10_000
 GEMMA4_KEYS = frozenset(
     """
     attention_k_eq_v enable_moe_block final_logit_softcapping global_head_dim hidden_activation

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from outrider.backends.layers import check_weights, weight_shapes
-from outrider.config import StackConfig
+from outrider.config import MOST_LAYERS, StackConfig
 from outrider.errors import CheckpointError, InvalidRequest, nearest, reading_config
 from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, reading_dtype
 from outrider.types import (
@@ -48,7 +48,7 @@ __all__ = [
     "sampling_defaults",
 ]
 
-MOST = {"num_hidden_layers": 10_000}
+MOST = {"num_hidden_layers": MOST_LAYERS}
 MOST_ANYWHERE = (1 << 31) - 1
 """Sizes beyond these are mistakes, and would take all memory before a missing tensor tells."""
 MAY_BE_INFINITE = ("time_step_limit",)  # of state-space layers
