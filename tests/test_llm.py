@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,3 +233,13 @@ def test_speculative_text_is_bit_for_bit_the_plain_text_in_every_precision(dtype
     for drafter in DRAFTERS[1:]:
         outputs = plain.with_drafter(drafter).generate(PROMPTS, params)
         assert [o.token_ids for o in outputs] == expected, drafter
+
+
+@pytest.mark.parametrize("said", [None, [3, 4]])
+def test_the_tokenizers_end_counts_where_the_model_names_none(said: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        kept = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**kept, "eos_token_id": said}))
+    llm = LLM(directory, "none")
+    assert llm.target.spec.eos_token_ids == (llm.tokenizer.eos_token_ids if said is None else (3, 4))

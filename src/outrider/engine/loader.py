@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -55,6 +55,9 @@ def load_model(
                 target = load_target(str(model), dtype=dtype, backend=backend)
             else:
                 target, tokenizer = load_with_tokenizer(str(model), dtype=dtype, backend=backend)
+        if not target.spec.eos_token_ids:  # the model's files name none
+            ends = tuple(token for token in tokenizer.eos_token_ids if token < target.spec.vocab_size)
+            target.spec = replace(target.spec, eos_token_ids=ends)
         return LoadedModel(target, tokenizer, str(model), dtype, backend)
     if not isinstance(model, TargetModel):
         raise InvalidRequest(f"model must be a name, a path or a loaded target, got {model!r}")
