@@ -157,6 +157,8 @@ class _Keys:
         if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):
             self.fail(f"its rope scaling {kind!r} is not supported; expected none, linear or yarn")
         scaled = kind == "yarn" or (kind == "linear" and factor != 1.0)
+        if kind != "yarn" and (attention := self.real("rope.scaling.attn_factor", 0.0)) not in (0.0, 1.0):
+            self.fail(f"its rope.scaling.attn_factor of {attention} needs rope scaling 'yarn', but it has {kind!r}")
         if ROPE_FACTORS in self.file.tensors:
             if scaled:
                 self.fail(f"it has both rope scaling {kind!r} and {ROPE_FACTORS!r}")
