@@ -468,16 +468,18 @@ def test_keys_that_say_more_than_the_converter_does(tmp_path: Path) -> None:
 
 
 def test_ends_of_a_text(tmp_path: Path, tiny: Any) -> None:
-    """eos, eot and the special tokens that always end a text; one written as plain text is none."""
+    """eos, eot and the special tokens that always end a text; one written as plain text is none. A Mistral that was
+    taught ChatML still writes ``</s>`` at times."""
 
     def change(writer: Any) -> None:
         keys = writer.kv_data[0]
         keys["tokenizer.ggml.tokens"].value[4] = "<|im_end|>"
+        keys["tokenizer.ggml.tokens"].value[5] = "</s>"
         keys["tokenizer.ggml.tokens"].value[20] = "<|endoftext|>"
         writer.add_eot_token_id(9)
 
     config, _ = read_model(GGUFFile(write_model(tmp_path / "model.gguf", tiny, "llama", change=change)))
-    assert config["eos_token_id"] == [7, 9, 4]
+    assert config["eos_token_id"] == [7, 9, 4, 5]
 
 
 # ------------------------------------------------------------------------------------------------ containers

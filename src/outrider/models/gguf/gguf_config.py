@@ -18,13 +18,11 @@ from outrider.errors import CheckpointError
 from outrider.models.gguf.architecture import ROPE_FACTORS, architecture_of
 from outrider.models.gguf.blocks import decode
 from outrider.models.gguf.container import GGUFFile, TensorInfo
+from outrider.tokenization.gguf_tokenizer import END_OF_GENERATION
 
 __all__ = ["read_config"]
 
-_END_TEXTS = frozenset(
-    ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>")
-    + ("<EOT>", "<|end_of_text|>", "<|eom|>", "<|eot|>")
-)
+_END_TEXTS = frozenset((*END_OF_GENERATION, "<|eom|>", "<|eot|>"))
 """Special tokens that end a text or a turn wherever they are; llama.cpp recognises them by their text too."""
 _SAMPLING = {
     "temperature": "temp",
