@@ -422,6 +422,8 @@ def test_generation_defaults_that_are_no_numbers(saved: Any, tmp_path: Path) -> 
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}}, "logits .* NaN or infinite"),
         ({"vocab_size": "101"}, "Transformers could not load .*vocab_size"),
         ({"eos_token_id": 7.5}, "Transformers could not load .*eos_token_id"),
+        ({"model_type": "llava"}, "model_type 'llava' is no causal language model of Transformers"),
+        ({"intermediate_size": 72}, r"tensor '.*mlp.+' of .* has shape \[48, 80\], but the config says \[48, 72\]"),
     ],
 )
 def test_configs_of_adapted_models_that_are_refused(

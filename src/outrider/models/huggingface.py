@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from outrider.errors import CheckpointError, InvalidRequest, OutriderError
@@ -84,6 +85,11 @@ class HuggingFaceTarget:
         if _kind(config) not in CONFIG_MAPPING_NAMES:
             remote = "; its files bring code, which is never run" if "auto_map" in config else ""
             raise CheckpointError(f"model_type {_kind(config)!r} is not known to Outrider or Transformers{remote}")
+        if _kind(config) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise CheckpointError(
+                f"model_type {_kind(config)!r} is no causal language model of Transformers (does it read images, "
+                "or is it an encoder?); choose one that continues text"
+            )
         refuse_quantised(config)
         TensorFiles(path)  # finds pickles and damaged files before Transformers does
         model = _from_pretrained(path, DTYPES[dtype])
@@ -271,6 +277,7 @@ def _from_pretrained(path: Path, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
     except Exception as error:  # each architecture checks its config in its own way
@@ -282,6 +289,10 @@ def _from_pretrained(path: Path, dtype: torch.dtype) -> Any:
     for what in ("missing_keys", "unexpected_keys"):
         if report.get(what):
             raise CheckpointError(f"{what.replace('_keys', '')} tensor {sorted(report[what])[0]!r} in {path}")
+    for name, found, expected in sorted(report.get("mismatched_keys") or ()):
+        raise CheckpointError(
+            f"tensor {name!r} of {path} has shape {list(found)}, but the config says {list(expected)}"
+        )
     for name, tensor in model.named_parameters():
         if not math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()):
             raise CheckpointError(f"tensor {name!r} of {path} holds values that are NaN or infinite; is it damaged?")
