@@ -145,6 +145,9 @@ class DraftCheckpoint:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Keys that change nothing in the computation, kept for the next file."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    four_bits: Mapping[str, Tensor] = field(default_factory=dict)
+    """float16 [rows, columns / 32]: the scales of those matrices among the tensors that are in 4 bits, as
+    ``packed_tensors`` stores them. Whoever changes such a matrix removes its scales."""
     calibration: Calibration | None = None
     """The scaling of its confidences, where one was fitted."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from outrider.checkpoints.checkpoint import Design, DraftCheckpoint
 from outrider.checkpoints.forms import writable
-from outrider.checkpoints.int8_tensors import SCALE, dequantised, quantised
+from outrider.checkpoints.packed_tensors import SCALE, dequantised, in_four_bits, quantised
 from outrider.checkpoints.stack_format import file_name
 from outrider.errors import CheckpointError, nearest, reading_config
 from outrider.files import new_folder, read_json, write_json
@@ -43,7 +43,7 @@ FORMATS = {  # name -> module with the functions of ``Format``
     "zlab": "outrider.checkpoints.zlab",
     "specforge": "outrider.checkpoints.specforge",
 }
-FLOATS, INT8 = ("F64", "F32", "F16", "BF16"), "I8"  # safetensors' names
+FLOATS, PACKED = ("F64", "F32", "F16", "BF16"), ("I8", "U8")  # safetensors' names
 IDS = ("d2t", "t2d")  # tensors that hold no weights
 
 
@@ -86,7 +86,8 @@ def read_header(config: Mapping[str, Any]) -> DraftCheckpoint:
 
 
 def load(folder: str | Path) -> DraftCheckpoint:
-    """Read a drafter's directory (or hub id), tensors in the dtype they are stored in; int8 ones in float32.
+    """Read a drafter's directory (or hub id), tensors in the dtype they are stored in; those in 8 or 4 bits in
+    float32.
 
     Raises CheckpointError for a tensor that is missing, unknown, of another shape, or not finite, and for a
     calibration.json that is not readable as one.
@@ -110,7 +111,7 @@ def load(folder: str | Path) -> DraftCheckpoint:
     for plain, name in in_file.items():
         if plain not in known:
             raise CheckpointError(f"unexpected tensor {name!r}; {nearest(plain, known)}")
-    tensors = {}
+    tensors, four_bits = {}, {}
     for neutral, shape in shapes.items():
         file = names[neutral]
         if file not in in_file:
@@ -118,12 +119,15 @@ def load(folder: str | Path) -> DraftCheckpoint:
                 raise CheckpointError(f"tensor {file!r} is missing; expected shape {list(shape.sizes)}")
             continue
         name = in_file[file]
-        if stored.shapes[name] != shape.sizes:
+        tensor, scales = stored.stored(name)
+        if tensor.shape != shape.sizes:
             raise CheckpointError(
-                f"tensor {name!r} has shape {list(stored.shapes[name])}, but the config says {list(shape.sizes)}"
+                f"tensor {name!r} has shape {list(tensor.shape)}, but the config says {list(shape.sizes)}"
             )
-        tensors[neutral] = stored.stored(name)
-    checkpoint = replace(checkpoint, tensors=tensors, calibration=load_calibration(path))
+        tensors[neutral] = tensor
+        if scales is not None:
+            four_bits[neutral] = scales
+    checkpoint = replace(checkpoint, tensors=tensors, four_bits=four_bits, calibration=load_calibration(path))
     checkpoint.check_tensors({neutral: in_file.get(file, file) for neutral, file in names.items()})
     return checkpoint
 
@@ -138,7 +142,8 @@ def save(
 ) -> Path:
     """Write a directory in a format, whole or not at all: it appears under its name when it is complete.
 
-    ``int8``: matrices in 8 bits, which only Outrider's own format holds.
+    ``int8``: matrices in 8 bits, but for those that are in 4. Only Outrider's own format holds either; other formats
+    are given what is in 4 bits as the floating point it was read as.
 
     ``check`` is shown the complete directory before that; where it raises, nothing is left behind.
     Raises CheckpointError where the folder exists, the format is not written here, or it cannot hold this drafter.
@@ -153,10 +158,14 @@ def save(
         raise CheckpointError(f"format {to!r} has no 8-bit matrices; write format 'outrider', or another precision")
     config = cast(WritableFormat, _format(to)).write(checkpoint)
     names = tensor_names(checkpoint)
-    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
+    four_bits = checkpoint.four_bits if to == "outrider" else {}
+    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items() if name not in four_bits}
+    tensors = quantised(tensors) if int8 else tensors
+    for name, scales in four_bits.items():
+        tensors |= in_four_bits(names[name], checkpoint.tensors[name], scales)
     with new_folder(target) as partial:
         write_json(partial / "config.json", dict(sorted(config.items())))
-        write_tensors(partial / "model.safetensors", quantised(tensors) if int8 else tensors)
+        write_tensors(partial / "model.safetensors", tensors)
         write_json(partial / "provenance.json", dict(provenance))
         if checkpoint.calibration is not None:
             write_json(partial / calibration.FILE, checkpoint.calibration.to_json())
@@ -195,25 +204,27 @@ def _format(name: str) -> Format:
 
 
 class _StoredTensors(TensorFiles):
-    """Tensors as they are stored, 8-bit matrices with their scales as one."""
+    """Tensors as they are stored, matrices in 8 or 4 bits with their scales as one."""
 
     def weights(self) -> Iterator[str]:
         """Their names, without those of scales. Raises CheckpointError for one that holds no floating point."""
         for name, dtype in self.dtypes.items():
-            if name.endswith(SCALE) and self.dtypes.get(name.removesuffix(SCALE)) == INT8:
+            if name.endswith(SCALE) and self.dtypes.get(name.removesuffix(SCALE)) in PACKED:
                 continue
-            if dtype not in (*FLOATS, INT8) and _plain(name) not in IDS:
+            if dtype not in (*FLOATS, *PACKED) and _plain(name) not in IDS:
                 raise CheckpointError(
                     f"tensor {name!r} is stored as {dtype}; expected one of {', '.join(FLOATS)}: give the original "
                     "weights; the drafter's dtype = int8 or int4 quantises them when it is loaded"
                 )
             yield name
 
-    def stored(self, name: str) -> Tensor:
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """A tensor, and its scales where it is in 4 bits."""
         tensor = self._whole(name)
-        if tensor.dtype != torch.int8 or _plain(name) in IDS:
-            return tensor
-        return dequantised(name, tensor, self._whole(name + SCALE) if name + SCALE in self.shapes else None)
+        if self.dtypes[name] not in PACKED or _plain(name) in IDS:
+            return tensor, None
+        scale = self._whole(name + SCALE) if name + SCALE in self.shapes else None
+        return dequantised(name, tensor, scale), scale if tensor.dtype == torch.uint8 else None
 
     def _whole(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:

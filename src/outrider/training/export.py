@@ -77,7 +77,7 @@ def _prepared(config: Config, checkpoint: DraftCheckpoint, target: str) -> Draft
     if config.dtype in DTYPES:
         dtype = DTYPES[config.dtype]
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in checkpoint.tensors.items()}
-        checkpoint = replace(checkpoint, tensors=tensors)
+        checkpoint = replace(checkpoint, tensors=tensors, four_bits={})
     return checkpoint
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import shutil
 import tempfile
 import time
@@ -18,11 +19,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -38,7 +39,15 @@ from outrider.training.artefact import Artefact, begin, open_artefact, target_ha
 from outrider.training.dataset import Text, TextSampler, read_texts
 from outrider.training.device_target import DeviceRunner, DeviceTarget, check_device
 from outrider.training.features import CachedFeatures
-from outrider.training.networks import Frozen, fill, training_of
+from outrider.training.networks import (
+    FeatureBatch,
+    Frozen,
+    TrainableNet,
+    fill,
+    in_four_bits,
+    second_moments,
+    training_of,
+)
 from outrider.training.progress import Progress
 from outrider.training.report import read_log, write_report
 from outrider.training.target_runner import FeatureSource, TargetRunner
@@ -59,6 +68,7 @@ __all__ = [
 ]
 
 SANITY_TOKENS = 24  # of the answer that the sanity check prefers: fewer prove little, more take longer
+ROUNDED_FOR = 192  # texts whose states decide how matrices are rounded to 4 bits
 ACCEPTED = 0.9  # share of drafts that must be accepted on the single text of the sanity check
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -113,8 +123,18 @@ class Config(BaseModel):
     """New tokens per prompt of an evaluation."""
     form: Literal["auto", "speculators", "deepspec", "outrider"] = "auto"
     """Checkpoint format of the finished drafter; auto: speculators where it can hold the kind, else outrider."""
+    four_bits: bool = False
+    """Round the finished drafter's layers and head to 4 bits, so that what they make of some of the texts changes least
+    (GPTQ): a draft on the native core takes a fifth to a quarter less time, and some 1 % fewer drafts are accepted.
+    Needs the form outrider."""
     tensorboard: bool = True
     """Write TensorBoard events where TensorBoard is installed."""
+
+    @model_validator(mode="after")
+    def _form_of_four_bits(self) -> Self:
+        if self.four_bits and (self.form in ("speculators", "deepspec") or self.kind == "draft_model"):
+            raise ValueError("four_bits needs a trained drafter in the form outrider, the only one that has 4 bits")
+        return self
 
     @field_validator("start_from")
     @classmethod
@@ -265,14 +285,37 @@ def learn(
                     board.add_scalar(name, value, step.step)
             progress.advance(1, step.tokens, f"loss {step.loss:.3f}")
             watch(step, steps)
-    drafter = _on_cpu(module.snapshot())  # type: ignore[operator]
+    if config.four_bits:
+        some = random.Random(config.seed).sample(texts, min(ROUNDED_FOR, len(texts)))
+        drafter = _on_cpu(_rounded(module, target_runner, some, plan.bfloat16, console))
+    else:
+        drafter = _on_cpu(module.snapshot())  # type: ignore[operator]
     log = read_log(work / "log.jsonl") if rank == 0 else []
     facts = {"steps": steps, "texts": len(texts), **_facts(log)}
     if rank == 0:
         if not finished.exists():
-            save_drafter(drafter, finished, config.form, {"config": config.model_dump(), **facts}, llm)
+            form = "outrider" if config.four_bits else config.form
+            save_drafter(drafter, finished, form, {"config": config.model_dump(), **facts}, llm)
         write_report(log, out, config.model_dump(), facts)
     return facts
+
+
+def _rounded(
+    module: nn.Module, source: FeatureSource, texts: Sequence[Text], bfloat16: bool, console: Console | None
+) -> DraftCheckpoint:
+    """The drafter with its matrices in 4 bits."""
+    assert isinstance(module, TrainableNet)
+    device = next(module.parameters()).device
+    with Progress(console, "rounding to 4 bits, texts", len(texts)) as progress:
+
+        def batches() -> Iterator[FeatureBatch]:
+            for text in texts:
+                yield source.batch([text], module, 0)  # type: ignore[arg-type]
+                progress.advance(1, len(text.tokens))
+
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+            moments = second_moments(module, batches())
+    return in_four_bits(module, moments)
 
 
 def plan_of(config: Config, steps: int, device: torch.device) -> Plan:
@@ -306,7 +349,8 @@ def _on_cpu(drafter: Any) -> Any:
     """The result of ``snapshot``, its tensors on the CPU."""
     if not isinstance(drafter, DraftCheckpoint):
         return drafter if next(drafter.parameters()).device.type == "cpu" else deepcopy(drafter).cpu()
-    return replace(drafter, tensors={name: tensor.cpu() for name, tensor in drafter.tensors.items()})
+    tensors, scales = ({name: t.cpu() for name, t in of.items()} for of in (drafter.tensors, drafter.four_bits))
+    return replace(drafter, tensors=tensors, four_bits=scales)
 
 
 def over_fit(

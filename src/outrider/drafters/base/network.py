@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.checkpoints import DraftCheckpoint
+from outrider.checkpoints.packed_tensors import FourBitWeights
 from outrider.config import StackConfig
 from outrider.errors import IncompatibleDrafter
 from outrider.types import Backend, HasStack, Stack, StackOutput, TargetModel, TiedHead
@@ -60,8 +61,9 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
     """Load a drafter's stack, without an embedding or a head that equals the target's.
 
     A reduced vocabulary has a head of its own, made of the target's rows where the checkpoint holds none; and so has a
-    drafter whose dtype has fewer bits than the target's, because a draft reads the whole head. Raises
-    IncompatibleDrafter where a frozen copy of the embedding is clearly not this target's.
+    drafter whose dtype has fewer bits than the target's, because a draft reads the whole head. Matrices that the
+    checkpoint has in 4 bits stay as they are with the dtypes int8 and int4. Raises IncompatibleDrafter where a frozen
+    copy of the embedding is clearly not this target's.
     """
     tensors, weights = checkpoint.tensors, checkpoint.stack_weights()
     config = checkpoint.stack(head=True)
@@ -84,13 +86,17 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
     fewer_bits = theirs is not None and BITS[_name(dtype)] < BITS[_name(theirs.dtype)]
     own_head = checkpoint.reduced or fewer_bits
     if "head.weight" in tensors:
+        own_head = own_head or "head.weight" in checkpoint.four_bits
         own_head = own_head or _head_difference(tensors["head.weight"], config, target) > equal
     if own_head:
         weights["head.weight"] = tensors["head.weight"] if "head.weight" in tensors else head_rows(target, ids)
     stack_config = checkpoint.stack(head=own_head)
     if own_head and "head.weight" not in tensors and theirs is not None:
         stack_config = replace(stack_config, logit_softcap=theirs.config.logit_softcap)
-    stack = backend.load(stack_config, weights, dtype)
+    if checkpoint.four_bits and _name(dtype) in ("int8", "int4"):
+        stack = backend.load(stack_config, FourBitWeights(weights, checkpoint.four_bits), "file")
+    else:
+        stack = backend.load(stack_config, weights, dtype)
     return DraftNet(
         stack,
         stack.embed if own_embed else target.embed,
