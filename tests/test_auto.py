@@ -12,7 +12,6 @@ import pytest
 
 from outrider import LLM
 from outrider.engine import auto
-from outrider.engine import llm as llm_module
 from outrider.models.locations import resolve_model
 
 DRAFTERS = ("dspark", "dflash", "eagle3")
@@ -45,26 +44,6 @@ def test_plain_decoding_wins_where_nothing_is_faster(kept: Path, monkeypatch: py
     assert LLM("embedded").drafter_name == "none"
 
 
-def test_a_large_drafter_is_also_tried_in_4_bits(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto, "LARGE", 2**22)
-    seen: list[tuple[Any, dict[str, Any]]] = []
-    real = llm_module.load_drafter
-
-    def load_drafter(drafter: Any, model: Any, options: Any, **more: Any) -> Any:
-        seen.append((drafter, dict(options)))
-        return real(drafter, model, options, **more)
-
-    monkeypatch.setattr(llm_module, "load_drafter", load_drafter)
-    LLM("embedded")
-    speedups = json.loads(next(kept.iterdir()).read_text())["speedup_over_plain"]
-    assert set(speedups) == {"none", "suffix", "draft_model", *DRAFTERS, "dspark, int4"}
-    assert ("dspark", {"dtype": "int4"}) in seen
-    next(kept.iterdir()).unlink()
-    monkeypatch.setattr(auto, "_measure", lambda *args: {"none": 1.0, "dspark, int4": 2.0})
-    for _ in range(2):  # measured, remembered
-        assert LLM("embedded").drafter_name == "dspark" and seen[-1] == ("dspark", {"dtype": "int4"})
-
-
 def test_what_loses_at_one_temperature_is_not_taken() -> None:
     class Side:
         """Twice as fast greedily; sampled, as it is told."""
@@ -78,8 +57,7 @@ def test_what_loses_at_one_temperature_is_not_taken() -> None:
             return [SimpleNamespace(stats=SimpleNamespace(seconds=seconds))]
 
     sides = {"none": 1.0, "loses": 0.9, "gains": 1.125}
-    candidates = {name: (name, {}) for name in sides}
-    found = auto._measure(["a"], lambda name, options: Side(sides[name]), candidates, lambda act: act())
+    found = auto._measure(["a"], lambda name: Side(sides[name]), list(sides), lambda act: act())
     assert found == {"none": 1.0, "loses": 0.9, "gains": 1.5}
 
 

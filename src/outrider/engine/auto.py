@@ -4,9 +4,6 @@ Each candidate answers for some seconds, greedily and sampled; plain decoding is
 clearly slower than it in either is not chosen. The result is cached with everything it depends on, and measured again
 when that changes. Where an engine is to start at once, nothing is measured: the first drafter of the catalogue is
 taken.
-
-A drafter with many weights is also tried in 4 bits: its drafts are accepted a little less often, and take less time on
-some processors.
 """
 
 from __future__ import annotations
@@ -34,7 +31,6 @@ __all__ = ["fastest"]
 
 PLAIN = "none"
 WITHOUT_FILES = ("suffix",)
-LARGE = 16 << 20  # bytes of a checkpoint from which on drafting mostly waits for its weights
 TOKENS = 48  # of an answer
 TEMPERATURES = (0.0, 1.0)
 NOISE = 0.97  # of plain speed: so much is found of what is as fast
@@ -45,59 +41,46 @@ class _LLM(Protocol):
     def generate(self, prompts: Any, params: Any = None) -> list[Output]: ...
 
 
-Candidate = tuple[str, Mapping[str, Any]]
-"""A drafter's name and its options."""
-
-
 def fastest(
     target: str,
     prompts: Sequence[str | list[int]],
-    load: Callable[[str, Mapping[str, Any]], _LLM],
+    load: Callable[[str], _LLM],
     dtype: str,
     backend: str,
     *,
     alone: Alone | None = at_once,
-) -> Candidate:
-    """A packaged drafter of ``target``, ``suffix`` or ``none``, and its options; measured, or remembered from before.
+) -> str:
+    """A packaged drafter of ``target``, ``suffix`` or ``none``; measured, or remembered from before.
 
     ``load`` makes an LLM of the target with such a drafter, which answers ``prompts``, one a topic. ``alone`` calls it
     for each answer, where requests may run beside; None: what is not remembered is not measured.
     """
     packaged = {name: _size(model) for name, model in PACKAGED_DRAFTERS[target].items() if _there(model)}
-    candidates = _candidates(packaged, backend)
-    key = _key(target, packaged, list(candidates), dtype, backend)
+    candidates = [PLAIN, *WITHOUT_FILES, *packaged]
+    key = _key(target, packaged, candidates, dtype, backend)
     path = cache_folder("choices") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
     with suppress(ValueError, KeyError):  # missing or damaged: it is only a measurement
         kept = read_json(path)
         if kept["key"] == key and kept["fastest"] in candidates:
-            return candidates[kept["fastest"]]
+            return str(kept["fastest"])
     if alone is None:
-        return next(iter(packaged), WITHOUT_FILES[0]), {}
+        return next(iter(packaged), WITHOUT_FILES[0])
     speedups = _measure(prompts, load, candidates, alone)
     best = max(speedups, key=speedups.__getitem__)
     with suppress(OSError):
         write_json(path, {"key": key, "fastest": best, "speedup_over_plain": speedups})
-    return candidates[best]
-
-
-def _candidates(packaged: Mapping[str, int], backend: str) -> dict[str, Candidate]:
-    """What is compared, by the names that the results are kept under. ``packaged``: their bytes."""
-    found: dict[str, Candidate] = {name: (name, {}) for name in (PLAIN, *WITHOUT_FILES, *packaged)}
-    if backend == "native":
-        large = [name for name, size in packaged.items() if size > LARGE]
-        found |= {f"{name}, int4": (name, {"dtype": "int4"}) for name in large}
-    return found
+    return best
 
 
 def _measure(
     prompts: Sequence[str | list[int]],
-    load: Callable[[str, Mapping[str, Any]], _LLM],
-    candidates: Mapping[str, Candidate],
+    load: Callable[[str], _LLM],
+    candidates: Sequence[str],
     alone: Alone,
 ) -> dict[str, float]:
     """Speed-up over plain decoding: the geometric mean over prompts, and over greedy and sampled answers, or the lesser
     of these two where drafting is slower by more than noise."""
-    sides = {name: load(*candidate) for name, candidate in candidates.items()}
+    sides = {name: load(name) for name in candidates}
 
     def answer(side: _LLM, prompt: str | list[int], params: SamplingParams) -> float:
         side.forget()

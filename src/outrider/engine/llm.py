@@ -123,10 +123,9 @@ class LLM:
         self._auto = drafter == "auto"
         if measure:
             tune_core(self.target)
-        chosen: Mapping[str, Any] = {}
         if drafter == "auto":
-            drafter, chosen = _resolve_auto(loaded, self._measures)
-        options = {**chosen, **(drafter_options or {})}
+            drafter = _resolve_auto(loaded, self._measures)
+        options = dict(drafter_options or {})
         if draft_tokens is not None:
             options["draft_tokens"] = draft_tokens
         self.drafter_name, self.drafter = load_drafter(drafter, loaded, options, max_rows=max_rows)
@@ -319,20 +318,20 @@ class Run:
         return self._llm._output(self._prompt, self._request)
 
 
-def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> tuple[str, Mapping[str, Any]]:
-    """The drafter, and its options, that ``auto`` means for a target: what measures fastest of those it comes with,
-    under the policy that runs it, else ``suffix``. One alone: with ``suffix`` beside it the packaged drafter of SmolLM2
+def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> str:
+    """The drafter that ``auto`` means for a target: what measures fastest of those it comes with, under the policy
+    that runs it, else ``suffix``. One alone: with ``suffix`` beside it the packaged drafter of SmolLM2
     gains 3 % greedily and loses as much when sampled (docs/smollm2.md). ``alone``: see ``fastest``."""
     if loaded.name not in PACKAGED_DRAFTERS:
-        return "suffix", {}
+        return "suffix"
     files = sorted((EMBEDDED_PROMPTS if loaded.name == EMBEDDED else QUESTIONS).glob("*.jsonl"))
     prompts: list[Any] = [next(read_json_lines(file))[1]["turns"][0] for file in files]
     if loaded.name != EMBEDDED:
         prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in prompts]
     backend = load_backend(loaded.backend, loaded.dtype).name
 
-    def load(name: str, options: Mapping[str, Any]) -> LLM:
-        return LLM(loaded, name, drafter_options=options, guard=False)
+    def load(name: str) -> LLM:
+        return LLM(loaded, name, guard=False)
 
     return fastest(loaded.name, prompts, load, loaded.dtype, backend, alone=alone)
 

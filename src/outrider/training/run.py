@@ -45,6 +45,7 @@ from outrider.training.networks import (
     TrainableNet,
     fill,
     in_four_bits,
+    matrices_of,
     second_moments,
     training_of,
 )
@@ -257,6 +258,8 @@ def learn(
     with device:  # new tensors are made there; steps do without, as it makes every call three times as long
         device_target = None if config.device == "cpu" else DeviceTarget(target, device)
         module = trainable(config, llm, texts, device_target)
+    if config.four_bits:
+        matrices_of(module)  # refused now, not after training
     target_runner: FeatureSource = TargetRunner(llm.target, length)
     if device_target is not None:
         target_runner = DeviceRunner(device_target)
@@ -285,7 +288,7 @@ def learn(
                     board.add_scalar(name, value, step.step)
             progress.advance(1, step.tokens, f"loss {step.loss:.3f}")
             watch(step, steps)
-    if config.four_bits:
+    if config.four_bits and not finished.exists():
         some = random.Random(config.seed).sample(texts, min(ROUNDED_FOR, len(texts)))
         drafter = _on_cpu(_rounded(module, target_runner, some, plan.bfloat16, console))
     else:

@@ -10,7 +10,7 @@ from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch
 from outrider.training.networks.block_network import BlockLoss, DFlashTraining, DSparkTraining, TrainableBlock
 from outrider.training.networks.draft_model_network import DraftModelTraining, TrainableModel
-from outrider.training.networks.four_bits import in_four_bits, second_moments
+from outrider.training.networks.four_bits import in_four_bits, matrices_of, second_moments
 from outrider.training.networks.frozen import Frozen, fill
 from outrider.training.networks.initial import training_of
 
@@ -30,6 +30,7 @@ __all__ = [
     "TrainableNet",
     "fill",
     "in_four_bits",
+    "matrices_of",
     "second_moments",
     "training_of",
 ]

@@ -21,29 +21,36 @@ from outrider.errors import InvalidRequest
 from outrider.training.networks.base import TrainableNet
 from outrider.training.networks.batch import FeatureBatch
 
-__all__ = ["in_four_bits", "rounded", "second_moments"]
+__all__ = ["in_four_bits", "matrices_of", "rounded", "second_moments"]
 
 HEAD = "head.weight"
 DAMPING = 0.01  # of the mean second moment, added to each
+LEAST = 1e-9  # mean second moment, where no state was seen
 SIDES = (8.0, 7.7, 7.4, 7.0, 8.4, -7.0, -7.3)  # what the value of largest magnitude may become, in steps
 
 
-def second_moments(module: TrainableNet, batches: Iterable[FeatureBatch]) -> dict[str, Tensor]:
-    """Sums of x x^T over the inputs x of every matrix of the layers, and of the head. -> float64 [C, C] by the
-    matrix's neutral name
+def matrices_of(module: nn.Module) -> dict[str, nn.Linear]:
+    """What is rounded, but for the head: the matrices of its layers, by their neutral names.
 
-    Raises InvalidRequest where the columns of a matrix are no multiple of 32.
+    Raises InvalidRequest for a network without layers of its own, or whose matrices have no multiple of 32 columns.
     """
-    moments: dict[str, Tensor] = {}
-    hooks = [module.stack.norm.register_forward_hook(lambda part, given, made: _add(moments, HEAD, made))]
-    for name, part in module.stack.layers.named_modules():
-        if not isinstance(part, nn.Linear):
-            continue
+    if not isinstance(module, TrainableNet) or not hasattr(module, "stack"):
+        raise InvalidRequest("four_bits rounds the decoder layers of a trained drafter; this kind has none")
+    layers = module.stack.layers.named_modules()
+    found = {f"layers.{name}.weight": part for name, part in layers if isinstance(part, nn.Linear)}
+    for name, part in found.items():
         if part.in_features % GROUP:
             raise InvalidRequest(
-                f"4 bits need matrices whose columns are a multiple of {GROUP}; layers.{name} has {part.in_features}"
+                f"four_bits needs matrices whose columns are a multiple of {GROUP}; {name} has {part.in_features}"
             )
-        hooks.append(part.register_forward_hook(_inputs_of(f"layers.{name}.weight", moments)))
+    return found
+
+
+def second_moments(module: TrainableNet, batches: Iterable[FeatureBatch]) -> dict[str, Tensor]:
+    """Sums of x x^T over the inputs x of every matrix that is rounded. -> float64 [C, C] by its neutral name"""
+    moments: dict[str, Tensor] = {}
+    hooks = [module.stack.norm.register_forward_hook(lambda part, given, made: _add(moments, HEAD, made))]
+    hooks += [part.register_forward_hook(_inputs_of(name, moments)) for name, part in matrices_of(module).items()]
     with torch.no_grad():
         for batch in batches:
             module(batch)
@@ -68,12 +75,8 @@ def rounded(matrix: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     ``moments``: sums over the matrix's inputs x of x x^T. float32 [R, C], float64 [C, C] -> [R, C], [R, C / 32]
     """
     rest, columns = matrix.clone(), matrix.shape[1]
-    damped = moments + torch.eye(columns, dtype=moments.dtype, device=moments.device) * (
-        DAMPING * moments.diag().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    )
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     # Row j: what an error of 1 in column j moves the best values of the columns after it by, divided by its diagonal.
-    spread = torch.linalg.cholesky(inverse, upper=True).to(matrix.dtype)
+    spread = torch.linalg.cholesky(_inverse(moments), upper=True).to(matrix.dtype)
     made, scales = torch.empty_like(matrix), []
     for first in range(0, columns, GROUP):
         within = slice(first, first + GROUP)
@@ -86,6 +89,17 @@ def rounded(matrix: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
             rest[:, j + 1 : first + GROUP] -= off[:, j - first, None] * spread[j, j + 1 : first + GROUP]
         rest[:, first + GROUP :] -= off @ spread[within, first + GROUP :]
     return made, torch.stack(scales, 1)
+
+
+def _inverse(moments: Tensor) -> Tensor:
+    """Of the moments, damped as much as it needs: sums of products in float32 may have no inverse without."""
+    mean, unit = moments.diag().mean().clamp(min=LEAST), torch.eye(len(moments), device=moments.device)
+    damping = DAMPING
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(moments + damping * mean * unit)
+        if not failed:
+            return torch.cholesky_inverse(factor)
+        damping *= 10
 
 
 def _scale(group: Tensor, weight: Tensor) -> Tensor:
