@@ -133,6 +133,8 @@ class _Trial:
         seconds = tokens / speed + self._evaluations(config, steps)
         if config.sanity:
             seconds += SANITY_STEPS * self._sanity_seconds
+        if config.four_bits:  # some texts pass through target and drafter once more, forwards
+            seconds += min(self._run_stage.ROUNDED_FOR, texts) * min(config.length, self._text_length) / (2 * speed)
         return Estimate("run", seconds, memory, parameters * STATE, note)
 
     def _evaluations(self, config: Any, steps: int) -> float:
@@ -206,6 +208,11 @@ class _Trial:
                 given[domain] += written
                 counts[part][domain] += written  # of one turn each
         return counts, list(conversations.todo)
+
+    @property
+    def _run_stage(self) -> Any:
+        """The module of the stage ``run``."""
+        return import_module(STAGES["run"].reference.partition(":")[0])
 
     @property
     def _self_written(self) -> int:
@@ -312,7 +319,7 @@ class _Trial:
         for number in range(max(1, min(config.batch, config.pack_tokens // length))):
             tokens = tuple(1 + (i * 7 + number) % (spec.vocab_size - 1) for i in range(length))
             texts.append(dataset.Text(str(number), "", tokens, prompt))
-        stage = import_module(STAGES["run"].reference.partition(":")[0])
+        stage = self._run_stage
         module, plan = stage.trainable(config, self._llm, texts), stage.plan_of(config, 1, torch.device("cpu"))
         target_runner = TargetRunner(self._llm.target, length)
         short = dataset.Text("short", "", texts[0].tokens[: prompt + stage.SANITY_TOKENS], prompt)

@@ -24,7 +24,7 @@ from outrider.training.networks.batch import FeatureBatch
 __all__ = ["in_four_bits", "matrices_of", "rounded", "second_moments"]
 
 HEAD = "head.weight"
-DAMPING = 0.01  # of the mean second moment, added to each
+DAMPINGS = (0.01, 0.1, 1.0)  # of the mean second moment, added to each; the first with which there is an inverse
 LEAST = 1e-9  # mean second moment, where no state was seen
 SIDES = (8.0, 7.7, 7.4, 7.0, 8.4, -7.0, -7.3)  # what the value of largest magnitude may become, in steps
 
@@ -93,13 +93,12 @@ def rounded(matrix: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
 
 def _inverse(moments: Tensor) -> Tensor:
     """Of the moments, damped as much as it needs: sums of products in float32 may have no inverse without."""
-    mean, unit = moments.diag().mean().clamp(min=LEAST), torch.eye(len(moments), device=moments.device)
-    damping = DAMPING
-    while True:
+    mean, unit = moments.diag().mean().clamp(min=LEAST), torch.eye(len(moments), device=moments.device).double()
+    for damping in DAMPINGS:
         factor, failed = torch.linalg.cholesky_ex(moments + damping * mean * unit)
         if not failed:
             return torch.cholesky_inverse(factor)
-        damping *= 10
+    return unit  # states that are not finite say nothing
 
 
 def _scale(group: Tensor, weight: Tensor) -> Tensor:
