@@ -62,7 +62,8 @@ class DSparkConfig:
     """Layers of the target it reads, counted from 0; None: as the checkpoint says."""
     dtype: str = "auto"
     """Precision of the drafter alone: float32, bfloat16, int8 or int4 (its head int8); auto: int8 where the native core
-    runs, else the target's. Rounding changes what it proposes a little, and its speed a lot; never the text."""
+    runs, else the target's. Matrices stored in 4 bits stay so with int8 and int4. Rounding changes what it proposes a
+    little, and its speed a lot; never the text."""
     shortlist: int = 1024
     """On the native core: how many tokens, those of the largest base logits, a sampled draft is drawn from."""
 

@@ -37,7 +37,8 @@ class MTPConfig:
     """The one layer of the target it reads, counted from 0; None: as the checkpoint says."""
     dtype: str = "auto"
     """Precision of the drafter alone: float32, bfloat16, int8 or int4 (its head int8); auto: int8 where the native core
-    runs, else the target's. Rounding changes what it proposes a little, and its speed a lot; never the text."""
+    runs, else the target's. Matrices stored in 4 bits stay so with int8 and int4. Rounding changes what it proposes a
+    little, and its speed a lot; never the text."""
 
     def __post_init__(self) -> None:
         if self.draft_tokens is not None and self.draft_tokens < 1:
