@@ -11,12 +11,15 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trained import DECODER, DESIGNS, make_checkpoint
+from trained import DECODER, DESIGNS, WIDTH, make_checkpoint, make_target
 
 from outrider import LLM, SamplingParams, checkpoints
+from outrider.backends.reference import ReferenceBackend
 from outrider.checkpoints import DraftCheckpoint
 from outrider.core import native
+from outrider.drafters.base import load_net
 from outrider.errors import CheckpointError, InvalidRequest
+from outrider.models.decoder import DecoderTarget
 from outrider.training.networks.four_bits import rounded
 from outrider.training.run import Config, learn
 
@@ -112,6 +115,18 @@ def test_files_in_four_bits_are_checked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds other values than whole numbers of -8 to 7 times its scales"):
         checkpoints.save(moved_checkpoint, tmp_path / "no", "outrider", {})
     assert not (tmp_path / "no").exists()
+
+
+def test_a_rounded_head_caps_its_logits_as_the_target_does() -> None:
+    backend, given = ReferenceBackend(), make_target()
+    capped = replace(given.stack.config, logit_softcap=5.0)
+    target = DecoderTarget(given.spec, backend.load(capped, given.tensors, torch.float32), backend)  # type: ignore[attr-defined]
+    checkpoint = in_four_bits(make_checkpoint(DESIGNS["dflash"], decoder=WIDE))
+    head, scales = rounded(given.tensors["head.weight"], torch.eye(WIDTH).double())  # type: ignore[attr-defined]
+    tensors, four_bits = {**checkpoint.tensors, "head.weight": head}, {**checkpoint.four_bits, "head.weight": scales}
+    net = load_net(replace(checkpoint, tensors=tensors, four_bits=four_bits), target, backend, torch.float32)
+    states = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)) * 20
+    torch.testing.assert_close(net.unembed(states), torch.tanh(states @ head.T / 5) * 5)
 
 
 @pytest.mark.skipif(native is None, reason="needs the compiled core")

@@ -66,6 +66,7 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
     copy of the embedding is clearly not this target's.
     """
     tensors, weights = checkpoint.tensors, checkpoint.stack_weights()
+    rounded_head = "head.weight" in checkpoint.four_bits  # made of the target's rows
     config = checkpoint.stack(head=True)
     if not config.layers:
         weights["norm.weight"] = torch.ones(config.hidden_size)  # an empty stack, which is never run
@@ -86,12 +87,11 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
     fewer_bits = theirs is not None and BITS[_name(dtype)] < BITS[_name(theirs.dtype)]
     own_head = checkpoint.reduced or fewer_bits
     if "head.weight" in tensors:
-        own_head = own_head or "head.weight" in checkpoint.four_bits
-        own_head = own_head or _head_difference(tensors["head.weight"], config, target) > equal
+        own_head = own_head or rounded_head or _head_difference(tensors["head.weight"], config, target) > equal
     if own_head:
         weights["head.weight"] = tensors["head.weight"] if "head.weight" in tensors else head_rows(target, ids)
     stack_config = checkpoint.stack(head=own_head)
-    if own_head and "head.weight" not in tensors and theirs is not None:
+    if own_head and ("head.weight" not in tensors or rounded_head) and theirs is not None:
         stack_config = replace(stack_config, logit_softcap=theirs.config.logit_softcap)
     if checkpoint.four_bits and _name(dtype) in ("int8", "int4"):
         stack = backend.load(stack_config, FourBitWeights(weights, checkpoint.four_bits), "file")
