@@ -30,9 +30,9 @@ Distribution::Distribution(const Kernels& kernels, const DistributionRows& rows,
     kernels_.find_max(logits_ + first, count, &maxima[piece]);
   });
   const float largest = *std::max_element(maxima.begin(), maxima.end());
-  valid_ = std::isfinite(largest);
-  if (!valid_ || drawn) return;
   max_ = largest / temperature_;
+  valid_ = std::isfinite(max_);
+  if (!valid_ || drawn) return;
   if (count_ <= kKeptTerms) terms_ = scratch<float>(count_);
   sums_.resize(static_cast<size_t>(pieces));
   for_each_piece([&](int64_t first, int64_t count, int64_t piece) {
@@ -45,13 +45,13 @@ Distribution::Distribution(const Kernels& kernels, const DistributionRows& rows,
 
 void Distribution::truncate(const Truncation& options) {
   if (options.top_k >= count_ && options.top_p >= 1.0 && options.min_p <= 0.0) return;
-  if (has_nan_or_inf(logits_, count_)) return;  // the constructor finds it not valid
   const float* row = logits_;
   if (temperature_ != 1.0f) {  // divide first: logits that are equal after rounding count as ties
     kept_logits_.resize(static_cast<size_t>(count_));
     for (int64_t i = 0; i < count_; i++) kept_logits_[i] = logits_[i] / temperature_;
     row = kept_logits_.data();
   }
+  if (has_nan_or_inf(row, count_)) return;  // the constructor finds it not valid
   const Candidate last = last_kept(kernels_, row, count_, options);
   const bool listed = kernels_.count_from(row, count_, last.logit) * kListRatio <= count_;
   std::vector<float> kept;

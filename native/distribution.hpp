@@ -30,11 +30,11 @@ class Distribution {
   Distribution(const Kernels& kernels, const DistributionRows& rows, int64_t row, bool parallel, bool drawn = false);
   Distribution(const Distribution&) = delete;
 
-  // False where the logits hold NaN or +inf, or nothing but -inf.
+  // False where the logits divided by the temperature hold NaN or +inf, or nothing but -inf.
   bool valid() const { return valid_; }
   double probability(int64_t token) const;
-  // Gumbel-max sampling: the token with the largest logit + Gumbel value of this key (defined in outrider.sampling.rng); -1 where
-  // there is NaN among the logits.
+  // Gumbel-max sampling: the token with the largest logit + Gumbel value of this key (defined in
+  // outrider.sampling.rng); -1 where there is NaN among the logits.
   int64_t draw(uint64_t key) const;
   // Inverse-CDF sampling: the token at which the cumulative probability reaches u.
   int64_t sample(double u) const;

@@ -53,7 +53,8 @@ inline int64_t draw_draft(const Kernels& kernels, const DraftRow& row, float* co
       const float shift = row.temperature < kCold ? largest : 0.0f;
       for (int64_t v = 0; v < row.width; v++) row.distribution[v] = (row.logits[v] - shift) / row.temperature;
       mask_truncated(kernels, row.distribution, row.width, row.truncation);
-      gumbel_argmax(row.distribution, 1, row.width, &row.key, nullptr, row.ids, &drawn, row.parallel);
+      if (!try_gumbel_argmax(row.distribution, 1, row.width, &row.key, nullptr, row.ids, &drawn, row.parallel))
+        return -1;
     } else {
       std::fill_n(row.distribution, row.width, kMaskedLogit);
       row.distribution[best] = 0.0f;

@@ -41,7 +41,8 @@ void argmax(const float* logits, int64_t rows, int64_t width, int64_t* out) {
 void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,
                    const int64_t* ids, int64_t* out, bool parallel) {
   if (!try_gumbel_argmax(logits, rows, width, keys, temperatures, ids, out, parallel))
-    throw std::invalid_argument("logits must be numbers, got NaN or +inf; the weights or the input are damaged");
+    throw std::invalid_argument(
+        "logits must be numbers, got NaN or +inf, or -inf for every token; the weights or the input are damaged");
 }
 
 bool try_gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,
@@ -78,13 +79,13 @@ int64_t winner(const ScoredPiece* pieces, int64_t count, const float* logits, fl
                const int64_t* ids) {
   float best = kMaskedLogit, peak = kMaskedLogit;
   for (const ScoredPiece* piece = pieces; piece < pieces + count; piece++) {
-    if (std::isnan(piece->peak)) return -1;
+    if (!(piece->peak < std::numeric_limits<float>::infinity())) return -1;
     best = std::max(best, piece->best);
     peak = std::max(peak, piece->peak);
   }
   const float bound = lowest_score(best, peak);
   double largest = -std::numeric_limits<double>::infinity();
-  int64_t column = 0;
+  int64_t column = -1;
   for (const ScoredPiece* piece = pieces; piece < pieces + count; piece++)
     for (const ScoredPiece::Column& candidate : piece->candidates) {
       if (candidate.score < bound) continue;

@@ -62,13 +62,14 @@ struct ScoredPiece {
              const int64_t* ids);
 };
 
-// The column drawn from a row, whose pieces are given in order; -1 where there is NaN or +inf among the logits.
+// The column drawn from a row, whose pieces are given in order; -1 where there is NaN or +inf among its
+// logits / temperature, or nothing but -inf.
 int64_t winner(const ScoredPiece* pieces, int64_t count, const float* logits, float temperature, int64_t key,
                const int64_t* ids);
 
 // The column of each row's largest logit / temperature + Gumbel value, computed in float64 as outrider.sampling.rng defines
 // it; the lowest column on ties. ids [rows, width]: the token of each column, null where column v is token v.
-// temperatures: null for 1. Throws std::invalid_argument for NaN or +inf. `parallel`: as for `for_pieces`.
+// temperatures: null for 1. Throws std::invalid_argument where `winner` finds none. `parallel`: as for `for_pieces`.
 void gumbel_argmax(const float* logits, int64_t rows, int64_t width, const int64_t* keys, const float* temperatures,
                    const int64_t* ids, int64_t* out, bool parallel = true);
 // The same, false instead of an exception: a job of the thread pool must not throw.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from outrider.backends import native_verification
 from outrider.backends.native_verification import verify_native
 from outrider.config import SamplingParams
-from outrider.errors import OutriderError
+from outrider.errors import OutriderError, RowsFailed
 from outrider.sampling.distribution import Categorical, settled
 from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
@@ -224,6 +225,50 @@ def test_damaged_logits_are_refused(rule: Any, value: float, rows: int, options:
     case.base[-1, 0, 4567] = value
     with pytest.raises(OutriderError, match="damaged"):
         case.verify()
+
+
+LIMITS: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_k": 2},
+    {"top_p": 0.5},
+    {"min_p": 0.1},
+    {"top_k": 4, "top_p": 0.7, "min_p": 0.01},
+)
+
+
+@pytest.mark.parametrize("by_core", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "row", [[2e37, 1, 0, 0, 0, 0], [3e38, -3e38, 0, 1, 2, 3], [-3e38] * 6, [1e-45, -1e-45, 0, 1e-40, 0, 0]]
+)
+def test_logits_at_the_ends_of_float32(
+    row: list[float], rule: Any, by_core: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quotient by the temperature that is infinite is refused: with top-p it had ended the process."""
+    if not by_core:
+        monkeypatch.setattr(native_verification, "_core_forms", lambda target, drafter: ())
+    logits = torch.tensor([row, row])
+    for limits, temperature in product(LIMITS, (0.01, 1.0, 100.0)):
+        params = SamplingParams(temperature=temperature, rule=rule, **limits)
+        context, rng = Context([params], [[0]], [1]), RowRng([3], [0], [rule])
+        target = process(logits, context, torch.tensor([0, 0]), torch.tensor([0, 1]))
+        drafts = Proposal(torch.tensor([[1]]), torch.tensor([1]))
+        if not torch.isfinite((logits[0] / temperature).max()):
+            with pytest.raises(RowsFailed, match="rows \\[0\\]"):
+                verify_native(target, drafts, [1], context, rng)
+            continue
+        found = verify_native(target, drafts, [1], context, rng)
+        (accepted,), (tokens,) = found.lists
+        for token in tokens[: accepted + 1]:
+            assert float(settled(target).at(torch.tensor([token]))[0]) > 0
+
+
+@pytest.mark.parametrize("row", [[3e38, 0, 0], [-math.inf] * 3, [math.nan, 0, 0]])
+def test_a_row_without_a_token_to_draw_is_refused(row: list[float]) -> None:
+    """Column 0 had been drawn of a row that overflows, or forbids every token."""
+    logits, out = np.array([row], np.float32), np.zeros(1, np.int64)
+    with pytest.raises(ValueError, match="logits must be numbers"):
+        _native.gumbel_argmax(logits, np.array([7]), out, np.array([0.5], np.float32))
 
 
 def test_cuts_of_damaged_logits_are_refused() -> None:

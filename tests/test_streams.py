@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -202,9 +203,9 @@ def test_drafts_that_lead_to_such_logits_fail_their_own_request(
 ) -> None:
     """Also where the core cannot read the drafter's distribution: a token past the vocabulary was sampled."""
     table = TABLE.float()
+    table[:, 3] += 2
     table[3] = torch.tensor(row)
-    policy = FixedPolicy.from_config(FixedPolicy.Config(draft_tokens=3))
-    engine = Engine(ToyTarget(table), MarkovDrafter(DRAFT_TABLE, 3), policy, max_rows=4, capacity=64)
+    engine = drafting_engine(table, 3)
     wanted = SamplingParams(max_tokens=40, temperature=0.5, rule=rule, **more)  # type: ignore[arg-type]
     bad = engine.submit([1], wanted, 5)
     good = engine.submit([0], SamplingParams(max_tokens=2, logit_bias={3: -1e9}), 0)
@@ -212,6 +213,36 @@ def test_drafts_that_lead_to_such_logits_fail_their_own_request(
     with pytest.raises(OutriderError, match="NaN or infinite after"):
         engine.wait([bad])
     assert max(bad.history) < 5 and not engine.busy
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5, "seed": 5}, {"temperature": 1.0, "seed": 8, "top_p": 0.9}]
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_drafts_change_nothing_of_a_text_that_such_logits_end(value: float, options: dict[str, Any]) -> None:
+    """Nor do they end it: plain decoding never sees what follows a draft that is not accepted, or a text's end."""
+    table = TABLE.float()
+    table[:, 3] += 1
+    table[3, 2] = value
+    ended = set()
+    for length in range(1, 12):
+        wanted = SamplingParams(max_tokens=length, **options)
+        found = []
+        for drafts in (0, 3):
+            engine = drafting_engine(table, drafts)
+            requests = [engine.submit([start], wanted, wanted.seed or 0) for start in (0, 1, 2)]
+            for request in requests:
+                with suppress(OutriderError):
+                    engine.wait([request])
+            found.append([(request.output, request.finish_reason, str(request.error)) for request in requests])
+        assert found[0] == found[1]
+        ended |= {reason for _, reason, _ in found[0]}
+    assert "length" in ended and ("error" in ended or value == 3e38)
+
+
+def drafting_engine(table: torch.Tensor, drafts: int) -> Engine:
+    policy = FixedPolicy.from_config(FixedPolicy.Config(draft_tokens=drafts))
+    return Engine(ToyTarget(table), MarkovDrafter(DRAFT_TABLE, drafts), policy, max_rows=4, capacity=64)
 
 
 # ------------------------------------------------------------------------------------------------ python callers

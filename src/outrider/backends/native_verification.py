@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from outrider.core import native
-from outrider.errors import OutriderError
-from outrider.sampling.distribution import Processed, check_rows
+from outrider.sampling.distribution import Processed
 from outrider.sampling.rng import RowRng, purpose_word
 from outrider.sampling.verification import verify
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
@@ -29,7 +27,8 @@ _PURPOSES = purpose_word("accept"), purpose_word("own"), purpose_word("", tokens
 def verify_native(
     target: Processed, proposal: Proposal, keep: Sequence[int], context: Context, rng: Rng
 ) -> Verification:
-    """``sampling.verification.verify`` with the same results; by it where the core cannot read the distributions."""
+    """``sampling.verification.verify`` with the same results; by it where the core cannot read the distributions, or
+    cannot sample from one of them."""
     forms = _core_forms(target, proposal.distribution)
     if not forms or not isinstance(rng, RowRng):
         return verify(target, proposal, keep, context, rng)
@@ -42,12 +41,8 @@ def verify_native(
     assert len(forms[0][0]) == start, "one distribution for each kept draft and one more for each row"
     try:
         return Verification.of_lists(*native.verify(*forms, control, drafts, _PURPOSES))
-    except ValueError as error:
-        scores, temperatures = torch.from_numpy(forms[0][0]), forms[0][2]
-        if temperatures is not None:
-            scores = scores / torch.from_numpy(temperatures)[:, None]
-        check_rows(scores)  # which of the target's rows, if it is them
-        raise OutriderError(str(error)) from error
+    except ValueError:  # logits that are no numbers: which rows of the batch reach them?
+        return verify(target, proposal, keep, context, rng)
 
 
 def _core_forms(target: Processed, drafter: Distribution | None) -> tuple[Any, ...]:

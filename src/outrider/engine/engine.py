@@ -283,9 +283,9 @@ class Engine:
         return self.target.forward(run.batch, self.cache, self.drafting.aux_layers(rows), run.wanted, **largest)
 
     def _distributions(self, output: TargetOutput, rows: Rows, run: Candidates, proposal: Proposal) -> Processed:
-        """The distribution that each of the pass's rows is sampled from. Raises RowsFailed."""
+        """The distribution that each of the pass's rows is sampled from."""
         if output.largest is not None:
-            return Categorical.found(output.largest, self.target.spec.vocab_size)
+            return Categorical.greedy(output.largest, self.target.spec.vocab_size)
         return process(output.logit_values, rows.context, run.rows, run.depth, drafted=proposal.arrays[0])
 
     def _logits(self, output: TargetOutput, rows: list[int]) -> Tensor:

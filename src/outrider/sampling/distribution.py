@@ -20,7 +20,7 @@ from outrider.sampling.rng import gumbel_argmax
 from outrider.sampling.truncation import Limits, limited
 from outrider.types import Integers, Values, to_array, to_tensor
 
-__all__ = ["Categorical", "Processed", "ProcessedLogits", "argmax", "check_rows", "settled"]
+__all__ = ["Categorical", "Processed", "ProcessedLogits", "argmax", "failed_rows", "settled"]
 
 CoreForm = tuple[Any, ...]
 """logits, ids, temperatures, top_k, top_p, min_p: arrays or None."""
@@ -55,15 +55,8 @@ class Categorical:
 
     @staticmethod
     def greedy(tokens: Tensor | list[int], vocab_size: int) -> Categorical:
-        """All mass on ``tokens[r]``."""
+        """All mass on ``tokens[r]``; -1: the row has no largest logit, and cannot be drawn from."""
         return Categorical(vocab_size, tokens=tokens)
-
-    @staticmethod
-    def found(largest: list[int], vocab_size: int) -> Categorical:
-        """All mass on the tokens that a pass has found (see ``types.FindsLargest``). Raises RowsFailed for -1."""
-        if min(largest, default=0) < 0:
-            raise RowsFailed([r for r, token in enumerate(largest) if token < 0])
-        return Categorical.greedy(largest, vocab_size)
 
     @staticmethod
     def of(logits: Values) -> Categorical:
@@ -93,7 +86,7 @@ class Categorical:
 
     @property
     def tokens(self) -> Tensor | None:
-        """int64 [R]: each row's certain token; None where rows are distributions."""
+        """int64 [R]: each row's certain token (-1: none can be drawn); None where rows are distributions."""
         if isinstance(self._tokens, list):
             self._tokens = torch.tensor(self._tokens)
         return self._tokens
@@ -171,16 +164,18 @@ class Categorical:
         return self.probabilities[rows], None if self.ids is None else self.ids[rows]
 
     def argmax(self) -> Tensor:
-        """int64 [R]: the likeliest token, the lowest id on ties."""
-        if self.tokens is not None:
-            return self.tokens
-        found = argmax(self._columns)
-        return self._token_of(torch.tensor(found) if isinstance(found, list) else found)
+        """int64 [R]: the likeliest token, the lowest id on ties. Raises RowsFailed for rows without one."""
+        found = self._tokens if self._tokens is not None else argmax(self._columns)
+        columns = torch.tensor(found) if isinstance(found, list) else found
+        if bool((columns < 0).any()):
+            raise RowsFailed(torch.nonzero(columns < 0)[:, 0].tolist())
+        return self._token_of(columns)
 
     def draw(self, keys: Tensor) -> Tensor:
-        """One token a row by Gumbel-max: the same token from the same key whatever the form. int64 [R] -> [R]."""
-        if self.tokens is not None:
-            return self.tokens
+        """One token a row by Gumbel-max: the same token from the same key whatever the form. int64 [R] -> [R].
+        Raises OutriderError for rows that cannot be drawn from."""
+        if self.is_greedy:
+            return self.argmax()
         return self._token_of(gumbel_argmax(self.logits, keys, self.ids))
 
     def pick(self, uniforms: Tensor) -> Tensor:
@@ -327,26 +322,18 @@ def _core_form(logits: Values | None, ids: Tensor | Integers | None, limits: Lim
 
 
 def argmax(scores: Values) -> Tensor | list[int]:
-    """The first of the largest of each row: R numbers, or int64 [R] where the scores are on another device.
-
-    numpy's is several times faster than torch's on a CPU. Raises RowsFailed where the largest is no number: both
-    libraries take NaN for the largest.
-    """
+    """The first of the largest of each row: R numbers, or int64 [R] where the scores are on another device. -1 where
+    the largest is no number: both libraries take NaN for the largest. numpy's is several times faster on a CPU."""
     if isinstance(scores, Tensor):
         if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
-            found_there = scores.argmax(1)
-            check_rows(scores.gather(1, found_there[:, None]))
-            return found_there
+            best = scores.max(1)
+            return torch.where(torch.isfinite(best.values), best.indices, -1)
         scores = scores.numpy()
     found: list[int] = scores.argmax(1).tolist()
-    bad = [r for r, column in enumerate(found) if not isfinite(scores.item(r, column))]
-    if bad:
-        raise RowsFailed(bad)
-    return found
+    return [column if isfinite(scores.item(r, column)) else -1 for r, column in enumerate(found)]
 
 
-def check_rows(logits: Tensor) -> None:
-    """Raise RowsFailed for rows with NaN or +inf, or with nothing but -inf. [R, S]"""
+def failed_rows(logits: Tensor) -> list[int]:
+    """Rows with NaN or +inf, or with nothing but -inf, which cannot be drawn from. [R, S]"""
     finite = torch.isfinite(logits.amax(1))
-    if not bool(finite.all()):
-        raise RowsFailed(torch.nonzero(~finite)[:, 0].tolist())
+    return [] if bool(finite.all()) else torch.nonzero(~finite)[:, 0].tolist()

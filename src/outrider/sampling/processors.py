@@ -137,8 +137,7 @@ def process(
     ``context`` each row belongs to (None: row r to request r); depth int64 [R], drafted int64 [B, K]: row r follows the
     first ``depth[r]`` drafted tokens of its request, which count for its penalties like its history (None: it follows
     the history alone).
-    Raises InvalidRequest for a logit bias on a token that the vocabulary does not have, RowsFailed for greedy rows
-    without a largest logit.
+    Raises InvalidRequest for a logit bias on a token that the vocabulary does not have.
     """
     params, size = context.params, logits.shape[1]
     if context.greedy and not context.changed:

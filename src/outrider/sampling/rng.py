@@ -221,8 +221,10 @@ def _largest_score(logits: npt.NDArray[np.floating], keys: _Words, ids: _Words |
     """Winners of a few rows: scores in float32, a piece of the columns at a time, then the close ones in float64."""
     n, width = logits.shape
     peak = logits.max(1)
-    if not (peak < np.inf).all():
-        raise OutriderError("logits must be numbers, got NaN or +inf; the model's weights or its input are damaged")
+    if not np.isfinite(peak).all():
+        raise OutriderError(
+            "logits must be numbers, got NaN or +inf, or -inf for every token; the weights or the input are damaged"
+        )
     best = np.full(n, -np.inf, np.float32)
     lines: list[npt.NDArray[np.int64]] = []  # row and column of each score that may still be the largest
     for c in range(0, width, _CHUNK):

@@ -19,6 +19,7 @@ __all__ = ["Limits", "kept_tokens", "limited"]
 _SPARSE_SHARE = 4  # keep only the kept tokens where they are at most one in so many
 
 _STEP = 3.5  # top-p looks at tokens of at least exp(-2 * this) first, then lowers the bound by this until it has enough
+_NOTHING = np.zeros(0, np.int64)
 _BLOCK = 64  # columns summarised by their maximum when few of many are wanted
 
 
@@ -39,7 +40,8 @@ class Limits:
 
 
 def limited(logits: Tensor, limits: Limits) -> tuple[Tensor, Tensor | None]:
-    """What ``limits`` leave of R rows: logits [R, S], and the tokens of their columns [R, S] where few are left."""
+    """What ``limits`` leave of R rows: logits [R, S], and the tokens of their columns [R, S] where few are left. Where
+    truncation meets NaN or infinity it leaves no token: such a row cannot be drawn from."""
     if limits.temperatures is not None:
         logits = logits / torch.from_numpy(limits.temperatures).to(logits)[:, None]
     k, p, min_p = limits.top_k, limits.top_p, limits.min_p
@@ -50,8 +52,9 @@ def limited(logits: Tensor, limits: Limits) -> tuple[Tensor, Tensor | None]:
     if not len(cut):  # none of these rows is truncated
         return logits, None
     rows = logits.cpu().numpy()
-    kept = [kept_tokens(rows[r], int(k[r]), float(p[r]), float(min_p[r])) for r in cut]
-    width = max(len(ids) for ids in kept)
+    finite = np.isfinite(rows.max(1))
+    kept = [kept_tokens(rows[r], int(k[r]), float(p[r]), float(min_p[r])) if finite[r] else _NOTHING for r in cut]
+    width = max(1, *(len(ids) for ids in kept))
     if len(cut) < len(rows) or width * _SPARSE_SHARE > size:
         dense = np.full_like(rows, -np.inf) if len(cut) == len(rows) else rows.copy()
         dense[cut] = -np.inf

@@ -40,7 +40,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from outrider.sampling.distribution import Categorical, Processed, check_rows, settled
+from outrider.errors import OutriderError, RowsFailed
+from outrider.sampling.distribution import Categorical, Processed, failed_rows, settled
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
 
 __all__ = [
@@ -112,15 +113,20 @@ def verify(target: Processed, proposal: Proposal, keep: Sequence[int], context: 
     target: the distributions after ``process``, sum(keep + 1) of them: row b's first follows ``context.history[b]``,
     its next ones each verified draft. keep [B], at most ``proposal.lengths``. The rule is each request's
     ``effective_rule``. ``proposal.distribution`` may leave out rows at the end that keep nothing. Results are on the
-    CPU. Raises RowsFailed for logits that cannot be sampled from.
+    CPU. Raises RowsFailed for rows of ``target`` that cannot be sampled from, where a text gets there; OutriderError
+    for such rows of the drafter.
     """
-    if not target.is_greedy:
-        check_rows(target.logits)
     target = settled(target)
     if target.is_greedy:
         if not proposal.width:  # plain decoding
-            return Verification.of_lists([0] * len(target), [[token] for token in target.certain])
+            draws = target.certain
+            if min(draws) < 0:
+                raise RowsFailed([r for r, token in enumerate(draws) if token < 0])
+            return Verification.of_lists([0] * len(draws), [[token] for token in draws])
         return _verify_greedy(target.certain, proposal.arrays[0].tolist(), keep)
+    failed = failed_rows(target.logits)
+    if failed:
+        return _verify_up_to(failed, target, proposal, keep, context, rng)
     whole = DraftRound.of(target, proposal, keep)
     rules = [
         p.effective_rule if p.temperature else "coupled" for p in context.params
@@ -152,16 +158,48 @@ def verify(target: Processed, proposal: Proposal, keep: Sequence[int], context: 
 
 
 def _verify_greedy(draws: list[int], drafts: list[list[int]], keep: Sequence[int]) -> Verification:
-    """Accept drafts that are the target's argmax. draws [R], drafts [B, K]; plain lists are fastest for so few."""
+    """Accept drafts that are the target's argmax. draws [R], drafts [B, K]; plain lists are fastest for so few.
+
+    A draw of -1 (no number) ends its request where the text gets to it, and not before: a draft that leads to it is
+    given as the bonus token of the row before, so that the next round begins there."""
     accepted, tokens, start = [], [], 0
+    failed = []
     for row, count in zip(drafts, keep, strict=True):
         same = 0
         while same < count and row[same] == draws[start + same]:
             same += 1
+        if draws[start + same] < 0:
+            if not same:
+                failed.append(start)
+            same = max(same - 1, 0)
         accepted.append(same)
         tokens.append([*row[:same], draws[start + same], *row[same:]])
         start += count + 1
+    if failed:
+        raise RowsFailed(failed)
     return Verification.of_lists(accepted, tokens)
+
+
+def _verify_up_to(
+    failed: list[int], target: Categorical, proposal: Proposal, keep: Sequence[int], context: Context, rng: Rng
+) -> Verification:
+    """``verify`` where the ``failed`` rows of ``target`` cannot be sampled from: no draft after such a row is verified,
+    and one that leads to it is given as ``_verify_greedy`` does. Lossless under every rule, since whether draft j + 1
+    is verified may depend on the drafts up to j."""
+    starts = np.cumsum([0, *(count + 1 for count in keep)])[:-1].tolist()
+    shorter = [
+        min([count, *(row - start for row in failed if start <= row)])
+        for start, count in zip(starts, keep, strict=True)
+    ]
+    rows = [start + depth for start, count in zip(starts, shorter, strict=True) for depth in range(count + 1)]
+    logits = target.logits.clone()
+    logits[failed] = 0.0  # what is drawn from these is not used
+    some = Categorical(target.vocab_size, logits=logits, ids=target.ids).take(torch.tensor(rows))
+    accepted, tokens = verify(some, proposal, shorter, context, rng).lists
+    reached = [b for b, (start, n) in enumerate(zip(starts, accepted, strict=True)) if start + n in failed]
+    if any(not accepted[b] for b in reached):
+        raise RowsFailed([starts[b] for b in reached if not accepted[b]])
+    return Verification.of_lists([n - (b in reached) for b, n in enumerate(accepted)], tokens)
 
 
 # ------------------------------------------------------------------------------------------------ coupled and greedy
@@ -214,6 +252,11 @@ def acceptance_probabilities(round: DraftRound, block: npt.NDArray[np.bool_]) ->
         p[row, depth] = _probability(round.target, round.starts[row] + depth, tokens)
         if round.distribution is not None:
             q[row, depth] = _probability(round.distribution, round.drafted[row] + depth, tokens)
+            if np.isnan(q).any():
+                raise OutriderError(
+                    "the drafter's logits hold NaN or infinity, expected numbers: its weights are damaged, or its "
+                    "dtype is too narrow for it; check its files, or use another drafter"
+                )
     ratio = p / np.maximum(q, _TINY)
     probability = np.minimum(ratio, 1)
     scale = np.ones((len(ratio), ratio.shape[1] + 1))
