@@ -84,6 +84,31 @@ def test_a_stream_that_is_closed_or_dropped_before_its_first_event_leaves_nothin
     assert llm.stats()["requests"] == 0
 
 
+def test_events_that_are_read_twice_are_cancelled_when_both_are_dropped(llm: LLM) -> None:
+    run = llm.run("abc", params(12))
+    first, second = run.events(), run.events()
+    next(first)
+    del first
+    assert sum(len(event.pieces) for event in second) == 12
+    assert run.output().finish_reason == "length"
+    run = llm.run("abc", params(50))
+    streams = [run.events(), run.events()]
+    del streams
+    gc.collect()
+    assert not llm.engine.busy and run.output().finish_reason == "cancelled"
+
+
+def test_the_output_of_a_run_is_its_whole_answer(llm: LLM) -> None:
+    """Whether its events were read or not; it had been called cancelled, and was empty."""
+    expected = llm.generate("abc", params(12))[0]
+    run = llm.run("abc", params(12))
+    events = run.events()
+    next(events)
+    for output in (run.output(), llm.run("abc", params(12)).output()):
+        assert (output.text, output.finish_reason) == (expected.text, "length")
+    assert len(list(events)) > 0
+
+
 def test_a_longer_context_grows_the_cache_of_the_same_engine() -> None:
     """Also while another request runs: its text goes on as if nothing had happened."""
     llm = _loaded().with_drafter("ngram")

@@ -108,12 +108,14 @@ def _one(model: ScheduledModel, params: SamplingParams, prompt: str, chat: bool,
         figures(output)
         write_json(json, output_record(output))
 
+    events = run.events()
     try:
-        for event in run.events():
+        for event in events:
             written += len(event.text)
             text.write(event.text)
             text.flush()
     except KeyboardInterrupt:  # show and write what was generated so far
+        events.close()
         finish()
         raise
     finish()

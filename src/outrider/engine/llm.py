@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from weakref import ref
 
 import numpy as np
 from torch import Tensor
@@ -27,7 +28,7 @@ from outrider.engine.engine import Engine
 from outrider.engine.loader import EMBEDDED, LoadedModel, check_draft_tokens, load_drafter, load_model, load_policy
 from outrider.engine.memory import default_memory
 from outrider.engine.request import Request
-from outrider.engine.stream import EventStream
+from outrider.engine.stream import EventStream, Hold
 from outrider.engine.turns import Alone, at_once
 from outrider.errors import InvalidRequest
 from outrider.files import read_json_lines
@@ -306,16 +307,26 @@ class Run:
 
     def __init__(self, llm: LLM, prompt: Prompt, request: Request) -> None:
         self._llm, self._prompt, self._request = llm, prompt, request
-        self._first: EventStream | None = EventStream(llm.engine, request)  # cancels when dropped
+        self._unread: Hold | None = Hold(llm.engine, request)
+        self._hold = ref(self._unread)
 
     def events(self) -> EventStream:
-        """Its events from the first one on."""
-        stream, self._first = self._first, None
-        return stream or EventStream(self._llm.engine, self._request)
+        """Its events from the first one on. Once all such iterators are dropped, the request is cancelled."""
+        hold = self._hold()
+        if hold is None:
+            hold = Hold(self._llm.engine, self._request)
+            self._hold = ref(hold)
+        self._unread = None
+        return EventStream(hold)
 
     def output(self) -> Output:
-        """The request as it stands: finished, or cut off where it was cancelled."""
-        return self._llm._output(self._prompt, self._request)
+        """The finished request, which is run to its end first; as it stands where it was cancelled. Raises its error
+        where it failed."""
+        request = self._request
+        self._llm.engine.advance(lambda: request.finish_reason is not None or request.cancelled is not None)
+        if request.error is not None:
+            raise request.error
+        return self._llm._output(self._prompt, request)
 
 
 def _resolve_auto(loaded: LoadedModel, alone: Alone | None) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 from outrider.engine.request import Request
 from outrider.types import Event
 
-__all__ = ["EventStream"]
+__all__ = ["EventStream", "Hold"]
 
 
 class _Engine(Protocol):
@@ -18,12 +18,22 @@ class _Engine(Protocol):
     def cancel(self, request: Request, reason: str = "cancelled") -> None: ...
 
 
-class EventStream:
-    """An iterator over a request's events, the last one with its ``finish_reason``. Raises the request's error where it
-    failed. Closing it, or dropping it unread, cancels the request."""
+class Hold:
+    """Keeps a request going: once nobody has its hold any more, the request is cancelled unless it has finished."""
 
     def __init__(self, engine: _Engine, request: Request) -> None:
-        self._engine, self.request = engine, request
+        self.engine, self.request = engine, request
+
+    def __del__(self) -> None:
+        self.engine.cancel(self.request)
+
+
+class EventStream:
+    """An iterator over a request's events, the last one with its ``finish_reason``. Raises the request's error where it
+    failed. Closing it cancels the request, and so does dropping the last stream of its hold unread."""
+
+    def __init__(self, hold: Hold) -> None:
+        self._hold, self._engine, self.request = hold, hold.engine, hold.request
         self._read = 0
         self._reading = Lock()  # several threads may share a stream: each event goes to one of them
 
@@ -52,7 +62,4 @@ class EventStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
