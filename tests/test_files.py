@@ -20,7 +20,7 @@ from outrider.training.report import read_log
 
 
 def test_byte_order_marks_blank_lines_and_gzip(tmp_path: Path) -> None:
-    raw = codecs.BOM_UTF8 + b'{"a": "\xe2\x80\xa8"}\r\n\n' + codecs.BOM_UTF8 + b"\n" + codecs.BOM_UTF8 + b"[1]"
+    raw = 2 * codecs.BOM_UTF8 + b'{"a": "\xe2\x80\xa8"}\r\n\n' + codecs.BOM_UTF8 + b"\n" + codecs.BOM_UTF8 + b"[1]"
     for name, content in (("x.jsonl", raw), ("x.jsonl.gz", gzip.compress(raw))):
         (tmp_path / name).write_bytes(content)
         assert list(read_json_lines(tmp_path / name)) == [(1, {"a": "\u2028"}), (4, [1])]

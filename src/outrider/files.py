@@ -53,7 +53,9 @@ def read_json_lines(path: Path, expected: str = "a JSON value", holds: str = "li
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, raw in enumerate(file, 1):  # bytes end at \n alone: U+2028 may stand in a string
-                line = raw.removeprefix(codecs.BOM_UTF8)
+                line = raw
+                while line.startswith(codecs.BOM_UTF8):
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, _parse(line, f"{path} line {number}", expected)
     except (OSError, EOFError, zlib.error) as error:  # what a damaged gzip file raises, and when
