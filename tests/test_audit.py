@@ -15,9 +15,11 @@ from outrider import LLM
 from outrider.cli import app
 from outrider.cli.audit import _prompts
 from outrider.config import SamplingParams
+from outrider.engine.loader import load_model
 from outrider.evaluation.speedup import default_prompt_files
-from outrider.proof import controls
+from outrider.proof import controls, equality
 from outrider.proof.certificate import Certificate, Check, Tier
+from outrider.proof.certify import Audit
 from outrider.proof.controls import CONTROLS, Control, sound_repetition
 from outrider.proof.enumeration import enumerate_texts
 from outrider.proof.equality import measured_rounding
@@ -64,9 +66,13 @@ def test_one_tier_can_be_chosen() -> None:
     assert result.exit_code == 0 and json.loads(result.stdout)["subject"]["drafters"] == ["ngram"]
 
 
-def test_bad_options_are_refused() -> None:
+def test_bad_options_are_refused(tmp_path: Path) -> None:
+    same = str(tmp_path / "report")
     for words, message in [
         (["--tier", "exakt"], "did you mean 'exact'"),
+        (["--drafter", "ngram, sufix"], "did you mean 'suffix'"),
+        (["--markdown", same, "--html", same], "--markdown and --html both name"),
+        (["--json", same, "--html", same], "--json and --html both name"),
         (["--policy", "fixt"], "did you mean 'fixed'"),
         (["--drafter", "ngramm"], "ngramm"),
         (["--seed", "-1"], "--seed"),
@@ -74,6 +80,22 @@ def test_bad_options_are_refused() -> None:
     ]:
         refused = RUN.invoke(app, ["audit", "--tier", "quick", *words])
         assert refused.exit_code == 2 and message in refused.output
+    unknown = RUN.invoke(app, ["audit", "--tier", "zzz"])
+    assert unknown.exit_code == 2 and unknown.output.count("statistical") == 1
+
+
+def test_texts_without_an_accepted_draft_are_said_to_show_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, said = load_model("embedded"), []
+
+    def checks(*given: object, **more: object) -> list[Check]:
+        found = [("suffix", 0), ("ngram", 2), ("none", 0)]
+        return [Check(f"greedy, {name}, policy fixed", True, "", {"accepted": n}) for name, n in found]
+
+    monkeypatch.setattr(equality, "equality_checks", checks)
+    names = ("suffix", "ngram", "none")
+    audit = Audit(loaded, names, ("fixed",), ((1, 2),), ("equality",), quick=True, progress=said.append)
+    assert audit.run().passed
+    assert [text.split()[4] for text in said if "no draft of" in text] == ["suffix"]
 
 
 # ------------------------------------------------------------------------------------------------ controls

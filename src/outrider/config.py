@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from outrider.errors import InvalidRequest, nearest
+from outrider.errors import InvalidRequest, closest, nearest
 
 __all__ = [
     "Grammar",
@@ -102,8 +102,8 @@ class Grammar:
     def __post_init__(self) -> None:
         if self.kind not in GRAMMARS:
             raise InvalidRequest(
-                f"a grammar's kind must be one of {', '.join(GRAMMARS)}, got {self.kind!r}; "
-                f"{nearest(str(self.kind), GRAMMARS)}"
+                f"a grammar's kind must be one of {', '.join(GRAMMARS)}, got {self.kind!r}"
+                f"{closest(str(self.kind), GRAMMARS)}"
             )
         if not isinstance(self.text, str):
             raise InvalidRequest(f"a grammar's text must be a string, got {type(self.text).__name__}")
@@ -218,7 +218,7 @@ class SamplingParams:
             refuse("grammar", "a Grammar or None")
         if self.rule is not None and self.rule not in RULES:
             raise InvalidRequest(
-                f"rule must be one of {', '.join(RULES)}, got {self.rule!r}; {nearest(str(self.rule), RULES)}"
+                f"rule must be one of {', '.join(RULES)}, got {self.rule!r}{closest(str(self.rule), RULES)}"
             )
         stop: tuple[Any, ...] = () if self.stop is None else (self.stop,)
         if not isinstance(self.stop, str):

@@ -25,6 +25,7 @@ __all__ = [
     "OutriderError",
     "RowsFailed",
     "UnknownKind",
+    "closest",
     "nearest",
     "reading_config",
 ]
@@ -73,8 +74,13 @@ class UnknownKind(OutriderError, ValueError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an unknown word: the closest known one, else all of them."""
     names = sorted(known)
-    close = get_close_matches(str(word), names, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of: {', '.join(names)}"
+    return closest(word, names).removeprefix("; ") or f"expected one of: {', '.join(names)}"
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """The end of a message that lists all known words already: the closest one, where there is one."""
+    close = get_close_matches(str(word), sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from outrider.cli.common import (
     JsonFile,
     check_writable,
     command,
+    drafters_named,
     human,
     is_chat_model,
     load_target_model,
@@ -24,7 +25,7 @@ from outrider.cli.common import (
     write_json,
     write_text,
 )
-from outrider.errors import InvalidRequest, OutriderError, nearest
+from outrider.errors import InvalidRequest, OutriderError, closest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,8 @@ def audit(
     drafter: Annotated[
         list[str] | None,
         typer.Option(
-            "--drafter", help="A name or a directory. May be repeated. Default: all that the model comes with."
+            "--drafter",
+            help="A name or a directory, or several with commas. May be repeated. Default: all the model comes with.",
         ),
     ] = None,
     policy: Annotated[
@@ -118,9 +120,7 @@ def audit(
     from outrider.proof.certify import TIERS, Audit
 
     console = human(json)
-    for option, path in (("--markdown", markdown), ("--html", html)):
-        if path is not None:
-            check_writable(option, path)
+    _check_files(markdown, html, None if json in (None, "-") else Path(json))
     if self_test:
         _self_test(console, repetitions, json)
         return
@@ -136,12 +136,12 @@ def audit(
     chosen = tier or ["all"]
     for name in chosen:
         if name not in CHOICES:
-            raise InvalidRequest(f"--tier must be one of {', '.join(CHOICES)}, got {name!r}; {nearest(name, CHOICES)}")
+            raise InvalidRequest(f"--tier must be one of {', '.join(CHOICES)}, got {name!r}{closest(name, CHOICES)}")
     loaded = load_target_model(model, dtype, backend)
     named = set(chosen) - {"all", "quick"}
     plan = Audit(
         loaded,
-        tuple(drafter or _drafters_of(loaded)),
+        tuple(chain.from_iterable(map(drafters_named, drafter or _drafters_of(loaded)))),
         tuple(policy or ()),
         _prompts(loaded, prompts),
         tuple(name for name in TIERS if name in named or not named),
@@ -153,6 +153,18 @@ def audit(
     certificate = plan.run()
     _show(console, certificate)
     _write(certificate, markdown, html, json)
+
+
+def _check_files(markdown: Path | None, html: Path | None, json: Path | None) -> None:
+    """Raises InvalidRequest for files that cannot be written, and for one that two results would be written to."""
+    taken: dict[Path, str] = {}
+    for option, path in (("--json", json), ("--markdown", markdown), ("--html", html)):
+        if path is None:
+            continue
+        check_writable(option, path)
+        first = taken.setdefault(path.resolve(), option)
+        if first != option and (path.is_file() or not path.exists()):  # a device takes any number
+            raise InvalidRequest(f"{first} and {option} both name {path}; give each a file of its own")
 
 
 def _audit_server(

@@ -57,6 +57,7 @@ __all__ = [
     "command",
     "complain",
     "describe",
+    "drafters_named",
     "figures",
     "human",
     "is_chat_model",
@@ -165,8 +166,8 @@ class ModelOptions:
     @property
     def drafters(self) -> str | list[str]:
         """One drafter, or several that were separated by commas."""
-        names = [name.strip() for name in self.drafter.split(",")]
-        return self.drafter if len(names) == 1 or Path(self.drafter).exists() else names
+        names = drafters_named(self.drafter)
+        return self.drafter if len(names) == 1 else names
 
     def running(self) -> dict[str, Any]:
         """How much is drafted, and the memory, as ``LLM`` takes them."""
@@ -448,6 +449,11 @@ def human(json_file: str | None) -> Console:
     if json_file is not None and json_file != "-":
         check_writable("--json", Path(json_file), ", or '-'")
     return _Output(stderr=json_file == "-", highlight=False, emoji=False)  # names may hold ":a:"
+
+
+def drafters_named(text: str) -> list[str]:
+    """Names that are separated by commas, unless they are one path."""
+    return [text] if Path(text).exists() else [name.strip() for name in text.split(",")]
 
 
 def check_writable(option: str, path: Path, other: str = "") -> None:

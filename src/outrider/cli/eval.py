@@ -92,7 +92,7 @@ def evaluate(
     """
     from outrider.config import RULES
     from outrider.engine.cost_tables import machine
-    from outrider.errors import nearest
+    from outrider.errors import closest
     from outrider.evaluation.drafter_quality import Config
     from outrider.evaluation.drafter_quality import evaluate as run
     from outrider.evaluation.plots import available
@@ -102,7 +102,7 @@ def evaluate(
 
     console = human(json)
     if rule not in RULES:
-        raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {rule!r}; {nearest(rule, RULES)}")
+        raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {rule!r}{closest(rule, RULES)}")
     check_measurement(draft_tokens, temperature)
     wrong = [value for value in threshold or () if not 0 <= value <= 1]
     if wrong:

@@ -149,7 +149,15 @@ class Audit:
         checks = equality.equality_checks(
             plain, others, self._texts, max_tokens=self._size.max_tokens, seed=1000 * self.seed
         )
-        return run_tier("equality", equality.METHOD, checks, self.progress)
+        tier = run_tier("equality", equality.METHOD, checks, self.progress)
+        for name in self.drafters:
+            mine = [check for check in tier.checks if f", {name}, policy " in check.name]
+            if mine and not any(check.figures["accepted"] for check in mine) and self._drafter(name).block:
+                self.progress(
+                    f"equality: no draft of {name} was accepted, so its texts say nothing of accepted drafts; give "
+                    "--prompts that it drafts well for, or audit without --tier quick"
+                )
+        return tier
 
     def _statistical(self) -> Tier:
         toys = statistical.toy_settings(self.quick, self.seed)
