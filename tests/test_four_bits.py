@@ -19,7 +19,12 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.core import native
 from outrider.drafters.base import load_net
 from outrider.errors import CheckpointError, InvalidRequest
+from outrider.evaluation.conversion import convert
 from outrider.models.decoder import DecoderTarget
+from outrider.training.artefact import Artefact
+from outrider.training.export import Config as ExportConfig
+from outrider.training.export import export
+from outrider.training.handover import hand_over
 from outrider.training.networks.four_bits import rounded
 from outrider.training.run import Config, learn
 
@@ -127,6 +132,28 @@ def test_a_rounded_head_caps_its_logits_as_the_target_does() -> None:
     net = load_net(replace(checkpoint, tensors=tensors, four_bits=four_bits), target, backend, torch.float32)
     states = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1)) * 20
     torch.testing.assert_close(net.unembed(states), torch.tanh(states @ head.T / 5) * 5)
+
+
+def test_other_forms_have_the_targets_own_head_again(tmp_path: Path) -> None:
+    """A stored head would draft without the cap of the target's logits, and from rounded rows."""
+    checkpoint = in_four_bits(make_checkpoint(DESIGNS["dflash"], decoder=WIDE))
+    head, scales = rounded(torch.randn(checkpoint.vocab_size, WIDTH), torch.eye(WIDTH).double())
+    tensors, four_bits = {**checkpoint.tensors, "head.weight": head}, {**checkpoint.four_bits, "head.weight": scales}
+    folder = tmp_path / "run" / "drafter"
+    checkpoints.save(replace(checkpoint, tensors=tensors, four_bits=four_bits), folder, "outrider", {})
+    nothing: dict[str, Any] = {"sha256": "", "settings": {}, "sources": {}, "facts": {}, "seconds": 0, "versions": {}}
+    made = Artefact(tmp_path / "run", "run", "", None, {"lineage": {}} | nothing)
+    hand_over(str(folder), "vllm", tmp_path / "handed over", "a/target")
+    written = [
+        convert(folder, tmp_path / "converted", "speculators").folder,
+        tmp_path / "handed over" / "drafter",
+        export(ExportConfig(), made, tmp_path / "exported", "a/target"),
+        export(ExportConfig(form="outrider", dtype="float32"), made, tmp_path / "wide", "a/target"),
+    ]
+    for copy in map(checkpoints.load, written):
+        assert "head.weight" not in copy.tensors and not copy.four_bits
+    kept = export(ExportConfig(form="outrider"), made, tmp_path / "kept", "a/target")
+    assert "head.weight" in checkpoints.load(kept).four_bits
 
 
 @pytest.mark.skipif(native is None, reason="needs the compiled core")

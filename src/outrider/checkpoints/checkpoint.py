@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -216,6 +216,12 @@ class DraftCheckpoint:
         """The weights that the stack itself runs, without embedding and head."""
         names = weight_shapes(self.stack(head=False))
         return {name: tensor for name, tensor in self.tensors.items() if name in names and name != "embed.weight"}
+
+    def in_floating_point(self) -> DraftCheckpoint:
+        """Without anything in 4 bits, as other formats have it. A head in 4 bits is the target's, rounded: it goes, so
+        that the target's own serves again, with the cap of its logits."""
+        tensors = {name: t for name, t in self.tensors.items() if name != "head.weight" or name not in self.four_bits}
+        return replace(self, tensors=tensors, four_bits={})
 
     def layers_for(self, spec: TargetSpec) -> tuple[int, ...]:
         """The target's layers it reads, by its design's convention where the file names none."""

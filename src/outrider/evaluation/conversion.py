@@ -84,6 +84,8 @@ def convert(
     original = checkpoints.load(source)
     if target_layers is not None:
         original = replace(original, target_layers=target_layers)
+    if to != "outrider":
+        original = original.in_floating_point()
     filled = original if target_folder is None else _fill_from_target(original, target_folder, to, target)
     measured: list[Acceptance] = []
 

@@ -60,8 +60,9 @@ def export(config: Config, drafter: Artefact, out: Path, target: str, *, evaluat
         write_json(folder / "provenance.json", provenance)
         shape = {"kind": "draft_model"}
     else:
-        checkpoint = _prepared(config, checkpoints.load(source), target)
+        checkpoint = checkpoints.load(source)
         form = checkpoints.default_format(checkpoint.design) if config.form == "auto" else config.form
+        checkpoint = _prepared(config, checkpoint, form, target)
         checkpoints.save(checkpoint, folder, form, provenance, int8=config.dtype == "int8")
         shape = _shape(checkpoint)
     name = config.target_name or (made_for or {}).get("name", public_name(target))
@@ -69,15 +70,17 @@ def export(config: Config, drafter: Artefact, out: Path, target: str, *, evaluat
     return folder
 
 
-def _prepared(config: Config, checkpoint: DraftCheckpoint, target: str) -> DraftCheckpoint:
+def _prepared(config: Config, checkpoint: DraftCheckpoint, form: str, target: str) -> DraftCheckpoint:
+    if form != "outrider" or config.dtype in DTYPES:
+        checkpoint = checkpoint.in_floating_point()
     if config.target_name is not None:
         checkpoint = replace(checkpoint, target=replace(checkpoint.target, name=config.target_name))
-    if config.form == "deepspec":
+    if form == "deepspec":
         checkpoint = Frozen(checkpoint, load_target(target)).filled(checkpoint)
     if config.dtype in DTYPES:
         dtype = DTYPES[config.dtype]
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in checkpoint.tensors.items()}
-        checkpoint = replace(checkpoint, tensors=tensors, four_bits={})
+        checkpoint = replace(checkpoint, tensors=tensors)
     return checkpoint
 
 

@@ -132,7 +132,7 @@ def hand_over(
     folder = resolve_model(drafter_location(drafter, target))
     config = None if folder.is_file() else read_json(folder / "config.json")
     trained = config is not None and checkpoints.recognise(config) is not None
-    checkpoint = checkpoints.load(folder) if trained else None
+    checkpoint = checkpoints.load(folder).in_floating_point() if trained else None
     if checkpoint is not None:
         _check_layers(checkpoint)
     else:
