@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from torch import nn
 
 from outrider import LLM, SamplingParams, checkpoints
+from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.models.locations import resolve_model
 from outrider.training.dataset import Text, TextSampler, pack, read_texts
@@ -277,6 +279,46 @@ def test_training_goes_on_from_a_drafter_of_the_same_kind_and_layers(stage: Path
     shutil.copy(tmp_path / "then" / "drafter" / "model.safetensors", tmp_path / "copy")
     with pytest.raises(ArtefactError, match="made with another start_from"):
         run(moved, stage, tmp_path / "then", "embedded")
+
+
+def test_a_start_keeps_an_embedding_and_a_head_of_its_own_and_the_order_of_its_vocabulary(tmp_path: Path) -> None:
+    llm = LLM("embedded", "none", dtype="float32")
+    options = {**SMALL, "kind": "dflash", "drafter": {"target_layers": [2, 5], "intermediate_size": 64}}
+    new = trainable(Config(**options), llm)
+    fresh: DraftCheckpoint = new.snapshot()  # type: ignore[operator]
+
+    def started(name: str, changes: dict[str, Any], **more: Any) -> DraftCheckpoint:
+        given = replace(fresh, **{**changes, "tensors": {**fresh.tensors, **changes.get("tensors", {})}})
+        folder = str(checkpoints.save(given, tmp_path / name, "outrider", {}))
+        drafter = {**options["drafter"], **more}
+        made: Any = trainable(Config(**{**options, "drafter": drafter, "start_from": folder}), llm)
+        snapshot: DraftCheckpoint = made.snapshot()
+        for tensor, own in (("head.weight", made.frozen.head), ("embed.weight", made.frozen.embed(torch.arange(4096)))):
+            assert torch.equal(snapshot.tensors.get(tensor, own), own)  # trained with what is stored
+        return snapshot
+
+    copies: DraftCheckpoint = new.frozen.filled(fresh)  # type: ignore[operator, union-attr]
+    narrow = {name: tensor.bfloat16() for name, tensor in copies.tensors.items()}
+    assert started("copies", {"tensors": narrow}).tensors.keys() == fresh.tensors.keys()
+    generator = torch.Generator().manual_seed(0)
+    own = {name: torch.randn(4096, 256, generator=generator) for name in ("embed.weight", "head.weight")}
+    kept = started("own", {"tensors": own, "frozen_embedding": False})
+    assert not kept.frozen_embedding and all(torch.equal(kept.tensors[name], own[name]) for name in own)
+    order = torch.randperm(4096, generator=generator)[:100]
+    few = {"d2t": order - torch.arange(100), "head.weight": own["head.weight"][:100]}
+    reduced: dict[str, Any] = {"draft_vocab_size": 100, "tensors": few}
+    kept = started("reduced", reduced, draft_vocab=100)
+    assert all(torch.equal(kept.tensors[name], few[name]) for name in few)
+
+    decoder = {**fresh.decoder, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    masks = {"design": replace(fresh.design, mask_token_id=9)}  # type: ignore[type-var]
+    for name, changes, message in (
+        ("vocabulary", reduced, "has draft_vocab 100, the drafter to be trained 4096; give the options"),
+        ("mask", masks, "has mask_token_id 9, the drafter to be trained"),
+        ("rotations", {"decoder": decoder}, "layers of another rotary embedding, window"),
+    ):
+        with pytest.raises(InvalidRequest, match=message):
+            started(name, changes)
 
 
 def test_a_run_refuses_changed_answers(stage: Path, tmp_path: Path) -> None:

@@ -60,10 +60,12 @@ def second_moments(module: TrainableNet, batches: Iterable[FeatureBatch]) -> dic
 
 
 def in_four_bits(module: TrainableNet, moments: Mapping[str, Tensor]) -> DraftCheckpoint:
-    """The drafter with the matrices of its layers, and its head, in 4 bits."""
+    """The drafter with the matrices of its layers in 4 bits, and the target's head, unless it has one of its own."""
     checkpoint = module.snapshot()
     tensors, scales = dict(checkpoint.tensors), {}
     for name, sums in moments.items():
+        if name == HEAD and HEAD in tensors:
+            continue
         matrix = module.frozen.head if name == HEAD else tensors[name]
         tensors[name], scales[name] = rounded(matrix.float(), sums.to(matrix.device))
     return replace(checkpoint, tensors=tensors, four_bits=scales)

@@ -5,7 +5,8 @@ n rows, D width, V target vocabulary, Vd draft vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ __all__ = ["Frozen", "fill"]
 PROBE = 2.0**-6  # small enough for a soft cap to be linear, and a power of two so that nothing is rounded
 LARGE = 2.0**14  # a logit that any soft cap is far below
 CHUNK = 256
+COPY = 2.0**-7  # relative difference up to which a matrix is a copy of the target's: bfloat16's
+LENGTHS = ("block_size", "depth")  # of a round: all else in a design is part of what was learnt
 
 
 class Frozen:
@@ -82,6 +85,23 @@ class Frozen:
 
     # -------------------------------------------------------------------------------------------- weights
 
+    def starting_from(self, checkpoint: DraftCheckpoint) -> Frozen:
+        """With the order of the checkpoint's draft vocabulary, and its embedding and head where they are no copies of
+        the target's."""
+        device = self.head.device
+        given = replace(self._given, tensors={**self._given.tensors, **_some(checkpoint, "d2t", device=device)})
+        ordered = Frozen(given, self._target)
+        theirs = ordered.filled(replace(given, tensors={})).tensors
+        own = {
+            name: tensor
+            for name, tensor in _some(checkpoint, "embed.weight", "head.weight", device=device).items()
+            if name not in checkpoint.four_bits and (theirs[name] - tensor).norm() > COPY * tensor.norm()
+        }
+        if not own:
+            return ordered
+        kept = replace(given, tensors={**given.tensors, **own}, frozen_embedding=checkpoint.frozen_embedding)
+        return Frozen(kept, self._target)
+
     def fill(self, module: nn.Module) -> None:
         """Copy the checkpoint's weights into the module; a new checkpoint has none."""
         tensors = self._given.tensors
@@ -105,8 +125,9 @@ class Frozen:
 
 
 def fill(module: nn.Module, checkpoint: DraftCheckpoint, name: str) -> None:
-    """Copy a checkpoint's weights into a network of the same kind, target layers and shape. Raises InvalidRequest
-    naming the first difference; ``name`` is the checkpoint's."""
+    """Copy a checkpoint's weights into a network of the same kind, target layers and shape, which then also has the
+    checkpoint's own embedding and head. Raises InvalidRequest naming the first difference; ``name`` is the
+    checkpoint's."""
     trained = module.snapshot()  # type: ignore[operator]
     kind = trained.kind if isinstance(trained, DraftCheckpoint) else "draft_model"
     if checkpoint.kind != kind:
@@ -135,6 +156,33 @@ def fill(module: nn.Module, checkpoint: DraftCheckpoint, name: str) -> None:
                     f"{list(parameter.shape)}, it has {got}; give the options it was trained with"
                 )
             parameter.copy_(given)
+    if isinstance(trained, DraftCheckpoint):
+        _check_same(trained, checkpoint, name)
+        module.frozen = module.frozen.starting_from(checkpoint)  # type: ignore[operator, union-attr]
+
+
+def _check_same(trained: DraftCheckpoint, checkpoint: DraftCheckpoint, name: str) -> None:
+    """Raise InvalidRequest where the same weights would draft something else."""
+    facts = [
+        {"draft_vocab": one.draft_vocab_size, **asdict(one.design)}  # type: ignore[call-overload]
+        for one in (checkpoint, trained)
+    ]
+    for what, got in facts[0].items():
+        if what not in LENGTHS and got != (expected := facts[1][what]):
+            raise InvalidRequest(
+                f"{name} has {what} {got}, the drafter to be trained {expected}; give the options it was trained with"
+            )
+    mine, theirs = (one.stack(head=False) for one in (trained, checkpoint))
+    if (mine.layers, mine.norm_eps, mine.activation) != (theirs.layers, theirs.norm_eps, theirs.activation):
+        raise InvalidRequest(
+            f"{name} has layers of another rotary embedding, window, norm or activation than those to be trained, "
+            "which follow the target's config.json; start from another"
+        )
+
+
+def _some(checkpoint: DraftCheckpoint, *names: str, device: torch.device) -> Mapping[str, Tensor]:
+    """Those of the tensors that the checkpoint has."""
+    return {name: checkpoint.tensors[name].to(device) for name in names if name in checkpoint.tensors}
 
 
 def _neutral(name: str) -> str:
