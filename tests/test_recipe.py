@@ -161,6 +161,8 @@ def test_answers_that_fill_the_context_are_refused_before_anything_runs(recipe: 
     ("changes", "message"),
     [
         (["run.drafter.target_layers=[2, 99]"], r"\[run\] target_layers: layer 99 cannot be read"),
+        (["run.drafter.mask_token_id=4096"], r"\[run\] mask_token_id must be 0 to 4095, .* 4096 tokens; got 4096"),
+        (["run.drafter.draft_vocab=4097"], r"\[run\] draft_vocab must be 1 to 4096, .* got 4097"),
         (["run.drafter.target_layers=[7]"], r"layer 7 cannot be read; of the target's 8 layers those from 0 to 6 can"),
         (['run={kind="mtp", length=48}', "features={layers=[7], length=48}"], r"\[features\] layers: layer 7 cannot"),
     ],

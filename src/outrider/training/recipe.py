@@ -223,6 +223,14 @@ def check_target(recipe: Recipe) -> None:
     sampling(configs["regenerate"], recipe.target)
     config = model_config(recipe.target)
     count: Any = (config.get("text_config") or config).get("num_hidden_layers")
+    vocabulary: Any = (config.get("text_config") or config).get("vocab_size")
+    for option, least, most in (("mask_token_id", 0, -1), ("draft_vocab", 1, 0)):
+        value = configs["run"].drafter.get(option)
+        if value is not None and vocabulary is not None and not least <= value <= vocabulary + most:
+            raise InvalidRequest(
+                f"[run] {option} must be {least} to {vocabulary + most}, as the target has {vocabulary} tokens; "
+                f"got {value}"
+            )
     named = {"[run] target_layers": configs["run"].drafter.get("target_layers")}
     if "features" in configs:
         named["[features] layers"] = configs["features"].layers
