@@ -35,7 +35,7 @@ class Config(BaseModel):
 
     form: Literal["auto", "speculators", "deepspec", "outrider"] = "auto"
     """speculators is the format that vLLM loads; deepspec also contains copies of the target's embedding and head;
-    outrider holds every kind. auto: speculators where it can hold the kind, else outrider."""
+    outrider holds every kind, and 4 bits. auto: speculators where it can hold the drafter, else outrider."""
     dtype: Literal["keep", "float32", "bfloat16", "int8"] = "keep"
     """Stored precision of the weights; int8 (in the form `outrider` alone) is what the native core drafts in."""
     name: str = "drafter"
@@ -61,7 +61,8 @@ def export(config: Config, drafter: Artefact, out: Path, target: str, *, evaluat
         shape = {"kind": "draft_model"}
     else:
         checkpoint = checkpoints.load(source)
-        form = checkpoints.default_format(checkpoint.design) if config.form == "auto" else config.form
+        usual = "outrider" if checkpoint.four_bits else checkpoints.default_format(checkpoint.design)
+        form = usual if config.form == "auto" else config.form
         checkpoint = _prepared(config, checkpoint, form, target)
         checkpoints.save(checkpoint, folder, form, provenance, int8=config.dtype == "int8")
         shape = _shape(checkpoint)

@@ -93,7 +93,7 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
     stack_config = checkpoint.stack(head=own_head)
     if own_head and ("head.weight" not in tensors or rounded_head) and theirs is not None:
         stack_config = replace(stack_config, logit_softcap=theirs.config.logit_softcap)
-    if checkpoint.four_bits and _name(dtype) in ("int8", "int4"):
+    if checkpoint.four_bits and backend.name == "native" and _name(dtype) in ("int8", "int4"):
         stack = backend.load(stack_config, FourBitWeights(weights, checkpoint.four_bits), "file")
     else:
         stack = backend.load(stack_config, weights, dtype)
