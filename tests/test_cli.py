@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from outrider.cli import COMMANDS, app
 from outrider.cli.common import SOME_FAILED, output_record
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
+from outrider.errors import InvalidRequest
 from outrider.tokenization.tokenizer import Tokenizer
 
 PROMPT = TEXTS[2]
@@ -321,6 +323,18 @@ def test_an_unforeseen_error_is_one_line_unless_asked(model: list[str], monkeypa
     assert "unexpected ZeroDivisionError: deep inside; OUTRIDER_DEBUG=1" in result.stderr
     monkeypatch.setenv("OUTRIDER_DEBUG", "1")
     assert isinstance(outrider("generate", "x", *model).exception, ZeroDivisionError)
+
+
+def test_a_warning_is_one_line(model: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*args: object, **options: object) -> None:
+        warnings.warn("the cache\nis full", stacklevel=2)
+        raise InvalidRequest("enough")
+
+    monkeypatch.setattr("outrider.engine.llm.LLM.__init__", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        result = outrider("generate", "x", *model)
+    assert result.stderr.splitlines()[-2:] == ["warning: the cache is full", "error: enough"]
 
 
 # ------------------------------------------------------------------------------------------------ the process

@@ -269,6 +269,16 @@ def test_the_command_prints_only_json_and_saves_the_table(tmp_path: Path) -> Non
     assert kept.seconds(3, 1, 9) >= kept.seconds(1, 1, 9) > 0
 
 
+def test_a_cache_that_cannot_be_written_costs_no_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    figures = tmp_path / "figures.json"
+    result = run("--shape", "tiny", "--dtype", "float32", "--context", "9", "--new-tokens", "3", "--json", str(figures))
+    assert result.exit_code == 0, result.output
+    assert "not kept for the scheduler: " in result.output and "XDG_CACHE_HOME" in result.output
+    assert json.loads(figures.read_text())["rows"]
+
+
 @pytest.mark.skipif(native is None, reason="the native core is not built")
 def test_greedy_passes_are_timed_and_no_table_is_kept(tmp_path: Path) -> None:
     asked = ["--shape", "tiny", "--dtype", "int8", "--context", "9", "--new-tokens", "3", "--greedy"]

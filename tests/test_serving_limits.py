@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -455,6 +456,7 @@ def test_logs_are_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
     before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
     try:
         set_up_logs(ServerSettings(log_format="json"))
+        warnings.showwarning(UserWarning("the cache is full"), UserWarning, "file.py", 3)
         with serving(LLM("embedded", "none")) as (url, _):
             httpx.post(url + CHAT, json={"messages": ASK, "max_tokens": 2}, headers={"X-Request-Id": "mine"})
             httpx.post(url + CHAT, content=b"{\n", headers={**JSON, "X-Request-Id": "broken"})
@@ -463,6 +465,7 @@ def test_logs_are_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
         for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
             one.handlers[:], one.propagate = handlers, propagate
             one.setLevel(level)
+    assert {"level": "warning", "message": "the cache is full"}.items() <= lines[0].items()
     found = {line["request_id"]: line for line in lines if "request_id" in line}
     assert found["mine"]["status"] == 200 and found["broken"]["status"] == 400 and found["mine"]["path"] == CHAT
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -337,7 +338,7 @@ def _bias(entry: str) -> tuple[int, float]:
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command: its parameters that are option groups become their options, its errors become one line.
+    """Make a command: its parameters that are option groups become their options, errors and warnings one line each.
 
     Exit codes: 2 for the user's input (``OutriderError``), 3 where some prompts of many could not be answered, 1 for
     anything unforeseen, 130 for Ctrl-C.
@@ -359,7 +360,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def run(**values: Any) -> None:
         filled = {name: kind(**{f.name: values.pop(f.name) for f in fields(kind)}) for name, kind in groups.items()}
-        with _errors_in_one_line():
+        with _errors_in_one_line(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _say("warning", str(message), "yellow")
             function(**filled, **values)
 
     run.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
@@ -393,10 +395,12 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def complain(message: str) -> None:
     """An error in one line, on stderr."""
-    line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"error: {line}", style="bold red", markup=False, emoji=False
-    )
+    _say("error", message, "bold red")
+
+
+def _say(kind: str, message: str, style: str) -> None:
+    line = f"{kind}: {' '.join(message.split())}"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line, style=style, markup=False, emoji=False)
 
 
 def report_failed(failed: Sequence[FailedPrompt], prompts: int) -> None:

@@ -92,8 +92,12 @@ def profile(
     if result.skipped:
         console.print(f"left out, their caches would not fit: {len(result.skipped)} kinds of pass", style="yellow")
     for table in result.tables:
-        path = keep_costs(table)
-        kept = f"kept for the scheduler: {path}" if path else "not kept: the scheduler has a table of more passes"
+        try:
+            path = keep_costs(table)
+            kept = f"kept for the scheduler: {path}" if path else "not kept: the scheduler has a table of more passes"
+        except OSError as error:
+            where = f"{error.filename}: {error.strerror}"
+            kept = f"not kept for the scheduler: {where}; XDG_CACHE_HOME may name another folder"
         console.print(kept, style="dim", markup=False, soft_wrap=True)
     write_json(json, figures)
 

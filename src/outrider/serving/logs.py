@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from datetime import UTC, datetime
 
 from outrider.serving.settings import ServerSettings
 
 __all__ = ["set_up_logs"]
 
+log = logging.getLogger("outrider.serving")
+
 FIELDS = ("request_id", "path", "status", "seconds")
 
 
 def set_up_logs(settings: ServerSettings) -> None:
-    """Send the server's logs to stderr."""
+    """Send the server's logs, and warnings as lines among them, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text())
     for name, level in (("outrider", settings.log_level.upper()), ("uvicorn", "WARNING")):
@@ -23,6 +26,7 @@ def set_up_logs(settings: ServerSettings) -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(level)
         logger.propagate = False
+    warnings.showwarning = lambda message, *_, **__: log.warning("%s", message)
 
 
 class _Text(logging.Formatter):
