@@ -337,6 +337,33 @@ def test_a_warning_is_one_line(model: list[str], monkeypatch: pytest.MonkeyPatch
     assert result.stderr.splitlines()[-2:] == ["warning: the cache is full", "error: enough"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["eval", "--drafter", "ngram", "--out", "OUT"],
+        ["calibrate", "ngram", "OUT"],
+        ["convert", "x", "OUT", "--to", "speculators"],
+        ["doctor", "x", "--json", "OUT"],
+        ["train", "RECIPE", "--out", "OUT"],
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_first(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*args: object, **options: object) -> None:
+        raise AssertionError("the place should have been looked at before")
+
+    for name in ("loading.load_tokenizer", "loading.load_target", "locations.drafter_location"):
+        monkeypatch.setattr(f"outrider.models.{name}", loads)
+    monkeypatch.setattr("outrider.training.estimate.estimate", loads)
+    (tmp_path / "file").touch()
+    (tmp_path / "my.toml").write_text('target = "embedded"\nout = "runs"\n[prompts]\nsources = [{ self = 100 }]\n')
+    places = {"OUT": str(tmp_path / "file" / "x"), "RECIPE": str(tmp_path / "my.toml")}
+    result = outrider(*(places.get(word, word) for word in command))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert places["OUT"] in result.stderr
+
+
 # ------------------------------------------------------------------------------------------------ the process
 
 

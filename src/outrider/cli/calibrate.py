@@ -16,6 +16,7 @@ from outrider.cli.common import (
     JsonFile,
     MeasuredDrafts,
     asks_as_chat,
+    check_folder,
     check_measurement,
     command,
     human,
@@ -85,6 +86,7 @@ def calibrate(
     from outrider.training.fit_calibration import calibrate as run
 
     console = human(json)
+    check_folder("OUT", out)
     chosen = [known for known in RULES if known in (rule or RULES)]
     if rule and len(chosen) < len(set(rule)):
         raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {', '.join(rule)}")

@@ -54,6 +54,7 @@ __all__ = [
     "Temperature",
     "add_columns",
     "asks_as_chat",
+    "check_folder",
     "check_writable",
     "command",
     "complain",
@@ -462,8 +463,15 @@ def drafters_named(text: str) -> list[str]:
 
 def check_writable(option: str, path: Path, other: str = "") -> None:
     """Raises InvalidRequest where no file can be written there."""
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.is_dir() or not os.access(path if path.exists() else f"{path.parent}/", os.W_OK):
         raise InvalidRequest(f"{option}: cannot write {path}; expected a file in a directory that exists{other}")
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raises InvalidRequest where there is no directory and none can be made."""
+    nearest = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InvalidRequest(f"{option}: {path} cannot be made, as {nearest} is no directory that can be written to")
 
 
 def write_json(json_file: str | None, value: Any) -> None:

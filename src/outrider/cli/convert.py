@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from outrider.cli.common import Backend, Dtype, JsonFile, command, human, write_json
+from outrider.cli.common import Backend, Dtype, JsonFile, check_folder, command, human, write_json
 from outrider.errors import InvalidRequest
 
 __all__ = ["convert"]
@@ -53,6 +53,8 @@ def convert(
     from outrider.models.loading import load_backend, load_target
     from outrider.models.locations import EMBEDDED, SMOLLM2, drafter_location, resolve_model
 
+    console = human(json)
+    check_folder("OUT", destination)
     source = drafter_location(source, target)
     with suggesting(source, "drafter", EMBEDDED):
         resolve_model(source)
@@ -80,7 +82,7 @@ def convert(
             prompts=sample,
             backend=load_backend(backend, "float32" if dtype == "auto" else dtype),
         )
-    console, acceptance = human(json), result.acceptance
+    acceptance = result.acceptance
     console.print(f"{result.folder}: {result.kind}, {result.source_format} to {result.format}", markup=False)
     if acceptance is None:
         console.print("not verified: no acceptance was measured", style="yellow")

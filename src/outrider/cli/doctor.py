@@ -56,6 +56,7 @@ def doctor(
     from outrider.models.loading import load_backend, load_target, model_config
     from outrider.models.locations import EMBEDDED, SMOLLM2, drafter_location, resolve_model
 
+    console = human(json)
     checkpoint = drafter_location(checkpoint, target)
     layers = tuple(target_layer) if target_layer else None
     with suggesting(checkpoint, "drafter", EMBEDDED):
@@ -73,7 +74,7 @@ def doctor(
             target_layers=layers,
             backend=load_backend(backend, "float32" if dtype == "auto" else dtype),
         )
-    _show(human(json), checkpoint, report)
+    _show(console, checkpoint, report)
     write_json(json, {"checkpoint": checkpoint, **report.to_json()})
     if not report.healthy:
         raise typer.Exit(1)

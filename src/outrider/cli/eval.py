@@ -18,6 +18,7 @@ from outrider.cli.common import (
     MeasuredDrafts,
     add_columns,
     asks_as_chat,
+    check_folder,
     check_measurement,
     command,
     human,
@@ -101,6 +102,8 @@ def evaluate(
     from outrider.models.loading import load_tokenizer
 
     console = human(json)
+    if out is not None:
+        check_folder("--out", out)
     if rule not in RULES:
         raise InvalidRequest(f"--rule must be one of {', '.join(RULES)}, got {rule!r}{closest(rule, RULES)}")
     check_measurement(draft_tokens, temperature)

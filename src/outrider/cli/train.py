@@ -12,7 +12,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from outrider.cli.command import flowing, make_command
-from outrider.cli.common import JsonFile, command, human, write_json
+from outrider.cli.common import JsonFile, check_folder, command, human, write_json
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -122,6 +122,7 @@ def recipe(
     console = human(json)
     on_device = [f"{stage}.device={device}" for stage in ("prompts", "regenerate", "run")] if device else []
     read = read_recipe(file, [*(change or ()), *on_device], out)
+    check_folder("--out" if out else f"{file}: out", read.out)
     costs = [] if device else forecast(read, until)  # the trial runs on the CPU
     if costs:
         console.print(_costs(costs))
