@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from support import add_json, facts, prompt_sets, say, seconds_of, settle, table, write_json
+from support import add_json, facts, interval_text, prompt_sets, say, seconds_of, settle, table, write_json
 
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
@@ -97,7 +97,7 @@ def main() -> None:
                 ratio, interval = bootstrap_ratio(times[PLAIN][name], times[arm][name])
                 row["sets"][name] = {
                     "over_plain": round(ratio, 3),
-                    "ci95": [round(bound, 3) for bound in interval],
+                    "ci95": interval,
                     "plain_tokens_per_second": round(options.max_tokens * len(sets[name]) / sum(times[PLAIN][name]), 1),
                 }
             row["macro"] = round(mean(one["over_plain"] for one in row["sets"].values()), 3)
@@ -107,10 +107,7 @@ def main() -> None:
             [
                 row["temperature"],
                 row["arm"],
-                *(
-                    f"{one['over_plain']:.2f} ({one['ci95'][0]:.2f} to {one['ci95'][1]:.2f})"
-                    for one in row["sets"].values()
-                ),
+                *(f"{one['over_plain']:.2f} ({interval_text(one['ci95'])})" for one in row["sets"].values()),
                 row["macro"],
             ]
             for row in rows

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 from dequantised import write_dequantised
-from support import add_json, facts, prompt_sets, say, seconds_of, settle, table, write_json
+from support import add_json, facts, interval_text, prompt_sets, say, seconds_of, settle, table, write_json
 
 from outrider import LLM, SamplingParams
 from outrider.evaluation.speedup import bootstrap_ratio, repeated_ngrams
@@ -372,7 +372,7 @@ def main() -> None:
         ):
             if base in seconds:
                 ratio, interval = bootstrap_ratio(seconds[base], times)
-                row[key], row[f"{key}_ci95"] = round(ratio, 3), [round(bound, 3) for bound in interval]
+                row[key], row[f"{key}_ci95"] = round(ratio, 3), interval
         rows.append(row)
     result = {**facts(), "prompts": {name: len(texts) for name, texts in sets.items()}, "rows": rows}
     result["best"] = best = {
@@ -384,7 +384,7 @@ def main() -> None:
     }
     if "llama" in best and "outrider" in best:
         ratio, interval = bootstrap_ratio(seconds[best["llama"]], seconds[best["outrider"]])
-        result["best_over_best_llama_cpp"] = {"ratio": round(ratio, 3), "ci95": [round(bound, 3) for bound in interval]}
+        result["best_over_best_llama_cpp"] = {"ratio": round(ratio, 3), "ci95": interval}
     if options.json != "-":
         keys = [
             "contender",
@@ -399,7 +399,7 @@ def main() -> None:
         print(table([key.replace("_", " ") for key in keys], ([row.get(key) for key in keys] for row in rows)))
         print(f"\nbest settings: {', '.join(best.values())}")
         if (over := result.get("best_over_best_llama_cpp")) is not None:
-            print(f"outrider's best over llama.cpp's: {over['ratio']} (95 %: {over['ci95'][0]} to {over['ci95'][1]})")
+            print(f"outrider's best over llama.cpp's: {over['ratio']} (95 %: {interval_text(over['ci95'])})")
     write_json(options.json, result)
 
 

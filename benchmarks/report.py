@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support import table
+from support import interval_text, table
 
 MARKER = "<!-- Below: written by benchmarks/report.py from benchmarks/results. -->"
 Result = dict[str, Any]
@@ -21,10 +21,6 @@ Result = dict[str, Any]
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
-
-
-def interval(bounds: list[float] | None) -> str:
-    return "" if not bounds else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
 
 
 def profile(result: Result) -> tuple[str, str, str]:
@@ -76,7 +72,7 @@ def peers(result: Result) -> tuple[str, str, str]:
         [
             row["contender"],
             f"{row['tokens_per_second']:.0f}",
-            *(f"{row[key]:.2f} ({interval(row[f'{key}_ci95'])})" if key in row else "" for key in bases.values()),
+            *(f"{row[key]:.2f} ({interval_text(row[f'{key}_ci95'])})" if key in row else "" for key in bases.values()),
             percent(row["same_text_as_outrider_plain"]),
             percent(row.get("repeated_8grams")),
         ]
@@ -88,7 +84,7 @@ def peers(result: Result) -> tuple[str, str, str]:
     text = f"Prompts: {prompts}. Best settings: {', '.join(result['best'].values())}."
     if "best_over_best_llama_cpp" in result:
         best = result["best_over_best_llama_cpp"]
-        text += f" Outrider's best over llama.cpp's best: {best['ratio']:.2f} (95 %: {interval(best['ci95'])})."
+        text += f" Outrider's best over llama.cpp's best: {best['ratio']:.2f} (95 %: {interval_text(best['ci95'])})."
     others = [family for family in result["best"] if family != "outrider"]
     against = others[0] if len(others) == 1 else "peers"
     return f"Whole answers against {against}, {result['rows'][0]['dtype']}", text, table(header, rows)
@@ -125,7 +121,7 @@ def bench(result: Result) -> tuple[str, str, str]:
             f"{row['baseline_tokens_per_second']:.0f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['speedup']:.2f}",
-            interval(row["speedup_ci95"]),
+            interval_text(row["speedup_ci95"]),
             f"{row['acceptance_length']:.2f}",
             percent(row.get("repeated_8grams")),
         ]

@@ -25,6 +25,7 @@ __all__ = [
     "add_json",
     "facts",
     "interleaved",
+    "interval_text",
     "prompt_sets",
     "ratio_of_pairs",
     "say",
@@ -117,6 +118,10 @@ def interleaved(works: dict[str, Callable[[], Any]], rounds: int, warm: int = 1)
             works[name]()
             times[name].append(seconds_of(works[name]))
     return times
+
+
+def interval_text(bounds: Sequence[float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
 
 
 def ratio_of_pairs(slow: Iterable[float], fast: Iterable[float]) -> float:

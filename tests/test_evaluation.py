@@ -20,7 +20,7 @@ from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
 from outrider.evaluation.drafter_quality import Config, evaluate
 from outrider.evaluation.intervals import Estimate, estimate, macro, share
 from outrider.evaluation.recording import Round
-from outrider.evaluation.speedup import run_bench
+from outrider.evaluation.speedup import bootstrap_ratio, run_bench
 from outrider.types import Output
 
 SMALL = Config(max_tokens=24, draws=200, temperatures=(0.0,))
@@ -243,6 +243,13 @@ def test_bad_input_is_one_line(tiny_model_dir: Path, options: list[str], message
     result = outrider("eval", "--drafter", "ngram", "--target", tiny_model_dir, "--backend", "reference", *options)
     assert result.exit_code == 2
     assert message in result.stderr and result.stderr.strip().count("\n") == 0
+
+
+def test_a_benchmark_of_one_prompt_has_no_interval(tiny_model_dir: Path) -> None:
+    options = ["--model", tiny_model_dir, "--backend", "reference", "--drafter", "ngram", "--temperature", "0"]
+    result = outrider("bench", *options, "--limit", "1", "--max-tokens", "4", "--json", "-")
+    assert [row["speedup_ci95"] for row in json.loads(result.stdout)["rows"]] == [None] * 3
+    assert " - " in result.stderr and bootstrap_ratio([1.0, 1.0], [2.0, 2.0]) == (0.5, (0.5, 0.5))
 
 
 def test_a_benchmark_reads_every_prompt_again_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:

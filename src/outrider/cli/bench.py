@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -197,7 +198,7 @@ def _table(result: dict[str, Any]) -> Table:
     numbers = ("temp", "plain/s", "tokens/s", "x", "95 %", "accept", "same", "rep.")
     add_columns(table, ("drafter", "prompts"), numbers)
     for row in result["rows"]:
-        low, high = row["speedup_ci95"]
+        low, high = row["speedup_ci95"] or (0.0, math.inf)
         colour = "green" if low > 1 else "red" if high < 1 else "yellow"
         table.add_row(
             row["drafter"],
@@ -206,7 +207,7 @@ def _table(result: dict[str, Any]) -> Table:
             f"{row['baseline_tokens_per_second']:.1f}",
             f"{row['tokens_per_second']:.1f}",
             f"[{colour}]{row['speedup']:.2f}[/{colour}]",
-            f"{low:.2f}-{high:.2f}",
+            f"{low:.2f}-{high:.2f}" if row["speedup_ci95"] else "-",
             f"{row['acceptance_length']:.2f}",
             f"{row['identical']:.0%}",
             f"{row['repeated_8grams']:.0%}",

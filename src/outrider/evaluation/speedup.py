@@ -44,7 +44,7 @@ class BenchRow:
     baseline_tokens_per_second: float
     tokens_per_second: float
     speedup: float
-    speedup_ci95: tuple[float, float]
+    speedup_ci95: tuple[float, float] | None
     acceptance_length: float
     accepted_per_position: list[float]  # share of rounds that drafted position j and accepted it
     identical: float  # share of prompts with the same text as plain decoding
@@ -93,13 +93,17 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
 
 def bootstrap_ratio(
     plain: Sequence[float], fast: Sequence[float], draws: int = 2000, seed: int = 0
-) -> tuple[float, tuple[float, float]]:
-    """Ratio of summed seconds (plain / fast) and its 95 % interval, resampling prompts (pairs stay together)."""
+) -> tuple[float, tuple[float, float] | None]:
+    """Ratio of summed seconds (plain / fast) and its 95 % interval to three digits, resampling prompts (pairs stay
+    together); a single pair has none."""
     a, b = np.asarray(plain), np.asarray(fast)
+    ratio = float(a.sum() / b.sum())
+    if len(a) < 2:
+        return ratio, None
     picks = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
     ratios = a[picks].sum(1) / b[picks].sum(1)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(a.sum() / b.sum()), (float(low), float(high))
+    return ratio, (round(float(low), 3), round(float(high), 3))
 
 
 def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -196,7 +200,7 @@ def _row(
         baseline_tokens_per_second=round(generated["plain"] / sum(seconds["plain"]), 2),
         tokens_per_second=round(generated["fast"] / sum(seconds["fast"]), 2),
         speedup=round(speedup, 3),
-        speedup_ci95=(round(interval[0], 3), round(interval[1], 3)),
+        speedup_ci95=interval,
         acceptance_length=round(1 + sum(s.accepted for s in stats) / rounds, 3) if rounds else 1.0,
         accepted_per_position=[round(share, 3) for share in per_position],
         identical=round(float(np.mean(same)), 3),
