@@ -5,8 +5,8 @@ python benchmarks/dequantised.py smollm2 OUT
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -33,4 +33,7 @@ def write_dequantised(model: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    write_dequantised(sys.argv[1], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a GGUF file, a hub id of one, or 'smollm2'")
+    parser.add_argument("folder", metavar="OUT", type=Path, help="the directory to write")
+    write_dequantised(**vars(parser.parse_args()))

@@ -8,10 +8,10 @@ The tree describes a file by the first sentence of its docstring or opening comm
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -221,8 +221,11 @@ def build_site(folder: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tree", action="store_true", help="the file tree in docs/architecture.md alone")
+    options = parser.parse_args()
     ARCHITECTURE.write_text(replace_tree(ARCHITECTURE.read_text(encoding="utf-8")), encoding="utf-8")
-    if "--tree" not in sys.argv[1:]:
+    if not options.tree:
         write_reference()
         build_site(ROOT / "site")
         print(f"wrote {ROOT / 'site' / 'index.html'}")

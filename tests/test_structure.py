@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -215,6 +217,12 @@ def test_the_command_line_is_frozen() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ documentation
+
+
+@pytest.mark.parametrize("script", ["benchmarks/dequantised.py", "docs/build.py"])
+def test_scripts_explain_themselves(script: str) -> None:
+    shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: "), shown.stderr
 
 
 def test_the_file_tree_in_the_documentation_is_current() -> None:
