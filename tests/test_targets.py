@@ -388,6 +388,8 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
         ("llama", {"hidden_act": ["silu"]}, r"activation \['silu'\] is not supported"),
         ("llama", {"text_config": "x"}, "config.json holds a value of another kind than is expected there .TypeError"),
         ("llama", {"num_hidden_layers": 3_000_000_000}, "'num_hidden_layers' must be at most 10000, got 3000000000"),
+        ("gemma3", {"layer_types": None, "sliding_window_pattern": 0}, "'sliding_window_pattern' must be a whole"),
+        ("gemma3", {"head_dim": "16"}, "'head_dim' must be a whole number of at least 1, got '16'"),
         ("gemma3", {"vocab_size": []}, "'vocab_size' must be a whole number of at least 1"),
         ("gemma3", {"rope_parameters": [1]}, "'rope_parameters' must be an object"),
         ("gemma3", {"quantization_config": ["x"]}, "quantised .unknown."),
@@ -402,6 +404,16 @@ def test_configs_that_are_refused(name: str, changes: dict[str, Any], message: s
     config = json.loads((directory / "config.json").read_text()) | changes
     (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(CheckpointError, match=message):
+        load_target(directory, backend="reference")
+
+
+def test_a_text_config_and_sizes_that_are_null(saved: Any, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved["gemma3"][0], tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "text_config": None}))
+    load_target(directory, backend="reference")
+    (directory / "config.json").write_text(json.dumps({**config, "head_dim": None}))
+    with pytest.raises(CheckpointError, match="config.json has no 'head_dim'"):
         load_target(directory, backend="reference")
 
 

@@ -141,6 +141,13 @@ def test_a_damaged_tensor_is_named(name: str, value: float, directory: Path) -> 
     refused(directory, f"tensor '{name}' of .* holds values that are NaN or infinite")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_plain_floats_are_refused(dtype: torch.dtype, directory: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    change(directory, **{name: torch.ones(SHAPES[name]).to(dtype)})
+    refused(directory, f"tensor '{name}' is stored as .*, expected one of F64, F32, F16, BF16")
+
+
 def test_other_tensors(directory: Path) -> None:
     change(directory, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
     load_target(directory, backend="reference")

@@ -19,7 +19,7 @@ from outrider.checkpoints.stack_format import file_name
 from outrider.errors import CheckpointError, nearest, reading_config
 from outrider.files import new_folder, read_json, write_json
 from outrider.models.locations import resolve_model
-from outrider.models.weights import TensorFiles, write_tensors
+from outrider.models.weights import FLOATS, TensorFiles, write_tensors
 from outrider.scheduling import calibration
 from outrider.scheduling.calibration import Calibration
 
@@ -43,7 +43,7 @@ FORMATS = {  # name -> module with the functions of ``Format``
     "zlab": "outrider.checkpoints.zlab",
     "specforge": "outrider.checkpoints.specforge",
 }
-FLOATS, PACKED = ("F64", "F32", "F16", "BF16"), ("I8", "U8")  # safetensors' names
+PACKED = ("I8", "U8")  # safetensors' names
 IDS = ("d2t", "t2d")  # tensors that hold no weights
 
 

@@ -191,7 +191,7 @@ class DecoderTarget:
         """The config of the text model with its defaults, and how its tensors are called."""
         refuse_quantised(config)
         names = cls.tensor_names({**cls.defaults, **config})
-        if "text_config" in config:
+        if config.get("text_config") is not None:
             names, config = replace(names, ignored=_OTHER_TOWERS), _text_part(config)
         return {**cls.defaults, **config}, names
 

@@ -51,7 +51,7 @@ class Gemma3Target(DecoderTarget):
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
         """The stack of a Gemma 3 text config. Raises CheckpointError."""
         refuse_set(config, "attn_logit_softcapping", "use_bidirectional_attention")
-        head_dim, width = config["head_dim"], required(config, "hidden_size")
+        head_dim, width = required(config, "head_dim"), required(config, "hidden_size")
         ropes = {
             kind: rope_config(_with_ropes(config), head_dim, kind) for kind in ("full_attention", "sliding_attention")
         }
@@ -66,7 +66,7 @@ class Gemma3Target(DecoderTarget):
                 attention_scale=positive(config, "query_pre_attn_scalar") ** -0.5,
                 qk_norm=True,
             )
-            for kind in layer_types(config, lambda index: (index + 1) % config["sliding_window_pattern"] != 0)
+            for kind in layer_types(config, lambda index: (index + 1) % required(config, "sliding_window_pattern") != 0)
         )
         return StackConfig(
             vocab_size=required(config, "vocab_size"),

@@ -22,7 +22,7 @@ from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.files import read_json, replace_file
 from outrider.types import Backend
 
-__all__ = ["DTYPES", "LazyWeights", "TensorFiles", "load_dtype", "reading_dtype", "write_tensors"]
+__all__ = ["DTYPES", "FLOATS", "LazyWeights", "TensorFiles", "load_dtype", "reading_dtype", "write_tensors"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -34,6 +34,7 @@ DTYPES: dict[str, torch.dtype] = {
     # GGUF files as they store their matrices; what is no block format that the core multiplies is given in float32.
     "file": torch.float32,
 }
+FLOATS = ("F64", "F32", "F16", "BF16")  # dtypes of weights, by safetensors' names
 CHUNK = 64 << 20  # bytes read through one memory map
 
 
@@ -181,6 +182,11 @@ class LazyWeights(Mapping[str, Tensor]):
                 continue
             if canonical in self.names:
                 raise CheckpointError(f"tensors {self.names[canonical]!r} and {name!r} are the same weight")
+            if files.dtypes[name] not in FLOATS:
+                raise CheckpointError(
+                    f"tensor {name!r} is stored as {files.dtypes[name]}, expected one of {', '.join(FLOATS)}: "
+                    "weights that other tools have quantised are not read; load the original ones"
+                )
             self.names[canonical] = name
         self.shapes = {canonical: files.shapes[name] for canonical, name in self.names.items()}
 
