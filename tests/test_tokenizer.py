@@ -93,6 +93,17 @@ def test_ids_equal_those_of_transformers(tiny_model_dir: Path) -> None:
         assert ours.apply_chat(messages, add_generation_prompt=generation) == text
 
 
+def test_special_tokens_are_split_where_the_files_say_so(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": True}))
+    text = f"a{EOT}b"
+    ours = Tokenizer(folder).encode(text)
+    assert ours == AutoTokenizer.from_pretrained(folder)(text)["input_ids"] != Tokenizer(tiny_model_dir).encode(text)
+
+
 def test_vocabulary_facts(plain: Tokenizer, with_bos: Tokenizer, byte_fallback: Tokenizer) -> None:
     assert plain.vocab_size == max(plain.vocabulary.values()) + 1 == len(plain.vocabulary)
     assert plain.eos_token_ids == (plain.vocabulary[EOT],)

@@ -65,6 +65,7 @@ class Tokenizer:
         self._fast = fast or _load(self.directory, self._settings)
         self._fast.no_truncation()  # a file may hold settings that were used in training
         self._fast.no_padding()
+        self._fast.encode_special_tokens = bool(self._settings.get("split_special_tokens"))  # texts spell them only
         self._templates: dict[str, ChatTemplate] = {}
         self._token_bytes: dict[int, bytes] = {}
         self.whole_texts: dict[int, str] = {}
