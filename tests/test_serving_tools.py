@@ -119,6 +119,8 @@ def test_what_is_wrong_with_tools_is_named(client: openai.OpenAI) -> None:
         client.chat.completions.create(
             **body, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "stove"}}
         )
+    with pytest.raises(openai.BadRequestError, match="2 are called"):
+        client.chat.completions.create(**body, tools=TOOLS[:1] * 2)
     with (
         serving(LLM("embedded", "none")) as (url, _),
         openai.OpenAI(base_url=f"{url}/v1", api_key="x") as other,

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from outrider.config import Grammar
+from outrider.config import Grammar, SamplingParams
 from outrider.errors import InvalidRequest, OutriderError
 from outrider.serving.conversation import encode_conversation
 from outrider.serving.engine_thread import Answer
@@ -158,7 +158,9 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, OutriderError):
         code = "context_length_exceeded" if "pass the context" in str(error) else None
-        return ApiError(400 if isinstance(error, InvalidRequest) else 500, str(error), code=code)
+        first = str(error).partition(" ")[0]  # of many, the sampling parameter at fault
+        param = first if first in SamplingParams.__dataclass_fields__ else None
+        return ApiError(400 if isinstance(error, InvalidRequest) else 500, str(error), param=param, code=code)
     return ApiError(500, "the server failed; its log has the reason")
 
 

@@ -25,7 +25,7 @@ class TokenizeRequest(Strict):
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(default=None, max_length=MOST_MESSAGES)
     tools: list[Tool] | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
 
@@ -43,6 +43,10 @@ async def tokenize(service: Service, body: Mapping[str, Any], request: Request) 
         raise ApiError(400, "expected prompt or messages, and not both", param="prompt")
     if asked.tools is not None and text is not None:
         raise ApiError(400, "tools: a prompt shows none; send them with messages", param="tools")
+    if text is None and asked.add_special_tokens:
+        raise ApiError(
+            400, "add_special_tokens: the chat template writes them; leave it out", param="add_special_tokens"
+        )
     if text is None:
         tools = [tool.for_template() for tool in asked.tools or ()]
         if tools:  # refused where the template has none
@@ -50,7 +54,9 @@ async def tokenize(service: Service, body: Mapping[str, Any], request: Request) 
         tokens = await encode_conversation(service, template_messages(asked.messages or ()), tools)
     else:
         tokens = await service.encode(
-            lambda: tokenizer.encode(text, add_special_tokens=asked.add_special_tokens), len(text), "prompt"
+            lambda: tokenizer.encode(text, add_special_tokens=asked.add_special_tokens is not False),
+            len(text),
+            "prompt",
         )
     found: dict[str, Any] = {
         "count": len(tokens),

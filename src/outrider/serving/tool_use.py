@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -68,6 +69,10 @@ class ToolUse:
     ) -> None:
         if len(tools) > MOST_TOOLS:
             raise ApiError(400, f"tools: got {len(tools)}, expected at most {MOST_TOOLS}", param="tools")
+        names = Counter(tool["function"]["name"] for tool in tools)
+        for name, count in names.items():
+            if count > 1:
+                raise ApiError(400, f"tools: {count} are called {name!r}; give each a name of its own", param="tools")
         self._template = tokenizer.chat_template_text(tools=True)
         self._tools = list(tools)
         self._most = None if parallel else 1
