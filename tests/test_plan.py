@@ -603,3 +603,11 @@ def test_uncertainty_of_turns_is_the_t_interval_of_trimmed_means() -> None:
     expected = stats.mstats.trimmed_stde(ratios, (0.2, 0.2), (True, True)) * stats.t.ppf(0.975, 5)
     assert half == pytest.approx(float(expected), rel=0.06)  # scipy's has n where Yuen's has n - 1
     assert turns.speedup(side) == pytest.approx(float(np.exp(stats.trim_mean(ratios, 0.2))))
+
+
+def test_a_drafter_that_is_not_there_is_not_said_to_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = CliRunner().invoke(app, ["plan", "--target", "embedded", "--drafter", "ngram", "--drafter", "suffx"])
+    assert result.exit_code == 2 and result.stderr.startswith("error: there is no drafter 'suffx'; did you mean 'suf")

@@ -216,6 +216,8 @@ def _measured(
         raise InvalidRequest("no prompt of the sample can be answered by this target")
     sample = [sample[i % len(sample)] for i in range(max(work.concurrency, min(count, len(sample))))]
     names = list(dict.fromkeys(drafters or ["ngram", "suffix"]))
+    for name in names:  # one that is not there is an error before anything is said to be loaded
+        plain.with_drafter(name)
     say_loaded(plain, names)
 
     def maker(name: str) -> Callable[[int | None], LLM]:
