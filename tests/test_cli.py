@@ -343,6 +343,7 @@ def test_a_warning_is_one_line(model: list[str], monkeypatch: pytest.MonkeyPatch
         ["eval", "--drafter", "ngram", "--out", "OUT"],
         ["calibrate", "ngram", "OUT"],
         ["convert", "x", "OUT", "--to", "speculators"],
+        ["export", "x", "OUT", "--to", "vllm", "--target", "embedded"],
         ["doctor", "x", "--json", "OUT"],
         ["train", "RECIPE", "--out", "OUT"],
     ],

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from outrider.cli.common import JsonFile, command, human, write_json
+from outrider.cli.common import JsonFile, check_folder, command, human, write_json
 
 __all__ = ["export"]
 
@@ -46,6 +46,7 @@ def export(
     from outrider.training.handover import hand_over
 
     console = human(json)
+    check_folder("OUT", out)
     made = hand_over(drafter, to, out, target, plan=None if plan is None else read_json(plan))
     console.print(f"{out}: {made.kind} for {made.engine}", style="green", markup=False)
     console.print(made.script(), markup=False, soft_wrap=True)
