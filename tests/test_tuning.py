@@ -75,7 +75,7 @@ def test_one_measurement_that_is_off_changes_nothing() -> None:
 
 
 def test_another_distance_must_be_clearly_better() -> None:
-    for gain, expected in ((0.99, DISTANCES[0]), (0.9, 32768)):
+    for gain, expected in ((0.9, DISTANCES[0]), (0.8, 32768)):
         made = choose(machine(lambda width, rows, ahead, gain=gain: gain if ahead == 32768 else 1.0), DEFAULTS, 2, 2)
         assert made.bytes_ahead == expected
 

@@ -24,7 +24,7 @@ from outrider.files import cache_folder, read_json, write_json
 
 __all__ = ["Measure", "Tuning", "apply_once", "choose", "stored_path", "tune"]
 
-VERSION = 1
+VERSION = 2
 WIDTHS = ("f32", "bf16", "i8", "i4")
 """The core's names of a format of each width, in the core's order."""
 LARGE = 32 << 20  # bytes of weights from which a model is not read from a cache alone
@@ -32,7 +32,8 @@ REGION = 64 << 20  # bytes of the matrix that is multiplied
 DISTANCES = (8192, 2048, 4096, 16384, 32768)  # the default first: others must be clearly better
 ROWS = (1, 2, 3, 4, 6, 8)
 CLEARLY = 0.98  # of a time: less is noise
-CLEARLY_ROWS = 0.95  # the same of the sum over all rows
+CLEARLY_DISTANCE = 0.85  # one large matrix likes longer distances than passes do, whose products are short
+CLEARLY_ROWS = 0.98  # of the sum over all rows, measured twice
 SECONDS = 0.5  # of all measurements together, those that are repeated counted once
 
 Measure = Callable[[str, Sequence[tuple[int, int]], float], Sequence[float]]
@@ -120,7 +121,7 @@ def _distance(measure: Measure, seconds: float) -> int:
     times = dict(zip(settings, measure("i8", settings, seconds), strict=True))
     totals = {distance: times[4, distance] + times[8, distance] for distance in DISTANCES}
     best = min(DISTANCES, key=lambda distance: totals[distance])
-    return best if totals[best] < CLEARLY * totals[DISTANCES[0]] else DISTANCES[0]
+    return best if totals[best] < CLEARLY_DISTANCE * totals[DISTANCES[0]] else DISTANCES[0]
 
 
 def _least_rows(measure: Measure, width: str, ahead: int, default: int, seconds: float) -> int:
