@@ -147,12 +147,12 @@ def test_other_forms_have_the_targets_own_head_again(tmp_path: Path) -> None:
     written = [
         convert(folder, tmp_path / "converted", "speculators").folder,
         tmp_path / "handed over" / "drafter",
-        export(ExportConfig(), made, tmp_path / "exported", "a/target"),
+        export(ExportConfig(form="speculators"), made, tmp_path / "exported", "a/target"),
         export(ExportConfig(form="outrider", dtype="float32"), made, tmp_path / "wide", "a/target"),
     ]
     for copy in map(checkpoints.load, written):
         assert "head.weight" not in copy.tensors and not copy.four_bits
-    kept = export(ExportConfig(form="outrider"), made, tmp_path / "kept", "a/target")
+    kept = export(ExportConfig(), made, tmp_path / "kept", "a/target")
     assert "head.weight" in checkpoints.load(kept).four_bits
 
 
