@@ -239,6 +239,28 @@ def test_rows_that_finish_their_prompt_join_rows_whose_drafts_have_confidences()
     assert run(loop, PROMPTS, params) == run(engine(0, 1), PROMPTS, params)
 
 
+def test_requests_without_drafts_teach_the_policy_nothing() -> None:
+    loop = engine(3)
+    opened, asked, learnt = [], [], []
+    open_slot, plan, learn = loop.drafting.drafter.open, loop.drafting.policy.plan, loop.drafting.policy.observe
+    loop.drafting.drafter.open = lambda slot, capacity: (opened.append(slot), open_slot(slot, capacity))[1]  # type: ignore[method-assign, func-returns-value]
+    loop.drafting.policy.plan = lambda view: (asked.append(view.can_draft), plan(view))[1]  # type: ignore[method-assign, func-returns-value]
+    loop.drafting.policy.observe = lambda *seen: (learnt.append(seen), learn(*seen))[1]  # type: ignore[method-assign, func-returns-value]
+    wanted, unwanted = SamplingParams(max_tokens=9), SamplingParams(max_tokens=9, draft_tokens=0)
+    prompts = PROMPTS[:2]
+    expected = run(engine(0), prompts, wanted)
+    assert run(loop, prompts, unwanted) == expected
+    assert not opened and not asked and len(learnt) <= 3  # steps that read prompts
+    requests = [
+        loop.submit(p, params, 0, i) for i, (p, params) in enumerate(zip(prompts, (wanted, unwanted), strict=True))
+    ]
+    while loop.busy:
+        loop.step()
+    assert [r.output for r in requests] == expected
+    assert len(opened) == 1 and set(asked) <= {0, 1} and 1 in asked
+    assert [bool(r.stats.drafted) for r in requests] == [True, False]
+
+
 def test_bad_prompts_are_refused_before_anything_runs() -> None:
     loop = engine(2)
     for prompt, word in [([], "empty"), ([0, V], "between 0 and"), ([0] * 4090, "context")]:

@@ -56,6 +56,7 @@ class Drafting:
         self._followed: dict[int, Request] = {}  # by slot
         self._failures = 0
         self._policy_failed = False
+        self._unwanted = False  # in this step, no row of which wants drafts
         self._warned: set[str] = set()
         self.longest = 0  # drafts asked for in a row of this step, at most
         self._seconds = 0.0  # spent on taking rows up again in this step
@@ -83,7 +84,7 @@ class Drafting:
 
     def open(self, request: Request, capacity: int, shared: int = 0) -> None:
         """A request has got its slot, and the target's cache holds its first ``shared`` tokens, of an earlier one."""
-        if not self.follows:
+        if not self.follows or request.params.draft_tokens == 0:
             request.followed = False
             return
         began = perf_counter()
@@ -160,8 +161,10 @@ class Drafting:
     # ------------------------------------------------------------------------------------------ one step
 
     def plan(self, rows: Rows) -> Sequence[int]:
-        """The most drafts of each row that is ready, by the policy."""
-        if not rows.ready or self._policy_failed:
+        """The most drafts of each row that is ready, by the policy; it has no part in steps whose rows want none."""
+        ready = rows.requests[: rows.ready]
+        self._unwanted = bool(ready) and all([r.params.draft_tokens == 0 for r in ready])
+        if not ready or self._unwanted or self._policy_failed:
             return []
         try:
             return self.policy.plan(rows.view)
@@ -243,7 +246,7 @@ class Drafting:
 
     def learn(self, cost: StepCost, accepted: Sequence[int]) -> None:
         """Show the policy what the step cost."""
-        if not self._policy_failed:
+        if not (self._policy_failed or self._unwanted):
             try:
                 self.policy.observe(cost, accepted)
             except Exception as error:
