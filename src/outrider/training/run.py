@@ -126,7 +126,7 @@ class Config(BaseModel):
     """Checkpoint format of the finished drafter; auto: speculators where it can hold the kind, else outrider."""
     four_bits: bool = False
     """Round the finished drafter's layers and head to 4 bits, so that what they make of some of the texts changes least
-    (GPTQ): a draft on the native core takes a fifth to a quarter less time, and some 1 % fewer drafts are accepted.
+    (GPTQ): a draft on the native core takes about a quarter less time, and some 1 % fewer drafts are accepted.
     Needs the form outrider."""
     tensorboard: bool = True
     """Write TensorBoard events where TensorBoard is installed."""
