@@ -13,10 +13,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from outrider import checkpoints
 from outrider.errors import CacheFull, CheckpointError, InvalidRequest, UnknownKind
+from outrider.evaluation.conversion import convert
 from outrider.models.huggingface import HuggingFaceTarget
-from outrider.models.loading import load_layers, load_target
+from outrider.models.loading import load_layers, load_target, model_config
 from outrider.models.toy import ToyTarget
+from outrider.training.networks import training_of
 from outrider.types import RaggedBatch, TargetModel
 
 SMALL: dict[str, Any] = dict(
@@ -285,6 +288,25 @@ def test_text_part_of_a_multimodal_checkpoint(saved: Any, tmp_path: Path) -> Non
         (directory / "config.json").write_text(json.dumps(outer))
         target = load_target(directory, backend="reference")
         assert torch.equal(one_row(target, IDS)[0], expected) and target.spec.eos_token_ids == (1, 106)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3", "gpt_neox"])
+def test_a_converted_drafter_copies_the_embedding_as_its_layers_see_it(name: str, saved: Any, tmp_path: Path) -> None:
+    """Gemma scales its embedding, which DeepSpec's drafters do not."""
+    folder = saved[name][0]
+    target = load_target(folder, backend="reference")
+    options = {"target_layers": [0, 1], "markov_rank": 4, "mask_token_id": 1}
+    drafter = training_of("dspark", options).start(target, model_config(folder), {})
+    checkpoints.save(drafter.snapshot(), tmp_path / "drafter", "outrider", {})
+    if name == "gpt_neox":  # its tensors have names of their own
+        with pytest.raises(CheckpointError, match="has no tensor named like 'embed_tokens.weight', which DeepSpec"):
+            convert(tmp_path / "drafter", tmp_path / "copy", "deepspec", target_folder=folder)
+        return
+    convert(tmp_path / "drafter", tmp_path / "copy", "deepspec", target_folder=folder)
+    copied = checkpoints.load(tmp_path / "copy").tensors
+    torch.testing.assert_close(copied["embed.weight"], target.embed(torch.arange(101)))
+    states = torch.randn(3, 48, generator=torch.Generator().manual_seed(1)) * 1e-3  # far below any cap
+    torch.testing.assert_close(states @ copied["head.weight"].T, target.unembed(states), rtol=1e-3, atol=1e-6)
 
 
 def test_shards_load_like_one_file(saved: Any, tmp_path: Path) -> None:

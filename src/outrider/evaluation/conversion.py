@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import CheckpointError
 from outrider.evaluation.replay import Acceptance, Prompts, least_score, replay, transcribe
 from outrider.files import read_json
+from outrider.models.loading import load_layers, model_config
 from outrider.models.locations import resolve_model
 from outrider.models.weights import TensorFiles
 from outrider.registry import find
@@ -116,7 +118,7 @@ def _fill_from_target(
     checkpoint: DraftCheckpoint, folder: Path, to: str, target: TargetModel | None
 ) -> DraftCheckpoint:
     """Add what the file takes from the target: its name and sizes, and for DeepSpec also embedding and head."""
-    config = read_json(folder / "config.json")
+    config = model_config(folder)
     text = config.get("text_config") or config
     facts = checkpoint.target
     facts = replace(
@@ -129,21 +131,35 @@ def _fill_from_target(
     if layers is None and target is not None:
         layers = checkpoint.layers_for(target.spec)
     checkpoint = replace(checkpoint, target=facts, target_layers=layers)
-    missing = [name for name in ("embed.weight", "head.weight") if name not in checkpoint.tensors]
-    if to != "deepspec" or not missing:
-        return checkpoint
+    if to == "deepspec" and not {"embed.weight", "head.weight"} <= checkpoint.tensors.keys():
+        copies = _embedding_and_head(checkpoint, folder)
+        checkpoint = replace(checkpoint, tensors={**copies, **checkpoint.tensors})
+    return checkpoint
+
+
+def _embedding_and_head(checkpoint: DraftCheckpoint, folder: Path) -> dict[str, Tensor]:
+    """The target's, in the drafter's dtype, the embedding as the drafter's layers are to see it. Raises
+    CheckpointError."""
+    dtype = next(iter(checkpoint.tensors.values())).dtype
+    native = load_layers(folder)
+    if native is not None:
+        stack, weights = native
+        embedding = weights["embed.weight"]
+        scale = stack.embedding_scale / checkpoint.stack(head=False).embedding_scale
+        head = weights.get("head.weight", embedding)  # the latter where they are tied
+        return {"embed.weight": (embedding * scale).to(dtype), "head.weight": head.to(dtype)}
     files = TensorFiles(folder)
-    tensors = dict(checkpoint.tensors)
-    for name, endings in (
-        ("embed.weight", ("embed_tokens.weight",)),
-        ("head.weight", ("lm_head.weight", "embed_tokens.weight")),  # the latter where they are tied
-    ):
-        if name in missing:
-            found = [file for ending in endings for file in files.shapes if file.endswith(ending)]
-            if not found:
-                raise CheckpointError(f"{folder} has no tensor named like {endings[0]!r} to take the {name} from")
-            tensors[name] = files.read(found[0], next(iter(checkpoint.tensors.values())).dtype)
-    return replace(checkpoint, tensors=tensors)
+
+    def read(*endings: str) -> Tensor:
+        found = [file for ending in endings for file in files.shapes if file.endswith(ending)]
+        if not found:
+            raise CheckpointError(f"{folder} has no tensor named like {endings[0]!r}, which DeepSpec's files copy")
+        return files.read(found[0], dtype)
+
+    return {
+        "embed.weight": read("embed_tokens.weight"),
+        "head.weight": read("lm_head.weight", "embed_tokens.weight"),
+    }
 
 
 def _compare(wanted: DraftCheckpoint, copy: DraftCheckpoint) -> None:

@@ -53,6 +53,9 @@ def draft_decoder(
     if "rope_parameters" in decoder and "rope_theta" not in decoder["rope_parameters"]:  # one set a layer type
         sets = decoder["rope_parameters"]
         decoder["rope_parameters"] = sets.get("full_attention") or next(iter(sets.values()))
+    rope = decoder.get("rope_parameters")
+    if rope and rope.get("rope_type") != "proportional":  # the drafter's heads are rotated whole
+        decoder["rope_parameters"] = {key: value for key, value in rope.items() if key != "partial_rotary_factor"}
     return decoder | {
         "model_type": "qwen3",
         "hidden_act": decoder.get("hidden_act", "silu"),
