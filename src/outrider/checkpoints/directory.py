@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from outrider.checkpoints.checkpoint import Design, DraftCheckpoint
+from outrider.checkpoints.checkpoint import DraftCheckpoint
 from outrider.checkpoints.forms import writable
 from outrider.checkpoints.packed_tensors import SCALE, dequantised, in_four_bits, quantised
 from outrider.checkpoints.stack_format import file_name
@@ -142,8 +142,8 @@ def save(
 ) -> Path:
     """Write a directory in a format, whole or not at all: it appears under its name when it is complete.
 
-    ``int8``: matrices in 8 bits, but for those that are in 4. Only Outrider's own format holds either; other formats
-    are given what is in 4 bits as the floating point it was read as.
+    ``int8``: matrices in 8 bits, but for those that are in 4. Only Outrider's own format holds either; others are
+    given the drafter ``in_floating_point``.
 
     ``check`` is shown the complete directory before that; where it raises, nothing is left behind.
     Raises CheckpointError where the folder exists, the format is not written here, or it cannot hold this drafter.
@@ -156,12 +156,13 @@ def save(
         raise CheckpointError(f"cannot write format {to!r}; {nearest(to, writers)}")
     if int8 and to != "outrider":
         raise CheckpointError(f"format {to!r} has no 8-bit matrices; write format 'outrider', or another precision")
+    if to != "outrider":
+        checkpoint = checkpoint.in_floating_point()
     config = cast(WritableFormat, _format(to)).write(checkpoint)
     names = tensor_names(checkpoint)
-    four_bits = checkpoint.four_bits if to == "outrider" else {}
-    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items() if name not in four_bits}
+    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items() if name not in checkpoint.four_bits}
     tensors = quantised(tensors) if int8 else tensors
-    for name, scales in four_bits.items():
+    for name, scales in checkpoint.four_bits.items():
         tensors |= in_four_bits(names[name], checkpoint.tensors[name], scales)
     with new_folder(target) as partial:
         write_json(partial / "config.json", dict(sorted(config.items())))
@@ -180,9 +181,11 @@ def tensor_names(checkpoint: DraftCheckpoint) -> dict[str, str]:
     return checkpoint.design.file_names(names)
 
 
-def default_format(design: Design) -> str:
-    """The format a new drafter is written in: what vLLM loads, where the design exists there, else Outrider's own."""
-    return "speculators" if "speculators" in writable(design) else "outrider"
+def default_format(checkpoint: DraftCheckpoint) -> str:
+    """The format a new drafter is written in: what vLLM loads, where the design exists there and nothing is in 4 bits,
+    else Outrider's own."""
+    known = "speculators" in writable(checkpoint.design) and not checkpoint.four_bits
+    return "speculators" if known else "outrider"
 
 
 def load_calibration(folder: Path) -> Calibration | None:

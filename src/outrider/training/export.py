@@ -61,8 +61,7 @@ def export(config: Config, drafter: Artefact, out: Path, target: str, *, evaluat
         shape = {"kind": "draft_model"}
     else:
         checkpoint = checkpoints.load(source)
-        usual = "outrider" if checkpoint.four_bits else checkpoints.default_format(checkpoint.design)
-        form = usual if config.form == "auto" else config.form
+        form = checkpoints.default_format(checkpoint) if config.form == "auto" else config.form
         checkpoint = _prepared(config, checkpoint, form, target)
         checkpoints.save(checkpoint, folder, form, provenance, int8=config.dtype == "int8")
         shape = _shape(checkpoint)

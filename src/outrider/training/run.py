@@ -297,8 +297,7 @@ def learn(
     facts = {"steps": steps, "texts": len(texts), **_facts(log)}
     if rank == 0:
         if not finished.exists():
-            form = "outrider" if config.four_bits else config.form
-            save_drafter(drafter, finished, form, {"config": config.model_dump(), **facts}, llm)
+            save_drafter(drafter, finished, config.form, {"config": config.model_dump(), **facts}, llm)
         write_report(log, out, config.model_dump(), facts)
     return facts
 
@@ -440,7 +439,7 @@ def save_drafter(drafter: Any, folder: Path, form: str, provenance: Mapping[str,
     if isinstance(drafter, DraftCheckpoint):
         if form == "deepspec":
             drafter = Frozen(drafter, llm.target).filled(drafter)
-        form = checkpoints.default_format(drafter.design) if form == "auto" else form
+        form = checkpoints.default_format(drafter) if form == "auto" else form
         checkpoints.save(drafter, folder, form, provenance)
         return
     with new_folder(folder) as partial:
