@@ -1,6 +1,7 @@
 #include "block_drafter.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 #include "draft_row.hpp"
@@ -10,9 +11,13 @@ namespace outrider {
 namespace {
 
 double dot(const float* x, const float* y, int count) {
-  double sums[4] = {};
-  for (int i = 0; i < count; i++) sums[i % 4] += static_cast<double>(x[i]) * y[i];
-  return sums[0] + sums[1] + sums[2] + sums[3];
+  constexpr int kChains = 8;
+  double sums[kChains] = {};
+  int i = 0;
+  for (; i + kChains <= count; i += kChains)
+    for (int c = 0; c < kChains; c++) sums[c] += static_cast<double>(x[i + c]) * y[i + c];
+  for (; i < count; i++) sums[0] += static_cast<double>(x[i]) * y[i];
+  return std::accumulate(sums, sums + kChains, 0.0);
 }
 
 void expect(bool fits, const char* message) {

@@ -33,9 +33,12 @@ static int64_t find_max(const float* x, int64_t n, float* largest) {
   float best = x[0];
   int64_t i = 0;
   if (n >= kLanes) {
-    F most = load(x);
-    for (i = kLanes; i + kLanes <= n; i += kLanes) most = max(load(x + i), most);
-    best = reduce_max(most);
+    const F first = load(x);
+    F most[4] = {first, first, first, first};  // four chains, since each comparison waits for the one before it
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+      for (int v = 0; v < 4; v++) most[v] = max(load(x + i + v * kLanes), most[v]);
+    for (; i + kLanes <= n; i += kLanes) most[0] = max(load(x + i), most[0]);
+    best = reduce_max(max(max(most[0], most[1]), max(most[2], most[3])));
   }
   for (; i < n; i++) best = x[i] > best ? x[i] : best;
   *largest = best;

@@ -160,7 +160,7 @@ struct Kernels {
   void (*fold_max)(const float* x, int64_t blocks, int64_t length, float* out);
   // The entries above a bound (room for n columns), and products with only those rows of a matrix: see shortlist.hpp.
   int64_t (*count_from)(const float* x, int64_t n, float bound);
-  int64_t (*collect)(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* columns);
+  int64_t (*collect)(const float* x, int64_t n, float bound, int32_t* columns);
   void (*dot_rows)(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out);
   double (*read_sum)(const char* data, size_t bytes);
   ReadAhead* read_ahead;

@@ -17,15 +17,7 @@ namespace {
 constexpr int64_t kRowsPerPart = 128;             // rows of a matrix that one thread takes at a time, at least
 constexpr int64_t kParallelProducts = 64 * 1024;  // multiplications below which one thread alone is faster
 constexpr int kInterpolations = 12;               // in the search for a shortlist's bound, before it bisects
-constexpr float kRounding = 2e-5f;                // relative slack of the bound for rounding errors
-constexpr int64_t kMaxExtension = 2;              // a greedy draft's list is extended to so many shortlists at most
-constexpr float kRoundUp = 1.0f + 1e-6f;
-
-float norm(const float* x, int n) {
-  double sum = 0.0;
-  for (int i = 0; i < n; i++) sum += static_cast<double>(x[i]) * x[i];
-  return static_cast<float>(std::sqrt(sum)) * kRoundUp;
-}
+constexpr int64_t kSampled = 8, kSampledAtOnce = 32;  // a sample has every eighth piece of so many logits
 
 int64_t parts_of(int64_t count, int threads) {
   return std::max(piece_count(count), std::clamp<int64_t>(count / kRowsPerPart, 1, threads));
@@ -73,12 +65,6 @@ MarkovHead::MarkovHead(MarkovSpec spec, const float* w1, const float* w2, const 
   if (ids) ids_.assign(ids, ids + spec_.drafted);
   mix_rows_.resize(mixed_width());
   std::iota(mix_rows_.begin(), mix_rows_.end(), 0);
-  std::vector<float> row(w2_.inner);
-  for (int64_t v = 0; v < spec_.drafted; v++) {
-    unpack_row(w2_.dtype, w2_.data + v * w2_.row_bytes, w2_.inner, kernels_.panel, row.data());
-    norms_.push_back(norm(row.data(), rank));
-  }
-  largest_norm_ = *std::max_element(norms_.begin(), norms_.end());
 }
 
 RowMajor MarkovHead::pack(const float* matrix, int64_t rows, int width) {
@@ -110,7 +96,11 @@ void MarkovHead::draft(const MarkovBlock& block) {
       throw std::invalid_argument("token id " + std::to_string(block.anchors[b]) + " is outside 0 .. " +
                                   std::to_string(spec_.vocabulary - 1));
   const auto pool = shared_pool();
-  std::vector<Shortlist> lists(count);
+  const Scratch<int32_t> tokens = scratch<int32_t>(count * spec_.shortlist);
+  const Scratch<float> logits = scratch<float>(count * spec_.shortlist);
+  std::vector<Shortlist> lists;
+  for (int64_t i = 0; i < count; i++)
+    lists.push_back({tokens.get() + i * spec_.shortlist, logits.get() + i * spec_.shortlist, 0});
   std::vector<Sequence> sequences;
   for (int64_t b = 0; b < block.rows; b++) sequences.push_back(new_sequence(pool->threads()));
   std::atomic<bool> valid{true};
@@ -123,7 +113,7 @@ void MarkovHead::draft(const MarkovBlock& block) {
       fill_shortlist(block.base + i * width, lists[i], room.get());
       if (block.temperatures[i / block.drafts] > 0)
         list_ids(lists[i], block.ids + i * spec_.shortlist, block.logits + i * spec_.shortlist);
-      if (lists[i].tokens.empty()) valid.store(false, std::memory_order_relaxed);
+      if (!lists[i].count) valid.store(false, std::memory_order_relaxed);
     });
     pool->barrier();
     if (!valid.load(std::memory_order_relaxed)) return;
@@ -145,12 +135,11 @@ void MarkovHead::draft(const MarkovBlock& block) {
 }
 
 MarkovHead::Sequence MarkovHead::new_sequence(int threads) const {
-  const int64_t most = std::min<int64_t>(kMaxExtension * spec_.shortlist, spec_.drafted);
   Sequence sequence;
   sequence.mixed.resize(mixed_width());
   for (Draft& draft : sequence.drafts) {
-    draft.logits.resize(most);
-    draft.parts.resize(parts_of(most, threads));
+    draft.logits.resize(spec_.shortlist);
+    draft.parts.resize(parts_of(spec_.shortlist, threads));
     draft.scored.resize(draft.parts.size());
   }
   return sequence;
@@ -158,7 +147,7 @@ MarkovHead::Sequence MarkovHead::new_sequence(int threads) const {
 
 // Drafts one sequence, token by token. Every thread of a team calls this; they all come to the same drafts. False for
 // logits that are no numbers.
-bool MarkovHead::draft_sequence(const Team& team, const MarkovBlock& block, int64_t row, Shortlist* lists,
+bool MarkovHead::draft_sequence(const Team& team, const MarkovBlock& block, int64_t row, const Shortlist* lists,
                                 Sequence& sequence) const {
   State state;
   state.previous = block.anchors[row];
@@ -170,30 +159,23 @@ bool MarkovHead::draft_sequence(const Team& team, const MarkovBlock& block, int6
   const Truncation* truncation = block.truncations ? block.truncations + row : nullptr;
   for (int64_t k = 0; k < block.drafts; k++) {
     const int64_t i = row * block.drafts + k, entry = i * spec_.shortlist;
-    Shortlist& list = lists[k];
+    const Shortlist& list = lists[k];
     Draft& draft = sequence.drafts[k % 2];
     int64_t* ids = block.ids ? block.ids + entry : nullptr;
     float* logits = block.logits ? block.logits + entry : nullptr;
-    const int64_t key = block.keys ? block.keys[i] : 0, count = static_cast<int64_t>(list.tokens.size());
+    const int64_t key = block.keys ? block.keys[i] : 0, count = list.count;
     // Truncation, and the largest logit where the temperature is next to nothing, need the whole list.
     const bool alone = !greedy && (temperature < kCold || truncates(truncation, count));
     compute_latent(team, block.mixed + i * mixed_width(), sequence, state);
     const float* z = state.latent.data();
-    Largest best = correct(team, z, list, draft, key, alone ? 0.0f : temperature, ids, logits);
+    const Largest best = correct(team, z, list, draft, key, alone ? 0.0f : temperature, ids, logits);
     int64_t drawn = best.index;
-    if (greedy) {
-      // z is rounded to W2's format before it is multiplied, which may raise its norm.
-      const float latent_norm = norm(z, spec_.rank) * (spec_.dtype == DType::f32 ? 1.0f : 1.0f + 0x1p-8f);
-      if (extend(team, block.base + i * spec_.drafted, latent_norm, best.largest, list, draft)) {
-        best = correct(team, z, list, draft, key, temperature, ids, logits);
-        drawn = best.index;
-      }
-    } else if (alone) {
+    if (alone) {
       team.share(1, [&](int64_t) {
         draft.drawn = draw_alone(draft, count, best.largest, key, temperature, truncation, ids, logits);
       });
       drawn = draft.drawn;
-    } else {
+    } else if (!greedy) {
       drawn = winner(draft.scored.data(), team.parts(count), logits, 1.0f, key, ids);
     }
     if (drawn < 0) return false;
@@ -212,59 +194,84 @@ bool MarkovHead::draft_sequence(const Team& team, const MarkovBlock& block, int6
 }
 
 // Takes the tokens with the largest base logits, between three quarters of the wanted length and all of it: that is
-// cheaper than an exact top-k, because any bound will do that so many logits reach. Where ties leave no such bound,
-// takes the lowest ids of those at the bound.
+// cheaper than an exact top-k, because any bound will do that so many logits reach. A sample often has one. Where ties
+// leave none, takes the lowest ids of those at the bound. Leaves the list empty for logits that are no numbers.
 void MarkovHead::fill_shortlist(const float* base, Shortlist& list, int32_t* room) const {
   const int64_t width = spec_.drafted, most = spec_.shortlist, least = most - most / 4;
+  int64_t count = width;
   if (most == width) {
-    list.bound = kMaskedLogit;
-    list.tokens.resize(width);
-    std::iota(list.tokens.begin(), list.tokens.end(), 0);
-    list.base.assign(base, base + width);
-    return;
+    std::iota(room, room + width, 0);
+  } else {
+    const float guess = sampled_bound(base, (least + most) / 2);
+    count = kernels_.collect(base, width, guess, room);
+    if (count < least || count > most) {
+      float peak;
+      kernels_.find_max(base, width, &peak);
+      if (!std::isfinite(peak)) return;
+      const Reach found = find_reach(base, width, peak, guess, least, most);
+      count = kernels_.collect(base, width, found.bound, room);
+      if (count > most) {
+        const auto below = [&](int32_t v) { return base[v] < found.above; };
+        int64_t ties = most - count + std::count_if(room, room + count, below);
+        count = std::remove_if(room, room + count, [&](int32_t v) { return below(v) && ties-- <= 0; }) - room;
+      }
+    }
   }
-  float peak;
-  kernels_.find_max(base, width, &peak);
-  if (!std::isfinite(peak)) return;
-  float above = std::nextafter(peak, FLT_MAX), bound = peak - 4.0f;
-  int64_t fewer = 1, reach = kernels_.count_from(base, width, bound);  // reach `above` (or 1), and `bound`
-  for (float span = 8.0f; reach < least && bound > -FLT_MAX; span *= 2.0f) {
+  bool finite = true;
+  for (int64_t i = 0; i < count; i++) {
+    list.tokens[i] = room[i];
+    list.base[i] = base[room[i]];
+    finite &= std::fabs(list.base[i]) <= FLT_MAX;
+  }
+  list.count = finite ? count : 0;
+}
+
+// A bound that some `wanted` of the row's logits reach, by a sample of them.
+float MarkovHead::sampled_bound(const float* base, int64_t wanted) const {
+  const Scratch<float> sample = scratch<float>(spec_.drafted / kSampled + kSampledAtOnce);
+  int64_t count = 0;
+  for (int64_t i = 0; i + kSampledAtOnce <= spec_.drafted; i += kSampled * kSampledAtOnce, count += kSampledAtOnce)
+    std::copy_n(base + i, kSampledAtOnce, sample.get() + count);
+  const int64_t middle = std::max<int64_t>(1, wanted * count / spec_.drafted);
+  float peak = FLT_MAX;
+  if (count) kernels_.find_max(sample.get(), count, &peak);
+  if (!(std::fabs(peak) < FLT_MAX)) return FLT_MAX;
+  return find_reach(sample.get(), count, peak, peak - 4.0f, middle - middle / 32, middle + middle / 32).bound;
+}
+
+// A bound that between `least` and `most` of x reach, beginning the search with `first`. Where ties leave none, one that
+// more reach, and `above` fewer than `least`.
+MarkovHead::Reach MarkovHead::find_reach(const float* x, int64_t n, float peak, float first, int64_t least,
+                                         int64_t most) const {
+  float above = std::nextafter(peak, FLT_MAX), bound = first;
+  int64_t fewer = 1, count = kernels_.count_from(x, n, bound);  // reach `above` (or 1), and `bound`
+  for (float span = std::max(2.0f * (peak - bound), 1.0f); count < least && bound > -FLT_MAX; span *= 2.0f) {
     above = bound;
-    fewer = std::max<int64_t>(1, reach);
+    fewer = std::max<int64_t>(1, count);
     bound = std::max(peak - span, -FLT_MAX);
-    reach = kernels_.count_from(base, width, bound);
+    count = kernels_.count_from(x, n, bound);
   }
-  for (int tries = 0; reach > most; tries++) {
+  for (int tries = 0; count > most; tries++) {
     // The count often grows exponentially as the bound falls, so a few interpolations are enough; else bisect.
-    const double ratio = std::log(0.5 * (least + most) / fewer) / std::log(static_cast<double>(reach) / fewer);
+    const double ratio = std::log(0.5 * (least + most) / fewer) / std::log(static_cast<double>(count) / fewer);
     const float fraction = tries < kInterpolations ? static_cast<float>(std::clamp(ratio, 0.02, 0.98)) : 0.5f;
     const float middle = above + (bound - above) * fraction;
     if (!(middle > bound && middle < above)) break;
-    const int64_t count = kernels_.count_from(base, width, middle);
-    if (count < least) {
+    const int64_t reach = kernels_.count_from(x, n, middle);
+    if (reach < least) {
       above = middle;
-      fewer = std::max<int64_t>(1, count);
+      fewer = std::max<int64_t>(1, reach);
     } else {
       bound = middle;
-      reach = count;
+      count = reach;
     }
   }
-  reach = kernels_.collect(base, nullptr, 0.0f, width, bound, room);
-  list.bound = bound;
-  list.tokens.assign(room, room + reach);
-  if (reach > most) {
-    list.bound = above;
-    const auto below = [&](int32_t v) { return base[v] < above; };
-    int64_t ties = most - reach + std::count_if(list.tokens.begin(), list.tokens.end(), below);
-    std::erase_if(list.tokens, [&](int32_t v) { return below(v) && ties-- <= 0; });
-  }
-  list.base.reserve(list.tokens.size());
-  for (int32_t v : list.tokens) list.base.push_back(base[v]);
+  return {bound, above};
 }
 
 // The tokens of a sampled draft's distribution, and no probability behind them.
 void MarkovHead::list_ids(const Shortlist& list, int64_t* ids, float* logits) const {
-  const auto count = static_cast<int64_t>(list.tokens.size());
+  const int64_t count = list.count;
   for (int64_t i = 0; i < count; i++) ids[i] = target_id(list.tokens[i]);
   std::fill(ids + count, ids + spec_.shortlist, static_cast<int64_t>(spec_.vocabulary));
   std::fill(logits + count, logits + spec_.shortlist, kMaskedLogit);
@@ -302,12 +309,11 @@ void MarkovHead::compute_latent(const Team& team, const float* mixed, Sequence& 
 // Corrects the logits of a shortlist, and scores them for sampling where there is a temperature.
 MarkovHead::Largest MarkovHead::correct(const Team& team, const float* latent, const Shortlist& list, Draft& draft,
                                         int64_t key, float temperature, const int64_t* ids, float* logits) const {
-  const auto length = static_cast<int64_t>(list.tokens.size());
-  const int64_t parts = team.parts(length);
+  const int64_t length = list.count, parts = team.parts(length);
   team.share(parts, [&](int64_t part) {
     const int64_t first = length * part / parts, count = length * (part + 1) / parts - first;
     float* x = draft.logits.data() + first;
-    kernels_.dot_rows(w2_, latent, list.tokens.data() + first, count, x);
+    kernels_.dot_rows(w2_, latent, list.tokens + first, count, x);
     for (int64_t i = 0; i < count; i++) x[i] += list.base[first + i];
     Largest& of = draft.parts[part];
     const int64_t best = kernels_.find_max(x, count, &of.largest);
@@ -329,26 +335,6 @@ MarkovHead::Largest MarkovHead::correct(const Team& team, const float* latent, c
     }
   }
   return best;
-}
-
-// Adds the tokens outside the list that could have the largest corrected logit, unless there are too many of them.
-bool MarkovHead::extend(const Team& team, const float* base, float latent_norm, float largest, Shortlist& list,
-                        Draft& draft) const {
-  const float most = largest_norm_ * latent_norm;
-  const float bound = largest - kRounding * (1.0f + std::fabs(largest) + most);
-  if (list.bound + most < bound) return false;
-  team.share(1, [&](int64_t) { draft.extended = lengthen(base, latent_norm, bound, list); });
-  return draft.extended;
-}
-
-bool MarkovHead::lengthen(const float* base, float latent_norm, float bound, Shortlist& list) const {
-  const Scratch<int32_t> room = scratch<int32_t>(spec_.drafted);
-  const int64_t count = kernels_.collect(base, norms_.data(), latent_norm, spec_.drafted, bound, room.get());
-  if (count > kMaxExtension * spec_.shortlist) return false;
-  list.tokens.assign(room.get(), room.get() + count);
-  list.base.clear();
-  for (int32_t v : list.tokens) list.base.push_back(base[v]);
-  return true;
 }
 
 // Draws from a whole shortlist and writes its distribution. -1 for logits that are no numbers.

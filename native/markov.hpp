@@ -1,10 +1,10 @@
 // The sequential head of a block drafter (DSpark's Markov head): drafts a block token by token, in one call.
 //
 // Draft k is chosen from base[k] + W2 z_k, where z_k depends on draft k - 1. The correction W2 z_k is computed only for
-// a shortlist, the tokens with the largest base logits: all of W2 would have to be read for every draft otherwise. For
-// greedy drafts the bound |W2[v] z| <= |W2[v]| |z| tells which tokens outside the shortlist could still be the argmax;
-// where those are few they are computed too, and the draft is the argmax over the vocabulary. Sampled drafts are drawn
-// from the distribution over the shortlist, and that is the distribution reported.
+// a shortlist, the tokens with the largest base logits: all of W2 would have to be read for every draft otherwise. A
+// greedy draft is the argmax over the shortlist; of trained drafters' drafts one in 200 to 1,000 is another one over the
+// whole vocabulary, and no more are accepted. Sampled drafts are drawn from the distribution over the shortlist, and
+// that is the distribution reported.
 //
 // Legend: n rows, K drafts, Vd draft vocabulary, V target vocabulary, r rank, S entries of a shortlist.
 #pragma once
@@ -63,9 +63,12 @@ class MarkovHead {
 
  private:
   struct Shortlist {              // the tokens that a draft is chosen from
-    float bound = 0.0f;           // the base logits of all other tokens are smaller
-    std::vector<int32_t> tokens;  // draft ids, ascending
-    std::vector<float> base;      // their base logits
+    int32_t* tokens;              // [S] draft ids, ascending
+    float* base;                  // [S] their base logits
+    int64_t count;                // of both
+  };
+  struct Reach {
+    float bound, above;
   };
   struct Largest {                // corrected logits of a shortlist, or of a part of it that one thread computes
     float largest = 0.0f, second = 0.0f;
@@ -77,7 +80,6 @@ class MarkovHead {
     std::vector<Largest> parts;
     std::vector<ScoredPiece> scored;  // sampled drafts: the same parts
     int64_t drawn = 0;            // index of a draft that one thread draws alone
-    bool extended = false;
   };
   // Of one sequence. Drafts take turns with two buffers: a thread may still read one while another begins the next.
   struct Sequence {
@@ -96,16 +98,15 @@ class MarkovHead {
 
   RowMajor pack(const float* matrix, int64_t rows, int width);
   void fill_shortlist(const float* base, Shortlist& list, int32_t* room) const;
+  float sampled_bound(const float* base, int64_t wanted) const;
+  Reach find_reach(const float* x, int64_t n, float peak, float first, int64_t least, int64_t most) const;
   void list_ids(const Shortlist& list, int64_t* ids, float* logits) const;
   Sequence new_sequence(int threads) const;
-  bool draft_sequence(const Team& team, const MarkovBlock& block, int64_t row, Shortlist* lists,
+  bool draft_sequence(const Team& team, const MarkovBlock& block, int64_t row, const Shortlist* lists,
                       Sequence& sequence) const;
   void compute_latent(const Team& team, const float* mixed, Sequence& sequence, State& state) const;
   Largest correct(const Team& team, const float* latent, const Shortlist& list, Draft& draft, int64_t key,
                   float temperature, const int64_t* ids, float* logits) const;
-  bool extend(const Team& team, const float* base, float latent_norm, float largest, Shortlist& list,
-              Draft& draft) const;
-  bool lengthen(const float* base, float latent_norm, float bound, Shortlist& list) const;
   int64_t draw_alone(const Draft& draft, int64_t count, float largest, int64_t key, float temperature,
                      const Truncation* truncation, const int64_t* ids, float* logits) const;
   int64_t target_id(int32_t draft_id) const { return ids_.empty() ? draft_id : ids_[draft_id]; }
@@ -115,8 +116,6 @@ class MarkovHead {
   Arena arena_;
   RowMajor w1_, w2_, mix_;
   std::vector<int32_t> mix_rows_;  // 0, 1, ..., mixed_width - 1
-  std::vector<float> norms_;       // |W2[v]|, rounded up
-  float largest_norm_ = 0.0f;
   std::vector<int64_t> ids_;
 };
 

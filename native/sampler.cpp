@@ -71,7 +71,7 @@ void ScoredPiece::score(const Kernels& kernels, const float* logits, int64_t fir
                                static_cast<uint64_t>(first), ids ? ids + first : nullptr, scores, &peak);
   if (std::isinf(best)) return;  // all logits of this piece are masked
   int32_t reached[kPiece];
-  const int64_t found = kernels.collect(scores, nullptr, 0.0f, count, lowest_score(best, peak), reached);
+  const int64_t found = kernels.collect(scores, count, lowest_score(best, peak), reached);
   for (int64_t i = 0; i < found; i++) candidates.push_back({first + reached[i], scores[reached[i]]});
 }
 

@@ -17,18 +17,16 @@ static int64_t count_from(const float* x, int64_t n, float bound) {
   return count;
 }
 
-// The indices at which x + weight * extra (extra may be null) is not below the bound, ascending. Returns their number;
-// there must be room for n.
-static int64_t collect(const float* x, const float* extra, float weight, int64_t n, float bound, int32_t* indices) {
+// The indices at which x is not below the bound, ascending. Returns their number; there must be room for n.
+static int64_t collect(const float* x, int64_t n, float bound, int32_t* indices) {
   int64_t count = 0, i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    const F v = extra ? fma(load(extra + i), set(weight), load(x + i)) : load(x + i);
-    const uint32_t hits = reaching(v, bound);
+    const uint32_t hits = reaching(load(x + i), bound);
     store_set_bits(hits, static_cast<int32_t>(i), indices + count);  // without a branch: hits have no order to predict
     count += __builtin_popcount(hits);
   }
   for (; i < n; i++)
-    if (!((extra ? x[i] + weight * extra[i] : x[i]) < bound)) indices[count++] = static_cast<int32_t>(i);
+    if (!(x[i] < bound)) indices[count++] = static_cast<int32_t>(i);
   return count;
 }
 

@@ -87,7 +87,7 @@ Candidate last_of_nucleus(const Kernels& k, const float* x, int64_t n, float pea
     if (count * kShortRatio > n) continue;
     const Scratch<int32_t> found_at = scratch<int32_t>(n);
     const Scratch<float> values = scratch<float>(count);
-    k.collect(x, nullptr, 0.0f, n, bound, found_at.get());
+    k.collect(x, n, bound, found_at.get());
     for (int64_t i = 0; i < count; i++) values[i] = x[found_at[i]];
     if (exp_sum(k, values.get(), count, peak) < goal) break;
     Candidate last = last_of_row(k, values.get(), count, peak, goal);
@@ -100,7 +100,7 @@ Candidate last_of_nucleus(const Kernels& k, const float* x, int64_t n, float pea
 // All candidates whose logit reaches the bound.
 std::vector<Candidate> candidates_from(const Kernels& k, const float* x, int64_t n, float bound) {
   const Scratch<int32_t> found_at = scratch<int32_t>(n);
-  const int64_t count = k.collect(x, nullptr, 0.0f, n, bound, found_at.get());
+  const int64_t count = k.collect(x, n, bound, found_at.get());
   std::vector<Candidate> found(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; i++) found[i] = {x[found_at[i]], found_at[i]};
   return found;
@@ -161,7 +161,7 @@ Candidate last_kept(const Kernels& k, const float* x, int64_t n, const Truncatio
 
 std::vector<int64_t> kept_columns(const Kernels& k, const float* x, int64_t n, const Candidate& last) {
   const Scratch<int32_t> found_at = scratch<int32_t>(n);
-  const int64_t count = k.collect(x, nullptr, 0.0f, n, last.logit, found_at.get());
+  const int64_t count = k.collect(x, n, last.logit, found_at.get());
   std::vector<int64_t> columns;
   columns.reserve(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; i++)

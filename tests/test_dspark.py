@@ -515,22 +515,20 @@ def along(head: SequentialHead, base: Tensor, hidden: Tensor, anchors: Tensor, t
 
 
 @pytest.mark.skipif(not available(), reason="the compiled core is not built")
-@pytest.mark.parametrize(("scale", "exact"), [(0.02, True), (0.1, True), (3.0, False)])
+@pytest.mark.parametrize("scale", [0.02, 0.1, 3.0])
 @pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
-def test_a_greedy_block_takes_the_best_of_all_tokens_that_could_win(kind: str, scale: float, exact: bool) -> None:
-    """Of the shortlist and the few outside it that the bound leaves; of the shortlist, where it leaves too many."""
+def test_a_greedy_block_takes_the_best_of_its_shortlist(kind: str, scale: float) -> None:
+    """Which is the best of all tokens where the sequential head corrects little."""
     head = WideHead(kind, scale)
     base, hidden, anchors, keys = block_inputs(12, 5)
     tokens, margins, _, _ = head.draft(base, hidden, anchors, keys, torch.zeros(12))
     logits = along(head.steps, base, hidden, anchors, tokens)
-    if not exact:
-        likely = base >= base.topk(48, -1).values[..., -1:]
-        assert not torch.equal(tokens, logits.argmax(2))
-        assert (logits.gather(2, tokens[..., None]) >= logits.where(likely, -torch.inf).amax(2, keepdim=True)).all()
-        return
-    assert torch.equal(tokens, logits.argmax(2))
-    best = logits.topk(2, -1).values
-    assert (margins >= best[..., 0] - best[..., 1] - 1e-4).all()
+    likely = base >= base.topk(48, -1).values[..., -1:]
+    drawn, best = logits.gather(2, tokens[..., None])[..., 0], logits.where(likely, -torch.inf).topk(2, -1).values
+    assert (drawn >= best[..., 0] - 1e-4).all()
+    assert torch.equal(tokens, logits.argmax(2)) == (scale < 1)
+    alike = drawn == best[..., 0]  # else a token of the list that is not among the 48
+    assert (margins <= best[..., 0] - best[..., 1] + 1e-4)[alike].all()
 
 
 @pytest.mark.skipif(not available(), reason="the compiled core is not built")
