@@ -21,14 +21,8 @@
 namespace outrider {
 
 #if defined(OUTRIDER_X86)
-namespace amx {
-extern const Kernels table;
-bool tiles_compute();
-}
-namespace amx_emulated {
-extern const Kernels table;
-bool tiles_compute();
-}
+namespace amx { extern const Kernels table; }
+namespace amx_emulated { extern const Kernels table; }
 namespace avx512_bf16 { extern const Kernels table; }
 namespace avx512_vnni { extern const Kernels table; }
 namespace avx_vnni { extern const Kernels table; }
@@ -54,13 +48,14 @@ bool has_avx512_vnni() {
 bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 #if defined(__linux__)
-// Some virtual machines list tiles and fault on them, so a child process tries a product first.
+// Some virtual machines list tiles and fault on them, so a child process tries products first.
 bool tiles_work() {
   const pid_t child = fork();
   if (child < 0) return false;
   if (child == 0) {
     for (const int number : {SIGILL, SIGSEGV, SIGBUS, SIGFPE}) std::signal(number, SIG_DFL);
-    _exit(amx::tiles_compute() ? 0 : 1);
+    for (int use = 0; use < kTileUses; use++) amx::table.tile_rows[use] = 1;
+    _exit(same_products(amx::table, amx_emulated::table) ? 0 : 1);
   }
   int status = 0;
   while (waitpid(child, &status, 0) < 0)
@@ -89,6 +84,7 @@ std::string ask_for_tiles() {
 std::vector<const Kernels*> find_usable() {
   std::vector<const Kernels*> found;
 #if defined(OUTRIDER_X86)
+  if (why_no_tiles().empty()) found.push_back(&amx::table);
   if (has_avx512_bf16()) found.push_back(&avx512_bf16::table);
   if (has_avx512_vnni()) found.push_back(&avx512_vnni::table);
   if (has_avx_vnni()) found.push_back(&avx_vnni::table);
@@ -130,14 +126,6 @@ const std::string& why_no_tiles() {
   return reason;
 }
 
-bool emulated_tiles_compute() {
-#if defined(OUTRIDER_X86)
-  return !has_avx512_bf16() || amx_emulated::tiles_compute();
-#else
-  return true;
-#endif
-}
-
 std::vector<std::string> usable_kernels() { return names_of(usable()); }
 std::vector<std::string> emulated_kernels() { return names_of(emulated()); }
 
@@ -149,10 +137,6 @@ const Kernels& find_kernels(const std::string& name) {
     const std::string_view has = table->name;
     if (wanted.empty() || wanted == has || (wanted == "avx512" && has.starts_with(wanted))) return *table;
   }
-#if defined(OUTRIDER_X86)
-  // Matrix tiles have run on emulated hardware only so far, so they are used where they are asked for by name.
-  if (wanted == amx::table.name && why_no_tiles().empty()) return amx::table;
-#endif
   for (const Kernels* table : emulated())
     if (wanted == table->name) return *table;
   std::string known;

@@ -152,23 +152,25 @@ static void gemm_panels(const Weights& w, const Operand& x, int rows, int first,
 template <class Format>
 static void gemm_groups(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride) {
   using Sizes = GroupSizes<Format>;
+  const int groups = w.inner / kGroup, chunk = Format::kNibbles ? kNibbleChunk : kByteChunk;
 #if defined(OUTRIDER_TILES)
-  using Tile = MatrixGroupTile<Format>;
-#else
-  using Tile = GroupTile<Format>;
+  if (on_tiles(tile_use_of(w.dtype), rows))
+    return gemm_panels<MatrixGroupTile<Format>>(w, x, rows, first, last, Sizes::kBytes, Sizes::kOperandBytes, groups,
+                                                chunk, y, y_stride);
 #endif
-  gemm_panels<Tile>(w, x, rows, first, last, Sizes::kBytes, Sizes::kOperandBytes, w.inner / kGroup,
-                                 Format::kNibbles ? kNibbleChunk : kByteChunk, y, y_stride);
+  gemm_panels<GroupTile<Format>>(w, x, rows, first, last, Sizes::kBytes, Sizes::kOperandBytes, groups, chunk, y,
+                                 y_stride);
 }
 
-// Formats of one number, or two or four side by side, a lane.
+// Formats of one number, or two or four side by side, a lane. bfloat16 is summed in the tiles' order at one row too.
 template <class Op>
 static void gemm_steps(const Weights& w, const Operand& x, int rows, int first, int last, float* y, size_t y_stride) {
   const int steps = w.inner / Op::kInner;
 #if defined(OUTRIDER_TILES)
   if constexpr (Op::kInner > 1)
-    return gemm_panels<MatrixTile<Op>>(w, x, rows, first, last, Op::kBytes, Op::kOperandBytes, steps, steps, y,
-                                       y_stride);
+    if (std::is_same_v<Op, OpBF16> || on_tiles(tile_use_of(w.dtype), rows))
+      return gemm_panels<MatrixTile<Op>>(w, x, rows, first, last, Op::kBytes, Op::kOperandBytes, steps, steps, y,
+                                         y_stride);
 #endif
   gemm_panels<StepTile<Op>>(w, x, rows, first, last, Op::kBytes, Op::kOperandBytes, steps, kChunkSteps, y, y_stride);
 }

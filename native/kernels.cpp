@@ -6,10 +6,6 @@
 #include "shortlist.hpp"
 #include "softmax.hpp"
 
-#if defined(OUTRIDER_TILES)
-#include "tile_check.hpp"
-#endif
-
 #define OUTRIDER_TEXT_(name) #name
 #define OUTRIDER_TEXT(name) OUTRIDER_TEXT_(name)
 
@@ -27,12 +23,16 @@ static double read_sum(const char* data, size_t bytes) {
   return reduce_add(total);
 }
 
+#if !defined(OUTRIDER_TILES)
+constexpr std::atomic<int>* tile_rows = nullptr;
+#endif
+
 extern const Kernels table;
 const Kernels table = {
     OUTRIDER_TEXT(OUTRIDER_ISA), kPanel, operand_bytes, inner_unit, gemm, prepare, rms_norm, accumulate, activate, rotate,
     store_key, store_value, attention_begin, attend, attention_merge, attention_finish, softcap, keep_larger, find_max,
     gumbel_scores, exp_sum, residual_sum, fold_max, count_from, collect, dot_rows, read_sum,
-    &read_ahead,
+    &read_ahead, tile_rows,
 };
 
 }  // namespace outrider::OUTRIDER_ISA

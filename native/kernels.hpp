@@ -118,6 +118,15 @@ struct ReadAhead {
   std::atomic<int> rows[kWidths];  // of a product, from which on it prefetches
 };
 
+// From how many rows on matrix tiles compute a product, where its bits are those of vectors: bytes with a scale per
+// column, groups of bytes, groups of nibbles. Few rows may be faster without; that is measured too.
+enum class TileUse : int { bytes = 0, byte_groups = 1, nibble_groups = 2 };
+constexpr int kTileUses = 3;
+using TileRows = std::atomic<int>[kTileUses];
+static constexpr TileUse tile_use_of(DType dtype) {
+  return is_nibbles(dtype) ? TileUse::nibble_groups : dtype == DType::i8 ? TileUse::bytes : TileUse::byte_groups;
+}
+
 constexpr int kStateTail = 16;  // floats after the sums of an attention state; keeps rows aligned
 
 enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2 };
@@ -164,17 +173,19 @@ struct Kernels {
   void (*dot_rows)(const RowMajor& w, const float* z, const int32_t* rows, int64_t count, float* out);
   double (*read_sum)(const char* data, size_t bytes);
   ReadAhead* read_ahead;
+  std::atomic<int>* tile_rows;  // TileRows; null: no tiles
 };
 
-// The kernels of that name: avx512 (either of avx512_bf16, avx512_vnni), avx_vnni, avx2 or portable. An empty name
+// The kernels of that name: amx, avx512 (either of avx512_bf16, avx512_vnni), avx_vnni, avx2 or portable. An empty name
 // asks OUTRIDER_ISA, and takes the best that this processor runs where that is not set. Throws std::invalid_argument.
 const Kernels& find_kernels(const std::string& name = "");
 // Names of all tables that this build has and this processor runs, best first.
 std::vector<std::string> usable_kernels();
 // Names of those that run anywhere or nearly so, slowly, for tests: they are used when asked for by name.
 std::vector<std::string> emulated_kernels();
-// Whether the emulated tiles pass the check that a machine's own have to pass before they are used; true without them.
-bool emulated_tiles_compute();
+// Whether two tables give the same bits for products of every format that tiles compute, at heights of one and of two
+// tiles: what a machine's own tiles have to do beside the emulated ones before they are used.
+bool same_products(const Kernels& left, const Kernels& right);
 // Why this process cannot use matrix tiles (Intel AMX); empty where it can.
 const std::string& why_no_tiles();
 

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "arena.hpp"
 #include "pack.hpp"
@@ -23,19 +24,20 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 // Puts one setting into force for a kind of weights, and the earlier one back at the end.
 class Setting {
  public:
-  Setting(ReadAhead& read_ahead, Width width, ProductSetting setting)
-      : bytes_(read_ahead.bytes), rows_(read_ahead.rows[static_cast<int>(width)]), old_bytes_(bytes_), old_rows_(rows_) {
-    if (setting.ahead) bytes_ = setting.ahead;
-    rows_ = setting.ahead ? 1 : std::numeric_limits<int>::max();
+  Setting(const Kernels& kernels, DType dtype, ProductSetting setting) {
+    ReadAhead& read_ahead = *kernels.read_ahead;
+    if (setting.ahead) replace(read_ahead.bytes, setting.ahead);
+    replace(read_ahead.rows[static_cast<int>(width_of(dtype))], setting.ahead ? 1 : std::numeric_limits<int>::max());
+    if (setting.tile_rows && kernels.tile_rows)
+      replace(kernels.tile_rows[static_cast<int>(tile_use_of(dtype))], setting.tile_rows);
   }
   ~Setting() {
-    bytes_ = old_bytes_;
-    rows_ = old_rows_;
+    for (const auto& [number, earlier] : replaced_) *number = earlier;
   }
 
  private:
-  std::atomic<int>&bytes_, &rows_;
-  int old_bytes_, old_rows_;
+  void replace(std::atomic<int>& number, int value) { replaced_.emplace_back(&number, number.exchange(value)); }
+  std::vector<std::pair<std::atomic<int>*, int>> replaced_;
 };
 
 // Rows of zeros: the time of a product does not depend on the values.
@@ -72,7 +74,7 @@ std::vector<double> time_products(const Kernels& kernels, DType dtype, size_t by
   const Clock::time_point began = Clock::now();
   do {
     for (size_t s = 0; s < settings.size(); s++) {
-      const Setting in_force(*kernels.read_ahead, width_of(dtype), settings[s]);
+      const Setting in_force(kernels, dtype, settings[s]);
       pool->run([&](int thread) {
         pool->parallel_for(thread, pieces, [&](int64_t piece) {
           const Clock::time_point start = Clock::now();

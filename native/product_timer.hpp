@@ -9,7 +9,8 @@ namespace outrider {
 
 struct ProductSetting {
   int rows;
-  int ahead;  // bytes of ReadAhead; 0: no prefetch
+  int ahead;      // bytes of ReadAhead; 0: no prefetch
+  int tile_rows;  // TileRows of the matrix's format; 0: as they are
 };
 
 // Seconds of a product with all of a matrix of `bytes` bytes, on all threads, for each setting. The matrix is

@@ -12,6 +12,11 @@ namespace outrider::OUTRIDER_ISA {
 
 static_assert(kVectors == 2 && kLanes == 16);
 
+static TileRows tile_rows = {{1}, {5}, {5}};
+static inline bool on_tiles(TileUse use, int rows) {
+  return rows >= tile_rows[static_cast<int>(use)].load(std::memory_order_relaxed);
+}
+
 constexpr int kTileHeight = 16;              // rows of one tile
 constexpr int kBothHeights = 2 * kTileHeight;
 constexpr size_t kStepBytes = kPanel * 4;    // of a panel: two rows of weight tiles, side by side

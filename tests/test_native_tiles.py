@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -114,9 +114,43 @@ def test_a_row_has_the_same_bits_beside_any_others(isa: str, dtype: str, counts:
         assert torch.equal(made.unembed(x[:count]), alone[:count]), count
 
 
+@pytest.fixture
+def tile_rows(isa: str) -> Iterator[None]:
+    """What was in force is so again afterwards."""
+    before = _native.tile_rows(isa)
+    yield
+    _native.set_tile_rows(isa, before)
+
+
+@needs_tiles
+@pytest.mark.parametrize("isa", TILES)
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", *KINDS])
+def test_bits_do_not_depend_on_where_tiles_begin(isa: str, dtype: str, tile_rows: None) -> None:
+    results = []
+    x, w = torch.randn(17, 160), torch.randn(70, 160)
+    parts = random_parts(dtype, 70, 160) if dtype in KINDS else None
+    for least in (1, 4, 1 << 20):
+        _native.set_tile_rows(isa, [least] * 3)
+        for count in (1, 3, 4, 17):
+            some = x[:count]
+            results.append(product(w, dtype, isa, some) if parts is None else head(parts, isa).unembed(some))
+    for k, result in enumerate(results):
+        assert torch.equal(result, results[3][: len(result)]), k
+    with pytest.raises(ValueError, match="3 positive numbers"):
+        _native.set_tile_rows(isa, [1, 0, 1])
+
+
+@needs_tiles
+def test_a_machines_own_tiles_are_held_against_emulated_ones() -> None:
+    """Every format that tiles compute; bfloat16 alone has an order of its own."""
+    assert _native.same_products("amx_emulated", "amx_emulated")
+    assert not _native.same_products("avx512_bf16", "amx_emulated")
+    assert not _native.same_products("portable", "amx_emulated")
+
+
 def test_why_there_are_no_tiles_is_said() -> None:
     reason = _native.why_no_tiles()
-    assert "amx" not in _native.instruction_sets(), "tiles are used where they are asked for by name"
+    assert (_native.instruction_sets()[0] == "amx") == (not reason), "tiles are used by themselves where they work"
     if reason:
         assert any(word in reason for word in ("no matrix tiles", "refused", "Linux", "fault"))
         with pytest.raises(InvalidRequest, match="instruction set amx is not one this processor runs") as caught:
@@ -127,7 +161,3 @@ def test_why_there_are_no_tiles_is_said() -> None:
 @needs_tiles
 def test_emulation_is_only_used_when_asked_for() -> None:
     assert not set(_native.emulated_instruction_sets()) & set(_native.instruction_sets())
-
-
-def test_the_check_of_a_machines_tiles_passes_on_emulated_ones() -> None:
-    assert _native.emulated_tiles_compute()

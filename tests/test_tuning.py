@@ -12,7 +12,18 @@ import torch
 
 from outrider.backends import tuning
 from outrider.backends.native import NativeBackend, available
-from outrider.backends.tuning import DISTANCES, ROWS, WIDTHS, Measure, Tuning, apply_once, choose, stored_path, tune
+from outrider.backends.tuning import (
+    DISTANCES,
+    NEVER,
+    ROWS,
+    WIDTHS,
+    Measure,
+    Tuning,
+    apply_once,
+    choose,
+    stored_path,
+    tune,
+)
 from outrider.config import StackConfig
 
 if not available():
@@ -30,7 +41,10 @@ def as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("OUTRIDER_TUNING", raising=False)
     before, threads = {isa: _native.read_ahead(isa) for isa in _native.instruction_sets()}, _native.threads()
+    tile_rows = _native.tile_rows(ISA)
     yield
+    if tile_rows:
+        _native.set_tile_rows(ISA, tile_rows)
     for isa, (ahead, rows) in before.items():
         _native.set_read_ahead(isa, ahead, rows)
     if _native.threads() != threads:
@@ -40,9 +54,9 @@ def as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def machine(seconds: Callable[[str, int, int], float]) -> Measure:
     """A machine whose products take ``seconds(width, rows, ahead)``."""
 
-    def measure(width: str, settings: Sequence[tuple[int, int]], budget: float) -> list[float]:
+    def measure(width: str, settings: Sequence[tuple[int, int, int]], budget: float) -> list[float]:
         assert budget > 0
-        return [seconds(width, rows, ahead) for rows, ahead in settings]
+        return [seconds(width, rows, ahead) for rows, ahead, _ in settings]
 
     return measure
 
@@ -67,11 +81,24 @@ def test_the_switch_is_where_prefetching_begins_to_pay() -> None:
 def test_one_measurement_that_is_off_changes_nothing() -> None:
     seen: set[str] = set()
 
-    def measure(width: str, settings: Sequence[tuple[int, int]], budget: float) -> list[float]:
+    def measure(width: str, settings: Sequence[tuple[int, int, int]], budget: float) -> list[float]:
         first, _ = width not in seen, seen.add(width)
-        return [0.5 if first and ahead and rows < 3 else 1.0 for rows, ahead in settings]
+        return [0.5 if first and ahead and rows < 3 else 1.0 for rows, ahead, _ in settings]
 
     assert choose(measure, DEFAULTS, 2, 2) == Tuning(8192, DEFAULTS, 2)
+
+
+def test_tiles_are_used_from_where_they_are_faster() -> None:
+    """Bytes at any number of rows, groups of bytes from eight, nibbles never."""
+    least = {"i8": 1, "q8_0": 8, "q4_1": NEVER}
+
+    def measure(name: str, settings: Sequence[tuple[int, int, int]], budget: float) -> list[float]:
+        return [
+            1.0 if not first or (rows >= first) == (rows >= least.get(name, 1)) else 1.5 for rows, _, first in settings
+        ]
+
+    assert choose(measure, DEFAULTS, 2, 2, tiles=True) == Tuning(8192, DEFAULTS, 2, (1, 8, NEVER))
+    assert choose(measure, DEFAULTS, 2, 2).tile_rows == ()
 
 
 def test_another_distance_must_be_clearly_better() -> None:
@@ -109,6 +136,8 @@ def test_a_measurement_is_kept_and_used_again(monkeypatch: pytest.MonkeyPatch) -
         lambda stored: stored | {"tuning": stored["tuning"] | {"rows": "1111"}},
         lambda stored: stored | {"tuning": stored["tuning"] | {"bytes_ahead": 12345}},
         lambda stored: stored | {"tuning": stored["tuning"] | {"threads": 100_000}},
+        lambda stored: stored | {"tuning": stored["tuning"] | {"tile_rows": [3, 3, 3]}},
+        lambda stored: stored | {"tuning": stored["tuning"] | {"tile_rows": [1]}},
         lambda stored: [stored],
         lambda stored: "nothing",
     ],
@@ -181,7 +210,9 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="4 positive numbers"):
         _native.set_read_ahead(ISA, 8192, [1, 1, 1])
     with pytest.raises(ValueError, match="1 to 256 rows"):
-        _native.time_products(ISA, _native.DType.i8, 1 << 20, [(0, 0)], 0.0)
+        _native.time_products(ISA, _native.DType.i8, 1 << 20, [(0, 0, 0)], 0.0)
+    with pytest.raises(ValueError, match="instruction set portable has no matrix tiles"):
+        _native.set_tile_rows("portable", [1, 1, 1])
 
 
 @pytest.mark.slow
@@ -195,7 +226,9 @@ def test_a_product_is_never_cheaper_for_another_row(width: str) -> None:
         stored_path(ISA).unlink(missing_ok=True)
         made = tune(ISA)
         first = made.rows[WIDTHS.index(kind)]
-        settings = [(rows, made.bytes_ahead if rows >= first else 0) for rows in range(1, 17)]
+        if made.tile_rows:
+            _native.set_tile_rows(ISA, made.tile_rows)
+        settings = [(rows, made.bytes_ahead if rows >= first else 0, 0) for rows in range(1, 17)]
         times = _native.time_products(ISA, format_, region, settings, 3.0)
         if all(later > 0.75 * max(times[:i]) for i, later in enumerate(times) if i):
             return
