@@ -477,6 +477,21 @@ def test_a_model_that_cannot_be_rewound(tmp_path: Path) -> None:
         load_target(tmp_path)
 
 
+@torch.no_grad()
+def test_a_hybrid_family_without_state_space_layers(tmp_path: Path) -> None:
+    """Granite 4.0 Micro: the family's class counts as stateful, this member's layers do not."""
+    options = dict(SMALL, layer_types=["attention"] * 3, num_local_experts=0, shared_intermediate_size=64)
+    config = transformers.GraniteMoeHybridConfig(**options, mamba_n_heads=4, mamba_d_head=24, mamba_d_state=8)
+    model = transformers.GraniteMoeHybridForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    target = load_target(tmp_path)
+    torch.testing.assert_close(one_row(target, IDS)[0], model(torch.tensor([IDS])).logits[0], atol=1e-4, rtol=1e-5)
+    config.layer_types = ["linear_attention", "full_attention", "full_attention"]
+    transformers.GraniteMoeHybridForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be rewound"):
+        load_target(tmp_path)
+
+
 def test_a_model_that_sees_later_tokens(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48

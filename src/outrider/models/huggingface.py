@@ -30,6 +30,8 @@ POSITIONS = (
     *("seq_length", "seq_len", "n_ctx", "context_length", "max_target_positions", "model_max_length"),
 )
 """What configs of different families call the longest text, in the order in which they are asked."""
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers whose keys and values can be rewound."""
 
 
 class TransformersCache(ContiguousCache):
@@ -203,11 +205,8 @@ class HuggingFaceTarget:
             "so its drafts could not be taken back; choose a model with a plain key/value cache"
         )
         kinds = set(getattr(self.model.config.get_text_config(), "layer_types", None) or [])
-        if getattr(self.model, "_is_stateful", False) or kinds - {
-            "full_attention",
-            "sliding_attention",
-            "chunked_attention",
-        }:
+        stateful = kinds - ATTENTION if kinds else getattr(self.model, "_is_stateful", False)
+        if stateful:  # a hybrid family may have members of attention layers alone: Granite 4.0 Micro
             raise refusal
         cache, seen = TransformersCache(2, 8), []
         slot, other = cache.open(), cache.open()
