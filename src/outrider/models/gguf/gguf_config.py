@@ -18,12 +18,10 @@ from outrider.errors import CheckpointError
 from outrider.models.gguf.architecture import ROPE_FACTORS, architecture_of
 from outrider.models.gguf.blocks import decode
 from outrider.models.gguf.container import GGUFFile, TensorInfo
-from outrider.tokenization.gguf_tokenizer import END_OF_GENERATION
+from outrider.tokenization.gguf_tokenizer import end_of_generation
 
 __all__ = ["read_config"]
 
-_END_TEXTS = frozenset((*END_OF_GENERATION, "<|eom|>", "<|eot|>"))
-"""Special tokens that end a text or a turn wherever they are; llama.cpp recognises them by their text too."""
 _SAMPLING = {
     "temperature": "temp",
     "top_k": "top_k",
@@ -33,7 +31,6 @@ _SAMPLING = {
 }
 """Option of a generation_config -> key ``general.sampling.*``."""
 _CHUNK = 1 << 20  # bytes compared at a time
-_SPECIAL = (3, 4)  # tokenizer.ggml.token_type: control, user-defined
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # keys that change the computation, and the values that do not
     "attention.causal": (True,),
@@ -227,10 +224,14 @@ class _Keys:
                 self.fail(f"its {name} token is {value!r}, expected an id below {vocabulary:,}")
             return value
 
-        ends = [value for name in ("eos", "eot", "eom") if (value := identifier(name)) is not None]
-        texts, kinds = self.file.keys.get("tokenizer.ggml.tokens", []), self.file.keys.get("tokenizer.ggml.token_type")
-        if isinstance(texts, list) and (isinstance(kinds, np.ndarray) and len(kinds) == len(texts)):
-            ends += [index for index in np.flatnonzero(np.isin(kinds, _SPECIAL)).tolist() if texts[index] in _END_TEXTS]
+        named = [value for name in ("eos", "eot", "eom") if (value := identifier(name)) is not None]
+        ends = named
+        if self.file.keys.get("tokenizer.ggml.tokens"):
+            try:
+                found = end_of_generation(self.file.keys)
+            except CheckpointError as error:
+                self.fail(str(error))
+            ends = [value for value in named if value in found] + sorted(found - set(named))
         ends = list(dict.fromkeys(ends))
         return {
             "bos_token_id": identifier("bos"),
