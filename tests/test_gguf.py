@@ -680,6 +680,13 @@ def without(name: str) -> Callable[[Any], None]:
     return lambda writer: writer.tensors[0].pop(name, None) or writer.kv_data[0].pop(name)
 
 
+def quantised_norm(writer: Any) -> None:
+    tensor = writer.tensors[0]["blk.0.attn_norm.weight"]
+    tensor.dtype = gguf.GGMLQuantizationType.Q8_0
+    tensor.tensor = gguf.quantize(tensor.tensor, tensor.dtype)
+    tensor.nbytes = tensor.tensor.nbytes
+
+
 def more(name: str, *shape: int) -> Callable[[Any], None]:
     return lambda writer: writer.add_tensor(name, np.ones(shape, np.float32))
 
@@ -722,6 +729,10 @@ def more(name: str, *shape: int) -> Callable[[Any], None]:
         (
             more("blk.0.ffn_gate_inp.weight", 4),
             "holds tensor 'blk.0.ffn_gate_inp.weight', which is not known for .*'llama'",
+        ),
+        (
+            quantised_norm,
+            "'blk.0.attn_norm.weight' has type Q8_0, but it is no matrix; norms and biases are read as F32",
         ),
         (more("blk.0.attn_q.bias", 32), "it has 'blk.0.attn_q.bias' but no 'blk.0.attn_k.bias'"),
         (info("blk.0.ffn_up.weight", dtype=17), "have 32 values, expected a multiple of 256 .the block of IQ2_XS."),

@@ -172,6 +172,11 @@ class GGUFWeights(Mapping[str, Tensor]):
                     f"{self.file.path}: tensor {name!r} has shape {list(info.shape)}, "
                     f"but its keys say {list(expected[canonical])}"
                 )
+            if len(info.shape) == 1 and info.kind.values > 1:
+                raise CheckpointError(
+                    f"{self.file.path}: tensor {name!r} has type {info.kind.name}, but it is no matrix; norms and "
+                    "biases are read as F32, F16 or BF16: convert the model again"
+                )
             if info.kind.decoder is None:
                 raise CheckpointError(
                     f"{self.file.path}: tensor {name!r} has type {info.kind.name}, which is not read here; use a file "
