@@ -249,10 +249,17 @@ def test_damaged_manifests_of_ollama(file: Path, home: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="names no model file"):
         resolve_model("ollama:adapter")
+    manifest = store / "manifests" / "registry.ollama.ai" / "library" / "tiny" / "latest"
+    whole = manifest.read_text()
+    layers = json.loads(whole)["layers"]
+    layers.append({**layers[-1], "mediaType": "application/vnd.ollama.image.adapter"})
+    manifest.write_text(json.dumps({"layers": layers}))
+    with pytest.raises(CheckpointError, match="a model with an adapter .LoRA., which is not applied here; merge"):
+        resolve_model("ollama:tiny")
+    manifest.write_text(whole)
     blob.unlink()
     with pytest.raises(CheckpointError, match="which is missing; pull the model again"):
         resolve_model("ollama:tiny")
-    manifest = store / "manifests" / "registry.ollama.ai" / "library" / "tiny" / "latest"
     for raw, message in {
         '{"layers": [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:../x"}]}': "by 'sha256:../",
         '{"layers": 3}': "names no model file",

