@@ -274,12 +274,20 @@ def test_chat_templates_and_names() -> None:
         ({"merges": ["a b c"]}, "entry 0"),
         ({"merges": ["a c"]}, "do not fit the vocabulary.*ac"),
         ({"scores": [float("nan")] * 261}, "NaN"),
+        ({"add_bos_token": "false"}, "add_bos_token: expected true or false, got 'false'"),
+        ({"add_eos_token": np.ones(2)}, "add_eos_token: expected true or false"),
     ],
 )
 def test_bad_metadata_gets_one_clear_error(change: dict[str, Any], words: str) -> None:
     metadata = {**SMALL, **{f"tokenizer.ggml.{key}": value for key, value in change.items()}}
     with pytest.raises(CheckpointError, match=words):
         read_gguf_tokenizer(metadata)
+
+
+@pytest.mark.parametrize("key", ["tokenizer.chat_template", "tokenizer.chat_template.tool_use"])
+def test_a_template_that_is_no_text_is_refused(key: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{key}: expected a template's text, got 5"):
+        read_gguf_tokenizer({**SMALL, key: 5})
 
 
 def test_a_vocabulary_without_all_bytes_is_refused() -> None:

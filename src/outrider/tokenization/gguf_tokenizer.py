@@ -480,8 +480,12 @@ def _finish(
     strips = _strips_right(metadata, vocabulary)
     user = _added(vocabulary, vocabulary.user_defined, strips)
     both = _added(vocabulary, vocabulary.user_defined | vocabulary.special, strips)
-    template = metadata.get("tokenizer.chat_template")
     named = "tokenizer.chat_template."
+    templates = {key: value for key, value in metadata.items() if key == named[:-1] or key.startswith(named)}
+    for key, value in templates.items():
+        if not isinstance(value, str):
+            raise CheckpointError(f"{key}: expected a template's text, got {value!r}; convert the model again")
+    template = templates.pop(named[:-1], None)
     return GGUFTokenizer(
         kind=kind,
         pre=pre,
@@ -492,11 +496,11 @@ def _finish(
         special_ids=vocabulary.special,
         add_bos=bos is not None,
         add_eos=eos is not None,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template,
         special_tokens={
             f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "sep", "pad", "mask") if name in ids
         },
-        chat_templates={key[len(named) :]: str(value) for key, value in metadata.items() if key.startswith(named)},
+        chat_templates={key[len(named) :]: value for key, value in templates.items()},
         notes=notes,
     )
 
@@ -580,4 +584,7 @@ def _numbers(metadata: Mapping[str, Any], name: str, count: int, default: float)
 
 
 def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
-    return bool(metadata.get(_PREFIX + name, default))
+    value = metadata.get(_PREFIX + name, default)
+    if not isinstance(value, int) or value not in (0, 1):
+        raise CheckpointError(f"{_PREFIX}{name}: expected true or false, got {value!r}; convert the model again")
+    return bool(value)
