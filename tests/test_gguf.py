@@ -575,8 +575,10 @@ def test_finding_the_file_of_a_folder(tmp_path: Path, tiny: Any) -> None:
     blob = tmp_path / "sha256-5f"
     blob.write_bytes(path.read_bytes())
     assert find_gguf(blob) == blob
-    (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"holds 2 GGUF models; name one of them: a\.gguf, b\.gguf"):
+    (tmp_path / "c.gguf").mkdir()
+    assert find_gguf(tmp_path) == path
+    (tmp_path / "A.GGUF").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"holds 2 GGUF models; name one of them: A\.GGUF, b\.gguf"):
         find_gguf(tmp_path)
 
 

@@ -287,7 +287,7 @@ def test_models_of_lm_studio(file: Path, home: Path) -> None:
     assert resolve_model("lmstudio:Big-GGUF") == old
     with pytest.raises(CheckpointError, match="LM Studio has no model 'Tinny' here"):
         resolve_model("lmstudio:Tinny")
-    put(first.parent, file, "Tiny-Q8_0.gguf")
+    put(first.parent, file, "Tiny-Q8_0.GGUF")
     with pytest.raises(CheckpointError, match="2 models named 'Tiny-GGUF'; choose one of: .*Q4_K_M, .*Q8_0"):
         resolve_model("lmstudio:Tiny-GGUF")
 

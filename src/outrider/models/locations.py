@@ -208,7 +208,7 @@ def _lm_studio_files() -> Iterator[tuple[str, Path]]:
     """Every GGUF model (first parts only) in LM Studio's folders: its path without the ending, and the file."""
     home = Path.home()
     for root in (home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"):
-        for file in sorted(root.rglob("*.gguf")) if root.is_dir() else []:
+        for file in sorted(root.rglob("*.[gG][gG][uU][fF]")) if root.is_dir() else []:
             part = re.search(r"-(\d{5})-of-\d{5}$", file.stem)
             if "mmproj" not in file.name.lower() and not file.is_dir() and (part is None or int(part[1]) == 1):
                 yield file.relative_to(root).with_suffix("").as_posix(), file

@@ -115,9 +115,9 @@ def find_gguf(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix.lower() == ".gguf" or _starts_with(path, MAGIC) else None
     found: dict[str, Path] = {}
-    for file in sorted(path.glob("*.gguf")) if path.is_dir() else []:
+    for file in sorted(path.glob("*.[gG][gG][uU][fF]")) if path.is_dir() else []:
         split = _PART.fullmatch(file.name)
-        if "mmproj" not in file.name.lower():
+        if "mmproj" not in file.name.lower() and not file.is_dir():
             found.setdefault(f"{split[1]}-of-{split[3]}" if split else file.name, file)
     if len(found) > 1:
         names = ", ".join(file.name for file in found.values())
