@@ -236,7 +236,6 @@ class _Keys:
         return {
             "bos_token_id": identifier("bos"),
             "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-            "pad_token_id": identifier("padding"),
             "generation_config": self.sampling(),
         }
 
