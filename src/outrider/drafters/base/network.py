@@ -15,16 +15,17 @@ from torch.nn.functional import pad
 from outrider.checkpoints import DraftCheckpoint
 from outrider.checkpoints.packed_tensors import FourBitWeights
 from outrider.config import StackConfig
-from outrider.errors import IncompatibleDrafter
+from outrider.errors import IncompatibleDrafter, InvalidRequest
 from outrider.types import Backend, HasStack, Stack, StackOutput, TargetModel, TiedHead
 
-__all__ = ["DraftNet", "head_rows", "linear", "load_net", "rms_norm", "rowwise"]
+__all__ = ["DraftNet", "head_rows", "linear", "load_net", "measured_softcap", "rms_norm", "rowwise"]
 
 EQUAL = {"float64": 1e-6, "float32": 1e-6, "bfloat16": 2**-7, "int8": 0.03, "int4": 0.2}
 """Relative difference up to which two matrices are the same one, by the dtype the target was loaded in."""
 BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "int8": 8, "file": 8, "int4": 8}
 """Of a value of a head in each dtype; int4 keeps heads in int8."""
 UNIT = 2.0**-6  # length of the vectors that a head is read with: so short that a soft cap changes nothing
+LARGE = 2.0**14  # a logit that any soft cap is far below
 STRANGE = 0.5  # relative difference above which a frozen copy of the embedding is another target's
 PROBES = 4
 LANES = 64  # a multiple of the elements of any processor's vectors
@@ -85,14 +86,15 @@ def load_net(checkpoint: DraftCheckpoint, target: TargetModel, backend: Backend,
     theirs = target.stack if isinstance(target, HasStack) else None
     ids = tensors["d2t"].long() + torch.arange(checkpoint.draft_vocab_size) if checkpoint.reduced else None
     fewer_bits = theirs is not None and BITS[_name(dtype)] < BITS[_name(theirs.dtype)]
-    own_head = checkpoint.reduced or fewer_bits
-    if "head.weight" in tensors:
-        own_head = own_head or rounded_head or _head_difference(tensors["head.weight"], config, target) > equal
-    if own_head:
-        weights["head.weight"] = tensors["head.weight"] if "head.weight" in tensors else head_rows(target, ids)
+    head = tensors.get("head.weight")
+    copied_head = head is None or rounded_head or _head_difference(head, ids, target) <= equal
+    own_head = checkpoint.reduced or fewer_bits or rounded_head or not copied_head
     stack_config = checkpoint.stack(head=own_head)
-    if own_head and ("head.weight" not in tensors or rounded_head) and theirs is not None:
-        stack_config = replace(stack_config, logit_softcap=theirs.config.logit_softcap)
+    if own_head:
+        weights["head.weight"] = rows = head_rows(target, ids) if head is None else head
+        if copied_head:
+            cap = measured_softcap(rows, ids, target) if theirs is None else theirs.config.logit_softcap
+            stack_config = replace(stack_config, logit_softcap=cap)
     if checkpoint.four_bits and backend.name == "native" and _name(dtype) in ("int8", "int4"):
         stack = backend.load(stack_config, FourBitWeights(weights, checkpoint.four_bits), "file")
     else:
@@ -128,6 +130,18 @@ def head_rows(target: TargetModel, ids: Tensor | None) -> Tensor:
     return rows
 
 
+def measured_softcap(head: Tensor, ids: Tensor | None, target: TargetModel) -> float:
+    """What a target caps its logits at, 0 where it does not: it shows where a logit would be ``LARGE``.
+
+    ``head``: rows of the target's head [n, D], of the tokens ``ids`` (int64 [n]) or of all
+    """
+    row = int(head.norm(dim=1).argmax())
+    state = head[row].float() * (LARGE / head[row].float().square().sum())
+    logits = target.unembed(state[None].to(target.spec.dtype))[0]
+    logit = float(logits[row if ids is None else ids[row]])
+    return logit if logit < LARGE / 2 else 0.0
+
+
 def _name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -145,17 +159,18 @@ def _embedding_difference(weight: Tensor, scale: float, target: TargetModel) -> 
     return (off / total) ** 0.5 if total else torch.inf
 
 
-def _head_difference(weight: Tensor, config: StackConfig, target: TargetModel) -> float:
-    """|target's - own| / |own| of the logits of a few random states."""
+def _head_difference(weight: Tensor, ids: Tensor | None, target: TargetModel) -> float:
+    """|target's - own| / |own| of the logits of a few random states, which no soft cap changes. [Vd, D], int64 [Vd]"""
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(PROBES, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
+    probes = torch.randn(PROBES, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5 * UNIT**2
     if target.spec.hidden_size != weight.shape[1]:
         return torch.inf
+    try:
+        theirs = target.unembed(probes.to(target.spec.dtype)).float()
+    except InvalidRequest:  # its logits are more than a head and a cap
+        return torch.inf
     own = torch.cat([probes @ part.float().T for part in weight.split(CHUNK)], 1)
-    if config.logit_softcap:
-        own = torch.tanh(own / config.logit_softcap) * config.logit_softcap
-    theirs = target.unembed(probes.to(target.spec.dtype)).float()
-    return float((theirs - own).norm() / own.norm())
+    return float(((theirs if ids is None else theirs[:, ids]) - own).norm() / own.norm())
 
 
 def linear(

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outrider.checkpoints import DraftCheckpoint
+from outrider.drafters.base import measured_softcap
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.types import TargetModel
 
 __all__ = ["Frozen", "fill"]
 
 PROBE = 2.0**-6  # small enough for a soft cap to be linear, and a power of two so that nothing is rounded
-LARGE = 2.0**14  # a logit that any soft cap is far below
 CHUNK = 256
 COPY = 2.0**-7  # relative difference up to which a matrix is a copy of the target's: bfloat16's
 LENGTHS = ("block_size", "depth")  # of a round: all else in a design is part of what was learnt
@@ -47,7 +47,7 @@ class Frozen:
             self.head = tensors["head.weight"].float()
         else:
             head = self._probe()
-            self._softcap = self._measured_softcap(head)
+            self._softcap = measured_softcap(head, None, target)
             self.head = head if self._ids is None else head[self._ids]
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -75,13 +75,6 @@ class Frozen:
         units = torch.eye(self._target.spec.hidden_size, dtype=self._target.spec.dtype) * PROBE
         columns = [self._target.unembed(part).float() / PROBE for part in units.split(CHUNK)]
         return torch.cat(columns).T.contiguous()
-
-    def _measured_softcap(self, head: Tensor) -> float:
-        """What the target caps its logits at, 0 where it does not: it shows where a logit would be ``LARGE``."""
-        token = int(head.norm(dim=1).argmax())
-        state = head[token] * (LARGE / head[token].square().sum())
-        logit = float(self._target.unembed(state[None].to(self._target.spec.dtype))[0, token])
-        return logit if logit < LARGE / 2 else 0.0
 
     # -------------------------------------------------------------------------------------------- weights
 
