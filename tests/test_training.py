@@ -29,6 +29,7 @@ from outrider.training.features import features
 from outrider.training.networks.batch import FeatureBatch, Loss
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
+from outrider.training.recipe import configure
 from outrider.training.regenerate import Config as RegenerateConfig
 from outrider.training.regenerate import regenerate
 from outrider.training.run import Config, learn, plan_of, run, trainable
@@ -269,10 +270,11 @@ def test_training_goes_on_from_a_drafter_of_the_same_kind_and_layers(stage: Path
     for options, message in (
         ({"drafter": SMALL["drafter"] | {"target_layers": [1, 5]}}, r"reads layers \[2, 5\] .* trained \[1, 5\]"),
         ({"kind": "eagle3", "drafter": {}}, "is a drafter of kind 'dspark', .* of kind 'eagle3'"),
-        ({"kind": "draft_model", "drafter": {}}, "is a drafter of kind 'dspark', .* of kind 'draft_model'"),
     ):
         with pytest.raises(InvalidRequest, match=message):
             trainable(Config(**SMALL | {"start_from": start, **options}), llm)
+    with pytest.raises(InvalidRequest, match="here: start_from goes on .* a draft model starts anew$"):
+        configure("run", {"kind": "draft_model", "start_from": start}, "here")
     shutil.copytree(start, tmp_path / "copy")
     moved = Config(**SMALL | {"start_from": str(tmp_path / "copy")})
     run(moved, stage, tmp_path / "then", "embedded")  # the same drafter elsewhere: still finished

@@ -104,7 +104,8 @@ def _explain(kind: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key {key!r}; {nearest(str(first['loc'][-1]), model.model_fields)}"
     if first["type"] == "missing":
         return f"{key} is missing"
-    return f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {_short(first['input'])}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[:1].lower()}{message[1:]}, got {_short(first['input'])}" if key else message
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -132,6 +132,12 @@ class Config(BaseModel):
     """Write TensorBoard events where TensorBoard is installed."""
 
     @model_validator(mode="after")
+    def _start_of_its_kind(self) -> Self:
+        if self.start_from is not None and self.kind == "draft_model":
+            raise ValueError("start_from goes on from a trained drafter of the target, and a draft model starts anew")
+        return self
+
+    @model_validator(mode="after")
     def _form_of_four_bits(self) -> Self:
         if self.four_bits and (self.form in ("speculators", "deepspec") or self.kind == "draft_model"):
             raise ValueError("four_bits needs a trained drafter in the form outrider, the only one that has 4 bits")

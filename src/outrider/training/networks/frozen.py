@@ -121,21 +121,20 @@ def fill(module: nn.Module, checkpoint: DraftCheckpoint, name: str) -> None:
     """Copy a checkpoint's weights into a network of the same kind, target layers and shape, which then also has the
     checkpoint's own embedding and head. Raises InvalidRequest naming the first difference; ``name`` is the
     checkpoint's."""
-    trained = module.snapshot()  # type: ignore[operator]
-    kind = trained.kind if isinstance(trained, DraftCheckpoint) else "draft_model"
-    if checkpoint.kind != kind:
+    trained: DraftCheckpoint = module.snapshot()  # type: ignore[operator]
+    if checkpoint.kind != trained.kind:
         raise InvalidRequest(
-            f"{name} is a drafter of kind {checkpoint.kind!r}, the drafter to be trained of kind {kind!r}; "
+            f"{name} is a drafter of kind {checkpoint.kind!r}, the drafter to be trained of kind {trained.kind!r}; "
             "start from one of the same kind"
         )
     if checkpoint.target_layers not in (None, module.aux_layers):  # the same shapes, but other features
         raise InvalidRequest(
             f"{name} reads layers {list(checkpoint.target_layers or ())} of the target, the drafter to be trained "
-            f"{list(trained.target_layers)}; give the options it was trained with"
+            f"{list(trained.target_layers or ())}; give the options it was trained with"
         )
     known = {_neutral(parameter_name) for parameter_name, _ in module.named_parameters()}
     lost = sorted(checkpoint.tensors.keys() - known - {"embed.weight", "head.weight", "d2t", "t2d"})
-    if lost and isinstance(trained, DraftCheckpoint):
+    if lost:
         raise InvalidRequest(
             f"{name} holds {lost[0]}, which the drafter to be trained has no place for; start from another"
         )
@@ -149,9 +148,8 @@ def fill(module: nn.Module, checkpoint: DraftCheckpoint, name: str) -> None:
                     f"{list(parameter.shape)}, it has {got}; give the options it was trained with"
                 )
             parameter.copy_(given)
-    if isinstance(trained, DraftCheckpoint):
-        _check_same(trained, checkpoint, name)
-        module.frozen = module.frozen.starting_from(checkpoint)  # type: ignore[operator, union-attr]
+    _check_same(trained, checkpoint, name)
+    module.frozen = module.frozen.starting_from(checkpoint)  # type: ignore[operator, union-attr]
 
 
 def _check_same(trained: DraftCheckpoint, checkpoint: DraftCheckpoint, name: str) -> None:
