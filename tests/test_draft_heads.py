@@ -15,6 +15,7 @@ from outrider.backends.reference import ReferenceBackend
 from outrider.drafters.base import load_net
 from outrider.errors import InvalidRequest
 from outrider.models.decoder import DecoderTarget
+from outrider.models.huggingface import HuggingFaceTarget
 
 CAP = 5.0
 BACKEND = ReferenceBackend()
@@ -75,3 +76,10 @@ def test_a_target_that_gives_no_head_leaves_a_drafter_its_own() -> None:
     given = make_checkpoint(DESIGNS["dflash"], target=target)
     net = load_net(given, SimpleNamespace(**vars(target) | {"unembed": refuse}), BACKEND, torch.float32)  # type: ignore[arg-type]
     torch.testing.assert_close(net.unembed(STATES), STATES @ given.tensors["head.weight"].T)
+
+
+def test_what_to_choose_for_a_target_whose_head_cannot_be_shared() -> None:
+    target = object.__new__(HuggingFaceTarget)
+    target.spec, target._plain_head = make_target().spec, False
+    with pytest.raises(InvalidRequest, match="choose a draft model, or a drafter with a head of its own"):
+        target.unembed(STATES)

@@ -188,7 +188,7 @@ class HuggingFaceTarget:
         if not self._plain_head:
             raise InvalidRequest(
                 f"{self.spec.architecture} does more to its logits than a head and a soft cap, "
-                "so a drafter cannot use its head; choose a drafter with a head of its own"
+                "so a drafter cannot use its head; choose a draft model, or a drafter with a head of its own"
             )
         return self._head(hidden)
 
