@@ -17,6 +17,7 @@ decides.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -299,7 +300,18 @@ def _fields(record: Mapping[str, Any], source: Source, where: str) -> tuple[str 
         if isinstance(record.get(name), list):
             turns, told = _chat(record[name], f"{where}: {name}")
             return None, turns, "\n\n".join(filter(None, (system, told)))
+    for name in ("text", "prompt", "turns", "messages", "conversations"):
+        if name in record:
+            wanted = {"text": "a text", "prompt": "a text or a list of messages", "turns": "a list of texts"}
+            raise InvalidRequest(
+                f"{where}: {name} is {_got(record[name])}, expected {wanted.get(name, 'a list of messages')}"
+            )
     raise InvalidRequest(f"{where}: got the keys {_keys(record)}, expected {EXPECTED}")
+
+
+def _got(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _keys(record: Mapping[str, Any]) -> str:
