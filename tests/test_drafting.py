@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 
 from outrider import LLM, SamplingParams
 from outrider.cli import app
+from outrider.config import Rule
 from outrider.drafters.base import SeveralDrafters
 from outrider.engine.engine import Engine
 from outrider.engine.rows import Rows
 from outrider.errors import InvalidRequest
 from outrider.evaluation.synthetic_drafter import SyntheticDrafter
 from outrider.models.toy import ToyTarget
+from outrider.sampling.distribution import Categorical
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
 from outrider.types import Context, Proposal, RaggedBatch, SharesPrefixes, StepCost, StepRecord, StepView, Values
 
@@ -81,6 +83,55 @@ def test_only_the_row_concerned_goes_on_without_drafts() -> None:
         outputs = run(engine(3, drafter=drafter), PROMPTS, PARAMS)
     assert outputs == run(engine(0), PROMPTS, PARAMS)
     assert drafter.drafted > 40, "the other rows were drafted for"
+
+
+class StatesNoNumber(MarkovDrafter):
+    """States NaN for some drafts of one prompt's row."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(DRAFT_TABLE, 3)
+        self.depth = depth
+
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Any) -> Proposal:
+        drafted = super().propose(slots, last, context, limit, rng)
+        assert drafted.distribution is not None
+        stated = drafted.distribution.dense(torch.arange(len(slots) * drafted.width)).clone()
+        for b, history in enumerate(context.history[: len(slots)]):
+            if history[0] == PROMPTS[1][0]:
+                stated[b * drafted.width + self.depth : (b + 1) * drafted.width] = torch.nan
+        return Proposal(drafted.tokens, drafted.lengths, Categorical(stated.shape[1], probabilities=stated))
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_probabilities_that_are_no_numbers_cost_the_drafts_of_their_row_alone(rule: Rule, depth: int) -> None:
+    params = SamplingParams(max_tokens=24, temperature=1.0, seed=5, rule=rule)
+    sound = run(engine(3), PROMPTS, params)
+    with pytest.warns(RuntimeWarning, match="the drafter's logits hold NaN or infinity"):
+        texts = run(engine(3, drafter=StatesNoNumber(depth)), PROMPTS, params)
+    assert texts[0] == sound[0] and texts[2] == sound[2], "the rows beside it keep their drafts, so their texts"
+    assert all(len(text) == 24 for text in texts)
+
+
+def test_a_target_and_a_drafter_that_give_no_numbers_in_one_step_fail_the_targets_row_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = ToyTarget(TABLE)
+    loop = Engine(target, StatesNoNumber(0), FixedPolicy(FixedConfig(3)), max_rows=3, capacity=64)
+    params = SamplingParams(max_tokens=24, temperature=1.0, rule="rejection")
+    requests = [loop.submit(prompt, params, 5) for prompt in (PROMPTS[1], [3])]
+    loop.step()
+    forward = target.forward
+
+    def broken(*args: Any, **options: Any) -> Any:
+        output = forward(*args, **options)
+        output.logits[-4:] = torch.nan  # of the last row: three drafts
+        return output
+
+    monkeypatch.setattr(target, "forward", broken)
+    with pytest.warns(RuntimeWarning, match="the drafter's logits hold NaN or infinity"):
+        loop.step()
+    assert [request.finish_reason for request in requests] == [None, "error"]
 
 
 class FailingPolicy(FixedPolicy):

@@ -6,13 +6,14 @@ OutriderError
 │   └── IncompatibleDrafter  a drafter that does not fit its target
 ├── ArtefactError        a training stage's result that does not fit, or cannot be written
 ├── CacheFull            no free slot, or a sequence past its capacity
+├── DraftsFailed         a drafter that states probabilities which are no numbers
 ├── RowsFailed           logits that cannot be sampled from (NaN, infinite, or every token forbidden)
 └── UnknownKind          a name that no catalogue holds
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -20,6 +21,7 @@ __all__ = [
     "ArtefactError",
     "CacheFull",
     "CheckpointError",
+    "DraftsFailed",
     "IncompatibleDrafter",
     "InvalidRequest",
     "OutriderError",
@@ -53,6 +55,18 @@ class ArtefactError(OutriderError):
 
 class CacheFull(OutriderError):
     """No slot, or no room in a slot."""
+
+
+class DraftsFailed(OutriderError):
+    """A drafter states probabilities that are no numbers."""
+
+    def __init__(self, first: Mapping[int, int]) -> None:
+        """``first``: of each row concerned the first such draft."""
+        self.first = dict(first)
+        super().__init__(
+            "the drafter's logits hold NaN or infinity, expected numbers: its weights are damaged, or its dtype is too "
+            "narrow for it; check its files, or use another drafter"
+        )
 
 
 class RowsFailed(OutriderError):

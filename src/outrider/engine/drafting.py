@@ -84,7 +84,7 @@ class Drafting:
 
     def open(self, request: Request, capacity: int, shared: int = 0) -> None:
         """A request has got its slot, and the target's cache holds its first ``shared`` tokens, of an earlier one."""
-        if not self.follows or request.params.draft_tokens == 0:
+        if not self.follows or request.params.draft_tokens == 0 or request.drafter_failed:
             request.followed = False
             return
         began = perf_counter()
@@ -258,15 +258,17 @@ class Drafting:
         try:
             call()
         except Exception as error:
-            self._fails(requests if closes else [], error)
+            self.fail(requests if closes else [], error)
             return False
         return True
 
-    def _fails(self, requests: Sequence[Request], error: Exception) -> None:
+    def fail(self, requests: Sequence[Request], error: Exception) -> None:
+        """These rows are not drafted for any more, for an error of the drafter."""
         self._failures += 1
         self._warn("drafter", error)
         for request in requests:
             self.close(request)
+            request.drafter_failed = True
 
     def _policy_fails(self, error: Exception) -> None:
         self._policy_failed = True

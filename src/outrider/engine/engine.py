@@ -19,10 +19,10 @@ from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
 from outrider.engine.predicted_text import PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
-from outrider.engine.rows import Candidates, Rows
+from outrider.engine.rows import Candidates, Rows, as_tensor
 from outrider.engine.totals import Totals
 from outrider.engine.turns import Turns
-from outrider.errors import CacheFull, InvalidRequest, RowsFailed
+from outrider.errors import CacheFull, DraftsFailed, InvalidRequest, RowsFailed
 from outrider.sampling.distribution import Categorical, Processed
 from outrider.sampling.grammar import GrammarMatcher, Grammars
 from outrider.sampling.logprobs import draft_reports, token_logprobs
@@ -243,10 +243,9 @@ class Engine:
         if rows.complete:
             try:
                 distributions = self._distributions(output, rows, run, proposal)
-                result = self.target.backend.verify(distributions, proposal, keep, rows.context, rows.rng)
+                accepted, tokens = self._accept(distributions, rows, run, proposal, keep)
             except RowsFailed as error:
                 return self._fail(rows, run.rows[error.rows], self._logits(output, error.rows))
-            accepted, tokens = result.lists
         logprobs: Mapping[int, Sequence[TokenLogprobs]] = {}
         drafts: Mapping[int, Sequence[DraftReport]] = {}
         if rows.context.reports:
@@ -287,6 +286,23 @@ class Engine:
         if output.largest is not None:
             return Categorical.greedy(output.largest, self.target.spec.vocab_size)
         return process(output.logit_values, rows.context, run.rows, run.depth, drafted=proposal.arrays[0])
+
+    def _accept(
+        self, distributions: Processed, rows: Rows, run: Candidates, proposal: Proposal, keep: list[int]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Accepted drafts of each row, and its new tokens. Where the drafter states no number, nothing of the row is
+        verified from there on, and the row goes on without drafts."""
+        verify = self.target.backend.verify
+        try:
+            return verify(distributions, proposal, keep, rows.context, rows.rng).lists
+        except DraftsFailed as error:
+            self.drafting.fail([rows.requests[b] for b in error.first], error)
+            keep = [error.first.get(b, n) for b, n in enumerate(keep)]
+        left = (run.depth <= as_tensor(keep)[run.rows]).nonzero()[:, 0]
+        try:
+            return verify(distributions.take(left), proposal, keep, rows.context, rows.rng).lists
+        except RowsFailed as error:
+            raise RowsFailed(left[error.rows].tolist()) from error
 
     def _logits(self, output: TargetOutput, rows: list[int]) -> Tensor:
         """Logits of some of the pass's rows, [n, V]."""

@@ -30,6 +30,7 @@ class Request:
     pending: int  # tokens at the end of ``history`` whose keys and values are not in the cache
     slot: int = -1  # in the cache; -1: waiting
     followed: bool = False  # the drafter has seen all of its committed tokens, and can draft for it
+    drafter_failed: bool = False  # on this request: it is not asked again
     round: int = 0
     started: float = 0.0  # perf_counter; 0: never in a step
     cancelled: str | None = None  # the reason, set from any thread; the engine's next step acts on it

@@ -40,7 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from outrider.errors import OutriderError, RowsFailed
+from outrider.errors import DraftsFailed, RowsFailed
 from outrider.sampling.distribution import Categorical, Processed, failed_rows, settled
 from outrider.types import Context, Distribution, Proposal, Rng, Verification
 
@@ -113,8 +113,8 @@ def verify(target: Processed, proposal: Proposal, keep: Sequence[int], context: 
     target: the distributions after ``process``, sum(keep + 1) of them: row b's first follows ``context.history[b]``,
     its next ones each verified draft. keep [B], at most ``proposal.lengths``. The rule is each request's
     ``effective_rule``. ``proposal.distribution`` may leave out rows at the end that keep nothing. Results are on the
-    CPU. Raises RowsFailed for rows of ``target`` that cannot be sampled from, where a text gets there; OutriderError
-    for such rows of the drafter.
+    CPU. Raises RowsFailed for rows of ``target`` that cannot be sampled from, where a text gets there; DraftsFailed for
+    such rows of the drafter.
     """
     target = settled(target)
     if target.is_greedy:
@@ -252,11 +252,11 @@ def acceptance_probabilities(round: DraftRound, block: npt.NDArray[np.bool_]) ->
         p[row, depth] = _probability(round.target, round.starts[row] + depth, tokens)
         if round.distribution is not None:
             q[row, depth] = _probability(round.distribution, round.drafted[row] + depth, tokens)
-            if np.isnan(q).any():
-                raise OutriderError(
-                    "the drafter's logits hold NaN or infinity, expected numbers: its weights are damaged, or its "
-                    "dtype is too narrow for it; check its files, or use another drafter"
-                )
+            failed = np.isnan(q)
+            if failed.any():
+                rows = np.flatnonzero(failed.any(1))
+                owners = round.drafted[rows] // round.tokens.shape[1]
+                raise DraftsFailed(dict(zip(owners.tolist(), failed[rows].argmax(1).tolist(), strict=True)))
     ratio = p / np.maximum(q, _TINY)
     probability = np.minimum(ratio, 1)
     scale = np.ones((len(ratio), ratio.shape[1] + 1))
