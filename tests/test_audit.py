@@ -98,6 +98,22 @@ def test_texts_without_an_accepted_draft_are_said_to_show_little(monkeypatch: py
     assert [text.split()[4] for text in said if "no draft of" in text] == ["suffix"]
 
 
+def test_each_policy_that_is_asked_for_is_compared_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compared: list[str] = []
+
+    def checks(plain: object, others: dict[str, object], *given: object, **more: object) -> list[Check]:
+        compared.extend(others)
+        return [Check(f"greedy, {name}", True, "", {"accepted": 1}) for name in others]
+
+    monkeypatch.setattr(equality, "equality_checks", checks)
+    file = tmp_path / "certificate.json"
+    options = ["--tier", "quick", "--tier", "equality", "--drafter", "ngram", "--json", str(file)]
+    result = RUN.invoke(app, ["audit", *options, "--policy", "fixed, threshold"])
+    assert result.exit_code == 0, result.output
+    assert compared == ["ngram, policy fixed", "ngram, policy threshold"]
+    assert json.loads(file.read_text())["subject"]["policies"] == ["fixed", "threshold"]
+
+
 # ------------------------------------------------------------------------------------------------ controls
 
 

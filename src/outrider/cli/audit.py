@@ -55,7 +55,10 @@ def audit(
         ),
     ] = None,
     policy: Annotated[
-        list[str] | None, typer.Option("--policy", help="May be repeated. Default: all of the catalogue.")
+        list[str] | None,
+        typer.Option(
+            "--policy", help="A name, or several with commas. May be repeated. Default: all of the catalogue."
+        ),
     ] = None,
     tier: Annotated[
         list[str] | None,
@@ -142,7 +145,7 @@ def audit(
     plan = Audit(
         loaded,
         tuple(chain.from_iterable(map(drafters_named, drafter or _drafters_of(loaded)))),
-        tuple(policy or ()),
+        tuple(name.strip() for one in policy or () for name in one.split(",")),
         _prompts(loaded, prompts),
         tuple(name for name in TIERS if name in named or not named),
         quick="quick" in chosen,

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import chain, cycle
+from itertools import chain, cycle, islice
 from typing import Any, Literal
 
 from outrider import registry
@@ -118,7 +118,8 @@ class Audit:
         if self._size.policies_each:
             yield from ((drafter, policy) for drafter in self.drafters for policy in self._policy_names)
         else:
-            yield from zip(self.drafters, cycle(self._policy_names), strict=False)
+            turns = max(len(self.drafters), len(self.policies))  # each policy that was asked for has one
+            yield from islice(zip(cycle(self.drafters), cycle(self._policy_names), strict=False), turns)
 
     def _subject(self) -> dict[str, Any]:
         stack = self._target.stack if isinstance(self._target, DecoderTarget) else None
