@@ -53,6 +53,12 @@ def test_equal_distributions_are_always_accepted_and_disjoint_ones_never() -> No
     assert float(negative_log_acceptance(apart.total_variation)) < 20  # finite
 
 
+def test_acceptance_is_the_mass_that_both_distributions_share() -> None:
+    p, logits = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.2, 0.3, 0.5]]).log()
+    variation = divergence(logits, p, torch.tensor([0]), torch.tensor([0])).total_variation
+    torch.testing.assert_close(negative_log_acceptance(variation), -torch.tensor([0.2 + 0.3 + 0.2]).log())
+
+
 def test_weights_fall_with_the_place() -> None:
     assert torch.equal(position_weights(3, None), torch.ones(3))
     torch.testing.assert_close(position_weights(3, 2.0), torch.tensor([1.0, 0.60653, 0.36788]))

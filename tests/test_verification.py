@@ -277,6 +277,50 @@ def test_coupled_is_exact_whatever_the_draft_has_to_do_with_the_draws() -> None:
         assert distance(out, target_distribution(world, params)) < EXACT
 
 
+def test_a_residual_that_rounding_left_without_mass_is_the_targets_distribution_at_that_draft() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [0.8, 0.1, 0.1]])
+    same = Categorical(3, probabilities=p[:2])
+    round = DraftRound.of(Categorical(3, probabilities=p), Proposal(torch.tensor([[0, 1]]), [2], same), [2])
+    probabilities = acceptance_probabilities(round, np.array([False]))
+    for accepted in range(3):
+        bonus = bonus_distribution(round, probabilities, np.array([accepted]))
+        assert torch.equal(bonus.dense(torch.tensor([0]))[0], p[accepted])
+
+
+@pytest.mark.parametrize("rule", ["greedy", "rejection", "coupled"])
+def test_a_round_ends_before_the_row_that_holds_no_numbers(rule: Any) -> None:
+    """And its last token is the draft that leads there, so that the next round begins with that row."""
+    params = SamplingParams() if rule == "greedy" else SamplingParams(temperature=1.0, rule=rule)
+    reached = 0
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        logits, history = torch.randn(8, 2, generator=generator), [[0], [1]]
+        drafts = [[int(logits[4 * b + j].argmax()) for j in range(3)] for b in range(2)]
+        context = Context([params] * 2, history, [1, 1])
+
+        def outcome(logits: Tensor) -> tuple[list[int], list[list[int]]]:
+            rng = RowRng([seed] * 2, [0, 0], [params.effective_rule] * 2)  # noqa: B023
+            target = process(logits, context, torch.tensor([0] * 4 + [1] * 4))  # noqa: B023
+            return verify(target, Proposal(torch.tensor(drafts), [3, 3]), [3, 3], context, rng).lists  # noqa: B023
+
+        accepted, tokens = outcome(logits)
+        row, other = seed % 2, 1 - seed % 2
+        for bad in (1, 2, 3):
+            broken = logits.clone()
+            broken[4 * row + bad] = torch.nan
+            counts, found = outcome(broken)
+            assert (counts[other], found[other][: counts[other] + 1]) == (
+                accepted[other],
+                tokens[other][: accepted[other] + 1],
+            ), "the row beside it"
+            if accepted[row] < bad:
+                assert (counts[row], found[row][: counts[row] + 1]) == (accepted[row], tokens[row][: accepted[row] + 1])
+            else:
+                assert (counts[row], found[row][:bad]) == (bad - 1, drafts[row][:bad])
+                reached += 1
+    assert reached > 5
+
+
 # ------------------------------------------------------------------------------------------------ negative controls
 
 
