@@ -43,6 +43,7 @@ from outrider.training.networks import (
 from outrider.training.networks.batch import FeatureBatch, TokenBatch
 from outrider.training.networks.block_attention import AutoregressiveAttention, BlockAttention
 from outrider.training.networks.initial import mask_token, spread_aux_layers
+from outrider.training.networks.losses import position_weights
 from outrider.training.target_runner import TargetRunner
 from outrider.types import RaggedBatch, TargetModel
 
@@ -181,6 +182,38 @@ def test_a_block_in_training_is_the_block_that_drafts(
             torch.testing.assert_close(sure[begin:end], confidence[0], rtol=1e-3, atol=1e-3)
         checked += 1
     assert checked > 5
+
+
+def test_a_block_learns_the_tokens_that_follow_its_anchors_up_to_the_first_that_is_not_the_answers(
+    target: TargetModel, config: dict[str, Any]
+) -> None:
+    module = shaken(DSparkTraining(block_size=4, target_layers=(1, 4), markov_rank=8).start(target, config, VOCABULARY))
+    assert isinstance(module, TrainableBlock)
+    batch = TargetRunner(target, 64).batch(texts(), module, epoch=0)
+    answers = batch.texts.answers.clone()
+    answers[batch.anchors[::3] + 2] = False  # questions of a line inside the block
+    batch = replace(batch, texts=replace(batch.texts, answers=answers))
+    with torch.no_grad():
+        logits, sure = module.predict(batch)
+        loss = module.loss(batch)
+    assert sure is not None
+    weights, at = position_weights(4, module.weights.gamma), 0
+    expected = {"cross_entropy": torch.zeros(()), "confidence": torch.zeros(())}
+    for anchor in batch.anchors.tolist():
+        end = next(stop for _, stop in batch.texts.spans() if anchor < stop)
+        for depth, position in enumerate(range(anchor + 1, min(anchor + 5, end))):
+            if not answers[position]:
+                break
+            q = logits[at].softmax(-1)
+            p = batch.logits[int(torch.searchsorted(batch.rows, position - 1))].softmax(-1)
+            expected["cross_entropy"] -= weights[depth] * q[batch.texts.tokens[position]].log()
+            expected["confidence"] += weights[depth] * nn.functional.binary_cross_entropy_with_logits(
+                sure[at], torch.minimum(p, q).sum()
+            )
+            at += 1
+    assert at == len(logits)
+    for name, value in expected.items():
+        torch.testing.assert_close(loss.parts[name], value, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["eagle3", "mtp"])
