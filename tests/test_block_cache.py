@@ -275,3 +275,25 @@ def test_a_memory_bound_is_kept_and_too_long_sequences_are_refused() -> None:
 def test_a_gathered_cache_is_a_paged_one() -> None:
     cache = GatheredCache(2, 10, [((1, 4, 1), (0,))], torch.int64, size=4)
     assert isinstance(cache, PagedCache) and cache.capacity == 10 and cache.pool.count == 6
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_block_that_was_published_is_not_written_by_a_slot_that_begins_inside_it(held: bool) -> None:
+    target, tokens = ToyTarget(torch.zeros(5, 5), block=4), [1, 2, 3, 4, 0, 2, 4, 1, 3]
+    cache: Any = target.paged_cache(2, 16)
+    size = cache.block_tokens
+    first = cache.open()
+    cache.require(first, 0, 2 * size)
+    target.forward(RaggedBatch.pack([tokens[: 2 * size]], [0], [first]), cache)
+    cache.publish(first, tokens)
+    shared = list(cache._slots[first].table)
+    if not held:
+        cache.release(first)
+    second = cache.open()
+    cache.adopt(second, tokens, 2 * size - 1)
+    assert cache.reserve(second, 2 * size + 1)
+    own = cache._slots[second].table
+    assert own[0] == shared[0], "the block before it is shared"
+    if held:
+        assert own[1] != shared[1], "a copy, as the first slot reads the block"
+    assert cache.match(tokens) == (2 if held else 1) * size, "what may be overwritten is found no more"
