@@ -55,7 +55,7 @@ class Finisher:
         pieces: list[Piece] = []
         reason = None
         grammar, detokenizer, matcher = self.grammar, self._detokenizer, self._matcher
-        new = list(tokens[: accepted + 1 if accepted < budget else budget])  # conditions: min takes ten times as long
+        new = list(tokens[: accepted + 1])
         for token in new:
             if grammar is not None and not grammar.consume(token):
                 reason = "error"
