@@ -60,7 +60,7 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
 	  OUTRIDER_NATIVE=$(SANITIZED) $(BIN)/pytest -p no:cacheprovider $(SANITIZED_TESTS)
-SANITIZED_TESTS ?= tests/test_native.py tests/test_native_kernels.py tests/test_native_blocks.py tests/test_native_verification.py tests/test_schedule.py tests/test_calibration.py tests/test_dspark.py tests/test_rng.py
+SANITIZED_TESTS ?= tests/test_native.py tests/test_native_kernels.py tests/test_native_blocks.py tests/test_native_verification.py tests/test_schedule.py tests/test_calibration.py tests/test_dspark.py tests/test_markov_head.py tests/test_rng.py
 
 clean:
 	rm -rf build dist site docs/reference .pytest_cache .mypy_cache .ruff_cache .hypothesis
