@@ -21,14 +21,14 @@ from outrider.training.artefact import target_hash
 
 gguf = pytest.importorskip("gguf")
 
-from test_gguf import SMALL, tensors_of  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from written_gguf import SMALL, tensors_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with a byte-level tokenizer and a chat template."""
-    import test_gguf
+    import written_gguf
 
     tokenizer = byte_level_bpe(300)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -37,7 +37,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     path = tmp_path_factory.mktemp("gguf") / "Tiny-Q4_K_M.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    test_gguf.add_keys(writer, model.config, "llama")
+    written_gguf.add_keys(writer, model.config, "llama")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list([token for token, _ in vocabulary])

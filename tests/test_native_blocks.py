@@ -211,7 +211,7 @@ def test_file_is_for_files_with_tensor_types() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_the_same_with_and_without_drafts(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    from test_gguf import build, write_model
+    from written_gguf import build, write_model
 
     from outrider.models.loading import load_target
 
@@ -224,7 +224,7 @@ def test_text_is_the_same_with_and_without_drafts(kind: str, tmp_path: Path) -> 
 
 def test_packed_weights_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
-    from test_gguf import build, write_model
+    from written_gguf import build, write_model
 
     from outrider.models.loading import load_target
 
