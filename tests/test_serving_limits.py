@@ -111,6 +111,38 @@ def test_a_prompt_beyond_the_context_costs_no_tokenizing(client: httpx.Client) -
     assert time.perf_counter() - began < 2
 
 
+@pytest.mark.parametrize(
+    ("path", "most", "schema", "prompt"),
+    [
+        (CHAT, "max_completion_tokens", "response_format", "messages"),
+        (CHAT, "max_tokens", "response_format", "messages"),
+        ("/v1/completions", "max_tokens", "response_format", "prompt"),
+        ("/v1/responses", "max_output_tokens", "text.format", "input"),
+    ],
+)
+def test_the_field_at_fault_is_named(client: httpx.Client, path: str, most: str, schema: str, prompt: str) -> None:
+    def error(**fields: Any) -> dict[str, Any]:
+        found: dict[str, Any] = client.post(
+            path, json={prompt: ASK if prompt == "messages" else "It was"} | fields
+        ).json()
+        return found["error"]
+
+    long = error(**{most: 99_999})
+    assert (long["param"], long["code"]) == (most, "context_length_exceeded") and f"{most} is 99999" in long["message"]
+    inner: dict[str, Any] = {"name": "x", "schema": {"type": "nope"}}
+    given = {"type": "json_schema", **(inner if schema == "text.format" else {"json_schema": inner})}
+    refused = error(**({"text": {"format": given}} if schema == "text.format" else {schema: given}))
+    assert refused["param"] == schema and "nope" in refused["message"]
+
+
+def test_a_prompt_that_leaves_no_room_is_at_fault(client: httpx.Client, running: tuple[str, Service]) -> None:
+    room = running[1].llm.engine.limit
+    whole = {"prompt": [5] * room}
+    found = client.post("/v1/completions", json=whole).json()["error"]
+    assert (found["param"], found["code"]) == ("prompt", "context_length_exceeded")
+    assert client.post("/v1/completions", json=whole | {"max_tokens": 0, "echo": True}).status_code == 200
+
+
 def test_other_paths_methods_and_types(client: httpx.Client) -> None:
     assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
     assert client.get(CHAT).status_code == 405

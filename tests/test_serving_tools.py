@@ -77,6 +77,20 @@ def test_openai_calls(client: openai.OpenAI, choice: Any) -> None:
     assert client.chat.completions.create(model="tiny", messages=again, tools=TOOLS, max_tokens=3).choices
 
 
+def test_a_tool_choice_that_cannot_be_followed_is_named(client: openai.OpenAI) -> None:
+    def param(schema: Any = SCHEMA, **more: Any) -> Any:
+        function = {"name": "weather", "parameters": schema, "strict": True}
+        body = {"model": "tiny", "messages": ASK, "tools": [{"type": "function", "function": function}], **more}
+        with pytest.raises(openai.BadRequestError) as found:
+            client.chat.completions.create(**body)
+        return found.value.param
+
+    assert param(tool_choice={"type": "function", "function": {"name": "none"}}) == "tool_choice"
+    assert param(tool_choice="required", response_format={"type": "json_object"}) == "tool_choice"
+    assert param(tool_choice="required", schema={"type": "nope"}) == "tools"
+    assert param(tool_choice="required", schema={"x-guidance": 3}) == "tools"
+
+
 def test_openai_responses_call(client: openai.OpenAI) -> None:
     tools = [{"type": "function", **tool["function"], "strict": True} for tool in TOOLS]
     body = {"model": "tiny", "input": "Hot?", "tools": tools, "tool_choice": "required", "max_output_tokens": 120}

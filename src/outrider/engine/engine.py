@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from outrider.config import SamplingParams
+from outrider.config import Grammar, SamplingParams
 from outrider.engine.admission import Admission
 from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
@@ -138,11 +138,15 @@ class Engine:
         if len(prompt) + params.max_tokens > self.limit:
             raise InvalidRequest(self._too_long(len(prompt), params.max_tokens))
         if params.grammar is not None:
-            if self._grammars is None:
-                raise InvalidRequest("a grammar needs a tokenizer, and this engine has none")
-            self._grammars.check(params.grammar)
+            self.check_grammar(params.grammar)
         if params.stop and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer, and this engine has none")
+
+    def check_grammar(self, grammar: Grammar) -> None:
+        """Compile a grammar, which is kept for requests to come. Raises InvalidRequest for one that cannot be used."""
+        if self._grammars is None:
+            raise InvalidRequest("a grammar needs a tokenizer, and this engine has none")
+        self._grammars.check(grammar)
 
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, seed: int, index: int = 0, expected: Sequence[int] = ()

@@ -34,6 +34,7 @@ class ChatJob:
     messages_name: str = "messages"
     tools: ToolUse | None = None
     grammar: Grammar | None = None
+    grammar_name: str = "response_format"
     n: int = 1
     logprobs: int | None = None
     variables: Mapping[str, Any] | None = None
@@ -77,12 +78,16 @@ async def begin(service: Service, job: ChatJob) -> list[ChatAnswer]:
         continue_final=job.continue_final,
         answer_follows=job.answer_follows,
     )
-    most = service.new_tokens(prompt, job.max_tokens, job.max_tokens_name)
-    grammar = job.grammar
+    most = service.new_tokens(prompt, job.max_tokens, job.max_tokens_name, job.messages_name)
+    grammar, name = job.grammar, job.grammar_name
     if tools is not None and tools.grammar is not None:
         if grammar is not None:
-            raise ApiError(400, "tool_choice asks for a call and response_format for a text: ask for one of them")
-        grammar = tools.grammar
+            raise ApiError(
+                400, f"tool_choice asks for a call and {name} for a text: ask for one of them", param="tool_choice"
+            )
+        grammar, name = tools.grammar, "tools"
+    if grammar is not None:
+        await service.check_grammar(grammar, name)
     params = job.fields.sampling(service.llm.target.spec.defaults, most, logprobs=job.logprobs, grammar=grammar)
     prediction = () if job.prediction is None else service.llm.tokenizer.encode_literally(job.prediction)
     answers = await service.submit([prompt], params, job.n, prediction)
@@ -157,10 +162,9 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, OutriderError):
-        code = "context_length_exceeded" if "pass the context" in str(error) else None
         first = str(error).partition(" ")[0]  # of many, the sampling parameter at fault
         param = first if first in SamplingParams.__dataclass_fields__ else None
-        return ApiError(400 if isinstance(error, InvalidRequest) else 500, str(error), param=param, code=code)
+        return ApiError(400 if isinstance(error, InvalidRequest) else 500, str(error), param=param)
     return ApiError(500, "the server failed; its log has the reason")
 
 

@@ -75,12 +75,13 @@ async def completions(service: Service, body: Mapping[str, Any], request: Reques
     if asked.max_tokens == 0 and not asked.echo:
         raise ApiError(400, "max_tokens: expected at least 1 without echo, got 0", param="max_tokens")
     prompts = [await _encode(service, one, asked.suffix) for one in _prompts(asked.prompt)]
-    most = min(service.new_tokens(prompt, asked.max_tokens or None) for prompt in prompts)
+    most = 1 if asked.max_tokens == 0 else min(service.new_tokens(prompt, asked.max_tokens) for prompt in prompts)
     if asked.max_tokens is None:
         most = min(most, DEFAULT_TOKENS)
-    params = asked.sampling(
-        service.llm.target.spec.defaults, most, logprobs=asked.logprobs, grammar=grammar_of(asked.response_format)
-    )
+    grammar = grammar_of(asked.response_format)
+    if grammar is not None:
+        await service.check_grammar(grammar, "response_format")
+    params = asked.sampling(service.llm.target.spec.defaults, most, logprobs=asked.logprobs, grammar=grammar)
     head = {
         "id": f"cmpl-{token_hex(12)}",
         "object": "text_completion",

@@ -107,6 +107,7 @@ async def messages(service: Service, body: Mapping[str, Any], request: Request) 
         asked.max_tokens,
         tools=_tools(service, asked),
         grammar=_grammar(asked),
+        grammar_name=_grammar_name(asked),
         variables=_thinking(asked.thinking),
         continue_final=asked.messages[-1].role == "assistant",
     )
@@ -236,8 +237,12 @@ def _thinking(asked: _Thinking | None) -> dict[str, Any] | None:
 
 def _grammar(asked: MessagesRequest) -> Grammar | None:
     config = asked.output_config.format if asked.output_config is not None else None
-    name = "output_config.format" if config is not None else "output_format"
-    return grammar_of(config if config is not None else asked.output_format, name)
+    return grammar_of(config if config is not None else asked.output_format, _grammar_name(asked))
+
+
+def _grammar_name(asked: MessagesRequest) -> str:
+    config = asked.output_config
+    return "output_format" if config is None or config.format is None else "output_config.format"
 
 
 # ------------------------------------------------------------------------------------------------ what is answered

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from outrider.config import Grammar
+from outrider.errors import InvalidRequest
 from outrider.serving.web import ApiError
 
 __all__ = ["grammar_of"]
@@ -16,7 +17,7 @@ KINDS = ("text", "json_object", "json_schema")
 
 def grammar_of(given: Mapping[str, Any] | None, name: str = "response_format") -> Grammar | None:
     """None for plain text. The schema of ``json_schema`` may stand in an object of that name (chat completions) or
-    beside the type (responses). Raises ApiError and InvalidRequest."""
+    beside the type (responses). Raises ApiError."""
     if given is None:
         return None
     kind = given.get("type")
@@ -36,7 +37,10 @@ def grammar_of(given: Mapping[str, Any] | None, name: str = "response_format") -
     if not isinstance(holder, Mapping) or not isinstance(holder.get("schema"), (dict, bool)):
         raise ApiError(400, f"{name}.schema: expected a JSON schema (an object)", param=f"{name}.schema")
     _only(holder, ("type", "name", "description", "schema", "strict"), name)
-    return Grammar("json_schema", json.dumps(holder["schema"]))
+    try:
+        return Grammar("json_schema", json.dumps(holder["schema"]))
+    except InvalidRequest as error:
+        raise ApiError(400, f"{name}.schema: {error}", param=f"{name}.schema") from None
 
 
 def _only(given: Mapping[str, Any], known: tuple[str, ...], name: str) -> None:

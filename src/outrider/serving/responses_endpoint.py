@@ -106,6 +106,7 @@ async def responses(service: Service, body: Mapping[str, Any], request: Request)
         messages_name="input",
         tools=_tools(service, asked),
         grammar=grammar_of(asked.text.format if asked.text else None, "text.format"),
+        grammar_name="text.format",
         logprobs=(asked.top_logprobs or 0) if logprobs else None,
     )
     (answer,) = await begin(service, job)

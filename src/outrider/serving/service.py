@@ -11,9 +11,10 @@ from time import time
 from typing import Any
 
 from outrider import registry
-from outrider.config import SamplingParams
+from outrider.config import Grammar, SamplingParams
 from outrider.engine.llm import LLM
 from outrider.engine.request import Request
+from outrider.errors import InvalidRequest
 from outrider.scheduling.cost_model import CostModel
 from outrider.serving.engine_thread import Answer, EngineThread
 from outrider.serving.fields import OutriderOptions
@@ -112,17 +113,33 @@ class Service:
         if n > self.settings.max_n:
             raise ApiError(400, f"n: this server gives at most {self.settings.max_n} answers, got {n}", param="n")
 
-    def new_tokens(self, prompt: Sequence[int], asked: int | None, name: str = "max_tokens") -> int:
+    async def check_grammar(self, grammar: Grammar, name: str) -> None:
+        """Compile a grammar, which may take long. Raises ApiError for one that cannot be used; ``name``: its field."""
+        try:
+            await asyncio.to_thread(self.llm.engine.check_grammar, grammar)
+        except InvalidRequest as error:
+            raise ApiError(400, f"{name}: {error}", param=name) from None
+
+    def new_tokens(
+        self, prompt: Sequence[int], asked: int | None, name: str = "max_tokens", prompt_name: str = "prompt"
+    ) -> int:
         """How many tokens may follow a prompt. Raises ApiError for more than the limits."""
-        limit = self.settings.max_new_tokens
-        if asked is not None:
-            if limit is not None and asked > limit:
-                raise ApiError(400, f"{name}: this server writes at most {limit} tokens, got {asked}", param=name)
-            return asked
-        room = self.llm.engine.limit
+        limit, room = self.settings.max_new_tokens, self.llm.engine.limit
+        if asked is not None and limit is not None and asked > limit:
+            raise ApiError(400, f"{name}: this server writes at most {limit} tokens, got {asked}", param=name)
         whole = room - len(prompt)
+        if whole < (asked or 1):
+            has = f"{prompt_name} has {len(prompt)} tokens"
+            if whole < 1:
+                param, message = prompt_name, f"{has}, and this server has room for {room} with the answer; shorten it"
+            else:
+                param = name
+                message = f"{has} and {name} is {asked}, and this server has room for {room} in all; lower one of them"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+        if asked is not None:
+            return asked
         left = min(self.llm.capacity, room) - len(prompt)  # beyond the capacity, memory would be laid out anew
-        return max(1, min(left if left >= 64 else whole, limit or whole))
+        return min(left if left >= 64 else whole, limit or whole)
 
     def token_text(self, token: int) -> tuple[str, bytes]:
         """A token's text, with U+FFFD where it is part of a character, and its bytes."""
@@ -153,11 +170,8 @@ class Service:
             self._refuse(f"{running} requests run and wait, the limit is {most}")
         if prediction and (self.llm.drafter.block == 0 or params.draft_tokens == 0):
             raise ApiError(400, "prediction: nothing is drafted for this request; leave it out", param="prediction")
-        for prompt in prompts:  # a grammar is compiled here, which may take long
-            if params.grammar is None:
-                self.llm.engine.check(prompt, params)
-            else:
-                await asyncio.to_thread(self.llm.engine.check, prompt, params)
+        for prompt in prompts:
+            self.llm.engine.check(prompt, params)
         answers: list[Answer] = []
         try:
             for index in range(n * len(prompts)):

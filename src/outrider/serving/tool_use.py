@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from outrider.config import Grammar
+from outrider.errors import InvalidRequest
 from outrider.serving.tool_calls import ToolDelta, ToolParser, form_of, tool_grammar
 from outrider.serving.web import ApiError
 from outrider.tokenization.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ class CallReader:
 class ToolUse:
     """Tools of one request, as chat templates take them. ``choice``: auto, required, or, where ``named``, a tool.
 
-    Raises ApiError where the model's template has no tools, InvalidRequest for a choice that is no tool.
+    Raises ApiError where the model's template has no tools, and for a choice that is no tool.
     """
 
     def __init__(
@@ -89,7 +90,11 @@ class ToolUse:
         self.grammar: Grammar | None = None
         """What the answer must be."""
         if named or choice == "required":
-            self.grammar = tool_grammar(form, tools, choice if named else None, parallel=parallel and not named)
+            try:
+                self.grammar = tool_grammar(form, tools, choice if named else None, parallel=parallel and not named)
+            except InvalidRequest as error:
+                param = "tool_choice" if named and choice not in names else "tools"
+                raise ApiError(400, str(error), param=param) from None
 
     @property
     def for_template(self) -> list[dict[str, Any]]:
