@@ -244,6 +244,20 @@ def test_nothing_is_ignored_elsewhere(client: httpx.Client, path: str, body: dic
     assert refused(client, path, **body)["param"] == param
 
 
+def test_a_budget_of_thoughts_is_checked_as_anthropic_does(client: httpx.Client) -> None:
+    def answered(path: str = "/v1/messages", most: int = 1100, **thinking: Any) -> str:
+        body = {"messages": ASK, "thinking": thinking} | ({"max_tokens": most} if path == "/v1/messages" else {})
+        found = client.post(path, json=body).json()
+        return str(found["error"]["message"]) if found.get("type") == "error" else "ok"
+
+    count = "/v1/messages/count_tokens"
+    assert answered(count, type="enabled", budget_tokens=1024) == answered(count, type="adaptive") == "ok"
+    assert "thinking.budget_tokens: Input should be greater" in answered(type="enabled", budget_tokens=1023)
+    assert "expected less than max_tokens (1100)" in answered(type="enabled", budget_tokens=1100)
+    assert "only type 'enabled' has a budget" in answered(type="adaptive", budget_tokens=1024)
+    assert "only type 'enabled' has a budget" in answered(count, type="disabled", budget_tokens=1024)
+
+
 def test_fields_that_ask_for_nothing_are_taken(client: httpx.Client) -> None:
     ask(
         client, messages=ASK, max_tokens=1, store=False, modalities=["text"], service_tier="auto", user="me", audio=None

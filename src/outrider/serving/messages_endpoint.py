@@ -60,8 +60,11 @@ class _Choice(Strict):
 
 
 class _Thinking(Strict):
+    """The template's ``enable_thinking``; ``adaptive``: as the template has it."""
+
     type: Literal["disabled", "enabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: int | None = Field(default=None, ge=1024)
+    """Checked as Anthropic does, and no limit here: ``max_tokens`` holds for thoughts and answer together."""
     display: str | None = None
 
 
@@ -108,7 +111,7 @@ async def messages(service: Service, body: Mapping[str, Any], request: Request) 
         tools=_tools(service, asked),
         grammar=_grammar(asked),
         grammar_name=_grammar_name(asked),
-        variables=_thinking(asked.thinking),
+        variables=_thinking(asked.thinking, asked.max_tokens),
         continue_final=asked.messages[-1].role == "assistant",
     )
     (answer,) = await begin(service, job)
@@ -229,8 +232,16 @@ def _tools(service: Service, asked: CountRequest) -> ToolUse | None:
     return ToolUse(service.llm.tokenizer, shown, name, named=choice.name is not None, parallel=parallel)
 
 
-def _thinking(asked: _Thinking | None) -> dict[str, Any] | None:
-    if asked is None or asked.type == "adaptive":
+def _thinking(asked: _Thinking | None, max_tokens: int | None = None) -> dict[str, Any] | None:
+    """Variables of the template."""
+    if asked is None:
+        return None
+    budget, name = asked.budget_tokens, "thinking.budget_tokens"
+    if budget is not None and asked.type != "enabled":
+        raise ApiError(400, f"{name}: only type 'enabled' has a budget, got type {asked.type!r}", param=name)
+    if budget is not None and max_tokens is not None and budget >= max_tokens:
+        raise ApiError(400, f"{name}: expected less than max_tokens ({max_tokens}), got {budget}", param=name)
+    if asked.type == "adaptive":
         return None
     return {"enable_thinking": asked.type == "enabled"}
 
