@@ -236,12 +236,23 @@ OTHERS: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/tokenize", {"messages": ASK, "add_special_tokens": True}, "add_special_tokens"),
     (CHAT, {"messages": ASK, "logit_bias": {"9999999": 1}}, "logit_bias"),
     ("/v1/completions", {"prompt": "hi", "logit_bias": {"9999999": 1}}, "logit_bias"),
+    ("/v1/completions", {"prompt": [[5], []]}, "prompt"),
 ]
 
 
 @pytest.mark.parametrize(("path", "body", "param"), OTHERS, ids=[str(i) for i in range(len(OTHERS))])
 def test_nothing_is_ignored_elsewhere(client: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
     assert refused(client, path, **body)["param"] == param
+
+
+def test_what_is_at_fault_is_said_in_the_clients_words(client: httpx.Client) -> None:
+    search = {"type": "web_search_20250305", "name": "web_search"}
+    assert "tools.0.type" in refused(client, "/v1/messages", messages=ASK, max_tokens=1, tools=[search])["message"]
+    effort = refused(client, "/v1/responses", input="hi", reasoning={"effort": "low"})
+    assert effort["message"] == "reasoning.effort is not supported here, got 'low': leave it out"
+    assert effort["code"] == "unsupported_parameter"
+    number = client.post(CHAT, content=b'{"n": ' + b"9" * 5000 + b"}", headers={"Content-Type": "application/json"})
+    assert "5000 digits" in number.text and "sys." not in number.text
 
 
 def test_a_budget_of_thoughts_is_checked_as_anthropic_does(client: httpx.Client) -> None:

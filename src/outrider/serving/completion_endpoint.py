@@ -109,18 +109,20 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[s
 
 
 async def _encode(service: Service, prompt: str | list[int], suffix: str | None) -> list[int]:
+    tokenizer = service.llm.tokenizer
     if not isinstance(prompt, str):
         if suffix is not None:
             raise ApiError(400, "suffix needs a prompt that is text, got token ids", param="suffix")
         service.check_ids(prompt, "prompt")
-        return await service.encode(lambda: prompt, 0, "prompt")
-    tokenizer = service.llm.tokenizer
-    if suffix is None:
+        tokens = await service.encode(lambda: prompt, 0, "prompt")
+    elif suffix is None:
         tokens = await service.encode(lambda: tokenizer.encode(prompt), len(prompt), "prompt")
-        if not tokens:
-            raise ApiError(400, "prompt: it has no tokens; expected at least 1", param="prompt")
-        return tokens
-    return await service.encode(lambda: infill_tokens(tokenizer, prompt, suffix), len(prompt) + len(suffix), "prompt")
+    else:
+        characters = len(prompt) + len(suffix)
+        tokens = await service.encode(lambda: infill_tokens(tokenizer, prompt, suffix), characters, "prompt")
+    if not tokens:
+        raise ApiError(400, "prompt: it has no tokens; expected at least 1", param="prompt")
+    return tokens
 
 
 def _prompts_alone(shown: _Shown, prompts: Sequence[Sequence[int]]) -> Response:

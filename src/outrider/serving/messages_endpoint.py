@@ -43,10 +43,10 @@ class _Message(Strict):
 
 
 class _Tool(Strict):
+    type: Literal["custom"] | None = None  # the first field: of a tool that this server has not, the type is at fault
     name: str = Field(min_length=1, max_length=128, pattern=r"^[^\s\x00-\x1f]+$")
     description: str | None = None
     input_schema: dict[str, Any]
-    type: Literal["custom"] | None = None
     cache_control: dict[str, Any] | None = None
     strict: bool | None = None
     eager_input_streaming: bool | None = None

@@ -140,7 +140,8 @@ def _object(raw: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise ApiError(400, "the body has half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
     except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {str(error)[:SHOWN]}") from None
+        said = str(error).partition("; use sys.")[0]  # Python's advice on long numbers is not for clients
+        raise ApiError(400, f"the body is not valid JSON: {said[:SHOWN]}") from None
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}: expected an object with the request's fields")
     return value
@@ -184,6 +185,9 @@ def parse(kind: type[Model], body: Mapping[str, Any], unsupported: Mapping[str, 
         known = [*kind.model_fields, *unsupported] if len(first["loc"]) == 1 else []
         hint = f"; {nearest(path, known)}" if known else "; remove it"
         raise ApiError(400, f"unknown field {path[:SHOWN]!r}{hint}", param=path, code="unknown_parameter")
+    if first["type"] == "none_required":
+        message = f"{path} is not supported here, got {_shown(first['input'])}: leave it out"
+        raise ApiError(400, message, param=path, code="unsupported_parameter")
     got = "" if first["type"] == "missing" else f", got {_shown(first['input'])}"
     message = first["msg"].removeprefix("Value error, ")
     raise ApiError(400, f"{path or 'the body'}: {message}{got}", param=path or None)
