@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -369,6 +370,22 @@ def test_keys_and_origins(tmp_path: Path) -> None:
 def test_no_page_may_call_by_default(client: httpx.Client) -> None:
     answer = client.get("/v1/models", headers={"Origin": "https://page.example"})
     assert "access-control-allow-origin" not in answer.headers
+
+
+def test_models_are_listed_in_the_form_of_either_client(client: httpx.Client) -> None:
+    listed = client.get("/v1/models").json()
+    (model,) = listed["data"]
+    assert listed["object"] == "list" and (listed["first_id"], listed["last_id"], listed["has_more"]) == (
+        model["id"],
+        model["id"],
+        False,
+    )
+    assert model["object"] == "model" and isinstance(model["created"], int)
+    assert model["type"] == "model" and model["display_name"] == model["id"]
+    assert datetime.fromisoformat(model["created_at"]).timestamp() == model["created"]
+    assert client.get("/v1/models/none").json()["error"]["code"] == "model_not_found"
+    theirs = client.get("/v1/models/none", headers={"anthropic-version": "2023-06-01"})
+    assert theirs.status_code == 404 and theirs.json()["type"] == "error"
 
 
 def test_health_and_request_ids(client: httpx.Client) -> None:

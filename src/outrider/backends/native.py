@@ -105,7 +105,7 @@ class NativeBackend:
     device = torch.device("cpu")
 
     def __init__(self, isa: str = "") -> None:
-        """``isa``: amx, avx512, avx_vnni, avx2 or portable; empty: what OUTRIDER_ISA says, else the processor's best."""
+        """``isa``: amx, avx512, avx_vnni, avx2 or portable; empty: what OUTRIDER_ISA says, else the best there is."""
         self.isa = isa
 
     def load(self, config: StackConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | str) -> NativeStack:

@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from importlib.resources import files
 from secrets import token_hex
 from time import perf_counter
@@ -144,7 +145,9 @@ async def _page(request: Request) -> Response:
 
 
 def _models(service: Service) -> Response:
-    return JsonResponse({"object": "list", "data": [_model(service)]})
+    name = service.settings.served_name
+    page = {"first_id": name, "last_id": name, "has_more": False}  # Anthropic's; the rest is OpenAI's
+    return JsonResponse({"object": "list", "data": [_model(service)], **page})
 
 
 def _one_model(service: Service) -> Callable[[Request], Awaitable[Response]]:
@@ -152,17 +155,21 @@ def _one_model(service: Service) -> Callable[[Request], Awaitable[Response]]:
         try:
             service.check_model(request.path_params["name"])
         except ApiError as error:
-            return error_response(error)
+            return error_response(error, anthropic="anthropic-version" in request.headers)
         return JsonResponse(_model(service))
 
     return answer
 
 
 def _model(service: Service) -> dict[str, Any]:
+    """In OpenAI's and in Anthropic's form at once: their keys do not collide."""
     return {
         "id": service.settings.served_name,
         "object": "model",
         "created": service.created,
+        "type": "model",
+        "display_name": service.settings.served_name,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z"),
         "owned_by": "outrider",
         "max_model_len": service.llm.target.spec.max_positions,
         "drafter": service.llm.drafter_name,
