@@ -553,6 +553,19 @@ def test_figures_with_which_nothing_can_be_planned(changed: tuple[str, ...], sai
     assert result.exit_code == 2 and said in result.stderr
 
 
+@pytest.mark.parametrize("work", [Workload(prompt=131_072), Workload(concurrency=1_000_000)])
+def test_what_would_change_it_asks_for_no_workload_that_may_not_be_asked_for(work: Workload) -> None:
+    """Prompts of 131,072 tokens had been refused, because 8 times as many are over a million."""
+    made = plan_of("qwen3-8b", "h100", ["dspark,length=2.33"], work)
+    assert len(made.sensitivities) == 8
+
+
+def test_contexts_are_those_that_the_table_names() -> None:
+    """Half an answer of 4,000 tokens is more context than 512."""
+    made = plan_of("qwen3-8b", "h100", ["dspark,length=2.33"], Workload(answer=4000))
+    assert [context for context, _ in made.by_context] == [2048, 8192, 32768, 131072]
+
+
 def test_a_workload_beyond_the_context_is_refused() -> None:
     result = CliRunner().invoke(app, ["plan", "--target", "embedded", "--answer-tokens", "2000"])
     assert result.exit_code == 2 and "pass the target's context of 2048 tokens" in result.stderr

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from outrider.planning.described import DrafterShape, Machine, TargetShape
-from outrider.planning.forecast import Forecast, Profile, Workload, forecast, prompt_seconds, whole_rounds
+from outrider.planning.forecast import LARGEST, Forecast, Profile, Workload, forecast, prompt_seconds, whole_rounds
 from outrider.planning.roofline import Roofline
 from outrider.planning.step_costs import StepCosts
 
@@ -190,7 +190,7 @@ def make_plan(
         by_context=[
             (n, _advised_at(candidates, base, replace(work, prompt=max(1, n - work.answer // 2))))
             for n in CONTEXTS
-            if not longest or n <= longest
+            if n > work.answer // 2 and (not longest or n <= longest)
         ],
         sensitivities=[] if shown is None else _sensitivities(candidates, shown, base, advised, work),
         memory=memory,
@@ -325,13 +325,11 @@ def _sensitivities(
         ("no bookkeeping", costs(step=0.0), work),
         ("verifying costs nothing beyond a plain pass", costs(slope=0.0), work),
         ("verifying costs twice as much beyond a plain pass", costs(slope=2.0), work),
-        (
-            f"{4 * work.concurrency} rows instead of {work.concurrency}",
-            same,
-            replace(work, concurrency=4 * work.concurrency, rate=0.0),
-        ),  # noqa: E501
-        ("contexts 8 times as long", same, replace(work, prompt=8 * work.prompt)),
     ]
+    if (rows := 4 * work.concurrency) <= LARGEST:
+        cases.append((f"{rows} rows instead of {work.concurrency}", same, replace(work, concurrency=rows, rate=0.0)))
+    if 8 * work.prompt <= LARGEST:
+        cases.append(("contexts 8 times as long", same, replace(work, prompt=8 * work.prompt)))
     found = []
     for what, change, asked in cases:
         mine = change(shown)

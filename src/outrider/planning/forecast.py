@@ -19,6 +19,7 @@ from outrider.errors import InvalidRequest
 from outrider.planning.step_costs import StepCosts
 
 __all__ = [
+    "LARGEST",
     "Forecast",
     "Profile",
     "ReadsPrompts",
