@@ -289,6 +289,7 @@ def test_profiles_from_a_length() -> None:
         ("layers=36", "needs width"),
         ("qwen3-8b,layer=3", "did you mean 'layers'"),
         ("qwen3-8b,layers=many", "a whole number"),
+        ("qwen3-8b,layers=36.9", "a whole number"),
         ("qwen3-8b,parameters=1e8", "fewer than"),
         ("missing.toml", "cannot be read"),
         ("qwen3-8b,parameters=inf", "a number"),
@@ -308,6 +309,12 @@ def test_a_wrong_shape_says_what_was_expected(text: str, message: str) -> None:
         "eagle3,profile=1.4",
         "x,length=2",
         "draft_model,length=2",
+        "eagle3,length=2,bytes=-1",
+        "eagle3,length=2,layers=-5",
+        "eagle3,length=2,drafts=3.5",
+        "dspark,length=2,markov_rank=-1",
+        "dspark,length=2,aux_layers=-2",
+        "dspark,length=2,uncertainty=1e15",
     ],
 )
 def test_a_wrong_drafter_is_refused(text: str) -> None:
@@ -315,7 +322,13 @@ def test_a_wrong_drafter_is_refused(text: str) -> None:
         DrafterShape.read(text)
 
 
-@pytest.mark.parametrize("text", ["h100,curve=2:3", "h100,curve=1:3/1:4", "bandwidth=1", "h100,tile=0", "h100,curve=a"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "h100,curve=2:3/4:5", "h100,curve=1:3/1:4", "bandwidth=1", "h100,tile=0", "h100,curve=a",
+        "h100,curve=1:3/8.5:4", "h100,curve=1:31", "h100,curve=1:31/8:20", "h100,uncertainty=1e15", "h100,flops_share=65", "h100,tile=1.5",
+    ],
+)  # fmt: skip
 def test_a_wrong_machine_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         Machine.read(text)

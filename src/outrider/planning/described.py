@@ -7,7 +7,7 @@ name with some values changed: ``h100,price=2.5``.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -74,13 +74,13 @@ def _value(what: str, key: str, kind: str, value: Any) -> Any:
         if kind == "bool":
             return value if isinstance(value, bool) else {"yes": True, "true": True, "no": False, "false": False}[value]
         if kind == "int":
-            return int(_finite(value))
+            return _whole(value)
         if kind == "float":
             return _finite(value)
         if "tuple[float" in kind:
             return tuple(_finite(v) for v in (value.split("/") if isinstance(value, str) else value))
         pairs = [p.split(":") for p in value.split("/")] if isinstance(value, str) else value
-        return tuple((int(tokens), _finite(ms)) for tokens, ms in pairs)
+        return tuple((_whole(tokens), _finite(ms)) for tokens, ms in pairs)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise InvalidRequest(f"{what}: {key} must be {_expected(kind)}, got {value!r}") from None
 
@@ -90,6 +90,13 @@ def _finite(value: Any) -> float:
     if not abs(number) <= LARGEST:
         raise ValueError(value)
     return number
+
+
+def _whole(value: Any) -> int:
+    number = _finite(value)
+    if number != int(number):
+        raise ValueError(value)
+    return int(number)
 
 
 def _expected(kind: str) -> str:
@@ -112,6 +119,12 @@ def _not_below_0(what: str, values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if value < 0:
             raise InvalidRequest(f"{what}: {name} must be 0 or more, got {value:g}")
+
+
+def _at_most_1(what: str, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if value > 1:
+            raise InvalidRequest(f"{what}: {name} is a share, at most 1, got {value:g}")
 
 
 # ------------------------------------------------------------------------------------------------ target
@@ -268,8 +281,14 @@ class DrafterShape(Described):
             raise InvalidRequest(f"{self.WHAT}: a profile holds probabilities from 0 to 1, got {self.profile}")
         if self.kind == "draft_model" and not (self.parameters or self.draft_ms or self.draft_each_ms):
             raise InvalidRequest(f"{self.WHAT} draft_model needs parameters, draft_ms or draft_each_ms")
-        names = ("uncertainty", "parameters", "draft_ms", "draft_each_ms")
+        names = ("uncertainty", "parameters", "bytes", "layers", "markov_rank", "draft_ms", "draft_each_ms")
         _not_below_0(f"{self.WHAT} {self.kind}", {name: getattr(self, name) for name in names})
+        _at_most_1(f"{self.WHAT} {self.kind}", {"uncertainty": self.uncertainty})
+        if self.aux_layers < -1:
+            raise InvalidRequest(
+                f"{self.WHAT} {self.kind}: aux_layers must be 0 or more, or -1 for what its kind has, "
+                f"got {self.aux_layers}"
+            )
 
     @property
     def title(self) -> str:
@@ -360,6 +379,12 @@ class Machine(Described):
         _positive(self.WHAT, {name: getattr(self, name) for name in numbers})
         names = ("memory", "price", "pass_ms", "step_ms", "drafting_ms", "uncertainty")
         _not_below_0(self.WHAT, {name: getattr(self, name) for name in names})
-        tokens: Sequence[int] = [m for m, _ in self.curve]
-        if self.curve and (tokens[0] != 1 or sorted(set(tokens)) != tokens or any(not ms > 0 for _, ms in self.curve)):
-            raise InvalidRequest(f"{self.WHAT}: curve needs rising tokens from 1 on, got {self.curve[:6]}")
+        shares = ("bandwidth_share", "flops_share", "uncertainty")
+        _at_most_1(self.WHAT, {name: getattr(self, name) for name in shares})
+        tokens, times = [m for m, _ in self.curve], [ms for _, ms in self.curve]
+        rising = tokens == sorted(set(tokens)) and times == sorted(times)
+        if self.curve and not (len(tokens) > 1 and tokens[0] == 1 and times[0] > 0 and rising):
+            raise InvalidRequest(
+                f"{self.WHAT}: curve needs at least two points, tokens rising from 1 on and milliseconds above 0 that "
+                f"do not fall, got {self.curve[:6]}"
+            )
