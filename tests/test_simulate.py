@@ -249,6 +249,13 @@ def test_the_shape_of_published_figures() -> None:
     assert total["throughput"] > 1.02 * max(total[policy] for policy in POLICIES if policy != "throughput")
 
 
+def test_a_curve_that_falls_is_level_beyond_its_points() -> None:
+    """A pass over 64 tokens had taken less than no time."""
+    costs = Costs(((1, 0.01), (8, 0.005)))
+    assert costs.verify(1, 1, 0) == pytest.approx(0.01)
+    assert [costs.verify(n, 1, 0) for n in (8, 64, 10_000)] == pytest.approx([0.005, 0.005, 0.005 * 10_000 / 4095])
+
+
 def test_costs_are_read_from_tables_and_from_files(tmp_path: Path) -> None:
     key = CostKey("m", "int8", "native", "here", 2)
     points = tuple(CostPoint(n, 1, c, 0.01 * n + 1e-6 * c) for n in (1, 4, 16) for c in (256, 1024))

@@ -49,7 +49,10 @@ class ReadCosts(Protocol):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds from curves: straight between the points, the last slope beyond. Raises InvalidRequest for bad points."""
+    """Seconds from curves: straight between the points; beyond, the last slope where it rises, else the last point.
+
+    Raises InvalidRequest for bad points.
+    """
 
     points: tuple[tuple[int, float], ...]
     """(tokens, seconds) of a target pass."""
@@ -86,7 +89,7 @@ class Costs:
         n = np.arange(size)
         curve = np.interp(n, known[:, 0], known[:, 1])
         if len(known) > 1:
-            slope = (known[-1, 1] - known[-2, 1]) / (known[-1, 0] - known[-2, 0])
+            slope = max(0.0, (known[-1, 1] - known[-2, 1]) / (known[-1, 0] - known[-2, 0]))
             beyond = n > known[-1, 0]
             curve[beyond] = known[-1, 1] + slope * (n[beyond] - known[-1, 0])
         object.__setattr__(self, "_curve", curve)
