@@ -55,7 +55,7 @@ def bench_load(options: LoadOptions) -> None:
         raise InvalidRequest(f"--load: expected closed or open, got {options.loop!r}")
     if options.loop == "closed" and options.rate:
         raise InvalidRequest("--rate is of an open load: give --load open, or leave it out")
-    clients = [int(one) for one in _numbers("--concurrency", options.concurrency)]
+    clients = _clients(options.concurrency)
     rates: list[float | None] = [*_numbers("--rate", options.rate)] if options.loop == "open" else [None]
     if options.loop == "open" and not options.rate:
         raise InvalidRequest("--load open needs --rate, the requests a second; several separated by commas")
@@ -80,6 +80,13 @@ def bench_load(options: LoadOptions) -> None:
         draw_load(rows, options.plot)
     result = {"model": options.model, "machine": machine(), "load": options.loop, "duration": options.duration}
     write_json(options.json, {**result, "url": options.url, "chat": chat, "asked": asked, "rows": rows})
+
+
+def _clients(given: str) -> list[int]:
+    found = _numbers("--concurrency", given)
+    if not found or any(one != int(one) for one in found):
+        raise InvalidRequest(f"--concurrency: expected whole numbers above 0 like 1,4,16, got {given!r}")
+    return [int(one) for one in found]
 
 
 def _numbers(name: str, given: str) -> list[float]:
