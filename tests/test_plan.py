@@ -326,7 +326,8 @@ def test_a_wrong_drafter_is_refused(text: str) -> None:
     "text",
     [
         "h100,curve=2:3/4:5", "h100,curve=1:3/1:4", "bandwidth=1", "h100,tile=0", "h100,curve=a",
-        "h100,curve=1:3/8.5:4", "h100,curve=1:31", "h100,curve=1:31/8:20", "h100,uncertainty=1e15", "h100,flops_share=65", "h100,tile=1.5",
+        "h100,curve=1:3/8.5:4", "h100,curve=1:31", "h100,curve=1:31/8:20",
+        "h100,uncertainty=1e15", "h100,flops_share=65", "h100,tile=1.5",
     ],
 )  # fmt: skip
 def test_a_wrong_machine_is_refused(text: str) -> None:

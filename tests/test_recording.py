@@ -86,6 +86,13 @@ def test_an_answer_forgets_what_was_answered_before(tiny_model_dir: Path) -> Non
     assert first.rounds == second.rounds
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1, 2.0])
+def test_a_confidence_that_is_no_probability_is_refused(wrong: float) -> None:
+    """NaN had been fitted: a calibration of it, and figures that are not JSON."""
+    with pytest.raises(InvalidRequest, match="states a confidence of .*; expected probabilities, from 0 to 1"):
+        observed([held(1), Round((0.5, wrong), 2, 2, 2, 1, 2)])
+
+
 # ------------------------------------------------------------------------------------------------ questions
 
 

@@ -223,8 +223,12 @@ class Observed(NamedTuple):
 
 
 def observed(rounds: Iterable[Round]) -> Observed:
-    """Those that verified at least one draft and have confidences."""
+    """Those that verified at least one draft and have confidences. Raises InvalidRequest for confidences that are no
+    probabilities."""
     used = [one for one in rounds if one.verified and one.confidence]
+    wrong = next((c for one in used for c in one.confidence or () if not 0 <= c <= 1), None)
+    if wrong is not None:
+        raise InvalidRequest(f"the drafter states a confidence of {wrong:g}; expected probabilities, from 0 to 1")
     width = max((len(one.confidence or ()) for one in used), default=0)
     rows = [[*(one.confidence or ()), *[torch.nan] * (width - one.drafted)] for one in used]
     return Observed(
