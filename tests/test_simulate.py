@@ -249,6 +249,19 @@ def test_the_shape_of_published_figures() -> None:
     assert total["throughput"] > 1.02 * max(total[policy] for policy in POLICIES if policy != "throughput")
 
 
+def test_what_profile_wrote_is_a_cost_curve(tmp_path: Path) -> None:
+    def row(tokens: int, milliseconds: float, rows: int = 1, context: int = 256, dtype: str = "int8") -> dict[str, Any]:
+        return {"dtype": dtype, "new_tokens": tokens, "rows": rows, "context": context, "milliseconds": milliseconds}
+
+    rows = [row(8, 6.0), row(1, 4.0), row(1, 5.0, rows=2), row(1, 9.0, context=1024)]
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps({"bandwidth_gb_s": 33.0, "rows": rows}))
+    assert read_costs(str(file)).points == ((1, 0.004), (8, 0.006))
+    file.write_text(json.dumps({"bandwidth_gb_s": 33.0, "rows": [*rows, row(1, 7.0, dtype="float32")]}))
+    with pytest.raises(InvalidRequest, match="it holds float32, int8; profile with one --dtype"):
+        read_costs(str(file))
+
+
 def test_a_curve_that_falls_is_level_beyond_its_points() -> None:
     """A pass over 64 tokens had taken less than no time."""
     costs = Costs(((1, 0.01), (8, 0.005)))

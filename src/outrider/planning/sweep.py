@@ -62,8 +62,8 @@ class NoDrafter(FixedPolicy):
 
 
 def read_costs(given: str) -> Costs:
-    """A name of ``CURVES``, or a JSON file: a cost table of ``outrider profile``, or an object with the fields of
-    ``Costs``. Raises InvalidRequest."""
+    """A name of ``CURVES``, or a JSON file: a kept cost table, what ``outrider profile --json`` wrote of one dtype, or
+    an object with the fields of ``Costs``. Raises InvalidRequest."""
     if given in CURVES:
         return CURVES[given]
     path = Path(given)
@@ -76,14 +76,26 @@ def read_costs(given: str) -> Costs:
             context = min(p.context for p in table.target if p.rows == 1)
             alone = {p.tokens: p.seconds for p in table.target if p.rows == 1 and p.context == context}
             return Costs(tuple(sorted(alone.items())))
+        if "bandwidth_gb_s" in value:
+            return Costs(_profiled(value["rows"]))
         points = tuple((int(n), float(s)) for n, s in value["points"])
         more: dict[str, Any] = {k: v if k == "takes_up" else float(v) for k, v in value.items() if k != "points"}
         return Costs(points, **more)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidRequest(
-            f'{path}: expected {{"points": [[tokens, seconds], ...], "draft_fixed": seconds, ...}} or a cost table, '
-            f"got an error: {error}"
+            f'{path}: expected {{"points": [[tokens, seconds], ...], "draft_fixed": seconds, ...}}, a cost table, or '
+            f"the JSON of `outrider profile` for one dtype, got an error: {error}"
         ) from error
+
+
+def _profiled(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, float], ...]:
+    """(tokens, seconds) of one row over the shortest context that was measured."""
+    dtypes = sorted({row["dtype"] for row in rows})
+    if len(dtypes) > 1:
+        raise ValueError(f"it holds {', '.join(dtypes)}; profile with one --dtype")
+    alone = [row for row in rows if row["rows"] == 1]
+    context = min(row["context"] for row in alone)
+    return tuple(sorted((row["new_tokens"], row["milliseconds"] / 1e3) for row in alone if row["context"] == context))
 
 
 def read_profile(given: str, drafts: int) -> tuple[float, ...]:
