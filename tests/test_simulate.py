@@ -262,6 +262,15 @@ def test_what_profile_wrote_is_a_cost_curve(tmp_path: Path) -> None:
         read_costs(str(file))
 
 
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+def test_costs_that_are_no_seconds_are_refused(wrong: float) -> None:
+    """They had ended a simulation in an IndexError or a ValueError."""
+    with pytest.raises(InvalidRequest, match="draft_fixed must be 0 or more, and finite"):
+        Costs(((1, 0.01),), draft_fixed=wrong)
+    with pytest.raises(InvalidRequest, match="a cost curve needs"):
+        Costs(((1, wrong),))
+
+
 def test_a_curve_that_falls_is_level_beyond_its_points() -> None:
     """A pass over 64 tokens had taken less than no time."""
     costs = Costs(((1, 0.01), (8, 0.005)))

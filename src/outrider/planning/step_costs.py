@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -78,8 +79,16 @@ class Costs:
     """See ``FollowCosts``."""
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if f.type == "float"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise InvalidRequest(f"step costs: {name} must be 0 or more, and finite, got {value:g}")
         tokens = [m for m, _ in self.points]
-        if not tokens or sorted(set(tokens)) != tokens or tokens[0] < 1 or any(not s > 0 for _, s in self.points):
+        if (
+            not tokens
+            or sorted(set(tokens)) != tokens
+            or tokens[0] < 1
+            or any(not 0 < s < math.inf for _, s in self.points)
+        ):
             raise InvalidRequest(
                 f"a cost curve needs (tokens, seconds) with tokens rising from 1 on and seconds above 0, "
                 f"got {list(self.points)[:6]}"
