@@ -387,7 +387,7 @@ class Engine:
         for request, chunk in zip(rows.requests[rows.complete :], rows.chunks[rows.complete :], strict=True):
             request.pending -= chunk
             kept.append(chunk)
-        cut = [c.request for c, n in zip(commits, verified, strict=True) if c.accepted < n or c.request.finish_reason]
+        cut = [c.request for c, n in zip(commits, verified, strict=True) if c.accepted < n]
         if cut:
             self.cache.rewind([r.slot for r in cut], [len(r.history) - 1 for r in cut])
         began = perf_counter()
@@ -513,7 +513,6 @@ class Engine:
     def _preempt(self, request: Request) -> None:
         """Give a row's memory back; its tokens are computed again when it gets a row next."""
         self._close(request)
-        request.pending = len(request.history)
         self.admission.preempt(request)
 
     def _retire(self, request: Request) -> None:
@@ -588,7 +587,6 @@ class Engine:
         self.admission = Admission(self.max_rows, self.admission.chunk, self.admission.beside)
         for number in sorted(self._requests):
             request = self._requests[number]
-            request.pending = len(request.history)
             request.finisher = request.finisher.fresh()
             if request.output:
                 request.finisher.take(request.output, len(request.output), len(request.output) + 1)

@@ -27,7 +27,7 @@ class Request:
     finisher: Finisher
     history: list[int]  # prompt and output; the last one is the token to go on from
     prompt_length: int
-    pending: int  # tokens at the end of ``history`` whose keys and values are not in the cache
+    pending: int  # tokens at the end of ``history`` whose keys and values are not in the cache, while it has a slot
     slot: int = -1  # in the cache; -1: waiting
     followed: bool = False  # the drafter has seen all of its committed tokens, and can draft for it
     drafter_failed: bool = False  # on this request: it is not asked again
