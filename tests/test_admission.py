@@ -22,7 +22,7 @@ from outrider.engine.engine import Engine
 from outrider.engine.finisher import Finisher
 from outrider.engine.memory import LEAST, available_bytes, default_memory
 from outrider.engine.request import Request
-from outrider.errors import InvalidRequest
+from outrider.errors import InvalidRequest, OutriderError
 from outrider.models.decoder import DecoderTarget
 from outrider.models.toy import ToyTarget
 from outrider.registry import find
@@ -187,6 +187,28 @@ def test_admission_waits_for_memory_and_asks_once() -> None:
     check_balance(engine.cache)
 
 
+def test_a_row_is_admitted_where_the_others_may_still_grow_by_a_block() -> None:
+    engine = toy(block=4, blocks=6, rows=2, drafts=0, chunk=64)
+    first = engine.submit([1] * 7, SamplingParams(max_tokens=3), 0)  # two blocks, soon three
+    second = engine.submit([2] * 15, SamplingParams(max_tokens=1), 0)  # four
+    engine.step()
+    assert first.slot >= 0 and second.slot < 0
+    engine.wait([second])
+    assert len(first.output) == 3
+
+
+def test_the_least_urgent_and_latest_row_is_preempted() -> None:
+    engine = toy(block=4, blocks=9, rows=3, drafts=0, chunk=64)
+    preempted: list[int] = []
+    keep = engine._preempt
+    engine._preempt = lambda request: (preempted.append(request.number), keep(request))[1]  # type: ignore[method-assign]
+    asked = [engine.submit([1] * 7, SamplingParams(max_tokens=12, priority=p), 0) for p in (1, 0, 1)]
+    while asked[1].finish_reason is None:
+        engine.step()
+    assert preempted[0] == 2 and 1 not in preempted
+    engine.wait(asked)
+
+
 def test_available_memory_is_the_least_of_what_is_said(tmp_path: Any) -> None:
     assert available_bytes(tmp_path) is None
     (tmp_path / "proc").mkdir()
@@ -224,6 +246,19 @@ def test_cached_tokens_are_counted_and_the_last_one_is_always_computed() -> None
     request = engine.submit(prompt, params, 3)
     engine.wait([request])
     assert request.stats.cached_tokens == 0 and request.output == expected
+
+
+def test_a_request_that_fails_leaves_what_others_have_published() -> None:
+    table = TABLE.clone()
+    table[3, 2] = torch.nan
+    engine = make_engine(ToyTarget(table, block=4), find("drafter", "none")(), max_rows=2, capacity=64)
+    prompt = [0, 1, 2, 4] * 3
+    engine.wait([engine.submit(prompt, SamplingParams(max_tokens=1), 0)])
+    with pytest.raises(OutriderError, match="NaN"):
+        engine.wait([engine.submit([3], SamplingParams(max_tokens=1), 0)])
+    again = engine.submit(prompt, SamplingParams(max_tokens=1), 0)
+    engine.wait([again])
+    assert again.stats.cached_tokens == 11
 
 
 def test_a_conversation_goes_on_from_its_last_turn() -> None:

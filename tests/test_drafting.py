@@ -287,6 +287,59 @@ def test_rows_without_features_are_decoded_plainly_beside_others(tiny_model_dir:
     assert drafter.proposed and max(drafter.proposed) <= 2, "rows that it did not follow were never drafted for"
 
 
+class ReadsStates(ReadsFeatures):
+    """Drafts a known text, of which every third token is wrong, and keeps what it is shown of it."""
+
+    reads_hidden = True
+    block = 3
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        super().__init__()
+        self.texts = texts
+        self.features: dict[int, list[Tensor]] = {}
+        self.hidden: dict[tuple[int, int], Tensor] = {}  # by slot and tokens before the next one
+
+    def propose(self, slots: list[int], last: list[int], context: Context, limit: list[int], rng: Any) -> Proposal:
+        drafts = []
+        for history, most in zip(context.history, limit, strict=False):
+            at, text = len(history), next(text for text in self.texts if text[: len(history)] == history)
+            drafts.append([text[i] if i % 3 else (text[i] + 1) % 7 for i in range(at, min(at + most, len(text)))])
+        return Proposal.pack(drafts, [[0.5] * len(row) for row in drafts])
+
+    def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:
+        super().observe(batch, features, hidden)
+        assert features is not None and hidden is not None
+        first = batch.offsets.tolist()
+        for b, slot in enumerate(batch.slots.tolist()):
+            self.features.setdefault(slot, []).append(torch.as_tensor(features)[first[b] : first[b + 1]].clone())
+            if b < len(hidden):
+                self.hidden[slot, self.held[slot]] = hidden[b].clone()
+
+
+def test_a_drafter_is_shown_features_and_states_of_its_own_rows_accepted_tokens(tiny_model_dir: Path) -> None:
+    """Beside a row that it does not follow, in rounds of different acceptance."""
+    llm = LLM(tiny_model_dir, "none", dtype="float32", max_rows=3)
+    prompts = [[5, 6, 7], [9, 8], [3, 4, 5, 6]]
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    texts = [[*p, *llm.generate([p], params)[0].token_ids] for p in prompts]
+    drafter = ReadsStates(texts)
+    loop = Engine(llm.target, drafter, FixedPolicy(FixedConfig(3)), max_rows=3, capacity=256, chunk=8)
+    wanted = [SamplingParams(max_tokens=20, ignore_eos=True, draft_tokens=n) for n in (None, 0, None)]
+    requests = [loop.submit(p, one, 0) for p, one in zip(prompts, wanted, strict=True)]
+    loop.wait(requests)
+    assert [r.history for r in requests] == texts
+    assert 0 < requests[0].stats.accepted < requests[0].stats.drafted and sorted(drafter.features) == [0, 2]
+    for slot, shown in drafter.features.items():
+        tokens = texts[slot][: sum(map(len, shown))]
+        cache = llm.target.new_cache(1, len(tokens))
+        output = llm.target.forward(RaggedBatch.pack([tokens], [0], [cache.open()]), cache, (0,))
+        torch.testing.assert_close(torch.cat(shown), torch.as_tensor(output.features), atol=1e-4, rtol=1e-4)
+        for (own, held), state in drafter.hidden.items():
+            if own == slot:
+                assert output.hidden is not None
+                torch.testing.assert_close(state, torch.as_tensor(output.hidden)[held - 1], atol=1e-4, rtol=1e-4)
+
+
 def test_the_time_of_following_rows_is_measured() -> None:
     """It is part of bookkeeping, and nothing once the policy has stepped aside."""
 

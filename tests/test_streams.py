@@ -390,6 +390,23 @@ def test_an_interrupted_generate_leaves_a_working_engine(llm: LLM) -> None:
         assert not llm.engine.busy
 
 
+def test_a_text_goes_on_after_an_interrupted_step_with_what_it_held_back() -> None:
+    """Text that may be the beginning of a stop string, and the grouping of bytes into characters."""
+    llm = _loaded()
+    texts = [piece.text for event in llm.stream("def f(", params(24)) for piece in event.pieces]
+    whole = "".join(texts)
+    for steps in range(1, 8):
+        seam = "".join(texts[:steps])[-4:] + whole[:4]  # is no part of the text
+        wanted = params(24, stop=(whole[12:24], seam))
+        request = llm.engine.submit(llm.tokenizer.encode("def f("), wanted, 0)
+        for _ in range(steps):
+            llm.engine.step()
+        llm.engine._whole = False  # as an interrupt leaves it
+        llm.engine.wait([request])
+        assert "".join(event.text for event in request.events) == whole[:12]
+        assert (request.finish_reason, request.finisher.stop_string) == ("stop", whole[12:24])
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
