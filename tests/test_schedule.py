@@ -258,3 +258,14 @@ def test_a_position_never_verified_is_corrected_like_the_one_before_it() -> None
         model.update(logits, adjusted, slots, np.array([2]), np.array([2]))
     _, shifts, _, _ = model.arrays(3)[0]
     assert shifts[1] > 1 and shifts[2] == pytest.approx(shifts[1], rel=0.3)
+
+
+def test_a_new_request_does_not_begin_with_the_corrections_of_the_row_before_it() -> None:
+    model, slots, said = AcceptanceModel(1), np.array([0]), np.full((1, 1), 0.5, dtype=np.float32)
+    for _ in range(20):
+        logits, adjusted = model.adjust(said, slots, 1)
+        model.update(logits, adjusted, slots, np.array([1]), np.array([0]))
+    other = model.adjust(said, np.array([1]), 1)[1]
+    assert model.adjust(said, slots, 1)[1] < 0.9 * other
+    model.forget_row(slots)
+    assert model.adjust(said, slots, 1)[1] == other

@@ -367,6 +367,7 @@ def test_a_ledger_never_lends_more_than_it_says() -> None:
     ledger = Ledger(share=0.01, most=0.2, balance=0.2)
     for _ in range(100):
         ledger.settle(1.0)  # gains are not saved up beyond the bound
+    assert ledger.balance == 0.2
     lost = 0.0
     for _ in range(1000):
         ledger.earn(0.01)

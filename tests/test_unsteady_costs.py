@@ -54,6 +54,16 @@ def test_a_wrong_table_costs_little(rows: int, prompt: int, answer: int, times: 
     assert rate(guard) > 0.97 * rate(FixedPolicy(FixedConfig(0)))
 
 
+def test_following_is_charged_in_steps_that_read_prompts_alone() -> None:
+    """What showing them to the drafter takes, and the features that the pass gives for it."""
+    guard = GuardedPolicy(FixedPolicy(FixedConfig(K)), CostModel(features=0.25))
+    before = guard.ledger.balance
+    guard.observe(StepCost(0.0, 0.010, 0.003, 1, 64, 64), [])  # nothing is followed
+    assert guard.ledger.balance == before
+    guard.observe(StepCost(0.0, 0.010, 0.003, 1, 64, 64, follow=0.001), [])
+    assert guard.ledger.balance == pytest.approx(before - 0.001 - 0.002)
+
+
 def test_what_a_plain_step_costs_is_seen_among_drafts_and_prompts() -> None:
     """Every third step reads a prompt beside its rows, hardly two of the same size, and a plain step behind drafts
     takes 1.3 times what it takes in plain decoding, the next one 1.2 times, and so on. The table is wrong by 1.4."""
