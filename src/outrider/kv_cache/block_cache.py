@@ -129,7 +129,6 @@ class BlockCache(ABC):
         full = min(int(self._held[slot]), len(tokens) - pool.ahead) // pool.size
         if full <= state.fixed:
             return
-        del state.names[full:]
         state.names += list(digests(tokens[: full * pool.size + pool.ahead], pool.size, pool.ahead, state.names))
         for block, name in zip(state.table[state.fixed : full], state.names[state.fixed : full], strict=True):
             pool.name(block, name)
