@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from outrider.config import build
 from outrider.errors import InvalidRequest
 from outrider.proof.contracts import policy_anticipates, policy_faults, view
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
+from outrider.scheduling.online_correction import OnlineCorrection
 from outrider.scheduling.threshold import ThresholdConfig, ThresholdPolicy
+from outrider.scheduling.throughput import ThroughputConfig, ThroughputPolicy
 from outrider.types import SchedulerPolicy, StepCost, Values
 
 OPTIONS: dict[str, dict[str, object]] = {"fixed": {"draft_tokens": 3}, "threshold": {"draft_tokens": 6}}
@@ -117,6 +120,35 @@ def test_threshold_follows_drift_without_anticipating() -> None:
         policy.observe(COST, [0])
     assert policy.choose(sure, full) == [K]
     assert policy.choose(torch.full((1, K), torch.nan), full) == [0]
+
+
+def test_a_correction_is_told_what_the_drafter_said_not_what_it_made_of_it() -> None:
+    """Else it would settle where the correction of a correction is right."""
+    policy, expected = ThresholdPolicy.from_config(ThresholdConfig(1, 0.0, follow_drift=True)), OnlineCorrection()
+    for accepted in (0, 1, 0):
+        policy.choose(torch.tensor([[0.875]]), [1])
+        policy.observe(COST, [accepted])
+        expected = expected.update([0.875], 1, accepted)
+    assert policy._correction == expected
+
+
+def test_throughput_plans_for_rows_that_can_be_drafted_for() -> None:
+    policy = ThroughputPolicy.from_config(ThroughputConfig(3))
+    assert policy.plan(replace(view(4), can_draft=1)) == [3, 0, 0, 0]
+    assert policy.plan(replace(view(4), can_draft=0)) == [0, 0, 0, 0]
+
+
+def test_throughput_pays_for_drafting_when_it_tries() -> None:
+    policy = ThroughputPolicy.from_config(ThroughputConfig(3))
+    before, limits = policy._ledger.balance, policy.plan(view(4))
+    tokens = 4 + sum(policy.choose(None, limits))
+    assert tokens > 4, "nothing is known yet"
+    policy.observe(StepCost(0.002, 0.01, 0.0005, 4, tokens, 100), [0] * 4)
+    spent = policy._ledger.balance
+    assert spent <= before - 0.002
+    policy.plan(replace(view(4), can_draft=0))
+    policy.observe(StepCost(0.0, 0.01, 0.0, 4, 4, 100), [0] * 4)
+    assert policy._ledger.balance == pytest.approx(spent + 0.005 * 0.01), "a plain step earns its share"
 
 
 @pytest.mark.parametrize(

@@ -553,12 +553,13 @@ def test_sampled_rows_are_not_cut_by_what_was_drawn_later(search: str, seed: int
 
 
 def test_greedy_and_coupled_rows_leave_the_search_free() -> None:
-    def kept(params: SamplingParams) -> int:
+    def kept(*params: SamplingParams) -> int:
         policy = throughput(JAGGED)
-        policy.plan(StepView([9] * 16, [RequestStats()] * 16, [params] * 16))
+        policy.plan(StepView([9] * 16, [RequestStats()] * 16, [*params] * (16 // len(params))))
         return sum(policy.choose(torch.full((16, K), 0.98), [K] * 16))
 
     assert kept(SamplingParams(temperature=1.0)) == 0, "an early stop does not pass the edge of a tile"
+    assert kept(SamplingParams(), SamplingParams(temperature=1.0)) == 0, "one sampled row binds all"
     assert min(kept(SamplingParams()), kept(SamplingParams(temperature=1.0, seed=1))) >= 16
 
 
