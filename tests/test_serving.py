@@ -313,12 +313,14 @@ def test_the_page_is_served_whole_and_may_ask_nobody_else(client: httpx.Client) 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_usage_counts_every_prompt_once(client: httpx.Client, stream: bool) -> None:
-    """Also where each has several answers."""
+def test_usage_counts_every_prompt_once_and_every_answer(client: httpx.Client, stream: bool) -> None:
     prompts = [[5, 6, 7], [8, 9]]
-    body = {"model": "embedded", "prompt": prompts, "n": 2, "max_tokens": 3}
+    body = {"model": "embedded", "prompt": prompts, "n": 2, "max_tokens": 8, "ignore_eos": True, "seed": 1}
     if stream:
         usage = events(client, "/v1/completions", **body, stream_options={"include_usage": True})[-1]["usage"]
     else:
         usage = ask(client, "/v1/completions", **body)["usage"]
-    assert usage["prompt_tokens"] == 5 and usage["total_tokens"] == 5 + usage["completion_tokens"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (5, 32, 37)
+    made = usage["speculative"]
+    assert made["drafted"] >= made["accepted"] == sum(made["accepted_per_position"])
+    assert made["acceptance_length"] == round(1 + made["accepted"] / made["rounds"], 4)
