@@ -324,3 +324,11 @@ def test_usage_counts_every_prompt_once_and_every_answer(client: httpx.Client, s
     made = usage["speculative"]
     assert made["drafted"] >= made["accepted"] == sum(made["accepted_per_position"])
     assert made["acceptance_length"] == round(1 + made["accepted"] / made["rounds"], 4)
+
+
+def test_each_answer_has_its_own_seed_whatever_other_prompts_there_are(client: httpx.Client) -> None:
+    body = {"model": "embedded", "max_tokens": 8, "ignore_eos": True, "temperature": 1.0}
+    together = ask(client, "/v1/completions", **body, prompt=[[5, 6, 7], [8, 9]], n=2, seed=3)["choices"]
+    alone = [ask(client, "/v1/completions", **body, prompt=[8, 9], seed=seed)["choices"][0] for seed in (3, 4)]
+    assert [one["text"] for one in together[2:]] == [one["text"] for one in alone]
+    assert alone[0]["text"] != alone[1]["text"]
