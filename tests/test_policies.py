@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 
 from outrider import registry
 from outrider.config import build
+from outrider.engine.loader import load_model
 from outrider.errors import InvalidRequest
+from outrider.proof.certify import Audit
 from outrider.proof.contracts import policy_anticipates, policy_faults, view
 from outrider.scheduling.fixed import FixedConfig, FixedPolicy
 from outrider.scheduling.online_correction import OnlineCorrection
@@ -49,6 +52,17 @@ def test_no_drafts_and_no_rows_are_served(name: str) -> None:
 @pytest.mark.parametrize("name", registry.names("policy"))
 def test_does_not_anticipate(name: str) -> None:
     assert not policy_anticipates(lambda: make(name))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_audit_sees_a_search_that_looks_past_an_edge_of_the_costs(
+    broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if broken:
+        monkeypatch.setattr(ThroughputPolicy, "_search", lambda *parts, **named: "global")
+    audit = Audit(load_model("embedded"), ("ngram",), ("throughput",), ((1, 2),), ("contracts",), quick=True)
+    bounds, ahead = islice(audit._contract_checks(), 2)
+    assert bounds.passed and ahead.passed is not broken
 
 
 class _LooksOneAhead(FixedPolicy):

@@ -23,7 +23,7 @@ from outrider.proof.certificate import Certificate, Check, Tier, run_tier
 from outrider.proof.evidence import Budget
 from outrider.proof.proposing import DraftRow, Session
 from outrider.proof.toy_world import ToyWorld, make_policy
-from outrider.types import Drafter, TargetModel
+from outrider.types import Drafter, SchedulerPolicy, TargetModel
 
 __all__ = ["TIERS", "Audit", "TierName"]
 
@@ -188,7 +188,10 @@ class Audit:
 
     def _contract_checks(self) -> Iterator[Check]:
         for policy in self._policy_names:
-            make = partial(make_policy, policy, 6)
+
+            def make(name: str = policy) -> SchedulerPolicy:
+                return make_policy(name, 6, contracts.stepped_costs())
+
             wrong = contracts.policy_faults(make)
             yield Check(f"policy {policy} keeps its bounds", not wrong, wrong[0] if wrong else "20 steps of 4 rows")
             peeks = contracts.policy_anticipates(make, trials=3 if self.quick else 20)

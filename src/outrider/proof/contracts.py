@@ -19,6 +19,8 @@ from outrider.proof.proposing import Draft, DraftRow, Row, Session, drafts_of, f
 from outrider.sampling.distribution import Categorical
 from outrider.sampling.rng import RowRng, gumbel
 from outrider.sampling.verification import verify
+from outrider.scheduling.cost_model import CostModel
+from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.types import (
     Backend,
     Context,
@@ -42,6 +44,7 @@ __all__ = [
     "policy_faults",
     "rewind_difference",
     "rng_faults",
+    "stepped_costs",
     "view",
 ]
 
@@ -65,6 +68,14 @@ def view(rows: int) -> StepView:
     """A step of rows that have no past, and whose text depends on the schedule: greedy rows leave a policy free."""
     params = SamplingParams(temperature=1.0)
     return StepView([10] * rows, [RequestStats() for _ in range(rows)], [params] * rows)
+
+
+def stepped_costs() -> CostModel:
+    """Passes that take longer all at once from 5, 13 and 21 tokens on, as tiles of rows make them: where costs are
+    smooth, a search that looks ahead finds what one finds that does not."""
+    points = ((1, 0.010), (4, 0.0101), (5, 0.014), (12, 0.0141), (13, 0.020), (20, 0.0201), (21, 0.026), (28, 0.0261))
+    key = CostKey("toy", "float64", "none", "none", 1)
+    return CostModel(CostTable(key, tuple(CostPoint(tokens, 1, 0, seconds) for tokens, seconds in points)))
 
 
 def policy_anticipates(

@@ -19,6 +19,7 @@ from outrider.engine.rows import Rows
 from outrider.models.toy import ToyTarget
 from outrider.proof.enumeration import EnumeratingBackend, EnumeratingDraftModel
 from outrider.proof.literal import Chain
+from outrider.scheduling.cost_model import CostModel
 from outrider.types import Drafter, RequestRows, SchedulerPolicy, StepCost, StepView, Values
 
 __all__ = ["GrammarEngine", "NoRepeat", "RemembersLastRound", "SteadyCosts", "ToyWorld", "make_policy"]
@@ -120,13 +121,13 @@ def plain_drafter(name: str, target: ToyTarget, drafts: int) -> Drafter:
     return drafter
 
 
-def make_policy(name: str, drafts: int, **options: Any) -> SchedulerPolicy:
-    """A policy of the catalogue, or ``remembers``: one whose budget follows the last round. ``options``: of the policy,
-    in place of ``POLICY_OPTIONS``."""
+def make_policy(name: str, drafts: int, costs: CostModel | None = None, **options: Any) -> SchedulerPolicy:
+    """A policy of the catalogue, or ``remembers``: one whose budget follows the last round. ``costs``: what steps cost,
+    as far as the policy reads it. ``options``: of the policy, in place of ``POLICY_OPTIONS``."""
     if name == "remembers":
         return RemembersLastRound(drafts)
     drafter = plain_drafter("ngram", ToyWorld().target(), max(drafts, 1))
-    return load_policy(name, {"draft_tokens": drafts, **(options or POLICY_OPTIONS.get(name, {}))}, drafter)
+    return load_policy(name, {"draft_tokens": drafts, **(options or POLICY_OPTIONS.get(name, {}))}, drafter, costs)
 
 
 class RemembersLastRound:
