@@ -96,13 +96,13 @@ def test_figures_by_hand() -> None:
         return Round(None, 2, drafted, verified, accepted, accepted + 1)
 
     samples = [Sample(7, 1.0, [one(2), one(0), one(1)]), Sample(4, 1.0, [one(1, verified=1), one(0, 0, 0)])]
-    plain = [Sample(7, 2.0, []), Sample(4, 3.0, [])]
+    plain = [Sample(7, 2.0, []), Sample(6, 3.0, [])]  # another text, and a longer one
     row = row_of("d", 1.0, "x", [Counts.of(samples, plain, depth=2)], 100)
     assert row.acceptance_length.value == pytest.approx(9 / 5)
     assert row.without_bonus.value == pytest.approx(4 / 5)
     assert row.verify_rate.value == pytest.approx(7 / 8)
     assert row.acceptance_rate.value == pytest.approx(4 / 7)
-    assert row.speedup.value == pytest.approx((11 / 2) / (11 / 5))
+    assert row.speedup.value == pytest.approx((11 / 2) / (13 / 5))
     assert [c.value for c in row.conditional] == [pytest.approx(3 / 4), pytest.approx(1 / 2)]
     assert [c.value for c in row.cumulative] == [pytest.approx(3 / 4), pytest.approx(1 / 3)]
     assert (row.prompts, row.rounds) == (2, 5)

@@ -583,3 +583,13 @@ def test_memory_stays_flat(client: httpx.Client, running: tuple[str, Service]) -
     before = resident()
     round_of(300)
     assert resident() - before < 20_000  # kB
+
+
+def test_answers_beyond_the_limit_are_refused_with_those_that_run(
+    running: tuple[str, Service], client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"messages": ASK, "max_tokens": 1, "n": 2}
+    for unfinished, status in ((2, 200), (3, 429)):  # of 4
+        with monkeypatch.context() as patch:
+            patch.setattr(type(running[1].thread), "unfinished", unfinished)
+            assert client.post(CHAT, json=body).status_code == status
