@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
 from outrider.evaluation.drafter_quality import Config, evaluate
 from outrider.evaluation.intervals import Estimate, estimate, macro, share
 from outrider.evaluation.recording import Round
-from outrider.evaluation.speedup import bootstrap_ratio, run_bench
-from outrider.types import Output
+from outrider.evaluation.speedup import _row, _Steps, bootstrap_ratio, run_bench
+from outrider.types import Output, RequestStats
 
 SMALL = Config(max_tokens=24, draws=200, temperatures=(0.0,))
 
@@ -106,6 +107,21 @@ def test_figures_by_hand() -> None:
     assert [c.value for c in row.conditional] == [pytest.approx(3 / 4), pytest.approx(1 / 2)]
     assert [c.value for c in row.cumulative] == [pytest.approx(3 / 4), pytest.approx(1 / 3)]
     assert (row.prompts, row.rounds) == (2, 5)
+
+
+def test_a_row_of_a_benchmark_by_hand() -> None:
+    """Every pair is twice as fast for each token, so the interval of the paired ratio has no width."""
+
+    def output(tokens: int, rounds: int = 0, drafted: int = 0, accepted: int = 0) -> Any:
+        stats = RequestStats(rounds=rounds, drafted=drafted, accepted=accepted)
+        return SimpleNamespace(token_ids=list(range(tokens)), stats=stats)
+
+    outputs = {"plain": [output(4), output(60)], "fast": [output(8, 4, 8, 4), output(30, 2, 4, 1)]}
+    seconds = {"plain": [4.0, 60.0], "fast": [4.0, 15.0]}
+    row = _row("d", "x", 0.0, 1, seconds, outputs, {side: _Steps() for side in outputs})
+    assert (row.speedup, row.speedup_ci95) == (2.0, (2.0, 2.0))
+    assert (row.acceptance_length, row.drafted_per_round) == (round(1 + 5 / 6, 3), 2.0)
+    assert (row.baseline_tokens_per_second, row.tokens_per_second, row.generated) == (1.0, 2.0, 38)
 
 
 def test_figures_agree_with_the_answers(tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path]) -> None:
