@@ -121,7 +121,7 @@ def plain_drafter(name: str, target: ToyTarget, drafts: int) -> Drafter:
     return drafter
 
 
-def make_policy(name: str, drafts: int, costs: CostModel | None = None, **options: Any) -> SchedulerPolicy:
+def make_policy(name: str, drafts: int, costs: CostModel | None = None, /, **options: Any) -> SchedulerPolicy:
     """A policy of the catalogue, or ``remembers``: one whose budget follows the last round. ``costs``: what steps cost,
     as far as the policy reads it. ``options``: of the policy, in place of ``POLICY_OPTIONS``."""
     if name == "remembers":
