@@ -43,6 +43,7 @@ __all__ = ["LLM", "Run"]
 Prompt = str | Sequence[int]
 BESIDE = 4  # the part of a chunk of prompts that is read beside rows that decode
 NO_LISTS = (bytes, bytearray, memoryview, Mapping, Set)  # of tokens or prompts, though they can be iterated over
+MOST_ROWS = 65_536  # tables of rows are laid out whole
 CONTEXT = 8192  # tokens of a sequence that memory is laid out for at first; longer requests make it grow
 
 
@@ -101,6 +102,8 @@ class LLM:
         if not isinstance(guard, bool):
             raise InvalidRequest(f"guard must be True or False, got {guard!r}")
         max_rows = whole_number("max_rows", max_rows, 1)
+        if max_rows > MOST_ROWS:
+            raise InvalidRequest(f"max_rows must be at most {MOST_ROWS} requests that run together, got {max_rows}")
         draft_tokens = None if draft_tokens is None else whole_number("draft_tokens", draft_tokens, 0)
         capacity = None if capacity is None else whole_number("capacity", capacity, 1)
         self.kv_memory = None if kv_memory is None else whole_number("kv_memory", kv_memory, 1)
