@@ -126,6 +126,8 @@ def test_bad_input_is_one_clear_error(llms: dict[str, LLM], tmp_path: object) ->
         LLM(target, "ngram", tokenizer=tokenizer, drafter_options={"draft_tokns": 3})
     with pytest.raises(InvalidRequest, match="tokenizer"):
         LLM(target)
+    with pytest.raises(InvalidRequest, match="tokenizer must be an outrider.*Tokenizer, got str"):
+        LLM("embedded", tokenizer="gpt2")  # type: ignore[arg-type]
     with pytest.raises((CheckpointError, UnknownKind)):
         LLM(target, str(tmp_path), tokenizer=tokenizer)
     with pytest.raises(CheckpointError):

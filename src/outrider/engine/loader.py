@@ -49,6 +49,11 @@ def load_model(
     model: str | Path | TargetModel, *, dtype: str = "auto", backend: str = "auto", tokenizer: Tokenizer | None = None
 ) -> LoadedModel:
     """Raises CheckpointError for files that cannot be used, InvalidRequest for a ready target without a tokenizer."""
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise InvalidRequest(
+            f"tokenizer must be an outrider.tokenization.tokenizer.Tokenizer, got {type(tokenizer).__name__}; "
+            "Tokenizer(DIRECTORY) reads a model's own"
+        )
     if isinstance(model, (str, Path)):
         with suggesting(str(model), "model", [*MODELS, SMOLLM2]):
             if tokenizer is not None:
