@@ -146,6 +146,7 @@ def test_more_drafts_than_the_context_are_refused(llms: dict[str, LLM], given: d
         ({"policy": None}, "policy must be a name such as 'auto', got None"),
         ({"backend": 5}, "backend must be a name"),
         ({"guard": "no"}, "guard must be True or False, got 'no'"),
+        ({"measure": "no"}, "measure must be True or False, got 'no'"),
         ({"max_rows": 10**9}, "max_rows must be at most 65536 requests that run together, got 1000000000"),
         ({"policy_options": [1]}, "policy_options must be a mapping"),
         ({"policy_options": {"draft_tokens": "3"}}, "draft_tokens must be a whole number of at least 0, got '3'"),

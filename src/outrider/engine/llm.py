@@ -99,8 +99,9 @@ class LLM:
         for name, given in (("drafter_options", drafter_options), ("policy_options", policy_options)):
             if given is not None and not isinstance(given, Mapping):
                 raise InvalidRequest(f"{name} must be a mapping of names to values, got {given!r}")
-        if not isinstance(guard, bool):
-            raise InvalidRequest(f"guard must be True or False, got {guard!r}")
+        for name, switch in (("guard", guard), ("measure", measure)):
+            if not isinstance(switch, bool):
+                raise InvalidRequest(f"{name} must be True or False, got {switch!r}")
         max_rows = whole_number("max_rows", max_rows, 1)
         if max_rows > MOST_ROWS:
             raise InvalidRequest(f"max_rows must be at most {MOST_ROWS} requests that run together, got {max_rows}")
