@@ -194,9 +194,13 @@ def _offline(name: str, patterns: object) -> None:
 def test_names_that_are_empty_or_given_twice(llms: dict[str, LLM]) -> None:
     with pytest.raises(InvalidRequest, match="the name of a model is empty"):
         LLM("")
-    for drafter in ("", ["suffix", ""]):
+    for drafter in ("", ["suffix", ""], ["", ""]):
         with pytest.raises(InvalidRequest, match="the name of a drafter is empty"):
             LLM(llms["none"].loaded, drafter)
+    with pytest.raises(InvalidRequest, match="the list of drafters is empty"):
+        LLM(llms["none"].loaded, [])
+    with pytest.raises(InvalidRequest, match="'auto' chooses one drafter by itself"):
+        LLM(llms["none"].loaded, ["auto", "suffix"])
     with pytest.raises(InvalidRequest, match="'suffix' was given twice"):
         LLM(llms["none"].loaded, ["suffix", "suffix"])
 

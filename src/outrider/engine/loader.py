@@ -169,8 +169,13 @@ def _load_several(
     drafters: Sequence[str | Path | Drafter], model: LoadedModel, options: Mapping[str, Any], *, max_rows: int
 ) -> tuple[str, Drafter]:
     names, own = [str(drafter) for drafter in drafters], dict(options)
-    if len(set(names)) < len(names):
-        raise InvalidRequest(f"drafter {max(names, key=names.count)!r} was given twice")
+    if not names:
+        raise InvalidRequest("the list of drafters is empty; 'none' drafts nothing")
+    if "auto" in names:
+        raise InvalidRequest("'auto' chooses one drafter by itself; give it alone, or name the others alone")
+    twice = [name for name in names if name and names.count(name) > 1]  # an empty name is refused as such
+    if twice:
+        raise InvalidRequest(f"drafter {twice[0]!r} was given twice")
     shared = {"draft_tokens": own.pop("draft_tokens")} if "draft_tokens" in own else {}
     unknown = [name for name, given in own.items() if name not in names or not isinstance(given, Mapping)]
     if unknown:
