@@ -153,6 +153,7 @@ def test_more_drafts_than_the_context_are_refused(llms: dict[str, LLM], given: d
         ({"policy_options": {"draft_tokens": 10**30}}, "context of 2048 tokens"),
         ({"drafter_options": {"draft_tokens": 1.5}}, "draft_tokens must be a whole number of at least 0, got 1.5"),
         ({"drafter_options": {"min_survival": "0.5"}}, "'suffix': min_survival must be of type float, got '0.5'"),
+        ({"drafter_options": {"calibration": 3}}, "calibration must be a directory with a calibration.json, got 3"),
         ({"drafter_options": {"min_match": True}}, "'suffix': min_match must be of type int, got True"),
     ],
 )

@@ -124,6 +124,8 @@ def load_drafter(
         raise InvalidRequest(f"drafter must be a name, a path or a drafter, got {drafter!r}; 'none' drafts nothing")
     options = dict(options)
     calibration = options.pop("calibration", None)
+    if calibration is not None and not isinstance(calibration, (str, Path)):
+        raise InvalidRequest(f"calibration must be a directory with a calibration.json, got {calibration!r}")
     name = str(drafter)
     packaged = PACKAGED_DRAFTERS.get(model.name, {})
     if name in packaged:
