@@ -92,6 +92,8 @@ def test_each_policy_has_a_server_of_its_own(tmp_path: Path) -> None:
     [
         (("--rate", "1"), "--rate belongs to a load"),
         (("--plot", "x.png"), "--plot belongs to a load"),
+        (("--policies", "fixed:3"), "--policies belongs to a load"),
+        (("--duration", "5"), "--duration belongs to a load"),
         (("--load", "closed", "--rate", "1"), "--rate is of an open load"),
         (("--load", "closed", "--concurrency", "2.5"), "--concurrency: expected whole numbers above 0"),
         (("--load", "closed", "--concurrency", "0.5"), "--concurrency: expected whole numbers above 0"),

@@ -36,6 +36,8 @@ from outrider.errors import InvalidRequest
 
 __all__ = ["bench"]
 
+POLICIES, DURATION = "none,auto", 30.0  # of a load, where nothing else is said
+
 
 @command
 def bench(
@@ -80,9 +82,9 @@ def bench(
             "--policies",
             help="Of a load: none, auto, NAME or NAME:DRAFTS, separated by commas; auto and throughput with the guard.",
         ),
-    ] = "none,auto",
+    ] = POLICIES,
     rate: Annotated[str, typer.Option("--rate", help="Requests a second of an open load, separated by commas.")] = "",
-    duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of each load.")] = 30.0,
+    duration: Annotated[float, typer.Option("--duration", min=0.1, help="Seconds of each load.")] = DURATION,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw a load's figures into this file.")] = None,
     json: JsonFile = None,
 ) -> None:
@@ -129,17 +131,24 @@ def bench(
             )
         )
         return
-    if rate or plot is not None:
-        raise InvalidRequest(f"{'--rate' if rate else '--plot'} belongs to a load: give --load or --url too")
+    of_a_load = {
+        "--rate": rate != "",
+        "--plot": plot is not None,
+        "--policies": policies != POLICIES,
+        "--duration": duration != DURATION,
+    }
+    for option, given in of_a_load.items():
+        if given:
+            raise InvalidRequest(f"{option} belongs to a load: give --load or --url too")
     together = _prompts_together(concurrency)
     from outrider.engine.llm import LLM
     from outrider.evaluation.recording import FailedPrompt, read_prompts, runnable
     from outrider.evaluation.speedup import default_prompt_files, run_bench
 
-    given = {path.stem: read_prompts(path) for path in prompts or []}
+    sets_given = {path.stem: read_prompts(path) for path in prompts or []}
     plain = LLM(load_target_model(model, dtype, backend), "none", max_rows=together)
     as_chat = asks_as_chat(chat, model, plain.tokenizer)
-    read = given or {path.stem: read_prompts(path) for path in default_prompt_files(as_chat)}
+    read = sets_given or {path.stem: read_prompts(path) for path in default_prompt_files(as_chat)}
     known = ["ngram", "suffix", *(["draft_model"] if model == "embedded" else [])]
     console = human(json)
     loaded: dict[str, LLM] = {}
