@@ -184,6 +184,8 @@ def test_dtypes() -> None:
     assert (load_dtype("bfloat16"), load_dtype("int8")) == (torch.bfloat16, torch.float32)
     with pytest.raises(InvalidRequest, match="unknown dtype 'flaot32'; did you mean 'float32'"):
         load_dtype("flaot32")
+    with pytest.raises(InvalidRequest, match="'fp32'; expected one of: auto, bfloat16, file, float32.*int8$"):
+        load_dtype("fp32")
 
 
 def test_tensors_are_read_exactly_and_only_when_asked_for(tmp_path: Path) -> None:

@@ -41,9 +41,7 @@ CHUNK = 64 << 20  # bytes read through one memory map
 def load_dtype(name: str) -> torch.dtype:
     """The dtype tensors are read in for a ``dtype`` option. Raises InvalidRequest."""
     if name not in DTYPES:
-        raise InvalidRequest(
-            f"unknown dtype {name!r}; {nearest(str(name), DTYPES)} (there are {', '.join(DTYPES)} and auto)"
-        )
+        raise InvalidRequest(f"unknown dtype {name!r}; {nearest(str(name), [*DTYPES, 'auto'])}")
     return DTYPES[name]
 
 
