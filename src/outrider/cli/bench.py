@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from outrider.cli.bench_load import LoadOptions, bench_load
+from outrider.cli.bench_load import DURATION, POLICIES, LoadOptions, bench_load
 from outrider.cli.common import (
     Backend,
     Chat,
@@ -35,8 +35,6 @@ from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest
 
 __all__ = ["bench"]
-
-POLICIES, DURATION = "none,auto", 30.0  # of a load, where nothing else is said
 
 
 @command

@@ -15,8 +15,9 @@ from rich.table import Table
 from outrider.cli.common import add_columns, asks_as_chat, human, write_json
 from outrider.errors import InvalidRequest
 
-__all__ = ["LoadOptions", "bench_load"]
+__all__ = ["DURATION", "POLICIES", "LoadOptions", "bench_load"]
 
+POLICIES, DURATION = "none,auto", 30.0  # where nothing else is said
 GUARDED = ("auto", "throughput")  # others are measured as they are: a guard would turn fixed drafts off where they lose
 
 
@@ -59,10 +60,10 @@ def bench_load(options: LoadOptions) -> None:
     rates: list[float | None] = [*_numbers("--rate", options.rate)] if options.loop == "open" else [None]
     if options.loop == "open" and not options.rate:
         raise InvalidRequest("--load open needs --rate, the requests a second; several separated by commas")
+    policies = _policies(options)
     prompts, chat = _prompts(options)
     console = human(options.json)
     rows: list[dict[str, Any]] = []
-    policies = ["server"] if options.url else [one.strip() for one in options.policies.split(",") if one.strip()]
     asked = {"max_tokens": options.max_tokens, "temperature": options.temperature}
     for policy in policies:
         with _server(options, policy, max(clients)) as url, console.status(policy) as status:
@@ -87,6 +88,21 @@ def _clients(given: str) -> list[int]:
     if not found or any(one != int(one) for one in found):
         raise InvalidRequest(f"--concurrency: expected whole numbers above 0 like 1,4,16, got {given!r}")
     return [int(one) for one in found]
+
+
+def _policies(options: LoadOptions) -> list[str]:
+    """Names of the runs: each policy, or the server that is there already."""
+    if options.url:
+        settled = {"--policies": options.policies != POLICIES, "--drafter": options.drafter != "auto"}
+        settled["--draft-tokens"] = options.draft_tokens is not None
+        for option, given in settled.items():
+            if given:
+                raise InvalidRequest(f"{option} cannot be set for a server that runs already: leave it out with --url")
+        return ["server"]
+    policies = [one.strip() for one in options.policies.split(",") if one.strip()]
+    if not policies:
+        raise InvalidRequest(f"--policies names none; expected some like {POLICIES}")
+    return policies
 
 
 def _numbers(name: str, given: str) -> list[float]:
