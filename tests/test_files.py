@@ -12,7 +12,7 @@ import pytest
 from outrider.errors import InvalidRequest
 from outrider.evaluation.recording import read_prompts
 from outrider.evaluation.replay import sample_prompts
-from outrider.files import read_json_lines
+from outrider.files import cache_folder, read_json_lines
 from outrider.training.artefact import Journal, read_lines
 from outrider.training.dataset import read_texts
 from outrider.training.prompts import Source, read_source
@@ -68,3 +68,12 @@ def test_every_reader_accepts_a_byte_order_mark(tmp_path: Path, tiny_model_dir: 
     assert next(read_lines(answers))["id"] == "a" == read_log(answers)[0]["id"]
     with Journal(answers) as journal:
         assert journal.records[0]["id"] == "a"
+
+
+def test_a_relative_cache_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("", "here"):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert cache_folder("costs") == tmp_path / ".cache" / "outrider" / "costs"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "there"))
+    assert cache_folder("costs") == tmp_path / "there" / "outrider" / "costs"

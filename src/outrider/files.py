@@ -82,8 +82,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def cache_folder(name: str) -> Path:
     """The folder that caches measurements and converted files of this machine: ``$XDG_CACHE_HOME/outrider/NAME``, by
-    default under ``~/.cache``. It may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / name
+    default under ``~/.cache``; a relative path there is ignored, as XDG says. It may not exist yet."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "outrider" / name
 
 
 # ------------------------------------------------------------------------------------------------ writing
