@@ -102,6 +102,21 @@ def test_experts_and_long_contexts_change_the_answer() -> None:
     assert dense.memory.target_cache == 4 * (128 + 256) * 2 * 36 * 8 * 128 * 2
 
 
+def test_a_draft_model_reads_its_own_cache_in_every_pass() -> None:
+    """28 layers like those of Qwen3-4B: 114,688 bytes a token, which 819 GB/s read in 4.6 ms at 32,768 tokens."""
+    target, machine = TargetShape.read("qwen3-4b"), Machine.read("bandwidth=819,tflops=200,bandwidth_share=1")
+    draft_model = DrafterShape.read("draft_model,parameters=0.6e9,layers=28,length=3,drafts=5")
+    costs = Roofline(machine, target, draft_model)
+    assert costs.draft_cache(1, 32768) == pytest.approx(32768 * 28 * 2 * 8 * 128 * 2 / 819e9)
+    assert costs.draft_cache(5, 32768) == pytest.approx(5 * costs.draft_cache(1, 32768)) and not costs.draft_cache(0, 9)
+    block = Roofline(machine, target, DrafterShape.read("dspark,length=3"))
+    assert block.draft_cache(7, 32768) == pytest.approx(32768 * 5 * 2 * 8 * 128 * 2 / 819e9), "one pass for all drafts"
+    measured = Roofline(machine, target, DrafterShape.read("draft_model,draft_ms=5,length=3,drafts=5"))
+    assert not measured.draft_cache(5, 32768), "what was measured has it"
+    short, long = (step_seconds(costs, 2, 5, context)[0] for context in (0, 32768))
+    assert long - short == pytest.approx(2 * costs.draft_cache(5, 32768))
+
+
 def test_an_open_loop_has_the_rows_that_its_rate_needs_and_knows_overload() -> None:
     calm = plan_of("qwen3-8b", "h100", ["dspark,length=2.33"], Workload(concurrency=64, rate=2))
     assert calm.plain.rows == pytest.approx(2 * calm.plain.latency, rel=0.01), "Little's formula"

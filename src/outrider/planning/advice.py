@@ -7,13 +7,21 @@ objectives; where there is none, plain decoding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from outrider.planning.described import DrafterShape, Machine, TargetShape
-from outrider.planning.forecast import LARGEST, Forecast, Profile, Workload, forecast, prompt_seconds, whole_rounds
+from outrider.planning.forecast import (
+    LARGEST,
+    Forecast,
+    Profile,
+    Workload,
+    cache_seconds,
+    forecast,
+    prompt_seconds,
+    whole_rounds,
+)
 from outrider.planning.roofline import Roofline
 from outrider.planning.step_costs import StepCosts
 
@@ -249,10 +257,7 @@ def _memory(
     if drafter is not None and drafts:
         size = drafter.bytes or target.bytes
         weights = drafter.multiplied(target) * size + 2 * target.vocabulary * drafter.rank() * size
-        layers = drafter.num_layers()
-        if drafter.kind == "draft_model" and not drafter.layers:  # unknown: as its share of the parameters
-            layers = math.ceil(target.layers * min(1.0, drafter.parameters / target.parameters))
-        cache = tokens * target.cache_bytes * layers / target.layers
+        cache = tokens * drafter.cache_bytes(target)
         held = min(CHUNK, work.prompt) + work.concurrency * (drafts + 1)
         auxiliary = held * drafter.num_aux_layers() * target.width * target.kv_bytes
     return Memory(
@@ -276,6 +281,9 @@ class _Scaled:
 
     def draft(self, rows: int, drafts: int) -> float:
         return self._draft * self._costs.draft(rows, drafts)
+
+    def draft_cache(self, drafts: int, context: int) -> float:
+        return self._draft * cache_seconds(self._costs, drafts, context)
 
     def verify(self, tokens: int, rows: int, context: int) -> float:
         whole, least = self._costs.verify(tokens, rows, context), self._costs.verify(min(rows, tokens), rows, context)

@@ -6,6 +6,7 @@ name with some values changed: ``h100,price=2.5``.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -314,6 +315,13 @@ class DrafterShape(Described):
 
     def rank(self) -> int:
         return self.markov_rank or self.KINDS[self.kind][3]
+
+    def cache_bytes(self, target: TargetShape) -> float:
+        """Bytes of one token in its own cache, with heads like the target's."""
+        layers = self.num_layers()
+        if self.kind == "draft_model" and not self.layers:  # unknown: as its share of the parameters
+            layers = math.ceil(target.layers * min(1.0, self.parameters / target.parameters))
+        return target.cache_bytes * layers / target.layers
 
     def multiplied(self, target: TargetShape) -> float:
         """Parameters of one of its passes, the head included, the Markov head left out."""

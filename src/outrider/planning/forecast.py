@@ -22,9 +22,11 @@ __all__ = [
     "LARGEST",
     "Forecast",
     "Profile",
+    "ReadsDraftCache",
     "ReadsPrompts",
     "WholeRounds",
     "Workload",
+    "cache_seconds",
     "forecast",
     "prompt_seconds",
     "step_seconds",
@@ -106,6 +108,15 @@ class ReadsPrompts(Protocol):
 
 
 @runtime_checkable
+class ReadsDraftCache(Protocol):
+    """Costs that know what drafting takes longer because the drafter reads its own cache."""
+
+    def draft_cache(self, drafts: int, context: int) -> float:
+        """``context``: cached tokens over all rows."""
+        ...
+
+
+@runtime_checkable
 class WholeRounds(Protocol):
     """Costs that know how much longer whole rounds take than the sum of their parts, by drafts of a round."""
 
@@ -147,7 +158,7 @@ def step_seconds(
     costs: StepCosts, rows: int, drafts: int, context: int, verified: Sequence[float] = ()
 ) -> tuple[float, float, float]:
     """Mean draft, verify and bookkeeping of a step. ``verified``: P(a row verifies n drafts); empty: all of them."""
-    draft = costs.draft(rows, drafts)
+    draft = costs.draft(rows, drafts) + cache_seconds(costs, drafts, rows * context)
     if not verified:
         verify = costs.verify(rows * (1 + drafts), rows, rows * context)
     elif rows == 1:
@@ -157,6 +168,11 @@ def step_seconds(
         verify = costs.verify(rows + round(rows * mean), rows, rows * context)
     factor = whole_rounds(costs, drafts)
     return factor * draft, factor * verify, factor * costs.bookkeeping(rows, drafts > 0)
+
+
+def cache_seconds(costs: StepCosts, drafts: int, context: int) -> float:
+    """Seconds in which drafting reads the drafter's own cache; 0 where that is part of drafting."""
+    return costs.draft_cache(drafts, context) if isinstance(costs, ReadsDraftCache) else 0.0
 
 
 def whole_rounds(costs: StepCosts, drafts: int) -> float:

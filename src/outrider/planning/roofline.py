@@ -53,6 +53,15 @@ class Roofline:
         steps = drafts * self._pass(markov * size, markov, rows) if markov else 0.0
         return self._pass(weights * size, weights, rows * drafts) + steps
 
+    def draft_cache(self, drafts: int, context: int) -> float:
+        """Reading the drafter's own keys and values of ``context`` tokens, in each of its passes; 0 where drafting was
+        measured."""
+        one = self.drafter
+        if one is None or not drafts or one.draft_ms or one.draft_each_ms:
+            return 0.0
+        passes = 1 if one.way == BLOCK else drafts
+        return passes * context * one.cache_bytes(self.target) / self._rate
+
     def bookkeeping(self, rows: int, drafting: bool) -> float:
         return (self.machine.step_ms + (self.machine.drafting_ms if drafting else 0.0)) / 1e3
 
