@@ -171,8 +171,7 @@ def make_plan(
 ) -> Plan:
     """Compare candidates. ``plain``: costs of steps without drafts. ``target`` and ``machine``: for memory and prices.
     ``longest``: the target's longest context, 0: unknown."""
-    nothing = Profile(())
-    base = forecast("none", 0, nothing, plain, work)
+    base = _plain(plain, work)
     curves = {c.name: _curve(c, work) for c in candidates}
     sure = {c.name: [f for f in curves[c.name] if not c.tried or f.drafts in c.tried] for c in candidates}
     bests = {name: _best(curve) for name, curve in sure.items()}
@@ -194,13 +193,13 @@ def make_plan(
         advised=advised,
         forecasts=list(bests.values()),
         curves=curves,
-        by_rows=[(r, _advised_at(candidates, base, replace(work, concurrency=r, rate=0.0))) for r in ROWS],
+        by_rows=[(r, _advised_at(candidates, plain, replace(work, concurrency=r, rate=0.0))) for r in ROWS],
         by_context=[
-            (n, _advised_at(candidates, base, replace(work, prompt=max(1, n - work.answer // 2))))
+            (n, _advised_at(candidates, plain, replace(work, prompt=max(1, n - work.answer // 2))))
             for n in CONTEXTS
             if n > work.answer // 2 and (not longest or n <= longest)
         ],
-        sensitivities=[] if shown is None else _sensitivities(candidates, shown, base, advised, work),
+        sensitivities=[] if shown is None else _sensitivities(candidates, shown, plain, advised, work),
         memory=memory,
         cost_per_million=None if not price else (_cost(price, base), _cost(price, advised)),
         notes=[*notes, *_notes(target, work, base, advised, memory)],
@@ -227,10 +226,14 @@ def _best(curve: Sequence[Forecast]) -> Forecast:
     return min((f for f in curve if f.speedup * SMALL_GAIN >= most), key=lambda f: (f.drafts, -f.speedup))
 
 
-def _advised_at(candidates: Sequence[Candidate], base: Forecast, work: Workload) -> Forecast:
+def _advised_at(candidates: Sequence[Candidate], plain: StepCosts, work: Workload) -> Forecast:
     """The fastest certain setting, else plain decoding."""
     good = [f for c in candidates for f in _curve(c, work) if f.pays]
-    return _best(good) if good else replace(base, rows=work.concurrency)
+    return _best(good) if good else _plain(plain, work)
+
+
+def _plain(costs: StepCosts, work: Workload) -> Forecast:
+    return forecast("none", 0, Profile(()), costs, work)
 
 
 def _meets(one: Forecast, plain: Forecast, work: Workload) -> bool:
@@ -315,7 +318,7 @@ def _accepts(profile: Profile, factor: float) -> Profile:
 
 
 def _sensitivities(
-    candidates: Sequence[Candidate], shown: Candidate, base: Forecast, advised: Forecast, work: Workload
+    candidates: Sequence[Candidate], shown: Candidate, plain: StepCosts, advised: Forecast, work: Workload
 ) -> list[Sensitivity]:
     drafts = advised.drafts or _best(_curve(shown, work)).drafts
 
@@ -342,7 +345,7 @@ def _sensitivities(
     for what, change, asked in cases:
         mine = change(shown)
         now = forecast(mine.name, drafts, mine.profile, mine.costs, asked, uncertainty=mine.uncertainty)
-        best = _advised_at([change(c) for c in candidates], base, asked)
+        best = _advised_at([change(c) for c in candidates], plain, asked)
         changes = (best.drafter, best.drafts) != (advised.drafter, advised.drafts) and (
             best.drafts == 0 or not advised.drafts or best.speedup > 1.03 * now.speedup
         )
