@@ -92,6 +92,8 @@ def outrider(*arguments: str) -> Any:
         ('run={kind="draft_model", drafter={soft_cross_entropy=-1}}', "must be 0 or above, got -1"),
         ("run.seed=-1", r"\[run\]: seed: input should be greater than or equal to 0, got -1"),
         ("run.epochs=inf", r"\[run\]: epochs: input should be a finite number"),
+        ("run.learning_rate=1e308", r"\[run\]: learning_rate: input should be less than or equal to 1, got 1e\+308"),
+        ("run.weight_decay=1e308", r"\[run\]: weight_decay: input should be less than or equal to 100, got 1e\+308"),
         ("run.dtype=flaot32", r"\[run\]: dtype: unknown dtype 'flaot32'; did you mean 'float32'"),
         ("features={layers=[1, 5]}", r"layers are \[1, 5\], but the drafter of \[run\] reads target_layers \[2, 5\]"),
         ("features={layers=[2, 5], length=64}", r"\[features\] length is 64, but \[run\] reads texts of length 48"),

@@ -365,6 +365,20 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_state(
     assert (tmp_path / "out" / "drafter").exists() and len(losses(tmp_path / "out")) == 8
 
 
+def test_weights_that_are_no_numbers_are_neither_saved_nor_finished(answers: Path, tmp_path: Path) -> None:
+    options = Config(**SMALL | {"steps": 1, "learning_rate": 1.0}).model_copy(update={"weight_decay": 1e308})
+    message = r"weights are no longer finite after step 1; no state .* lower learning_rate \(now 1\) or weight_decay"
+    with pytest.raises(TrainingFailed, match=message):
+        learn(options, answers, tmp_path, "embedded", dtype="float32")
+    assert not (tmp_path / "drafter").exists() and not (tmp_path / "state" / "state.pt").exists()
+
+
+def test_the_sanity_check_stops_at_a_loss_that_is_no_number(answers: Path, tmp_path: Path) -> None:
+    huge = Config(**SMALL | {"sanity": True, "drafter": {**SMALL["drafter"], "loss": {"cross_entropy": 1e308}}})
+    with pytest.raises(TrainingFailed, match=r"sanity check .*the loss is inf at step 1; try a lower learning_rate"):
+        learn(huge, answers, tmp_path, "embedded", dtype="float32")
+
+
 def test_a_full_disk_keeps_the_previous_state(answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     true_save, calls = torch.save, []
 

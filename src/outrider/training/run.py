@@ -52,7 +52,7 @@ from outrider.training.networks import (
 from outrider.training.progress import Progress
 from outrider.training.report import read_log, write_report
 from outrider.training.target_runner import FeatureSource, TargetRunner
-from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, multiplies_bfloat16, rank_and_world
+from outrider.training.trainer import Plan, Step, Trainer, TrainingFailed, multiplies_bfloat16, rank_and_world, steadier
 from outrider.types import TargetModel
 
 __all__ = [
@@ -97,9 +97,9 @@ class Config(BaseModel):
     """Most tokens of a text, prompt included; longer texts are cut."""
     pack_tokens: int = Field(1024, ge=1)
     """Tokens in one pass through the drafter: more need more memory, fewer use the processor less well."""
-    learning_rate: float = Field(6e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(6e-4, gt=0, le=1)
     warmup: float = Field(0.04, ge=0, le=1)
-    weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.01, ge=0, le=100)
     clip: float = Field(1.0, gt=0)
     dtype: str = "auto"
     """Precision of the target during training."""
@@ -374,7 +374,7 @@ def over_fit(
 
     Acceptance is the larger of two measures: under the target's distribution, and exp(-cross-entropy), the probability
     of the text's tokens, for losses that train on tokens only (DFlash). Returns a line for the log. Raises
-    TrainingFailed if ``most`` steps are not enough.
+    TrainingFailed if ``most`` steps are not enough, and where the loss is not finite.
     """
     text = min(texts, key=lambda text: abs(len(text.tokens) - text.prompt_length - SANITY_TOKENS))
     batch = target_runner.batch([text], module, 0)  # type: ignore[arg-type]
@@ -383,6 +383,10 @@ def over_fit(
     with Progress(console, "sanity check on one text, steps at most", most) as progress:
         for step in range(most):
             loss = module(batch)
+            if not math.isfinite(value := float(loss.total.detach() / loss.weight)):
+                raise TrainingFailed(
+                    f"sanity check on one text: the loss is {value} at step {step + 1}; try {steadier(plan)}"
+                )
             (loss.total / loss.weight).backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()

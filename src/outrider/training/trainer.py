@@ -29,7 +29,7 @@ from outrider.training.dataset import Text, TextSampler
 from outrider.training.networks.batch import FeatureBatch, Loss, TrainableDrafter
 from outrider.training.target_runner import FeatureSource
 
-__all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "multiplies_bfloat16", "rank_and_world"]
+__all__ = ["Plan", "Step", "Trainer", "TrainingFailed", "multiplies_bfloat16", "rank_and_world", "steadier"]
 
 Sharding = Literal["ddp", "fsdp"]
 
@@ -111,7 +111,7 @@ class Trainer:
         """Train from the saved state to the end of the plan, yielding each step. ``evaluate`` runs every ``every``
         steps (0: never) and after the last one; its result is added to the log line.
 
-        Raises TrainingFailed where the loss is not finite; the last saved state stays.
+        Raises TrainingFailed where the loss, the gradient or the weights are not finite; the last saved state stays.
         """
         self.resume()
         saved = time.monotonic()
@@ -122,11 +122,15 @@ class Trainer:
             line |= {"rate": step.rate, "gradient": step.gradient, "tokens": step.tokens, "seconds": step.seconds}
             line["processor_seconds"] = step.processor_seconds
             last = self.done == self.plan.steps
-            if last or (every and self.done % every == 0):
+            evaluated = last or bool(every and self.done % every == 0)
+            saving = last or self._broadcast(time.monotonic() - saved > self.plan.save_seconds)
+            if evaluated or saving:
+                self._check_weights()
+            if evaluated:
                 line |= evaluate(self.done)
             if self.rank == 0:
                 self._log(line)
-            if last or self._broadcast(time.monotonic() - saved > self.plan.save_seconds):
+            if saving:
                 self._save()
                 saved = time.monotonic()
             yield step
@@ -156,13 +160,24 @@ class Trainer:
         weight, norm, count = means.pop("weight"), means.pop("gradient"), int(means.pop("tokens"))
         means = {name: value / weight for name, value in means.items()}
         mean = means.pop("loss")
-        if not math.isfinite(mean):
-            raise TrainingFailed(
-                f"the loss is {mean} at step {self.done + 1}; {self._saved()}. A lower learning rate or "
-                "bfloat16 = false may help"
-            )
+        for what, value in (("loss", mean), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                raise self._diverged(f"the {what} is {value} at step {self.done + 1}")
         seconds, processor_seconds = time.monotonic() - began, time.process_time() - processor
         return Step(self.done + 1, mean, means, rate, norm, count, seconds, processor_seconds)
+
+    def _check_weights(self) -> None:
+        """Raise TrainingFailed where the last step made a weight NaN or infinite: its loss was taken before."""
+        norm = nn.utils.get_total_norm(self.module.parameters())
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not math.isfinite(float(norm)):
+            raise self._diverged(f"weights are no longer finite after step {self.done}")
+
+    def _diverged(self, what: str) -> TrainingFailed:
+        return TrainingFailed(
+            f"{what}; {self._saved()}. Going on would end the same way: start in a new directory with "
+            f"{steadier(self.plan)}"
+        )
 
     def _backward(self, texts: Sequence[Text], epoch: int, counted: bool) -> Loss:
         """Forward and backward through one pack."""
@@ -291,6 +306,12 @@ class Trainer:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.done]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def steadier(plan: Plan) -> str:
+    """What to change where numbers are no longer finite, for messages."""
+    rate, decay = f"learning_rate (now {plan.learning_rate:g})", f"weight_decay (now {plan.weight_decay:g})"
+    return f"a lower {rate} or {decay}, smaller weights of the loss{', or bfloat16 = false' if plan.bfloat16 else ''}"
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
