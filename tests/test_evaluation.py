@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from outrider.cli import app
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
-from outrider.errors import InvalidRequest
+from outrider.errors import ArtefactError, InvalidRequest
 from outrider.evaluation import drafter_quality as evaluation
 from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
 from outrider.evaluation.drafter_quality import Config, evaluate
@@ -202,6 +202,16 @@ def test_an_interrupted_evaluation_resumes(
     other = SMALL.model_copy(update={"max_tokens": 23})
     evaluate(other, *arguments[1:], **options)
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize("damaged", ['{"plain": [', '{"plain": 3, "ngram": 3}', "{}", '{"plain": [{}], "ngram": []}'])
+def test_a_damaged_measurement_is_named_with_what_to_do(damaged: str, tmp_path: Path) -> None:
+    parts, what = evaluation._Parts(tmp_path, {}), {"sides": ["plain", "ngram"]}
+    parts.get(what, lambda: {"plain": [Sample(1, 1.0, [])], "ngram": []})
+    (file,) = tmp_path.iterdir()
+    file.write_text(damaged)
+    with pytest.raises(ArtefactError, match=rf"{file.name} is damaged: .*\. Delete it and run the same command"):
+        parts.get(what, dict)
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_named(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from outrider import registry
 from outrider.config import Rule, SamplingParams
 from outrider.engine.llm import LLM
-from outrider.errors import InvalidRequest
+from outrider.errors import ArtefactError, CheckpointError, InvalidRequest
 from outrider.evaluation import plots
 from outrider.evaluation.comparison import (
     MACRO,
@@ -116,14 +116,24 @@ class _Parts:
         self._folder, self._facts = folder, facts
 
     def get(self, what: Mapping[str, Any], measure: Callable[[], Samples]) -> Samples:
-        """The stored measurement of ``what``; measures it first if there is none."""
+        """The stored measurement of ``what``; measures it first if there is none. Raises ArtefactError for a damaged
+        file."""
         key = hashlib.sha256(json.dumps({**self._facts, **what}, sort_keys=True).encode()).hexdigest()[:16]
         file = None if self._folder is None else self._folder / f"{key}.json"
         if file is not None and file.exists():
-            return {
-                name: [Sample(s["tokens"], s["seconds"], [_round(r) for r in s["rounds"]]) for s in samples]
-                for name, samples in read_json(file).items()
-            }
+            try:
+                stored = {
+                    name: [Sample(s["tokens"], s["seconds"], [_round(r) for r in s["rounds"]]) for s in samples]
+                    for name, samples in read_json(file).items()
+                }
+                if stored.keys() == set(what["sides"]):
+                    return stored
+                reason = f"it holds {sorted(stored)}, expected {sorted(what['sides'])}"
+            except (CheckpointError, LookupError, TypeError) as error:
+                reason = str(error)
+            raise ArtefactError(
+                f"{file} is damaged: {reason}. Delete it and run the same command: it is measured again"
+            )
         samples = measure()
         if file is not None:
             write_json(file, {name: [asdict(sample) for sample in own] for name, own in samples.items()})
