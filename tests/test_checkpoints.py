@@ -397,6 +397,10 @@ def test_keys_that_would_change_the_computation_are_refused() -> None:
     sliding["sliding_window_non_causal"] = False
     with pytest.raises(CheckpointError, match="causal inside the block"):
         checkpoints.read_header(sliding)
+    nameless = speculators.write(make_checkpoint(DESIGNS["dflash"]))
+    del nameless["aux_hidden_state_layer_ids"]
+    with pytest.raises(CheckpointError, match="has no 'aux_hidden_state_layer_ids'"):
+        checkpoints.read_header(nameless)
     module = speculators.write(make_checkpoint(DESIGNS["mtp"]))
     del module["aux_hidden_state_layer_ids"]
     with pytest.raises(CheckpointError, match="last hidden state"):
