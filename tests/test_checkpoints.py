@@ -255,6 +255,8 @@ def test_deepspec_refuses_what_it_cannot_say(name: str, options: dict, message: 
         deepspec.write(complete(name, **options))
     with pytest.raises(CheckpointError, match="name the target"):
         deepspec.write(make_checkpoint(DESIGNS["vanilla"]))
+    with pytest.raises(CheckpointError, match="no reduced draft vocabulary"):  # which no target would change
+        deepspec.write(make_checkpoint(DESIGNS["vanilla"], drafted=20))
 
 
 def test_only_written_formats_are_written(tmp_path: Path) -> None:

@@ -65,14 +65,14 @@ def write(checkpoint: DraftCheckpoint) -> dict[str, Any]:
     and head, which DeepSpec would fill with random values."""
     decoder, target = dict(checkpoint.decoder), checkpoint.target
     form = form_to_write("deepspec", checkpoint.design)
+    if checkpoint.reduced:
+        raise CheckpointError(
+            "DeepSpec has no reduced draft vocabulary; this drafter can only be written as speculators"
+        )
     missing = [name for name in ("embed.weight", "head.weight") if name not in checkpoint.tensors]
     if missing:
         raise CheckpointError(
             f"DeepSpec's files hold embedding and head; here the target has {' and '.join(missing)}: name the target"
-        )
-    if checkpoint.reduced:
-        raise CheckpointError(
-            "DeepSpec has no reduced draft vocabulary; this drafter can only be written as speculators"
         )
     if checkpoint.target_layers is None or target.num_layers is None:
         raise CheckpointError(
