@@ -296,6 +296,13 @@ def test_a_card_names_every_temperature_of_the_answers() -> None:
     assert "| sampled with | max_tokens 128, temperature 0 / 0.7 / 1 |" in text
 
 
+def test_a_card_promises_no_speed_but_what_was_measured() -> None:
+    slow = {"value": 0.63, "low": 0.43, "high": 0.91}
+    row = {"temperature": 1.0, "domain": "maths", "prompts": 20, "acceptance_length": slow, "speedup": slow}
+    text = card(ExportConfig(), "my-model", {"kind": "dspark"}, {"eval": {"facts": {"rows": [row]}}})
+    assert "less time" not in text and "0.63 (0.43 to 0.91) |" in text
+
+
 def test_prompts_and_answers_are_estimated_apart(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial's answers are short: a speed over prompts and answers together would be far too low for long ones. The
     length of answers is seen from some that may end by themselves."""

@@ -106,8 +106,8 @@ def card(config: Config, target: str, shape: Mapping[str, Any], history: Mapping
     rows += _data(history) + _budget(history)
     parts = [
         f"# {config.name}",
-        f"A `{kind}` drafter for `{target}`: with speculative decoding the target writes the same text in less time. "
-        "It works with this target only.",
+        f"A `{kind}` drafter for `{target}`: it proposes tokens that the target verifies, so what is written is the "
+        "target's own. It works with this target only.",
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows),
         _acceptance(history),
         _calibration(history),
