@@ -160,9 +160,9 @@ class Trainer:
         weight, norm, count = means.pop("weight"), means.pop("gradient"), int(means.pop("tokens"))
         means = {name: value / weight for name, value in means.items()}
         mean = means.pop("loss")
-        for what, value in (("loss", mean), ("gradient's norm", norm)):
-            if not math.isfinite(value):
-                raise self._diverged(f"the {what} is {value} at step {self.done + 1}")
+        for what, number in (("loss", mean), ("gradient's norm", norm)):
+            if not math.isfinite(number):
+                raise self._diverged(f"the {what} is {number} at step {self.done + 1}")
         seconds, processor_seconds = time.monotonic() - began, time.process_time() - processor
         return Step(self.done + 1, mean, means, rate, norm, count, seconds, processor_seconds)
 
