@@ -125,6 +125,35 @@ def test_anthropic_uses_tools(url: str) -> None:
         assert counted.input_tokens > answer.usage.input_tokens
 
 
+@pytest.mark.parametrize("behind", ["nothing", "another result", "words"])
+def test_a_call_without_its_result_is_refused(client: openai.OpenAI, url: str, behind: str) -> None:
+    """A call at the end was taken for the beginning of the answer, and lost where the template shows none."""
+    call = {"id": "c1", "type": "function", "function": {"name": "oven", "arguments": "{}"}}
+    asked = [*ASK, {"role": "assistant", "content": "Let me see.", "tool_calls": [call]}]
+    items = [*ASK, {"type": "function_call", "call_id": "c1", "name": "oven", "arguments": "{}"}]
+    use = {"type": "tool_use", "id": "c1", "name": "oven", "input": {}}
+    blocks = [*ASK, {"role": "assistant", "content": [use]}]
+    if behind == "another result":
+        asked += [{"role": "tool", "tool_call_id": "c2", "content": "200"}]
+        items += [{"type": "function_call_output", "call_id": "c2", "output": "200"}]
+        blocks += [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c2", "content": "200"}]}]
+    elif behind == "words":
+        asked, items, blocks = asked + ASK, items + ASK, blocks + ASK
+    with pytest.raises(openai.BadRequestError, match="the call 'c1' of 'oven' has no result"):
+        client.chat.completions.create(model="tiny", messages=asked, max_tokens=3)
+    with pytest.raises(openai.BadRequestError, match="the call 'c1' of 'oven' has no result"):
+        client.responses.create(model="tiny", input=items, max_output_tokens=3)
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as other:
+        with pytest.raises(anthropic.BadRequestError, match="the call 'c1' of 'oven' has no result"):
+            other.messages.create(model="tiny", messages=blocks, max_tokens=3)
+        del use["id"]
+        with pytest.raises(anthropic.BadRequestError, match="needs id and name"):
+            other.messages.create(model="tiny", messages=blocks, max_tokens=3)
+    if behind == "nothing":
+        asked += [{"role": "tool", "tool_call_id": "c1", "content": "200"}]
+        assert client.chat.completions.create(model="tiny", messages=asked, max_tokens=3).choices
+
+
 def test_what_is_wrong_with_tools_is_named(client: openai.OpenAI) -> None:
     body: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 3}
     with pytest.raises(openai.BadRequestError, match="no tools"):

@@ -171,6 +171,7 @@ async def encode_conversation(
         raise ApiError(
             400, f"{service.settings.served_name} has no chat template: use /v1/completions", code="no_chat_template"
         )
+    _check_calls(messages, name)
     shown = messages if tokenizer.takes_system else with_system_in_user(messages)
     options = {**(variables or {}), "tools": list(tools) or None}
     characters = sum(len(message["content"]) for message in messages)
@@ -182,3 +183,20 @@ async def encode_conversation(
             raise ApiError(400, str(error)) from None
 
     return await service.encode(make, characters, name)
+
+
+def _check_calls(messages: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raise ApiError for a call without a result behind it, as OpenAI and Anthropic do. No answer belongs there, and
+    many templates do not show the call."""
+    answered: set[str] = set()
+    for message in reversed(messages):
+        if message["role"] == "tool":
+            answered.add(message["tool_call_id"])
+        for call in message.get("tool_calls", ()):
+            if call["id"] not in answered:
+                raise ApiError(
+                    400,
+                    f"{name}: the call {call['id'][:80]!r} of {call['function']['name'][:80]!r} has no result: a tool "
+                    "call must be followed by its result, which names the call's id",
+                    param=name,
+                )

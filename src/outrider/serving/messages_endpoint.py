@@ -165,11 +165,12 @@ def _assistant(blocks: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any
     for number, block in enumerate(blocks):
         path, kind = f"{where}.{number}", block.get("type")
         if kind == "tool_use":
-            name, arguments = block.get("name"), block.get("input")
-            if not isinstance(name, str) or not isinstance(arguments, dict):
-                raise ApiError(400, f"{path}: a tool_use block needs name (text) and input (object)", param=path)
-            function = {"name": name, "arguments": arguments}
-            calls.append({"id": str(block.get("id", "")), "type": "function", "function": function})
+            call, name, arguments = block.get("id"), block.get("name"), block.get("input")
+            if not isinstance(call, str) or not isinstance(name, str) or not isinstance(arguments, dict):
+                raise ApiError(
+                    400, f"{path}: a tool_use block needs id and name (texts) and input (object)", param=path
+                )
+            calls.append({"id": call, "type": "function", "function": {"name": name, "arguments": arguments}})
         elif kind == "thinking":
             thoughts.append(str(block.get("thinking", "")))
         else:

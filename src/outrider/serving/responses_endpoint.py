@@ -147,15 +147,15 @@ def _add(found: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> No
         text = plain_text(content, f"{where}.content", TEXT)
         found.append({"role": "system" if role == "developer" else role, "content": text})
     elif kind == "function_call":
-        name, arguments = item.get("name"), item.get("arguments")
-        if not isinstance(name, str) or not isinstance(arguments, str):
-            raise ApiError(400, f"{where}: a function_call needs name and arguments (texts)", param=where)
+        call_id, name, arguments = item.get("call_id"), item.get("name"), item.get("arguments")
+        if not all(isinstance(one, str) for one in (call_id, name, arguments)):
+            raise ApiError(400, f"{where}: a function_call needs call_id, name and arguments (texts)", param=where)
         try:
             value: Any = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             value = arguments
         call = {
-            "id": str(item.get("call_id", "")),
+            "id": call_id,
             "type": "function",
             "function": {"name": name, "arguments": value},
         }
