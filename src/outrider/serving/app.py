@@ -79,7 +79,11 @@ def make_app(service: Service) -> Starlette:
         middleware.insert(
             0,
             Middleware(
-                CORSMiddleware, allow_origins=service.settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
+                CORSMiddleware,
+                allow_origins=service.settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=["X-Request-Id", "Retry-After"],
             ),
         )
     return Starlette(
@@ -233,10 +237,15 @@ class _Surroundings:
         path = scope["path"]
         try:
             if self._service.keys and path not in OPEN and not self._allowed(headers):
+                got = "a key that is none of them" if _given_keys(headers) else "none"
                 error = ApiError(
-                    401, "expected an API key in the header Authorization: Bearer KEY (or x-api-key)", code="api_key"
+                    401,
+                    "this server asks for one of its API keys in the header Authorization: Bearer KEY (or x-api-key), "
+                    f"got {got}",
+                    code="api_key",
                 )
-                response = error_response(error, path.startswith(ANTHROPIC))
+                anthropic = path.startswith(ANTHROPIC) or b"anthropic-version" in headers
+                response = error_response(error, anthropic)
                 response.headers["WWW-Authenticate"] = "Bearer"
                 await response(scope, receive, named)
             elif self._service.telemetry is not None:
@@ -261,9 +270,15 @@ class _Surroundings:
 
     def _allowed(self, headers: Mapping[bytes, bytes]) -> bool:
         """Every key is compared, each in constant time: the time tells neither which one nor how much of it fits."""
-        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-        given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         found = False
-        for key in self._service.keys:
-            found |= hmac.compare_digest(key, given)
+        for given in _given_keys(headers):
+            for key in self._service.keys:
+                found |= hmac.compare_digest(key, given)
         return found
+
+
+def _given_keys(headers: Mapping[bytes, bytes]) -> list[bytes]:
+    """Of both headers: Anthropic's client sends a token and a key where it has both."""
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    given = [bearer.strip() if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
+    return [key for key in given if key]
