@@ -417,10 +417,14 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
 
 def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "serve.toml"
-    file.write_text('port = 1\nmax_rows = 2\nhost = "::1"\ncors_origins = ["a"]\n')
-    environment = {"OUTRIDER_SERVE_PORT": "3", "OUTRIDER_SERVE_MAX_ROWS": "4", "OUTRIDER_SERVE_CORS_ORIGINS": "b,c"}
+    file.write_text('port = 1\nmax_rows = 2\nhost = "::1"\ncors_origins = ["http://a"]\n')
+    environment = {
+        "OUTRIDER_SERVE_PORT": "3",
+        "OUTRIDER_SERVE_MAX_ROWS": "4",
+        "OUTRIDER_SERVE_CORS_ORIGINS": "http://b, *",
+    }
     found = read_settings({"port": 5, "model": None}, environment, file)
-    assert (found.port, found.max_rows, found.host, found.cors_origins) == (5, 4, "::1", ["b", "c"])
+    assert (found.port, found.max_rows, found.host, found.cors_origins) == (5, 4, "::1", ["http://b", "*"])
     with pytest.raises(InvalidRequest, match="did you mean 'max_rows'"):
         read_settings({}, {"OUTRIDER_SERVE_MAX_ROW": "4"}, None)
     with pytest.raises(InvalidRequest, match="the command line: port"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from outrider.config import memory_bytes
 from outrider.errors import InvalidRequest, nearest
@@ -16,6 +17,7 @@ __all__ = ["ServerSettings", "read_settings"]
 
 PREFIX = "OUTRIDER_SERVE_"
 LONGEST_WAIT = 86_400.0  # seconds
+ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^A-Z/?#@*\s]+")  # as browsers send it
 
 
 class ServerSettings(BaseModel):
@@ -67,8 +69,8 @@ class ServerSettings(BaseModel):
     """A request none of whose answers has a row by then is refused with 429."""
     drain_seconds: float = Field(120.0, ge=0, le=LONGEST_WAIT)
     """After SIGTERM, for the answers that have begun."""
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
-    log_format: str = Field("text", pattern="^(text|json)$")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
     telemetry: bool = False
     """OpenTelemetry spans; needs the extra ``telemetry``."""
 
@@ -76,6 +78,22 @@ class ServerSettings(BaseModel):
     @classmethod
     def _with_unit(cls, given: Any) -> Any:
         return memory_bytes("kv_memory", given) if isinstance(given, str) else given
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("expected no truth value")
+        return given
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, given: list[str]) -> list[str]:
+        """Origins of another form match no page."""
+        for one in given:
+            if not ORIGIN.fullmatch(one):
+                raise ValueError("expected SCHEME://HOST[:PORT] in lower case, as http://localhost:3000, or '*'")
+        return given
 
     @property
     def served_name(self) -> str:
@@ -92,17 +110,26 @@ class ServerSettings(BaseModel):
         return name, {"draft_tokens": int(drafts)}
 
     def api_keys(self) -> tuple[bytes, ...]:
-        """Raises InvalidRequest for a file that holds no key."""
+        """Raises InvalidRequest for a file that holds no key, or a line that is none."""
         if not self.api_key_file:
             return ()
         try:
-            lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(self.api_key_file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest(f"--api-key-file {self.api_key_file} cannot be read: {error}") from None
-        keys = tuple(line.strip().encode() for line in lines if line.strip() and not line.startswith("#"))
+        keys = []
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line or line.startswith("#"):
+                continue
+            if not re.fullmatch("[!-~]+", line):  # not quoted: it may be a key all the same
+                raise InvalidRequest(
+                    f"--api-key-file {self.api_key_file}, line {number}: expected a key of ASCII characters without "
+                    "spaces, since clients can send no other; a comment needs a line of its own"
+                )
+            keys.append(line.encode())
         if not keys:
             raise InvalidRequest(f"--api-key-file {self.api_key_file} holds no key: expected one a line")
-        return keys
+        return tuple(keys)
 
 
 def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None) -> ServerSettings:
@@ -112,7 +139,7 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file
     named = environment.get(f"{PREFIX}CONFIG")
     path = file or (Path(named) if named else None)
     sources = [
-        (_toml(path) if path else {}, str(path)),
+        (_toml(path, "--config" if file else f"{PREFIX}CONFIG") if path else {}, str(path)),
         (_variables(environment), "the environment"),
         ({name: value for name, value in flags.items() if value is not None}, "the command line"),
     ]
@@ -127,14 +154,15 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
         got = str(first["input"])[:80]
-        raise InvalidRequest(f"{origin.get(name, 'settings')}: {name}: {first['msg']}, got {got!r}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidRequest(f"{origin.get(name, 'settings')}: {name}: {message}, got {got!r}") from None
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def _toml(path: Path, named: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidRequest(f"--config {path} cannot be read: expected a TOML file: {error}") from None
+        raise InvalidRequest(f"{named} {path} cannot be read: expected a TOML file: {error}") from None
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -142,5 +170,5 @@ def _variables(environment: Mapping[str, str]) -> dict[str, Any]:
     for name, value in environment.items():
         key = name.removeprefix(PREFIX).lower()
         if name.startswith(PREFIX) and key != "config":
-            found[key] = [part for part in value.split(",") if part] if key == "cors_origins" else value
+            found[key] = [part.strip() for part in value.split(",") if part.strip()] if key == "cors_origins" else value
     return found
