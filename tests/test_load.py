@@ -12,6 +12,7 @@ from served import drafting, serving
 from typer.testing import CliRunner
 
 from outrider.cli import app
+from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest, OutriderError
 from outrider.evaluation.load import Load, run_load, summary
 from outrider.evaluation.load_client import LoadClient, Timed
@@ -61,6 +62,18 @@ def test_refusals_are_counted_and_dead_servers_named(url: str) -> None:
         asyncio.run(run_load(LoadClient("http://127.0.0.1:1"), crowd))
     with pytest.raises(InvalidRequest, match="--url"):
         LoadClient("localhost")
+
+
+@pytest.mark.parametrize("key", ["", "wrong"])
+def test_a_server_with_keys_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    (tmp_path / "keys").write_text("right\n")
+    load = Load(PROMPTS, False, 0.1, 1, None, {"max_tokens": 2})
+    with serving(LLM("embedded", "none"), api_key_file=str(tmp_path / "keys")) as (url, _):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(OutriderError, match="asks for an API key .*OPENAI_API_KEY"):
+            asyncio.run(run_load(LoadClient(url), load))
+        monkeypatch.setenv("OPENAI_API_KEY", "right")
+        assert not asyncio.run(run_load(LoadClient(url), load))[0][0].error
 
 
 def test_the_command(url: str, tmp_path: Path) -> None:

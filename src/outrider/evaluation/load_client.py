@@ -62,11 +62,16 @@ class LoadClient:
         self.model = model or ""
 
     async def first_model(self) -> str:
-        """The model that requests name. Raises OutriderError where the server does not answer."""
+        """The model that requests name. Raises OutriderError where the server does not answer or wants a key."""
         if not self.model:
             try:
                 status, lines = await self._open("GET", "/v1/models", None)
                 text = b"".join([part async for part in lines])
+                if status in (401, 403):
+                    raise OutriderError(
+                        f"{self._host}:{self._port} asks for an API key (HTTP {status}): set the variable {KEY} "
+                        "to one of its keys"
+                    )
                 self.model = str(json.loads(text)["data"][0]["id"])
             except (OSError, ValueError, KeyError, IndexError, TypeError, asyncio.IncompleteReadError) as error:
                 raise OutriderError(
