@@ -505,11 +505,13 @@ def test_logs_are_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
     from outrider.serving.logs import set_up_logs
     from outrider.serving.settings import ServerSettings
 
-    loggers = [logging.getLogger(name) for name in ("outrider", "uvicorn")]
+    loggers = [logging.getLogger(name) for name in ("outrider", "uvicorn", "asyncio")]
     before = [(one.handlers[:], one.level, one.propagate) for one in loggers]
     try:
         set_up_logs(ServerSettings(log_format="json"))
         warnings.showwarning(UserWarning("the cache is full"), UserWarning, "file.py", 3)
+        loggers[2].warning("socket.send() raised exception.")  # of every client that leaves early
+        loggers[2].error("a task failed")
         with serving(LLM("embedded", "none")) as (url, _):
             httpx.post(url + CHAT, json={"messages": ASK, "max_tokens": 2}, headers={"X-Request-Id": "mine"})
             httpx.post(url + CHAT, content=b"{\n", headers={**JSON, "X-Request-Id": "broken"})
@@ -519,6 +521,7 @@ def test_logs_are_a_line_a_request(capsys: pytest.CaptureFixture[str]) -> None:
             one.handlers[:], one.propagate = handlers, propagate
             one.setLevel(level)
     assert {"level": "warning", "message": "the cache is full"}.items() <= lines[0].items()
+    assert {"level": "error", "message": "a task failed"}.items() <= lines[1].items()
     found = {line["request_id"]: line for line in lines if "request_id" in line}
     assert found["mine"]["status"] == 200 and found["broken"]["status"] == 400 and found["mine"]["path"] == CHAT
 

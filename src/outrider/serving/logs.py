@@ -21,7 +21,12 @@ def set_up_logs(settings: ServerSettings) -> None:
     """Send the server's logs, and warnings as lines among them, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text())
-    for name, level in (("outrider", settings.log_level.upper()), ("uvicorn", "WARNING")):
+    levels = {
+        "outrider": settings.log_level.upper(),
+        "uvicorn": "WARNING",
+        "asyncio": "ERROR",
+    }  # warnings: clients left
+    for name, level in levels.items():
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(level)
