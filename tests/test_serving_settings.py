@@ -1,4 +1,4 @@
-"""Settings of a server that are not what they seem: keys, origins and values of another kind."""
+"""Settings of a server: which source wins, and keys, origins and values of another kind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,31 @@ import pytest
 
 from outrider.errors import InvalidRequest
 from outrider.serving.settings import ServerSettings, read_settings
+
+
+def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text('port = 1\nmax_rows = 2\nhost = "::1"\ncors_origins = ["http://a"]\n')
+    environment = {
+        "OUTRIDER_SERVE_PORT": "3",
+        "OUTRIDER_SERVE_MAX_ROWS": "4",
+        "OUTRIDER_SERVE_CORS_ORIGINS": "http://b, *",
+    }
+    found = read_settings({"port": 5, "model": None}, environment, file)
+    assert (found.port, found.max_rows, found.host, found.cors_origins) == (5, 4, "::1", ["http://b", "*"])
+    with pytest.raises(InvalidRequest, match="did you mean 'max_rows'"):
+        read_settings({}, {"OUTRIDER_SERVE_MAX_ROW": "4"}, None)
+    with pytest.raises(InvalidRequest, match="the command line: port"):
+        read_settings({"port": -1}, {}, None)
+    assert read_settings({"kv_memory": "1.5G"}, {}, None).kv_memory == 3 << 29
+    assert read_settings({}, {"OUTRIDER_SERVE_KV_MEMORY": "4096"}, None).kv_memory == 4096
+    with pytest.raises(InvalidRequest, match="kv_memory must be a size like .*, got 'much'"):
+        read_settings({"kv_memory": "much"}, {}, None)
+    with pytest.raises(InvalidRequest, match="the command line: prefill_chunk"):
+        read_settings({"prefill_chunk": 0}, {}, None)
+    with pytest.raises(InvalidRequest, match="TOML"):
+        file.write_text("port")
+        read_settings({}, {}, file)
 
 
 @pytest.mark.parametrize("text", ["\ufefffirst\n", "  # comment\n first \n\n"])
