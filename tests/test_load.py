@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_figures_by_hand() -> None:
     assert row.per_user_tokens_per_second == pytest.approx((8 / 0.3 + 3 / 1.0) / 2, abs=0.01)
     assert row.ttft_ms == pytest.approx(300) and row.itl_p50_ms == pytest.approx(200)
     assert row.acceptance_length == 1 + 12 / 8 and row.verified_per_row == 3
-    assert (row.requests, row.errors) == (2, 1)
+    assert (row.requests, row.errors, row.first_error) == (2, 1, "HTTP 429")
 
 
 @pytest.mark.parametrize("load", [Load(PROMPTS, False, 0.5, 2), Load(PROMPTS, True, 0.5, rate=12.0)], ids=str)
@@ -83,6 +84,8 @@ def test_the_command(url: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads(file.read_text())["rows"]
     assert [row["concurrency"] for row in rows] == [1, 2] and plot.stat().st_size > 1000
+    crowd = CliRunner().invoke(app, ["bench", *options, "--concurrency", "6"])
+    assert crowd.exit_code == 0 and re.search(r"server, 6 users: \d+ failed, first HTTP 429: .*busy", crowd.output)
     wrong = CliRunner().invoke(app, ["bench", "--url", url, "--load", "open"])
     assert wrong.exit_code == 2 and "--rate" in wrong.output
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from outrider.cli.common import add_columns, asks_as_chat, human, write_json
+from outrider.cli.common import add_columns, asks_as_chat, human, note, write_json
 from outrider.errors import InvalidRequest
 
 __all__ = ["DURATION", "POLICIES", "LoadOptions", "bench_load"]
@@ -75,6 +75,9 @@ def bench_load(options: LoadOptions) -> None:
                     client = LoadClient(url, options.model if options.url and options.model != "embedded" else None)
                     rows.append(asdict(summary(policy, load, *asyncio.run(run_load(client, load)))))
     console.print(_table(rows))
+    for row in rows:
+        if row["errors"]:
+            note(f"{row['policy']}, {row['concurrency']:g} users: {row['errors']} failed, first {row['first_error']}")
     if options.plot is not None:
         from outrider.evaluation.plots import draw_load
 

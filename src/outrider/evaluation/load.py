@@ -54,6 +54,7 @@ class LoadRow:
     verified_per_row: float | None  # drafts of a round that were verified
     requests: int
     errors: int
+    first_error: str  # empty where there is none
 
 
 async def run_load(client: LoadClient, load: Load) -> tuple[list[Timed], float, float]:
@@ -118,6 +119,7 @@ def summary(policy: str, load: Load, done: Sequence[Timed], start: float, end: f
         verified_per_row=round(drafted / rounds, 3) if rounds else None,
         requests=len(counted),
         errors=sum(bool(one.error) for one in done),
+        first_error=next((one.error for one in done if one.error), ""),
     )
 
 
