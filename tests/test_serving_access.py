@@ -42,3 +42,11 @@ def test_a_page_may_read_the_request_id_and_when_to_come_back(client: httpx.Clie
     answer = client.get("/v1/models", headers={"Origin": PAGE})
     assert answer.status_code == 401 and answer.headers["access-control-allow-origin"] == PAGE
     assert answer.headers["access-control-expose-headers"] == "X-Request-Id, Retry-After"
+
+
+def test_the_schema_knows_the_answers_of_what_watches_a_server(client: httpx.Client) -> None:
+    """A generated client took a 503 of /ready for a fault, and asked for a key where none is needed."""
+    paths = client.get("/openapi.json", headers={"x-api-key": "first"}).json()["paths"]
+    known = {path: set(paths[path]["get"]["responses"]) for path in ("/v1/models", "/health", "/ready", "/metrics")}
+    with_key, open_to_all = {"200", "401"}, {"200", "503"}
+    assert known == {"/v1/models": with_key, "/health": open_to_all, "/ready": open_to_all, "/metrics": with_key}

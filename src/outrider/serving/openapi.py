@@ -27,7 +27,12 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
 }
-SHOWN = ("/v1/models", "/health", "/ready", "/metrics")
+SHOWN = {  # and what else than 200 they answer
+    "/v1/models": {"401": "the key is missing or wrong"},
+    "/health": {"503": "the engine has failed"},
+    "/ready": {"503": "the engine has failed, or the server is shutting down"},
+    "/metrics": {"401": "the key is missing or wrong"},
+}
 ERRORS = {
     "400": "a field is wrong, unknown or not supported",
     "401": "the key is missing or wrong",
@@ -54,8 +59,8 @@ def openapi() -> dict[str, Any]:
         content: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
         answer = {"200": {"description": "the answer, or its events", "content": content}}
         paths[path] = {"post": {"operationId": path.strip("/"), "requestBody": body, "responses": {**answer, **errors}}}
-    for path in SHOWN:
-        found = {"200": {"description": "found"}, "401": {"description": ERRORS["401"]}}
+    for path, others in SHOWN.items():
+        found = {status: {"description": text} for status, text in {"200": "found", **others}.items()}
         paths[path] = {"get": {"operationId": path.strip("/"), "responses": found}}
     return {
         "openapi": "3.1.0",
