@@ -102,6 +102,12 @@ def test_experts_and_long_contexts_change_the_answer() -> None:
     assert dense.memory.target_cache == 4 * (128 + 256) * 2 * 36 * 8 * 128 * 2
 
 
+def test_noise_in_a_measured_curve_makes_no_pass_shorter() -> None:
+    costs = Roofline(Machine.read("bandwidth=1024,tflops=26,curve=1:31/4:30/8:40"), TargetShape.read("qwen3-8b"))
+    assert costs.verify(1, 1, 0) == costs.verify(4, 1, 0) == pytest.approx(0.031)
+    assert costs.verify(8, 1, 0) == pytest.approx(0.040)
+
+
 def test_a_draft_model_reads_its_own_cache_in_every_pass() -> None:
     """28 layers like those of Qwen3-4B: 114,688 bytes a token, which 819 GB/s read in 4.6 ms at 32,768 tokens."""
     target, machine = TargetShape.read("qwen3-4b"), Machine.read("bandwidth=819,tflops=200,bandwidth_share=1")

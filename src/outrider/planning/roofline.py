@@ -10,6 +10,7 @@ with what they read.
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 
 from outrider.planning.described import BLOCK, LOOKUP, DrafterShape, Machine, TargetShape
 from outrider.planning.step_costs import Costs
@@ -26,7 +27,11 @@ class Roofline:
     def __init__(self, machine: Machine, target: TargetShape, drafter: DrafterShape | None = None) -> None:
         self.machine, self.target, self.drafter = machine, target, drafter
         self.uncertainty = machine.uncertainty
-        self._curve = None if not machine.curve else Costs(tuple((m, ms / 1e3) for m, ms in machine.curve))
+        self._curve: Costs | None = None
+        if machine.curve:
+            tokens, times = zip(*machine.curve, strict=True)
+            never_less = accumulate((ms / 1e3 for ms in times), max)  # a pass over more tokens: measured ones are noisy
+            self._curve = Costs(tuple(zip(tokens, never_less, strict=True)))
 
     def verify(self, tokens: int, rows: int, context: int) -> float:
         """A target pass; ``context``: cached tokens over all rows."""
