@@ -14,7 +14,7 @@ from outrider.checkpoints.forms import form_to_write, forms
 from outrider.checkpoints.stack_format import known_keys, layer_kinds, refuse_unknown, require, require_layers
 from outrider.errors import CheckpointError, nearest
 
-__all__ = ["drafted_tokens", "matches", "read", "read_layers", "slides", "write", "write_layers"]
+__all__ = ["drafted_tokens", "matches", "named_layers", "read", "read_layers", "slides", "write", "write_layers"]
 
 VERSION = "0.9.0"  # of the package whose files these are
 CLASSES = {"dflash": "DFlash", "dspark": "DSpark", "eagle3": "Eagle3", "mtp": "MTP"}
@@ -105,9 +105,14 @@ def _envelope(checkpoint: DraftCheckpoint, kind: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ what designs use
 
 
+def named_layers(config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Target layers counted from 0, from a list that counts the embedding as 0. Raises CheckpointError without one."""
+    return tuple(layer - 1 for layer in require_layers(config, key))
+
+
 def read_layers(config: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
-    """Target layers counted from 0, from a list that counts the embedding as 0; None where there is no list."""
-    return None if config.get(key) is None else tuple(layer - 1 for layer in require_layers(config, key))
+    """The same; None where there is no list."""
+    return None if config.get(key) is None else named_layers(config, key)
 
 
 def write_layers(checkpoint: DraftCheckpoint) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from outrider.backends.layers import Shape
 from outrider.checkpoints import Design, DraftCheckpoint, Form, Sizes, deepspec, specforge, speculators
-from outrider.checkpoints.stack_format import refuse_unknown, require, require_layers
+from outrider.checkpoints.stack_format import refuse_unknown, require
 from outrider.errors import CheckpointError, nearest
 
 __all__ = ["BlockDesign", "MarkovHead"]
@@ -167,7 +167,7 @@ def _speculators(tag: str) -> Form:
         extras=frozenset({"num_anchors"}),
         write=_write_speculators,
         holds=lambda design: (design.kind == "dspark" or design.sample_from_anchor) == (tag == "dspark"),
-        layers=lambda config: tuple(layer - 1 for layer in require_layers(config, LAYERS_KEY)),  # no default
+        layers=lambda config: speculators.named_layers(config, LAYERS_KEY),
     )
 
 

@@ -21,11 +21,8 @@ def set_up_logs(settings: ServerSettings) -> None:
     """Send the server's logs, and warnings as lines among them, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if settings.log_format == "json" else _Text())
-    levels = {
-        "outrider": settings.log_level.upper(),
-        "uvicorn": "WARNING",
-        "asyncio": "ERROR",
-    }  # warnings: clients left
+    levels = {"outrider": settings.log_level.upper(), "uvicorn": "WARNING"}
+    levels["asyncio"] = "ERROR"  # it warns of every client that leaves a stream
     for name, level in levels.items():
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]

@@ -27,12 +27,6 @@ BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/tokenize": TokenizeRequest,
     "/v1/detokenize": DetokenizeRequest,
 }
-SHOWN = {  # and what else than 200 they answer
-    "/v1/models": {"401": "the key is missing or wrong"},
-    "/health": {"503": "the engine has failed"},
-    "/ready": {"503": "the engine has failed, or the server is shutting down"},
-    "/metrics": {"401": "the key is missing or wrong"},
-}
 ERRORS = {
     "400": "a field is wrong, unknown or not supported",
     "401": "the key is missing or wrong",
@@ -42,6 +36,12 @@ ERRORS = {
     "415": "the body is no JSON",
     "429": "the server is busy; Retry-After says how long",
     "503": "the server is shutting down",
+}
+SHOWN = {  # and what else than 200 they answer
+    "/v1/models": {"401": ERRORS["401"]},
+    "/health": {"503": "the engine has failed"},
+    "/ready": {"503": "the engine has failed, or the server is shutting down"},
+    "/metrics": {"401": ERRORS["401"]},
 }
 
 
