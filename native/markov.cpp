@@ -246,7 +246,7 @@ MarkovHead::Reach MarkovHead::find_reach(const float* x, int64_t n, float peak, 
   float above = std::nextafter(peak, FLT_MAX), bound = first;
   int64_t fewer = 1, count = kernels_.count_from(x, n, bound);  // reach `above` (or 1), and `bound`
   for (float span = std::max(2.0f * (peak - bound), 1.0f); count < least && bound > -FLT_MAX; span *= 2.0f) {
-    above = bound;
+    above = std::min(above, bound);
     fewer = std::max<int64_t>(1, count);
     bound = std::max(peak - span, -FLT_MAX);
     count = kernels_.count_from(x, n, bound);

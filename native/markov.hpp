@@ -67,7 +67,7 @@ class MarkovHead {
     float* base;                  // [S] their base logits
     int64_t count;                // of both
   };
-  struct Reach {
+  struct Reach {                  // see find_reach
     float bound, above;
   };
   struct Largest {                // corrected logits of a shortlist, or of a part of it that one thread computes
