@@ -40,10 +40,11 @@ CHANGING = 0.25  # what one settlement counts for in how slow the machine is
 BESIDE = 4  # times as many where chunks of prompts are beside the rows, which says less of plain decoding
 ALIKE = 3  # to an octave: numbers of rows that one control speaks for
 TOGETHER, SOON = 8, 0.02  # steps that draft, or seconds of their passes, after which they are settled
+LOST = 125  # plain steps of one row, whose time is the credit: what may be lost before anything was gained
 LOSSES = 2  # in a row, behind which the policy is asked in every step, to see what has changed
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
-RESTING = 0.1  # of the most that the ledger holds, what one that cannot may cost in plain steps before it is left out
+RESTING = 0.1  # of the credit, what one that cannot may cost in plain steps before it is left out
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
 RENEWALS = 8  # or until there are other texts: all rows have new requests, so many times over where much was lost
 SEEN = 64  # plain steps whose cost is always looked at; later every LOOK-th is enough
@@ -109,6 +110,7 @@ class GuardedPolicy:
         its text."""
         self.policy, self.costs = policy, costs
         self.ledger = ledger or Ledger()
+        self._limit_credit()
         self._learns = getattr(policy, "costs", None) is not costs
         self._takes_up = takes_up
         self._repeat = policy.repeat if isinstance(policy, Repeats) else None
@@ -162,7 +164,7 @@ class GuardedPolicy:
 
     def _may_draft(self, step: StepView) -> bool:
         if not self._follows:
-            renewals = 1 if 2 * self.ledger.balance > self.ledger.most else RENEWALS
+            renewals = 1 if 2 * self.ledger.balance > self.ledger.credit else RENEWALS
             others = _newest(step) - self._newest_then >= renewals * len(step)
             if (self._idle < self._pause and not others) or not self.ledger.affords(self._needed):
                 return False
@@ -296,8 +298,12 @@ class GuardedPolicy:
             self._repeats = 0
         if self.ledger.balance <= lost:  # others like them would overdraw the account
             self._suspended, self._repeats = True, 0
-            self._needed = max(2 * lost, 0.25 * self.ledger.most)
+            self._needed = max(2 * lost, 0.25 * self.ledger.credit)
             self._since_control = [0, 0]
+
+    def _limit_credit(self) -> None:
+        """A quarter of a second is nothing to a large model, and all of a short answer to a small one."""
+        self.ledger.limit(LOST * (self.costs.verify(1, 1, 0) + self.costs.bookkeeping(1, drafting=False)))
 
     def _now(self, tokens: int, rows: int, context: int) -> float:
         """Seconds of a pass with chunks of prompts, on the machine as slow as it is now."""
@@ -310,6 +316,7 @@ class GuardedPolicy:
         if self._table is not self.costs.table:  # all of that was relative to another one
             self._table, self._slowness = self.costs.table, None
             self._proven.clear()
+            self._limit_credit()
         alone, tokens = drafted.base == drafted.ready, drafted.tokens // drafted.steps
         usual = self.costs.usual(tokens, drafted.rows, drafted.context, beside=not alone) * (1 + self.costs.features)
         ratio = max(drafted.verify / drafted.steps, 1e-9) / usual
@@ -356,7 +363,7 @@ class GuardedPolicy:
         self._resting += following
         if not self._follows:
             return
-        enough = self._idle >= IDLE if self._takes_up else self._resting >= RESTING * self.ledger.most
+        enough = self._idle >= IDLE if self._takes_up else self._resting >= RESTING * self.ledger.credit
         if enough or self.ledger.balance <= 0:
             self._follows = False
             self._idle = 0

@@ -148,7 +148,7 @@ class ThroughputPolicy:
         self._config, self._block = config, config.draft_tokens
         self._scheduler = Scheduler(max(self._block, 1))
         self._rounds, self._history = self._scheduler.rounds, self._scheduler.history
-        self._ledger = Ledger(share=config.probe_share, most=0.1, balance=0.1)
+        self._ledger = Ledger(share=config.probe_share, most=0.1)
         self._allowed = 0  # times of trying, as said at TRIES
         self._again: tuple[int, list[int], int] = (0, [], 0)  # steps, slots and drafts still tried
         self._tries = 0  # while no row is drafted for
