@@ -252,3 +252,9 @@ def test_the_tokenizers_end_counts_where_the_model_names_none(said: Any, tiny_mo
         (directory / name).write_text(json.dumps({**kept, "eos_token_id": said}))
     llm = LLM(directory, "none")
     assert llm.target.spec.eos_token_ids == (llm.tokenizer.eos_token_ids if said is None else (3, 4))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_keys_and_values_in_a_dtype_that_is_not_kept(backend: str) -> None:
+    with pytest.raises(InvalidRequest, match="'int4'"):
+        LLM("embedded", "none", backend=backend, kv_dtype="int4", measure=False)

@@ -244,7 +244,9 @@ class ReferenceStack:
     ) -> PagedCache:
         """See ``outrider.types.PagedTarget``. Raises InvalidRequest for a ``kv_dtype`` that is not ``auto``."""
         if kv_dtype != "auto":
-            raise InvalidRequest(f"the reference backend keeps keys and values in its own dtype, not as {kv_dtype!r}")
+            raise InvalidRequest(
+                f"the reference backend keeps keys and values in its own dtype, not as {kv_dtype!r}; use 'auto'"
+            )
         for rotary in self._rotaries.values():
             rotary.grow(capacity)
         shapes = [(layer.num_kv_heads, BLOCK, layer.head_dim) for layer in self.config.layers]

@@ -17,6 +17,7 @@ from outrider.config import Grammar, SamplingParams
 from outrider.engine.admission import Admission
 from outrider.engine.drafting import Drafting
 from outrider.engine.finisher import Finisher
+from outrider.engine.memory import check_kv_dtype
 from outrider.engine.predicted_text import PredictedText
 from outrider.engine.request import Commit, Request, check_request, sampling_error
 from outrider.engine.rows import Candidates, Rows, as_tensor
@@ -438,8 +439,7 @@ class Engine:
     def _new_cache(self) -> KVCache:
         """An empty cache for all rows, in blocks where the target can."""
         if not isinstance(self.target, PagedTarget):
-            if self._kv_dtype != "auto":
-                raise InvalidRequest(f"this target keeps keys and values in its own dtype, not as {self._kv_dtype!r}")
+            check_kv_dtype(self.target, self._kv_dtype)
             return self.target.new_cache(self.max_rows, self.capacity)
         self._paged = cache = self.target.paged_cache(self.max_rows, self.capacity, self._memory, self._kv_dtype)
         if self._memory is not None:

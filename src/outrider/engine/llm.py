@@ -26,7 +26,7 @@ from outrider.engine.cost_tables import (
 )
 from outrider.engine.engine import Engine
 from outrider.engine.loader import EMBEDDED, LoadedModel, check_draft_tokens, load_drafter, load_model, load_policy
-from outrider.engine.memory import default_memory
+from outrider.engine.memory import check_kv_dtype, default_memory
 from outrider.engine.request import Request
 from outrider.engine.stream import EventStream, Hold
 from outrider.engine.turns import Alone, at_once
@@ -116,6 +116,7 @@ class LLM:
             else load_model(model, dtype=dtype, backend=backend, tokenizer=tokenizer)
         )
         self.loaded, self.target, self.tokenizer, self.model = loaded, loaded.target, loaded.tokenizer, loaded.name
+        check_kv_dtype(self.target, kv_dtype)
         self.max_rows = max_rows
         for most in (draft_tokens, (policy_options or {}).get("draft_tokens")):
             check_draft_tokens(most, self.target)

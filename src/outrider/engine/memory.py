@@ -1,10 +1,13 @@
-"""How much memory keys and values may take when nobody says."""
+"""How much memory keys and values may take when nobody says, and which dtypes a target keeps them in."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["available_bytes", "default_memory"]
+from outrider.errors import InvalidRequest
+from outrider.types import PagedTarget, TargetModel
+
+__all__ = ["available_bytes", "check_kv_dtype", "default_memory"]
 
 SHARE = 0.5  # of what is available when an engine starts
 LEAST = 64 << 20
@@ -14,6 +17,15 @@ def default_memory() -> int | None:
     """Bytes for keys and values; None where the system does not say what is available."""
     available = available_bytes()
     return None if available is None else max(LEAST, int(SHARE * available))
+
+
+def check_kv_dtype(target: TargetModel, kv_dtype: str) -> None:
+    """Raise InvalidRequest for a dtype in which a target does not keep keys and values."""
+    if kv_dtype == "auto":
+        return
+    if not isinstance(target, PagedTarget):
+        raise InvalidRequest(f"this target keeps keys and values in its own dtype, not as {kv_dtype!r}; use 'auto'")
+    target.paged_cache(1, 1, kv_dtype=kv_dtype)
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from outrider.errors import InvalidRequest
 from outrider.kv_cache.attention import Pass
 from outrider.models.decoder import check_aux_layers
 from outrider.models.loading import load_backend
@@ -59,7 +60,10 @@ class ToyTarget:
     def paged_cache(
         self, slots: int, capacity: int, memory: int | None = None, kv_dtype: str = "auto", ahead: int = 0
     ) -> PagedCache:
-        """The same in blocks of ``block`` tokens, of 8 bytes each."""
+        """The same in blocks of ``block`` tokens, of 8 bytes each. Raises InvalidRequest for a ``kv_dtype`` that is not
+        ``auto``."""
+        if kv_dtype != "auto":
+            raise InvalidRequest(f"the toy keeps tokens in place of keys and values, not as {kv_dtype!r}; use 'auto'")
         shapes = [((1, self.block, 1), (0,))]
         cache: PagedCache = find("kv_cache", "gathered")(
             slots, capacity, shapes, torch.int64, size=self.block, memory=memory, ahead=ahead
