@@ -112,6 +112,16 @@ def test_vocabulary_facts(plain: Tokenizer, with_bos: Tokenizer, byte_fallback: 
     assert not plain.same_as(byte_fallback)
 
 
+@pytest.mark.parametrize("ids", [[-1], [2**32], ["a"], [1.5], [None], 5, None, "abc"])
+def test_what_is_no_list_of_ids_is_refused(plain: Tokenizer, byte_fallback: Tokenizer, ids: Any) -> None:
+    for tokenizer in (plain, byte_fallback):
+        assert tokenizer.decode([tokenizer.vocab_size]) == ""  # heads may have more rows than there are tokens
+        with pytest.raises(InvalidRequest, match="expected a list of token ids"):
+            tokenizer.decode(ids)
+        with pytest.raises(InvalidRequest, match="expected a list of token ids"):
+            tokenizer.decode_after([], ids)
+
+
 def test_vocabularies_that_differ_in_one_id_are_not_the_same(plain: Tokenizer, tmp_path: Path) -> None:
     other = byte_level_bpe()
     other.add_tokens(["extra"])

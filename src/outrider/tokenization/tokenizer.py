@@ -8,31 +8,29 @@ model directory is run.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
+from operator import index
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
-from outrider.errors import CheckpointError, InvalidRequest, reading_config
+from outrider.errors import CheckpointError, InvalidRequest
 from outrider.tokenization.chat_template import ChatTemplate, Message
 from outrider.tokenization.literal_content import mark_special_tokens, split_at_marks
+from outrider.tokenization.tokenizer_files import SPECIAL_NAMES, load_fast, read_settings, text_of, with_older
 
 __all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
 
 _REPLACEMENT = "\ufffd"
+_IDS = 1 << 32  # what the library can look up
 _LONGEST_WAIT = 8  # tokens; a character has at most 4 bytes, so what is still broken then stays broken
 _CONTEXT = 8  # tokens before an open one that are decoded with it
 _SURROGATES = re.compile(r"[\ud800-\udfff]+")
-_ADDED_OPTIONS = ("lstrip", "normalized", "rstrip", "single_word")
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -61,8 +59,8 @@ class Tokenizer:
         """
         self.directory = Path(directory)
         self.notes = tuple(notes)
-        self._settings = _read_json(self.directory / "tokenizer_config.json") if settings is None else dict(settings)
-        self._fast = fast or _load(self.directory, self._settings)
+        self._settings = read_settings(self.directory / "tokenizer_config.json") if settings is None else dict(settings)
+        self._fast = fast or load_fast(self.directory, self._settings)
         self._fast.no_truncation()  # a file may hold settings that were used in training
         self._fast.no_padding()
         self._fast.encode_special_tokens = bool(self._settings.get("split_special_tokens"))  # texts spell them only
@@ -96,17 +94,19 @@ class Tokenizer:
         return [*prefix, *ids, *suffix]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; incomplete characters read U+FFFD."""
-        return str(self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        """Text of token ids; incomplete characters read U+FFFD, and an id that is no token's has no text.
+
+        Raises InvalidRequest for what is no list of token ids."""
+        return str(self._fast.decode(_token_ids(ids), skip_special_tokens=skip_special_tokens))
 
     def detokenizer(self, prompt_tail: Sequence[int] = ()) -> Detokenizer:
         """A fresh incremental decoder of what follows the prompt."""
         return Detokenizer(self, prompt_tail)
 
     def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """Text of token ids that follow a prompt, its leading space included."""
-        detokenizer = self.detokenizer(prompt)
-        return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+        """Text of token ids that follow a prompt, its leading space included. Raises InvalidRequest as ``decode``."""
+        detokenizer = self.detokenizer(_token_ids(prompt))
+        return "".join(map(detokenizer.push, _token_ids(ids))) + detokenizer.flush()
 
     # ------------------------------------------------------------------------------------------ vocabulary
 
@@ -128,8 +128,8 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """Name -> text of ``bos_token``, ``eos_token`` and the like, from the directory's settings."""
-        named = _with_older(self.directory, self._settings)
-        return {name: text for name in _SPECIAL_NAMES if (text := _text_of(named.get(name)))}
+        named = with_older(self.directory, self._settings)
+        return {name: text for name in SPECIAL_NAMES if (text := text_of(named.get(name)))}
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -208,7 +208,7 @@ class Tokenizer:
     def _template_sources(self) -> dict[str, str]:
         """Templates by name; ``default`` is the one of most conversations."""
         found: dict[str, str] = {}
-        values = [_read_json(self.directory / "chat_template.json"), self._settings]  # processors, then tokenizers
+        values = [read_settings(self.directory / "chat_template.json"), self._settings]  # processors, then tokenizers
         for value in (settings.get("chat_template") for settings in values):
             if isinstance(value, str):
                 found["default"] = value
@@ -427,6 +427,17 @@ class Detokenizer:
         return text
 
 
+def _token_ids(given: Iterable[int]) -> list[int]:
+    """Ids as Python's integers. Raises InvalidRequest for anything else."""
+    try:
+        ids = [index(value) for value in given]
+    except TypeError:
+        ids = [-1]
+    if ids and not 0 <= min(ids) <= max(ids) < _IDS:
+        raise InvalidRequest(f"expected a list of token ids (whole numbers of at least 0), got {str(given)[:60]!r}")
+    return ids
+
+
 def _utf8_state(raw: bytes) -> int:
     """-1 for whole characters, 0 for the beginning of one, else the number of leading bytes that belong to none."""
     try:
@@ -483,108 +494,3 @@ class StopMatcher:
 
     def _may_begin(self, text: str) -> bool:
         return any(stop.startswith(text) for stop in self._stop)
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file. Raises CheckpointError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON or broken UTF-8
-        raise CheckpointError(f"{path} cannot be read: expected JSON, got {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _load(directory: Path, settings: Mapping[str, Any]) -> FastTokenizer:
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory: expected a model directory with its tokenizer.json")
-    file = directory / "tokenizer.json"
-    if file.is_file():
-        try:
-            found = FastTokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for a broken file
-            raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}; copy it again") from None
-        _add_tokens(found, directory, settings)
-        return found
-    known = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
-    if not any((directory / name).is_file() for name in known):
-        raise CheckpointError(
-            f"{directory} has no tokenizer: expected tokenizer.json (or one of {', '.join(known)}); "
-            "copy it from the model's source"
-        )
-    return _convert(directory)
-
-
-def _add_tokens(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
-    """Tokens that only the files beside tokenizer.json give ids to, as chats' special tokens at times. ``settings``:
-    tokenizer_config.json. Raises CheckpointError."""
-    with reading_config(f"{directory}: added_tokens.json, or tokenizer_config.json,"):
-        declared = _read_json(directory / "added_tokens.json")
-        given: dict[int, Any] = {number: {"content": text} for text, number in declared.items()}
-        decoder = settings.get("added_tokens_decoder") or {}
-        given |= {int(number): token for number, token in decoder.items()}
-        there = {token.content for token in fast.get_added_tokens_decoder().values()}
-        for number, token in sorted(given.items()):
-            if token["content"] in there:
-                continue
-            options = {name: bool(token[name]) for name in _ADDED_OPTIONS if name in token}
-            added = AddedToken(token["content"], special=bool(token.get("special", True)), **options)
-            fast.add_special_tokens([added]) if added.special else fast.add_tokens([added])
-            if fast.token_to_id(added.content) != number:
-                raise CheckpointError(
-                    f"{directory}: {added.content!r} is to have the id {number}, but tokenizer.json leaves it "
-                    f"{fast.token_to_id(added.content)}; copy the tokenizer's files again, they do not belong together"
-                )
-        _add_named(fast, directory, settings)
-
-
-def _add_named(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
-    """Special tokens that are named without an id: entries of the vocabulary as they are, others after all entries, as
-    far as the model has rows for them."""
-    named = _with_older(directory, settings)
-    values = [named.get(name) for name in _SPECIAL_NAMES]
-    for name in _MORE_SPECIAL:
-        more = named.get(name) or []
-        values += more.values() if isinstance(more, Mapping) else more
-    there = {token.content for token in fast.get_added_tokens_decoder().values()}
-    texts = [text for text in dict.fromkeys(map(_text_of, values)) if text and text not in there]
-    if texts:
-        model = _read_json(directory / "config.json")
-        rows = {**model, **(model.get("text_config") or {})}.get("vocab_size")
-        for text in texts:
-            if fast.token_to_id(text) is not None or rows is None or fast.get_vocab_size() < rows:
-                fast.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-
-
-def _with_older(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json; where it is of the older kind, what special_tokens_map.json says counts more."""
-    older = {} if "added_tokens_decoder" in settings else _read_json(directory / "special_tokens_map.json")
-    return {**settings, **older}
-
-
-def _text_of(token: Any) -> str | None:
-    """The text of a special token, which is written as such or as an object."""
-    content = token.get("content") if isinstance(token, Mapping) else token
-    return content if isinstance(content, str) else None
-
-
-def _convert(directory: Path) -> FastTokenizer:
-    """Older tokenizer files, converted by ``transformers``."""
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever a model's own files make it raise
-        raise CheckpointError(f"{directory}: transformers cannot read its tokenizer: {error}") from None
-    fast = getattr(found, "backend_tokenizer", None)
-    if not isinstance(fast, FastTokenizer):
-        raise CheckpointError(
-            f"{directory} has a {type(found).__name__}, which cannot be converted; expected a tokenizer.json"
-        )
-    return fast

@@ -1,0 +1,121 @@
+"""A model directory's tokenizer files, as a tokenizer of the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
+
+from outrider.errors import CheckpointError, reading_config
+
+__all__ = ["SPECIAL_NAMES", "load_fast", "read_settings", "text_of", "with_older"]
+
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
+_ADDED_OPTIONS = ("lstrip", "normalized", "rstrip", "single_word")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file. Raises CheckpointError."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON or broken UTF-8
+        raise CheckpointError(f"{path} cannot be read: expected JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def load_fast(directory: Path, settings: Mapping[str, Any]) -> FastTokenizer:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory: expected a model directory with its tokenizer.json")
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        try:
+            found = FastTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception for a broken file
+            raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}; copy it again") from None
+        _add_tokens(found, directory, settings)
+        return found
+    known = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+    if not any((directory / name).is_file() for name in known):
+        raise CheckpointError(
+            f"{directory} has no tokenizer: expected tokenizer.json (or one of {', '.join(known)}); "
+            "copy it from the model's source"
+        )
+    return _convert(directory)
+
+
+def _add_tokens(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Tokens that only the files beside tokenizer.json give ids to, as chats' special tokens at times. ``settings``:
+    tokenizer_config.json. Raises CheckpointError."""
+    with reading_config(f"{directory}: added_tokens.json, or tokenizer_config.json,"):
+        declared = read_settings(directory / "added_tokens.json")
+        given: dict[int, Any] = {number: {"content": text} for text, number in declared.items()}
+        decoder = settings.get("added_tokens_decoder") or {}
+        given |= {int(number): token for number, token in decoder.items()}
+        there = {token.content for token in fast.get_added_tokens_decoder().values()}
+        for number, token in sorted(given.items()):
+            if token["content"] in there:
+                continue
+            options = {name: bool(token[name]) for name in _ADDED_OPTIONS if name in token}
+            added = AddedToken(token["content"], special=bool(token.get("special", True)), **options)
+            fast.add_special_tokens([added]) if added.special else fast.add_tokens([added])
+            if fast.token_to_id(added.content) != number:
+                raise CheckpointError(
+                    f"{directory}: {added.content!r} is to have the id {number}, but tokenizer.json leaves it "
+                    f"{fast.token_to_id(added.content)}; copy the tokenizer's files again, they do not belong together"
+                )
+        _add_named(fast, directory, settings)
+
+
+def _add_named(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Special tokens that are named without an id: entries of the vocabulary as they are, others after all entries, as
+    far as the model has rows for them."""
+    named = with_older(directory, settings)
+    values = [named.get(name) for name in SPECIAL_NAMES]
+    for name in _MORE_SPECIAL:
+        more = named.get(name) or []
+        values += more.values() if isinstance(more, Mapping) else more
+    there = {token.content for token in fast.get_added_tokens_decoder().values()}
+    texts = [text for text in dict.fromkeys(map(text_of, values)) if text and text not in there]
+    if texts:
+        model = read_settings(directory / "config.json")
+        rows = {**model, **(model.get("text_config") or {})}.get("vocab_size")
+        for text in texts:
+            if fast.token_to_id(text) is not None or rows is None or fast.get_vocab_size() < rows:
+                fast.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+
+def with_older(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json; where it is of the older kind, what special_tokens_map.json says counts more."""
+    older = {} if "added_tokens_decoder" in settings else read_settings(directory / "special_tokens_map.json")
+    return {**settings, **older}
+
+
+def text_of(token: Any) -> str | None:
+    """The text of a special token, which is written as such or as an object."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None
+
+
+def _convert(directory: Path) -> FastTokenizer:
+    """Older tokenizer files, converted by ``transformers``."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever a model's own files make it raise
+        raise CheckpointError(f"{directory}: transformers cannot read its tokenizer: {error}") from None
+    fast = getattr(found, "backend_tokenizer", None)
+    if not isinstance(fast, FastTokenizer):
+        raise CheckpointError(
+            f"{directory} has a {type(found).__name__}, which cannot be converted; expected a tokenizer.json"
+        )
+    return fast
