@@ -391,6 +391,12 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
         ("llama", {"rope_parameters": "yarn"}, "rope parameters must be an object, got 'yarn'"),
+        (
+            "qwen3",
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+            "for each kind of layer .full_attention., and this model has one rotation for all layers",
+        ),
+        ("gemma4", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "none for sliding_attention"),
         ("llama", {"hidden_size": None}, "no 'hidden_size'"),
         ("llama", {"hidden_size": "48"}, "'hidden_size' must be a whole number of at least 1, got '48'"),
         ("llama", {"num_key_value_heads": 3}, "4 heads, which 3 key/value heads cannot share evenly"),

@@ -191,6 +191,13 @@ def _rope_options(config: Mapping[str, Any], layer_type: str | None) -> dict[str
     options = dict(given)
     if layer_type is not None and isinstance(options.get(layer_type), Mapping):
         options = dict(options[layer_type])
+    kinds = [key for key, value in options.items() if isinstance(value, Mapping)]
+    if kinds:
+        raise CheckpointError(
+            f"config.json gives rope parameters for each kind of layer ({', '.join(kinds)}), and this model has "
+            f"{'one rotation for all layers' if layer_type is None else f'none for {layer_type}'}; give all layers' "
+            "rope_type and rope_theta without kinds, or compare it with the config.json of the model's source"
+        )
     options["rope_type"] = options.get("rope_type") or options.get("type") or "default"
     for key, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", None)):
         if options.get(key) is None:
