@@ -526,6 +526,13 @@ def test_a_rotation_that_changes_with_the_length_ends_the_context(tmp_path: Path
     assert load_target(tmp_path).spec.max_positions == 32
 
 
+def test_a_choice_of_keys_that_depends_on_the_pass_ends_the_context(tmp_path: Path) -> None:
+    """Doge: beyond a length each layer attends to some keys only, and keys of equal tokens are equally good."""
+    config = transformers.DogeConfig(**{**SMALL, "pad_token_id": 0}, keep_window_size=32)
+    transformers.DogeForCausalLM(config).save_pretrained(tmp_path)
+    assert load_target(tmp_path).spec.max_positions == 32
+
+
 def test_a_model_that_transformers_cannot_run(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Any, *given: Any, **options: Any) -> None:
         raise TypeError("no number of heads")

@@ -248,9 +248,11 @@ def _max_positions(config: Any) -> int:
     """The longest text a model was made for; 2048 where its config names none.
 
     With longrope, texts beyond a length have all their positions rotated otherwise, also those in the cache: that one.
+    Likewise where layers choose ``keep_window_size`` keys of more (Doge): equal tokens tie, and which of them is chosen
+    depends on how the text is cut into passes.
     """
     ropes = getattr(config, "rope_parameters", None) or {}
-    most = math.inf
+    most = getattr(config, "keep_window_size", None) or math.inf
     for one in (ropes, *ropes.values()):
         if isinstance(one, Mapping) and one.get("rope_type") == "longrope":
             most = min(most, one.get("original_max_position_embeddings") or math.inf)
