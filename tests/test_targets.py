@@ -397,6 +397,8 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
             "for each kind of layer .full_attention., and this model has one rotation for all layers",
         ),
         ("gemma4", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "none for sliding_attention"),
+        ("llama", {"is_causal": False}, "no causal language model"),
+        ("gemma3", {"is_causal": False}, "no causal language model"),
         ("llama", {"hidden_size": None}, "no 'hidden_size'"),
         ("llama", {"hidden_size": "48"}, "'hidden_size' must be a whole number of at least 1, got '48'"),
         ("llama", {"num_key_value_heads": 3}, "4 heads, which 3 key/value heads cannot share evenly"),

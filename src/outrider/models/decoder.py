@@ -193,6 +193,11 @@ class DecoderTarget:
         names = cls.tensor_names({**cls.defaults, **config})
         if config.get("text_config") is not None:
             names, config = replace(names, ignored=_OTHER_TOWERS), _text_part(config)
+        if config.get("is_causal") is False:
+            raise CheckpointError(
+                "config.json sets is_causal to False: tokens see later ones, so this is no causal language model (an "
+                "encoder?); choose one that writes text"
+            )
         return {**cls.defaults, **config}, names
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
