@@ -37,7 +37,7 @@ class BlockPool:
         self._free: list[int] = []  # used before; the last one given back is the first one used again
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._names: dict[int, bytes] = {}
-        self._named: dict[bytes, int] = {}
+        self._named: dict[bytes, list[int]] = {}  # blocks of the same content; the first one is found
 
     @property
     def available(self) -> int:
@@ -80,7 +80,8 @@ class BlockPool:
         self._holders[block] -= 1
         if self._holders[block]:
             return
-        if block not in self._names:
+        if block not in self._names or len(self._named[self._names[block]]) > 1:  # another one is found in its place
+            self.forget(block)
             self._free.append(block)
             return
         self._idle[block] = None
@@ -90,16 +91,18 @@ class BlockPool:
             self._free.append(oldest)
 
     def name(self, block: int, name: bytes) -> None:
-        """Let a block be found by its content; the first block of that content is the one that is found."""
-        if name not in self._named:
-            self._named[name] = block
-            self._names[block] = name
+        """Let a block be found by its content; of several blocks of that content, while the ones before it are not."""
+        assert block not in self._names, f"block {block} has a name"
+        self._names[block] = name
+        self._named.setdefault(name, []).append(block)
 
     def forget(self, block: int) -> None:
         """A block's content is about to change: nobody may find it any more."""
         name = self._names.pop(block, None)
         if name is not None:
-            del self._named[name]
+            self._named[name].remove(block)
+            if not self._named[name]:
+                del self._named[name]
 
     def forget_idle(self) -> None:
         """Give up every block that no sequence holds."""
@@ -112,8 +115,8 @@ class BlockPool:
         """The blocks that hold the beginning of a sequence."""
         found = []
         for name in digests(tokens, self.size, self.ahead):
-            block = self._named.get(name)
-            if block is None:
+            blocks = self._named.get(name)
+            if blocks is None:
                 break
-            found.append(block)
+            found.append(blocks[0])
         return found
