@@ -401,6 +401,22 @@ def test_interruption_keeps_what_was_written(model: list[str], tmp_path: Path) -
     assert (beginning + rest).decode() == record["text"] + "\n"
 
 
+def test_an_interruption_while_it_is_imported_shows_no_traceback() -> None:
+    code = """
+import os, runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("outrider", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGINT and not done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("command", [["generate", "x", "--max-tokens", "100", "--ignore-eos"], ["models"]])
 def test_a_reader_that_goes_away_is_no_error(model: list[str], command: list[str]) -> None:
     line = " ".join([sys.executable, "-m", "outrider", *command, *(model if command[0] == "generate" else [])])
