@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -253,3 +254,13 @@ def test_loading_needs_one_copy_of_the_weights(tmp_path: Path) -> None:
     assert int(run.stdout) < weights * 1.3 + (32 << 20), (
         f"{int(run.stdout) >> 20} MiB for {weights >> 20} MiB of weights"
     )
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("outrider.models.weights.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(4)})
+    assert error.value.filename == str(tmp_path / "a.safetensors") and not list(tmp_path.iterdir())

@@ -8,6 +8,8 @@ the largest single piece besides.
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -220,8 +222,16 @@ class LazyWeights(Mapping[str, Tensor]):
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file so that a reader sees the old one or the whole new one."""
+    """Write a safetensors file so that a reader sees the old one or the whole new one. Raises OSError."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_file(
-        path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
-    )
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+    replace_file(path, write)

@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +28,6 @@ from typing import Any, BinaryIO
 
 import torch
 from pydantic import BaseModel
-from safetensors import SafetensorError
 
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.files import read_json, read_json_lines, replace_file, write_json
@@ -268,10 +266,8 @@ def begin(
 
 
 def _disk_full(error: BaseException) -> str | None:
-    """What the system said where the disk is full; safetensors has the number in its text."""
+    """What the system said where the disk is full."""
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])
     return os.strerror(number) if number in DISK_FULL else None
 
 
