@@ -156,7 +156,9 @@ def test_a_pre_tokenizer_that_is_assumed_is_said(file: Path, tmp_path: Path) -> 
 def test_doctor_and_gguf_files(file: Path) -> None:
     """A target may be one; a drafter is none."""
     result = CliRunner().invoke(app, ["doctor", str(file)])
-    assert result.exit_code == 1 and "is a GGUF file, a whole model" in " ".join(result.stdout.split())
+    assert result.exit_code == 1 and "is a file; expected the directory of a trained drafter" in " ".join(
+        result.stdout.split()
+    )
     result = CliRunner().invoke(app, ["doctor", "embedded-dspark", "--target", str(file), "--json"])
     assert "config.json" not in result.output and result.exit_code == 1
     assert any(finding["level"] == "fault" for finding in json.loads(result.stdout)["findings"])

@@ -95,8 +95,8 @@ def load(folder: str | Path) -> DraftCheckpoint:
     path = resolve_model(folder)
     if path.is_file():
         raise CheckpointError(
-            f"{path} is a GGUF file, a whole model; expected the directory of a trained drafter "
-            "(--drafter takes the file as a draft model)"
+            f"{path} is a file; expected the directory of a trained drafter "
+            "(--drafter takes a GGUF file as a draft model)"
         )
     checkpoint = read_header(read_json(path / "config.json"))
     stored = _StoredTensors(path)
