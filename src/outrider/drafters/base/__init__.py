@@ -4,7 +4,7 @@ from outrider.drafters.base.autoregressive import AutoregressiveDrafter, Autoreg
 from outrider.drafters.base.calibrated import CalibratedDrafter
 from outrider.drafters.base.draft_cache import DraftCache, Waiting
 from outrider.drafters.base.draft_sampling import Drawing, draft_keys, known_sampling, packed_proposal
-from outrider.drafters.base.network import DraftNet, linear, load_net, measured_softcap, rms_norm, rowwise
+from outrider.drafters.base.network import DraftNet, head_rows, linear, load_net, measured_softcap, rms_norm, rowwise
 from outrider.drafters.base.several import SeveralDrafters
 from outrider.drafters.base.trained import CachedDrafter, TrainedDrafter
 
@@ -20,6 +20,7 @@ __all__ = [
     "TrainedDrafter",
     "Waiting",
     "draft_keys",
+    "head_rows",
     "known_sampling",
     "linear",
     "load_net",

@@ -13,14 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from outrider.checkpoints import DraftCheckpoint
-from outrider.drafters.base import measured_softcap
+from outrider.drafters.base import head_rows, measured_softcap
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.types import TargetModel
 
 __all__ = ["Frozen", "fill"]
 
-PROBE = 2.0**-6  # small enough for a soft cap to be linear, and a power of two so that nothing is rounded
-CHUNK = 256
 COPY = 2.0**-7  # relative difference up to which a matrix is a copy of the target's: bfloat16's
 LENGTHS = ("block_size", "depth")  # of a round: all else in a design is part of what was learnt
 
@@ -46,9 +44,8 @@ class Frozen:
         if "head.weight" in tensors:
             self.head = tensors["head.weight"].float()
         else:
-            head = self._probe()
-            self._softcap = measured_softcap(head, None, target)
-            self.head = head if self._ids is None else head[self._ids]
+            self.head = head_rows(target, self._ids)
+            self._softcap = measured_softcap(self.head, self._ids, target)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [n] -> [n, D]"""
@@ -69,12 +66,6 @@ class Frozen:
     def draft_ids(self, tokens: Tensor) -> Tensor:
         """Draft ids of target ids, -1 where there is none. int64 [n] -> [n]"""
         return tokens if self._draft_id is None else self._draft_id[tokens]
-
-    def _probe(self) -> Tensor:
-        """The target's head as a matrix [V, D], from what it makes of unit vectors."""
-        units = torch.eye(self._target.spec.hidden_size, dtype=self._target.spec.dtype) * PROBE
-        columns = [self._target.unembed(part).float() / PROBE for part in units.split(CHUNK)]
-        return torch.cat(columns).T.contiguous()
 
     # -------------------------------------------------------------------------------------------- weights
 
