@@ -167,6 +167,11 @@ def test_answers_that_fill_the_context_are_refused_before_anything_runs(recipe: 
         (["run.drafter.draft_vocab=4097"], r"\[run\] draft_vocab must be 1 to 4096, .* got 4097"),
         (["run.drafter.target_layers=[7]"], r"layer 7 cannot be read; of the target's 8 layers those from 0 to 6 can"),
         (['run={kind="mtp", length=48}', "features={layers=[7], length=48}"], r"\[features\] layers: layer 7 cannot"),
+        (['run={kind="mtp", drafter={target_layer=7}}'], r"\[run\] target_layer: layer 7 cannot be read"),
+        (
+            ['run={kind="mtp", drafter={target_layer=5}}', "features={layers=[6]}"],
+            r"layers are \[6\], but the drafter of \[run\] reads target_layer \[5\]",
+        ),
     ],
 )
 def test_layers_that_the_target_lacks_are_refused_before_anything_runs(

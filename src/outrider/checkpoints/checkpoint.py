@@ -24,7 +24,7 @@ from outrider.checkpoints.stack_format import decoder_stack, named_biases, requi
 from outrider.config import StackConfig
 from outrider.errors import CheckpointError, IncompatibleDrafter
 from outrider.scheduling.calibration import Calibration
-from outrider.types import TargetSpec
+from outrider.types import TargetSpec, readable_layers
 
 __all__ = ["Design", "DraftCheckpoint", "Form", "Sizes", "TargetFacts"]
 
@@ -252,7 +252,7 @@ class DraftCheckpoint:
                 f"the drafter reads the target's last layer ({last}), which is ambiguous: libraries report it before "
                 "or after the final norm; train a drafter on earlier layers"
             )
-        outside = [layer for layer in layers if not -1 <= layer < last]
+        outside = set(layers) - set(readable_layers(spec.num_layers))
         if outside or len(set(layers)) < len(layers):
             raise IncompatibleDrafter(
                 f"the drafter reads the target's layers {list(layers)}; expected different ones from -1 (the "

@@ -23,7 +23,7 @@ from outrider.evaluation.replay import Acceptance, Prompts, Transcript, least_sc
 from outrider.files import read_json
 from outrider.models.locations import resolve_model
 from outrider.registry import find
-from outrider.types import Backend, TargetModel
+from outrider.types import Backend, TargetModel, readable_layers
 
 __all__ = ["Finding", "Measured", "Report", "examine", "measure"]
 
@@ -123,8 +123,8 @@ def examine(
     if target_config is not None:
         findings += _check_rope(checkpoint, target_config)
     readings = _readings(checkpoint, target, target_config)
-    layers = sorted({layer for _, _, reading in readings for layer in reading.target_layers or ()})
-    layers = [layer for layer in layers if -1 <= layer < target.spec.num_layers - 1]
+    wanted = {layer for _, _, reading in readings for layer in reading.target_layers or ()}
+    layers = sorted(wanted & set(readable_layers(target.spec.num_layers)))
     if not layers:
         findings.append(Finding("fault", "layers", f"none of the layers {checkpoint.target_layers} can be auxiliary"))
         return Report(checkpoint, tuple(findings))
@@ -153,7 +153,7 @@ def _check_given(checkpoint: DraftCheckpoint, layers: tuple[int, ...], num_layer
             f"target layers are given for a file that names its own, {list(checkpoint.target_layers)}; leave them out"
         )
     highest = "" if num_layers is None else f" to {num_layers - 2}"
-    outside = [n for n in layers if n < -1 or (num_layers is not None and n > num_layers - 2)]
+    outside = [n for n in layers if n < -1 or (num_layers is not None and n not in readable_layers(num_layers))]
     if outside or len(set(layers)) < len(layers) or len(layers) != checkpoint.num_aux_layers:
         raise InvalidRequest(
             f"the drafter reads {checkpoint.num_aux_layers} different target layers, from -1 (the embedding){highest}; "

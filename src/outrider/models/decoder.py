@@ -26,6 +26,7 @@ from outrider.types import (
     Stack,
     TargetOutput,
     TargetSpec,
+    readable_layers,
 )
 
 __all__ = [
@@ -400,7 +401,7 @@ def check_aux_layers(aux_layers: Sequence[int], layers: int) -> None:
                 f"layer {aux_layer} is the last one and cannot be auxiliary: tools disagree whether its features are "
                 f"taken before or after the final norm; choose one of -1 (the embedding) to {layers - 2}"
             )
-        if not -1 <= aux_layer < layers:
+        if aux_layer not in readable_layers(layers):
             raise InvalidRequest(
                 f"auxiliary layer {aux_layer} is no layer of this target; expected -1 (the embedding) to {layers - 2}"
             )

@@ -36,6 +36,7 @@ from outrider.training.fit_calibration import LEAST_PROMPTS
 from outrider.training.networks import training_of
 from outrider.training.regenerate import sampling
 from outrider.training.stages import STAGES, make, opened
+from outrider.types import readable_layers
 
 __all__ = ["Recipe", "changed", "check_target", "configure", "read_recipe", "run_recipe"]
 
@@ -136,15 +137,22 @@ def _check_dtype(dtype: str, where: str) -> None:
             raise InvalidRequest(f"{where}: dtype: {error}") from None
 
 
+def _layers_read(drafter: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
+    """The option that names target layers of a drafter, and those it names."""
+    if drafter.get("target_layer") is not None:
+        return "target_layer", (drafter["target_layer"],)
+    return "target_layers", tuple(drafter.get("target_layers") or ())
+
+
 def _check_features(configs: Mapping[str, Any], path: Path) -> None:
     """Refuse features that training cannot read, where the recipe names what it reads."""
     if "features" not in configs:
         return
-    layers = configs["run"].drafter.get("target_layers")
-    if layers and configs["features"].layers != tuple(layers):
+    option, layers = _layers_read(configs["run"].drafter)
+    if layers and configs["features"].layers != layers:
         raise InvalidRequest(
             f"{path}: [features] layers are {list(configs['features'].layers)}, but the drafter of [run] reads "
-            f"target_layers {list(layers)}; give the same"
+            f"{option} {list(layers)}; give the same"
         )
     lengths = [configs[name].length for name in ("features", "run")]
     if lengths[0] != lengths[1]:
@@ -232,11 +240,12 @@ def check_target(recipe: Recipe) -> None:
                 f"[run] {option} must be {least} to {vocabulary + most}, as the target has {vocabulary} tokens; "
                 f"got {value}"
             )
-    named = {"[run] target_layers": configs["run"].drafter.get("target_layers")}
+    option, read = _layers_read(configs["run"].drafter)
+    named = {f"[run] {option}": read}
     if "features" in configs:
         named["[features] layers"] = configs["features"].layers
     for where, layers in named.items():
-        wrong = [layer for layer in layers or () if count is not None and not -1 <= layer < count - 1]
+        wrong = [layer for layer in layers if count is not None and layer not in readable_layers(count)]
         if wrong:
             raise InvalidRequest(
                 f"{where}: layer {wrong[0]} cannot be read; of the target's {count} layers those from 0 to {count - 2} "

@@ -32,7 +32,7 @@ from outrider.types.passes import (
     to_tensor,
 )
 from outrider.types.results import DraftReport, Event, Output, Piece, RequestStats, TokenLogprobs
-from outrider.types.roles import Drafter, Forgets, ReadsHidden, ResetsRows, TargetModel, TargetSpec
+from outrider.types.roles import Drafter, Forgets, ReadsHidden, ResetsRows, TargetModel, TargetSpec, readable_layers
 from outrider.types.rounds import Context, Distribution, Processor, Proposal, RequestRows, Rng, Verification
 from outrider.types.stacks import Backend, DraftLoop, FindsLargest, HasStack, Stack, TiedHead
 from outrider.types.steps import RowRecord, SchedulerPolicy, StepCost, StepObserver, StepRecord, StepsAside, StepView
@@ -90,6 +90,7 @@ __all__ = [
     "Values",
     "Verification",
     "joined",
+    "readable_layers",
     "to_array",
     "to_list",
     "to_tensor",

@@ -17,7 +17,7 @@ from outrider.types.passes import RaggedBatch, TargetOutput, Values
 from outrider.types.rounds import Context, Proposal, Rng
 from outrider.types.stacks import Backend
 
-__all__ = ["Drafter", "Forgets", "ReadsHidden", "ResetsRows", "TargetModel", "TargetSpec"]
+__all__ = ["Drafter", "Forgets", "ReadsHidden", "ResetsRows", "TargetModel", "TargetSpec", "readable_layers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,12 @@ class TargetSpec:
     name: str = ""
     eos_token_ids: tuple[int, ...] = ()
     defaults: dict[str, float] = field(default_factory=dict)  # sampling defaults of generation_config.json
+
+
+def readable_layers(count: int) -> range:
+    """Layers whose output a drafter may read from a target of ``count`` layers: -1, the embedding, and all but the last
+    one, which libraries report before or after the final norm."""
+    return range(-1, count - 1)
 
 
 @runtime_checkable
