@@ -198,7 +198,7 @@ def test_a_block_learns_the_tokens_that_follow_its_anchors_up_to_the_first_that_
         loss = module.loss(batch)
     assert sure is not None
     weights, at = position_weights(4, module.weights.gamma), 0
-    expected = {"cross_entropy": torch.zeros(()), "confidence": torch.zeros(())}
+    expected = {name: torch.zeros(()) for name in ("cross_entropy", "confidence", "acceptance")}
     for anchor in batch.anchors.tolist():
         end = next(stop for _, stop in batch.texts.spans() if anchor < stop)
         for depth, position in enumerate(range(anchor + 1, min(anchor + 5, end))):
@@ -210,6 +210,7 @@ def test_a_block_learns_the_tokens_that_follow_its_anchors_up_to_the_first_that_
             expected["confidence"] += weights[depth] * nn.functional.binary_cross_entropy_with_logits(
                 sure[at], torch.minimum(p, q).sum()
             )
+            expected["acceptance"] += weights[depth] * torch.minimum(p, q).sum()
             at += 1
     assert at == len(logits)
     for name, value in expected.items():
@@ -228,7 +229,7 @@ def test_autoregressive_training_is_what_drafts(
     made: list[torch.Tensor] = []
     unembed = module.frozen.unembed
     monkeypatch.setattr(module.frozen, "unembed", lambda hidden: made.append(unembed(hidden)) or made[-1])
-    module.loss(batch)
+    loss = module.loss(batch)
     make, options = (Eagle3Drafter, Eagle3Config) if kind == "eagle3" else (MTPDrafter, MTPConfig)
     drafter = make(
         module.snapshot(),
@@ -252,6 +253,18 @@ def test_autoregressive_training_is_what_drafts(
                 valid = batch.anchors[module._valid(batch.texts, batch.anchors, k)]
                 row = int((valid == start).nonzero()[0, 0])
                 torch.testing.assert_close(made[k][row].detach(), expected[0, k], rtol=1e-3, atol=1e-3)
+
+    weight, hard, accepted = 0.0, 0.0, 0.0
+    for k in range(steps):
+        valid = batch.anchors[module._valid(batch.texts, batch.anchors, k)]
+        q, p = (x.detach().softmax(-1) for x in (made[k], batch.logits[torch.searchsorted(batch.rows, valid + k + 1)]))
+        weight += module.weights.decay**k * len(valid)
+        inside = valid + k + 2 < batch.texts.ends(valid)  # behind a text's last token there is none to learn
+        following = batch.texts.tokens[valid[inside] + k + 2, None]
+        hard -= module.weights.decay**k * float(q[inside].gather(1, following).log().sum())
+        accepted += module.weights.decay**k * float(torch.minimum(p, q).sum())
+    found = [float(value) for value in (loss.weight, loss.parts["cross_entropy"], loss.parts["acceptance"])]
+    assert found == pytest.approx([weight, hard, accepted], rel=1e-3)
 
 
 @pytest.mark.parametrize("training", [DSparkTraining(markov_rank=8), Eagle3Training(depth=3), DraftModelTraining()])
@@ -403,6 +416,15 @@ def test_drafting_starts_where_it_reaches_an_answer(
 
         assert got[0].tolist() == anchors
         assert got[1].tolist() == sorted(rows)
+
+
+def test_no_row_and_no_anchor_lies_outside_what_an_answer_follows(target: TargetModel, config: dict[str, Any]) -> None:
+    whole = TokenBatch(torch.zeros(7).long(), torch.tensor([0, 3, 7]), torch.ones(7).bool(), (0, 1))
+    asked = replace(whole, answers=torch.tensor([0, 0, 1, 0, 0, 1, 1]).bool())
+    model = DraftModelTraining().start(target, config, VOCABULARY)
+    block = DSparkTraining(markov_rank=0, confidence=False).start(target, config, VOCABULARY)
+    assert [model.wanted(texts, 0)[0].tolist() for texts in (whole, asked)] == [[0, 1, 3, 4, 5], [1, 4, 5]]
+    assert [block.wanted(texts, 0)[0].tolist() for texts in (whole, asked)] == [[1, 4, 5], [5]]
 
 
 def test_every_trainable_kind_is_in_the_catalogue() -> None:

@@ -73,7 +73,7 @@ class _Steps:
     positions: Tensor  # int64 [K N]  positions in their texts
     counted: Tensor  # int64 [n]      where drafting started, among the packed tokens
     rows: Tensor  # int64 [n]         the row of the target's logits that verifies each
-    drafted: Tensor  # int64 [n]      its token
+    drafted: Tensor  # int64 [n]      its token, -1 behind the text's last
     weight: Tensor  # float32 [n]     of its step
 
 
@@ -150,12 +150,13 @@ class TrainableAutoregressive(TrainableNet):
         steps, which = valid.nonzero(as_tuple=True)
         counted = anchors[which]
         rows = counted + steps + 1  # the target's distribution of each draft
+        drafted = texts.tokens[(rows + 1).clamp(max=last)]
         indices = (
             texts.tokens[(packed + every + 1).clamp(max=last)].flatten(),
             (packed - starts + every).flatten(),
             counted,
             torch.searchsorted(batch.rows, rows),
-            texts.tokens[(rows + 1).clamp(max=last)],
+            torch.where(rows + 1 < texts.ends(counted), drafted, -1),
             self.weights.decay ** steps.float(),
         )
         attention = AutoregressiveAttention(texts, device)

@@ -64,8 +64,8 @@ class Frozen:
         return distribution if self._ids is None else distribution[:, self._ids]
 
     def draft_ids(self, tokens: Tensor) -> Tensor:
-        """Draft ids of target ids, -1 where there is none. int64 [n] -> [n]"""
-        return tokens if self._draft_id is None else self._draft_id[tokens]
+        """Draft ids of target ids, -1 where there is none, and for -1. int64 [n] -> [n]"""
+        return tokens if self._draft_id is None else torch.where(tokens < 0, -1, self._draft_id[tokens])
 
     # -------------------------------------------------------------------------------------------- weights
 
