@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from outrider.errors import InvalidRequest
+from outrider.errors import ArtefactError, InvalidRequest
 from outrider.training.artefact import read_lines
 from outrider.training.prompts import Config, Source, make_prompts, read_source
 
@@ -65,6 +65,10 @@ FORMS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"conversations": [{"role": "User", "content": ["a", {"text": None}]}]}, {"turns": ["a"]}),
     ({"system": "s", "conversations": [{"from": "human", "value": "a"}]}, {"turns": ["a"], "system": "s"}),
     ({"turns": ["a"], "system": "s"}, {"turns": ["a"], "system": "s"}),
+    (
+        {"system": "s", "messages": [{"role": "system", "content": "t"}, {"role": "user", "content": ["a", "b"]}]},
+        {"turns": ["ab"], "system": "s\n\nt"},
+    ),
 ]
 
 
@@ -156,6 +160,29 @@ def test_what_is_held_out_by_hand_is_never_trained_on(tmp_path: Path) -> None:
     train, held_out = split(tmp_path / "out", *sources)
     assert [p["text"] for p in train] == ["a"]
     assert sorted(p["text"] for p in held_out) == ["B", "c", "z"]
+
+
+def test_another_system_message_makes_another_prompt(tmp_path: Path) -> None:
+    lines = [{"turns": ["a"], "system": system} for system in ("s", "t", "S")] + [{"turns": ["a"]}]
+    train, _ = split(tmp_path / "out", Source(path=write(tmp_path / "x.jsonl", lines)), held_out=0)
+    assert sorted(prompt.get("system", "") for prompt in train) == ["", "s", "t"]
+    again, _ = split(tmp_path / "text", Source(path=tmp_path / "x.jsonl", form="text"), held_out=0)
+    assert [(prompt["text"], "system" in prompt) for prompt in again] == [("a", False)]
+
+
+def test_all_turns_count_as_a_prompts_length(tmp_path: Path) -> None:
+    lines = [{"turns": ["a" * 5, "b" * size]} for size in (4, 5, 6)]
+    path, limits = write(tmp_path / "x.jsonl", lines), {"min_characters": 10, "max_characters": 10, "held_out": 0.0}
+    train, _ = split(tmp_path / "out", Source(path=path), **limits)
+    assert [prompt["turns"][1] for prompt in train] == ["bbbbb"]
+
+
+def test_a_source_read_with_other_options_is_another_source(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.jsonl", [{"text": "a"}])
+    for _ in range(2):
+        split(tmp_path / "out", Source(path=path), held_out=0)
+    with pytest.raises(ArtefactError, match="made with another source 1: x"):
+        split(tmp_path / "out", Source(path=path, form="chat"), held_out=0)
 
 
 def test_limits_are_by_domain(tmp_path: Path) -> None:

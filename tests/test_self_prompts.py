@@ -6,6 +6,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training.conversations import Answerer, ChatTurn
 from outrider.training.progress import Progress
 from outrider.training.prompts import Config, make_prompts
-from outrider.training.self_prompts import balanced, header, write_self_prompts
+from outrider.training.self_prompts import _refused, balanced, header, write_self_prompts
 
 TEXTS = (
     "How do I bake bread without an oven at home?",
@@ -63,6 +64,52 @@ def write(tokenizer: Tokenizer, path: Path, answer: Answerer, count: int = 2) ->
 def test_what_is_no_prompt_is_left_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, answer = scripted(tokenizer)
     assert write(tokenizer, tmp_path / "own.jsonl", answer) == [TEXTS[0], TEXTS[4]]
+
+
+def test_a_users_text_ends_at_the_first_token_behind_it() -> None:
+    template: Any = SimpleNamespace(
+        apply_chat=lambda messages, add_generation_prompt: f"u:{messages[0]['content']};\n",
+        encode=lambda text, add_special_tokens: list(map(ord, text)),
+        eos_token_ids=[0],
+    )
+    assert header(template) == ([ord("u"), ord(":")], [ord(";"), 0])
+
+
+def test_openings_take_turns_and_belong_to_the_prompt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Texts of two words are compared too; a control token inside a text is no end."""
+    openings, begun = ["", "Tell me"], []
+    end = header(tokenizer)[1][0]
+    special = next(token for token in sorted(tokenizer.special_ids) if token != end)
+
+    def answer(todo: deque[ChatTurn]) -> Iterator[list[tuple[ChatTurn, list[int]]]]:
+        while todo:
+            turn = todo.popleft()
+            begun.append(tokenizer.decode(turn.tokens))
+            tokens = tokenizer.encode(f" secret{turn.id} recipe{turn.id}", add_special_tokens=False)
+            yield [(turn, [*tokens, *([special] if turn.id == "2" else []), end])]
+
+    path = tmp_path / "own.jsonl"
+    dropped = write_self_prompts(
+        4, openings, None, tokenizer, lambda ends: answer, path, Progress(None, "", 4), (8, 500)
+    )
+    texts = [json.loads(line)["turns"][0] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert texts == [f"{openings[i % 2]} secret{i} recipe{i}".strip() for i in (0, 1, 3, 4)]
+    assert [text.endswith("Tell me") for text in begun[:4]] == [False, True, False, True]
+    assert dropped["without an end"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("half of these ещё русские слова here", "not in Latin letters"),
+        ("a1b2 3456 c7 89", "with hardly a letter"),
+        ("one two three one two three one two three", "repetitive"),
+        ("one two three four one two three", None),
+    ],
+)
+def test_what_keeps_a_text_from_being_a_prompt(text: str, reason: str | None) -> None:
+    record = {"text": text, "ended": True, "special": False}
+    assert _refused(record, (8, 500), "LATIN") == reason
 
 
 def test_an_interruption_changes_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,15 +25,15 @@ from outrider.checkpoints import DraftCheckpoint
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.models.locations import resolve_model
 from outrider.training.dataset import Text, TextSampler, pack, read_texts
+from outrider.training.features import CachedFeatures, features
 from outrider.training.features import Config as FeaturesConfig
-from outrider.training.features import features
 from outrider.training.networks.batch import FeatureBatch, Loss
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.recipe import configure
 from outrider.training.regenerate import Config as RegenerateConfig
 from outrider.training.regenerate import regenerate
-from outrider.training.run import Config, learn, plan_of, run, trainable
+from outrider.training.run import Config, Evaluator, _counts, learn, plan_of, run, trainable
 from outrider.training.trainer import Plan, TrainingFailed, multiplies_bfloat16
 
 SMALL: dict[str, Any] = {
@@ -217,6 +218,10 @@ def test_cached_features_train_like_the_target(stage: Path, tmp_path: Path) -> N
     with pytest.raises(InvalidRequest, match=r"layers \[2, 5\], 48 tokens a text; the drafter reads layers \[1, 5\]"):
         other = Config(**SMALL | {"drafter": SMALL["drafter"] | {"target_layers": [1, 5]}})
         run(other, stage, tmp_path / "other", "embedded", features=tmp_path / "features")
+    made = tmp_path / "features" / "provenance.json"
+    made.write_text(json.dumps(json.loads(made.read_text()) | {"parents": {"answers": "another"}}))
+    with pytest.raises(ArtefactError, match="was made from other answers"):
+        run(config, stage, tmp_path / "foreign", "embedded", features=tmp_path / "features")
 
 
 def test_features_resume_after_the_last_file(stage: Path, tmp_path: Path) -> None:
@@ -256,8 +261,9 @@ def test_a_run_without_held_out_prompts_is_not_evaluated(lines: str, answers: Pa
     shutil.copytree(answers, tmp_path / "answers")
     (tmp_path / "answers" / "held_out.jsonl").write_text(lines)
     said: list[str] = []
-    options = Config(**SMALL | {"eval_every": None, "steps": 1})
+    options = Config(**SMALL | {"eval_every": None, "steps": None, "epochs": 0.25})
     facts = learn(options, tmp_path / "answers", tmp_path / "out", "embedded", dtype="float32", say=said.append)
+    assert facts["steps"] == 1  # a quarter of 12 texts, 4 a step
     assert "acceptance_length" not in facts and "no held-out prompts" in said[0]
 
 
@@ -443,6 +449,53 @@ def test_every_text_appears_once_per_epoch_with_any_number_of_processes() -> Non
     assert all(sum(len(t.tokens) for t in part) <= 12 for s in range(5) for part in sampler.packs(s) if len(part) > 1)
 
 
+def test_each_epoch_has_an_order_of_its_own_and_so_has_each_seed() -> None:
+    some = [Text(str(i), "", (1, 2, 3), 1) for i in range(12)]
+    samplers = [TextSampler(some, batch=12, pack_tokens=3, seed=seed) for seed in (5, 6)]
+    orders = [[text.id for pack in s.packs(epoch) for text in pack] for s in samplers for epoch in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4
+    halves = TextSampler(some, batch=6, pack_tokens=3, seed=5)
+    assert [halves.epoch(step) for step in range(5)] == [0, 0, 1, 1, 2]
+
+
+def test_texts_are_cut_to_their_length(tmp_path: Path) -> None:
+    lines = [{"id": str(n), "prompt": [1] * n, "answer": [2] * 9} for n in (3, 4, 5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = read_texts(tmp_path / "train.jsonl", length=6, vocab_size=4)
+    assert [(text.id, text.tokens) for text in found] == [("3", (1, 1, 1, 2, 2, 2)), ("4", (1, 1, 1, 1, 2, 2))]
+
+
+def test_features_of_other_layers_or_lengths_are_refused(tmp_path: Path) -> None:
+    target: Any = None
+    for layers, length in (([5, 2], 48), ([2], 48), ([2, 5], 47)):
+        (tmp_path / "index.json").write_text(json.dumps({"layers": layers, "length": length, "places": {}}))
+        with pytest.raises(InvalidRequest, match=r"the drafter reads layers \[2, 5\], 48 tokens"):
+            CachedFeatures(target, tmp_path, (2, 5), 48)
+
+
+def test_a_draft_vocabulary_is_counted_in_the_answers() -> None:
+    texts = [Text("a", "", (3, 3, 3, 4), 3), Text("b", "", (3, 4, 2), 1)]
+    assert _counts(texts, 6).tolist() == [0, 0, 1, 0, 2, 0]
+
+
+def test_an_evaluation_gives_the_prompts_without_their_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"id": f"{d}{i}", "domain": d, "prompt": [1, i], "answer": [2, 3]} for d in "ab" for i in range(3)]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked: list[Any] = []
+
+    def generate(prompts: Any, params: Any) -> list[Any]:
+        asked.extend(prompts)
+        assert {one.seed for one in params} == {0, 1}
+        return [SimpleNamespace(stats=SimpleNamespace(rounds=5, generated=10 * len(asked) + 1)) for _ in prompts]
+
+    llm: Any = SimpleNamespace(target=SimpleNamespace(spec=SimpleNamespace(vocab_size=9)))
+    llm.with_drafter = lambda path: SimpleNamespace(generate=generate)
+    monkeypatch.setattr("outrider.training.run.save_drafter", lambda *given: None)
+    found = Evaluator(Config(eval_prompts=4), llm, tmp_path / "held_out.jsonl", 48)(None)
+    assert asked == [(1, 0), (1, 1)] * 2
+    assert found == {"acceptance_length": 6.0, "acceptance_lengths": {"a": 4.0, "b": 8.0}}
+
+
 def test_a_pack_marks_the_answers() -> None:
     packed = pack([Text("a", "", (5, 6, 7), 1), Text("b", "", (8, 9), 2)])
     assert packed.tokens.tolist() == [5, 6, 7, 8, 9]
@@ -472,4 +525,5 @@ def test_the_learning_rate_rises_then_falls() -> None:
     plan = Plan(steps=100, learning_rate=1.0, warmup=0.1)
     rates = [plan.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0)
-    assert rates[9:] == sorted(rates[9:], reverse=True) and rates[-1] < 0.01
+    assert rates[9:] == sorted(rates[9:], reverse=True) and 0.001 <= rates[-1] < 0.01
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5)  # half of the cosine is over
