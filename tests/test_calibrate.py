@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from outrider.evaluation.conversion import convert
 from outrider.registry import find
 from outrider.scheduling.calibration import Calibration, Scaling
 from outrider.training.artefact import target_hash
-from outrider.training.fit_calibration import Config, calibrate
+from outrider.training.fit_calibration import Config, _collect, calibrate
 
 HALF = {(rule, t): Scaling((2.0,), (-1.0,)) for rule in ("rejection", "block", "coupled") for t in (0.0, 1.0)}
 SMALL = Config(temperatures=(0.0, 1.0), rules=("rejection", "block"), rounds=60, max_tokens=24, bins=5)
@@ -148,6 +150,40 @@ def test_the_stage_writes_a_drafter_with_its_calibration(
     assert provenance["arguments"]["rounds"] == 60 and set(provenance["parents"]) == {"drafter", "held_out.jsonl"}
     llm = LLM(target_dir, out / "drafter", backend="reference")
     assert llm.drafter.calibration is not None  # type: ignore[attr-defined]
+
+
+def test_a_calibrated_drafter_is_measured_without_its_calibration(
+    target_dir: Path, drafter_dir: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = replace(checkpoints.load(drafter_dir), calibration=Calibration(HALF, {}))
+    calibrated = checkpoints.save(checkpoint, tmp_path / "calibrated", "deepspec", {})
+    assert checkpoints.load(calibrated).calibration is not None
+
+    def looked(llm: Any) -> None:
+        assert llm.drafter.calibration is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("outrider.training.fit_calibration.recorded", looked)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(SMALL, calibrated, [prompts], tmp_path / "out", str(target_dir), backend="reference")
+
+
+def test_rounds_to_fit_on_come_from_other_prompts_and_no_answer_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def answered(llm: Any, recorder: Any, prompt: int, params: SamplingParams) -> Any:
+        seeds.append(params.seed or 0)
+        made = [SimpleNamespace(prompt=prompt, verified=verified, confidence=[0.5]) for verified in (0, 1, 2)]
+        return SimpleNamespace(rounds=made)
+
+    monkeypatch.setattr("outrider.training.fit_calibration.answer", answered)
+    monkeypatch.setattr("outrider.training.fit_calibration.observed", list)
+    halves: Any = [(SimpleNamespace(prompt=number), number % 2 == 0) for number in range(4)]
+    nothing: Any = None
+    fitting, held_out = _collect(nothing, nothing, halves, SamplingParams(temperature=1.0), 120, lambda share: None)
+    assert [{one.prompt for one in rounds} for rounds in (fitting, held_out)] == [{0, 2}, {1, 3}]  # type: ignore[attr-defined]
+    assert all(one.verified for one in [*fitting, *held_out])  # type: ignore[misc]
+    assert len(set(seeds)) == len(seeds) > 8
 
 
 def test_without_a_checkpoint_only_the_calibration_is_written(target_dir: Path, tmp_path: Path) -> None:
