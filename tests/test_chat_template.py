@@ -396,3 +396,20 @@ def test_templates_come_from_every_place_that_transformers_knows(tmp_path: Path)
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("more")
     files = Tokenizer(tmp_path)
     assert (files.apply_chat([USER]), files.apply_chat([USER], tools=TOOLS)) == (BOS, "more")
+
+
+@pytest.mark.parametrize("calls", ["", "{{ m.tool_calls | tojson }}"])
+@pytest.mark.parametrize("result", ["", "{{ m.content }}"])
+def test_whether_a_template_shows_calls_and_results(calls: str, result: str) -> None:
+    roles = f"{{% if m.tool_calls %}}{calls}{{% elif m.role == 'tool' %}}{result}{{% endif %}}"
+    assert ChatTemplate(f"{{% for m in messages %}}{roles}{{% endfor %}}", {}).shows_calls() is bool(calls and result)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama3", "mistral", "hermes"])
+def test_templates_of_models_with_tools_show_calls(name: str) -> None:
+    assert ChatTemplate(TEMPLATES[name], {"bos_token": BOS, "eos_token": EOT}).shows_calls()
+
+
+def test_a_template_that_refuses_calls_says_why() -> None:
+    template = ChatTemplate("{% if messages[1].tool_calls %}{{ raise_exception('no calls') }}{% endif %}", {})
+    assert template.shows_calls()

@@ -154,6 +154,31 @@ def test_a_call_without_its_result_is_refused(client: openai.OpenAI, url: str, b
         assert client.chat.completions.create(model="tiny", messages=asked, max_tokens=3).choices
 
 
+def test_calls_that_the_template_does_not_show_are_refused() -> None:
+    """The embedded model's template writes the texts of messages alone: the call vanished, and its result stayed."""
+    call = {"id": "c1", "type": "function", "function": {"name": "oven", "arguments": "{}"}}
+    asked = [*ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    asked += [{"role": "tool", "tool_call_id": "c1", "content": "200"}, *ASK]
+    use = {"type": "tool_use", "id": "c1", "name": "oven", "input": {}}
+    blocks = [*ASK, {"role": "assistant", "content": [use]}]
+    blocks += [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "200"}]}]
+    items = [*ASK, {"type": "function_call", "call_id": "c1", "name": "oven", "arguments": "{}"}]
+    items += [{"type": "function_call_output", "call_id": "c1", "output": "200"}]
+    with (
+        serving(LLM("embedded", "none")) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client,
+        anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as other,
+    ):
+        with pytest.raises(openai.BadRequestError, match="leaves out tool calls or their results") as refused:
+            client.chat.completions.create(model="embedded", messages=asked, max_tokens=3)
+        assert refused.value.param == "messages"
+        with pytest.raises(openai.BadRequestError, match="leaves out tool calls or their results") as refused:
+            client.responses.create(model="embedded", input=items, max_output_tokens=3)
+        assert refused.value.param == "input"
+        with pytest.raises(anthropic.BadRequestError, match="leaves out tool calls or their results"):
+            other.messages.create(model="embedded", messages=blocks, max_tokens=3)
+
+
 def test_what_is_wrong_with_tools_is_named(client: openai.OpenAI) -> None:
     body: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 3}
     with pytest.raises(openai.BadRequestError, match="no tools"):

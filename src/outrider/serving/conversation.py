@@ -172,8 +172,17 @@ async def encode_conversation(
             400, f"{service.settings.served_name} has no chat template: use /v1/completions", code="no_chat_template"
         )
     _check_calls(messages, name)
-    shown = messages if tokenizer.takes_system else with_system_in_user(messages)
     options = {**(variables or {}), "tools": list(tools) or None}
+    called = any("tool_calls" in message or message["role"] == "tool" for message in messages)
+    if called and not tokenizer.shows_calls(options["tools"]):
+        without = "" if tools else " where a request has no tools"
+        raise ApiError(
+            400,
+            f"{name}: the model's chat template leaves out tool calls or their results{without}, so the model would "
+            "not see them; write them as text, or use a model that was trained for tools",
+            param=name,
+        )
+    shown = messages if tokenizer.takes_system else with_system_in_user(messages)
     characters = sum(len(message["content"]) for message in messages)
 
     def make() -> list[int]:

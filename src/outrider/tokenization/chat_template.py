@@ -123,6 +123,24 @@ class ChatTemplate:
         except InvalidRequest:
             return False
 
+    def shows_calls(self, tools: Sequence[Mapping[str, Any]] | None = None) -> bool:
+        """Whether earlier tool calls and their results are part of the text, with these tools; some templates leave
+        them out. True for a template that refuses the conversation that is tried: it will say why."""
+        function = {"name": "probe", "arguments": {"text": _PROBE}}
+        messages = [
+            {"role": "user", "content": "Hello"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"id": "probe0000", "type": "function", "function": function}],
+            },
+            {"role": "tool", "tool_call_id": "probe0000", "content": _PROBE},
+        ]
+        try:
+            return self.render(messages, tools=tools).count(_PROBE) >= 2
+        except InvalidRequest:
+            return True
+
     def _render(self, values: Mapping[str, Any]) -> str:
         try:
             return self._template.render(values)

@@ -157,6 +157,10 @@ class Tokenizer:
         """Whether a system message reaches the text; else ``with_system_in_user`` puts it where it does."""
         return self._chat_template().takes_system
 
+    def shows_calls(self, tools: Sequence[Mapping[str, Any]] | None) -> bool:
+        """See ``ChatTemplate.shows_calls``."""
+        return self._template_for(tools).shows_calls(tools)
+
     def chat_template_text(self, tools: bool = False) -> str:
         """The template itself, of conversations with or without tools; empty where there is none."""
         sources = self._template_sources
@@ -169,8 +173,7 @@ class Tokenizer:
         tools. Raises InvalidRequest for messages that the template refuses, CheckpointError where there is no
         template.
         """
-        template = self._chat_template("default" if options.get("tools") is None else "tool_use")
-        return template.render(messages, add_generation_prompt, **options)
+        return self._template_for(options.get("tools")).render(messages, add_generation_prompt, **options)
 
     def encode_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> list[int]:
         """Token ids of the conversation. Special tokens are those that the template writes: where a message's content
@@ -221,6 +224,9 @@ class Tokenizer:
         files = {"default": self.directory / "chat_template.jinja"}
         files |= {file.stem: file for file in (self.directory / "additional_chat_templates").glob("*.jinja")}
         return found | {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+
+    def _template_for(self, tools: Any) -> ChatTemplate:
+        return self._chat_template("default" if tools is None else "tool_use")
 
     def _chat_template(self, name: str = "default") -> ChatTemplate:
         sources = self._template_sources
