@@ -514,3 +514,8 @@ def test_models_lists_what_is_here() -> None:
     (here,) = (entry for entry in found["models"] if entry["name"] == "smollm2")
     assert here["runs"] == (here["problem"] is None) == (here["path"] is not None)
     assert found["packed_weights"]["limit_bytes"] == 8 << 30
+
+
+def test_a_wrong_file_of_keys_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    found = outrider("serve", tmp_path / "model", "--api-key-file", tmp_path / "keys")
+    assert found.exit_code == 2 and "--api-key-file" in found.stderr and "cannot be read" in found.stderr

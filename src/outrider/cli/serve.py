@@ -123,8 +123,9 @@ def _load(settings: ServerSettings) -> Service:
     from outrider.serving.logs import set_up_logs
 
     set_up_logs(settings)
-    loaded = load_target_model(settings.model, settings.dtype, settings.backend)
     policy_name, policy_options = settings.policy_parts
+    settings.api_keys()  # a wrong file is refused before the model is loaded, which may take minutes
+    loaded = load_target_model(settings.model, settings.dtype, settings.backend)
     with said_when_slow(f"loading the drafter {settings.drafter}"):
         llm = LLM(
             loaded,
