@@ -127,7 +127,7 @@ class ChatTemplate:
         """Whether earlier tool calls and their results are part of the text, with these tools; some templates leave
         them out. True for a template that refuses the conversation that is tried: it will say why."""
         function = {"name": "probe", "arguments": {"text": _PROBE}}
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "user", "content": "Hello"},
             {
                 "role": "assistant",
