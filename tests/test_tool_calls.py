@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from outrider import LLM, SamplingParams
 from outrider.errors import InvalidRequest
 from outrider.serving.tool_calls import ToolDelta, ToolParser, form_of, tool_grammar
+from outrider.serving.tool_use import ToolUse, joined
+from outrider.types import Piece
 
 TEMPLATES = {
     "hermes": "{% if tools %}<tools></tools> <tool_call>{% endif %}",
@@ -81,7 +84,10 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         [("weather", {"city": '</tool_call> {"}', "days": 1})],
     ),
     ("hermes", "<tool_call>now please</tool_call> a", "<tool_call>now please</tool_call> a", []),
+    ("hermes", '<tool_call>{"name": "now", "arguments": {}, oops}</tool_call> Done.', "Done.", [NOW]),
+    ("hermes", '<tool_call>{"name": "unknown"}</tool_call>', "", [("unknown", {})]),
     ("hermes", "a <tool_cal", "a <tool_cal", []),
+    ("hermes", "An end of lines.\n\n", "An end of lines.\n\n", []),
     ("hermes", '<tool_call>{"name": "now", "arguments": {}, oops}</tool_call>', "", [NOW]),
     (
         "hermes",
@@ -93,15 +99,22 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("llama", '<|python_tag|>{"name": "now", "parameters": {}}; {"name": "now", "parameters": {}}', "", [NOW, NOW]),
     ("llama", '{"name": "nobody", "age": 3}', '{"name": "nobody", "age": 3}', []),
     ("llama", '{"answer": 42}', '{"answer": 42}', []),
+    ("llama", '\n {"answer": 42}', '\n {"answer": 42}', []),
     ("llama", 'Use {"name": "now", "parameters": {}}', 'Use {"name": "now", "parameters": {}}', []),
     ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Rome", "days": 3}}]', "", [ROME]),
     ("mistral", '[{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]', "", [NOW, NOW]),
     ("mistral", "[1, 2]", "[1, 2]", []),
+    ("mistral", '[1] [{"name": "now", "arguments": {}}]', '[1] [{"name": "now", "arguments": {}}]', []),
+    ("mistral", '[{"name": "now", "arguments": {}},\n[1]]', "[1]]", [NOW]),
+    ("mistral", '[TOOL_CALLS][{"name": "unknown", "arguments": {}}]', "", [("unknown", {})]),
     ("colon", "<start_function_call>call:weather{city:<escape>Rome<escape>,days:3}<end_function_call>", "", [ROME]),
     ("colon", "Yes. <start_function_call>call:now{}<end_function_call>", "Yes.", [NOW]),
     ("colon", "<start_function_call>call:weather{city:Rome,days:3}<end_function_call>", "", [ROME]),
     ("colon", "call:weather{city:Rome,days:3}", "", [ROME]),  # the marks are special tokens that nobody fed
     ("colon", "callers", "callers", []),
+    ("colon", "call", "call", []),
+    ("colon", "call:now{}\ncall:nobody{}", "call:now{}\ncall:nobody{}", []),
+    ("colon", "call:me<end_function_call>call:now{}", "call:me<end_function_call>call:now{}", []),
     ("colon", '{"name": "now", "arguments": {}}', "", [NOW]),
     ("colon", '{"name": "nobody"}', '{"name": "nobody"}', []),
     ("colon", "call:me", "call:me", []),
@@ -114,6 +127,14 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("tool_code", '```tool_code\nprint(weather(city="Rome", days=3))\n```\nThere.', "There.", [ROME]),
     ("tool_code", '```tool_code\nweather("Rome", 3)\nnow()\n```', "", [ROME, NOW]),
     ("tool_code", '```tool_call\n{"name": "now", "arguments": {}}\n```', "", [NOW]),
+    ("tool_code", '```tool_code\n[{"name": "now", "arguments": {}}, {"name": "now"}]\n```', "", [NOW, NOW]),
+    ("tool_code", "```tool_code\nnow()\n```\nAnd:\n```python\n1\n```", "And:\n```python\n1\n```", [NOW]),
+    (
+        "tool_code",
+        '```tool_code\nnow()\n```\n```tool_call\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n```',
+        "",
+        [NOW, ROME],
+    ),
     ("tool_code", "```tool_code\nimport os\n```", "```tool_code\nimport os\n```", []),
     ("tool_code", "```python\nprint(1)\n```", "```python\nprint(1)\n```", []),
     (
@@ -124,6 +145,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         [ROME],
     ),
     ("json", '{"name": "weather", "arguments": {"city": "Rome", "days": 3}}', "", [ROME]),
+    ("json", '[{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]', "", [NOW, NOW]),
 ]
 
 
@@ -175,6 +197,46 @@ def test_arguments_are_streamed_as_they_come() -> None:
     given += "".join(one.arguments for one in parser.feed('me"') if isinstance(one, ToolDelta))
     assert given == '{"city": "Rome"'
     assert parser.finish() == [] and parser.calls == 1, "an answer may be cut off by its budget"
+
+
+def use(choice: str, *, named: bool = False, parallel: bool = True) -> ToolUse:
+    tokenizer: Any = SimpleNamespace(
+        chat_template_text=lambda tools: TEMPLATES["hermes"] if tools else "",
+        vocabulary={"<tool_call>": 7, "</tool_call>": 8},
+        special_ids={7},
+    )
+    return ToolUse(tokenizer, TOOLS, choice, named=named, parallel=parallel)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_without_parallel_calls_an_answer_ends_with_its_first_one(parallel: bool) -> None:
+    reader = use("auto", parallel=parallel).reader()
+    texts = [
+        ("", 7),
+        ('{"name": "now"}', 1),
+        ("</tool_call>", 8),
+        ("", 7),
+        ('{"name": "now"}', 1),
+        ("</tool_call> a", 8),
+    ]
+    found = [reader.feed([Piece(token, text, False, None, None)]) for text, token in texts]  # type: ignore[list-item]
+    assert [(one.index, one.name) for one in joined(call for _, calls in found for call in calls)] == (
+        [(0, "now"), (1, "now")] if parallel else [(0, "now")]
+    )
+    assert "".join(text for text, _ in found) == ("a" if parallel else "")
+    assert reader.complete is not parallel
+
+
+def test_a_named_choice_asks_for_one_call_and_a_required_one_for_any_number() -> None:
+    form = form_of(TEMPLATES["hermes"])
+    assert form is not None and use("auto").grammar is None
+    assert use("now", named=True).grammar == tool_grammar(form, TOOLS, "now", parallel=False)
+    assert use("required").grammar == tool_grammar(form, TOOLS)
+    assert (
+        use("required", parallel=False).grammar
+        == tool_grammar(form, TOOLS, parallel=False)
+        != tool_grammar(form, TOOLS)
+    )
 
 
 def test_text_is_not_held_back_longer_than_a_mark() -> None:

@@ -155,16 +155,16 @@ class ToolParser:
         """Text up to where a call may begin."""
         if not self._begun and self.form.bare:
             first = self._text.lstrip(_SPACE)
-            marked = any(first.startswith(mark) or (mark.startswith(first) and not final) for mark in self.form.begin)
+            marked = any(first.startswith(mark) or mark.startswith(first) for mark in self.form.begin)
             if first and not marked:
                 if first.startswith(self.form.bare):
                     self._open(self._text[: -len(first)], first, marked=False)
                     return []
                 if not final and any(one.startswith(first) for one in self.form.bare):
                     return []
-        marks = [(at, -len(mark), mark) for mark in self.form.begin if (at := self._text.find(mark)) >= 0]
+        marks = [(at, mark) for mark in self.form.begin if (at := self._text.find(mark)) >= 0]
         if marks:
-            at, _, mark = min(marks)
+            at, mark = min(marks)
             text = self._text[:at].rstrip(_SPACE)
             self._open(self._text[len(text) : at] + mark, self._text[at + len(mark) :], marked=True)
         else:
@@ -259,6 +259,11 @@ class ToolParser:
     def _after(self, final: bool) -> list[str | ToolDelta]:
         """Behind a call: marks and separators are no text, another call may begin, anything else is text."""
         rest = self._text.lstrip(_SPACE + ",;]")
+        if rest.startswith(self.form.begin):  # first: a mark that ends calls may begin one that begins them
+            self._text, self._state = rest, "text"
+            return []
+        if rest and not final and any(mark.startswith(rest) for mark in self.form.begin):
+            return []
         for mark in self.form.end:
             if rest.startswith(mark):
                 self._text = rest[len(mark) :]
