@@ -271,11 +271,10 @@ def test_costs_that_are_no_seconds_are_refused(wrong: float) -> None:
         Costs(((1, wrong),))
 
 
-def test_a_curve_that_falls_is_level_beyond_its_points() -> None:
-    """A pass over 64 tokens had taken less than no time."""
+def test_a_curve_that_falls_is_level() -> None:
+    """A pass over 64 tokens had taken less than no time, and one over 8 half of one over a single token."""
     costs = Costs(((1, 0.01), (8, 0.005)))
-    assert costs.verify(1, 1, 0) == pytest.approx(0.01)
-    assert [costs.verify(n, 1, 0) for n in (8, 64, 10_000)] == pytest.approx([0.005, 0.005, 0.005 * 10_000 / 4095])
+    assert [costs.verify(n, 1, 0) for n in (1, 5, 8, 64, 10_000)] == pytest.approx([0.01] * 4 + [0.01 * 10_000 / 4095])
 
 
 def test_costs_are_read_from_tables_and_from_files(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ with what they read.
 from __future__ import annotations
 
 import math
-from itertools import accumulate
 
 from outrider.planning.described import BLOCK, LOOKUP, DrafterShape, Machine, TargetShape
 from outrider.planning.step_costs import Costs
@@ -27,11 +26,8 @@ class Roofline:
     def __init__(self, machine: Machine, target: TargetShape, drafter: DrafterShape | None = None) -> None:
         self.machine, self.target, self.drafter = machine, target, drafter
         self.uncertainty = machine.uncertainty
-        self._curve: Costs | None = None
-        if machine.curve:
-            tokens, times = zip(*machine.curve, strict=True)
-            never_less = accumulate((ms / 1e3 for ms in times), max)  # a pass over more tokens: measured ones are noisy
-            self._curve = Costs(tuple(zip(tokens, never_less, strict=True)))
+        curve = tuple((tokens, ms / 1e3) for tokens, ms in machine.curve)
+        self._curve = Costs(curve) if curve else None
 
     def verify(self, tokens: int, rows: int, context: int) -> float:
         """A target pass; ``context``: cached tokens over all rows."""

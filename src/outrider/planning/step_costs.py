@@ -50,7 +50,8 @@ class ReadCosts(Protocol):
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds from curves: straight between the points; beyond, the last slope where it rises, else the last point.
+    """Seconds from curves: straight between the points; beyond, the last slope. A pass is never shorter than one over
+    fewer tokens: measured times that fall are noise, and are taken to be level.
 
     Raises InvalidRequest for bad points.
     """
@@ -94,11 +95,12 @@ class Costs:
                 f"got {list(self.points)[:6]}"
             )
         known = np.array(self.points, dtype=float)
+        known[:, 1] = np.maximum.accumulate(known[:, 1])
         size = max(4096, 2 * tokens[-1])
         n = np.arange(size)
         curve = np.interp(n, known[:, 0], known[:, 1])
         if len(known) > 1:
-            slope = max(0.0, (known[-1, 1] - known[-2, 1]) / (known[-1, 0] - known[-2, 0]))
+            slope = (known[-1, 1] - known[-2, 1]) / (known[-1, 0] - known[-2, 0])
             beyond = n > known[-1, 0]
             curve[beyond] = known[-1, 1] + slope * (n[beyond] - known[-1, 0])
         object.__setattr__(self, "_curve", curve)
