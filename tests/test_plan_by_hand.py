@@ -174,6 +174,33 @@ def test_passes_on_a_described_machine_by_hand() -> None:
     assert Roofline(machine, TARGET, timed).draft(8, 3) == pytest.approx(0.0035)
 
 
+def test_a_described_drafter_reads_prompts_too() -> None:
+    """1 GB/s decides: a draft model's pass over each chunk, with what it has cached; a block's projections alone."""
+    machine = Machine.read("bandwidth=1,bandwidth_share=1,tflops=1e6,flops_share=1,pass_ms=0,tile=1")
+    model = DrafterShape.read("draft_model,parameters=1e6,layers=2,drafts=4,profile=0.9")
+    eagle = DrafterShape.read("eagle3,drafts=4,profile=0.9")
+    block = DrafterShape.read("dflash,drafts=4,profile=0.9,bytes=1")
+    fused = 256**2
+    for drafter, read in (
+        (model, 2 * 1e6 * 2 + 512 * 2 * 2 * 2 * 64 * 2),  # two passes; keys and values of two layers, 2 bytes each
+        (eagle, 2 * (TARGET.layer_parameters + 3 * fused) * 2 + 512 * 2 * 2 * 64 * 2),
+        (block, 2 * (5 * 2 * 256 * 2 * 64 + 5 * fused)),
+        (DrafterShape.read("suffix,profile=0.5"), 0),
+        (DrafterShape.read("draft_model,draft_ms=2,profile=0.9"), 0),
+    ):
+        costs = Roofline(machine, TARGET, drafter)
+        plain = costs.verify(512, 1, 0) + costs.verify(88, 1, 512)
+        assert costs.prompt(600, False) == pytest.approx(plain), "in passes of 512 and 88 tokens"
+        assert costs.prompt(600, True) - plain == pytest.approx(read / 1e9), drafter.kind
+    slow = Machine.read("bandwidth=1e6,bandwidth_share=1,tflops=0.001,flops_share=1,pass_ms=0,tile=1")
+    costs, attended = Roofline(slow, TARGET, model), 4 * 2 * (4 * 64) * 512 * 88
+    more = costs.prompt(600, True) - costs.prompt(600, False)
+    assert more == pytest.approx((2 * 1e6 * 600 + attended) / 1e9, rel=1e-3), "multiplying decides"
+    work = Workload(prompt=600, answer=100)
+    made = forecast("x", 2, PROFILE, costs, work)
+    assert made.first_token == pytest.approx(costs.prompt(600, True))
+
+
 def test_multiplying_on_a_described_machine_is_done_in_tiles() -> None:
     machine = Machine.read("bandwidth=1e6,bandwidth_share=1,tflops=0.001,flops_share=1,pass_ms=0,tile=8")
     costs = Roofline(machine, TARGET)

@@ -328,8 +328,21 @@ class DrafterShape(Described):
         """Parameters of one of its passes, the head included, the Markov head left out."""
         if self.parameters or self.way == LOOKUP:
             return self.parameters
-        fused = (self.num_aux_layers() or 2) * target.width**2  # of auxiliary layers; mtp: of state and embedding
-        return self.num_layers() * target.layer_parameters + target.embedding + fused
+        return self.num_layers() * target.layer_parameters + target.embedding + self._fusing(target)
+
+    def prompt_parameters(self, target: TargetShape) -> float:
+        """Parameters that each token of a prompt is multiplied with, to fill its cache; 0 where nothing tells its
+        size."""
+        if self.way == BLOCK:  # the target's features become keys and values of all layers at once
+            projections = self.num_layers() * 2 * target.width * target.kv_heads * target.head_dim
+            return projections + self._fusing(target)
+        if self.parameters or self.kind == "draft_model" or self.way == LOOKUP:
+            return self.parameters
+        return self.num_layers() * target.layer_parameters + self._fusing(target)
+
+    def _fusing(self, target: TargetShape) -> float:
+        """Of auxiliary layers; mtp: of state and embedding."""
+        return float((self.num_aux_layers() or 2) * target.width**2)
 
 
 def conditional_of(length: float, drafts: int) -> tuple[float, ...]:

@@ -27,6 +27,7 @@ __all__ = [
     "WholeRounds",
     "Workload",
     "cache_seconds",
+    "chunks",
     "forecast",
     "prompt_seconds",
     "step_seconds",
@@ -219,9 +220,12 @@ def prompt_seconds(costs: StepCosts, tokens: int, drafting: bool) -> float:
     """Of one prompt's passes."""
     if isinstance(costs, ReadsPrompts):
         return costs.prompt(tokens, drafting)
-    whole, rest = divmod(tokens, CHUNK)
-    sizes: Sequence[int] = [CHUNK] * whole + ([rest] if rest else [])
-    return sum(costs.verify(size, 1, i * CHUNK) for i, size in enumerate(sizes))
+    return sum(costs.verify(size, 1, cached) for size, cached in chunks(tokens))
+
+
+def chunks(tokens: int) -> list[tuple[int, int]]:
+    """(tokens, cached tokens before them) of a prompt's passes."""
+    return [(min(CHUNK, tokens - cached), cached) for cached in range(0, tokens, CHUNK)]
 
 
 def _parts(costs: StepCosts, rows: float, drafts: int, profile: Profile, work: Workload) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 from outrider.planning.described import BLOCK, LOOKUP, DrafterShape, Machine, TargetShape
+from outrider.planning.forecast import chunks
 from outrider.planning.step_costs import Costs
 
 __all__ = ["Roofline"]
@@ -62,6 +63,24 @@ class Roofline:
             return 0.0
         passes = 1 if one.way == BLOCK else drafts
         return passes * context * one.cache_bytes(self.target) / self._rate
+
+    def prompt(self, tokens: int, drafting: bool) -> float:
+        """A prompt's passes, and the drafter's over the same chunks."""
+        return sum(
+            self.verify(size, 1, cached) + (self._draft_prompt(size, cached) if drafting else 0.0)
+            for size, cached in chunks(tokens)
+        )
+
+    def _draft_prompt(self, tokens: int, context: int) -> float:
+        """The drafter fills its own cache from a chunk: a pass, or projections alone (a block); 0 where its size is not
+        known."""
+        one, shape = self.drafter, self.target
+        weights = one.prompt_parameters(shape) if one is not None else 0.0
+        if one is None or not weights:
+            return 0.0
+        cached = 0.0 if one.way == BLOCK else context * one.cache_bytes(shape)
+        attended = cached / shape.cache_bytes * 4 * shape.layers * shape.attention_width * tokens
+        return self._pass(weights * (one.bytes or shape.bytes) + cached, weights, tokens, attended)
 
     def bookkeeping(self, rows: int, drafting: bool) -> float:
         return (self.machine.step_ms + (self.machine.drafting_ms if drafting else 0.0)) / 1e3
