@@ -291,9 +291,17 @@ def test_costs_are_read_from_tables_and_from_files(tmp_path: Path) -> None:
     assert read_profile("0.9,0.5", 4) == (0.9, 0.5, 0.5, 0.5)
     with pytest.raises(InvalidRequest, match="between 0 and 1"):
         read_profile("1.5", 3)
-    for name in ("fixd:3", "fixed:x", "threshold:2"):
+    for name in ("fixd:3", "fixed:x", "fixed:-1", "fixed:2.5", "threshold:1.5", "threshold:x", "threshold:"):
         with pytest.raises(InvalidRequest):
             make_policy_for(name, CURVES["tiles"], 7)
+
+
+def test_a_whole_number_behind_a_policy_is_its_drafts() -> None:
+    """As in ``generate --policy threshold:1``; with a point it is the least confidence."""
+    confidence = np.array([[1.0, 0.8, 0.6, 0.55, 0.4, 0.9, 0.9]], dtype=np.float32)
+    expected = {"threshold": 4, "threshold:1": 1, "threshold:3": 3, "threshold:0.7": 2, "threshold:1.0": 1}
+    for name, kept in expected.items():
+        assert make_policy_for(name, CURVES["tiles"], 7).choose(confidence, [7]) == [kept]
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -331,7 +339,8 @@ def test_the_command(tmp_path: Path) -> None:
         (["--policies", "fixed:3,none:3"], "none takes no number"),
         (["--policies", "throughput:x"], "throughput takes no number"),
         (["--policies", ""], "no policy is named"),
-        (["--policies", "threshold:2"], "threshold must be between 0 and 1, got 2"),
+        (["--policies", "threshold:2.5"], "threshold must be between 0 and 1, got 2.5"),
+        (["--policies", "threshold:x"], "as in threshold:3, or the least confidence, as in threshold:0.5"),
         (["--policies", "fixed:"], "as in fixed:3"),
         (["--duration", "inf"], "finite number of seconds"),
     ],

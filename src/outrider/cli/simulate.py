@@ -39,7 +39,10 @@ def simulate(
     ] = "truth",
     policies: Annotated[
         str,
-        typer.Option("--policies", help="none, fixed:N, threshold:C, throughput, auto; separated by commas."),
+        typer.Option(
+            "--policies",
+            help="none, fixed:N, threshold:N (drafts), threshold:0.5 (confidence), throughput, auto; with commas.",
+        ),
     ] = "none,fixed:1,fixed:3,fixed:7,throughput",
     concurrency: Annotated[
         str | None, typer.Option("--concurrency", help="Users of closed loops. Default: 1,4,16,64,256.")

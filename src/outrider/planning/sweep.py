@@ -49,7 +49,7 @@ CURVES: dict[str, Costs] = {
 }
 """Cost curves by name. Names in ``--costs``; everything else there is a file."""
 KEY = CostKey("simulated", "", "", "", 0)
-POLICIES = ("none", "fixed:N", "threshold:C", "throughput", "auto")
+POLICIES = ("none", "fixed:N", "threshold:N", "threshold:0.5", "throughput", "auto")
 
 
 class NoDrafter(FixedPolicy):
@@ -115,26 +115,31 @@ def read_profile(given: str, drafts: int) -> tuple[float, ...]:
 
 
 def make_policy_for(name: str, costs: Costs, drafts: int) -> SchedulerPolicy:
-    """``none``, ``fixed:N``, ``threshold:C``, ``throughput``, or ``auto``, which is throughput with the guard. The
-    policy is given the true costs of passes as its table. Raises InvalidRequest."""
+    """``none``, ``fixed:N``, ``threshold:N`` (N drafts, as in ``generate --policy``), ``threshold:0.5`` (the least
+    confidence), ``throughput``, or ``auto``, which is throughput with the guard. The policy is given the true costs of
+    passes as its table. Raises InvalidRequest."""
     kind, colon, value = name.partition(":")
     kinds = [policy.split(":")[0] for policy in POLICIES]
     if kind not in kinds:
         raise InvalidRequest(f"unknown policy {name!r}; {nearest(kind, kinds)}")
     if colon and kind not in ("fixed", "threshold"):
         raise InvalidRequest(f"policy {name!r}: {kind} takes no number; leave out {colon + value!r}")
-    try:
-        number = float(value) if colon else None
-        count = drafts if number is None or kind != "fixed" else int(value)
-    except ValueError:
-        example = "fixed:3" if kind == "fixed" else "threshold:0.5"
-        raise InvalidRequest(f"policy {name!r}: expected a number after the colon, as in {example}") from None
+    count = int(value) if value.isascii() and value.isdigit() else None
     if kind == "none":
         return NoDrafter()
     if kind == "fixed":
-        return FixedPolicy(FixedConfig(count))
+        if colon and count is None:
+            raise InvalidRequest(f"policy {name!r}: expected a number of drafts after the colon, as in fixed:3")
+        return FixedPolicy(FixedConfig(drafts if count is None else count))
     if kind == "threshold":
-        return ThresholdPolicy(ThresholdConfig(drafts, 0.5 if number is None else number))
+        try:
+            confidence = float(value) if colon and count is None else 0.5
+        except ValueError:
+            raise InvalidRequest(
+                f"policy {name!r}: expected a number of drafts after the colon, as in threshold:3, or the least "
+                "confidence, as in threshold:0.5"
+            ) from None
+        return ThresholdPolicy(ThresholdConfig(drafts if count is None else count, confidence))
     sizes = sorted({1, 2, 3, 4, 6, 8, 12, *(n for n, _ in costs.points), *(2**k for k in range(4, 12))})
     model = CostModel(CostTable(KEY, tuple(CostPoint(n, 1, 0, costs.verify(n, 1, 0)) for n in sizes)))
     policy = ThroughputPolicy(ThroughputConfig(drafts), model)
