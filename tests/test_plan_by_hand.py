@@ -52,6 +52,24 @@ def test_prompts_of_other_rows_hold_up_an_answer() -> None:
     assert shared.rows > 2 and shared.first_token == pytest.approx(shared.rows * COSTS.verify(512, 1, 0))
 
 
+def test_an_open_loop_by_hand() -> None:
+    """Half a request a second meets itself seldom: a row, whose prompt is read once. Drafting and plain decoding have
+    rows of their own; the break-even is that of as many rows."""
+    steep = Costs(((1, 0.010), (65, 0.074)))
+    calm = forecast("x", 2, PROFILE, steep, Workload(prompt=1, answer=50, concurrency=64, rate=0.5))
+    plain = forecast("none", 0, Profile(()), steep, Workload(prompt=1, answer=50, concurrency=64, rate=0.5))
+    assert calm.rows == pytest.approx(0.5 * calm.latency) and calm.rows < 1
+    assert calm.latency == pytest.approx(50 / 2.2 * 0.012 + 0.010) and calm.speedup == plain.latency / calm.latency
+    busy = Workload(prompt=1, answer=50, concurrency=4, rate=5)
+    drafting, plain = forecast("x", 2, PROFILE, steep, busy), forecast("none", 0, Profile(()), steep, busy)
+    assert 3 < plain.rows < 3.5 and 1.5 < drafting.rows < 2.5 and not plain.overloaded
+    assert drafting.break_even == pytest.approx(0.015 / 0.011), "passes over 6 tokens and 2"
+    assert drafting.speedup == pytest.approx(plain.latency / drafting.latency)
+    assert drafting.tokens_per_second == pytest.approx(5 * 50), "what is asked for, and no more"
+    most = forecast("none", 0, Profile(()), steep, replace(busy, concurrency=3))
+    assert most.overloaded and most.rows == 3 and most.tokens_per_second < 5 * 50
+
+
 def test_silent_rounds_read_the_cache_too() -> None:
     silent, one = COSTS.verify(1, 1, 5000), COSTS.verify(2, 1, 5000)
     assert step_seconds(COSTS, 1, 1, 5000, (0.75, 0.25))[1] == pytest.approx(0.75 * silent + 0.25 * one)

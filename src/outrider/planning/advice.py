@@ -1,9 +1,9 @@
 """A plan: which drafter and how many drafts, what that gives, what it needs, and what would change the answer.
 
 Every candidate (a drafter and its costs) is forecast with each number of drafts and compared with plain decoding. What
-is advised is the fastest of those whose whole 95 % interval is above plain decoding and that fit the memory; where there
-is none, plain decoding. Such a setting answers sooner than plain decoding, so objectives that it misses are missed by
-both: that is noted.
+is advised is the fastest of those whose whole 95 % interval is above plain decoding and that fit the memory; where
+there is none, plain decoding. Such a setting answers sooner than plain decoding, so objectives that it misses are
+missed by both: that is noted.
 """
 
 from __future__ import annotations

@@ -182,11 +182,11 @@ def whole_rounds(costs: StepCosts, drafts: int) -> float:
 
 
 def forecast(
-    name: str, drafts: int, profile: Profile, costs: StepCosts, work: Workload, *, rows: int = 0, uncertainty: float = 0
+    name: str, drafts: int, profile: Profile, costs: StepCosts, work: Workload, *, uncertainty: float = 0
 ) -> Forecast:
-    """``rows``: of a closed loop, instead of the workload's. ``drafts`` 0 is plain decoding."""
+    """``drafts``: 0 is plain decoding. ``uncertainty``: of the ratio of two times."""
     length = 1 + profile.accepted(drafts)
-    mine, plain = (_loop(d, profile, costs, work, rows) for d in (drafts, 0))
+    mine, plain = (_loop(d, profile, costs, work) for d in (drafts, 0))
     seconds = {d: _answer_seconds(costs, one.rows, d, profile, work) for d, one in ((drafts, mine), (0, plain))}
     speedup = seconds[0] / seconds[drafts]
     per_second = mine.rows * work.answer / seconds[drafts]
@@ -245,10 +245,10 @@ class _Loop:
     overloaded: bool = False  # more is asked than can be served
 
 
-def _loop(drafts: int, profile: Profile, costs: StepCosts, work: Workload, rows: int) -> _Loop:
-    """The rows of a step: given, the users of a closed loop, or as many as an open loop has in the system."""
-    most = rows or work.concurrency
-    if rows or not work.rate:
+def _loop(drafts: int, profile: Profile, costs: StepCosts, work: Workload) -> _Loop:
+    """The rows of a step: the users of a closed loop, or as many as an open loop has in the system."""
+    most = work.concurrency
+    if not work.rate:
         return _Loop(most)
     if work.rate * _answer_seconds(costs, most, drafts, profile, work) > most:
         return _Loop(most, overloaded=True)
