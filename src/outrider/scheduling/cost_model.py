@@ -425,7 +425,8 @@ class CostModel:
         rows = round(_rows_of(rows_key))
         context = max(0, round((2 ** (context_key / 4) - 64) * rows))
         last = len(n) - 1
-        knots = sorted({1, *(p.tokens for p in self.table.target if p.rows == 1 and p.tokens < last), last})
+        # A pass has at least a token of each row: with fewer the table would share the context among fewer rows.
+        knots = sorted({1, rows, *(p.tokens for p in self.table.target if p.rows == 1 and p.tokens < last), last})
         return np.interp(n, knots, [self.table.seconds(k, rows, context) for k in knots])
 
     def use(self, table: CostTable) -> None:
