@@ -220,6 +220,24 @@ def test_multiplying_on_a_described_machine_is_done_in_tiles() -> None:
     assert Roofline(machine, TARGET, block).draft(3, 8) == pytest.approx(2 * weights * 24 / 1e9, rel=1e-3)
 
 
+def test_shares_and_experts_of_a_described_machine() -> None:
+    machine = Machine.read(
+        "bandwidth=1,bandwidth_share=0.5,tflops=0.001,flops_share=0.25,pass_ms=1,step_ms=2,drafting_ms=3"
+    )
+    mixed = replace(TARGET, experts=8, experts_used=2, expert_parameters=2e6)
+    costs = Roofline(machine, mixed)
+    read, multiplied = mixed.touched(3) * 2 / 0.5e9, 2 * mixed.active(3) / 0.25e9
+    assert costs.verify(3, 1, 0) == pytest.approx((read**4 + multiplied**4) ** 0.25 + 0.001)
+    assert [costs.bookkeeping(1, drafting) for drafting in (False, True)] == pytest.approx([0.002, 0.005])
+    slow = Machine.read("bandwidth=1e6,bandwidth_share=1,tflops=0.001,flops_share=1,pass_ms=0")
+    block = DrafterShape.read("dspark,drafts=4,profile=0.9,layers=1,markov_rank=16")
+    operations = 2 * (block.multiplied(TARGET) * 3 * 2 + 2 * 1000 * 16 * 3)
+    assert Roofline(slow, TARGET, block).draft(3, 2) == pytest.approx(operations / 1e9, rel=1e-3)
+    assert Roofline(slow, mixed).verify(2, 1, 0) == pytest.approx(2 * mixed.active(2) / 1e9, rel=1e-3)
+    small, fast = DrafterShape.read("eagle3,drafts=4,profile=0.9,bytes=0.5"), replace(slow, bandwidth=1.0, tflops=1e6)
+    assert Roofline(fast, TARGET, small).draft(1, 2) == pytest.approx(2 * 0.5 * small.multiplied(TARGET) / 1e9)
+
+
 def test_notes_say_what_is_missed() -> None:
     late = planned(Workload(latency=0.01, token_latency=0.001))
     (whole, each), plain = late.notes, late.plain

@@ -269,6 +269,10 @@ def test_costs_that_are_no_seconds_are_refused(wrong: float) -> None:
         Costs(((1, 0.01),), draft_fixed=wrong)
     with pytest.raises(InvalidRequest, match="a cost curve needs"):
         Costs(((1, wrong),))
+    for points in ((), ((2, 0.01), (1, 0.02)), ((1, 0.01), (1, 0.02)), ((0, 0.01), (2, 0.02))):
+        with pytest.raises(InvalidRequest, match="tokens rising from 1 on"):
+            Costs(points)
+    assert Costs(((1, 0.01),), follow_each=0.001).follow(3) == pytest.approx(0.003)
 
 
 def test_a_curve_that_falls_is_level() -> None:

@@ -160,7 +160,7 @@ class _Corrections:
         before, after = self.known[max(right - 1, 0)], self.known[min(right, len(self.known) - 1)]
         if before >= after:
             return usual + self._added(after)
-        share = min((key - before) / (after - before), 1.0)
+        share = (key - before) / (after - before)
         return usual + (1 - share) * self._added(before) + share * self._added(after)
 
     def _added(self, key: int) -> float:
