@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from outrider.scheduling.cost_model import _Change, _Check, _Corrections, _Estimate, _Line
 from outrider.scheduling.cost_model import CostModel as Model
+from outrider.scheduling.cost_model import _Change, _Check, _Corrections, _Estimate, _Line
 from outrider.scheduling.costs import CostKey, CostPoint, CostTable
 from outrider.types import StepCost
 
