@@ -18,7 +18,11 @@ from served import drafting, serving
 CASES: list[dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "continue_requests.json").read_text(encoding="utf-8")
 )
-TEMPLATE = "{% if tools %}{{ tools[0].function.name }}<tool_call></tool_call>{% endif %}" + CHAT_TEMPLATE
+TEMPLATE = (
+    "{% if tools %}{{ tools[0].function.name }}<tool_call></tool_call>{% endif %}"
+    "{% for message in messages %}{% for call in message.tool_calls or [] %}"
+    "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}{% endfor %}"
+) + CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")
