@@ -406,7 +406,7 @@ def test_a_sequence_past_its_slot(name: str, saved: Any) -> None:
         ("llama", {"attention_bias": False}, "q_proj.bias' is in the files, but not in the model that config.json"),
         ("qwen3", {"attention_bias": True}, "q_proj.bias' is missing, but in the model"),
         ("llama", {"rms_norm_eps": "small"}, "epsilon must be a small number, got 'small'"),
-        ("qwen2", {"sliding_window": -4}, "sliding window of layer 1 must be a whole number"),
+        ("qwen2", {"sliding_window": -4}, "'sliding_window' must be a whole number of at least 1"),
         ("qwen2", {"layer_types": ["full_attention"]}, "'layer_types' must hold 3 of sliding_attention or full_att"),
         ("llama", {"hidden_size": 64}, "shape .101, 48., but the config says .any, 64."),
         ("llama", {"vocab_size": 100}, "serves as the head too, but the config's vocabulary has 100 tokens"),
@@ -435,6 +435,21 @@ def test_configs_that_are_refused(name: str, changes: dict[str, Any], message: s
     (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(CheckpointError, match=message):
         load_target(directory, backend="reference")
+
+
+@pytest.mark.parametrize("window", ["left out", None])
+def test_windows_of_qwen_that_have_no_size(window: str | None, saved: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved["qwen2"][0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["sliding_window"], config["layer_types"]
+    config |= {} if window else {"sliding_window": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoConfig.from_pretrained(folder)
+    read = load_layers(folder)
+    assert read is not None
+    found = [layer.window for layer in read[0].layers]
+    assert found == [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
+    assert found == [None, *[4096 if window else None] * 2]
 
 
 def test_a_text_config_and_sizes_that_are_null(saved: Any, tmp_path: Path) -> None:
@@ -552,8 +567,10 @@ def test_options_that_are_refused(saved: Any) -> None:
         load_target(directory, dtype="int8", backend="reference")
     with pytest.raises(UnknownKind, match="did you mean 'reference'"):
         load_target(directory, backend="refrence")
-    with pytest.raises(InvalidRequest, match="gpt2 is none"):
+    with pytest.raises(InvalidRequest, match="gpt2 runs through Transformers; give float32, bfloat16 or float64"):
         load_target(saved["gpt2"][0], dtype="int4", backend="reference")
+    with pytest.raises(InvalidRequest, match="'file' needs an architecture that the native core runs"):
+        load_target(saved["gpt2"][0], dtype="file", backend="reference")
 
 
 def test_toy_reads_its_table_and_its_cache() -> None:

@@ -82,8 +82,11 @@ class HuggingFaceTarget:
 
         Raises CheckpointError, also for models whose state cannot be rewound; InvalidRequest for a quantised dtype.
         """
-        if dtype in ("int8", "int4"):
-            raise InvalidRequest(f"dtype {dtype!r} needs a natively read architecture, and {_kind(config)} is none")
+        if dtype in ("int8", "int4", "file"):
+            raise InvalidRequest(
+                f"dtype {dtype!r} needs an architecture that the native core runs, and {_kind(config)} runs through "
+                "Transformers; give float32, bfloat16 or float64"
+            )
         if _kind(config) not in CONFIG_MAPPING_NAMES:
             remote = "; its files bring code, which is never run" if "auto_map" in config else ""
             raise CheckpointError(f"model_type {_kind(config)!r} is not known to Outrider or Transformers{remote}")

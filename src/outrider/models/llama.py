@@ -11,8 +11,9 @@ from outrider.models.decoder import DecoderTarget, activation, biases, layer_typ
 
 __all__ = ["LlamaTarget"]
 
-MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
-"""What Mistral's configs mean where they are silent."""
+DEFAULTS = {"mistral": {"num_key_value_heads": 8, "sliding_window": 4096}}
+DEFAULTS |= dict.fromkeys(("qwen2", "qwen3"), {"sliding_window": 4096})
+"""What configs mean where they are silent, by ``model_type``."""
 
 
 class LlamaTarget(DecoderTarget):
@@ -21,8 +22,7 @@ class LlamaTarget(DecoderTarget):
     @classmethod
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:
         """The stack of a Llama-family config. Raises CheckpointError."""
-        if config["model_type"] == "mistral":
-            config = {**MISTRAL, **config}
+        config = {**DEFAULTS.get(config["model_type"], {}), **config}
         width, heads = required(config, "hidden_size"), required(config, "num_attention_heads")
         head_dim = optional(config, "head_dim", width // heads)
         rope = rope_config(config, head_dim)
@@ -33,7 +33,7 @@ class LlamaTarget(DecoderTarget):
                 head_dim=head_dim,
                 intermediate_size=required(config, "intermediate_size"),
                 rope=rope,
-                window=config["sliding_window"] if kind == "sliding_attention" else None,
+                window=required(config, "sliding_window") if kind == "sliding_attention" else None,
                 qk_norm=config["model_type"] == "qwen3",
             )
             for kind in _layer_types(config)
@@ -61,9 +61,9 @@ class LlamaTarget(DecoderTarget):
 def _layer_types(config: Mapping[str, Any]) -> list[str]:
     """Which layers have a sliding window: none of Llama's, all of Mistral's or those that it names, and Qwen's where a
     flag switches it on."""
-    model_type = config["model_type"]
+    model_type, window = config["model_type"], config.get("sliding_window") is not None
     if model_type.startswith("qwen") and config.get("use_sliding_window"):
-        return layer_types(config, lambda index: index >= config.get("max_window_layers", 28))
-    slides = model_type == "mistral" and config.get("sliding_window") is not None
+        return layer_types(config, lambda index: window and index >= config.get("max_window_layers", 28))
+    slides = model_type == "mistral" and window
     named = config.get("layer_types") if model_type == "mistral" else None
     return layer_types({**config, "layer_types": named}, lambda index: slides)
