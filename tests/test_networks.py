@@ -436,7 +436,7 @@ def test_without_a_mask_token_a_spare_control_token_stands_for_it(target: Target
     full = {f"t{i}": i for i in range(target.spec.vocab_size)}
     spare = {"<|im_start|>" if i == 1 else "<file_sep>" if i == 5 else text: i for text, i in full.items()}
     assert mask_token(None, target.spec, spare) == 5
-    with pytest.raises(InvalidRequest, match=r"drafter = \{ mask_token_id"):
+    with pytest.raises(InvalidRequest, match=r"--set run\.drafter\.mask_token_id=\.\.\. of `outrider train RECIPE`"):
         mask_token(None, target.spec, full)
 
 

@@ -225,7 +225,7 @@ def load_target_model(model: str, dtype: str, backend: str) -> LoadedModel:
     """A target and its tokenizer; says what it does where that takes long. Raises CheckpointError and its kin."""
     if backend == "auto" and find_spec("outrider._native") is None:
         note("the native core is not built here: the slower PyTorch backend runs (`make native` builds the core)")
-    with said_when_slow(f"loading {model}: reading its weights and packing them for the core"):
+    with said_when_slow(f"loading {model}: reading its weights"):
         from outrider.engine.loader import load_model
 
         return load_model(model, dtype=dtype, backend=backend)

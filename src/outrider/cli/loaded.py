@@ -48,7 +48,7 @@ def dtype_hint(llm: LLM) -> str | None:
         ratio = seconds[used] / seconds[best]
         if ratio < FASTER:
             return None
-        return f"measured here by `outrider profile`: {best} is {ratio:.1f} x as fast as {used} (--dtype {best})"
+        return f"measured here: {best} is {ratio:.1f} x as fast as {used} (--dtype {best})"
     if used == "float32" and weight_bytes(target.stack.config, used) > LARGE:
         return (
             "int8 reads a quarter of the bytes that float32 reads, so it should be faster (expected, not measured: "

@@ -134,8 +134,8 @@ def mask_token(given: int | None, spec: TargetSpec, tokens: Mapping[str, int]) -
     spare = [token for text, token in tokens.items() if SPARE.fullmatch(text) and token not in spec.eos_token_ids]
     if not unused and not spare:
         raise InvalidRequest(
-            "the tokenizer uses every id and names no mask token; name one that texts hardly use, in a recipe "
-            "`drafter = { mask_token_id = ... }` of its [run] section, else --set drafter.mask_token_id=..."
+            "the tokenizer uses every id and names no mask token; name one that texts hardly use: "
+            "--set run.drafter.mask_token_id=... of `outrider train RECIPE`, or drafter.mask_token_id of `train run`"
         )
     return min(unused or spare)
 
