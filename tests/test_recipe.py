@@ -154,7 +154,7 @@ def test_models_beside_the_recipe(recipe: Path) -> None:
 def test_answers_that_fill_the_context_are_refused_before_anything_runs(recipe: Path) -> None:
     filled = read_recipe(recipe, ["regenerate.max_tokens=99999"])
     for start in (estimate, run_recipe):
-        with pytest.raises(InvalidRequest, match="max_tokens = 99999 new tokens leave no room for a prompt"):
+        with pytest.raises(InvalidRequest, match=r"max_tokens = 99999 .* fewer, as regenerate\.max_tokens=\d+ in"):
             start(filled)  # type: ignore[operator]
     assert not (recipe.parent / "made").exists()
 
@@ -191,8 +191,18 @@ def test_too_few_held_out_prompts_are_refused_before_training(recipe: Path) -> N
         run_recipe(read_recipe(recipe, few))
     with pytest.raises(InvalidRequest, match="calibrate and eval need at least 4 held-out prompts"):
         run_recipe(read_recipe(recipe, [*few, "eval_prompts=[]"]))
-    assert not (recipe.parent / "made" / "regenerate").exists()
+    with pytest.raises(InvalidRequest, match="calibrate need at least 4"):
+        estimate(read_recipe(recipe, few))
+    assert not (recipe.parent / "made").exists()  # so that the advice can be followed
     assert run_recipe(read_recipe(recipe, few), until="prompts").keys() == {"prompts"}
+    with pytest.raises(InvalidRequest, match=r"there are 0: remove .*made/prompts, then give more prompts"):
+        run_recipe(read_recipe(recipe, few))
+
+
+def test_of_few_self_written_prompts_as_many_are_held_out_as_the_share_says(recipe: Path) -> None:
+    with pytest.raises(InvalidRequest, match="calibrate need at least 4 held-out prompts, there are 2: give more"):
+        run_recipe(read_recipe(recipe, ["prompts={sources=[{self=100}]}"]))
+    assert not (recipe.parent / "made").exists()
 
 
 def test_bad_data_is_reported_before_anything_runs(recipe: Path) -> None:

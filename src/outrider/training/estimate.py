@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
@@ -25,10 +25,11 @@ from outrider.evaluation.recording import read_prompts
 from outrider.models.loading import model_config
 from outrider.models.locations import QUESTIONS
 from outrider.training import dataset, prompts, regenerate
-from outrider.training.artefact import is_finished, open_artefact
+from outrider.training.artefact import open_artefact
 from outrider.training.conversations import ChatTurn, Conversations
-from outrider.training.recipe import Recipe, check_target
-from outrider.training.stages import STAGES, sources_of
+from outrider.training.prompts import Split
+from outrider.training.recipe import Recipe, check_held_out, check_target
+from outrider.training.stages import STAGES
 from outrider.training.target_runner import TargetRunner
 from outrider.types import RaggedBatch
 
@@ -67,6 +68,7 @@ def estimate(recipe: Recipe, until: str | None = None) -> list[Estimate]:
     the errors of reading the prompts and loading the target.
     """
     check_target(recipe)
+    check_held_out(recipe, recipe.stages(until))
     trial = _Trial(recipe)
     return [
         Estimate(name, note="finished") if trial.finished(name) else getattr(trial, name)()
@@ -82,10 +84,7 @@ class _Trial:
         self._sanity_seconds = 0.0  # of a step of the sanity check; known once `_training_speed` is
 
     def finished(self, name: str) -> bool:
-        recipe = self.recipe
-        folder, config, parents = recipe.path(name), recipe.configs[name], recipe.folders(name)
-        sources = sources_of(name, config, recipe.eval_prompts if name == "eval" else ())
-        return is_finished(folder, name, config, target=recipe.target, parents=parents, sources=sources)
+        return self.recipe.finished(name)
 
     # -------------------------------------------------------------------------------------------- stages
 
@@ -182,12 +181,11 @@ class _Trial:
     # -------------------------------------------------------------------------------------------- counts
 
     @cached_property
-    def _prompts(self) -> tuple[dict[str, Counter[str]], list[ChatTurn]]:
+    def _prompts(self) -> tuple[Mapping[Split, Counter[str]], list[ChatTurn]]:
         """Number of turns that the target answers, by part and domain, and up to 200 prompts as the target gets them.
         Questions of the package stand for prompts that the target is to write."""
         config: Any = self.configs["prompts"]
-        files = tuple(source for source in config.sources if source.path is not None)
-        split, _ = prompts.collect(config.model_copy(update={"sources": files}))
+        split = prompts.from_files(config)
         some = (split["train"] + split["held_out"])[:200]
         if not some:
             questions = [{"path": str(path)} for path in sorted(QUESTIONS.glob("*.jsonl"))]
@@ -195,19 +193,7 @@ class _Trial:
         settings = regenerate.sampling(self.configs["regenerate"], self.recipe.target)  # type: ignore[arg-type]
         conversations = Conversations(some, self._llm.tokenizer, settings)
         conversations.resume([])
-        counts: dict[str, Counter[str]] = {}
-        for part, found in split.items():
-            limit = config.limit if part == "train" else config.held_out_limit
-            share = config.held_out if part == "held_out" else 1 - config.held_out
-            given = Counter(prompt["domain"] for prompt in found)
-            counts[part] = Counter(prompt["domain"] for prompt in found for _ in prompt.get("turns", "1"))
-            for source in config.sources:
-                domain, share_of_it = source.domain or "self", share if source.split == "auto" else source.split == part
-                written = round(share_of_it * (source.self_written or 0))
-                written = written if limit is None else min(written, limit - given[domain])
-                given[domain] += written
-                counts[part][domain] += written  # of one turn each
-        return counts, list(conversations.todo)
+        return prompts.expected_turns(config, split), list(conversations.todo)
 
     @property
     def _run_stage(self) -> Any:
@@ -220,7 +206,7 @@ class _Trial:
         sources: Any = self.configs["prompts"].sources  # type: ignore[attr-defined]
         return sum(source.self_written or 0 for source in sources)
 
-    def _count(self, part: str) -> int:
+    def _count(self, part: Split) -> int:
         """Texts of a part: answers if they exist, else those that its prompts' turns will get."""
         if self.finished("regenerate"):
             return int(open_artefact(self.recipe.path("regenerate")).provenance["facts"][part]["answers"])

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -31,7 +31,18 @@ from outrider.files import read_json_lines
 from outrider.training.artefact import Artefact, begin, file_hash, write_lines
 from outrider.training.progress import Progress
 
-__all__ = ["Config", "Source", "collect", "make_prompts", "read_source", "sources"]
+__all__ = [
+    "Config",
+    "Source",
+    "Split",
+    "collect",
+    "count_turns",
+    "expected_turns",
+    "from_files",
+    "make_prompts",
+    "read_source",
+    "sources",
+]
 
 Split = Literal["train", "held_out"]
 EXPECTED = "an object with `text`, `prompt`, `turns`, `messages` or `conversations`"
@@ -221,6 +232,34 @@ def collect(config: Config) -> tuple[dict[Split, list[dict[str, Any]]], Counter[
                 split[chosen].append({"id": key[:16], **prompt})
     limits: dict[Split, int | None] = {"train": config.limit, "held_out": config.held_out_limit}
     return {name: _draw(split[name], config.seed, limit, dropped) for name, limit in limits.items()}, dropped
+
+
+def from_files(config: Config) -> dict[Split, list[dict[str, Any]]]:
+    """The prompts of a config's files alone, without those that the target is to write. Raises InvalidRequest."""
+    return collect(config.model_copy(update={"sources": tuple(s for s in config.sources if s.path is not None)}))[0]
+
+
+def count_turns(prompts: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """Domain -> answers that the target will give to its prompts: one for each turn of a user."""
+    return Counter(prompt["domain"] for prompt in prompts for _ in prompt.get("turns", "1"))
+
+
+def expected_turns(config: Config, split: Mapping[Split, Sequence[Mapping[str, Any]]]) -> dict[Split, Counter[str]]:
+    """``count_turns`` of the files' prompts, ``split``, with the target's own as many as shares and limits let there
+    be."""
+    counts: dict[Split, Counter[str]] = {}
+    for part, found in split.items():
+        limit = config.limit if part == "train" else config.held_out_limit
+        share = config.held_out if part == "held_out" else 1 - config.held_out
+        given = Counter(prompt["domain"] for prompt in found)
+        counts[part] = count_turns(found)
+        for source in config.sources:
+            domain, share_of_it = source.domain or "self", share if source.split == "auto" else source.split == part
+            written = round(share_of_it * (source.self_written or 0))
+            written = written if limit is None else min(written, limit - given[domain])
+            given[domain] += written
+            counts[part][domain] += written  # of one turn each
+    return counts
 
 
 def _key(texts: list[str], system: str) -> str:

@@ -31,14 +31,16 @@ from outrider.errors import InvalidRequest, nearest
 from outrider.models.loading import model_config
 from outrider.models.locations import beside, resolve_model
 from outrider.models.weights import load_dtype
-from outrider.training.artefact import Artefact, read_lines
+from outrider.training.artefact import Artefact, is_finished, read_lines
 from outrider.training.fit_calibration import LEAST_PROMPTS
 from outrider.training.networks import training_of
+from outrider.training.prompts import Config as Prompts
+from outrider.training.prompts import count_turns, expected_turns, from_files
 from outrider.training.regenerate import sampling
-from outrider.training.stages import STAGES, make, opened
+from outrider.training.stages import STAGES, make, opened, sources_of
 from outrider.types import readable_layers
 
-__all__ = ["Recipe", "changed", "check_target", "configure", "read_recipe", "run_recipe"]
+__all__ = ["Recipe", "changed", "check_held_out", "check_target", "configure", "read_recipe", "run_recipe"]
 
 SKIPPABLE = ("calibrate", "eval", "export")
 ON_REQUEST = ("features",)  # stages that run only if the recipe has their section
@@ -75,6 +77,12 @@ class Recipe:
         stage = STAGES[name]
         chosen = {role: next((k for k in kinds if k in self.configs), None) for role, kinds in stage.parents.items()}
         return {role: self.path(kind) for role, kind in chosen.items() if kind is not None}
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage is finished. Raises ArtefactError where it was begun with other settings."""
+        config, prompts = self.configs[name], self.eval_prompts if name == "eval" else ()
+        parents, sources = self.folders(name), sources_of(name, config, prompts)
+        return is_finished(self.path(name), name, config, target=self.target, parents=parents, sources=sources)
 
 
 def configure(name: str, values: Mapping[str, Any], where: str, folder: Path | None = None) -> BaseModel:
@@ -253,24 +261,35 @@ def check_target(recipe: Recipe) -> None:
             )
 
 
-def _check_held_out(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Refuse prompts of which too few are held out for stages to come, now, not after training. Raises
-    InvalidRequest."""
-    held_out = read_lines(recipe.path("prompts") / "held_out.jsonl")
-    count = sum(len(prompt.get("turns", "1")) for prompt in held_out)  # answers there will be
+def check_held_out(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Refuse prompts of which too few are held out for stages to come, before they are made where that can be told,
+    so that other settings can still be given; else before training.
+
+    Raises InvalidRequest, and the errors of reading the prompts.
+    """
     needed = {"calibrate": LEAST_PROMPTS, "eval": 0 if recipe.eval_prompts else 1}
+    if not any(needed.get(name) for name in stages):
+        return
+    made, config = recipe.finished("prompts"), recipe.configs["prompts"]
+    assert isinstance(config, Prompts)
+    if made:
+        count = count_turns(read_lines(recipe.path("prompts") / "held_out.jsonl")).total()
+    else:
+        count = expected_turns(config, from_files(config))["held_out"].total()
     short = [name for name in stages if count < needed.get(name, 0)]
     if short:
+        first = f"remove {recipe.path('prompts')}, then " if made else ""
         raise InvalidRequest(
-            f"{' and '.join(short)} need at least {needed[short[0]]} held-out prompts, there are {count}: give more "
-            "prompts, a larger share (prompts.held_out), or a source with split = 'held_out'; or leave the stages out "
-            f"(skip = {json.dumps(short)})"
+            f"{' and '.join(short)} need at least {needed[short[0]]} held-out prompts, there are {count}: "
+            f"{first}give more prompts, a larger share (prompts.held_out), or a source with split = 'held_out'; or "
+            f"leave the stages out (skip = {json.dumps(short)})"
         )
 
 
 def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None = None) -> dict[str, Artefact]:
     """Run every stage in order. Raises a stage's errors; the same call then resumes."""
     check_target(recipe)  # refused now, not after prompts
+    check_held_out(recipe, recipe.stages(until))
     made: dict[str, Artefact] = {}
     for name in recipe.stages(until):
         out = recipe.path(name)
@@ -282,5 +301,5 @@ def run_recipe(recipe: Recipe, until: str | None = None, console: Console | None
             name, recipe.configs[name], parents, out, recipe.target, prompts=tuple(prompts), console=console
         )
         if name == "prompts":
-            _check_held_out(recipe, recipe.stages(until))
+            check_held_out(recipe, recipe.stages(until))
     return made

@@ -113,8 +113,9 @@ def sampling(config: Config, target: str) -> Settings:
     context = min(config.context, text.get("max_position_embeddings") or config.context)
     if config.max_tokens >= context:
         raise InvalidRequest(
-            f"max_tokens = {config.max_tokens} new tokens leave no room for a prompt in a context of {context}; "
-            "give fewer (prompts that the target writes itself: prompt_tokens)"
+            f"max_tokens = {config.max_tokens} new tokens leave no room for a prompt in a context of {context}; give "
+            f"fewer, as regenerate.max_tokens={context // 2} in a recipe (prompts that the target writes itself: "
+            "prompts.prompt_tokens)"
         )
     for temperature in config.temperatures:
         replace(params, temperature=temperature)  # refuses what is no temperature
