@@ -309,6 +309,10 @@ def test_a_model_without_chat_template_says_so(tmp_path: Path) -> None:
 def test_unknown_commands_and_options_are_refused_with_a_hint() -> None:
     result = outrider("generate", "x", "--temprature", "1")
     assert result.exit_code == 2 and "--temperature" in result.stderr
+    result = outrider("eval", "--model", "x")
+    assert result.exit_code == 2 and "No such option: --model (Possible options: --target)" in result.stderr
+    result = outrider("generate", "--target", "x")
+    assert result.exit_code == 2 and "No such option: --target (Possible options: --model)" in result.stderr
     result = outrider("generat")
     assert result.exit_code == 2 and "generate" in result.stderr
 
@@ -417,6 +421,20 @@ runpy.run_module("outrider", run_name="__main__")
     assert done.returncode == -signal.SIGINT and not done.stderr, done.stderr
 
 
+def test_an_interruption_while_torch_is_imported_ends_the_process(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); print('went on')")
+    code = (
+        "import runpy, sys; sys.argv = ['outrider', 'generate', 'x']; runpy.run_module('outrider', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert done.returncode == -signal.SIGINT and not done.stdout and not done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("command", [["generate", "x", "--max-tokens", "100", "--ignore-eos"], ["models"]])
 def test_a_reader_that_goes_away_is_no_error(model: list[str], command: list[str]) -> None:
     line = " ".join([sys.executable, "-m", "outrider", *command, *(model if command[0] == "generate" else [])])
@@ -424,6 +442,13 @@ def test_a_reader_that_goes_away_is_no_error(model: list[str], command: list[str
         ["bash", "-c", f"{line} | head -c 1; exit ${{PIPESTATUS[0]}}"], capture_output=True, timeout=120
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"error" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["", "models", "train"])
+def test_help_may_be_read_in_part(command: str) -> None:
+    line = f"{sys.executable} -m outrider {command} --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_arguments_that_are_not_utf8_and_an_output_that_is_not(model: list[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from outrider.cli.command import flowing, make_command
+from outrider.cli.command import CutHelp, flowing, make_command
 from outrider.version import __version__
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -54,7 +54,7 @@ class _OnUse(Mapping[str, Any]):
         return len(COMMANDS)
 
 
-class _Catalogue(TyperGroup):
+class _Catalogue(CutHelp, TyperGroup):
     """The group of all commands."""
 
     def __init__(self, **attributes: Any) -> None:

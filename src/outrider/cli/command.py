@@ -10,10 +10,24 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-__all__ = ["flowing", "make_command"]
+__all__ = ["CutHelp", "flowing", "make_command"]
 
 
-class _Command(TyperCommand):
+SAME = {"--model": "--target", "--target": "--model"}
+"""The target by its name in other commands."""
+
+
+class CutHelp:
+    """A command or group whose help may be read in part, as by ``head``: no error."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        try:
+            super().format_help(ctx, formatter)  # type: ignore[misc]
+        except SystemExit:  # rich's, as the pipe is closed
+            raise SystemExit(0) from None
+
+
+class _Command(CutHelp, TyperCommand):
     """A command whose ``--json`` may stand alone, last or before another option: it then prints, as ``--json -``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -22,7 +36,13 @@ class _Command(TyperCommand):
         for arg, following in pairwise([*args[:end], "--"]):
             alone = arg == "--json" and following.startswith("-") and following != "-"
             filled += [arg, "-"] if alone else [arg]
-        return super().parse_args(ctx, filled + args[end:])
+        try:
+            return super().parse_args(ctx, filled + args[end:])
+        except Exception as error:
+            same = SAME.get(getattr(error, "option_name", ""))
+            if hasattr(error, "possibilities") and any(same in parameter.opts for parameter in self.params):
+                error.possibilities = [same]  # of an unknown option; typer names those that are spelt alike
+            raise
 
 
 def flowing(text: str | None) -> str:

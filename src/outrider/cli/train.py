@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from outrider.cli.command import flowing, make_command
+from outrider.cli.command import CutHelp, flowing, make_command
 from outrider.cli.common import JsonFile, check_folder, command, human, write_json
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ class _OnUse(Mapping[str, Any]):
         return 1 + len(STAGES)
 
 
-class _Group(TyperGroup):
+class _Group(CutHelp, TyperGroup):
     """``outrider train FILE.toml`` is ``outrider train recipe FILE.toml``."""
 
     def __init__(self, **attributes: Any) -> None:
