@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from outrider.config import SamplingParams
+from outrider.config import Grammar, SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest
 from outrider.sampling.logprobs import token_logprobs
@@ -39,6 +41,36 @@ def test_they_are_the_same_with_any_drafter(plain: LLM, drafter: str, params: Sa
         assert (p.draft is not None) == p.drafted
         if p.draft is not None and p.draft.probability is not None:
             assert 0 < p.draft.probability <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, False),
+        ({"temperature": 1.0, "seed": 3}, True),
+        ({"temperature": 1.0, "rule": "coupled", "grammar": Grammar("regex", " the answer is forty-two[.]")}, False),
+        ({"temperature": 1.0, "rule": "block", "grammar": Grammar("regex", " the answer is forty-two[.]")}, False),
+    ],
+    ids=["greedy", "an expected text", "forced, coupled", "forced, block"],
+)
+def test_drafts_that_were_not_sampled_have_no_probability_beside_those_that_were(
+    plain: LLM, options: dict[str, Any], expected: bool
+) -> None:
+    engine = plain.with_drafter("draft_model").engine
+    params = SamplingParams(max_tokens=20, logprobs=0, **options)
+    prompt, text = plain.encode(PROMPT), []
+    if expected:
+        text = plain.generate(PROMPT, params)[0].token_ids
+    alone = engine.submit(prompt, params, 3, expected=text)
+    engine.wait([alone])
+    request = engine.submit(prompt, params, 3, expected=text)
+    beside = engine.submit(prompt, SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True), 5)
+    engine.wait([request, beside])
+    first, same = (
+        [p.draft.probability for event in one.events for p in event.pieces if p.draft is not None]
+        for one in (alone, request)
+    )
+    assert None in first and same == first
 
 
 @pytest.mark.parametrize("drafter", ["none", "suffix", "dspark"])

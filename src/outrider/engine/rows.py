@@ -151,6 +151,7 @@ class Rows:
             [*proposal.counts, *[0] * extra],
             proposal.distribution,
             None if sure is None else np.pad(sure, more),
+            sampled=None if proposal.sampled is None else [*proposal.sampled, *[0] * extra],
         )
 
     def candidates(self, proposal: Proposal, keep: list[int]) -> Candidates:

@@ -35,6 +35,7 @@ def with_drafts(proposal: Proposal, drafts: Mapping[int, Sequence[int]], confide
         [len(row) for row in rows],
         distribution,
         sure,
+        sampled=[0 if b in drafts else n for b, n in enumerate(lengths)],
     )
 
 

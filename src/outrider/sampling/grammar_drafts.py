@@ -40,7 +40,8 @@ def fit_drafts(
     sure = None if proposal.confidence is None else proposal.confidence.tolist()
     rows = []
     for b, (matcher, limit, params) in enumerate(zip(matchers, limits, context.params, strict=False)):
-        row = _Row(tokens[b][: lengths[b]], [1.0] * lengths[b] if sure is None else sure[b][: lengths[b]])
+        known = [1.0] * lengths[b] if sure is None else sure[b][: lengths[b]]
+        row = _Row(tokens[b][: lengths[b]], known, kept=lengths[b])
         if matcher is not None:
             sampled = proposal.distribution is not None and params.temperature > 0
             row.needs_distribution = sampled and params.effective_rule != "coupled"
@@ -56,6 +57,7 @@ def fit_drafts(
         None
         if sure is None and any(lengths)
         else torch.tensor([row.sureness + [0.0] * (width - len(row.tokens)) for row in rows]).view(shape),
+        sampled=[min(row.kept, n) for row, n in zip(rows, proposal.sampled or lengths, strict=True)],
     )
 
 
@@ -65,6 +67,7 @@ class _Row:
 
     tokens: list[int]
     sureness: list[float]
+    kept: int = 0  # of the drafter's
     needs_distribution: bool = False  # its drafts were sampled, and the rule compares distributions
     forced: bool = False  # they are all forced, in place of none
 
@@ -72,18 +75,18 @@ class _Row:
 def _fit(row: _Row, matcher: GrammarMatcher, limit: int) -> None:
     """Cut a row's drafts, and lengthen them up to ``limit``; tokens that are the only ones possible are certain."""
     row.forced = row.needs_distribution and not row.tokens
-    kept = 0
+    row.kept = 0
     for j, token in enumerate(row.tokens):
         before = tuple(row.tokens[:j])
         mask = matcher.mask(before)
         if mask is None or not (row.needs_distribution or matcher.allows(before, token)):
             break
-        kept = j + 1
+        row.kept = j + 1
         if matcher.only(before) == token:
             row.sureness[j] = 1.0
-    del row.tokens[kept:], row.sureness[kept:]
+    del row.tokens[row.kept :], row.sureness[row.kept :]
     if not row.needs_distribution or row.forced:
-        more = _forced(matcher, tuple(row.tokens), limit - kept)
+        more = _forced(matcher, tuple(row.tokens), limit - row.kept)
         row.tokens += more
         row.sureness += [1.0] * len(more)
 

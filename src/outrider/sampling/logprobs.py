@@ -52,9 +52,10 @@ def draft_reports(
         n, width = accepted[b], proposal.width
         sure = [None] * n if proposal.confidence is None else proposal.confidence[b, :n].tolist()
         drawn = [None] * n
-        if isinstance(proposal.distribution, Categorical | ProcessedLogits):
-            rows = torch.arange(b * width, b * width + n)
-            drawn = proposal.distribution.at(proposal.tokens[b, :n], rows).tolist()
+        count = n if proposal.sampled is None else min(n, proposal.sampled[b])
+        if params[b].temperature and isinstance(proposal.distribution, Categorical | ProcessedLogits):
+            rows = torch.arange(b * width, b * width + count)
+            drawn[:count] = proposal.distribution.at(proposal.tokens[b, :count], rows).tolist()
         found[b] = [DraftReport(p, c) for p, c in zip(drawn, sure, strict=True)]
     return found
 

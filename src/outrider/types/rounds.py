@@ -38,7 +38,7 @@ class Proposal:
     """What a drafter proposes for each row. It is not changed once made; tensors, arrays and lists of its numbers are
     made when they are asked for."""
 
-    __slots__ = ("_confidence", "_counts", "_lengths", "_tokens", "distribution", "parents")
+    __slots__ = ("_confidence", "_counts", "_lengths", "_tokens", "distribution", "parents", "sampled")
 
     def __init__(
         self,
@@ -47,17 +47,19 @@ class Proposal:
         distribution: Distribution | None = None,
         confidence: Values | None = None,
         parents: Tensor | None = None,
+        sampled: list[int] | None = None,
     ) -> None:
         """From tensors, or arrays and a list; the properties give their shapes.
 
         ``distribution``: the one that each token was really drawn from: row b * K + j is token (b, j); None =
         deterministic. (lengths[b] >= j) may depend on tokens[b, :j] only. ``parents`` int64 [B, K]: a tree, the token
-        each follows, -1 the row's last; None = a chain.
+        each follows, -1 the row's last; None = a chain. ``sampled`` [B]: so many of a row's first drafts were drawn,
+        those after them come from elsewhere and are certain in ``distribution`` where a rule reads it; None = all.
         """
         self._tokens, self._confidence = tokens, confidence
         self._lengths = lengths if isinstance(lengths, Tensor) else None
         self._counts = lengths if isinstance(lengths, list) else None
-        self.distribution, self.parents = distribution, parents
+        self.distribution, self.parents, self.sampled = distribution, parents, sampled
 
     @property
     def tokens(self) -> Tensor:
