@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from outrider.types import Proposal, RaggedBatch, Verification
+from outrider.types import Proposal, RaggedBatch, Verification, finds_largest
 
 
 @pytest.mark.parametrize("rows", [[], [[5]], [[1, 2, 3], [], [7]]])
@@ -43,3 +43,19 @@ def test_a_proposal_says_the_same_from_lists_arrays_and_tensors() -> None:
     empty = Proposal.empty(2)
     assert (empty.counts, empty.width, empty.arrays[1], empty.confidence) == ([0, 0], 0, None, None)
     assert empty.tokens.shape == (2, 0)
+
+
+def test_largest_logits_are_found_where_flag_and_forward_both_say_so() -> None:
+    class Finds:
+        finds_largest = True
+
+        def forward(self, batch: RaggedBatch, largest: bool = False) -> None: ...
+
+    class FindsNot(Finds):
+        finds_largest = False
+
+    class Overridden(Finds):
+        def forward(self, batch: RaggedBatch) -> None: ...  # type: ignore[override]
+
+    assert finds_largest(Finds())
+    assert not any(map(finds_largest, (FindsNot(), Overridden(), object())))

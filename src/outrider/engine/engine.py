@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
 from itertools import accumulate, count
 from time import perf_counter
 from typing import Any, TypeVar
@@ -47,6 +46,7 @@ from outrider.types import (
     TargetModel,
     TargetOutput,
     TokenLogprobs,
+    finds_largest,
     joined,
 )
 
@@ -90,10 +90,7 @@ class Engine:
         self.max_rows, self.capacity = max_rows, capacity
         self._memory, self._kv_dtype = memory, kv_dtype
         self.limit = target.spec.max_positions  # tokens of a sequence that there is memory for
-        # What wraps a target need not know of it, and is asked for logits then.
-        self._finds_largest = (
-            getattr(target, "finds_largest", False) and "largest" in signature(target.forward).parameters
-        )
+        self._finds_largest = finds_largest(target)
         self._paged: PagedCache | None = None  # the cache, where it has blocks
         self.cache: KVCache = self._new_cache()
         self.admission = Admission(max_rows, chunk, beside)

@@ -28,7 +28,7 @@ from outrider.models.decoder import DecoderTarget
 from outrider.models.loading import load_backend, load_target
 from outrider.models.random import random_target
 from outrider.scheduling.costs import CostPoint, CostTable
-from outrider.types import KVCache, RaggedBatch, TargetModel
+from outrider.types import KVCache, RaggedBatch, TargetModel, finds_largest
 
 __all__ = [
     "Cell",
@@ -285,7 +285,7 @@ def run_profile(
             target = random_target(shape, dtype, load_backend(backend, dtype))
         else:
             target = load_target(model, dtype=dtype, backend=backend)
-        if greedy and not getattr(target, "finds_largest", False):
+        if greedy and not finds_largest(target):
             raise InvalidRequest("only the native backend has passes without logits; leave out --greedy")
         tune_core(target)
 

@@ -19,13 +19,13 @@ from outrider.models.weights import LazyWeights, TensorFiles, load_dtype, readin
 from outrider.types import (
     Backend,
     DraftLoop,
-    FindsLargest,
     KVCache,
     PagedTarget,
     RaggedBatch,
     Stack,
     TargetOutput,
     TargetSpec,
+    finds_largest,
     readable_layers,
 )
 
@@ -130,7 +130,7 @@ class DecoderTarget:
             self.draft_loop = stack.draft_loop
         if isinstance(stack, PagedTarget):
             self.paged_cache = stack.paged_cache
-        self.finds_largest = isinstance(stack, FindsLargest) and stack.finds_largest
+        self.finds_largest = finds_largest(stack)
 
     @classmethod
     def stack_config(cls, config: Mapping[str, Any]) -> StackConfig:

@@ -34,7 +34,7 @@ from outrider.types.passes import (
 from outrider.types.results import DraftReport, Event, Output, Piece, RequestStats, TokenLogprobs
 from outrider.types.roles import Drafter, Forgets, ReadsHidden, ResetsRows, TargetModel, TargetSpec, readable_layers
 from outrider.types.rounds import Context, Distribution, Processor, Proposal, RequestRows, Rng, Verification
-from outrider.types.stacks import Backend, DraftLoop, FindsLargest, HasStack, Stack, TiedHead
+from outrider.types.stacks import Backend, DraftLoop, FindsLargest, HasStack, Stack, TiedHead, finds_largest
 from outrider.types.steps import RowRecord, SchedulerPolicy, StepCost, StepObserver, StepRecord, StepsAside, StepView
 
 __all__ = [
@@ -89,6 +89,7 @@ __all__ = [
     "TokenLogprobs",
     "Values",
     "Verification",
+    "finds_largest",
     "joined",
     "readable_layers",
     "to_array",

@@ -5,7 +5,8 @@ Shapes: the legend of ``outrider.types``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from outrider.config import StackConfig
 from outrider.types.caches import KVCache
-from outrider.types.passes import Mask, RaggedBatch, StackOutput
+from outrider.types.passes import Mask, RaggedBatch, StackOutput, TargetOutput
 from outrider.types.rounds import Context, Distribution, Proposal, Rng, Verification
 
-__all__ = ["Backend", "DraftLoop", "FindsLargest", "HasStack", "Stack", "TiedHead"]
+__all__ = ["Backend", "DraftLoop", "FindsLargest", "HasStack", "Stack", "TiedHead", "finds_largest"]
 
 
 class Stack(Protocol):
@@ -90,11 +91,20 @@ class DraftLoop(Protocol):
 
 @runtime_checkable
 class FindsLargest(Protocol):
-    """A stack or target whose ``forward`` also takes ``largest``: True asks for the token of each row's largest logit
-    (the lowest of equal ones, -1 where the largest is NaN or infinite) instead of the logits. A vocabulary's worth of
-    numbers a row is a lot to write and to read again."""
+    """A stack or target whose ``forward`` also takes ``largest`` where ``finds_largest`` is True: it then gives the
+    token of each row's largest logit (the lowest id on ties, -1 where the largest is NaN or infinite) instead of the
+    logits, and writes no V numbers for each row."""
 
     finds_largest: bool
+
+    @property
+    def forward(self) -> Callable[..., StackOutput | TargetOutput]: ...
+
+
+def finds_largest(model: object) -> bool:
+    """Whether ``forward`` of a stack or target takes ``largest``: not where a wrapper or subclass inherits the flag but
+    has a ``forward`` of its own without that parameter."""
+    return isinstance(model, FindsLargest) and model.finds_largest and "largest" in signature(model.forward).parameters
 
 
 @runtime_checkable
