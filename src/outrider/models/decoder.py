@@ -217,9 +217,9 @@ class DecoderTarget:
         InvalidRequest for a layer there is not."""
         check_aux_layers(aux_layers, self.spec.num_layers)
         more: dict[str, Any] = {"largest": True} if largest else {}
-        output = self.stack.forward(batch, cache, aux_layers=aux_layers, logits_at=logits_at, **more)
-        hidden, logits, features = output.parts
-        return TargetOutput(logits, features, hidden, output.largest)
+        return TargetOutput.of_stack(
+            self.stack.forward(batch, cache, aux_layers=aux_layers, logits_at=logits_at, **more)
+        )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., D], as the first layer sees it."""

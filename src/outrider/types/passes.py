@@ -143,11 +143,6 @@ class StackOutput:
             self._features = to_tensor(self._features)
         return self._features
 
-    @property
-    def parts(self) -> tuple[Values, Values | None, Values | None]:
-        """Hidden states, logits and features as they are."""
-        return self._hidden, self._logits, self._features
-
 
 class TargetOutput:
     """What one target pass gives, as tensors, or as arrays as in ``StackOutput``."""
@@ -164,6 +159,11 @@ class TargetOutput:
         """Give ``logits`` or, where they were asked for instead, ``largest`` (see ``FindsLargest``)."""
         self._logits, self._features, self._hidden = logits, features, hidden
         self.largest = largest
+
+    @classmethod
+    def of_stack(cls, output: StackOutput) -> TargetOutput:
+        """That of a target whose layers are one stack; arrays stay arrays."""
+        return cls(output._logits, output._features, output._hidden, output.largest)
 
     @property
     def logits(self) -> Tensor:
