@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from outrider.errors import InvalidRequest
 from outrider.planning.step_costs import StepCosts
+from outrider.scheduling.acceptance import expected_accepted
 
 __all__ = [
     "LARGEST",
@@ -87,11 +88,7 @@ class Profile:
 
     def accepted(self, drafts: int) -> float:
         """Mean accepted drafts of a round."""
-        total, survival = 0.0, 1.0
-        for p in self.conditional[:drafts]:
-            survival *= p
-            total += survival
-        return total
+        return expected_accepted(self.conditional[:drafts])
 
     def verified(self, drafts: int) -> tuple[float, ...]:
         """P(a round verifies n drafts), n from 0 to ``drafts``, which is the limit."""

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from outrider.core import native
 
-__all__ = ["AcceptanceModel", "DraftHistory", "sigmoid"]
+__all__ = ["AcceptanceModel", "DraftHistory", "expected_accepted", "sigmoid"]
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -140,8 +140,17 @@ class AcceptanceModel:
             self._positions = np.concatenate([self._positions, _new_positions(missing)], axis=1)
 
 
+def expected_accepted(confidence: Sequence[float]) -> float:
+    """Mean accepted drafts of a round that verifies them all: the sum of the survivals, prod_{i<=j} confidence[i]."""
+    total, survival = 0.0, 1.0
+    for one in confidence:
+        survival *= one
+        total += survival
+    return total
+
+
 def sigmoid(logits: Floats) -> Floats:
-    """Probabilities."""
+    """float64 [...] -> [...], elementwise"""
     return np.asarray(1 / (1 + np.exp(-logits)))
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from outrider.errors import InvalidRequest
-from outrider.scheduling.acceptance import AcceptanceModel
+from outrider.scheduling.acceptance import AcceptanceModel, expected_accepted
 from outrider.types import (
     Context,
     Drafter,
@@ -189,7 +189,7 @@ class SeveralDrafters:
                 made[d] = one = self._ask(d, slots, last, context, limit, rng, cheap=True)
                 if not self._samples[d] and one.proposal.arrays[1] is not None:
                     for b, n in enumerate(one.proposal.counts):
-                        promised[b][d] = _expected(one.confidence[b][:n])
+                        promised[b][d] = expected_accepted(one.confidence[b][:n])
         bands = [bisect(BANDS, max(one.values(), default=0.0)) for one in promised]
         chosen = self._choose(slots, limit, promised, bands)
         for d in set(chosen) - made.keys():
@@ -367,15 +367,6 @@ class _Drafts:
 
 def _match(drafter: Drafter, tokens: Sequence[int]) -> int:
     return drafter.match(tokens) if isinstance(drafter, SharesPrefixes) else 0
-
-
-def _expected(confidence: Sequence[float]) -> float:
-    """Accepted drafts of one row."""
-    total, survival = 0.0, 1.0
-    for one in confidence:
-        survival *= one
-        total += survival
-    return total
 
 
 def _nearer(seconds: float, took: float) -> float:
