@@ -461,7 +461,7 @@ def test_blocks_without_a_head_are_drawn_at_once_as_step_by_step(
     session, history, proposals = Session(target, drafter, 3), random_tokens(20, 3), []
     session.observe([history[:-1], history[:7], history[:4]], [0, 0, 0])
     for stepwise in (False, True):
-        monkeypatch.setattr(Drawing, "penalised", stepwise)
+        monkeypatch.setattr(Drawing, "stepwise", stepwise)
         histories = [history, history[:8], history[:5]]
         proposals.append(propose(drafter, session.slots, histories, limit=[4, 0, 2], params=params))
     quick, steps = proposals

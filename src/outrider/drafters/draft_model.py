@@ -168,8 +168,7 @@ class DraftModelDrafter:
             [order, [rows[b].cache_slot for b in order], [starts[b] for b in order]], dtype=torch.int64
         ).unbind()
         offsets = torch.arange(len(order) + 1)
-        penalised = context.stepwise
-        seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts that count for penalties
+        seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts so far, for penalties and grammars
         distributions: list[Processed] = []
         drafts: list[Tensor] = []
         sureness: list[Tensor] = []
@@ -185,7 +184,7 @@ class DraftModelDrafter:
             distributions.append(distribution)
             drafts.append(distribution.argmax() if keys is None else self.model.backend.sample(distribution, keys))
             sureness.append(_largest_probability(logits))
-            if penalised:
+            if context.stepwise:
                 seen[live_index, j] = drafts[-1]
             positions = positions + 1
         for b in order:

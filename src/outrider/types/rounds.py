@@ -190,7 +190,7 @@ class Context:
 
     @cached_property
     def stepwise(self) -> bool:
-        """Whether the distribution of some row depends on the tokens before it by other ways than the model."""
+        """Whether some row's logits are changed by the tokens before it (penalties, grammars)."""
         return self.processors is not None or any(p.penalised for p in self.params)
 
     @cached_property
@@ -200,17 +200,17 @@ class Context:
 
     @cached_property
     def changed(self) -> bool:
-        """Whether the logits of some row are changed before its temperature is applied."""
+        """Whether some row's logits are changed before temperature and truncation: ``stepwise``, or by a bias."""
         return self.stepwise or any(p.logit_bias for p in self.params)
 
     @cached_property
     def greedy(self) -> bool:
-        """Whether all rows are."""
+        """Whether all rows have temperature 0."""
         return not any(p.temperature for p in self.params)
 
     @cached_property
     def takes_largest(self) -> bool:
-        """Whether the largest logit of each row is all that is asked of them."""
+        """Whether the token of each row's largest logit is enough, and no logits are needed (``FindsLargest``)."""
         return self.greedy and not (self.changed or self.reports)
 
     @cached_property

@@ -3,7 +3,7 @@
 from outrider.drafters.base.autoregressive import AutoregressiveDrafter, AutoregressiveState
 from outrider.drafters.base.calibrated import CalibratedDrafter
 from outrider.drafters.base.draft_cache import DraftCache, Waiting
-from outrider.drafters.base.draft_sampling import Drawing, draft_keys, known_sampling, packed_proposal
+from outrider.drafters.base.draft_sampling import Drawing, draft_keys, packed_proposal
 from outrider.drafters.base.network import DraftNet, head_rows, linear, load_net, measured_softcap, rms_norm, rowwise
 from outrider.drafters.base.several import SeveralDrafters
 from outrider.drafters.base.trained import CachedDrafter, TrainedDrafter
@@ -21,7 +21,6 @@ __all__ = [
     "Waiting",
     "draft_keys",
     "head_rows",
-    "known_sampling",
     "linear",
     "load_net",
     "measured_softcap",

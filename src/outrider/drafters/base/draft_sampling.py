@@ -17,7 +17,7 @@ from outrider.sampling.processors import process
 from outrider.sampling.rng import RowRng
 from outrider.types import Context, Drafts, Proposal, Rng
 
-__all__ = ["Drawing", "draft_keys", "known_sampling", "packed_proposal"]
+__all__ = ["Drawing", "draft_keys", "packed_proposal"]
 
 
 class Drawing:
@@ -48,7 +48,7 @@ class Drawing:
     def draw_all(self, logits: Tensor) -> None:
         """All drafts, from logits that do not depend on the drafts before them. [n, K, Vd]"""
         count, drafts, _ = logits.shape
-        if self.penalised:  # penalties do depend on them
+        if self.stepwise:
             for step in range(drafts):
                 self.draw(logits[:, step])
             return
@@ -58,8 +58,8 @@ class Drawing:
         self._logits = list(logits.unbind(1))
 
     @property
-    def penalised(self) -> bool:
-        """Whether a row's distribution depends on the tokens drafted before it by an option of its request."""
+    def stepwise(self) -> bool:
+        """See ``Context.stepwise``: penalties and grammars depend on the drafts before, whatever the logits do."""
         return self._context.stepwise
 
     def keys(self) -> Tensor:
@@ -126,9 +126,3 @@ def packed_proposal(drafts: Drafts, rows: Sequence[int], lengths: list[int], voc
             count = drafts.tokens.shape[1]
             distribution = distribution.take(torch.from_numpy((index[:, None] * count + np.arange(count)).ravel()))
     return Proposal(tokens, lengths, distribution, confidence)
-
-
-def known_sampling(context: Context) -> bool:
-    """Whether all rows are sampled in ways that a backend knows: temperature and truncation, but no bias, penalty or
-    mask."""
-    return not (context.stepwise or any(p.logit_bias for p in context.params))

@@ -13,7 +13,6 @@ from torch import Tensor
 from outrider import checkpoints
 from outrider.checkpoints import DraftCheckpoint
 from outrider.drafters.base.draft_cache import DraftCache
-from outrider.drafters.base.draft_sampling import known_sampling
 from outrider.drafters.base.network import load_net
 from outrider.errors import CheckpointError, InvalidRequest, nearest
 from outrider.registry import find
@@ -164,7 +163,7 @@ class CachedDrafter(TrainedDrafter):
         lengths = self.cache.lengths(slots, context, limit, self.block)
         if not any(lengths):
             return Proposal.empty(len(slots))
-        if self.core is not None and known_sampling(context):
+        if self.core is not None and not context.changed:  # backends know temperature and truncation
             return self._draft_at_once(slots, last, lengths, context, rng)
         return self.calibrated(self._draft_stepwise(slots, last, lengths, context, rng), context)
 
