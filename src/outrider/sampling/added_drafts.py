@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from outrider.sampling.distribution import Categorical, ProcessedLogits
+from outrider.sampling.distribution import Categorical, Processed
 from outrider.types import Distribution, Proposal
 
-__all__ = ["with_drafts"]
+__all__ = ["relaid", "with_drafts"]
 
 
 def with_drafts(proposal: Proposal, drafts: Mapping[int, Sequence[int]], confidence: float) -> Proposal:
@@ -24,7 +24,7 @@ def with_drafts(proposal: Proposal, drafts: Mapping[int, Sequence[int]], confide
     width = max(map(len, rows), default=0)
     distribution = proposal.distribution if any(lengths) else None
     if distribution is not None:
-        distribution = _spread(distribution, rows, drafts, old, width)
+        distribution = relaid(distribution, len(rows), old, width, drafts)
     sure = None
     if proposal.confidence is not None or not any(lengths):
         known = [[0.0] * old] * len(rows) if proposal.confidence is None else proposal.confidence.tolist()
@@ -39,21 +39,22 @@ def with_drafts(proposal: Proposal, drafts: Mapping[int, Sequence[int]], confide
     )
 
 
-def _spread(
-    distribution: Distribution, rows: Sequence[Sequence[int]], drafts: Mapping[int, Sequence[int]], old: int, width: int
-) -> Categorical:
-    """Row b * ``width`` + j: what draft j of row b was drawn from, which was row b * ``old`` + j."""
-    if not isinstance(distribution, Categorical | ProcessedLogits):
+def relaid(
+    distribution: Distribution, rows: int, old: int, width: int, certain: Mapping[int, Sequence[int]]
+) -> Processed:
+    """A proposal's distribution for another width: that of draft j of row b, which was row b * ``old`` + j, becomes row
+    b * ``width`` + j. ``certain``: row -> deterministic drafts that stand in it instead, each with all mass on itself.
+    Rows without a draft are meaningless."""
+    if not isinstance(distribution, Processed):
         dense = distribution.dense(torch.arange(len(distribution)))
         distribution = Categorical(dense.shape[1], probabilities=dense)
-    added = [token for b in sorted(drafts) for token in drafts[b]]
-    certain = Categorical.greedy(torch.tensor(added, dtype=torch.int64), distribution.vocab_size)
-    last, at = len(distribution) - 1, len(distribution)
-    index = []
-    for b in range(len(rows)):
-        row = [min(b * old + min(j, old - 1), last) for j in range(width)]
-        if b in drafts:
-            row[: len(rows[b])] = range(at, at + len(rows[b]))
-            at += len(rows[b])
-        index += row
-    return Categorical.concatenate([distribution, certain]).take(torch.tensor(index, dtype=torch.int64))
+    at = len(distribution)
+    index = [min(b * old + min(j, old - 1), at - 1) for b in range(rows) for j in range(width)]
+    added: list[int] = []
+    for b, tokens in certain.items():
+        index[b * width : b * width + len(tokens)] = range(at + len(added), at + len(added) + len(tokens))
+        added += tokens
+    if added:
+        deterministic = Categorical.greedy(torch.tensor(added, dtype=torch.int64), distribution.vocab_size)
+        distribution = Categorical.concatenate([distribution, deterministic])
+    return distribution.take(torch.tensor(index, dtype=torch.int64))

@@ -300,6 +300,7 @@ class ProcessedLogits:
 
 
 Processed = Categorical | ProcessedLogits
+"""What ``sampling.processors.process`` gives."""
 
 
 def settled(distribution: Processed) -> Categorical:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from outrider.sampling.distribution import Categorical, ProcessedLogits
+from outrider.sampling.added_drafts import relaid
 from outrider.sampling.grammar import GrammarMatcher
-from outrider.types import Context, Distribution, Proposal
+from outrider.types import Context, Proposal
 
 __all__ = ["fit_drafts", "to_draft"]
 
@@ -49,11 +49,13 @@ def fit_drafts(
         rows.append(row)
     width = max(len(row.tokens) for row in rows)
     shape = len(rows), width
-    distribution = proposal.distribution
+    distribution, forced = proposal.distribution, {b: row.tokens for b, row in enumerate(rows) if row.forced}
+    if distribution is not None and (width != proposal.width or any(forced.values())):
+        distribution = relaid(distribution, len(rows), proposal.width, width, forced)
     return Proposal(
         torch.tensor([row.tokens + [0] * (width - len(row.tokens)) for row in rows], dtype=torch.int64).view(shape),
         [len(row.tokens) for row in rows],
-        None if distribution is None else _distribution(distribution, proposal.width, rows, width),
+        distribution,
         None
         if sure is None and any(lengths)
         else torch.tensor([row.sureness + [0.0] * (width - len(row.tokens)) for row in rows]).view(shape),
@@ -97,25 +99,3 @@ def _forced(matcher: GrammarMatcher, drafts: tuple[int, ...], most: int) -> list
     while len(found) < most and (token := matcher.only((*drafts, *found))) is not None:
         found.append(token)
     return found
-
-
-def _distribution(distribution: Distribution, old_width: int, rows: Sequence[_Row], width: int) -> Distribution:
-    """What the drafts of all rows were drawn from, in rows of the new width: forced ones from all mass on them."""
-    forced = [token for row in rows if row.forced for token in row.tokens]
-    if width == old_width and not forced:
-        return distribution
-    if not isinstance(distribution, Categorical | ProcessedLogits):
-        every = torch.arange(len(distribution))
-        dense = distribution.dense(every)
-        distribution = Categorical(dense.shape[1], probabilities=dense)
-    last, size = len(distribution) - 1, distribution.vocab_size
-    index = [min(b * old_width + min(j, old_width - 1), last) for b in range(len(rows)) for j in range(width)]
-    if forced:
-        at = last + 1
-        for b, row in enumerate(rows):
-            if row.forced:
-                index[b * width : b * width + len(row.tokens)] = range(at, at + len(row.tokens))
-                at += len(row.tokens)
-        certain = Categorical.greedy(torch.tensor(forced, dtype=torch.int64), size)
-        distribution = Categorical.concatenate([distribution, certain])
-    return distribution.take(torch.tensor(index, dtype=torch.int64))

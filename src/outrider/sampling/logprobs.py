@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from outrider.config import SamplingParams
-from outrider.sampling.distribution import Categorical, ProcessedLogits
+from outrider.sampling.distribution import Processed
 from outrider.types import DraftReport, Proposal, TokenLogprobs, Values, to_tensor
 
 __all__ = ["draft_reports", "token_logprobs"]
@@ -53,7 +53,7 @@ def draft_reports(
         sure = [None] * n if proposal.confidence is None else proposal.confidence[b, :n].tolist()
         drawn = [None] * n
         count = n if proposal.sampled is None else min(n, proposal.sampled[b])
-        if params[b].temperature and isinstance(proposal.distribution, Categorical | ProcessedLogits):
+        if params[b].temperature and isinstance(proposal.distribution, Processed):
             rows = torch.arange(b * width, b * width + count)
             drawn[:count] = proposal.distribution.at(proposal.tokens[b, :count], rows).tolist()
         found[b] = [DraftReport(p, c) for p, c in zip(drawn, sure, strict=True)]
