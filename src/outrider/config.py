@@ -46,7 +46,7 @@ LONGEST_GRAMMAR = 100_000
 LARGEST_BIAS = 1e30
 """Of a logit bias: far beyond any logit, and far from the end of float32."""
 LARGEST_MEMORY = 2.0**63
-"""Bytes that an address can tell apart."""
+"""Sizes in bytes stay below it: an int64 holds them."""
 
 T = TypeVar("T")
 

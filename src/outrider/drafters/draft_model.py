@@ -171,7 +171,7 @@ class DraftModelDrafter:
         seen = torch.zeros(len(rows), width, dtype=torch.int64)  # the drafts so far, for penalties and grammars
         distributions: list[Processed] = []
         drafts: list[Tensor] = []
-        sureness: list[Tensor] = []
+        confidence: list[Tensor] = []
 
         logits = self._run(missing, logits=True)
         for j, n in enumerate(live):
@@ -183,7 +183,7 @@ class DraftModelDrafter:
             keys = None if distribution.is_greedy else rng.token_keys(live_index, live_positions, "draft")
             distributions.append(distribution)
             drafts.append(distribution.argmax() if keys is None else self.model.backend.sample(distribution, keys))
-            sureness.append(_largest_probability(logits))
+            confidence.append(_largest_probability(logits))
             if context.stepwise:
                 seen[live_index, j] = drafts[-1]
             positions = positions + 1
@@ -195,7 +195,7 @@ class DraftModelDrafter:
             torch.cat(drafts)[grid],
             torch.tensor(lengths, dtype=torch.int64),
             None if greedy else Categorical.concatenate(distributions).take(grid.flatten()),
-            torch.cat(sureness)[grid],
+            torch.cat(confidence)[grid],
         )
 
     def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:

@@ -124,12 +124,12 @@ class SuffixAutomaton:
                 matched = self._length[state]
                 continue
             edge = edges[state][token]
-            sureness = (edge & COUNT_MASK) / total[state] * matched / (matched + 2)
-            survival *= sureness
+            probability = (edge & COUNT_MASK) / total[state] * matched / (matched + 2)
+            survival *= probability
             if survival < least:
                 break
             drafted.append(token)
-            confidence.append(sureness)
+            confidence.append(probability)
             state = edge >> COUNT_BITS
             matched += 1
         return drafted, confidence
@@ -254,9 +254,9 @@ class SuffixDrafter:
             row, history = self._rows[slot], context.history[b]
             row.prompt_length = context.prompt_lengths[b]
             row.read(len(row.tokens), history[len(row.tokens) :])
-            tokens, sureness = self._draft(row, min(most, self.block))
+            tokens, probabilities = self._draft(row, min(most, self.block))
             drafts.append(tokens)
-            confidence.append(sureness)
+            confidence.append(probabilities)
         return Proposal.pack(drafts, confidence)
 
     def observe(self, batch: RaggedBatch, features: Values | None, hidden: Tensor | None = None) -> None:

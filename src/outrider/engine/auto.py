@@ -33,7 +33,7 @@ PLAIN = "none"
 WITHOUT_FILES = ("suffix",)
 TOKENS = 48  # of an answer
 TEMPERATURES = (0.0, 1.0)
-NOISE = 0.97  # of plain speed: so much is found of what is as fast
+NOISE = 0.97  # a drafter measured at this share of plain speed, or more, may be as fast
 
 
 class _LLM(Protocol):
@@ -102,6 +102,7 @@ def _measure(
 
 
 def _there(model: str) -> bool:
+    """Whether a packaged drafter's files are installed."""
     with suppress(ValueError):
         return (resolve_model(model) / "config.json").is_file()
     return False
@@ -129,4 +130,5 @@ def _key(
 
 
 def _size(model: str) -> int:
+    """Bytes of a drafter's weights: another size means another drafter."""
     return sum(file.stat().st_size for file in resolve_model(model).glob("*.safetensors"))

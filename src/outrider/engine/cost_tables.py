@@ -164,7 +164,9 @@ def kept_costs(target: TargetModel, dtype: str, *, rows: int, tokens: int) -> Co
 
 
 def _has_all(table: CostTable, rows: int, tokens: int) -> bool:
-    """Between passes that were timed a table says nothing of the edges of tiles, where one more token may cost as much
+    """Whether a table has all that would be timed for passes of up to ``rows`` and ``tokens``.
+
+    Between passes that were timed a table says nothing of the edges of tiles, where one more token may cost as much
     as ten: one that is coarse, or of an engine with fewer rows, will not do. Where passes are slow, few were timed."""
     timed = {(point.tokens, point.rows) for point in table.target}
     if timed <= {(few, 1) for few in FEWEST}:

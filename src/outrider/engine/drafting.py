@@ -59,7 +59,7 @@ class Drafting:
         self._unwanted = False  # in this step, no row of which wants drafts
         self._warned: set[str] = set()
         self.longest = 0  # drafts asked for in a row of this step, at most
-        self._seconds = 0.0  # spent on taking rows up again in this step
+        self._take_up_seconds = 0.0  # spent in this step on rows that the drafter had not followed
         self._follow_seconds = 0.0  # spent on following rows, and not yet part of a step's cost
 
     @property
@@ -139,7 +139,7 @@ class Drafting:
 
     def begin(self, running: Sequence[Request], capacity: int) -> None:
         """Before a step: leave all rows, or take rows up again, as the policy says."""
-        self._seconds = 0.0
+        self._take_up_seconds = 0.0
         if not self.follows:
             for request in list(self._followed.values()):
                 self.close(request)
@@ -148,7 +148,7 @@ class Drafting:
             for request in running:
                 if not request.followed and request.slot >= 0:
                     self._take_up(request, capacity)
-            self._seconds, self._follow_seconds = perf_counter() - began, following
+            self._take_up_seconds, self._follow_seconds = perf_counter() - began, following
 
     def _take_up(self, request: Request, capacity: int) -> None:
         """Show the drafter what is in the cache of a row that it did not follow."""
@@ -178,10 +178,10 @@ class Drafting:
         limits = rows.limits(planned, self.block, capacity) if any(planned) else []
         self.longest = max(limits, default=0)
         if not self.longest:
-            return rows.pad(Proposal.empty(rows.drafting)), self._seconds
+            return rows.pad(Proposal.empty(rows.drafting)), self._take_up_seconds
         began = perf_counter()
         proposal = self._propose(rows, limits)
-        return rows.pad(proposal), perf_counter() - began + self._seconds
+        return rows.pad(proposal), perf_counter() - began + self._take_up_seconds
 
     def _propose(self, rows: Rows, limits: list[int]) -> Proposal:
         """The drafter's, an expected text's where the output follows one, and both as the rows' grammars have them."""

@@ -80,7 +80,7 @@ class Engine:
         observers: list[StepObserver] | None = None,
     ) -> None:
         """``capacity``: tokens of a sequence at first; a longer request makes it grow. ``chunk``: most prompt tokens of
-        a step, ``beside``: where other rows decode. ``memory``: bytes for all keys and values, None = as much as
+        a step; ``beside``: the same where other rows decode. ``memory``: bytes for all keys and values, None = what
         ``max_rows`` sequences can need; ``kv_dtype``: see ``PagedTarget``. ``tokenizer``: None = events without text.
         """
         self.target = target
@@ -174,7 +174,7 @@ class Engine:
 
     @torch.inference_mode()  # once for all steps of this thread
     def wait(self, requests: Sequence[Request]) -> None:
-        """Until all of them have finished. Raises the first error."""
+        """Run steps until all of them have finished. Raises the first error."""
         for request in requests:
             self.advance(lambda request=request: request.finish_reason is not None)  # type: ignore[misc]
             if request.error is not None:

@@ -31,7 +31,7 @@ class Candidates(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sampled:
-    """What stays as long as the same requests get tokens."""
+    """What sampling needs of a step's requests. It is kept while the same requests get tokens."""
 
     requests: list[Request]
     grammars: list[GrammarMatcher | None]
@@ -117,7 +117,7 @@ class Rows:
 
     @property
     def cached(self) -> int:
-        """Tokens of all rows."""
+        """Committed tokens of all rows, the ``context`` of a step's costs."""
         return sum(len(r.history) for r in self.requests)
 
     def limits(self, planned: Sequence[int], block: int, capacity: int) -> list[int]:

@@ -93,7 +93,7 @@ class Categorical:
 
     @property
     def certain(self) -> list[int]:
-        """The same as a list; not of distributions."""
+        """``tokens`` as a list; only where every row is certain."""
         assert self._tokens is not None
         return self._tokens if isinstance(self._tokens, list) else self._tokens.tolist()
 

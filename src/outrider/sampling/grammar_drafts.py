@@ -37,10 +37,10 @@ def fit_drafts(
 ) -> Proposal:
     """The proposal as the rows' grammars have it. ``limits`` [B]: the most tokens of each row."""
     tokens, lengths = proposal.arrays[0].tolist(), proposal.counts
-    sure = None if proposal.confidence is None else proposal.confidence.tolist()
+    given = None if proposal.confidence is None else proposal.confidence.tolist()
     rows = []
     for b, (matcher, limit, params) in enumerate(zip(matchers, limits, context.params, strict=False)):
-        known = [1.0] * lengths[b] if sure is None else sure[b][: lengths[b]]
+        known = [1.0] * lengths[b] if given is None else given[b][: lengths[b]]
         row = _Row(tokens[b][: lengths[b]], known, kept=lengths[b])
         if matcher is not None:
             sampled = proposal.distribution is not None and params.temperature > 0
@@ -57,8 +57,8 @@ def fit_drafts(
         [len(row.tokens) for row in rows],
         distribution,
         None
-        if sure is None and any(lengths)
-        else torch.tensor([row.sureness + [0.0] * (width - len(row.tokens)) for row in rows]).view(shape),
+        if given is None and any(lengths)
+        else torch.tensor([row.confidence + [0.0] * (width - len(row.tokens)) for row in rows]).view(shape),
         sampled=[min(row.kept, n) for row, n in zip(rows, proposal.sampled or lengths, strict=True)],
     )
 
@@ -68,7 +68,7 @@ class _Row:
     """The drafts of one row."""
 
     tokens: list[int]
-    sureness: list[float]
+    confidence: list[float]
     kept: int = 0  # of the drafter's
     needs_distribution: bool = False  # its drafts were sampled, and the rule compares distributions
     forced: bool = False  # they are all forced, in place of none
@@ -85,12 +85,12 @@ def _fit(row: _Row, matcher: GrammarMatcher, limit: int) -> None:
             break
         row.kept = j + 1
         if matcher.only(before) == token:
-            row.sureness[j] = 1.0
-    del row.tokens[row.kept :], row.sureness[row.kept :]
+            row.confidence[j] = 1.0
+    del row.tokens[row.kept :], row.confidence[row.kept :]
     if not row.needs_distribution or row.forced:
         more = _forced(matcher, tuple(row.tokens), limit - row.kept)
         row.tokens += more
-        row.sureness += [1.0] * len(more)
+        row.confidence += [1.0] * len(more)
 
 
 def _forced(matcher: GrammarMatcher, drafts: tuple[int, ...], most: int) -> list[int]:

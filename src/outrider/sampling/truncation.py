@@ -48,22 +48,22 @@ def limited(logits: Tensor, limits: Limits) -> tuple[Tensor, Tensor | None]:
     if k is None or p is None or min_p is None:
         return logits, None
     size = logits.shape[1]
-    cut = np.flatnonzero((k < size) | (p < 1) | (min_p > 0))
-    if not len(cut):  # none of these rows is truncated
+    truncated = np.flatnonzero((k < size) | (p < 1) | (min_p > 0))
+    if not len(truncated):  # none of these rows is truncated
         return logits, None
     rows = logits.cpu().numpy()
     finite = np.isfinite(rows.max(1))
-    kept = [kept_tokens(rows[r], int(k[r]), float(p[r]), float(min_p[r])) if finite[r] else _NOTHING for r in cut]
+    kept = [kept_tokens(rows[r], int(k[r]), float(p[r]), float(min_p[r])) if finite[r] else _NOTHING for r in truncated]
     width = max(1, *(len(ids) for ids in kept))
-    if len(cut) < len(rows) or width * _SPARSE_SHARE > size:
-        dense = np.full_like(rows, -np.inf) if len(cut) == len(rows) else rows.copy()
-        dense[cut] = -np.inf
-        for r, ids in zip(cut, kept, strict=True):
+    if len(truncated) < len(rows) or width * _SPARSE_SHARE > size:
+        dense = np.full_like(rows, -np.inf) if len(truncated) == len(rows) else rows.copy()
+        dense[truncated] = -np.inf
+        for r, ids in zip(truncated, kept, strict=True):
             dense[r, ids] = rows[r, ids]
         return torch.from_numpy(dense).to(logits.device), None
     columns = np.full((len(rows), width), size)
     values = np.full((len(rows), width), -np.inf, rows.dtype)
-    for r, ids in zip(cut, kept, strict=True):
+    for r, ids in zip(truncated, kept, strict=True):
         columns[r, : len(ids)] = ids
         values[r, : len(ids)] = rows[r, ids]
     return torch.from_numpy(values).to(logits.device), torch.from_numpy(columns).to(logits.device)

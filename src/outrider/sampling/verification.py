@@ -57,7 +57,7 @@ __all__ = [
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 
-_WIDE = 1 << 15  # a vocabulary so large that a draw costs more than the call
+_WIDE = 1 << 15  # a vocabulary above which drawing a row takes longer than another call
 _TINY = 1e-300  # stands for a q that rounded to 0: with it any p > 0 is accepted, and p = 0 is not
 
 
@@ -139,7 +139,7 @@ def verify(target: Processed, proposal: Proposal, keep: Sequence[int], context: 
         part = whole.only(rows)
         row, depth = _unfold(part.keep + 1)
         keys = rng.token_keys(torch.from_numpy(rows[row]), torch.from_numpy(positions[rows][row] + depth), "own")
-        accepted[rows], bonus[rows] = _follow(part, keys)
+        accepted[rows], bonus[rows] = _match_draws(part, keys)
     if not coupled.all():
         rows = np.flatnonzero(~coupled)
         part = whole.only(rows)
@@ -214,8 +214,9 @@ def match(round: DraftRound, draws: _Ints) -> tuple[_Ints, _Ints]:
     return accepted, draws[round.starts + accepted]
 
 
-def _follow(round: DraftRound, keys: Tensor) -> tuple[_Ints, _Ints]:
-    """``match`` with the target's draws, keys int64 [R]; from a wide vocabulary only those that are needed."""
+def _match_draws(round: DraftRound, keys: Tensor) -> tuple[_Ints, _Ints]:
+    """Draw from the target and ``match``. keys int64 [R] -> accepted, bonus [B]. Where a draw takes long (``_WIDE``),
+    only those up to the first draft that differs are made."""
     target = round.target
     row, depth = _unfold(round.keep + 1)
     draws = np.full(len(target), -1)

@@ -31,10 +31,10 @@ LEAST = 1e-6  # confidences are kept off 0 and 1
 MEMORY = 100.0  # outcomes of a position that count
 ROW_MEMORY = 40.0
 PRIOR, SLOPE_PRIOR, ROW_PRIOR = 1.0, 6.0, 4.0  # curvature of what is believed before: about 4 outcomes to a unit
-PULL = 0.001  # of the way back to the identity that the first position goes each time
-FOLLOW = 0.1  # of the way to the position before that one goes of which nothing is known; less where more is
+PULL = 0.001  # of the way back to no correction that the first position goes each time
+FOLLOW = 0.1  # of the way to the correction of the position before that a position without outcomes goes each time
 LEAST_SLOPE, MOST_SLOPE = 0.05, 4.0
-SHARED_ROWS = 8  # of a round, about so many rows stand for all
+SHARED_ROWS = 8  # rows of a round, about, that are added to the history of all rows
 
 
 class AcceptanceModel:
@@ -71,7 +71,7 @@ class AcceptanceModel:
         if confidence is None:
             z = np.zeros((len(slots), drafts))
         else:
-            p = np.fmin(np.fmax(confidence.astype(np.float64), LEAST), 1 - LEAST)  # no number: as unlikely as can be
+            p = np.fmin(np.fmax(confidence.astype(np.float64), LEAST), 1 - LEAST)  # NaN counts as LEAST
             z = np.log(p / (1 - p))
         slope, shift = positions[:2, :drafts]
         return z, sigmoid(z * slope + shift + rows[slots, None])
@@ -129,12 +129,14 @@ class AcceptanceModel:
         self._row_shift = kept * self._row_shift + np.bincount(slots, error.sum(1), rows) / self._row_curvature
 
     def _reach(self, slots: Ints) -> None:
+        """Make room for these slots."""
         missing = (int(slots.max()) + 1 if len(slots) else 0) - len(self._row_shift)
         if missing > 0:
             self._row_shift = np.concatenate([self._row_shift, np.zeros(missing)])
             self._row_curvature = np.concatenate([self._row_curvature, np.full(missing, ROW_PRIOR)])
 
     def _widen(self, drafts: int) -> None:
+        """Make room for so many positions."""
         missing = drafts - self._positions.shape[1]
         if missing > 0:
             self._positions = np.concatenate([self._positions, _new_positions(missing)], axis=1)
@@ -240,6 +242,7 @@ class DraftHistory:
         return means
 
     def _reach(self, slots: Ints) -> None:
+        """Make room for these slots."""
         missing = (int(slots.max()) + 1 if len(slots) else 0) - len(self.counts)
         if missing > 0:
             self.logits = np.concatenate([self.logits, np.zeros((missing, self.kept, self.drafts))])

@@ -4,8 +4,8 @@ What a drafter is worth for a row is (1 + its expected accepted drafts) / (its s
 Drafters that cost next to nothing, copying ones, propose in every round, and what each would bring is read off their
 drafts' confidences, corrected by what became of earlier ones (as SuffixDecoding combines its trees with a model's
 drafts, arXiv 2411.04975, section 4.2). The text that is committed scores them for nothing, whether or not they were
-verified (HedgeSpec, arXiv 2510.20064). A dear drafter is worth what it was before where the cheap ones promised as
-much: easy places are easy for both. It is scored when it is chosen, and tried now and then.
+verified (HedgeSpec, arXiv 2510.20064). An expensive drafter is worth what it was in earlier rounds in which the cheap
+ones promised as much: what is easy for one is easy for the other. It is scored when it is chosen, and tried at times.
 
 Which drafter a row takes follows from the past alone: of drafts that were drawn at random nothing is looked at before
 that. Sampled drafts of one drafter and deterministic ones of another are not mixed in one step, because their
@@ -44,9 +44,9 @@ __all__ = ["SeveralDrafters"]
 CHEAP = 0.03  # of a step: a drafter that takes less proposes in every round
 TRY = 12  # rounds of a row after which a drafter that was not scored is tried; more after each time it was not best,
 TRIED = 0.03  # and so many that trying takes less than this share of the time
-LONGEST = 1024
-RATE, ROW_PRIOR = 0.05, 6.0  # of a drafter's means over all rows; how many rounds of a row weigh as much as those
-BELIEVED, BELIEF = 1.0, 10  # accepted drafts that a drafter is believed to have, and how many rounds that weighs
+LONGEST = 1024  # rounds after which it is tried at the latest
+RATE, ROW_PRIOR = 0.05, 6.0  # least step of the means over all rows; rounds of a row that weigh as much as those means
+BELIEVED, BELIEF = 1.0, 10  # accepted drafts a round before any was scored, and the rounds that this weighs
 UNKNOWN_SECONDS = 1e-3
 FIRST = 3  # rounds in which every drafter proposes, so that none is judged by a call that was interrupted
 FORGET = 0.96  # of what a row's scores count, each round: a drafter that had bad luck gets another chance
@@ -63,7 +63,7 @@ class _Draft:
 
     start: int  # length of the history before it
     tokens: list[int]
-    logits: list[float] | None  # of what it said, where its confidences were corrected
+    logits: list[float] | None  # of its own confidences, where they were corrected
     confidence: list[float]
     sampled: bool
     band: int  # what cheap drafters promised then
@@ -78,7 +78,7 @@ class _Row:
     excess: list[float] = field(default_factory=list)  # accepted drafts, less those of all rows in the same band
     count: list[float] = field(default_factory=list)  # scores; those of long ago count less
     unscored: list[int] = field(default_factory=list)  # rounds since it was scored
-    patience: list[int] = field(default_factory=list)
+    patience: list[int] = field(default_factory=list)  # rounds without a score after which each is tried
 
 
 class SeveralDrafters:
@@ -221,7 +221,7 @@ class SeveralDrafters:
         self._samples[d] = proposal.distribution is not None
         sure = proposal.arrays[1]
         said = None if sure is None else sure.tolist()
-        if said is not None and not cheap:  # it has learnt how sure to be, and is not compared by it
+        if said is not None and not cheap:  # left as they are: its worth comes from its scores
             return _Drafts(proposal, asked, said, None)
         logits = [[0.0] * proposal.width] * len(slots)
         corrected = list(logits)
@@ -350,12 +350,12 @@ class SeveralDrafters:
 
 @dataclass(frozen=True, slots=True)
 class _Drafts:
-    """A drafter's drafts for the rows it was asked for, and how sure of them it is."""
+    """A drafter's drafts for the rows it was asked for, and their confidences."""
 
     proposal: Proposal
     asked: list[int]
     confidence: list[list[float]]
-    logits: list[list[float]] | None  # of what it said, where that was corrected
+    logits: list[list[float]] | None  # of its own confidences, where they were corrected
 
     def as_corrected(self) -> Proposal:
         made = self.proposal
@@ -370,7 +370,7 @@ def _match(drafter: Drafter, tokens: Sequence[int]) -> int:
 
 
 def _nearer(seconds: float, took: float) -> float:
-    """A running estimate of a call's seconds, which one that was held up hardly moves."""
+    """A running estimate of a call's seconds, hardly moved by a call that took longer: it may have been interrupted."""
     if not seconds:
         return took
     return seconds + (0.7 if took < seconds else 0.05) * (min(took, 2 * seconds) - seconds)
