@@ -17,7 +17,7 @@ from outrider import registry
 from outrider.config import SamplingParams
 from outrider.errors import CacheFull, IncompatibleDrafter, InvalidRequest
 from outrider.sampling.distribution import Categorical, Processed
-from outrider.sampling.processors import process
+from outrider.sampling.processors import COLD, process
 from outrider.types import (
     Context,
     DraftLoop,
@@ -323,7 +323,7 @@ def _largest_probability(logits: Tensor) -> Tensor:
 def _plain(params: SamplingParams) -> bool:
     """Whether sampling is plain softmax(logits / temperature) or argmax, which a backend can do by itself."""
     processed = params.top_k or params.top_p != 1 or params.min_p or params.penalised or params.logit_bias
-    return not processed and (params.temperature == 0 or params.temperature >= 1e-3)
+    return not processed and (params.temperature == 0 or params.temperature >= COLD)
 
 
 def _grid(rows: int, order: Sequence[int], live: Sequence[int]) -> Tensor:

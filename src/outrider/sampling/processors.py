@@ -34,9 +34,9 @@ from outrider.sampling.distribution import Categorical, Processed, ProcessedLogi
 from outrider.sampling.truncation import Limits
 from outrider.types import Context, Integers, Processor, RequestRows, Values, to_tensor
 
-__all__ = ["LogitBias", "OccurrencePenalty", "RepetitionPenalty", "process", "processors_of"]
+__all__ = ["COLD", "LogitBias", "OccurrencePenalty", "RepetitionPenalty", "process", "processors_of"]
 
-_COLD = 1e-3  # a temperature under which a quotient may overflow
+COLD = 1e-3  # temperatures below it: logits / temperature may overflow
 
 
 # ------------------------------------------------------------------------------------------------ steps 1 to 3
@@ -158,7 +158,7 @@ def process(
         return Categorical.of(logits)
     mine = slice(None) if rows is None else rows.cpu().numpy()
     temperatures = np.array(temperature)[mine] if any(t != 1 for t in temperature) else None
-    if temperatures is not None and (temperatures.min() < _COLD or context.changed):  # the model's own are not so large
+    if temperatures is not None and (temperatures.min() < COLD or context.changed):  # the model's own are not so large
         logits, temperatures = _divided(to_tensor(logits), temperatures), None
     limits = Limits(
         temperatures,
@@ -198,5 +198,5 @@ def _divided(logits: Tensor, temperatures: npt.NDArray[np.float64]) -> Tensor:
     their largest is 0."""
     divisor = torch.from_numpy(temperatures).to(logits)[:, None]
     largest = logits.amax(1, keepdim=True)
-    shifted = (divisor < _COLD) | torch.isinf(largest / divisor)
+    shifted = (divisor < COLD) | torch.isinf(largest / divisor)
     return (logits - torch.where(shifted, largest, 0)) / divisor

@@ -34,6 +34,7 @@ PRIOR, SLOPE_PRIOR, ROW_PRIOR = 1.0, 6.0, 4.0  # curvature of what is believed b
 PULL = 0.001  # of the way back to no correction that the first position goes each time
 FOLLOW = 0.1  # of the way to the correction of the position before that a position without outcomes goes each time
 LEAST_SLOPE, MOST_SLOPE = 0.05, 4.0
+KEPT, SHARED = 16, 128  # latest rounds that are remembered of each row, and of all rows together
 SHARED_ROWS = 8  # rows of a round, about, that are added to the history of all rows
 
 
@@ -169,13 +170,13 @@ class DraftHistory:
     so that they are always seen as corrected now: at the start corrections change within a few rounds.
     """
 
-    def __init__(self, drafts: int, kept: int = 16, shared: int = 128) -> None:
-        self.drafts, self.kept = drafts, kept
-        self.logits = np.zeros((0, kept, drafts))
-        self.sizes = np.zeros((0, kept, 2), dtype=np.int64)  # drafts, and the most that were asked for
+    def __init__(self, drafts: int) -> None:
+        self.drafts, self.kept = drafts, KEPT
+        self.logits = np.zeros((0, KEPT, drafts))
+        self.sizes = np.zeros((0, KEPT, 2), dtype=np.int64)  # drafts, and the most that were asked for
         self.counts = np.zeros(0, dtype=np.int64)
-        self.shared = np.zeros((shared, drafts))
-        self.shared_sizes = np.zeros((shared, 2), dtype=np.int64)
+        self.shared = np.zeros((SHARED, drafts))
+        self.shared_sizes = np.zeros((SHARED, 2), dtype=np.int64)
         self.shared_count = np.zeros(1, dtype=np.int64)
 
     @property
@@ -201,7 +202,7 @@ class DraftHistory:
             self.logits[slot, at], self.sizes[slot, at] = full[i], sizes[i]
             self.counts[slot] += 1
             if i % every == 0:
-                at = self.shared_count[0] % len(self.shared)
+                at = self.shared_count[0] % SHARED
                 self.shared[at], self.shared_sizes[at] = full[i], sizes[i]
                 self.shared_count[0] += 1
 
@@ -214,7 +215,7 @@ class DraftHistory:
         self._reach(slots)
         index = (turn + np.arange(samples)) % self.kept
         logits, sizes = self.logits[slots[:, None], index], self.sizes[slots[:, None], index]
-        known = min(int(self.shared_count[0]), len(self.shared))
+        known = min(int(self.shared_count[0]), SHARED)
         missing = index >= self.counts[slots][:, None]
         if known and missing.any():
             picks = (turn + np.arange(missing.sum()) * 7) % known

@@ -64,6 +64,7 @@ GRID = tuple(10 ** (k / 40 - 1) for k in range(101))
 """Temperatures tried: 0.1 to 32, each 6 % above the one before."""
 ENOUGH = 0.01
 """Calibration error of a position that no shift is fitted for."""
+DRAWS = 40  # sets of outcomes that an error of chance is the mean of
 LARGEST_LOGIT = 14.0  # beyond it a float32 sigmoid rounds to 0 or 1
 REMEMBERED = 64  # buckets of requests whose scaling is kept at hand
 FORMAT, VERSION = "outrider-calibration", 1
@@ -104,12 +105,13 @@ def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = BINS)
     return reliability(probabilities, outcomes, bins).error
 
 
-def error_of_chance(probabilities: Tensor, bins: int = BINS, draws: int = 40, seed: int = 0) -> float:
-    """The calibration error that true probabilities would show over as many outcomes. float [n]"""
-    generator = torch.Generator().manual_seed(seed)
+def error_of_chance(probabilities: Tensor, bins: int = BINS) -> float:
+    """The calibration error that true probabilities would show over as many outcomes: the mean of DRAWS draws.
+    float [n]"""
+    generator = torch.Generator().manual_seed(0)
     p = probabilities.double()
-    drawn = torch.rand(draws, len(p), generator=generator, dtype=torch.float64) < p
-    return sum(calibration_error(p, outcomes, bins) for outcomes in drawn) / draws
+    drawn = torch.rand(DRAWS, len(p), generator=generator, dtype=torch.float64) < p
+    return sum(calibration_error(p, outcomes, bins) for outcomes in drawn) / DRAWS
 
 
 def brier(probabilities: Tensor, outcomes: Tensor) -> float:
@@ -240,7 +242,6 @@ def fit(
     *,
     shift: bool | None = False,
     bins: int = BINS,
-    grid: Sequence[float] = GRID,
 ) -> Scaling:
     """Sequential temperature scaling; with ``shift`` each position gets a shift too (see the module's docstring), with
     None only one that a temperature alone leaves with more error than ENOUGH and than twice that of chance.
@@ -255,23 +256,21 @@ def fit(
         rows = verified > j
         if int(rows.sum()) >= bins:
             z, survived, outcomes = logits[rows, j].double(), before[rows], accepted[rows] > j
-            error, temperature, offset = _best(z, survived, outcomes, grid, bins, shift=bool(shift))
+            error, temperature, offset = _best(z, survived, outcomes, bins, shift=bool(shift))
             if shift is None and error > ENOUGH:
                 chance = error_of_chance(survived * torch.sigmoid(z / temperature), bins)
                 if error > 2 * chance:
-                    _, temperature, offset = _best(z, survived, outcomes, grid, bins, shift=True)
+                    _, temperature, offset = _best(z, survived, outcomes, bins, shift=True)
         temperatures.append(temperature)
         shifts.append(offset)
         before = before * torch.sigmoid(logits[:, j].double() / temperature + offset)
     return Scaling(tuple(temperatures), tuple(shifts))
 
 
-def _best(
-    z: Tensor, survived: Tensor, outcomes: Tensor, grid: Sequence[float], bins: int, *, shift: bool
-) -> tuple[float, float, float]:
-    """The least error on the grid, and the temperature and shift that have it; of equals those nearest to 1 and 0."""
+def _best(z: Tensor, survived: Tensor, outcomes: Tensor, bins: int, *, shift: bool) -> tuple[float, float, float]:
+    """The least error on GRID, and the temperature and shift that have it; of equals those nearest to 1 and 0."""
     tried = []
-    for t in grid:
+    for t in GRID:
         b = _shift(z / t, survived, outcomes) if shift else 0.0
         error = calibration_error(survived * torch.sigmoid(z / t + b), outcomes, bins)
         tried.append((error, abs(math.log(t)), t, b))
