@@ -3,8 +3,8 @@
 DeepSeek-V3 technical report (arXiv 2412.19437), section 2.2, equations 21 to 23: the state of position i and the
 embedding of token i + 1, both normalised, are concatenated and projected (M_k), pass one decoder layer (TRM_k), and
 the target's own head reads the result. Files put the embedding's columns first. A state here is the target's residual
-stream at one auxiliary layer; the report's last layer is never read (it is ambiguous), so
-modules are trained on the layer before it, or on any other.
+stream after one auxiliary layer. The last layer, which the report takes, is not read, since libraries give its output
+before or after the final norm; modules are trained on the layer before it, or on any other.
 
 T packed tokens, D width.
 """

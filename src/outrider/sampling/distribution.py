@@ -184,9 +184,8 @@ class Categorical:
         if self.tokens is not None:
             return self.tokens
         below = self.probabilities.cumsum(-1, dtype=torch.float64)
-        goal = (
-            uniforms.to(below.device).clamp_max(1 - 2.0**-50)[:, None] * below[:, -1:]
-        )  # under the total, rounded too
+        uniforms = uniforms.to(below.device).clamp_max(1 - 2.0**-50)  # the product stays under the total, rounded too
+        goal = uniforms[:, None] * below[:, -1:]
         return self._token_of(torch.searchsorted(below, goal, right=True)[:, 0])  # right: never a token of no mass
 
     def take(self, rows: Tensor) -> Categorical:

@@ -128,9 +128,8 @@ def verify(target: Processed, proposal: Proposal, keep: Sequence[int], context: 
     if failed:
         return _verify_up_to(failed, target, proposal, keep, context, rng)
     whole = DraftRound.of(target, proposal, keep)
-    rules = [
-        p.effective_rule if p.temperature else "coupled" for p in context.params
-    ]  # the cheapest one for greedy rows
+    # Greedy rows: all rules come to the same, and "coupled" takes least time.
+    rules = [p.effective_rule if p.temperature else "coupled" for p in context.params]
     positions = np.array([len(tokens) for tokens in context.history], np.int64)
     accepted, bonus = np.zeros((2, len(rules)), np.int64)
     coupled = np.array([rule == "coupled" for rule in rules])

@@ -1,7 +1,7 @@
 """What a pass costs: measured seconds as a function of new tokens, rows and context.
 
-The scheduler's SPS(B) (DSpark paper, Algorithm 1) is ``CostTable.steps_per_second``. Tables are measured by
-``outrider profile`` and are plain data here: a JSON object and back.
+The scheduler's SPS(B) (DSpark paper, Algorithm 1) is ``CostTable.steps_per_second``. Tables are measured when
+an engine starts (``engine.cost_tables``) or by ``outrider profile``, and are plain data here: a JSON object and back.
 
 Units everywhere: ``tokens`` new tokens of a pass over all its rows, ``context`` cached tokens over all its rows (as in
 ``StepCost``), seconds.

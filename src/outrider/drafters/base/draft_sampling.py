@@ -95,9 +95,8 @@ class Drawing:
         distribution = Categorical.stack(distributions) if self._whole is None else self._whole
         if len(self.rows) == count:
             return distribution
-        index = torch.zeros(
-            count, drafts, dtype=torch.int64
-        )  # rows that drafted nothing point to 0, which is never read
+        # Rows that drafted nothing point to 0, which is never read.
+        index = torch.zeros(count, drafts, dtype=torch.int64)
         index[self.rows] = torch.arange(len(distribution)).view(-1, drafts)
         return distribution.take(index.flatten())
 
