@@ -258,14 +258,14 @@ class Engine:
         self._publish_prompts(rows)
         counted = perf_counter()
         cost = StepCost(
-            draft_seconds,
-            verify_seconds,
-            counted - began - draft_seconds - verify_seconds + self._uncounted,
-            len(rows),
-            len(run.batch),
-            rows.cached,
-            self.drafting.take_follow_seconds(),
-            self.drafting.longest,
+            draft=draft_seconds,
+            verify=verify_seconds,
+            bookkeeping=counted - began - draft_seconds - verify_seconds + self._uncounted,
+            rows=len(rows),
+            tokens=len(run.batch),
+            context=rows.cached,
+            follow=self.drafting.take_follow_seconds(),
+            drafts=self.drafting.longest,
         )
         self.drafting.learn(cost, accepted)
         if self.observers:
