@@ -476,11 +476,11 @@ def test_a_full_disk_is_named(model: list[str], monkeypatch: pytest.MonkeyPatch,
     earlier = tmp_path / "out.json"
     earlier.write_text("[]")
 
-    def full(path: Path, text: str, encoding: str) -> None:
-        path.write_bytes(text.encode()[:5])
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert outrider(*args, "--json", earlier).exit_code == 2
     assert earlier.read_text() == "[]" and list(tmp_path.iterdir()) == [earlier]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from outrider.errors import InvalidRequest
+from outrider.evaluation import plots
 from outrider.evaluation.recording import read_prompts
 from outrider.evaluation.replay import sample_prompts
-from outrider.files import cache_folder, read_json_lines
+from outrider.files import cache_folder, read_json_lines, write_json
 from outrider.training.artefact import Journal, read_lines
 from outrider.training.dataset import read_texts
 from outrider.training.prompts import Source, read_source
@@ -68,6 +71,23 @@ def test_every_reader_accepts_a_byte_order_mark(tmp_path: Path, tiny_model_dir: 
     assert next(read_lines(answers))["id"] == "a" == read_log(answers)[0]["id"]
     with Journal(answers) as journal:
         assert journal.records[0]["id"] == "a"
+
+
+def test_a_full_disk_is_named_and_earlier_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    figures, diagram = tmp_path / "evaluation.json", tmp_path / "reliability.png"
+    figures.write_text("[]")
+    diagram.write_text("earlier")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: '.*evaluation.json'"):
+        write_json(figures, {"rows": []})
+    if plots.available():
+        with pytest.raises(InvalidRequest, match="reliability.png cannot be written: No space left on device"):
+            plots.draw_reliability({"temperature 0": {"ngram": ([0.0, 1.0], [0.0, 1.0])}}, diagram)
+    assert (figures.read_text(), diagram.read_text()) == ("[]", "earlier")
+    assert sorted(tmp_path.iterdir()) == [figures, diagram]
 
 
 def test_a_relative_cache_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "read_json_lines",
     "replace_file",
     "write_json",
+    "write_result",
 ]
 
 
@@ -96,7 +97,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a temporary path, then rename that file to ``path`` once it is completely on the disk."""
+    """Call ``write`` with a temporary path, then rename that file to ``path`` once it is completely on the disk.
+
+    Raises OSError, which names ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
@@ -105,9 +109,28 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.fsync(handle)
         temporary.chmod(0o644)  # mkstemp makes private files
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
+        raise
     finally:
         os.close(handle)
         temporary.unlink(missing_ok=True)
+
+
+def write_result(path: Path, content: bytes) -> None:
+    """Write a file that a user named. Raises InvalidRequest where that fails; an earlier file then stays as it was."""
+    try:
+        place = path.resolve()
+        if (place.is_file() or not place.exists()) and os.access(place.parent, os.W_OK):
+            replace_file(place, lambda temporary: temporary.write_bytes(content))
+        else:  # a pipe, a device, or a file whose directory takes no other
+            path.write_bytes(content)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InvalidRequest(
+            f"{path} cannot be written: {error.strerror}; free some space, or give another path"
+        ) from None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from outrider.config import SamplingParams, memory_bytes
 from outrider.errors import InvalidRequest, OutriderError
-from outrider.files import replace_file
+from outrider.files import write_result
 
 if TYPE_CHECKING:
     from outrider.engine.llm import LLM
@@ -488,18 +488,7 @@ def write_json(json_file: str | None, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a result as UTF-8. Raises InvalidRequest where that fails; an earlier file then stays as it was."""
-    try:
-        place = path.resolve()
-        if (place.is_file() or not place.exists()) and os.access(place.parent, os.W_OK):
-            replace_file(place, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        else:  # a pipe, a device, or a file whose directory takes no other
-            path.write_text(text, encoding="utf-8")
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise InvalidRequest(
-            f"{path} cannot be written: {error.strerror}; free some space, or give another path"
-        ) from None
+    write_result(path, text.encode())
 
 
 def add_columns(table: Table, words: Sequence[str], numbers: Sequence[str]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outrider.errors import InvalidRequest
+from outrider.files import write_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,5 +152,8 @@ def check_plot(path: Path) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    """Raises InvalidRequest where the file cannot be written; an earlier one then stays as it was."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=150, format=path.suffix[1:] or "png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    write_result(path, drawn.getvalue())
