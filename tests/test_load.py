@@ -17,6 +17,7 @@ from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest, OutriderError
 from outrider.evaluation.load import Load, run_load, summary
 from outrider.evaluation.load_client import LoadClient, Timed
+from outrider.evaluation.plots import available
 
 PROMPTS = ["It was", "def add(a, b):\n    return a"]
 
@@ -110,6 +111,8 @@ def test_each_policy_has_a_server_of_its_own(tmp_path: Path) -> None:
         (("--plot", "x.png"), "--plot belongs to a load"),
         (("--policies", "fixed:3"), "--policies belongs to a load"),
         (("--load", "closed", "--policies", ","), "--policies names none"),
+        (("--load", "closed", "--plot", "x.foo"), "files ending in .foo" if available() else "needs matplotlib"),
+        (("--load", "closed", "--plot", "nowhere/x.png"), "--plot: cannot write nowhere/x.png"),
         (("--url", "http://localhost:9", "--policies", "fixed:3"), "--policies cannot be set for a server"),
         (("--url", "http://localhost:9", "--drafter", "ngram"), "--drafter cannot be set for a server"),
         (("--duration", "5"), "--duration belongs to a load"),

@@ -12,7 +12,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from outrider.cli.common import add_columns, asks_as_chat, human, note, write_json
+from outrider.cli.common import add_columns, asks_as_chat, check_writable, human, note, write_json
 from outrider.errors import InvalidRequest
 
 __all__ = ["DURATION", "POLICIES", "LoadOptions", "bench_load"]
@@ -50,6 +50,7 @@ def bench_load(options: LoadOptions) -> None:
     """Measure, print, write. Raises InvalidRequest, OutriderError."""
     from outrider.evaluation.load import Load, run_load, summary
     from outrider.evaluation.load_client import LoadClient
+    from outrider.evaluation.plots import check_plot, draw_load
     from outrider.evaluation.speedup import machine
 
     if options.loop not in ("closed", "open"):
@@ -60,6 +61,9 @@ def bench_load(options: LoadOptions) -> None:
     rates: list[float | None] = [*_numbers("--rate", options.rate)] if options.loop == "open" else [None]
     if options.loop == "open" and not options.rate:
         raise InvalidRequest("--load open needs --rate, the requests a second; several separated by commas")
+    if options.plot is not None:
+        check_writable("--plot", options.plot)
+        check_plot(options.plot)
     policies = _policies(options)
     prompts, chat = _prompts(options)
     console = human(options.json)
@@ -78,12 +82,10 @@ def bench_load(options: LoadOptions) -> None:
     for row in rows:
         if row["errors"]:
             note(f"{row['policy']}, {row['concurrency']:g} users: {row['errors']} failed, first {row['first_error']}")
-    if options.plot is not None:
-        from outrider.evaluation.plots import draw_load
-
-        draw_load(rows, options.plot)
     result = {"model": options.model, "machine": machine(), "load": options.loop, "duration": options.duration}
     write_json(options.json, {**result, "url": options.url, "chat": chat, "asked": asked, "rows": rows})
+    if options.plot is not None:
+        draw_load(rows, options.plot)
 
 
 def _clients(given: str) -> list[int]:

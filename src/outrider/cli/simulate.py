@@ -112,10 +112,10 @@ def simulate(
         values = [f"{row[name]:.1f}" for name in shown] + [f"{row[name]:.2f}" for name in counts]
         table.add_row(row["traffic"], row["policy"], *values)
     console.print(table)
+    write_json(json, {"costs": costs, "profiles": profile or ["chat", "code", "maths"], "seed": seed, "rows": rows})
     if plot is not None:
         draw_frontier(rows, plot)
         console.print(f"wrote {plot}", style="dim", markup=False)
-    write_json(json, {"costs": costs, "profiles": profile or ["chat", "code", "maths"], "seed": seed, "rows": rows})
 
 
 def _numbers(option: str, given: str) -> list[float]:
