@@ -96,7 +96,8 @@ def test_packaged_drafters_draft_for_the_packaged_target(kind: str) -> None:
     llm = LLM("embedded", kind)
     output = llm.generate("Question: Tom has 3 boxes with 4 pens each. How many pens has he?\nAnswer:")[0]
     assert output.stats.drafted > 0 and output.stats.accepted > 0
-    assert (resolve_model(f"embedded-{kind}") / "README.md").is_file()
+    card = (resolve_model(f"embedded-{kind}") / "README.md").read_text()
+    assert "what is written is the target's own" in card and "in less time" not in card and "only comes" not in card
 
 
 def test_packaged_drafters_are_small() -> None:
