@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,8 @@ from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
 from outrider.evaluation.drafter_quality import Config, evaluate
 from outrider.evaluation.intervals import Estimate, estimate, macro, share
 from outrider.evaluation.recording import Round
-from outrider.evaluation.speedup import _row, _Steps, bootstrap_ratio, run_bench
-from outrider.types import Output, RequestStats
+from outrider.evaluation.speedup import _row, _Steps, bootstrap_ratio, repeated_ngrams, run_bench
+from outrider.types import Output, RequestStats, StepCost, StepRecord
 
 SMALL = Config(max_tokens=24, draws=200, temperatures=(0.0,))
 
@@ -89,6 +90,23 @@ def test_zero_over_zero_has_no_value_and_one_prompt_no_interval() -> None:
     assert not Estimate(0.5).excludes_zero
 
 
+def test_an_interval_needs_two_prompts_in_each_domain_and_nearly_all_resamples() -> None:
+    assert estimate([1, 3], macro([lambda p: p.mean(-1), lambda p: p.mean(-1)])) == Estimate(0.5)
+    ones, drafted = np.ones(6, dtype=np.int64), np.array([1, 0, 0, 0, 0, 0])
+    assert estimate([6], lambda picks: share(ones * drafted, drafted, picks[0])) == Estimate(1.0)  # 0 / 0 in a third
+    drafted[:] = 1, 1, 1, 0, 0, 0
+    assert estimate([6], lambda picks: share(ones * drafted, drafted, picks[0])) == Estimate(
+        1.0, 1.0, 1.0
+    )  # in 1 of 64
+    assert share(ones, np.full(6, 0.125), np.array([0, 1])) == 8  # answers of less than a second
+
+
+def test_an_interval_that_touches_zero_does_not_exclude_it() -> None:
+    assert Estimate(1.0, 0.5, 2.0).excludes_zero and Estimate(-1.0, -2.0, -0.5).excludes_zero
+    assert not Estimate(1.0, 0.0, 2.0).excludes_zero and not Estimate(-1.0, -2.0, 0.0).excludes_zero
+    assert (str(Estimate(1.234)), str(Estimate(None))) == ("1.23", "-")
+
+
 # ------------------------------------------------------------------------------------------------ figures
 
 
@@ -107,21 +125,39 @@ def test_figures_by_hand() -> None:
     assert [c.value for c in row.conditional] == [pytest.approx(3 / 4), pytest.approx(1 / 2)]
     assert [c.value for c in row.cumulative] == [pytest.approx(3 / 4), pytest.approx(1 / 3)]
     assert (row.prompts, row.rounds) == (2, 5)
+    other = [Sample(2, 0.5, [one(1)])]
+    both = row_of("d", 1.0, MACRO, [Counts.of(samples, plain, 2), Counts.of(other, plain[:1], 2)], 100)
+    assert (both.prompts, both.rounds) == (3, 6)
+    assert both.acceptance_length.value == pytest.approx((9 / 5 + 2) / 2)
+    assert samples[0] + samples[1] == Sample(11, 2.0, samples[0].rounds + samples[1].rounds)
 
 
 def test_a_row_of_a_benchmark_by_hand() -> None:
     """Every pair is twice as fast for each token, so the interval of the paired ratio has no width."""
 
-    def output(tokens: int, rounds: int = 0, drafted: int = 0, accepted: int = 0) -> Any:
-        stats = RequestStats(rounds=rounds, drafted=drafted, accepted=accepted)
+    def output(tokens: int, rounds: int = 0, drafted: Sequence[int] = (), accepted: Sequence[int] = ()) -> Any:
+        stats = RequestStats(rounds=rounds, drafted=sum(drafted), accepted=sum(accepted))
+        stats.drafted_per_position, stats.accepted_per_position = list(drafted), list(accepted)
         return SimpleNamespace(token_ids=list(range(tokens)), stats=stats)
 
-    outputs = {"plain": [output(4), output(60)], "fast": [output(8, 4, 8, 4), output(30, 2, 4, 1)]}
+    outputs = {"plain": [output(4), output(60)], "fast": [output(8, 4, [4, 4], [3, 1]), output(30, 2, [4], [1])]}
     seconds = {"plain": [4.0, 60.0], "fast": [4.0, 15.0]}
-    row = _row("d", "x", 0.0, 1, seconds, outputs, {side: _Steps() for side in outputs})
+    steps = {side: _Steps() for side in outputs}
+    for side, scale in (("plain", 1), ("fast", 2)):
+        for prompt, verify in ((True, 1.0), (False, 0.001), (False, 0.003)):
+            cost = StepCost(0.002 * (scale - 1), scale * verify, 0.001, 1, 100, 0)
+            steps[side].step(StepRecord((SimpleNamespace(first=prompt),), cost))  # type: ignore[arg-type]
+    row = _row("d", "x", 0.0, 1, seconds, outputs, steps)
+    assert row.accepted_per_position == [0.5, 0.25]  # the second answer drafted one token a round
+    assert row.step_ms == {"draft": 2.0, "verify": 4.0, "bookkeeping": 1.0} and row.plain_step_ms == 3.0
     assert (row.speedup, row.speedup_ci95) == (2.0, (2.0, 2.0))
     assert (row.acceptance_length, row.drafted_per_round) == (round(1 + 5 / 6, 3), 2.0)
     assert (row.baseline_tokens_per_second, row.tokens_per_second, row.generated) == (1.0, 2.0, 38)
+
+
+def test_repeated_eightgrams_by_hand() -> None:
+    assert [repeated_ngrams([5] * n) for n in (7, 8, 9, 11)] == [0.0, 0.0, 0.5, 0.75]
+    assert repeated_ngrams([*range(8), *range(8)]) == pytest.approx(1 / 9)
 
 
 def test_figures_agree_with_the_answers(tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -94,6 +95,32 @@ def test_rounds_are_interleaved_and_every_kind_is_timed_once_per_round(monkeypat
     assert all(sorted(turn[1:]) == expected for turn in turns)
     assert len({tuple(turn[1:]) for turn in turns}) > 1, "the order changes"
     assert all(later == pytest.approx(2 * former) for former, later in pairwise(seconds[cells[0]]))
+
+
+def test_a_target_without_a_stack_reads_its_context_and_nothing_is_collected_meanwhile() -> None:
+    target, seen = tiny_target(), []
+
+    def forward(batch: RaggedBatch, cache: KVCache, **options: Any) -> TargetOutput:
+        start = int(batch.positions[0])
+        assert cache.lengths[batch.slots].tolist() == [start] * len(batch.slots)
+        seen.append((start, gc.isenabled()))
+        return target.forward(batch, cache, **options)
+
+    bare: Any = SimpleNamespace(spec=target.spec, new_cache=target.new_cache, forward=forward)
+    measure(bare, [Cell(1, 1, 600), Cell(1, 2, 600)], 1, lambda: 1.0)
+    assert [start for start, _ in seen[:4]] == [0, 512, 0, 512] and {start for start, _ in seen[4:]} == {600}
+    assert not any(collects for _, collects in seen[4:]) and gc.isenabled()
+
+
+def test_the_probe_reads_and_the_core_is_tuned_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < module.read_probe("reference")() < 1e12
+    tuned: list[TargetModel] = []
+    monkeypatch.setattr(module, "tune_core", tuned.append)
+    options: dict[str, Any] = {"shape": "tiny", "dtypes": ["float32"], "backend": "reference", "machine": MACHINE}
+    run_profile("", cells=grid([0], [1], [1]), repeats=1, **options)
+    assert len(tuned) == 1
+    with pytest.raises(InvalidRequest, match="repeats must be at least 1, got 0"):
+        run_profile("", cells=grid([0], [1], [1]), repeats=0, **options)
 
 
 def test_ratios_and_shares_are_of_pairs_so_that_drift_cancels(monkeypatch: pytest.MonkeyPatch) -> None:
