@@ -95,9 +95,7 @@ def test_an_interval_needs_two_prompts_in_each_domain_and_nearly_all_resamples()
     ones, drafted = np.ones(6, dtype=np.int64), np.array([1, 0, 0, 0, 0, 0])
     assert estimate([6], lambda picks: share(ones * drafted, drafted, picks[0])) == Estimate(1.0)  # 0 / 0 in a third
     drafted[:] = 1, 1, 1, 0, 0, 0
-    assert estimate([6], lambda picks: share(ones * drafted, drafted, picks[0])) == Estimate(
-        1.0, 1.0, 1.0
-    )  # in 1 of 64
+    assert estimate([6], lambda picks: share(ones * drafted, drafted, picks[0])) == Estimate(1.0, 1.0, 1.0)
     assert share(ones, np.full(6, 0.125), np.array([0, 1])) == 8  # answers of less than a second
 
 
@@ -153,6 +151,13 @@ def test_a_row_of_a_benchmark_by_hand() -> None:
     assert (row.speedup, row.speedup_ci95) == (2.0, (2.0, 2.0))
     assert (row.acceptance_length, row.drafted_per_round) == (round(1 + 5 / 6, 3), 2.0)
     assert (row.baseline_tokens_per_second, row.tokens_per_second, row.generated) == (1.0, 2.0, 38)
+
+
+def test_the_interval_of_a_speedup_is_that_of_the_normal_distribution() -> None:
+    plain = np.random.default_rng(4).normal(2, 1, 400)
+    ratio, interval = bootstrap_ratio(plain.tolist(), [1.0] * 400, draws=8000)
+    half = 1.96 * plain.std() / 20
+    assert interval == pytest.approx((ratio - half, ratio + half), abs=0.005)
 
 
 def test_repeated_eightgrams_by_hand() -> None:
