@@ -14,11 +14,12 @@ from conftest import TEXTS
 from typer.testing import CliRunner, Result
 
 from outrider.cli import app
+from outrider.cli import eval as tables
 from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.evaluation import drafter_quality as evaluation
-from outrider.evaluation.comparison import MACRO, Counts, Sample, row_of
+from outrider.evaluation.comparison import MACRO, Counts, Difference, Evaluation, Row, Sample, SweepPoint, row_of
 from outrider.evaluation.drafter_quality import Config, evaluate
 from outrider.evaluation.intervals import Estimate, estimate, macro, share
 from outrider.evaluation.recording import Round
@@ -293,6 +294,38 @@ def test_the_command_prints_tables_and_json(tiny_model_dir: Path, prompts: list[
     plain = [row for row in found["rows"] if row["drafter"] == "none"]
     assert all(row["acceptance_length"]["value"] == 1 and row["acceptance_rate"]["value"] is None for row in plain)
     assert "Differences of acceptance length" in result.stderr
+
+
+def test_each_figure_is_shown_under_its_heading() -> None:
+    seven = [Estimate(n, n - 0.5, n + 0.5) for n in range(1, 8)]
+    length, drafts, verified, rate, _, _, speedup = seven
+    row = Row("d", 0.5, MACRO, 3, 6, *seven, [Estimate(0.3)], [Estimate(0.2)])
+    point = SweepPoint("d", 0.5, 0.25, length, verified, rate, speedup)
+    found = Evaluation({}, [row], [Difference("d", "e", 0.5, MACRO, drafts)], [point], [])
+
+    def shown(table: Any) -> list[tuple[str, str]]:
+        return [(str(column.header), *column.cells) for column in table.columns]
+
+    assert shown(tables._acceptance(found)) == [
+        ("drafter", "d"),
+        ("prompts", "all"),
+        ("temp", "0.5"),
+        ("accept", "1.00"),
+        ("95 %", "0.50-1.50"),
+        ("drafts", "2.00"),
+        ("rate", "4.00"),
+        ("tok/s", "5"),
+        ("x", "7.00"),
+        ("95 %", "6.50-7.50"),
+    ]
+    swept = {"accept": "1.00", "rate": "4.00", "verified": "3.00", "x": "7.00", "95 %": "6.50-7.50"}
+    assert shown(tables._sweep(found)) == [("drafter", "d"), ("temp", "0.5"), ("threshold", "0.25"), *swept.items()]
+    assert shown(tables._differences(found))[3:] == [
+        ("temp", "0.5"),
+        ("difference", "+2.00"),
+        ("95 %", "+1.50 to +2.50"),
+    ]
+    assert shown(tables._positions(found)[0])[3] == ("1", "30", "20")
 
 
 @pytest.mark.parametrize(
