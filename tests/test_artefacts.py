@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from outrider.errors import ArtefactError, InvalidRequest
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training import regenerate as stage
 from outrider.training.artefact import Journal, begin, open_artefact, read_lines
-from outrider.training.conversations import ChatTurn
+from outrider.training.conversations import ChatTurn, Conversations
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.regenerate import Config, regenerate
@@ -301,6 +302,36 @@ def test_a_conversation_continues_from_the_targets_answer(prompts: Path, tiny_mo
         assert second["prompt"] == tokenizer.encode_chat(
             [*asked, answered, {"role": "user", "content": chat["turns"][1]}]
         )
+
+
+def test_a_conversation_resumes_behind_the_turns_that_are_answered(tiny_model_dir: Path) -> None:
+    chat = {"id": "a", "domain": "chat", "turns": ["one", "two", "three", "four"]}
+    tokenizer, settings = Tokenizer(tiny_model_dir), stage.sampling(Config(max_tokens=4), str(tiny_model_dir))
+    undisturbed = Conversations([chat], tokenizer, settings)
+    undisturbed.resume([])
+    lines = []
+    while undisturbed.todo:
+        turn = undisturbed.todo.popleft()
+        lines.append(undisturbed.take(turn, tokenizer.encode(f"answer {turn.number}")))
+    assert [line["id"] for line in lines] == ["a", "a#2", "a#3", "a#4"]
+    assert undisturbed.ordered() == lines and undisturbed.finished == 1
+    for answered in range(4):
+        resumed = Conversations([chat], tokenizer, settings)
+        resumed.resume(lines[:answered])
+        assert [(turn.id, turn.tokens) for turn in resumed.todo] == [(lines[answered]["id"], lines[answered]["prompt"])]
+    resumed.resume(lines)
+    assert resumed.finished == 1
+
+
+def test_a_prompt_may_fill_the_context_exactly(tiny_model_dir: Path) -> None:
+    tokenizer, settings = Tokenizer(tiny_model_dir), stage.sampling(Config(max_tokens=4), str(tiny_model_dir))
+    text = {"id": "a", "domain": "", "text": "as long as the context allows"}
+    length = len(tokenizer.encode(text["text"]))
+    for context, fits in ((length + 4, True), (length + 3, False)):
+        conversations = Conversations([text], tokenizer, replace(settings, context=context))
+        conversations.resume([])
+        assert [len(turn.tokens) for turn in conversations.todo] == [length] * fits
+        assert conversations.too_long == (not fits)
 
 
 def test_a_killed_process_loses_and_repeats_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,11 @@ from outrider.config import SamplingParams
 from outrider.engine.llm import LLM
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.evaluation.conversion import convert
+from outrider.evaluation.recording import Observed
 from outrider.registry import find
 from outrider.scheduling.calibration import Calibration, Scaling
 from outrider.training.artefact import target_hash
-from outrider.training.fit_calibration import Config, _collect, calibrate
+from outrider.training.fit_calibration import Config, Report, _bucket, _collect, _write, calibrate
 
 HALF = {(rule, t): Scaling((2.0,), (-1.0,)) for rule in ("rejection", "block", "coupled") for t in (0.0, 1.0)}
 SMALL = Config(temperatures=(0.0, 1.0), rules=("rejection", "block"), rounds=60, max_tokens=24, bins=5)
@@ -184,6 +186,34 @@ def test_rounds_to_fit_on_come_from_other_prompts_and_no_answer_comes_twice(monk
     assert [{one.prompt for one in rounds} for rounds in (fitting, held_out)] == [{0, 2}, {1, 3}]  # type: ignore[attr-defined]
     assert all(one.verified for one in [*fitting, *held_out])  # type: ignore[misc]
     assert len(set(seeds)) == len(seeds) > 8
+
+
+def test_the_scaling_is_fitted_on_one_half_and_measured_on_the_other() -> None:
+    said = torch.linspace(0.05, 0.95, 40, dtype=torch.float64)[:, None]
+    one = torch.ones(40, dtype=torch.int64)
+    kept, lost = Observed(said, one, (torch.arange(40) % 5 > 0).long()), Observed(said[:30], one[:30], 0 * one[:30])
+    bucket = _bucket(("block",), 1.0, kept, lost, False, 5)
+    assert bucket.fitted_on == 40
+    assert bucket.scaling == _bucket(("block",), 1.0, kept, kept, False, 5).scaling
+    assert bucket.scaling != _bucket(("block",), 1.0, lost, lost, False, 5).scaling
+    measured = (bucket.before, bucket.after, bucket.conditional_before, bucket.conditional_after)
+    assert [quality.observed for (quality,) in measured] == [0] * 4
+    assert (bucket.pooled_before.observed, bucket.pooled_after.observed) == (0, 0)
+
+
+def test_an_earlier_calibration_makes_no_other_parent(
+    target_dir: Path, drafter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outrider.training.fit_calibration.plots.available", lambda: False)
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(drafter_dir, calibrated)
+    (calibrated / "calibration.json").write_text(json.dumps(Calibration(HALF, {}).to_json()))
+    parents = []
+    for number, folder in enumerate((drafter_dir, calibrated)):
+        report = Report(folder.name, "target", "head", Calibration({}, {}), [], 0.0)
+        _write(report, folder, str(target_dir), [], SMALL, tmp_path / f"{number}")
+        parents.append(json.loads((tmp_path / f"{number}" / "provenance.json").read_text())["parents"])
+    assert parents[0] == parents[1] and parents[0]["drafter"]
 
 
 def test_without_a_checkpoint_only_the_calibration_is_written(target_dir: Path, tmp_path: Path) -> None:
