@@ -24,7 +24,7 @@ from outrider.errors import CheckpointError, InvalidRequest
 from outrider.evaluation.conversion import convert
 from outrider.evaluation.recording import Observed
 from outrider.registry import find
-from outrider.scheduling.calibration import Calibration, Scaling
+from outrider.scheduling.calibration import Calibration, Scaling, fit, logits_of
 from outrider.training.artefact import target_hash
 from outrider.training.fit_calibration import Config, Report, _bucket, _collect, _write, calibrate
 
@@ -194,8 +194,8 @@ def test_the_scaling_is_fitted_on_one_half_and_measured_on_the_other() -> None:
     kept, lost = Observed(said, one, (torch.arange(40) % 5 > 0).long()), Observed(said[:30], one[:30], 0 * one[:30])
     bucket = _bucket(("block",), 1.0, kept, lost, False, 5)
     assert bucket.fitted_on == 40
-    assert bucket.scaling == _bucket(("block",), 1.0, kept, kept, False, 5).scaling
-    assert bucket.scaling != _bucket(("block",), 1.0, lost, lost, False, 5).scaling
+    scaling, other = (fit(logits_of(r.confidence), r.verified, r.accepted, shift=False, bins=5) for r in (kept, lost))
+    assert bucket.scaling == scaling != other
     measured = (bucket.before, bucket.after, bucket.conditional_before, bucket.conditional_after)
     assert [quality.observed for (quality,) in measured] == [0] * 4
     assert (bucket.pooled_before.observed, bucket.pooled_after.observed) == (0, 0)

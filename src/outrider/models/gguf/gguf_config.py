@@ -320,13 +320,14 @@ class _Keys:
         return value
 
     def real(self, name: str, default: float | None, below: float = math.inf) -> float:
-        """A number of at least 0, as the shortest decimal that gives the float32."""
+        """A number of at least 0 and less than ``below``, as the shortest decimal that gives the float32."""
         value = self.key(name, default)
         if value is None:
             self.fail(f"key {self.name}.{name} is missing")
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not good or not math.isfinite(value) or not 0 <= value < below:
-            self.fail(f"key {self.name}.{name} is {value!r}, expected a number of at least 0")
+            limit = f" and below {below:g}" if math.isfinite(below) else ""
+            self.fail(f"key {self.name}.{name} is {value!r}, expected a number of at least 0{limit}")
         with np.errstate(over="ignore"):
             single = np.float32(value)
         return float(str(single)) if float(single) == value else float(value)

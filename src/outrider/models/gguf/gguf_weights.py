@@ -122,7 +122,7 @@ class GGUFWeights(Mapping[str, Tensor]):
     def blocks(self, name: str, begin: int = 0, end: int | None = None) -> BlockParts | None:
         """The parts of rows ``begin`` to ``end`` of a matrix in a directly multipliable format; None for another."""
         info = self.file.tensors[self.names[name]]
-        if info.kind.name not in MULTIPLIABLE or len(info.shape) != 2:
+        if info.kind.name not in MULTIPLIABLE:  # which `_check` allows matrices only
             return None
         end = info.shape[0] if end is None else end
         parts = block_parts(info.kind, self._rows(name, info, begin, end), end - begin)
