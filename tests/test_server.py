@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from outrider.config import SamplingParams
 from outrider.errors import InvalidRequest, OutriderError
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training import server
 from outrider.training.artefact import read_lines
+from outrider.training.conversations import ChatTurn, Settings
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
 from outrider.training.regenerate import Config, regenerate
@@ -156,3 +158,28 @@ def test_what_no_patience_helps_is_said_at_once(
     with pytest.raises(OutriderError, match="no answer in 2 attempts"):
         gone = Config(server="http://127.0.0.1:9", retries=1, max_tokens=32)
         regenerate(gone, prompts, tmp_path / "c", str(tiny_model_dir))
+
+
+def test_an_answer_is_cut_to_its_length_and_ends_only_where_the_server_stopped(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer(tiny_model_dir)
+    text = " one two three"
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    turn = ChatTurn("a", "", [1, 2], (), ())
+    cases = (("stop", 1, [*tokens, EOS]), ("length", 1, tokens), ("stop", 0, tokens), ("stop", -1, tokens[:-1]))
+    for reason, room, expected in cases:
+        params = SamplingParams(max_tokens=len(tokens) + room)
+        asked = server.Server(
+            "http://here",
+            tokenizer,
+            Settings(params, (EOS,), 99, 0),
+            model="m",
+            chat=False,
+            requests=1,
+            retries=0,
+            timeout=1,
+        )
+        choice = {"text": text, "finish_reason": reason}
+        monkeypatch.setattr(asked, "_call", lambda path, body, choice=choice: {"choices": [choice]})
+        assert asked._answer_one(turn) == expected
