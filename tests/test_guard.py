@@ -174,6 +174,39 @@ def test_a_small_model_loses_little_before_anything_was_gained() -> None:
     assert kept.tokens >= 0.95 * plain.tokens
 
 
+class HeldUp:
+    """Costs of drafts of which every twentieth takes many times as long."""
+
+    def __init__(self, costs: Costs, times: float) -> None:
+        self.costs, self.times, self.drafts = costs, times, 0
+        self.verify, self.bookkeeping = costs.verify, costs.bookkeeping
+
+    def draft(self, rows: int, drafts: int) -> float:
+        seconds = self.costs.draft(rows, drafts)
+        self.drafts += seconds > 0
+        return seconds * (self.times if self.drafts % 20 == 10 else 1.0)
+
+
+def test_drafts_that_others_hold_up_now_and_then_do_not_end_drafting() -> None:
+    """40 milliseconds are all that the drafts of a small model may lose."""
+    small = Costs(((1, 0.00022), (4, 0.00026), (8, 0.0003), (64, 0.002)), draft_fixed=0.0001, step=0.00005)
+    held_up = HeldUp(small, 400)
+    guard, traffic = guarded(throughput(small), small), Traffic(concurrency=1, prompt=1, answer=400, temperature=0)
+    simulate(guard, held_up, Synthetic([PROFILES["maths"]]), traffic, seconds=0.1, seed=1)
+    assert held_up.drafts > 30 and guard.follows
+
+
+def test_a_drafter_that_holds_itself_up_is_charged() -> None:
+    policy = guarded(throughput(NATIVE), NATIVE)
+    traffic = Traffic(concurrency=2, prompt=1, answer=400, temperature=0)
+    held_up, chat = HeldUp(NATIVE, 150), Synthetic([PROFILES["chat"]])
+    kept = simulate(policy, held_up, chat, traffic, seconds=61, seed=1, window=30.0)
+    plain = run(FixedPolicy(FixedConfig(0)), NATIVE, "chat", 2, 61, window=30.0)
+    assert kept.windows.min() >= 0.98 * plain.windows.min()
+    always = simulate(FixedPolicy(FixedConfig(K)), HeldUp(NATIVE, 150), chat, traffic, seconds=61, seed=1)
+    assert always.tokens_per_second < 0.9 * plain.tokens_per_second
+
+
 def test_gains_are_saved_up_beyond_the_credit() -> None:
     ledger = Ledger(share=0.01, most=0.2, credit=0.25)
     assert ledger.credit == ledger.balance == 0.2

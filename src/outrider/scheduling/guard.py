@@ -43,6 +43,7 @@ TOGETHER, SOON = 8, 0.02  # steps that draft, or seconds of their passes, after 
 LOST = 125  # plain steps of one row, whose time is the credit: what may be lost before anything was gained
 LOSSES = 2  # in a row, behind which the policy is asked in every step, to see what has changed
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
+HELD_UP, HELD_UP_MOST = 4.0, 0.1  # and a draft, up to so many seconds in all: more is charged to the drafter
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the credit, what one that cannot may cost in plain steps before it is left out
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
@@ -76,6 +77,7 @@ class _Drafted:
 
     ready: int
     base: int  # tokens of the passes without drafts
+    longest: float  # seconds of a draft that nobody held up
     steps: int = 0
     accepted: int = 0
     draft: float = 0.0  # seconds
@@ -87,13 +89,13 @@ class _Drafted:
     rows: int = 0
     context: int = 0
 
-    def add(self, cost: StepCost, accepted: int, repeated: bool) -> None:
+    def add(self, cost: StepCost, draft: float, accepted: int, repeated: bool) -> None:
         self.steps += 1
         if repeated:
             self.repeated += 1
             self.unasked += cost.bookkeeping
         self.accepted += accepted
-        self.draft += cost.draft
+        self.draft += draft
         self.verify += cost.verify
         self.bookkeeping += cost.bookkeeping
         self.tokens += cost.tokens
@@ -110,6 +112,7 @@ class GuardedPolicy:
         its text."""
         self.policy, self.costs = policy, costs
         self.ledger = ledger or Ledger()
+        self._held_up = Ledger(most=HELD_UP_MOST)  # what drafts may take because others held them up
         self._limit_credit()
         self._learns = getattr(policy, "costs", None) is not costs
         self._takes_up = takes_up
@@ -263,8 +266,14 @@ class GuardedPolicy:
         drafted = self._unsettled
         if drafted is None or drafted.ready != ready or drafted.base != base:
             self._settle()
-            drafted = self._unsettled = _Drafted(ready, base)
-        drafted.add(cost, accepted, self._repeating)
+            usual = self.costs.draft(sum(n > 0 for n in self._planned), cost.drafts or max(self._planned))
+            drafted = self._unsettled = _Drafted(ready, base, HELD_UP * usual)
+        held_up = cost.draft - drafted.longest
+        if 0 < held_up < self._held_up.balance:
+            self._held_up.settle(-held_up)
+        else:
+            held_up = 0.0
+        drafted.add(cost, cost.draft - held_up, accepted, self._repeating)
         if drafted.steps >= TOGETHER or drafted.draft + drafted.verify >= SOON:
             self._settle()
 
@@ -356,7 +365,9 @@ class GuardedPolicy:
     def _rest(self, view: StepView, cost: StepCost, deciding: float) -> None:
         """A plain step. Where it followed from what was seen, the drafter is left out before long."""
         following = self._following(cost) + deciding
-        self.ledger.earn(cost.draft + cost.verify + cost.bookkeeping - following + self._unearned)
+        plain = cost.draft + cost.verify + cost.bookkeeping - following + self._unearned
+        self.ledger.earn(plain)
+        self._held_up.earn(plain)
         self.ledger.settle(-following)
         self._unearned = 0.0
         self._idle += 1
