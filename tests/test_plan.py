@@ -450,7 +450,7 @@ def test_timings_and_our_own_results_are_read(tmp_path: Path) -> None:
 
 def test_a_bench_is_explained_as_it_went(tmp_path: Path) -> None:
     """What is said of a run agrees with the run: short answers, of whose time the prompts are a good part."""
-    llm = LLM("embedded", "suffix")
+    llm = LLM("embedded", "suffix", policy="fixed", guard=False)
     found = run_bench(
         "embedded", {"suffix": llm}, llm.with_drafter("none"), {"code": ["def f(a, b):\n    return a"]}, max_tokens=24
     )
