@@ -1,6 +1,7 @@
 """Rng: the bits, the definition, the distribution, and that every part of the key counts."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -134,12 +135,20 @@ def test_sparse_columns_draw_what_dense_ones_do() -> None:
     assert torch.equal(ids.gather(1, column[:, None])[:, 0], gumbel_argmax(kept, some))
 
 
-def test_nan_is_refused() -> None:
+@pytest.mark.parametrize("draw", [gumbel_argmax, rng_module._largest_anywhere])
+def test_rows_that_cannot_be_drawn_from_are_refused(draw: Callable[..., torch.Tensor]) -> None:
     logits = torch.zeros(3, 40000)
-    for bad in (torch.nan, torch.inf):
-        logits[1, 30000] = bad
+    for columns, bad in ((slice(30000, 30001), torch.nan), (slice(30000, 30001), torch.inf), (slice(None), -torch.inf)):
+        logits[1, columns] = bad
         with pytest.raises(OutriderError, match="NaN"):
-            gumbel_argmax(logits, keys(3))
+            draw(logits, keys(3), None)
+
+
+def test_other_devices_draw_what_the_cpu_draws() -> None:
+    some, logits = keys(50, 3), torch.randn(50, 300, generator=torch.Generator().manual_seed(8))
+    assert torch.equal(rng_module._largest_anywhere(logits, some, None), gumbel_argmax(logits, some))
+    ids = torch.arange(0, 600, 2).expand(50, -1).contiguous()
+    assert torch.equal(rng_module._largest_anywhere(logits, some, ids), gumbel_argmax(logits, some, ids))
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -191,11 +191,11 @@ def gumbel_argmax(logits: Tensor, keys: Tensor, ids: Tensor | None = None) -> Te
     """One exact draw per row from softmax(logits): the column of the largest logit + Gumbel value.
 
     logits float32 or float64 [n, S]; keys int64 [n]; ids int64 [n, S], ascending in each row: the token of each
-    column, None when column v is token v. -> int64 [n]
+    column, None when column v is token v. -> int64 [n]. Raises OutriderError for a row with NaN or +inf, or with
+    -inf for every token.
     """
     if logits.device.type != "cpu":
-        rng = gumbel(keys.to(logits.device), ids, logits.shape[1])
-        return (logits.double() + rng).argmax(-1)
+        return _largest_anywhere(logits, keys.to(logits.device), ids)
     if native is not None and logits.dtype == torch.float32:
         out = torch.empty(len(keys), dtype=torch.int64)
         try:
@@ -214,6 +214,14 @@ def gumbel_argmax(logits: Tensor, keys: Tensor, ids: Tensor | None = None) -> Te
     return torch.from_numpy(np.concatenate(winners))
 
 
+def _largest_anywhere(logits: Tensor, keys: Tensor, ids: Tensor | None) -> Tensor:
+    """``gumbel_argmax`` on any device, all scores in float64."""
+    if not bool(logits.amax(-1).isfinite().all()):  # amax of a row with NaN is NaN
+        raise OutriderError(_NO_NUMBERS)
+    return (logits.double() + gumbel(keys, ids, logits.shape[1])).argmax(-1)
+
+
+_NO_NUMBERS = "logits must be numbers, got NaN or +inf, or -inf for every token; the weights or the input are damaged"
 _STEPS = np.arange(1, _CHUNK + 1, dtype=np.uint64)[None] * _G  # of columns that are tokens: one piece serves them all
 
 
@@ -222,9 +230,7 @@ def _largest_score(logits: npt.NDArray[np.floating], keys: _Words, ids: _Words |
     n, width = logits.shape
     peak = logits.max(1)
     if not np.isfinite(peak).all():
-        raise OutriderError(
-            "logits must be numbers, got NaN or +inf, or -inf for every token; the weights or the input are damaged"
-        )
+        raise OutriderError(_NO_NUMBERS)
     best = np.full(n, -np.inf, np.float32)
     lines: list[npt.NDArray[np.int64]] = []  # row and column of each score that may still be the largest
     for c in range(0, width, _CHUNK):
