@@ -104,6 +104,31 @@ def test_special_tokens_are_split_where_the_files_say_so(tiny_model_dir: Path, t
     assert ours == AutoTokenizer.from_pretrained(folder)(text)["input_ids"] != Tokenizer(tiny_model_dir).encode(text)
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPTNeoXTokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer"])
+def test_an_explicit_prefix_space_counts_where_transformers_follows_it(
+    byte_fallback: Tokenizer, tmp_path: Path, kind: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path, byte_level_bpe())
+    wanted = kind != "LlamaTokenizer"  # the other way round than tokenizer.json
+    if not wanted:
+        shutil.copyfile(byte_fallback.directory / "tokenizer.json", tmp_path / "tokenizer.json")
+    before = Tokenizer(tmp_path).encode("the", add_special_tokens=False)
+    file = tmp_path / "tokenizer_config.json"
+    settings = {**json.loads(file.read_text()), "tokenizer_class": kind, "add_prefix_space": wanted}
+    file.write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path)
+    for text in ("the", " the", "the ab", ""):
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == theirs.decode(ids)
+    assert ours.encode("the", add_special_tokens=False) != before
+    file.write_text(json.dumps({**settings, "add_prefix_space": None}))  # the class's default: tokenizer.json counts
+    assert Tokenizer(tmp_path).encode("the", add_special_tokens=False) == before
+
+
 def test_vocabulary_facts(plain: Tokenizer, with_bos: Tokenizer, byte_fallback: Tokenizer) -> None:
     assert plain.vocab_size == max(plain.vocabulary.values()) + 1 == len(plain.vocabulary)
     assert plain.eos_token_ids == (plain.vocabulary[EOT],)

@@ -16,6 +16,8 @@ __all__ = ["SPECIAL_NAMES", "load_fast", "read_settings", "text_of", "with_older
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
+# Classes of Transformers that build a text's first space from `add_prefix_space`, whatever tokenizer.json says.
+_OWN_PREFIX = tuple(f"{name}Tokenizer" for name in ("CodeLlama", "Cohere", "GPT2", "GPTNeoX", "Llama", "Qwen2"))
 _ADDED_OPTIONS = ("lstrip", "normalized", "rstrip", "single_word")
 
 
@@ -41,6 +43,7 @@ def load_fast(directory: Path, settings: Mapping[str, Any]) -> FastTokenizer:
             found = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for a broken file
             raise CheckpointError(f"{file} cannot be read as a tokenizer: {error}; copy it again") from None
+        _set_prefix_space(found, directory, settings)
         _add_tokens(found, directory, settings)
         return found
     known = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
@@ -50,6 +53,20 @@ def load_fast(directory: Path, settings: Mapping[str, Any]) -> FastTokenizer:
             "copy it from the model's source"
         )
     return _convert(directory)
+
+
+def _set_prefix_space(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
+    """Follow an ``add_prefix_space`` that contradicts tokenizer.json, if Transformers does. Raises CheckpointError."""
+    wanted = settings.get("add_prefix_space")
+    if not isinstance(wanted, bool) or str(settings.get("tokenizer_class")).removesuffix("Fast") not in _OWN_PREFIX:
+        return
+    text = fast.normalizer.normalize_str("x") if fast.normalizer else "x"
+    if fast.pre_tokenizer:
+        text = "".join(piece for piece, _ in fast.pre_tokenizer.pre_tokenize_str(text))
+    if text.startswith(("\u0120", "\u2581")) != wanted:  # a space in byte-level and in SentencePiece vocabularies
+        theirs = _convert(directory)  # the model's type counts too
+        fast.normalizer, fast.pre_tokenizer = theirs.normalizer, theirs.pre_tokenizer
+        fast.decoder = theirs.decoder
 
 
 def _add_tokens(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
@@ -106,7 +123,7 @@ def text_of(token: Any) -> str | None:
 
 
 def _convert(directory: Path) -> FastTokenizer:
-    """Older tokenizer files, converted by ``transformers``."""
+    """The directory's tokenizer as ``transformers`` makes it, from older files too. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
     try:
