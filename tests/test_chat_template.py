@@ -398,6 +398,57 @@ def test_templates_come_from_every_place_that_transformers_knows(tmp_path: Path)
     assert (files.apply_chat([USER]), files.apply_chat([USER], tools=TOOLS)) == (BOS, "more")
 
 
+def test_a_template_in_a_file_replaces_all_in_the_settings(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, byte_level_bpe(), None)
+    settings = {"eos_token": EOT, "chat_template": {"default": "plain", "tool_use": "tools"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    both = Tokenizer(tmp_path)
+    assert (both.apply_chat([USER]), both.apply_chat([USER], tools=TOOLS)) == ("plain", "tools")
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert Tokenizer(tmp_path).apply_chat([USER], tools=TOOLS) == "file"
+
+
+def test_tokens_of_the_models_own_are_variables_and_special(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path, byte_level_bpe(), "{{ image_token }}|{{ boi_token }}|{{ add_bos_token }}")
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    own = {"image_token": "<img>", "add_bos_token": False, "extra_special_tokens": {"boi_token": "<boi>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **own}))
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path)
+    assert ours.apply_chat([USER]) == theirs.apply_chat_template([USER], tokenize=False) == "<img>|<boi>|"
+    for token in ("<img>", "<boi>"):
+        assert len(ours.encode(token)) == len(theirs(token)["input_ids"]) == 1
+
+
+@pytest.mark.parametrize(
+    "template", [5, [{"name": 5, "template": "x"}], [{"name": "default", "template": 5}], {"default": None}]
+)
+def test_a_template_that_is_no_text_is_refused(template: Any, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, byte_level_bpe(), None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match="expected a chat_template that is a text, or several by name, got"):
+        Tokenizer(tmp_path).apply_chat([USER])
+
+
+def test_a_template_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, byte_level_bpe(), None)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match="chat_template.jinja cannot be read: expected UTF-8"):
+        Tokenizer(tmp_path).apply_chat([USER])
+
+
+def test_templates_that_become_wrong_python_do_not_compile() -> None:
+    for source in ("{% break %}", "{% if a %}" * 200 + "{% endif %}" * 200, f"{{{{ {'(' * 500}1{')' * 500} }}}}"):
+        with pytest.raises(CheckpointError, match="does not compile"):
+            ChatTemplate(source, {})
+
+
+def test_a_generation_block_is_a_scope_of_its_own() -> None:
+    source = "{% generation %}{% set a = 'in' %}{{ a }}{% endgeneration %}{{ a }}"
+    assert ChatTemplate(source, {}).render([USER]) == "in"
+
+
 @pytest.mark.parametrize("calls", ["", "{{ m.tool_calls | tojson }}"])
 @pytest.mark.parametrize("result", ["", "{{ m.content }}"])
 def test_whether_a_template_shows_calls_and_results(calls: str, result: str) -> None:

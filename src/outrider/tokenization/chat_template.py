@@ -26,13 +26,14 @@ _PROBE = "Instruction 5f3a."
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks the assistant's text for training; here its content is simply rendered."""
+    """``{% generation %}`` marks the assistant's text for training; here its content is rendered, in a scope of its own
+    as in Transformers."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))]
 
 
 class _Refused(TemplateError):
@@ -71,7 +72,7 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except Exception as error:  # SyntaxError or RecursionError too, from the Python code that Jinja writes
             raise CheckpointError(f"the chat template does not compile: {error}") from None
 
     def render(

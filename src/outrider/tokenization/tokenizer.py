@@ -22,7 +22,7 @@ from tokenizers.decoders import ByteLevel
 from outrider.errors import CheckpointError, InvalidRequest
 from outrider.tokenization.chat_template import ChatTemplate, Message
 from outrider.tokenization.literal_content import mark_special_tokens, split_at_marks
-from outrider.tokenization.tokenizer_files import SPECIAL_NAMES, load_fast, read_settings, text_of, with_older
+from outrider.tokenization.tokenizer_files import load_fast, named_tokens, read_settings, read_templates
 
 __all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
 
@@ -128,8 +128,7 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """Name -> text of ``bos_token``, ``eos_token`` and the like, from the directory's settings."""
-        named = with_older(self.directory, self._settings)
-        return {name: text for name in SPECIAL_NAMES if (text := text_of(named.get(name)))}
+        return named_tokens(self.directory, self._settings)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -209,21 +208,7 @@ class Tokenizer:
 
     @cached_property
     def _template_sources(self) -> dict[str, str]:
-        """Templates by name; ``default`` is the one of most conversations."""
-        found: dict[str, str] = {}
-        values = [read_settings(self.directory / "chat_template.json"), self._settings]  # processors, then tokenizers
-        for value in (settings.get("chat_template") for settings in values):
-            if isinstance(value, str):
-                found["default"] = value
-            elif isinstance(value, list):  # several, named: [{"name": ..., "template": ...}]
-                found |= {
-                    t["name"]: t["template"]
-                    for t in value
-                    if isinstance(t, Mapping) and {"name", "template"} <= t.keys()
-                }
-        files = {"default": self.directory / "chat_template.jinja"}
-        files |= {file.stem: file for file in (self.directory / "additional_chat_templates").glob("*.jinja")}
-        return found | {name: file.read_text(encoding="utf-8") for name, file in files.items() if file.is_file()}
+        return read_templates(self.directory, self._settings)
 
     def _template_for(self, tools: Any) -> ChatTemplate:
         return self._chat_template("default" if tools is None else "tool_use")

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from outrider.errors import CheckpointError, reading_config
 
-__all__ = ["SPECIAL_NAMES", "load_fast", "read_settings", "text_of", "with_older"]
+__all__ = ["load_fast", "named_tokens", "read_settings", "read_templates"]
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 # Classes of Transformers that build a text's first space from `add_prefix_space`, whatever tokenizer.json says.
 _OWN_PREFIX = tuple(f"{name}Tokenizer" for name in ("CodeLlama", "Cohere", "GPT2", "GPTNeoX", "Llama", "Qwen2"))
@@ -95,13 +95,14 @@ def _add_tokens(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any
 def _add_named(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]) -> None:
     """Special tokens that are named without an id: entries of the vocabulary as they are, others after all entries, as
     far as the model has rows for them."""
-    named = with_older(directory, settings)
-    values = [named.get(name) for name in SPECIAL_NAMES]
+    named = _with_older(directory, settings)
+    values = [named.get(name) for name in _SPECIAL_NAMES]
     for name in _MORE_SPECIAL:
         more = named.get(name) or []
         values += more.values() if isinstance(more, Mapping) else more
+    values += named_tokens(directory, settings).values()
     there = {token.content for token in fast.get_added_tokens_decoder().values()}
-    texts = [text for text in dict.fromkeys(map(text_of, values)) if text and text not in there]
+    texts = [text for text in dict.fromkeys(map(_text_of, values)) if text and text not in there]
     if texts:
         model = read_settings(directory / "config.json")
         rows = {**model, **(model.get("text_config") or {})}.get("vocab_size")
@@ -110,13 +111,54 @@ def _add_named(fast: FastTokenizer, directory: Path, settings: Mapping[str, Any]
                 fast.add_special_tokens([AddedToken(text, special=True, normalized=False)])
 
 
-def with_older(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def named_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Name -> text of special tokens: ``bos_token`` and the like first, then the model's own, such as ``image_token``.
+    ``settings``: tokenizer_config.json."""
+    named = _with_older(directory, settings)
+    own = {name: value for name, value in named.items() if name.endswith("_token")}
+    if isinstance(more := named.get("extra_special_tokens"), Mapping):
+        own |= more
+    return {name: text for name in (*_SPECIAL_NAMES, *own) if (text := _text_of(own.get(name)))}
+
+
+def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name; ``default`` is the one of most conversations. Where it has a file of its own, templates
+    in the settings (tokenizer_config.json) do not count. Raises CheckpointError."""
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {file.stem: file for file in (directory / "additional_chat_templates").glob("*.jinja")}
+    found = {}
+    for name, file in files.items():
+        if file.is_file():
+            try:
+                found[name] = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{file} cannot be read: expected UTF-8, got {error}; copy it again") from None
+    if "default" in found:
+        return found
+    given = settings.get("chat_template")
+    if given is None:  # a processor's
+        given = read_settings(directory / "chat_template.json").get("chat_template", {})
+    if isinstance(given, str):
+        named: Any = {"default": given}
+    elif isinstance(given, list):
+        named = {t.get("name"): t.get("template") for t in given if isinstance(t, Mapping)}
+    else:
+        named = given
+    if not isinstance(named, Mapping) or not all(isinstance(text, str) for pair in named.items() for text in pair):
+        raise CheckpointError(
+            f"{directory}: expected a chat_template that is a text, or several by name, got {str(given)[:60]!r}; "
+            "copy tokenizer_config.json again"
+        )
+    return {**named, **found}
+
+
+def _with_older(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json; where it is of the older kind, what special_tokens_map.json says counts more."""
     older = {} if "added_tokens_decoder" in settings else read_settings(directory / "special_tokens_map.json")
     return {**settings, **older}
 
 
-def text_of(token: Any) -> str | None:
+def _text_of(token: Any) -> str | None:
     """The text of a special token, which is written as such or as an object."""
     content = token.get("content") if isinstance(token, Mapping) else token
     return content if isinstance(content, str) else None
