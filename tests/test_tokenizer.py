@@ -261,6 +261,21 @@ def with_template(tmp_path: Path, template: object) -> Tokenizer:
 USER = [{"role": "user", "content": "<b> & 'c'"}]
 
 
+def test_content_that_spells_a_special_token_is_encoded_as_within_the_text(
+    byte_fallback: Tokenizer, tmp_path: Path
+) -> None:
+    """No space of a text's beginning in the middle of a chat, and none behind a token that swallows white space."""
+    fast = FastTokenizer.from_file(str(byte_fallback.directory / "tokenizer.json"))
+    fast.add_special_tokens([AddedToken("<|user|>", special=True, rstrip=True)])
+    messages = [{"role": "user", "content": f"a{EOT}b"}]
+    for number, (template, before) in enumerate([(EOT, EOT), ("<|user|>\n ", "<|user|>"), ("", "")]):
+        ours = Tokenizer(save_tokenizer(tmp_path / str(number), fast, template + "{{ messages[0].content }}"))
+        ids = ours.encode_chat(messages)
+        expected = ours.encode(template + "a", add_special_tokens=False)
+        assert ids[: len(expected)] == expected
+        assert ours.decode(ids, skip_special_tokens=False) == f"{before}a{EOT}b"
+
+
 def test_chat_template_from_either_place(tmp_path: Path) -> None:
     named = with_template(
         tmp_path, [{"name": "tools", "template": "x"}, {"name": "default", "template": CHAT_TEMPLATE}]

@@ -184,14 +184,21 @@ class Tokenizer:
             return self.encode(text, add_special_tokens=False)
         ids: list[int] = []
         for part, literal in split_at_marks(text, marks, self._special_texts):
-            ids += self.encode_literally(part) if literal else self.encode(part, add_special_tokens=False)
+            ids += self.encode_literally(part, ids) if literal else self.encode(part, add_special_tokens=False)
         return ids
 
-    def encode_literally(self, text: str) -> list[int]:
-        """Token ids of a text in which special tokens are spelt like anything else; nothing is put around it."""
-        if not any(special in text for special in self._special_texts):
+    def encode_literally(self, text: str, before: Sequence[int] = ()) -> list[int]:
+        """Token ids of a text in which special tokens are spelt like anything else; nothing is put around it.
+
+        ``before``: ids that it follows; the first space of a whole text, which some vocabularies add, is not put there.
+        """
+        if before:
+            last = self._fast.get_added_tokens_decoder().get(before[-1])
+            text = text.lstrip() if last is not None and last.rstrip else text
+        elif not any(special in text for special in self._special_texts):
             return self.encode(text, add_special_tokens=False)
-        return list(self._literal.encode(_SURROGATES.sub(_REPLACEMENT, text), add_special_tokens=False).ids)
+        fast = self._literal_within if before else self._literal
+        return list(fast.encode(_SURROGATES.sub(_REPLACEMENT, text), add_special_tokens=False).ids)
 
     @cached_property
     def _special_texts(self) -> tuple[str, ...]:
@@ -202,7 +209,14 @@ class Tokenizer:
     @cached_property
     def _literal(self) -> FastTokenizer:
         """A copy that does not look for special tokens."""
-        copy = FastTokenizer.from_str(self._fast.to_str())
+        copy = FastTokenizer.from_str(self.definition)
+        copy.encode_special_tokens = True
+        return copy
+
+    @cached_property
+    def _literal_within(self) -> FastTokenizer:
+        """The same for text that is not the first: ``first`` is the scheme that adds a space to a whole text only."""
+        copy = FastTokenizer.from_str(self.definition.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"'))
         copy.encode_special_tokens = True
         return copy
 
