@@ -411,9 +411,14 @@ def test_a_template_in_a_file_replaces_all_in_the_settings(tmp_path: Path) -> No
 def test_tokens_of_the_models_own_are_variables_and_special(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    save_tokenizer(tmp_path, byte_level_bpe(), "{{ image_token }}|{{ boi_token }}|{{ add_bos_token }}")
+    save_tokenizer(tmp_path, byte_level_bpe(), "{{ pad_token + image_token }}|{{ boi_token }}|{{ add_bos_token }}")
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    own = {"image_token": "<img>", "add_bos_token": False, "extra_special_tokens": {"boi_token": "<boi>"}}
+    own = {
+        "image_token": "<img>",
+        "add_bos_token": False,
+        "pad_token": "",
+        "extra_special_tokens": {"boi_token": "<boi>"},
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, **own}))
     theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path)
     assert ours.apply_chat([USER]) == theirs.apply_chat_template([USER], tokenize=False) == "<img>|<boi>|"

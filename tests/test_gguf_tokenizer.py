@@ -259,6 +259,8 @@ def test_chat_templates_and_names() -> None:
     [
         ({"model": None}, "no tokenizer"),
         ({"model": "t5"}, "'t5'"),
+        ({"model": np.arange(2)}, "a tokenizer of kind array"),
+        ({"pre": np.arange(2)}, "unknown pre-tokenizer"),
         ({"pre": "smolm"}, "did you mean 'smollm'"),
         ({"pre": ["qwen2"]}, "unknown pre-tokenizer"),
         ({"eos_token_id": "x"}, "expected a token id"),

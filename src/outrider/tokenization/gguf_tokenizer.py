@@ -129,7 +129,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any], pre: str | None = None) -> 
     of an unknown kind.
     """
     kind = metadata.get(_PREFIX + "model")
-    if kind not in ("gpt2", "llama"):
+    if not isinstance(kind, str) or kind not in ("gpt2", "llama"):
         got = "no tokenizer" if kind is None else f"a tokenizer of kind {kind!r}"
         raise CheckpointError(
             f"the file has {got} (tokenizer.ggml.model): expected 'gpt2' or 'llama'; "
@@ -260,7 +260,7 @@ def _end_of_generation(ids: dict[str, int], index: Mapping[str, int], control: s
 def _pre_name(metadata: Mapping[str, Any], pre: str | None) -> tuple[str, tuple[str, ...]]:
     """The pre-tokenizer to use and what to say about it. Raises CheckpointError for an unknown name."""
     name = metadata.get(_PREFIX + "pre") if pre is None else pre
-    if not name:
+    if name is None or (isinstance(name, str) and not name):
         note = (
             "the file names no pre-tokenizer (tokenizer.ggml.pre); 'default' is used, as by llama.cpp: "
             "tokens may differ from those the model was trained on"

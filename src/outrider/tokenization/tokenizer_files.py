@@ -118,7 +118,7 @@ def named_tokens(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]
     own = {name: value for name, value in named.items() if name.endswith("_token")}
     if isinstance(more := named.get("extra_special_tokens"), Mapping):
         own |= more
-    return {name: text for name in (*_SPECIAL_NAMES, *own) if (text := _text_of(own.get(name)))}
+    return {name: text for name in (*_SPECIAL_NAMES, *own) if (text := _text_of(own.get(name))) is not None}
 
 
 def read_templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, str]:
