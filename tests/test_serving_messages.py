@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +92,18 @@ def test_a_stop_sequence_is_told_where_it_is_the_reason(finish: str, stopped: st
     answer: Any = SimpleNamespace(finish_reason=finish, answer=SimpleNamespace(request=request))
     told = stopped if reason == "stop_sequence" else None
     assert _end(answer) == {"stop_reason": reason, "stop_sequence": told}
+
+
+def test_counts_of_drafts_come_at_the_end_of_a_stream() -> None:
+    """Anthropic's client kept those of the beginning, which were zeros, in its final message."""
+    body = {"messages": [{"role": "user", "content": "Hot?"}], "max_tokens": 3, "stream": True}
+    with serving(LLM("embedded", "none")) as (url, _), httpx.Client(base_url=url, timeout=20) as client:
+        lines = client.post("/v1/messages", json=body).text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    start, end = events[0]["message"], next(event for event in events if event["type"] == "message_delta")
+    assert start["content"] == [] and start["usage"]["output_tokens"] == 0 and "speculative" not in start["usage"]
+    assert end["usage"]["output_tokens"] > 0 and end["usage"]["speculative"]["drafter"] == "none"
+    assert events[1] == {"type": "ping"}
 
 
 def test_an_answer_that_is_begun_goes_on() -> None:

@@ -260,13 +260,19 @@ def _grammar_name(asked: MessagesRequest) -> str:
 # ------------------------------------------------------------------------------------------------ what is answered
 
 
-def _usage(service: Service, answer: ChatAnswer) -> dict[str, Any]:
+def _prompt_usage(answer: ChatAnswer) -> dict[str, Any]:
     request, cached = answer.answer.request, cached_tokens(answer.answer)
     return {
         "input_tokens": request.prompt_length - cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
-        "output_tokens": request.stats.generated,
+    }
+
+
+def _usage(service: Service, answer: ChatAnswer) -> dict[str, Any]:
+    return {
+        **_prompt_usage(answer),
+        "output_tokens": answer.answer.request.stats.generated,
         "speculative": service.speculative([answer.answer]),
     }
 
@@ -305,7 +311,7 @@ async def _stream(service: Service, head: Mapping[str, Any], answer: ChatAnswer)
     blocks = _Blocks()
     try:
         start = {**head, "content": [], "stop_reason": None, "stop_sequence": None}
-        usage = _usage(service, answer) | {"output_tokens": 0}
+        usage = {**_prompt_usage(answer), "output_tokens": 0}  # clients keep what is here beside the final usage
         yield _event("message_start", message={**start, "usage": usage})
         yield _event("ping")
         async with aclosing(answer.deltas()) as deltas:
