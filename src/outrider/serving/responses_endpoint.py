@@ -240,6 +240,8 @@ class _Made:
             yield self._event(f"response.{self._status}", response=self._response(self._status))
         except Exception as error:  # the status has been sent: the stream says it
             found = api_error(error)
+            if self._open is not None:
+                self._items[-1]["status"] = "incomplete"
             failed = self._response("failed")
             failed["error"] = {"code": found.code or "server_error", "message": found.message}
             yield self._event("response.failed", response=failed)
