@@ -20,8 +20,10 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> Non
     }
     found = read_settings({"port": 5, "model": None}, environment, file)
     assert (found.port, found.max_rows, found.host, found.cors_origins) == (5, 4, "::1", ["http://b", "*"])
-    with pytest.raises(InvalidRequest, match="did you mean 'max_rows'"):
+    with pytest.raises(InvalidRequest, match="OUTRIDER_SERVE_MAX_ROW: unknown .*did you mean 'max_rows'"):
         read_settings({}, {"OUTRIDER_SERVE_MAX_ROW": "4"}, None)
+    with pytest.raises(InvalidRequest, match="OUTRIDER_SERVE_PORT: port: .* valid integer.*, got 'abc'"):
+        read_settings({}, {"OUTRIDER_SERVE_PORT": "abc", "OUTRIDER_SERVE_MAX_ROWS": "4"}, None)
     with pytest.raises(InvalidRequest, match="the command line: port"):
         read_settings({"port": -1}, {}, None)
     assert read_settings({"kv_memory": "1.5G"}, {}, None).kv_memory == 3 << 29

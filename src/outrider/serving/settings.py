@@ -140,7 +140,7 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str], file
     path = file or (Path(named) if named else None)
     sources = [
         (_toml(path, "--config" if file else f"{PREFIX}CONFIG") if path else {}, str(path)),
-        (_variables(environment), "the environment"),
+        *(({name: value}, PREFIX + name.upper()) for name, value in _variables(environment).items()),
         ({name: value for name, value in flags.items() if value is not None}, "the command line"),
     ]
     for given, where in sources:
