@@ -255,6 +255,34 @@ def test_what_is_at_fault_is_said_in_the_clients_words(client: httpx.Client) -> 
     assert "5000 digits" in number.text and "sys." not in number.text
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "hint"),
+    [
+        (CHAT, {"temprature": 1}, "temprature", "did you mean 'temperature'?"),
+        (CHAT, {"outrider": {"draft_token": 1}}, "outrider.draft_token", "did you mean 'draft_tokens'?"),
+        (CHAT, {"stream_options": {"x": True}}, "stream_options.x", "expected one of: continuous_usage_stats, "),
+        (CHAT, {"messages": [{**ASK[0], "nam": "a"}]}, "messages.0.nam", "did you mean 'name'?"),
+        (
+            CHAT,
+            {"tools": [{"type": "function", "function": {"name": "f", "parameter": {}}}]},
+            "tools.0.function.parameter",
+            "did you mean 'parameters'?",
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "thinking": {"type": "enabled", "b": 1}},
+            "thinking.b",
+            "expected one of: budget_",
+        ),
+    ],
+)
+def test_a_misspelt_field_is_told_the_nearest_one(
+    client: httpx.Client, path: str, body: dict[str, Any], param: str, hint: str
+) -> None:
+    message = refused(client, path, **{"messages": ASK, **body})["message"]
+    assert message.startswith(f"unknown field {param!r}; {hint}")
+
+
 def test_a_budget_of_thoughts_is_checked_as_anthropic_does(client: httpx.Client) -> None:
     def answered(path: str = "/v1/messages", most: int = 1100, **thinking: Any) -> str:
         body = {"messages": ASK, "thinking": thinking} | ({"max_tokens": most} if path == "/v1/messages" else {})

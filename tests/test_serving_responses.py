@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from outrider.serving.chat_run import Delta
-from outrider.serving.responses_endpoint import ResponsesRequest, _conversation, _Made, _tools
+from outrider.serving.responses_endpoint import ResponsesRequest, _Made
 from outrider.serving.tool_use import CallDelta
 from outrider.serving.web import ApiError
 

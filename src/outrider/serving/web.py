@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -182,15 +182,32 @@ def parse(kind: type[Model], body: Mapping[str, Any], unsupported: Mapping[str, 
     if kinds:
         raise ApiError(400, f"{path}: expected {kinds}, got {_shown(value)}", param=path)
     if first["type"] == "extra_forbidden":
-        known = [*kind.model_fields, *unsupported] if len(first["loc"]) == 1 else []
-        hint = f"; {nearest(path, known)}" if known else "; remove it"
-        raise ApiError(400, f"unknown field {path[:SHOWN]!r}{hint}", param=path, code="unknown_parameter")
+        *above, field = first["loc"]
+        known = [*_fields_at(kind, above), *(() if above else unsupported)]
+        raise ApiError(
+            400, f"unknown field {path[:SHOWN]!r}; {nearest(str(field), known)}", param=path, code="unknown_parameter"
+        )
     if first["type"] == "none_required":
         message = f"{path} is not supported here, got {_shown(first['input'])}: leave it out"
         raise ApiError(400, message, param=path, code="unsupported_parameter")
     got = "" if first["type"] == "missing" else f", got {_shown(first['input'])}"
     message = first["msg"].removeprefix("Value error, ")
     raise ApiError(400, f"{path or 'the body'}: {message}{got}", param=path or None)
+
+
+def _fields_at(kind: type[BaseModel], place: Iterable[int | str]) -> Iterable[str]:
+    """The fields of the object at ``place`` of a body; every field has at most one kind of object."""
+    for part in place:
+        if isinstance(part, str):
+            kind = _model_in(kind.model_fields[part].annotation) or kind
+    return kind.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in a type such as ``list[Model] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _place(given: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> tuple[str, Any, str]:
