@@ -466,6 +466,31 @@ def test_templates_of_models_with_tools_show_calls(name: str) -> None:
     assert ChatTemplate(TEMPLATES[name], {"bos_token": BOS, "eos_token": EOT}).shows_calls()
 
 
+@pytest.mark.parametrize("shows", [False, True])
+def test_calls_without_tools_get_the_template_that_shows_them(tmp_path: Path, shows: bool) -> None:
+    """Hermes 2 Pro's default template leaves calls out, and its other one goes through the tools."""
+    loop = (
+        "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}"
+    )
+    named = [
+        {"name": "default", "template": f"plain {loop if shows else '{{ messages[0].content }}'}"},
+        {"name": "tool_use", "template": f"tools {{% for tool in tools %}}{{{{ tool }}}}{{% endfor %}}{loop}"},
+    ]
+    save_tokenizer(tmp_path, byte_level_bpe(), None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    tokenizer = Tokenizer(tmp_path)
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": {}}}
+    called = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    called += [{"role": "tool", "tool_call_id": "c1", "content": "12"}]
+    assert tokenizer.shows_calls(None)
+    text = tokenizer.apply_chat(iter(called))
+    assert text.startswith("plain" if shows else "tools") and "now" in text and text.endswith("12")
+    assert tokenizer.apply_chat(called[2:]).startswith("plain" if shows else "tools"), "a result alone"
+    assert tokenizer.apply_chat([USER]).startswith("plain")
+    assert tokenizer.apply_chat([USER, {"role": "assistant", "content": "", "tool_calls": []}]).startswith("plain")
+    assert tokenizer.apply_chat(called, tools=TOOLS).startswith("tools")
+
+
 def test_a_template_that_refuses_calls_says_why() -> None:
     template = ChatTemplate("{% if messages[1].tool_calls %}{{ raise_exception('no calls') }}{% endif %}", {})
     assert template.shows_calls()

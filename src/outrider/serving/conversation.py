@@ -12,7 +12,7 @@ from outrider.errors import CheckpointError
 from outrider.serving.fields import Strict
 from outrider.serving.service import Service
 from outrider.serving.web import ApiError
-from outrider.tokenization.chat_template import with_system_in_user
+from outrider.tokenization.chat_template import has_calls, with_system_in_user
 
 __all__ = [
     "MOST_MESSAGES",
@@ -173,8 +173,7 @@ async def encode_conversation(
         )
     _check_calls(messages, name)
     options = {**(variables or {}), "tools": list(tools) or None}
-    called = any("tool_calls" in message or message["role"] == "tool" for message in messages)
-    if called and not tokenizer.shows_calls(options["tools"]):
+    if has_calls(messages) and not tokenizer.shows_calls(options["tools"]):
         without = "" if tools else " where a request has no tools"
         raise ApiError(
             400,

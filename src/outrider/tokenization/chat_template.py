@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from outrider.errors import CheckpointError, InvalidRequest
 
-__all__ = ["ChatTemplate", "Message", "with_system_in_user"]
+__all__ = ["ChatTemplate", "Message", "has_calls", "with_system_in_user"]
 
 Message = Mapping[str, Any]
 
@@ -163,6 +163,12 @@ class ChatTemplate:
             raise InvalidRequest("the model's chat template leaves out the last message, so it cannot be continued")
         whole = text.startswith(_END, end)
         return text[:end] if whole else text[:end].rstrip()  # a template that strips the message strips its end too
+
+
+def has_calls(messages: Iterable[Message]) -> bool:
+    """Whether a conversation has tool calls or their results."""
+    given = (message.model_dump() if hasattr(message, "model_dump") else message for message in messages)
+    return any(isinstance(one, Mapping) and (one.get("tool_calls") or one.get("role") == "tool") for one in given)
 
 
 def with_system_in_user(messages: Iterable[Message]) -> list[Message]:

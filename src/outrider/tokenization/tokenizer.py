@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import ByteLevel
 
 from outrider.errors import CheckpointError, InvalidRequest
-from outrider.tokenization.chat_template import ChatTemplate, Message
+from outrider.tokenization.chat_template import ChatTemplate, Message, has_calls
 from outrider.tokenization.literal_content import mark_special_tokens, split_at_marks
 from outrider.tokenization.tokenizer_files import load_fast, named_tokens, read_settings, read_templates
 
@@ -157,7 +157,8 @@ class Tokenizer:
         return self._chat_template().takes_system
 
     def shows_calls(self, tools: Sequence[Mapping[str, Any]] | None) -> bool:
-        """See ``ChatTemplate.shows_calls``."""
+        """See ``ChatTemplate.shows_calls``; of the template that conversations with calls get."""
+        tools = self._tools_beside_calls(tools)
         return self._template_for(tools).shows_calls(tools)
 
     def chat_template_text(self, tools: bool = False) -> str:
@@ -169,10 +170,13 @@ class Tokenizer:
         """The conversation in the form that the model was trained on; encode it with ``add_special_tokens=False``.
 
         ``options``: see ``ChatTemplate.render``. A model with several templates uses ``tool_use`` where there are
-        tools. Raises InvalidRequest for messages that the template refuses, CheckpointError where there is no
-        template.
+        tools, and for calls that its other one leaves out. Raises InvalidRequest for messages that the template
+        refuses, CheckpointError where there is no template.
         """
-        return self._template_for(options.get("tools")).render(messages, add_generation_prompt, **options)
+        conversation = list(messages)
+        if has_calls(conversation):
+            options["tools"] = self._tools_beside_calls(options.get("tools"))
+        return self._template_for(options.get("tools")).render(conversation, add_generation_prompt, **options)
 
     def encode_chat(self, messages: Iterable[Message], add_generation_prompt: bool = True, **options: Any) -> list[int]:
         """Token ids of the conversation. Special tokens are those that the template writes: where a message's content
@@ -223,6 +227,11 @@ class Tokenizer:
     @cached_property
     def _template_sources(self) -> dict[str, str]:
         return read_templates(self.directory, self._settings)
+
+    def _tools_beside_calls(self, tools: Any) -> Any:
+        """The tools of a conversation with calls: no tools, instead of None, where ``tool_use`` alone shows calls."""
+        only = "tool_use" in self._template_sources and not self._chat_template().shows_calls()
+        return [] if tools is None and only else tools
 
     def _template_for(self, tools: Any) -> ChatTemplate:
         return self._chat_template("default" if tools is None else "tool_use")
