@@ -10,7 +10,7 @@ from threading import Event, Thread
 from typing import Any
 
 from outrider.engine.llm import LLM
-from outrider.serving.launch import make_server, make_service
+from outrider.serving.launch import make_server, make_service, take_address
 from outrider.serving.service import Service
 from outrider.serving.settings import ServerSettings
 
@@ -32,8 +32,9 @@ def serving(llm: LLM, **settings: Any) -> Iterator[tuple[str, Service]]:
         address.append(url)
         ready.set()
 
-    server, listener = make_server(service, announce)
-    thread = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    taken = take_address(service.settings)
+    server = make_server(service, taken, announce)
+    thread = Thread(target=server.run, kwargs={"sockets": [taken]}, daemon=True)
     thread.start()
     assert ready.wait(20), "the server did not start"
     try:
@@ -41,7 +42,7 @@ def serving(llm: LLM, **settings: Any) -> Iterator[tuple[str, Service]]:
     finally:
         server.should_exit = True
         thread.join(20)
-        listener.close()
+        taken.close()
 
 
 def eventually(what: Any, seconds: float = 5.0) -> bool:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -539,6 +540,18 @@ def test_models_lists_what_is_here() -> None:
     (here,) = (entry for entry in found["models"] if entry["name"] == "smollm2")
     assert here["runs"] == (here["problem"] is None) == (here["path"] is not None)
     assert found["packed_weights"]["limit_bytes"] == 8 << 30
+
+
+def test_a_port_in_use_and_missing_packages_are_said_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        found = outrider("serve", tmp_path / "model", "--port", str(other.getsockname()[1]))
+    assert found.exit_code == 2 and "cannot listen on 127.0.0.1 port" in found.stderr
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    monkeypatch.setenv("OUTRIDER_SERVE_TELEMETRY", "true")
+    found = outrider("serve", tmp_path / "model", "--port", "0")
+    assert found.exit_code == 2 and "outrider[telemetry]" in found.stderr
 
 
 def test_a_wrong_file_of_keys_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ import typer
 from outrider.cli.common import MODELS, command, load_target_model, note, said_when_slow, say_loaded
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from outrider.serving.service import Service
     from outrider.serving.settings import ServerSettings
 
@@ -101,10 +103,13 @@ def serve(
     }
     settings = read_settings(flags, os.environ, config)
     with _collecting_later():
-        service = _load(settings)
-    from outrider.serving.launch import serve_until_stopped
+        taken = _checked(settings)
+    with taken:
+        with _collecting_later():
+            service = _load(settings)
+        from outrider.serving.launch import serve_until_stopped
 
-    serve_until_stopped(service, lambda address: note(f"ready: {address}"))
+        serve_until_stopped(service, taken, lambda address: note(f"ready: {address}"))
 
 
 @contextmanager
@@ -117,14 +122,25 @@ def _collecting_later() -> Iterator[None]:
         gc.enable()
 
 
+def _checked(settings: ServerSettings) -> socket:
+    """The socket of the server's address. What needs no model is refused before one is loaded, which may take
+    minutes."""
+    from outrider.serving.launch import take_address
+    from outrider.serving.logs import set_up_logs
+    from outrider.serving.telemetry import check_packages
+
+    set_up_logs(settings)
+    settings.api_keys()
+    if settings.telemetry:
+        check_packages()
+    return take_address(settings)
+
+
 def _load(settings: ServerSettings) -> Service:
     from outrider.engine.llm import LLM
     from outrider.serving.launch import make_service
-    from outrider.serving.logs import set_up_logs
 
-    set_up_logs(settings)
     policy_name, policy_options = settings.policy_parts
-    settings.api_keys()  # a wrong file is refused before the model is loaded, which may take minutes
     loaded = load_target_model(settings.model, settings.dtype, settings.backend)
     with said_when_slow(f"loading the drafter {settings.drafter}"):
         llm = LLM(

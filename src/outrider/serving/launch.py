@@ -1,11 +1,13 @@
-"""A server from its settings: the model is loaded, then the port is opened; SIGTERM lets answers finish."""
+"""A server from its settings: its address is taken, the model is loaded, then it listens; SIGTERM lets answers
+finish."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -19,7 +21,7 @@ from outrider.serving.service import Service
 from outrider.serving.settings import ServerSettings
 from outrider.serving.telemetry import Telemetry
 
-__all__ = ["make_server", "make_service", "serve_until_stopped"]
+__all__ = ["make_server", "make_service", "serve_until_stopped", "take_address"]
 
 LAST_SECONDS = 2.0  # in which clients are told why their answers ended
 
@@ -39,17 +41,17 @@ def make_service(llm: LLM, settings: ServerSettings) -> Service:
     return Service(llm, settings, costs=costs, keys=settings.api_keys(), telemetry=telemetry)
 
 
-def serve_until_stopped(service: Service, ready: Callable[[str], None]) -> None:
-    """Serve until a signal. ``ready`` is told the address once requests are answered. Raises InvalidRequest for an
-    address that cannot be used."""
-    server, listener = make_server(service, ready)
-    server.run(sockets=[listener])
+def serve_until_stopped(service: Service, taken: socket.socket, ready: Callable[[str], None]) -> None:
+    """Serve on a socket of ``take_address`` until a signal. ``ready`` is told the address once requests are answered.
+    Raises InvalidRequest where another server began to listen there since."""
+    make_server(service, taken, ready).run(sockets=[taken])
 
 
-def make_server(service: Service, ready: Callable[[str], None]) -> tuple[uvicorn.Server, socket.socket]:
-    """A server that listens already, and its socket."""
+def make_server(service: Service, taken: socket.socket, ready: Callable[[str], None]) -> uvicorn.Server:
+    """A server that listens already; see ``serve_until_stopped``."""
     settings = service.settings
-    listener = _listen(settings.host, settings.port)
+    with _said(settings):
+        taken.listen(2048)
     config = uvicorn.Config(
         make_app(service),
         log_config=None,
@@ -61,22 +63,34 @@ def make_server(service: Service, ready: Callable[[str], None]) -> tuple[uvicorn
         h11_max_incomplete_event_size=64 << 10,
         server_header=False,
     )
-    host, port = listener.getsockname()[:2]
+    host, port = taken.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    return _Server(config, service, lambda: ready(f"http://{shown}:{port}")), listener
+    return _Server(config, service, lambda: ready(f"http://{shown}:{port}"))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def take_address(settings: ServerSettings) -> socket.socket:
+    """A socket with the server's address, which refuses connections until it listens, so that an address in use is
+    known before a model is loaded. Raises InvalidRequest for one that cannot be used."""
+    with _said(settings):
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        taken = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            taken.bind(address)
+        except OSError:
+            taken.close()
+            raise
+        return taken
+
+
+@contextmanager
+def _said(settings: ServerSettings) -> Iterator[None]:
+    """Errors of the system as InvalidRequest."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-        return listener
+        yield
     except OSError as error:
         raise InvalidRequest(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --port"
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; choose another --port"
         ) from None
 
 

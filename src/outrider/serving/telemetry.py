@@ -12,7 +12,7 @@ from outrider.errors import InvalidRequest
 if TYPE_CHECKING:
     from outrider.serving.engine_thread import Answer
 
-__all__ = ["Telemetry"]
+__all__ = ["Telemetry", "check_packages"]
 
 
 class Telemetry:
@@ -23,14 +23,9 @@ class Telemetry:
 
     def __init__(self, model: str, provider: Any = None) -> None:
         """``provider``: a TracerProvider; None: one that exports by OTLP over HTTP."""
-        try:
-            from opentelemetry import context, propagate, trace
+        provider = provider or _exporting()
+        from opentelemetry import context, propagate, trace
 
-            provider = provider or _exporting()
-        except ImportError as error:
-            raise InvalidRequest(
-                f"telemetry needs packages that are not installed ({error.name}): pip install 'outrider[telemetry]'"
-            ) from None
         self._context, self._propagate, self._trace = context, propagate, trace
         self._provider = provider
         self._tracer = provider.get_tracer("outrider")
@@ -90,7 +85,19 @@ class Telemetry:
         self._provider.shutdown()
 
 
+def check_packages() -> None:
+    """Raise InvalidRequest where packages of the extra ``telemetry`` are not installed."""
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter
+        import opentelemetry.sdk.trace.export  # noqa: F401
+    except ImportError as error:
+        raise InvalidRequest(
+            f"telemetry needs packages that are not installed ({error.name}): pip install 'outrider[telemetry]'"
+        ) from None
+
+
 def _exporting() -> Any:
+    check_packages()
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
