@@ -11,9 +11,9 @@ import pytest
 from served import serving
 
 from outrider.engine.llm import LLM
-from outrider.serving.messages_endpoint import CountRequest, _conversation, _end, _tools
+from outrider.serving.messages_endpoint import CountRequest, _conversation, _end, _Thinking, _thinking, _tools
 
-TOOL = {"name": "now", "input_schema": {"type": "object", "properties": {}}}
+TOOL = {"name": "now", "strict": True, "input_schema": {"type": "object", "properties": {}}}
 
 
 def text(words: str) -> dict[str, str]:
@@ -75,6 +75,8 @@ def test_choices_of_tools(choice: dict[str, Any] | None, forced: bool, most: int
     service: Any = SimpleNamespace(llm=SimpleNamespace(tokenizer=tokenizer))
     found = _tools(service, asked(choice))
     assert found is not None and (found.grammar is not None, found._most) == (forced, most)
+    assert found.grammar is None or '"lenient": false' in found.grammar.text
+    assert "strict" not in found.for_template[0]["function"], "templates would show it to the model"
     assert _tools(service, asked({"type": "none"})) is None
 
 
@@ -92,6 +94,14 @@ def test_a_stop_sequence_is_told_where_it_is_the_reason(finish: str, stopped: st
     answer: Any = SimpleNamespace(finish_reason=finish, answer=SimpleNamespace(request=request))
     told = stopped if reason == "stop_sequence" else None
     assert _end(answer) == {"stop_reason": reason, "stop_sequence": told}
+
+
+@pytest.mark.parametrize(
+    ("kind", "variables"),
+    [("enabled", {"enable_thinking": True}), ("disabled", {"enable_thinking": False}), ("adaptive", None)],
+)
+def test_thinking_is_a_variable_of_the_template(kind: Any, variables: dict[str, Any] | None) -> None:
+    assert _thinking(_Thinking(type=kind)) == variables and _thinking(None) is None
 
 
 def test_counts_of_drafts_come_at_the_end_of_a_stream() -> None:

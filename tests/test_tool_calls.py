@@ -289,6 +289,23 @@ def llm() -> LLM:
     return LLM(drafter="ngram")
 
 
+def test_schemas_are_followed_strictly_where_a_function_asks_for_it_and_names_are_written_as_they_are() -> None:
+    form = form_of(TEMPLATES["hermes"])
+    assert form is not None
+    for strict, lenient in ((True, "false"), (False, "true"), (None, "true")):
+        text = tool_grammar(form, [{"function": {"name": "größe", "strict": strict}}]).text
+        assert f'"lenient": {lenient}' in text and "größe" in text
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": None}])
+@pytest.mark.parametrize("answer", ["<tool_call><function=now><parameter=at>1</parameter></function></tool_call>"])
+def test_a_tool_without_properties_can_be_called(parameters: Any, answer: str) -> None:
+    """Forms that are not JSON look up the kind of an argument there."""
+    parser = ToolParser(TEMPLATES["tags"], [{"function": {"name": "now", "parameters": parameters}}])
+    found = [one for one in parser.feed(answer) if isinstance(one, ToolDelta)]
+    assert found[0].name == "now" and json.loads("".join(one.arguments for one in found)) in ({"at": 1}, {"at": "1"})
+
+
 def test_what_cannot_be_called_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="template has no tools"):
         ToolParser("{{ messages }}", TOOLS)
