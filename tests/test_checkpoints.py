@@ -17,7 +17,7 @@ from trained import DECODER, DESIGNS, GEMMA4, LAYERS, VOCABULARY, WIDTH, make_ch
 from transformers import CONFIG_MAPPING
 
 from outrider import LLM, checkpoints
-from outrider.checkpoints import DraftCheckpoint, deepspec, speculators
+from outrider.checkpoints import DraftCheckpoint, TargetFacts, deepspec, speculators
 from outrider.checkpoints.stack_format import LLAMA_LIKE, decoder_stack, known_keys
 from outrider.errors import CheckpointError
 
@@ -109,6 +109,40 @@ def test_speculators_hold_every_design(tmp_path: Path, name: str) -> None:
     back = checkpoints.load(folder)
     same(checkpoint, back)
     assert (back.kind, back.draft_vocab_size) == (checkpoint.kind, checkpoint.draft_vocab_size)
+
+
+def test_what_a_file_says_of_its_target_comes_back() -> None:
+    """A drafter that reads states of another width has its own embedding, which its training may change."""
+    eagle3 = make_checkpoint(DESIGNS["eagle3"])
+    target = TargetFacts(2 * WIDTH, LAYERS, "some/target", "LlamaForCausalLM")
+    config = speculators.write(replace(eagle3, target=target, frozen_embedding=False))
+    assert (config["target_hidden_size"], config["tie_word_embeddings"]) == (2 * WIDTH, False)
+    back = checkpoints.read_header(config)
+    assert (back.target, back.frozen_embedding) == (target, False)
+    narrow = speculators.write(eagle3)  # of the drafter's width: not named
+    assert narrow["target_hidden_size"] is None
+    back = checkpoints.read_header(narrow)
+    assert (back.target, back.frozen_embedding) == (eagle3.target, True)
+
+    for name, decoder, family in (
+        ("vanilla", DECODER, "Qwen3"),
+        ("eagle3", DECODER, "Qwen3"),
+        ("vanilla", GEMMA4, "Gemma4"),
+    ):
+        written = complete(name, decoder)
+        config = deepspec.write(replace(written, target=replace(written.target, name="some/target")))
+        assert config["architectures"][0].startswith(family)
+        known = "some/target" if name == "eagle3" else None  # DeepSpec's other configs have no key for it
+        assert checkpoints.read_header(config).target == TargetFacts(WIDTH, LAYERS, known, f"{family}ForCausalLM")
+
+    assert checkpoints.read_header(dflash_config()).target == TargetFacts(WIDTH, LAYERS)
+    own = {**dflash_config(projector_type="dflash"), "architectures": ["DFlashDraftModel"]}
+    assert checkpoints.read_header(own).format == "specforge"
+    assert checkpoints.read_header(own).target == TargetFacts(WIDTH, LAYERS)
+    chain = {**eagle3.decoder, "model_type": "llama", "architectures": ["LlamaForCausalLMEagle3"]}
+    assert checkpoints.read_header({**chain, "target_hidden_size": 64}).target == TargetFacts(64)
+    assert checkpoints.read_header({**chain, "target_hidden_size": None}).target == TargetFacts(WIDTH)
+    assert checkpoints.read_header({**chain, "draft_vocab_size": 20}).draft_vocab_size == 20
 
 
 def test_layers_are_counted_as_each_format_counts_them() -> None:
@@ -359,6 +393,21 @@ def test_damaged_files_get_one_clear_error(tmp_path: Path, name: str) -> None:
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(folder)
+
+
+def test_a_stack_is_what_its_config_says() -> None:
+    stack = decoder_stack({**DECODER, "rms_norm_eps": 1e-5, "head_dim": 6, "max_position_embeddings": 96}, vocab_size=0)
+    assert (stack.norm_eps, stack.layers[0].head_dim, stack.max_positions) == (1e-5, 6, 96)
+    assert (stack.embedding_scale, stack.logit_softcap, stack.activation) == (1.0, 0.0, "silu")
+    left = ("rms_norm_eps", "head_dim", "max_position_embeddings", "num_key_value_heads")
+    stack = decoder_stack({key: value for key, value in DECODER.items() if key not in left}, vocab_size=0)
+    layer = stack.layers[0]
+    assert (stack.norm_eps, layer.head_dim, layer.num_kv_heads, stack.max_positions) == (1e-6, WIDTH // 4, 4, 2048)
+    stack = decoder_stack(GEMMA4, vocab_size=0)
+    assert (stack.embedding_scale, stack.logit_softcap, stack.activation) == (WIDTH**0.5, 30.0, "gelu_tanh")
+    layer = stack.layers[0]
+    assert (layer.head_dim, layer.num_kv_heads, layer.attention_scale) == (16, 1, 1.0)
+    assert layer.qk_norm and layer.v_norm and layer.value_is_key
 
 
 @pytest.mark.parametrize(
