@@ -1,6 +1,6 @@
 """What a pass costs: measured seconds as a function of new tokens, rows and context.
 
-The scheduler's SPS(B) (DSpark paper, Algorithm 1) is ``CostTable.steps_per_second``. Tables are measured when
+The scheduler's SPS(B) (DSpark paper, Algorithm 1) is the inverse of ``CostTable.seconds``. Tables are measured when
 an engine starts (``engine.cost_tables``) or by ``outrider profile``, and are plain data here: a JSON object and back.
 
 Units everywhere: ``tokens`` new tokens of a pass over all its rows, ``context`` cached tokens over all its rows (as in
@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -107,33 +107,18 @@ class CostCurve:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Measured costs of one target on one machine, and of drafters where they were measured."""
+    """Measured costs of one target's passes on one machine."""
 
     key: CostKey
     target: tuple[CostPoint, ...]
-    drafters: Mapping[str, tuple[CostPoint, ...]] = field(default_factory=dict)
-    """By drafter: seconds of one ``propose``; here ``tokens`` are those drafted."""
 
     def __post_init__(self) -> None:
-        curves = {"": CostCurve(self.target), **{name: CostCurve(points) for name, points in self.drafters.items()}}
-        object.__setattr__(self, "_curves", curves)
+        object.__setattr__(self, "_curve", CostCurve(self.target))
 
     def seconds(self, tokens: int, rows: int = 1, context: int = 0) -> float:
-        """Seconds of a target pass."""
-        return self._curve("").seconds(tokens, rows, context)
-
-    def steps_per_second(self, tokens: int, rows: int = 1, context: int = 0) -> float:
-        """SPS(B): target passes a second; infinite for an empty pass."""
-        seconds = self.seconds(tokens, rows, context)
-        return 1 / seconds if seconds else float("inf")
-
-    def draft_seconds(self, drafter: str, tokens: int, rows: int = 1, context: int = 0) -> float | None:
-        """Seconds in which a drafter proposes ``tokens``; None where it was not measured."""
-        return self._curve(drafter).seconds(tokens, rows, context) if drafter in self.drafters else None
-
-    def _curve(self, name: str) -> CostCurve:
-        curves: dict[str, CostCurve] = self.__dict__["_curves"]
-        return curves[name]
+        """Seconds of a pass."""
+        curve: CostCurve = self.__dict__["_curve"]
+        return curve.seconds(tokens, rows, context)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` reads."""
@@ -141,19 +126,17 @@ class CostTable:
             "version": VERSION,
             "key": asdict(self.key),
             "target": [asdict(point) for point in self.target],
-            "drafters": {name: [asdict(point) for point in points] for name, points in self.drafters.items()},
         }
 
     @classmethod
     def from_json(cls, value: Any) -> CostTable:
-        """Raises InvalidRequest for anything that ``to_json`` did not write."""
+        """What ``to_json`` wrote; other keys beside it are ignored. Raises InvalidRequest for anything else."""
         try:
             if value["version"] != VERSION:
                 raise InvalidRequest(
                     f"the cost table has version {value['version']!r}, expected {VERSION}; run `outrider profile` again"
                 )
-            drafters = {name: _points(points) for name, points in value["drafters"].items()}
-            return cls(CostKey(**value["key"]), _points(value["target"]), drafters)
+            return cls(CostKey(**value["key"]), _points(value["target"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(f"this is no cost table: {error!r}; run `outrider profile` again") from error
 
