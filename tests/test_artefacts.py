@@ -17,14 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from pydantic import BaseModel
 from rich.console import Console
 
 from outrider.errors import ArtefactError, InvalidRequest
 from outrider.tokenization.tokenizer import Tokenizer
 from outrider.training import regenerate as stage
-from outrider.training.artefact import Journal, begin, open_artefact, read_lines
+from outrider.training.artefact import Journal, begin, open_artefact, read_lines, target_hash
 from outrider.training.conversations import ChatTurn, Conversations
 from outrider.training.prompts import Config as PromptsConfig
 from outrider.training.prompts import Source, make_prompts
@@ -124,6 +126,38 @@ def test_two_processes_do_not_share_a_directory(tmp_path: Path) -> None:
     with begin(tmp_path / "a", "stage", Options()), pytest.raises(ArtefactError, match="another process"):
         make(tmp_path / "a")
     assert make(tmp_path / "a")
+
+
+def test_every_file_of_a_target_counts(tmp_path: Path) -> None:
+    names = ("config.json", "generation_config.json", "tokenizer.json", "a.safetensors", "b.safetensors")
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"model_type": name}))
+    before = target_hash(str(tmp_path))
+    for name in names:
+        kept = (tmp_path / name).read_text()
+        (tmp_path / name).write_text("other bytes")
+        assert target_hash(str(tmp_path)) != before, name
+        (tmp_path / name).write_text(kept)
+    (tmp_path / "README.md").write_text("text")
+    assert target_hash(str(tmp_path)) == before
+    (tmp_path / "a.safetensors").rename(tmp_path / "c.safetensors")
+    assert target_hash(str(tmp_path)) != before
+
+
+def test_every_shard_of_a_target_counts(tmp_path: Path) -> None:
+    shards = [tmp_path / f"model-0000{n}-of-00002.gguf" for n in (1, 2)]
+    for n, shard in enumerate(shards):
+        writer = GGUFWriter(str(shard), "llama", use_temp_file=False)
+        for key, value in (("split.count", 2), ("split.no", n), ("split.tensors.count", 2)):
+            writer.add_uint16(key, value)
+        writer.add_tensor(f"tensor.{n}", np.ones(32, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    before = target_hash(str(shards[0]))
+    shards[1].write_bytes(shards[1].read_bytes()[:-4] + b"1234")
+    assert target_hash(str(shards[0])) != before
 
 
 def test_a_changed_target_is_refused(prompts: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

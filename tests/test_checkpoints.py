@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING
 
 from outrider import LLM, checkpoints
 from outrider.checkpoints import DraftCheckpoint, TargetFacts, deepspec, speculators
-from outrider.checkpoints.stack_format import LLAMA_LIKE, decoder_stack, known_keys
+from outrider.checkpoints.stack_format import LLAMA_LIKE, decoder_stack, known_keys, named_biases
 from outrider.errors import CheckpointError
 
 DEEPSPEC = ("vanilla", "gated", "rnn", "dflash", "eagle3")
@@ -393,6 +393,19 @@ def test_damaged_files_get_one_clear_error(tmp_path: Path, name: str) -> None:
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
         checkpoints.load(folder)
+
+
+def test_biases_that_a_config_names_must_be_there() -> None:
+    for changes, parts in (
+        ({"model_type": "qwen2"}, "q k v"),
+        ({"attention_bias": True}, "q k v o"),
+        ({"model_type": "llama", "attention_bias": True, "mlp_bias": True}, "q k v o gate up down"),
+        ({"model_type": "llama", "mlp_bias": True}, "gate up down"),
+        ({"model_type": "mistral", "attention_bias": True}, ""),
+        ({}, ""),
+    ):
+        expected = [f"layers.{i}.{part}.bias" for i in range(2) for part in parts.split()]
+        assert named_biases({**DECODER, **changes}) == expected
 
 
 def test_a_stack_is_what_its_config_says() -> None:

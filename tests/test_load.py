@@ -33,13 +33,18 @@ def test_figures_by_hand() -> None:
     spec = {"rounds": 4, "drafted": 12, "accepted": 6}
     one = Timed(sent=10.0, chunks=[10.1, 10.2, 10.4], ended=10.4, tokens=9, speculative=spec)
     two = Timed(sent=11.0, chunks=[11.5, 12.5], ended=12.5, tokens=4, speculative=spec)
-    failed = Timed(sent=11.0, ended=11.1, error="HTTP 429")
+    failed = Timed(sent=11.0, chunks=[11.05], ended=11.1, error="HTTP 429")
     row = summary("p", Load(PROMPTS, False, 2.0, 2), [one, two, failed], 10.0, 12.0)
     assert row.tokens_per_second == (9 + 2) / 2
     assert row.per_user_tokens_per_second == pytest.approx((8 / 0.3 + 3 / 1.0) / 2, abs=0.01)
     assert row.ttft_ms == pytest.approx(300) and row.itl_p50_ms == pytest.approx(200)
     assert row.acceptance_length == 1 + 12 / 8 and row.verified_per_row == 3
     assert (row.requests, row.errors, row.first_error) == (2, 1, "HTTP 429")
+    warm = Timed(sent=9.0, chunks=[9.8, 10.8], ended=10.8, tokens=6)  # of the warm-up, but for half of its tokens
+    again = summary("p", Load(PROMPTS, False, 2.0, rate=1.5), [warm, one, two, failed], 10.0, 12.0)
+    assert (again.tokens_per_second, again.concurrency) == pytest.approx((14 / 2, (0.8 + 0.4 + 1.0 + 0.1) / 2))
+    assert (again.requests, again.ttft_ms, again.itl_p50_ms) == (2, row.ttft_ms, row.itl_p50_ms)
+    assert again.per_user_tokens_per_second == row.per_user_tokens_per_second
 
 
 @pytest.mark.parametrize("load", [Load(PROMPTS, False, 0.5, 2), Load(PROMPTS, True, 0.5, rate=12.0)], ids=str)

@@ -37,7 +37,7 @@ def test_rounds_whose_draft_was_cut_to_the_budget_do_not_count() -> None:
 def test_the_round_in_which_the_text_ends_counts_up_to_its_end() -> None:
     ended = Round((0.5,) * 3, BLOCK, 3, 3, accepted=2, committed=2)  # the second draft was the end of the text
     (last,) = counted([ended], max_tokens=100, block=BLOCK)
-    assert (last.verified, last.accepted, last.committed, len(last.confidence or ())) == (2, 2, 2, 2)
+    assert last == Round((0.5, 0.5), BLOCK, drafted=2, verified=2, accepted=2, committed=2)
 
 
 def test_an_end_that_the_target_wrote_itself_changes_nothing() -> None:
@@ -45,7 +45,8 @@ def test_an_end_that_the_target_wrote_itself_changes_nothing() -> None:
 
 
 def test_side_by_side_rounds_are_padded_with_nan_and_empty_ones_left_out() -> None:
-    confidence, verified, accepted = observed([held(1), held(0, drafted=0), held(2, drafted=2)])
+    cut = Round((0.2,) * 3, BLOCK, drafted=3, verified=0, accepted=0, committed=1)  # by the policy
+    confidence, verified, accepted = observed([held(1), held(0, drafted=0), cut, held(2, drafted=2)])
     assert confidence[0].tolist() == [0.5] * 3 and math.isnan(confidence[1, 2])
     assert (verified.tolist(), accepted.tolist()) == ([3, 2], [1, 2])
     assert observed([]).confidence.shape == (0, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -43,6 +44,51 @@ def test_plain_decoding_takes_what_the_curve_says() -> None:
     assert result.gaps.min() >= 0.011 and result.gaps.max() < 0.0115
     assert result.seconds == pytest.approx(30, abs=0.02)
     assert costs.verify(2, 1, 0) == pytest.approx(0.012) and costs.verify(5, 1, 100) == pytest.approx(0.0181)
+
+
+@dataclass
+class AllAccepted:
+    """``Acceptance``: three drafts, without confidences."""
+
+    drafts: int = 3
+
+    def begin(self, slot: int, rng: np.random.Generator) -> None: ...
+
+    def draw(self, slots: Any, rng: np.random.Generator) -> tuple[None, Any, Any]:
+        return None, np.full(len(slots), 3), np.full(len(slots), 3)
+
+    def advance(self, slot: int, tokens: int) -> None: ...
+
+
+def test_figures_of_drafting_by_hand() -> None:
+    """Two users, one row: a prompt, a round of four tokens, one of the three that are left; the same again."""
+    costs = Costs(((1, 0.010),), draft_fixed=0.002, step_drafting=0.001)
+    traffic, policy = Traffic(concurrency=2, sizes=((5, 8),)), FixedPolicy(FixedConfig(3))
+    result = simulate(policy, costs, AllAccepted(), traffic, seconds=0.07199, max_rows=1)
+    assert (result.tokens, result.requests, result.steps, result.rounds) == (16, 2, 6, 4)
+    assert (result.drafted, result.accepted) == (10, 10)
+    assert sorted(result.gaps) == pytest.approx([0.013 / 4] * 8 + [0.013 / 3] * 6)
+    assert result.first == pytest.approx([0.010, 0.046]) and result.users == pytest.approx([7 / 0.026] * 2)
+    figures = result.to_json()
+    assert (figures["acceptance_length"], figures["verified_per_row"]) == (3.5, 2.5)
+    assert (figures["ttft_ms"], figures["itl_p50_ms"]) == pytest.approx((28, 3.25))
+    assert figures["tokens_per_second"] == pytest.approx(16 / 0.072, abs=0.001)
+
+
+def test_showing_a_drafter_the_text_takes_its_time() -> None:
+    """A prompt of ten tokens, of which two are held, then a token a step: each is shown, and features are a tenth."""
+    costs = Costs(((1, 0.010),), per_context=1e-5, follow_each=0.001, features=0.1)
+    traffic, policy = Traffic(concurrency=1, sizes=((10, 3, 2),)), FixedPolicy(FixedConfig(0))
+    result = simulate(policy, costs, AllAccepted(), traffic, seconds=0.04)
+    assert result.first == pytest.approx([1.1 * 0.01002 + 8 * 0.001])
+    assert result.gaps == pytest.approx([1.1 * 0.01011 + 0.001, 1.1 * 0.01012 + 0.001])
+
+
+def test_bursts_come_every_other_period() -> None:
+    arrivals = Traffic(rate=20, burst=5, period=2.0).arrivals(np.random.default_rng(0))
+    times = np.array(list(itertools.takewhile(lambda now: now < 200, arrivals)))
+    quiet, busy = (np.sum(times // 2 % 2 == odd) / 100 for odd in (0, 1))
+    assert (quiet, busy) == pytest.approx((20, 100), rel=0.1)
 
 
 def test_acceptance_is_the_profile() -> None:
@@ -284,6 +330,7 @@ def test_a_curve_that_falls_is_level() -> None:
 def test_costs_are_read_from_tables_and_from_files(tmp_path: Path) -> None:
     key = CostKey("m", "int8", "native", "here", 2)
     points = tuple(CostPoint(n, 1, c, 0.01 * n + 1e-6 * c) for n in (1, 4, 16) for c in (256, 1024))
+    points += (CostPoint(4, 2, 256, 0.5),)
     (tmp_path / "table.json").write_text(json.dumps(CostTable(key, points).to_json()))
     (tmp_path / "own.json").write_text('{"points": [[1, 0.01], [8, 0.02]], "draft_fixed": 0.003}')
     assert read_costs(str(tmp_path / "table.json")).verify(4, 1, 0) == pytest.approx(0.040256)
