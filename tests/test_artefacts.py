@@ -171,6 +171,20 @@ def test_a_changed_target_is_refused(prompts: Path, tiny_model_dir: Path, tmp_pa
         open_artefact(tmp_path / "answers", "regenerate", str(target))
 
 
+def test_a_stage_does_not_mix_targets(tiny_model_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir, other)
+    answers = {"answers": tmp_path / "answers"}
+    with begin(answers["answers"], "answers", Options(), target=str(tiny_model_dir)) as work:
+        work.finish([])
+    with begin(tmp_path / "same", "run", Options(), parents=answers, target=str(other)) as work:
+        assert work.record["target"]["name"] == str(other)
+    (other / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5}')
+    with pytest.raises(ArtefactError, match="the answers in .* belong to the target .*, whose files differ"):
+        begin(tmp_path / "run", "run", Options(), parents=answers, target=str(other))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_changed_chat_template_is_refused_where_there_are_chats(
     prompts: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import pytest
 from served import drafting, serving
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 from outrider.cli import app
 from outrider.engine.llm import LLM
 from outrider.errors import InvalidRequest, OutriderError
+from outrider.evaluation import load as load_module
 from outrider.evaluation.load import Load, run_load, summary
 from outrider.evaluation.load_client import LoadClient, Timed
 from outrider.evaluation.plots import available
@@ -45,6 +48,31 @@ def test_figures_by_hand() -> None:
     assert (again.tokens_per_second, again.concurrency) == pytest.approx((14 / 2, (0.8 + 0.4 + 1.0 + 0.1) / 2))
     assert (again.requests, again.ttft_ms, again.itl_p50_ms) == (2, row.ttft_ms, row.itl_p50_ms)
     assert again.per_user_tokens_per_second == row.per_user_tokens_per_second
+
+
+class Instant(LoadClient):
+    """Answers at once; holds what was asked, and when."""
+
+    def __init__(self) -> None:
+        super().__init__("http://localhost", "m")
+        self.asked: list[str] = []
+
+    async def ask(self, prompt: str, options: Mapping[str, Any], *, chat: bool) -> Timed:
+        self.asked.append(prompt)
+        await asyncio.sleep(0.001)
+        now = perf_counter()
+        return Timed(sent=now, chunks=[now], ended=now, tokens=1)
+
+
+def test_clients_share_out_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that two clients ask at once would be read once, from the server's cache."""
+    monkeypatch.setattr(load_module, "WARM_UP", 0.0)
+    prompts = [str(n) for n in range(10_000)]
+    for load in (Load(prompts, False, 0.05, 3), Load(prompts, False, 0.05, rate=300.0)):
+        client = Instant()
+        done, start, end = asyncio.run(run_load(client, load))
+        assert len(done) == len(set(client.asked)) == len(client.asked) > 3
+        assert end - start == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("load", [Load(PROMPTS, False, 0.5, 2), Load(PROMPTS, True, 0.5, rate=12.0)], ids=str)

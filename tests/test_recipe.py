@@ -330,7 +330,10 @@ def test_prompts_and_answers_are_estimated_apart(recipe: Path, monkeypatch: pyte
     assert answers.seconds == pytest.approx(10 * (0.05 + 36 * 0.001))
     assert "10 answers of 36 tokens" in answers.note
     onwards = ["regenerate.max_tokens=48", "regenerate.ignore_eos=true"]
-    assert estimate(read_recipe(recipe, onwards), "regenerate")[-1].seconds == pytest.approx(10 * (0.05 + 48 * 0.001))
+    longer = estimate(read_recipe(recipe, onwards), "regenerate")[-1]
+    assert longer.seconds == pytest.approx(10 * (0.05 + 48 * 0.001))
+    assert longer.disk - answers.disk == pytest.approx(2 * 10 * (48 - 36) * 6)  # two files of ids of six bytes
+    assert _Trial(read_recipe(recipe))._key_value_bytes == 2 * 4 * 8 * 2 * 64  # float32, 8 layers, 2 heads of 64
 
 
 def test_the_length_of_answers_that_were_stopped() -> None:
