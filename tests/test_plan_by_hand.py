@@ -321,3 +321,20 @@ def test_what_would_change_it_keeps_whole_rounds_and_prompts() -> None:
     assert told["no bookkeeping"] == pytest.approx(expected)
     parts = (0.002, costs.verify(1 + made.advised.drafts, 1, 0), 0.001)
     assert step_seconds(costs, 1, made.advised.drafts, 0) == pytest.approx(tuple(1.1 * part for part in parts))
+
+
+def test_what_would_change_it_moves_the_reading_of_the_drafters_cache() -> None:
+    class Reading(Costs):
+        share = 1.0
+
+        def draft_cache(self, drafts: int, context: int) -> float:
+            return self.share * 1e-6 * drafts * context
+
+    class Twice(Reading):
+        share = 2.0
+
+    work = Workload(prompt=1000)
+    made = planned(work, costs=Reading(COSTS.points, draft_fixed=0.002), uncertainty=0.01)
+    told = {one.what: one.speedup for one in made.sensitivities}
+    expected = forecast("x", made.advised.drafts, PROFILE, Twice(COSTS.points, draft_fixed=0.004), work).speedup
+    assert made.pays and told["drafting takes twice the time"] == pytest.approx(expected)
