@@ -120,6 +120,7 @@ def test_layers_of_a_draft_model_are_its_share_of_the_parameters() -> None:
 def test_only_numbers_of_drafts_that_were_run_are_advised() -> None:
     best = planned(Workload()).advised.drafts
     assert best > 1 and planned(Workload(), tried={1: 0.01}).advised.drafts == 1
+    assert not planned(Workload(), tried={1: 1.0}).pays, "that many drafts were run with little certainty"
 
 
 def test_the_fewest_of_about_equal_drafts_are_advised() -> None:
@@ -321,6 +322,15 @@ def test_what_would_change_it_keeps_whole_rounds_and_prompts() -> None:
     assert told["no bookkeeping"] == pytest.approx(expected)
     parts = (0.002, costs.verify(1 + made.advised.drafts, 1, 0), 0.001)
     assert step_seconds(costs, 1, made.advised.drafts, 0) == pytest.approx(tuple(1.1 * part for part in parts))
+
+
+def test_a_small_gain_elsewhere_changes_no_answer() -> None:
+    """A second draft would gain 0.9 % where verifying costs nothing."""
+    profile, costs = replace(PROFILE, conditional=(0.8, 0.02, 0.0)), Costs(((1, 0.0100), (64, 0.0163)))
+    made = make_plan([Candidate("x", profile, costs, 3, 0.05)], costs, Workload())
+    told = {one.what: one for one in made.sensitivities}["verifying costs nothing beyond a plain pass"]
+    assert made.advised.drafts == 1 and told.best == "x, 2" and not told.changes
+    assert told.best_speedup == pytest.approx(1.009 * told.speedup, rel=1e-3)
 
 
 def test_what_would_change_it_moves_the_reading_of_the_drafters_cache() -> None:
