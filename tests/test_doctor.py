@@ -22,7 +22,7 @@ from outrider.cli import app
 from outrider.drafters.dspark_design import BlockDesign
 from outrider.errors import CheckpointError
 from outrider.evaluation.diagnosis import Report, examine
-from outrider.evaluation.replay import Prompts, Transcript, replay, transcribe
+from outrider.evaluation.replay import Acceptance, Prompts, Transcript, replay, transcribe
 from outrider.models.locations import drafter_location
 from outrider.registry import find
 
@@ -256,6 +256,15 @@ def test_replay_counts_what_greedy_decoding_accepts(taught: DraftCheckpoint, tar
         true = text.tokens[place + 1 : place + 5]
         expected.append(next((i for i, (a, b) in enumerate(zip(drafts, true, strict=True)) if a != b), 4))
     assert acceptance.greedy.tolist() == expected
+
+
+def test_acceptance_by_hand() -> None:
+    """Three positions; the mean gain is 0.5, its standard error (0.25 / 3) ** 0.5."""
+    one = Acceptance(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0]))
+    other = Acceptance(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0.0, 0.0, 1.0]))
+    assert (one.greedy_length, one.expected_length, one.score) == (2.0, 2.0, 1.0)
+    assert one.advantage(other) == pytest.approx((0.5, 0.5 / (0.25 / 3) ** 0.5))
+    assert other.advantage(one)[0] == pytest.approx(-0.5) and one.advantage(one) == (0.0, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ commands

@@ -193,6 +193,24 @@ def test_figures_agree_with_the_answers(tiny_model_dir: Path, tiny_draft_dir: Pa
     assert found.differences[2].acceptance_length.excludes_zero
 
 
+def test_each_answer_has_a_seed_of_its_own_which_all_sides_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeats with the same seed would be the same answers, and intervals too narrow."""
+    seeds: dict[str, list[int | None]] = {"plain": [], "x": []}
+
+    def answer(llm: Any, recorder: Any, prompt: Any, params: SamplingParams) -> SimpleNamespace:
+        seeds[llm].append(params.seed)
+        return SimpleNamespace(token_ids=[1, 2], seconds=0.5, rounds=[])
+
+    monkeypatch.setattr(evaluation, "answer", answer)
+    asked: Any = [SimpleNamespace(prompt="a"), SimpleNamespace(prompt="b")]
+    sides: Any = {name: (name, None) for name in seeds}
+    for seed in (1, 2, 3):
+        found = evaluation._measure(sides, asked, SamplingParams(seed=seed), 3, lambda share: None)
+        assert [(one.tokens, one.seconds) for one in found["x"]] == [(6, 1.5)] * 2
+    used = {name: [seed for i, seed in enumerate(own) if i % 7] for name, own in seeds.items()}  # not of the warm-up
+    assert used["plain"] == used["x"] and len(set(used["x"])) == 3 * 3 * 2
+
+
 def test_a_drafter_does_not_differ_from_itself(
     tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
