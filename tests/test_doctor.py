@@ -258,6 +258,41 @@ def test_replay_counts_what_greedy_decoding_accepts(taught: DraftCheckpoint, tar
     assert acceptance.greedy.tolist() == expected
 
 
+class Oracle:
+    """States the target's own logits behind every position of one text."""
+
+    block, aux_layers = 3, (0,)
+
+    def __init__(self, text: Transcript) -> None:
+        self.text, self.cache, self.net, self.end = text, self, self, 0
+
+    def open(self, slot: int, tokens: int) -> None: ...
+
+    def close(self, slot: int) -> None: ...
+
+    def end_of(self, slot: int) -> int:
+        return self.end
+
+    def spread(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def observe(self, batch: Any, features: Tensor) -> None:
+        self.end += len(batch.tokens)
+
+    def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor]:
+        first = self.end + 1 - self.text.prompt_length  # the last token, at `end`, is known: the next one is drafted
+        return (self.text.logits[None, first : first + self.block],)
+
+
+def test_a_drafter_that_states_the_targets_logits_has_all_accepted() -> None:
+    logits = torch.randn(9, 16, generator=torch.Generator().manual_seed(0))
+    text = Transcript([1, 2, 3, 4, *logits.argmax(-1).tolist()], 4, {0: torch.zeros(13, 2)}, logits)
+    drafter: Any = Oracle(text)
+    acceptance = replay(drafter, [text])
+    assert len(acceptance.greedy) == 6 and (acceptance.greedy == 3).all()
+    assert acceptance.expected.tolist() == pytest.approx([3.0] * 6)
+
+
 def test_acceptance_by_hand() -> None:
     """Three positions; the mean gain is 0.5, its standard error (0.25 / 3) ** 0.5."""
     one = Acceptance(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0]))

@@ -211,6 +211,23 @@ def test_each_answer_has_a_seed_of_its_own_which_all_sides_share(monkeypatch: py
     assert used["plain"] == used["x"] and len(set(used["x"])) == 3 * 3 * 2
 
 
+def test_what_was_measured_is_kept_for_the_same_question_alone(
+    tiny_model_dir: Path, prompts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception): ...
+
+    def parts(folder: Path | None, facts: dict[str, Any]) -> None:
+        raise Asked(facts)
+
+    monkeypatch.setattr(evaluation, "_Parts", parts)
+    with pytest.raises(Asked) as asked:
+        options = {"dtype": "float32", "backend": "reference", "machine": {"cores": 2}}
+        evaluate(Config(limit=2), ["ngram"], prompts, str(tiny_model_dir), **options)  # type: ignore[arg-type]
+    facts = asked.value.args[0]
+    assert {name: facts[name] for name in options} == options and facts["target"] == str(tiny_model_dir)
+    assert facts["drafters"] == {"ngram": None} and facts["prompts"] == 2 * 2
+
+
 def test_a_drafter_does_not_differ_from_itself(
     tiny_model_dir: Path, tiny_draft_dir: Path, prompts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
