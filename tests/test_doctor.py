@@ -259,9 +259,9 @@ def test_replay_counts_what_greedy_decoding_accepts(taught: DraftCheckpoint, tar
 
 
 class Oracle:
-    """States the target's own logits behind every position of one text."""
+    """States the target's own logits behind every position of one text, but those of one draft turned round."""
 
-    block, aux_layers = 3, (0,)
+    block, aux_layers, wrong = 3, (0,), 3
 
     def __init__(self, text: Transcript) -> None:
         self.text, self.cache, self.net, self.end = text, self, self, 0
@@ -281,7 +281,9 @@ class Oracle:
 
     def follow(self, slots: list[int], path: Tensor) -> tuple[Tensor]:
         first = self.end + 1 - self.text.prompt_length  # the last token, at `end`, is known: the next one is drafted
-        return (self.text.logits[None, first : first + self.block],)
+        logits = self.text.logits[None, first : first + self.block].clone()
+        logits[:, self.wrong :][:, :1] *= -1
+        return (logits,)
 
 
 def test_a_drafter_that_states_the_targets_logits_has_all_accepted() -> None:
@@ -291,6 +293,10 @@ def test_a_drafter_that_states_the_targets_logits_has_all_accepted() -> None:
     acceptance = replay(drafter, [text])
     assert len(acceptance.greedy) == 6 and (acceptance.greedy == 3).all()
     assert acceptance.expected.tolist() == pytest.approx([3.0] * 6)
+    drafter = Oracle(text)
+    drafter.wrong = 1  # the third draft is the target's, behind one that is not
+    acceptance = replay(drafter, [text])
+    assert (acceptance.greedy == 1).all() and bool((acceptance.expected < 2.5).all())
 
 
 def test_acceptance_by_hand() -> None:

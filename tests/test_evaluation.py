@@ -211,6 +211,14 @@ def test_each_answer_has_a_seed_of_its_own_which_all_sides_share(monkeypatch: py
     assert used["plain"] == used["x"] and len(set(used["x"])) == 3 * 3 * 2
 
 
+def test_a_drafter_is_known_by_the_bytes_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    before = evaluation._content(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert before != evaluation._content(str(tmp_path)) and evaluation._content("ngram") is None
+
+
 def test_what_was_measured_is_kept_for_the_same_question_alone(
     tiny_model_dir: Path, prompts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
