@@ -43,7 +43,9 @@ TOGETHER, SOON = 8, 0.02  # steps that draft, or seconds of their passes, after 
 LOST = 125  # plain steps of one row, whose time is the credit: what may be lost before anything was gained
 LOSSES = 2  # in a row, behind which the policy is asked in every step, to see what has changed
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
-HELD_UP, HELD_UP_MOST = 4.0, 0.1  # and a draft, up to so many seconds in all: more is charged to the drafter
+HELD_UP, PROMPT = 4.0, 0.25  # and a draft, and showing the drafter a prompt for more than this share of its pass,
+HELD_UP_MOST = 0.05  # up to so many seconds in all: more is charged to the drafter
+STEADY = log(1.2)  # less than this is no change of the machine's speed
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the credit, what one that cannot may cost in plain steps before it is left out
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps that it is left out for
@@ -216,7 +218,8 @@ class GuardedPolicy:
         if self._asked:
             self.policy.observe(cost, accepted)
         if view is None or not len(view):  # prompts alone
-            self.ledger.settle(-self._following(cost))
+            shown = self._own(cost.draft + cost.follow, PROMPT * cost.verify)
+            self.ledger.settle(self._featureless(cost) - cost.verify - shown)
             return
         drafted = any(self._planned)
         if self._left and not drafted:
@@ -268,14 +271,17 @@ class GuardedPolicy:
             self._settle()
             usual = self.costs.draft(sum(n > 0 for n in self._planned), cost.drafts or max(self._planned))
             drafted = self._unsettled = _Drafted(ready, base, HELD_UP * usual)
-        held_up = cost.draft - drafted.longest
-        if 0 < held_up < self._held_up.balance:
-            self._held_up.settle(-held_up)
-        else:
-            held_up = 0.0
-        drafted.add(cost, cost.draft - held_up, accepted, self._repeating)
+        drafted.add(cost, self._own(cost.draft, drafted.longest), accepted, self._repeating)
         if drafted.steps >= TOGETHER or drafted.draft + drafted.verify >= SOON:
             self._settle()
+
+    def _own(self, seconds: float, most: float) -> float:
+        """The seconds that the drafter has to answer for: beyond ``most`` others held it up, or it was its first call,
+        as far as the account of such times reaches."""
+        if not 0 < seconds - most < self._held_up.balance:
+            return seconds
+        self._held_up.settle(most - seconds)
+        return most
 
     def _settle(self) -> None:
         """What the latest steps took, against what plain decoding would have taken for their tokens."""
@@ -357,7 +363,8 @@ class GuardedPolicy:
             return 1.0, own
         times, owns = [], []
         for view, cost, then in proven:
-            expected, since = self.costs.verify(len(view), len(view), cost.context), exp(now - then)
+            expected = self.costs.verify(len(view), len(view), cost.context)
+            since = exp(now - then) if abs(now - then) > STEADY else 1.0
             times.append(self._featureless(cost) * since / expected if expected > 0 else 1.0)
             owns.append((cost.bookkeeping - cost.follow) * since)
         return median_high(times), median_high(owns)
