@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 from outrider.engine.llm import LLM
@@ -43,6 +44,21 @@ def serving(llm: LLM, **settings: Any) -> Iterator[tuple[str, Service]]:
         server.should_exit = True
         thread.join(20)
         taken.close()
+
+
+def choosing_tools() -> Any:
+    """A service as far as choices of tools ask for one: its model's template takes tools."""
+    tokenizer = SimpleNamespace(
+        chat_template_text=lambda tools: "tools <tool_call>" if tools else "", vocabulary={}, special_ids=frozenset()
+    )
+    return SimpleNamespace(llm=SimpleNamespace(tokenizer=tokenizer))
+
+
+def check_choice(found: Any, forced: bool, most: int | None) -> None:
+    """What a choice of tools comes to: whether a call is forced, and the most calls of an answer."""
+    assert found is not None and (found.grammar is not None, found._most) == (forced, most)
+    assert found.grammar is None or '"lenient": false' in found.grammar.text
+    assert "strict" not in found.for_template[0]["function"], "templates would show it to the model"
 
 
 def eventually(what: Any, seconds: float = 5.0) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from served import serving
+from served import check_choice, choosing_tools, serving
 
 from outrider.engine.llm import LLM
 from outrider.serving.messages_endpoint import CountRequest, _conversation, _end, _Thinking, _thinking, _tools
@@ -69,14 +69,8 @@ def test_choices_of_tools(choice: dict[str, Any] | None, forced: bool, most: int
         messages = [{"role": "user", "content": "a"}]
         return CountRequest.model_validate({"messages": messages, "tools": [TOOL], "tool_choice": choice})
 
-    tokenizer = SimpleNamespace(
-        chat_template_text=lambda tools: "tools <tool_call>" if tools else "", vocabulary={}, special_ids=frozenset()
-    )
-    service: Any = SimpleNamespace(llm=SimpleNamespace(tokenizer=tokenizer))
-    found = _tools(service, asked(choice))
-    assert found is not None and (found.grammar is not None, found._most) == (forced, most)
-    assert found.grammar is None or '"lenient": false' in found.grammar.text
-    assert "strict" not in found.for_template[0]["function"], "templates would show it to the model"
+    service = choosing_tools()
+    check_choice(_tools(service, asked(choice)), forced, most)
     assert _tools(service, asked({"type": "none"})) is None
 
 

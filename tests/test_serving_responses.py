@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from served import check_choice, choosing_tools
 
 from outrider.serving.chat_run import Delta, TokenReport
 from outrider.serving.responses_endpoint import ResponsesRequest, _conversation, _Made, _tools
@@ -153,12 +154,6 @@ def test_choices_of_tools(choice: Any, parallel: bool | None, forced: bool, most
         body = {"input": "a", "tools": [tool], "tool_choice": choice, "parallel_tool_calls": parallel}
         return ResponsesRequest.model_validate(body)
 
-    tokenizer = SimpleNamespace(
-        chat_template_text=lambda tools: "tools <tool_call>" if tools else "", vocabulary={}, special_ids=frozenset()
-    )
-    service: Any = SimpleNamespace(llm=SimpleNamespace(tokenizer=tokenizer))
-    found = _tools(service, asked(choice))
-    assert found is not None and (found.grammar is not None, found._most) == (forced, most)
-    assert found.grammar is None or '"lenient": false' in found.grammar.text
-    assert "strict" not in found.for_template[0]["function"], "templates would show it to the model"
+    service = choosing_tools()
+    check_choice(_tools(service, asked(choice)), forced, most)
     assert _tools(service, asked("none")) is None
