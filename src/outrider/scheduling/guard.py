@@ -6,7 +6,8 @@ weights and tables are in the processor's caches instead of the target's). Losse
 is empty, or when the policy itself has long seen no use in drafting, the guard steps aside: nothing is drafted, and
 after a while the drafter is not even shown what is committed (``follows``), so that steps cost what plain steps cost.
 Coming back, after a pause or with other texts, is another draft like any other: paid from the ledger, and ever more
-rarely while it does not pay.
+rarely while it does not pay. Single drafts that take many times the usual, which another process interrupted or which
+read their code for the first time, are paid from a small ledger of their own.
 
 Everything that a step takes longer because there is a drafter is charged: drafting, verifying, bookkeeping, and also in
 steps without drafts, prompts included, the features that passes give and the time in which the drafter is shown what
@@ -43,8 +44,9 @@ TOGETHER, SOON = 8, 0.02  # steps that draft, or seconds of their passes, after 
 LOST = 125  # plain steps of one row, whose time is the credit: what may be lost before anything was gained
 LOSSES = 2  # in a row, behind which the policy is asked in every step, to see what has changed
 STALL = 2.0  # a pass that took longer than so many times what it should was held up by others
-HELD_UP, PROMPT = 4.0, 0.25  # and a draft, and showing the drafter a prompt for more than this share of its pass,
-HELD_UP_MOST = 0.05  # up to so many seconds in all: more is charged to the drafter
+HELD_UP = 4.0  # what a draft takes beyond so many times its usual seconds is put down to others,
+PROMPT = 0.25  # and so is what showing the drafter a prompt takes beyond this share of the pass,
+HELD_UP_MOST, HELD_UP_SHARE = 0.05, 0.0025  # up to so many seconds, and this share of the time of plain steps
 STEADY = log(1.2)  # less than this is no change of the machine's speed
 IDLE = 32  # plain steps after which the drafter is left out, where it can take rows up again
 RESTING = 0.1  # of the credit, what one that cannot may cost in plain steps before it is left out
@@ -79,7 +81,7 @@ class _Drafted:
 
     ready: int
     base: int  # tokens of the passes without drafts
-    longest: float  # seconds of a draft that nobody held up
+    longest: float  # seconds of a draft that nobody held up, at most
     steps: int = 0
     accepted: int = 0
     draft: float = 0.0  # seconds
@@ -114,7 +116,7 @@ class GuardedPolicy:
         its text."""
         self.policy, self.costs = policy, costs
         self.ledger = ledger or Ledger()
-        self._held_up = Ledger(most=HELD_UP_MOST)  # what drafts may take because others held them up
+        self._held_up = Ledger(share=HELD_UP_SHARE, most=HELD_UP_MOST)
         self._limit_credit()
         self._learns = getattr(policy, "costs", None) is not costs
         self._takes_up = takes_up
