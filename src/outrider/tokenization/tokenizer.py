@@ -228,10 +228,14 @@ class Tokenizer:
     def _template_sources(self) -> dict[str, str]:
         return read_templates(self.directory, self._settings)
 
+    @cached_property
+    def _calls_need_tool_use(self) -> bool:
+        """Whether the ``tool_use`` template alone shows calls."""
+        return "tool_use" in self._template_sources and not self._chat_template().shows_calls()
+
     def _tools_beside_calls(self, tools: Any) -> Any:
         """The tools of a conversation with calls: no tools, instead of None, where ``tool_use`` alone shows calls."""
-        only = "tool_use" in self._template_sources and not self._chat_template().shows_calls()
-        return [] if tools is None and only else tools
+        return [] if tools is None and self._calls_need_tool_use else tools
 
     def _template_for(self, tools: Any) -> ChatTemplate:
         return self._chat_template("default" if tools is None else "tool_use")
